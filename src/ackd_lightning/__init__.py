@@ -1,0 +1,83 @@
+"""Knowledge distillation for PyTorch Lightning, built around ACKD."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ackd_lightning._version import __version__
+
+if TYPE_CHECKING:
+    from ackd_lightning.data import (
+        CIFAR100DataModule,
+        CINIC10DataModule,
+        DigitsDataModule,
+        ImageDataModule,
+        ImageFolderDataModule,
+        ImageNetDataModule,
+        TinyImageNetDataModule,
+    )
+    from ackd_lightning.errors import ACKDError
+    from ackd_lightning.methods import ACKD, CE, KD, AdversarialMethod, Method
+    from ackd_lightning.models.branchy import BranchyStudent
+    from ackd_lightning.models.teacher import FrozenTeacher
+    from ackd_lightning.models.weights import load_weights, save_weights
+    from ackd_lightning.models.zoo import create_model
+    from ackd_lightning.training import ACKDModule, AdversarialModule, DistillationModule
+    from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+_HOMES = {
+    "data": (
+        "CIFAR100DataModule",
+        "CINIC10DataModule",
+        "DigitsDataModule",
+        "ImageDataModule",
+        "ImageFolderDataModule",
+        "ImageNetDataModule",
+        "TinyImageNetDataModule",
+    ),
+    "errors": ("ACKDError",),
+    "methods": ("ACKD", "CE", "KD", "AdversarialMethod", "Method"),
+    "models.branchy": ("BranchyStudent",),
+    "models.teacher": ("FrozenTeacher",),
+    "models.weights": ("load_weights", "save_weights"),
+    "models.zoo": ("create_model",),
+    "training": ("ACKDModule", "AdversarialModule", "DistillationModule"),
+    "types": ("Batch", "NetOutput", "NetSpec"),
+}
+_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ACKD",
+    "CE",
+    "KD",
+    "ACKDError",
+    "ACKDModule",
+    "AdversarialMethod",
+    "AdversarialModule",
+    "Batch",
+    "BranchyStudent",
+    "CIFAR100DataModule",
+    "CINIC10DataModule",
+    "DigitsDataModule",
+    "DistillationModule",
+    "FrozenTeacher",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "ImageNetDataModule",
+    "Method",
+    "NetOutput",
+    "NetSpec",
+    "TinyImageNetDataModule",
+    "__version__",
+    "create_model",
+    "load_weights",
+    "save_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``ackd --help`` does not wait for torch."""
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"ackd_lightning.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'ackd_lightning' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Reads checkpoints and features; trains nothing."""

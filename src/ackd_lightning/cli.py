@@ -1,0 +1,122 @@
+"""The command ``ackd``. Torch is imported only by the commands that need it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from ackd_lightning._version import __version__
+from ackd_lightning.errors import ACKDError, near_matches
+
+_LIGHTNING = {
+    "fit": "train a student or a teacher: ackd fit --config cifar100_resnet110_resnet20.yaml",
+    "validate": "evaluate a run on its validation data: ackd validate RUN",
+    "test": "evaluate a run on the test set, once: ackd test RUN [--which best]",
+    "predict": "write a run's predictions as CSV: ackd predict RUN [--output FILE]",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ackd",
+        description="Knowledge distillation on PyTorch Lightning.",
+        epilog="`ackd COMMAND --help` explains a command; `ackd fit --help` lists every setting.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ackd-lightning {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in _LIGHTNING.items():
+        commands.add_parser(name, help=text, add_help=False)
+    configs = commands.add_parser("configs", help="list the packaged configurations")
+    configs.add_argument("filter", nargs="?", default="", help="show only names that contain this")
+    export = commands.add_parser("export", help="take the plain student out of a run: ackd export RUN")
+    export.add_argument("run", help="a run folder or a checkpoint")
+    export.add_argument("--format", choices=["safetensors"], default="safetensors", help="of the file")
+    export.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run folder")
+    export.add_argument(
+        "--out", default=None, help="the file; default: student.safetensors (student-best...) in the run"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    compare = commands.add_parser("compare", help="one table and one figure over runs: ackd compare RUN RUN ...")
+    compare.add_argument("runs", nargs="+", help="run folders, or folders of runs")
+    compare.add_argument("--figure", default="curves.png", help="where the validation curves are drawn")
+    demo = commands.add_parser("demo", help="teacher, student alone, KD and ACKD on digits, in minutes on a CPU")
+    demo.add_argument("--out", default="demo", help="folder for runs, figure and student")
+    demo.add_argument("--seeds", type=int, default=3, help="students per method")
+    demo.add_argument("--epochs", type=int, default=None, help="of every run; for a quick look")
+    return parser
+
+
+def _configs(part: str) -> None:
+    from ackd_lightning.configs import describe_config, method_names, packaged_names
+
+    print("runs (ackd fit --config NAME):")
+    width = max(map(len, packaged_names()))
+    for name in packaged_names():
+        if part in name:
+            print(f"  {name:<{width}}  {describe_config(name)}")
+    print("methods (a second --config swaps the method and keeps pair, data and schedule):")
+    for name in method_names():
+        print(f"  {name:<{width}}  {describe_config(name)}")
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if arguments and arguments[0] in _LIGHTNING:
+        from ackd_lightning.lightning_cli import run
+
+        return run(arguments[0], arguments[1:])
+    parser = _parser()
+    if not arguments:
+        return parser.print_help()
+    commands = [*_LIGHTNING, "configs", "export", "compare", "demo"]
+    if not arguments[0].startswith("-") and arguments[0] not in commands:
+        raise ACKDError(f"{arguments[0]!r} is no command; {near_matches(arguments[0], commands)}")
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "configs":
+        _configs(chosen.filter)
+    elif chosen.command == "export":
+        from ackd_lightning.reports import export_command
+
+        export_command(chosen.run, which=chosen.which, out=chosen.out, overwrite=chosen.overwrite)
+    elif chosen.command == "compare":
+        from ackd_lightning.reports import compare_command
+
+        compare_command(chosen.runs, chosen.figure)
+    elif chosen.command == "demo":
+        from ackd_lightning.demo import demo
+
+        demo(chosen.out, seeds=chosen.seeds, epochs=chosen.epochs)
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+
+    Returns:
+        0; 2 for a mistake in the input; 1 for a failure while running; 130 and 143 after Ctrl-C and SIGTERM.
+    """
+    try:
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+    except Exception as error:
+        if os.environ.get("ACKD_DEBUG"):
+            raise
+        if isinstance(error, ACKDError):
+            print(f"ackd: {error}", file=sys.stderr)
+            return 2
+        first = (str(error).splitlines() or [""])[0]
+        print(f"ackd: {type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ackd: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def script() -> None:
+    """Console script: exits with what ``main`` returns."""
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""ImageNet (ILSVRC 2012) as class folders.
+
+Source: https://www.image-net.org/challenges/LSVRC/2012/ (needs an account, so it is not downloaded).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ackd_lightning.data.base import (
+    BATCH_SIZE,
+    EVAL_BATCH_SIZE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ROOT,
+    VAL_FRACTION,
+    ImageDataModule,
+    Part,
+)
+from ackd_lightning.data.images import Files, class_folders, image_files, scan_class_folders
+from ackd_lightning.errors import ACKDError
+
+_LAYOUT = (
+    "lay ImageNet out as train/<wnid>/*.JPEG (unpack each of the 1,000 inner archives of ILSVRC2012_img_train.tar into "
+    "a folder of its name) and val/<wnid>/*.JPEG (sort the 50,000 images by their wnid)"
+)
+
+
+class ImageNetDataModule(ImageDataModule):
+    """ImageNet: 1,281,167 training and 50,000 validation images in 1,000 classes, read by worker processes at 224.
+
+    ``root`` holds ``train`` and ``val``, each with one folder for each class; a subset of the classes will do. Unpack
+    each of the inner archives of ``ILSVRC2012_img_train.tar`` into ``train/<wnid>/`` and sort the images of
+    ``ILSVRC2012_img_val.tar`` into ``val/<wnid>/``. Training: random resized crop and mirror image; evaluation: shorter
+    side to 256, centre 224. The test set is ``val``.
+
+    Args:
+        root: folder that holds train/ and val/.
+        batch_size: global training batch: each of W processes takes ``batch_size / W``.
+        eval_batch_size: batch of each process in validation, test and prediction.
+        val_fraction: share of the training set that is held out for validation; 0 holds nothing out.
+        train_fraction: share of each class of the training part that is used, for small runs.
+        max_per_class: at most so many training images of each class.
+        num_workers: worker processes of each loader; results do not depend on it.
+        seed: seed of shuffling and augmentation; by default the one of ``seed_everything``, or 0.
+        cache: remember in ``root`` which files were checked, so that they are checked once.
+    """
+
+    num_classes = 1000
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
+    input_size = 224
+
+    def __init__(
+        self,
+        root: str | Path = ROOT,
+        *,
+        batch_size: int = BATCH_SIZE,
+        eval_batch_size: int = EVAL_BATCH_SIZE,
+        val_fraction: float = VAL_FRACTION,
+        train_fraction: float = 1.0,
+        max_per_class: int | None = None,
+        num_workers: int = 0,
+        seed: int | None = None,
+        cache: bool = True,
+    ) -> None:
+        super().__init__(
+            root,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            train_fraction=train_fraction,
+            max_per_class=max_per_class,
+            num_workers=num_workers,
+            seed=seed,
+            cache=cache,
+        )
+        self.num_classes = len(class_folders(self.root / "train")) or type(self).num_classes
+
+    def _load(self, part: Part) -> Files:
+        folder = self.root / ("train" if part == "train" else "val")
+        if folder.is_dir() and not class_folders(folder) and (loose := len(image_files(folder))):
+            raise ACKDError(
+                f"{folder} holds {loose:,} images in one flat folder, so their classes are unknown: "
+                f"sort them into {folder}/<wnid>/ by the official ground truth"
+            )
+        return self._checked(scan_class_folders(folder, remedy=_LAYOUT), self.root, part)

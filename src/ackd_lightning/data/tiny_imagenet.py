@@ -1,0 +1,149 @@
+"""Tiny-ImageNet in its official layout.
+
+Source: Stanford CS231n; http://cs231n.stanford.edu/tiny-imagenet-200.zip
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ackd_lightning.data.base import BATCH_SIZE, EVAL_BATCH_SIZE, IMAGENET_MEAN, IMAGENET_STD, ROOT, VAL_FRACTION, Part
+from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
+from ackd_lightning.data.images import Files, Pixels, class_folders, image_files, scan_class_folders
+from ackd_lightning.errors import ACKDError
+
+_ANNOTATIONS = "val_annotations.txt"
+
+
+class TinyImageNetDataModule(DownloadedDataModule):
+    """Tiny-ImageNet: 100,000 training and 10,000 validation images of 64 x 64 in 200 classes.
+
+    The test set is the official ``val`` folder (the official test images have no labels), either as it comes, with
+    its labels in ``val_annotations.txt``, or sorted into class folders. A subset of the class folders in ``train`` is
+    a valid data set: where the official ``wnids.txt`` or annotations are there, images of other classes in ``val``
+    are left out.
+
+    Args:
+        root: the folder ``tiny-imagenet-200``, or the one that holds it or its archive.
+        batch_size: global training batch: each of W processes takes ``batch_size / W``.
+        eval_batch_size: batch of each process in validation, test and prediction.
+        val_fraction: share of the training set that is held out for validation; 0 holds nothing out.
+        train_fraction: share of each class of the training part that is used, for small runs.
+        max_per_class: at most so many training images of each class.
+        num_workers: worker processes of each loader; results do not depend on it.
+        seed: seed of shuffling and augmentation; by default the one of ``seed_everything``, or 0.
+        download: fetch the archive when the data are not there.
+        url: a mirror (http, https or file) of the official archive; its checksum has to be the same.
+        cache: keep decoded images as a file next to the data.
+    """
+
+    num_classes = 200
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
+    input_size = 64
+    archive = Archive(
+        name="Tiny-ImageNet",
+        url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        filename="tiny-imagenet-200.zip",
+        md5="90528d7ca1a48142e341f4ef8d21d0de",
+        size=248_100_043,
+    )
+
+    def __init__(
+        self,
+        root: str | Path = ROOT,
+        *,
+        batch_size: int = BATCH_SIZE,
+        eval_batch_size: int = EVAL_BATCH_SIZE,
+        val_fraction: float = VAL_FRACTION,
+        train_fraction: float = 1.0,
+        max_per_class: int | None = None,
+        num_workers: int = 0,
+        seed: int | None = None,
+        download: bool = True,
+        url: str | None = None,
+        cache: bool = True,
+    ) -> None:
+        super().__init__(
+            root,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            train_fraction=train_fraction,
+            max_per_class=max_per_class,
+            num_workers=num_workers,
+            seed=seed,
+            download=download,
+            url=url,
+            cache=cache,
+        )
+        self.num_classes = len(class_folders(self._place() / "train")) or type(self).num_classes
+
+    def _place(self) -> Path:
+        return self.root if (self.root / "train").is_dir() else self.root / "tiny-imagenet-200"
+
+    def _fetch(self) -> None:
+        place = self._place()
+        if not (place / "train").is_dir():
+            extract(self._archive_file(), place)
+
+    def _load(self, part: Part) -> Pixels:
+        place = self._place()
+        remedy = f"unpack the official {self.archive.filename} and keep its folders train and val"
+        train = scan_class_folders(place / "train", remedy=remedy)
+        if part == "train":
+            return self._decoded(train, place, part)
+        val = place / "val"
+        if (val / _ANNOTATIONS).is_file():
+            return self._decoded(annotated(val, train.class_names), place, part)
+        if val.is_dir() and {folder.name for folder in class_folders(val)} <= {"images"}:
+            raise ACKDError(
+                f"{val} holds {len(image_files(val)):,} images but neither {_ANNOTATIONS} nor class folders, so their "
+                f"classes are unknown: put the official {_ANNOTATIONS} there"
+            )
+        official = (place / "wnids.txt").is_file()
+        keep = train.class_names if official else None
+        return self._decoded(scan_class_folders(val, keep=keep, remedy=remedy), place, part)
+
+
+def annotated(val: Path, class_names: tuple[str, ...]) -> Files:
+    """List the images of the official ``val`` folder whose class is in ``class_names``.
+
+    Args:
+        val: folder with ``images/`` and ``val_annotations.txt`` (file name and class, separated by tabs).
+        class_names: the classes to keep, in the order of their indices.
+
+    Raises:
+        ACKDError: if a line cannot be read, an image is missing, or a class has no image.
+    """
+    source = val / _ANNOTATIONS
+    images = val / "images"
+    label_of = {name: label for label, name in enumerate(class_names)}
+    chosen: list[tuple[int, Path]] = []
+    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        if len(fields) < 2:
+            raise ACKDError(
+                f"line {number} of {source} is {line[:60]!r}, not a file name, a tab and a class: "
+                "put the official file back"
+            )
+        if fields[1].strip() in label_of:
+            chosen.append((label_of[fields[1].strip()], images / fields[0].strip()))
+    present = {path.name for path in image_files(images)} if images.is_dir() else set()
+    missing = [path for _, path in chosen if path.name not in present]
+    if missing:
+        raise ACKDError(
+            f"{len(missing):,} images of {source} are missing, the first is {missing[0]}: unpack the archive again"
+        )
+    labels = [label for label, _ in chosen]
+    empty = [name for name, label in label_of.items() if label not in set(labels)]
+    if empty:
+        raise ACKDError(
+            f"{source} names no image of {len(empty)} training classes, the first is {empty[0]}: training and test "
+            "need the same classes"
+        )
+    return Files(val, class_names, tuple(path for _, path in chosen), torch.tensor(labels))

@@ -1,0 +1,28 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ACKDError(ValueError):
+    """A mistake in the input: one sentence that names the value, the place and the remedy.
+
+    The command line prints the sentence alone and exits with code 2; a traceback is shown with ``ACKD_DEBUG=1``.
+    """
+
+
+def near_matches(value: str, known: Iterable[str], *, most: int = 3) -> str:
+    """Return a hint such as ``did you mean 'resnet20'?``, or the known names when nothing is near.
+
+    Args:
+        value: the name that was not found.
+        known: the valid names.
+        most: how many near names to show.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(value, names, n=most, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"known are {', '.join(names)}" if len(names) <= 12 else "see `ackd fit --help`"

@@ -1,0 +1,171 @@
+"""Take the target learner out of a training run: a plain network in a file, checked before it is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ackd_lightning._version import __version__
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.weights import STUDENT_PREFIX, load_weights, save_weights
+from ackd_lightning.models.zoo import create_model
+
+Which = Literal["last", "best"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A student that was written.
+
+    Attributes:
+        path: of the file.
+        largest_difference: between logits of the trained network and of the file's, on a random batch.
+        network: the reloaded network.
+        input_size: side of its images in pixels.
+        training_parameters: parameters of the student as it was trained, auxiliary learners included.
+    """
+
+    path: Path
+    largest_difference: float
+    network: nn.Module
+    input_size: int
+    training_parameters: int
+
+
+def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
+    """Resolve a run folder or a checkpoint file to a checkpoint file.
+
+    Args:
+        run: either.
+        which: of a run folder.
+
+    Raises:
+        ACKDError: when there is none.
+    """
+    path = Path(run)
+    if path.is_dir():
+        found = path / "checkpoints" / f"{which}.ckpt"
+        if not found.is_file():
+            others = ", ".join(sorted(each.name for each in path.glob("checkpoints/*.ckpt"))) or "none"
+            raise ACKDError(f"{found} does not exist (checkpoints there: {others}); choose another run or --which")
+        return found
+    if not path.is_file():
+        raise ACKDError(f"{run} is neither a run folder nor a checkpoint; `ackd fit` writes runs to runs/CONFIG/NAME")
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint of ours; tensors and plain data only.
+
+    Args:
+        path: of a ``.ckpt`` file.
+
+    Raises:
+        ACKDError: when it is truncated or not ours.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ACKDError(f"{path} cannot be read as a checkpoint ({reason}); choose another one") from error
+    if not isinstance(checkpoint, dict) or "ackd_lightning" not in checkpoint or "state_dict" not in checkpoint:
+        raise ACKDError(
+            f"{path} is no checkpoint of ackd-lightning; name a run folder or a .ckpt that `ackd fit` wrote"
+        )
+    return checkpoint
+
+
+def _target_learner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key[len(STUDENT_PREFIX) :]: value for key, value in state.items() if key.startswith(STUDENT_PREFIX)}
+
+
+def plain_metadata(checkpoint: Mapping[str, Any], extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a weight file says of itself: everything that a later run with it as a teacher needs.
+
+    Args:
+        checkpoint: as ``read_checkpoint`` gives it.
+        extra: accuracies, for example.
+    """
+    facts, hparams = checkpoint["ackd_lightning"], checkpoint.get("hyper_parameters", {})
+    values = {
+        "model": hparams.get("student"),
+        "model_options": hparams.get("student_options") or None,
+        "num_classes": facts["num_classes"],
+        "input_size": facts["input_size"],
+        "mean": facts["mean"],
+        "std": facts["std"],
+        "data": facts["data"],
+        "method": facts["method"],
+        "seed": facts["seed"],
+        "epochs": facts["epoch"],
+        "ackd_lightning": __version__,
+        "torch": torch.__version__,
+    }
+    plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return {**{key: value for key, value in plain.items() if value != "null"}, **(extra or {})}
+
+
+def export_student(
+    checkpoint_path: Path,
+    target: Path,
+    *,
+    extra: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write the target learner of a checkpoint as ``.safetensors`` with the plain network's own keys.
+
+    The file is read back into ``create_model`` and its logits are compared with the trained network's on a batch; only
+    then does it get its name.
+
+    Args:
+        checkpoint_path: of a run.
+        target: where it goes.
+        extra: more metadata.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ACKDError: when the file exists, the checkpoint is not ours, or logits differ.
+    """
+    if target.exists() and not overwrite:
+        raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
+    checkpoint = read_checkpoint(checkpoint_path)
+    facts, hparams = checkpoint["ackd_lightning"], checkpoint.get("hyper_parameters", {})
+    name = hparams.get("student")
+    if not isinstance(name, str):
+        raise ACKDError(
+            f"{checkpoint_path} was trained with a network of your own, not one by name; in Python, save it with "
+            "save_weights(module.student.plain(), path)"
+        )
+
+    def fresh() -> nn.Module:
+        return create_model(name, facts["num_classes"], **(hparams.get("student_options") or {})).eval()
+
+    state = _target_learner(checkpoint["state_dict"])
+    trained = fresh()
+    trained.load_state_dict(state)
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    training_parameters = sum(
+        value.numel()
+        for key, value in checkpoint["state_dict"].items()
+        if key.startswith("student.") and not key.endswith(buffers)
+    )
+    partial = target.with_name(f".{target.name}.unchecked.safetensors")
+    save_weights(state, partial, plain_metadata(checkpoint, extra))
+    try:
+        reloaded = fresh()
+        load_weights(reloaded, partial)
+        image = torch.randn(4, 3, facts["input_size"], facts["input_size"], generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            difference = float((trained(image) - reloaded(image)).abs().max())
+        if not difference <= 1e-5:
+            raise ACKDError(f"the exported student's logits differ by {difference:.3g}; {target} was not written")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Exported(target, difference, reloaded, facts["input_size"], training_parameters)

@@ -1,0 +1,389 @@
+"""``ackd fit | validate | test | predict``: LightningCLI with this package's configurations, folders and messages."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import netrc
+import os
+import pkgutil
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, cast
+
+import lightning.pytorch as L
+import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from ackd_lightning.configs import load_configs
+from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.export import find_checkpoint
+from ackd_lightning.training.callbacks import EpochLine, PredictionFile, RunSummary, checkpoints
+from ackd_lightning.training.distillation import DistillationModule
+
+_RUN_NAME = "ACKD_RUN_NAME"
+_FROM_DATA = ("num_classes", "input_size", "mean", "std")
+_NOT_OURS = (
+    ".*LeafSpec.*",  # torch 2.15 deprecates what Lightning 2.6.6 calls
+    ".*smaller than the logging interval.*",  # epoch means are logged whatever the interval
+    ".*does not have many workers.*",  # data in memory needs none
+    ".*exists and is not empty.*",  # a run's folder was checked before
+)
+
+
+def shorten(message: str, valid: Iterable[str]) -> str:
+    """Turn jsonargparse's account of an error into one sentence with the nearest valid name.
+
+    Args:
+        message: as jsonargparse words it, up to hundreds of lines.
+        valid: the settings that are known at that place.
+    """
+    text = " ".join(message.split())
+    unknown = re.search(r"NestedArg\(key='([^']+)'", text)
+    unknown = unknown or re.search(r"(?:Option|Key) '([^']+)' is not (?:accepted|expected)", text)
+    unknown = unknown or re.search(r"[Uu]nrecognized arguments?: -*([\w.]+)", text)
+    if unknown:
+        return f"there is no setting {unknown[1]!r} here; {near_matches(unknown[1], valid)}"
+    key = re.search(r'Parser key "([^"]+)"', text)
+    value = re.search(r"(?:Given value|Got value): (.{1,80})", text)
+    expected = list(dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\.? Got value| - | Given value|$)", text)))
+    if key and expected:
+        plain = (re.sub(r"typing\.|<class '([\w.]+)'>", r"\1", each) for each in expected)
+        kinds = " or ".join(re.sub(r"Literal\[(.*)\]", r"\1", each) for each in plain if each != "NoneType")
+        given = f" is {value[1]!r}" if value else ""
+        return f"setting {key[1]}{given}; it must be {kinds}"[:400]
+    return text[:400]
+
+
+def deepest(error: BaseException | None) -> ACKDError | None:
+    """The first sentence of ours that led to an error.
+
+    Args:
+        error: the last of a chain.
+    """
+    found: ACKDError | None = None
+    while error is not None:
+        if isinstance(error, ACKDError):
+            found = error
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def known_settings(settings: object) -> set[str]:
+    """Names of the constructor arguments of every class that the settings name.
+
+    Args:
+        settings: of the configurations.
+    """
+    names: set[str] = set()
+    if isinstance(settings, dict):
+        path = settings.get("class_path")
+        found = pkgutil.resolve_name(path) if isinstance(path, str) and path.startswith("ackd_lightning.") else None
+        names |= set(inspect.signature(found).parameters) if found is not None else set()
+        for value in settings.values():
+            names |= known_settings(value)
+    return names
+
+
+class Parser(LightningArgumentParser):
+    """Errors in one sentence."""
+
+    known: ClassVar[set[str]] = set()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing pages of usage."""
+        own = {action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")}
+        valid = self.known if "NestedArg" in message else own | self.known
+        ours = deepest(ex)
+        raise ACKDError(str(ours) if ours else shorten(message, valid)) from ex
+
+
+class RunConfig(SaveConfigCallback):
+    """The resolved settings of a run: ``config.yaml`` in its folder, and into every logger."""
+
+    def __init__(self, parser: Any, config: Any, *, folder: Path) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder = folder
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write once, on the first process, when a fit starts."""
+        text = self.parser.dump(self.config, skip_none=False)
+        if stage == "fit":
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+            for logger in trainer.loggers:
+                if not isinstance(logger, CSVLogger):
+                    logger.log_hyperparams({"cli": yaml.safe_load(text)})
+
+
+class ACKDCLI(LightningCLI):
+    """One run in one folder: builds everything from settings, and hands it to Lightning.
+
+    Args:
+        command: fit, validate, test or predict.
+        arguments: the rest of the command line, ``--config`` included.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        self.command = command
+        configs, rest = split_configs(arguments)
+        if command != "fit":
+            configs, rest = name_checkpoint(configs, rest)
+        settings, self.config_name = load_configs(configs)
+        refuse_linked(settings, rest)
+        Parser.known = known_settings(settings)
+        self.folder = Path()
+        with tempfile.TemporaryDirectory(prefix="ackd-") as folder:
+            merged = Path(folder) / "settings.yaml"
+            merged.write_text(json.dumps(settings), encoding="utf-8")
+            super().__init__(
+                DistillationModule,
+                ImageDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_callback=RunConfig,
+                parser_class=Parser,
+                trainer_defaults={"enable_model_summary": False},
+                args=[command, *(["--config", str(merged)] if configs else []), *rest],
+            )
+
+    # ---------------------------------------------------------------- parsing
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """No abbreviations: a mistyped option must not become another one."""
+        return super().init_parser(allow_abbrev=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of ours, and what the data tells the model."""
+        for name in _FROM_DATA:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        parser.add_argument("--name", type=str | None, default=None, help="name of the run; a time stamp when left out")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="runs are written to RUNS_DIR/CONFIG/NAME")
+        parser.add_argument(
+            "--publish",
+            type=str | None,
+            default=None,
+            help="folder that also gets the weights, as CONFIG.safetensors (teacher configurations set it)",
+        )
+        parser.add_argument(
+            "--wandb",
+            type=str | None,
+            nargs="?",
+            const="ackd-lightning",
+            default=None,
+            metavar="PROJECT",
+            help="log to Weights & Biases; offline when no key is known",
+        )
+        parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, into the run's folder")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse ours, whatever stands in sys.argv."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Explicit settings win over those in a checkpoint (Lightning lets the checkpoint win)."""
+
+    # ---------------------------------------------------------------- building
+
+    def option(self, name: str) -> Any:
+        """Value of an option of the subcommand.
+
+        Args:
+            name: such as ``trainer.max_epochs``.
+        """
+        return self._get(self.config, name)
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's folder and refuse one that is taken."""
+        name = self.option("name") or time.strftime("%Y%m%d-%H%M%S")
+        launched_by_us = "LOCAL_RANK" in os.environ and _RUN_NAME in os.environ
+        name = os.environ[_RUN_NAME] if launched_by_us else name
+        os.environ[_RUN_NAME] = name  # read by the processes that Lightning starts for DDP
+        self.folder = Path(self.option("runs_dir")) / (self.config_name or "run") / name
+        if self.command != "fit" or self.option("trainer.fast_dev_run") or launched_by_us:
+            return
+        resumed = self.option("ckpt_path")
+        if self.folder.exists() and not (resumed and self.folder.resolve() in Path(resumed).resolve().parents):
+            raise ACKDError(f"run {self.folder} exists; choose another --name, or remove the folder")
+        target = self.publish_path()
+        if target is not None and target.exists() and not resumed:
+            raise ACKDError(
+                f"weights {target} exist and this run would replace them; move them, or pass --publish OTHER_FOLDER"
+            )
+
+    def publish_path(self) -> Path | None:
+        """Second place of the student's weights; None for most runs."""
+        folder = self.option("publish")
+        return Path(folder) / f"{self.config_name}.safetensors" if folder else None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Add loggers and callbacks of a run, unless the settings name their own logger."""
+        fit, dry = self.command == "fit", bool(self.option("trainer.fast_dev_run"))
+        callbacks: list[L.Callback] = list(self._get(self.config_init, "trainer.callbacks") or [])
+        self.save_config_kwargs = {"folder": self.folder}
+        if fit and self.option("trainer.logger") is None:
+            kwargs["logger"] = [] if dry else self.loggers()
+        elif not fit:
+            kwargs.setdefault("logger", False)
+        if fit:
+            select = not (isinstance(self.datamodule, ImageDataModule) and self.datamodule.val_is_test)
+            callbacks += [] if dry else checkpoints(self.folder / "checkpoints", select=select)
+            callbacks.append(RunSummary(self.folder, config=self.config_name, publish=self.publish_path()))
+            if kwargs.get("logger"):
+                callbacks.append(LearningRateMonitor(logging_interval="epoch"))
+        if self.command == "predict":
+            callbacks.append(PredictionFile(Path(self.option("output"))))
+        if not sys.stdout.isatty() and self.option("trainer.enable_progress_bar") is None:
+            kwargs["enable_progress_bar"] = False
+            callbacks += [EpochLine()] if fit else []
+        if self.model.automatic_optimization is False and self.option("trainer.gradient_clip_val"):
+            raise ACKDError(
+                "trainer.gradient_clip_val does not work with discriminators (manual optimisation); "
+                "use --model.gradient_clip_val"
+            )
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def loggers(self) -> list[Logger]:
+        """``metrics.csv`` always, W&B and TensorBoard when asked for."""
+        root, config, name = self.folder.parents[1], self.folder.parent.name, self.folder.name
+        loggers: list[Logger] = [CSVLogger(root, name=config, version=name)]
+        project = self.option("wandb")
+        if project is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            loggers.append(
+                WandbLogger(project=project, name=f"{config}/{name}", save_dir=self.folder, offline=offline())
+            )
+        if self.option("tensorboard"):
+            loggers.append(TensorBoardLogger(root, name=config, version=name))
+        return loggers
+
+    # ---------------------------------------------------------------- running
+
+    def before_fit(self) -> None:
+        """A missing teacher ends the run before anything is written."""
+        self.model.load_teacher()
+
+    def after_test(self) -> None:
+        """Keep the test accuracies with the run."""
+        checkpoint = self.option("ckpt_path")
+        if not (checkpoint and self.trainer.is_global_zero):
+            return
+        run = Path(checkpoint).parent.parent
+        if (run / "summary.json").is_file():
+            which = Path(checkpoint).stem
+            values = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+            summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+            summary.setdefault("test", {})[which] = values
+            (run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def offline() -> bool:
+    """True when Weights & Biases has no key: then it logs to disk and never asks."""
+    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
+        return os.environ.get("WANDB_MODE") == "offline"
+    import wandb
+
+    return not wandb.Settings().api_key and not _netrc_key()
+
+
+def _netrc_key() -> bool:
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def split_configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take every ``--config VALUE`` out of a command line.
+
+    Args:
+        arguments: behind the subcommand.
+
+    Returns:
+        The values in order, and the other arguments.
+    """
+    configs: list[str] = []
+    rest: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument in ("--config", "-c"):
+            value = next(waiting, None)
+            if value is None:
+                raise ACKDError("--config needs a value; `ackd configs` lists the packaged ones")
+            configs.append(value)
+        elif argument.startswith("--config="):
+            configs.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    return configs, rest
+
+
+def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
+    """Let ``ackd test RUN [--which best]`` stand for the run's own settings and checkpoint.
+
+    Args:
+        configs: already named.
+        rest: of the command line.
+    """
+    which = "last"
+    if "--which" in rest:
+        place = rest.index("--which")
+        which = rest[place + 1] if place + 1 < len(rest) else ""
+        if which not in ("last", "best"):
+            raise ACKDError(f"--which is {which!r}; it must be last or best")
+        rest = [*rest[:place], *rest[place + 2 :]]
+    if rest and not rest[0].startswith("-"):
+        run = Path(rest[0])
+        checkpoint = find_checkpoint(run, cast("Any", which))
+        folder = run if run.is_dir() else checkpoint.parent.parent
+        rest = ["--ckpt_path", str(checkpoint), *rest[1:]]
+        configs = [str(folder / "config.yaml"), *configs]
+    return configs, rest
+
+
+def refuse_linked(settings: dict[str, Any], rest: Sequence[str]) -> None:
+    """Say so when a setting is given to the model that it takes from the data.
+
+    Args:
+        settings: of the configurations.
+        rest: of the command line.
+
+    Raises:
+        ACKDError: naming the setting.
+    """
+    model = settings.get("model")
+    arguments = model.get("init_args", {}) if isinstance(model, dict) else {}
+    given = [argument.lstrip("-").split("=")[0].replace("init_args.", "") for argument in rest]
+    for name in _FROM_DATA:
+        if (isinstance(arguments, dict) and name in arguments) or f"model.{name}" in given:
+            raise ACKDError(f"model.{name} is taken from the data; leave it out and choose the data's settings instead")
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Carry out one of Lightning's subcommands.
+
+    Args:
+        command: fit, validate, test or predict.
+        arguments: behind it.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # tips and device lists
+    with warnings.catch_warnings():
+        for message in _NOT_OURS:
+            warnings.filterwarnings("ignore", message)
+        try:
+            ACKDCLI(command, arguments)
+        except ValueError as error:
+            if (ours := deepest(error)) is not None:
+                raise ACKDError(str(ours)) from error
+            raise

@@ -1,0 +1,277 @@
+r"""ACKD. Liu, Wang et al.: Improved Knowledge Distillation via Adversarial Collaboration, 2021 (arXiv:2111.14356).
+
+Auxiliary learners on the student's trunk learn from the teacher as a group that attention weighs (Eq. 1 to 3),
+discriminators keep them apart (Eq. 4, 5), and the target learner learns from the group (Eq. 6):
+
+\(L = \lambda_1 L_{kd}^a + \lambda_2 L_{kd}^s + \lambda_3 L_{ad} + \lambda_4 L_{ce}\) (Eq. 7), all \(\lambda = 1\).
+
+The paper leaves much open and contradicts itself in places; each such place is an argument of [`ACKD`][] whose
+docstring names the choice. What the typeset equations say to the letter is the config ``ackd_literal``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import KLDirection, cross_entropy, kl_divergence
+from ackd_lightning.methods.base import AdversarialMethod
+from ackd_lightning.models.attention import AttentionInput, LearnerAttention, weighted_logits
+from ackd_lightning.models.discriminators import (
+    DiscriminatorInput,
+    Discriminators,
+    adversarial_value,
+    discriminator_accuracy,
+)
+from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+
+class ACKD(AdversarialMethod):
+    """Adversarial collaborative knowledge distillation. Target learner: kept. Auxiliary learners: dropped at the end.
+
+    Args:
+        branches: auxiliary learners as ``DnBm`` (Table 7); None: the paper's two, ``D{K}B1`` and ``D{K-1}B2``.
+        temperature: tau of Eq. 1 (not in the paper; 4 in the same authors' code).
+        scale_temperature: multiply Eq. 2 and 6 by tau squared.
+        direction_aux: Eq. 2. ``forward`` KL(teacher || group) as is usual, ``reverse`` as printed, or ``js``.
+        direction_target: Eq. 6. As printed it *pushes the target away* from the group (it is minus a KL); ``forward``
+            KL(group || target) is the default, ``reverse`` is the printed one with its sign put right.
+        teach: who is taught by the teacher in Eq. 2: the ``ensemble`` (paper), each of the ``learners`` (mean over
+            them), or ``both`` (their sum).
+        detach_group: Eq. 6 does not reach the auxiliary learners.
+        attention: g of Eq. 3 (``pooled``; ``flattened`` is the paper's; ``scaled``), or ``off`` for the mean of logits.
+        attention_hidden: width of the MLP of Eq. 3.
+        attention_lr_scale: its learning rate relative to the student's. The literal flattened input at 1.0 gave all
+            weight to one learner within an epoch of a first measurement.
+        adversarial: direction of the game for the learners: ``fool`` (minimise Eq. 5, as Eq. 7 prints it),
+            ``diversify`` (maximise it, as the text's purpose asks), or ``off``.
+        adversarial_form: loss of ``fool``: ``minimax`` (literal) or ``non_saturating`` (flipped labels).
+        adversarial_warmup_epochs: epochs over which lambda_adv grows linearly from 0.
+        discriminator_inputs: un-pooled ``map`` or ``pooled`` features.
+        discriminator_optimizer: ``sgd`` (momentum 0.9, weight decay 5e-4) or ``adam`` (betas 0.5, 0.999).
+        discriminator_lr: its learning rate, decayed together with the student's.
+        lambda_kd_aux: lambda_1, teacher to group (Eq. 2).
+        lambda_kd_target: lambda_2, group to target (Eq. 6).
+        lambda_adv: lambda_3 (Eq. 5).
+        lambda_ce: lambda_4, cross-entropy of the target learner.
+        lambda_ce_aux: lambda_4 of the auxiliary learners' cross-entropies (summed over learners).
+        lambda_direct: weight of a direct teacher-to-target term, which the paper leaves out on purpose.
+
+    Raises:
+        ACKDError: for values that contradict each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        branches: Sequence[str] | None = None,
+        temperature: float = 4.0,
+        scale_temperature: bool = True,
+        direction_aux: KLDirection = "forward",
+        direction_target: KLDirection = "forward",
+        teach: Literal["ensemble", "learners", "both"] = "ensemble",
+        detach_group: bool = True,
+        attention: Literal["pooled", "flattened", "scaled", "off"] = "pooled",
+        attention_hidden: int = 128,
+        attention_lr_scale: float = 0.1,
+        adversarial: Literal["fool", "diversify", "off"] = "fool",
+        adversarial_form: Literal["minimax", "non_saturating"] = "minimax",
+        adversarial_warmup_epochs: int = 0,
+        discriminator_inputs: DiscriminatorInput = "map",
+        discriminator_optimizer: Literal["sgd", "adam"] = "sgd",
+        discriminator_lr: float = 1e-3,
+        lambda_kd_aux: float = 1.0,
+        lambda_kd_target: float = 1.0,
+        lambda_adv: float = 1.0,
+        lambda_ce: float = 1.0,
+        lambda_ce_aux: float = 1.0,
+        lambda_direct: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ACKDError(f"temperature is {temperature} in method ACKD; it must be above 0")
+        if branches is not None and len(branches) == 0:
+            raise ACKDError("branches is empty in method ACKD; name at least one, such as D3B1, or leave it out")
+        if branches is not None and len(branches) == 1 and adversarial != "off":
+            raise ACKDError(
+                f"branches is {list(branches)} in method ACKD, but Eq. 4 compares learners with each other; "
+                "add a second branch or set adversarial to off"
+            )
+        if teach == "learners" and attention != "off" and detach_group:
+            raise ACKDError(
+                "attention has nothing to learn from with teach=learners and detach_group=true in method ACKD; "
+                "set attention to off, or teach to both"
+            )
+        self.branches = None if branches is None else tuple(branches)
+        self.temperature, self.scale_temperature = temperature, scale_temperature
+        self.direction_aux, self.direction_target = direction_aux, direction_target
+        self.teach, self.detach_group = teach, detach_group
+        self.attention_inputs = attention
+        self.attention_hidden, self.attention_lr_scale = attention_hidden, attention_lr_scale
+        self.adversarial, self.adversarial_form = adversarial, adversarial_form
+        self.adversarial_warmup_epochs = adversarial_warmup_epochs
+        self.discriminator_inputs = discriminator_inputs
+        self.optimizer_name, self.discriminator_lr = discriminator_optimizer, discriminator_lr
+        self.lambdas = {
+            "ce": lambda_ce,
+            "ce_aux": lambda_ce_aux,
+            "kd_aux": lambda_kd_aux,
+            "kd_target": lambda_kd_target,
+            "kd_direct": lambda_direct,
+            "adv": lambda_adv,
+        }
+        self.adversarial_ramp = 1.0
+        self.attention: nn.Module = nn.Identity()
+        self.discriminators: nn.Module = nn.Identity()
+
+    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+        """Make the attention MLP and one discriminator per auxiliary learner.
+
+        Args:
+            student: shapes of the branchy student.
+            teacher: shapes of the teacher.
+
+        Raises:
+            ACKDError: when the student has too few learners.
+        """
+        shapes = [branch.features[-1] for branch in student.branches]
+        if not shapes or (len(shapes) < 2 and self.adversarial != "off"):
+            raise ACKDError(
+                f"method ACKD needs {'one branch' if self.adversarial == 'off' else 'two branches'} or more and the "
+                f"student has {len(shapes)}; name them in `branches`, or set adversarial to off"
+            )
+        if self.attention_inputs != "off":
+            inputs: AttentionInput = self.attention_inputs
+            self.attention = LearnerAttention(shapes, inputs=inputs, hidden=self.attention_hidden)
+        if self.adversarial != "off":
+            self.discriminators = Discriminators(len(shapes), shapes[0][0], inputs=self.discriminator_inputs)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Grow lambda_adv during its warm-up.
+
+        Args:
+            epoch: from 0.
+        """
+        steps = self.adversarial_warmup_epochs
+        self.adversarial_ramp = min(1.0, epoch / steps) if steps else 1.0
+
+    def weights(self) -> dict[str, float]:
+        """Lambda of every term (Eq. 7)."""
+        return {**self.lambdas, "adv": self.lambdas["adv"] * self.adversarial_ramp}
+
+    def attention_weights(self, student: NetOutput) -> Tensor:
+        """Attention weights of Eq. 3; equal ones when attention is off.
+
+        Args:
+            student: output with M branches.
+
+        Returns:
+            ``B x M`` float32, rows sum to 1.
+        """
+        if isinstance(self.attention, LearnerAttention):
+            weights: Tensor = self.attention([branch.features[-1] for branch in student.branches])
+            return weights
+        count = len(student.branches)
+        return torch.full((student.logits.shape[0], count), 1.0 / count, device=student.logits.device)
+
+    def ensemble(self, student: NetOutput) -> Tensor:
+        """Logits z of the learning group (Eq. 3).
+
+        Args:
+            student: output with branches.
+
+        Returns:
+            ``B x K`` float32.
+        """
+        return weighted_logits(self.attention_weights(student), [branch.logits for branch in student.branches])
+
+    def _kl(self, learner: Tensor, target: Tensor, direction: KLDirection) -> Tensor:
+        return kl_divergence(
+            learner,
+            target,
+            temperature=self.temperature,
+            direction=direction,
+            scale_temperature=self.scale_temperature,
+        )
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms of Eq. 7, all lambda left out.
+
+        Args:
+            student: target and auxiliary learners.
+            teacher: the frozen teacher.
+            batch: images and targets.
+
+        Returns:
+            ``ce`` and ``ce_aux`` (cross-entropies of the target and, summed, of the learners), ``kd_aux`` (Eq. 2),
+            ``kd_target`` (Eq. 6), ``kd_direct`` (teacher to target, not in the paper), ``adv`` (Eq. 5 as the learners
+            minimise it; it reaches learners and trunk, not the discriminators, which are frozen in this step).
+        """
+        assert teacher is not None
+        group = self.ensemble(student)
+        terms = {
+            "ce": cross_entropy(student.logits, batch.target),
+            "ce_aux": torch.stack([cross_entropy(each.logits, batch.target) for each in student.branches]).sum(),
+        }
+        taught = torch.zeros((), device=group.device)
+        if self.teach != "learners":
+            taught = taught + self._kl(group, teacher.logits, self.direction_aux)
+        if self.teach != "ensemble":
+            each_kl = [self._kl(each.logits, teacher.logits, self.direction_aux) for each in student.branches]
+            taught = taught + torch.stack(each_kl).mean()
+        terms["kd_aux"] = taught
+        source = group.detach() if self.detach_group else group
+        terms["kd_target"] = self._kl(student.logits, source, self.direction_target)
+        terms["kd_direct"] = self._kl(student.logits, teacher.logits, "forward")
+        terms["adv"] = self._learners_loss(student)
+        return terms
+
+    def _learners_loss(self, student: NetOutput) -> Tensor:
+        if self.adversarial == "off":
+            return torch.zeros((), device=student.logits.device)
+        logits: Tensor = self.discriminators([branch.features[-1] for branch in student.branches])
+        if self.adversarial == "diversify":
+            return -adversarial_value(logits)
+        if self.adversarial_form == "non_saturating":
+            return -adversarial_value(logits, flipped=True)
+        return adversarial_value(logits)
+
+    def discriminator_terms(self, student: NetOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminators' side of Eq. 4 and 5: they maximise L_ad on detached features.
+
+        Args:
+            student: of this batch.
+
+        Returns:
+            ``-L_ad`` and the log entries ``disc/loss`` and ``disc/acc``.
+        """
+        logits: Tensor = self.discriminators([branch.features[-1].detach() for branch in student.branches])
+        loss = -adversarial_value(logits)
+        return loss, {"disc/loss": loss.detach(), "disc/acc": discriminator_accuracy(logits.detach())}
+
+    def discriminator_optimizer(self) -> torch.optim.Optimizer:
+        """SGD with momentum, or Adam, as the constructor was told."""
+        parameters = self.discriminators.parameters()
+        if self.optimizer_name == "adam":
+            return torch.optim.Adam(parameters, lr=self.discriminator_lr, betas=(0.5, 0.999))
+        return torch.optim.SGD(parameters, lr=self.discriminator_lr, momentum=0.9, weight_decay=5e-4)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The attention MLP at its own learning rate."""
+        own = list(self.attention.parameters())
+        return [{"params": own, "lr_scale": self.attention_lr_scale}] if own else []
+
+    def statistics(self, student: NetOutput) -> dict[str, Tensor]:
+        """Mean attention weight of every learner and the entropy of the weights in nats.
+
+        Args:
+            student: output with branches.
+        """
+        weights = self.attention_weights(student)
+        entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=1).mean()
+        shares = {f"attention/weight_aux{number}": share for number, share in enumerate(weights.mean(dim=0))}
+        return {**shares, "attention/entropy": entropy}

@@ -1,0 +1,33 @@
+"""Plain training: cross-entropy with the labels, no teacher."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from ackd_lightning.functional import cross_entropy
+from ackd_lightning.methods.base import Method
+from ackd_lightning.types import Batch, NetOutput
+
+
+class CE(Method):
+    """Cross-entropy alone: how teachers and "student alone" rows are trained.
+
+    Args:
+        weight_ce: weight of the cross-entropy.
+    """
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, *, weight_ce: float = 1.0) -> None:
+        super().__init__()
+        self.weight_ce = weight_ce
+
+    def weights(self) -> dict[str, float]:
+        """Weight of ``ce``."""
+        return {"ce": self.weight_ce}
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Term ``ce``; arguments as in the base class."""
+        return {"ce": cross_entropy(student.logits, batch.target)}

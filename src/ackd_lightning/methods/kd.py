@@ -1,0 +1,45 @@
+r"""Knowledge distillation. Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015.
+
+\(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{kd}\,\tau^2\,\mathrm{KL}(p^t \| p^s)\)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import cross_entropy, kd_loss
+from ackd_lightning.methods.base import Method
+from ackd_lightning.types import Batch, NetOutput
+
+
+class KD(Method):
+    """Cross-entropy with the labels plus divergence from the teacher's softened classes.
+
+    Args:
+        temperature: tau, > 0.
+        weight_ce: weight of the cross-entropy; 0.1 in the benchmark that the ACKD paper compares with.
+        weight_kd: weight of the distillation term; 0.9 there.
+
+    Raises:
+        ACKDError: for a temperature that is not positive.
+    """
+
+    def __init__(self, *, temperature: float = 4.0, weight_ce: float = 0.1, weight_kd: float = 0.9) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ACKDError(f"temperature is {temperature} in method KD; it must be above 0")
+        self.temperature = temperature
+        self.weight_ce, self.weight_kd = weight_ce, weight_kd
+
+    def weights(self) -> dict[str, float]:
+        """Weights of ``ce`` and ``kd``."""
+        return {"ce": self.weight_ce, "kd": self.weight_kd}
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms ``ce`` and ``kd``; arguments as in the base class."""
+        assert teacher is not None
+        return {
+            "ce": cross_entropy(student.logits, batch.target),
+            "kd": kd_loss(student.logits, teacher.logits, temperature=self.temperature),
+        }

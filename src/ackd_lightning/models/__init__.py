@@ -1,0 +1,1 @@
+"""Networks: the zoo, frozen teachers, branchy students, attention and discriminators."""

@@ -1,0 +1,145 @@
+"""A teacher that cannot be trained, saved or forgotten in training mode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ackd_lightning.models.taps import plan_for, staged_forward
+from ackd_lightning.models.weights import load_weights
+from ackd_lightning.models.zoo import create_model
+from ackd_lightning.types import NetOutput
+
+
+class FrozenTeacher(nn.Module):
+    """A network in evaluation mode for ever, without gradient, fed with its own normalisation and image size.
+
+    Training modules hold it outside their module tree: it is in no checkpoint, no optimizer, no DDP bucket.
+
+    Args:
+        network: any network that maps images to logits.
+        mean: per channel, what the network was trained with; None: the data's.
+        std: as ``mean``.
+        input_size: side in pixels the network was trained with; None: the data's.
+        bf16: run the forward pass in bfloat16 (weights stay as they are, logits come back in float32).
+        metadata: what is known of it; ``test_acc`` or ``val_acc`` (in [0, 1]) feed the teacher gate.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        input_size: int | None = None,
+        bf16: bool = False,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.plan = plan_for(network)
+        self.bf16 = bf16
+        self.metadata = dict(metadata or {})
+        self._own = (tuple(mean) if mean else None, tuple(std) if std else None, input_size)
+        self.input_size = input_size
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
+        self.training = False
+
+    @classmethod
+    def from_name(
+        cls,
+        name: str,
+        num_classes: int,
+        *,
+        weights: str,
+        options: dict[str, Any] | None = None,
+        bf16: bool = False,
+    ) -> FrozenTeacher:
+        """Build a teacher from a model name and a weight file; normalisation and size come from the file's metadata.
+
+        Args:
+            name: for ``create_model``.
+            num_classes: K.
+            weights: path of a weight file.
+            options: for ``create_model``.
+            bf16: as in the constructor.
+
+        Raises:
+            ACKDError: when the file is missing, foreign or does not fit.
+        """
+        network = create_model(name, num_classes, **(options or {}))
+        metadata = load_weights(network, weights)
+        return cls(
+            network,
+            mean=json.loads(metadata["mean"]) if "mean" in metadata else None,
+            std=json.loads(metadata["std"]) if "std" in metadata else None,
+            input_size=int(metadata["input_size"]) if "input_size" in metadata else None,
+            bf16=bf16,
+            metadata=metadata,
+        )
+
+    def adapt_to(self, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: int) -> None:
+        """Tell the teacher how the images it will get were normalised; it converts them to its own.
+
+        Args:
+            mean: of the data, per channel; None: unknown, nothing is converted.
+            std: as ``mean``.
+            input_size: side of the data's images in pixels.
+        """
+        own_mean, own_std, own_size = self._own
+        self.input_size = None if own_size == input_size else own_size
+        self.scale = self.shift = None
+        if mean is None or std is None or own_mean is None or own_std is None:
+            return
+        if tuple(mean) == own_mean and tuple(std) == own_std:
+            return
+        device = next((each.device for each in self.network.parameters()), torch.device("cpu"))
+        data_mean, data_std, target_mean, target_std = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+            for values in (mean, std, own_mean, own_std)
+        )
+        self.scale = data_std / target_std
+        self.shift = (data_mean - target_mean) / target_std
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        """Stay in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenTeacher:
+        """Stay frozen whatever is asked."""
+        super().requires_grad_(False)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
+        return self  # it never changes: an EMA copy of the student shares its teacher
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> NetOutput:
+        """Logits, stage outputs and embedding, all without gradient.
+
+        Args:
+            image: ``B x C x H x W`` as the student gets it.
+
+        Returns:
+            Output of the teacher on its own view of the images; logits in float32.
+        """
+        if self.scale is not None and self.shift is not None:
+            image = image * self.scale + self.shift
+        if self.input_size is not None:
+            image = F.interpolate(
+                image, size=(self.input_size, self.input_size), mode="bilinear", antialias=True, align_corners=False
+            )
+        if self.bf16:
+            with torch.autocast(image.device.type, dtype=torch.bfloat16):
+                out = staged_forward(self.network, self.plan, image)
+        else:
+            out = staged_forward(self.network, self.plan, image)
+        return NetOutput(out.logits.float(), out.features, out.embedding)

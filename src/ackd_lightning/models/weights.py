@@ -1,0 +1,287 @@
+"""Weights on disk: every kind of file that a teacher or a student comes from, and the one kind that we write."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import secrets
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from ackd_lightning.errors import ACKDError
+
+STUDENT_PREFIX = "student.backbone."
+"""What the target learner's keys start with in our own Lightning checkpoints."""
+
+_SHOWN = 3
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> dict[str, str]:
+    """Load the weights of a local file into ``model``, every key and every shape of which must agree.
+
+    Understood are ``.safetensors``, a plain state dict saved by torch, a checkpoint that keeps its state dict under
+    ``model`` or ``state_dict`` (public teachers), and our own Lightning checkpoints, of which the target learner alone
+    is taken. Prefixes of ``DataParallel`` and ``torch.compile`` are removed. The format is told by the content and not
+    by the name. Nothing in the file is ever executed (``weights_only=True``), and nothing is fetched.
+
+    Args:
+        model: the network to fill, in place, on whatever device it is; untouched when an error is raised.
+        path: the file.
+        name: what error messages call the network; its class where not given.
+
+    Returns:
+        What the file says about itself: the metadata of a ``.safetensors`` file, or the numbers and strings that stand
+        beside the state dict of a checkpoint (``epoch``, ``best_acc``, …), as text.
+
+    Raises:
+        ACKDError: no such file, not a weights file, objects other than tensors in it, or keys or shapes that differ.
+    """
+    file = _local_file(path)
+    tensors, metadata = _read(file)
+    own = model.state_dict()
+    tensors = _without_prefixes(tensors, own)
+    _check(tensors, own, file, name or type(model).__name__)
+    model.load_state_dict(tensors, strict=True)
+    return metadata
+
+
+def save_weights(
+    source: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write weights as ``.safetensors``, so that at every moment there is the old file, or the new one in full.
+
+    The bytes go to a hidden file in the same folder, which replaces ``path`` once they are on the disk. Missing folders
+    are made. Tensors that share memory are written one by one.
+
+    Args:
+        source: a network, or its state dict.
+        path: the file to write.
+        metadata: text about the weights: accuracy, data, seed, epochs, versions.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ACKDError: a URL, a folder in the place of the file, a place that cannot be written, or metadata that is not
+            text.
+    """
+    file = _refuse_url(path)
+    notes = dict(metadata or {})
+    for key, note in notes.items():
+        if not isinstance(key, str) or not isinstance(note, str):
+            raise ACKDError(
+                f"metadata {key!r} for {file} is a {type(note).__name__}: safetensors keeps text only, use str(...)"
+            )
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        # clone: safetensors refuses tensors that share memory
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+    if file.is_dir():
+        raise ACKDError(
+            f"{file} is a folder: name the weights file to write in it, such as {file / 'weights.safetensors'}"
+        )
+    partial = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as handle:
+            handle.write(to_safetensors(tensors, metadata=notes))
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(file)
+    except OSError as error:
+        raise ACKDError(
+            f"{file} cannot be written ({error.strerror}): choose a folder with room that you may write in"
+        ) from error
+    finally:
+        if partial.is_file():
+            partial.unlink()
+    return file
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the metadata of a ``.safetensors`` file without reading its tensors; empty where it has none.
+
+    Raises:
+        ACKDError: no such file, or a file that is not ``.safetensors``.
+    """
+    file = _local_file(path)
+    if not _is_safetensors(_head(file)):
+        raise ACKDError(
+            f"{file} is not a .safetensors file: only those carry metadata, so name one, or export it again"
+        )
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return dict(handle.metadata() or {})
+    except SafetensorError as error:
+        raise _damaged(file, error) from error
+
+
+def _refuse_url(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` as a path, unless it is an address."""
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # one letter alone is a drive, and a Path has but one slash left
+        raise ACKDError(f"{text} is an address, and weights come from local files only: download it and give its path")
+    return Path(text).expanduser()
+
+
+def _local_file(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` as the path of a file that is there."""
+    file = _refuse_url(path)
+    if file.is_dir():
+        raise ACKDError(f"{file} is a folder: name the weights file in it")
+    if not file.exists():
+        raise ACKDError(f"there is no weights file {file}: correct the path, or make the file first")
+    return file
+
+
+def _head(file: Path) -> bytes:
+    """Return the first bytes of ``file``."""
+    try:
+        with file.open("rb") as handle:
+            return handle.read(64)
+    except OSError as error:
+        raise ACKDError(f"{file} cannot be read ({error.strerror}): check its permissions") from error
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Tell whether a file begins like ``.safetensors``: eight bytes of length, then JSON."""
+    return head[8:9] == b"{"
+
+
+def _damaged(file: Path, error: Exception) -> ACKDError:
+    """Return the error for a file that begins as it should but cannot be read to its end."""
+    return ACKDError(
+        f"{file} is truncated or no weights file ({type(error).__name__} while reading it): fetch or make it again"
+    )
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of ``file``, on the CPU, and what it says about itself."""
+    head = _head(file)
+    if _is_safetensors(head):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  no mapping
+                return _nothing_but_tensors(tensors, file), dict(handle.metadata() or {})
+        except SafetensorError as error:
+            raise _damaged(file, error) from error
+    if head.startswith((b"PK", b"\x80")):  # a zip archive, or a bare pickle as torch wrote before 1.6
+        return _split(_read_torch(file), file)
+    if head.startswith(b"version https://git-lfs"):
+        raise ACKDError(f"{file} is a pointer of Git LFS and not the weights: fetch them with `git lfs pull`")
+    what = "is empty" if not head else "is neither a .safetensors file nor one that torch.save wrote"
+    raise ACKDError(f"{file} {what}: fetch or make the weights file again, or correct the path")
+
+
+def _read_torch(file: Path) -> Any:
+    """Load what ``torch.save`` wrote, with tensors and plain data allowed and nothing else."""
+    try:
+        with warnings.catch_warnings():
+            # pickles of other programs: what is wrong with them is said below
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
+        if refused is None:
+            raise _damaged(file, error) from error
+        held = refused[1]
+        remedy = "where you trust the file, re-save only its 'model' entry (the state dict), and give that"
+        if held == "argparse.Namespace":  # harmless, and in each `_last.pth` of the public teachers
+            remedy = (
+                "re-save only its 'model' entry, `with torch.serialization.safe_globals([argparse.Namespace]): "
+                "torch.save({'model': torch.load(OLD, weights_only=True)['model']}, NEW)`, and give NEW"
+            )
+        raise ACKDError(
+            f"{file} holds Python objects besides tensors ({held}), which the safe loader refuses: {remedy}"
+        ) from error
+    except Exception as error:  # a damaged pickle or archive can fail in any way
+        raise _damaged(file, error) from error
+
+
+def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Find the state dict in what torch loaded, and turn the plain values beside it into text."""
+    if not isinstance(loaded, Mapping):
+        raise ACKDError(f"{file} holds a {type(loaded).__name__}: give a state dict, or a checkpoint that contains one")
+    for entry in ("state_dict", "model"):
+        inner = loaded.get(entry)
+        if isinstance(inner, Mapping):
+            beside = {key: _as_text(value) for key, value in loaded.items() if key != entry}
+            notes = {str(key): text for key, text in beside.items() if text is not None}
+            return _nothing_but_tensors(inner, file), notes
+    return _nothing_but_tensors(loaded, file), {}
+
+
+def _as_text(value: Any) -> str | None:
+    """Return a number, a string or a tensor of one number as text, and None for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return str(value) if isinstance(value, str | int | float) else None
+
+
+def _nothing_but_tensors(state: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
+    """Return ``state`` as a dict, once each of its values is known to be a tensor with a name."""
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ACKDError(
+                f"{file} is no state dict, as its entry {key!r} is a {type(value).__name__}: "
+                "give a state dict, or a checkpoint with one under 'model' or 'state_dict'"
+            )
+    if not state:
+        raise ACKDError(f"{file} holds no tensors: make the weights file again, or correct the path")
+    return dict(state)
+
+
+def _without_prefixes(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the target learner out of a training checkpoint, and remove what wrappers put before each key.
+
+    Nothing is removed that the network's own keys have too.
+    """
+    if not any("_orig_mod." in key for key in own):  # torch.compile
+        tensors = {key.replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}
+    if all(key.startswith("module.") for key in tensors) and not any(key.startswith("module.") for key in own):
+        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}  # DataParallel
+    student = {key.removeprefix(STUDENT_PREFIX): tensors[key] for key in tensors if key.startswith(STUDENT_PREFIX)}
+    return tensors if not student or any(key.startswith(STUDENT_PREFIX) for key in own) else student
+
+
+def _check(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path, name: str) -> None:
+    """Raise an error of one sentence where keys or shapes differ."""
+    missing = [key for key in own if key not in tensors]
+    unexpected = [key for key in tensors if key not in own]
+    reshaped = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
+    if not (missing or unexpected or reshaped):
+        return
+    if reshaped and not (missing or unexpected):
+        head = next(reversed(list(own))).rpartition(".")[0]  # the classifier is the last module that has weights
+        rows = [(tensors[key].shape, own[key].shape) for key in reshaped if key.rpartition(".")[0] == head]
+        if len(rows) == len(reshaped) and all(there[1:] == here[1:] and there and here for there, here in rows):
+            raise ACKDError(
+                f"{file} has {rows[0][0][0]} classes and {name} was asked for {rows[0][1][0]}, while all else agrees: "
+                f"build {name} with num_classes={rows[0][0][0]}, or give weights for {rows[0][1][0]} classes"
+            )
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} of {len(own)} keys are missing ({_first(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} of the file's {len(tensors)} are unexpected ({_first(unexpected)})")
+    if reshaped:
+        shapes = (f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}" for key in reshaped)
+        parts.append(f"{len(reshaped)} have another shape ({_first(shapes)})")
+    raise ACKDError(f"{file} does not fit {name}: {'; '.join(parts)}; give the weights of this network, or its name")
+
+
+def _first(names: Iterable[str]) -> str:
+    """Return the first few of ``names`` in one line."""
+    listed = list(names)
+    return ", ".join(listed[:_SHOWN]) + (", …" if len(listed) > _SHOWN else "")

@@ -1,0 +1,150 @@
+"""Networks by name: those of the CIFAR benchmarks here, ImageNet ones from torchvision, the rest from timm."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
+from ackd_lightning.models.zoo.mobilenetv2 import CifarMobileNetV2
+from ackd_lightning.models.zoo.resnet_cifar import CifarResNet
+from ackd_lightning.models.zoo.shufflenetv1 import CifarShuffleNetV1
+from ackd_lightning.models.zoo.wide_resnet import WideResNet
+
+__all__ = ["count_parameters", "create_model", "list_models", "multiply_adds"]
+
+_CIFAR: dict[str, Callable[[int], nn.Module]] = {
+    "resnet8": partial(CifarResNet, depth=8),
+    "resnet14": partial(CifarResNet, depth=14),
+    "resnet20": partial(CifarResNet, depth=20),
+    "resnet32": partial(CifarResNet, depth=32),
+    "resnet44": partial(CifarResNet, depth=44),
+    "resnet56": partial(CifarResNet, depth=56),
+    "resnet110": partial(CifarResNet, depth=110),
+    "resnet8x4": partial(CifarResNet, depth=8, widths=(32, 64, 128, 256)),
+    "resnet32x4": partial(CifarResNet, depth=32, widths=(32, 64, 128, 256)),
+    "wrn_16_2": partial(WideResNet, depth=16, widen=2),
+    "wrn_28_2": partial(WideResNet, depth=28, widen=2),
+    "wrn_28_4": partial(WideResNet, depth=28, widen=4),
+    "wrn_40_1": partial(WideResNet, depth=40, widen=1),
+    "wrn_40_2": partial(WideResNet, depth=40, widen=2),
+    "mobilenetv2_x0_5": partial(CifarMobileNetV2, width=0.5),
+    "mobilenetv2_x1_4": partial(CifarMobileNetV2, width=1.4),
+    "shufflenetv1": CifarShuffleNetV1,
+}
+
+_TIMM = "timm:"
+_STEMS = ("imagenet", "cifar")
+# options by which torchvision or timm would fetch weights: ours come from local files only
+_FETCHING = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_cfg", "checkpoint_path"})
+# these two answer with several outputs in training unless told otherwise, and ask for init_weights with a warning
+_TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """Build a network with fresh weights that maps images (B, 3, H, W) to logits (B, K).
+
+    >>> from ackd_lightning.models.zoo import count_parameters, create_model
+    >>> count_parameters(create_model("resnet20", 100))
+    278324
+
+    Args:
+        name: a CIFAR network of :func:`list_models` (``resnet20``, ``wrn_40_2``, …), the name of a classification
+            network of torchvision (``resnet18``), or ``timm:NAME``. No name stands for two networks.
+        num_classes: K.
+        **options: for CIFAR networks none. For ResNets of torchvision ``stem``: ``imagenet`` (the default, 7x7 with
+            stride 2 and max-pooling) or ``cifar`` (3x3 with stride 1, no pooling). Any other option goes to
+            torchvision's or timm's constructor.
+
+    Raises:
+        ACKDError: unknown name or option, an option that would fetch weights, or fewer than one class.
+    """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ACKDError(f"num_classes of {name!r} is {num_classes!r}: give a whole number of at least 1")
+    for option in options:
+        if option in _FETCHING:
+            raise ACKDError(
+                f"{option!r} of {name!r} would fetch weights: leave it out and use load_weights on a local file"
+            )
+    if name in _CIFAR:
+        if options:
+            raise ACKDError(f"option {next(iter(options))!r} is unknown: {name!r} takes no options, leave it out")
+        return _CIFAR[name](num_classes)
+    if name.startswith(_TIMM):
+        return _from_timm(name, num_classes, options)
+    if name in _torchvision_names():
+        return _from_torchvision(name, num_classes, options)
+    known = list_models()
+    wanted = name.lower()
+    # the names of torchvision are too many to be listed when nothing is near
+    near = difflib.get_close_matches(wanted, known, cutoff=0.6)
+    hint = near_matches(wanted, known if near else _CIFAR)
+    raise ACKDError(f"no network is named {name!r}: {hint} (or a torchvision classification network, or timm:NAME)")
+
+
+def list_models() -> list[str]:
+    """List the names of :func:`create_model`: CIFAR networks first, then torchvision's; ``timm:NAME`` is not listed."""
+    return [*_CIFAR, *_torchvision_names()]
+
+
+def _torchvision_names() -> list[str]:
+    """Return the sorted names of torchvision's classification networks."""
+    import torchvision.models  # here, because it takes longer to import than the CIFAR networks do
+
+    return sorted(torchvision.models.list_models(module=torchvision.models))
+
+
+def _from_torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """Build a classification network of torchvision, with the stem that ``options`` name."""
+    import torchvision.models
+
+    rest = dict(options)
+    stem = rest.pop("stem", "imagenet")
+    if "stem" in options and not name.startswith(("resnet", "resnext", "wide_resnet")):
+        raise ACKDError(f"option 'stem' does not apply to {name!r}: only torchvision's ResNets take it, leave it out")
+    if stem not in _STEMS:
+        raise ACKDError(f"option 'stem' of {name!r} is {stem!r}: choose {' or '.join(repr(known) for known in _STEMS)}")
+    build = partial(torchvision.models.get_model, name, weights=None, num_classes=num_classes)
+    model = _build(build, name, {**_TORCHVISION_DEFAULTS.get(name, {}), **rest})
+    if stem == "cifar":
+        conv = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        model.conv1 = conv
+        model.maxpool = nn.Identity()
+    return model
+
+
+def _from_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """Build the network of timm whose name follows ``timm:``."""
+    import timm
+
+    bare = name.removeprefix(_TIMM)
+    if not timm.is_model(bare):
+        known = timm.list_models()
+        near = difflib.get_close_matches(bare, known, cutoff=0.6)
+        hint = near_matches(bare, known) if near else "timm.list_models() names them all"
+        raise ACKDError(f"timm has no network named {bare!r}: {hint}")
+    return _build(partial(timm.create_model, bare, pretrained=False, num_classes=num_classes), name, options)
+
+
+def _build(constructor: Callable[..., Any], name: str, options: dict[str, Any]) -> nn.Module:
+    """Call ``constructor`` with ``options`` and turn a refused keyword into one sentence."""
+    try:
+        model: nn.Module = constructor(**options)
+    except TypeError as error:
+        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if refused and refused[1] in options:
+            raise ACKDError(
+                f"option {refused[1]!r} is unknown to {name!r}: correct its name or leave it out"
+            ) from error
+        raise
+    return model

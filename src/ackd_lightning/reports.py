@@ -1,0 +1,216 @@
+"""What is read off finished runs: ``ackd export`` and ``ackd compare``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.export import Which, export_student, find_checkpoint
+from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """Summary of a finished run.
+
+    Args:
+        run: its folder.
+
+    Raises:
+        ACKDError: when there is none.
+    """
+    path = run / "summary.json"
+    if not path.is_file():
+        raise ACKDError(f"{run} holds no finished run (no summary.json); name a folder that `ackd fit` wrote")
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
+
+
+def export_command(run: str, *, which: Which, out: str | None, overwrite: bool) -> None:
+    """Write the target learner alone and say what it costs.
+
+    Args:
+        run: folder or checkpoint.
+        which: checkpoint of a folder.
+        out: the file; None: beside the run's other files.
+        overwrite: replace a file that is there.
+    """
+    checkpoint = find_checkpoint(run, which)
+    folder = Path(run) if Path(run).is_dir() else checkpoint.parent
+    target = Path(out) if out else folder / f"student-{checkpoint.stem}.safetensors"
+    if target.suffix != ".safetensors":
+        raise ACKDError(f"--out is {target}; a .safetensors file is written, so let it end in .safetensors")
+    exported = export_student(checkpoint, target, overwrite=overwrite)
+    table = Table(title=f"{target} (logits as in training, largest difference {exported.largest_difference:.1g})")
+    for column in ("network", "parameters", "multiply-adds"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    adds = multiply_adds(exported.network, exported.input_size)
+    teacher = {}
+    if (folder / "summary.json").is_file():
+        teacher = read_summary(folder).get("teacher", {})
+    if teacher:
+        table.add_row(f"teacher {teacher['model']}", f"{teacher['parameters']:,}", f"{teacher['multiply_adds']:,}")
+    table.add_row("student in training", f"{exported.training_parameters:,}", "")
+    table.add_row("exported student", f"{count_parameters(exported.network):,}", f"{adds:,}")
+    Console(width=100).print(table)
+
+
+def find_runs(places: Sequence[str | Path]) -> list[Path]:
+    """Run folders among or directly below the given ones.
+
+    Args:
+        places: run folders, or folders of runs.
+
+    Raises:
+        ACKDError: when a place holds no finished run.
+    """
+    runs: list[Path] = []
+    for place in map(Path, places):
+        if not place.is_dir():
+            raise ACKDError(f"{place} is no folder; name run folders such as runs/CONFIG/NAME")
+        found = [place] if (place / "summary.json").is_file() else sorted(p.parent for p in place.rglob("summary.json"))
+        if not found:
+            raise ACKDError(f"{place} holds no finished run (no summary.json); name a folder that `ackd fit` wrote")
+        runs += [run for run in found if run not in runs]
+    return runs
+
+
+def mean_and_std(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation of shares, in percent.
+
+    Args:
+        values: in [0, 1].
+
+    Example:
+        >>> mean_and_std([0.5, 0.6]), mean_and_std([0.5]), mean_and_std([])
+        ('55.00 ± 7.07', '50.00', '-')
+    """
+    if not values:
+        return "-"
+    text = f"{100 * statistics.fmean(values):.2f}"
+    return text if len(values) < 2 else f"{text} ± {100 * statistics.stdev(values):.2f}"
+
+
+def compare(places: Sequence[str | Path]) -> Table:
+    """One row for each configuration: accuracies as mean and standard deviation over its runs.
+
+    Args:
+        places: as ``find_runs`` takes them.
+    """
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in find_runs(places):
+        summary = read_summary(run)
+        groups[summary["config"]].append(summary)
+    looks_at_test = any(each["shown"] == "test" for runs in groups.values() for each in runs)
+    table = Table(title="accuracy in %, mean ± standard deviation over runs (n)")
+    for column in ("configuration", "method", "student", "n", "val last", "val best", "test last", "test best"):
+        table.add_column(column, justify="left" if column in ("configuration", "method", "student") else "right")
+    table.add_column("parameters", justify="right")
+    for config, runs in groups.items():
+
+        def known(place: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
+            return mean_and_std([each[place][key] for each in runs if key in each.get(place, {})])
+
+        def tested(which: str, runs: list[dict[str, Any]] = runs) -> str:
+            values = [each.get("test", {}).get(which, {}).get("test/acc") for each in runs]
+            if which == "last":  # a run without validation data has looked at the test set in its last epoch
+                values = [
+                    v if v is not None else each["last"].get("test/acc") for v, each in zip(values, runs, strict=True)
+                ]
+            return mean_and_std([value for value in values if value is not None])
+
+        first = runs[0]
+        table.add_row(
+            config,
+            first["method"],
+            first["student"],
+            str(len(runs)),
+            known("last", "val/acc"),
+            known("best", "val/acc"),
+            tested("last"),
+            tested("best"),
+            f"{first['parameters']:,}",
+        )
+    table.caption = "best = epoch with the best validation accuracy" + (
+        "; without validation data nothing is selected" if looks_at_test else ""
+    )
+    return table
+
+
+def curves(run: Path) -> tuple[list[int], list[float], str]:
+    """Validation accuracy of a run by epoch, from its ``metrics.csv``.
+
+    Args:
+        run: its folder.
+
+    Returns:
+        Epochs from 1, accuracies in percent, and which data they are of.
+    """
+    stage = read_summary(run)["shown"]
+    epochs: list[int] = []
+    values: list[float] = []
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            value = row.get(f"{stage}/acc")
+            if value and not math.isnan(float(value)):
+                epochs.append(int(row["epoch"]) + 1)
+                values.append(100 * float(value))
+    return epochs, values, stage
+
+
+def draw_curves(places: Sequence[str | Path], target: Path) -> None:
+    """Draw accuracy by epoch: one colour for each configuration, thin lines for runs, a thick one for their mean.
+
+    Args:
+        places: as ``find_runs`` takes them.
+        target: PNG file.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for run in find_runs(places):
+        groups[read_summary(run)["config"]].append(run)
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    stages: set[str] = set()
+    for number, (config, runs) in enumerate(groups.items()):
+        color = f"C{number % 10}"
+        lines = [curves(run) for run in runs]
+        stages |= {stage for _, _, stage in lines}
+        for epochs, values, _ in lines if len(lines) > 1 else []:
+            axes.plot(epochs, values, color=color, linewidth=0.6, alpha=0.4)
+        shared = sorted(set.intersection(*(set(epochs) for epochs, _, _ in lines)))
+        by_epoch = [dict(zip(epochs, values, strict=True)) for epochs, values, _ in lines]
+        means = [statistics.fmean(each[epoch] for each in by_epoch) for epoch in shared]
+        axes.plot(shared, means, color=color, linewidth=2, label=f"{config} (n={len(runs)})")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"{' / '.join(sorted(stages))} accuracy in %")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+def compare_command(places: Sequence[str], figure: str) -> None:
+    """Print the table and draw the curves.
+
+    Args:
+        places: as ``find_runs`` takes them.
+        figure: PNG file.
+    """
+    table = compare(places)
+    Console(width=None if Console().is_terminal else 140).print(table)
+    draw_curves(places, Path(figure))
+    print(f"curves: {figure}")

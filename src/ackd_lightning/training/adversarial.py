@@ -1,0 +1,169 @@
+"""Discriminator step, then learner step: the only file that knows about manual optimisation.
+
+Every oddity here answers a measured trap: stepping two optimizers through Lightning doubles ``global_step``; a second
+backward breaks DDP's reducer; manual optimisation switches off DDP's buffer broadcast; raw optimizer steps ignore the
+loss scale of 16-bit training. The tests name them one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods.ackd import ACKD
+from ackd_lightning.methods.base import AdversarialMethod, Method
+from ackd_lightning.training.distillation import DistillationModule
+
+_DISCRIMINATORS = "method.discriminators."
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No gradient for a module's parameters inside the block; gradients still flow through it.
+
+    Args:
+        module: all of whose parameters are trainable.
+    """
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+class AdversarialModule(DistillationModule):
+    """Trains a student against discriminators: one student forward, a discriminator step, a learner step.
+
+    Only learner steps count in ``global_step``, so ``max_steps``, ``every_n_train_steps``, ``fast_dev_run`` and weight
+    averaging mean what they mean elsewhere. The constructor is that of [`DistillationModule`][].
+    """
+
+    def _finish(self) -> None:
+        self.automatic_optimization = False
+        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+        # read by torch's DistributedDataParallel: the discriminators' gradients are reduced here, not by its buckets
+        self._ddp_params_and_buffers_to_ignore = [name for name in names if name.startswith(_DISCRIMINATORS)]
+
+    def _check_method(self, method: Method) -> None:
+        if not isinstance(method, AdversarialMethod):
+            raise ACKDError(f"method {type(method).__name__} has no discriminators; train it with DistillationModule")
+
+    @property
+    def opponents(self) -> AdversarialMethod:
+        """The method, which is known to have discriminators."""
+        return cast(AdversarialMethod, self.method)
+
+    def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer | None]:
+        found = self.optimizers()
+        if isinstance(found, list):
+            return found[0], found[1]
+        return found, None
+
+    # ---------------------------------------------------------------- hooks
+
+    def on_fit_start(self) -> None:
+        """Start all processes with the same discriminators: DDP does not send parameters that it ignores."""
+        if dist.is_available() and dist.is_initialized():
+            for tensor in (*self.opponents.discriminators.parameters(), *self.opponents.discriminators.buffers()):
+                dist.broadcast(tensor.data, 0)
+
+    def _rearm_buffer_sync(self) -> None:
+        """Ask DDP to send BatchNorm's buffers again: in manual optimisation Lightning leaves that switched off."""
+        wrapped = self.trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.require_forward_param_sync = True
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keyed noise, and BatchNorm buffers equal on all processes."""
+        self._rearm_buffer_sync()
+        super().on_train_batch_start(batch, batch_idx)
+
+    def on_validation_start(self) -> None:
+        """BatchNorm buffers equal on all processes."""
+        self._rearm_buffer_sync()
+
+    def on_train_epoch_end(self) -> None:
+        """Step both schedules: Lightning does not in manual optimisation. Runs before checkpoints are written."""
+        schedulers = self.lr_schedulers()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            cast(torch.optim.lr_scheduler.LRScheduler, scheduler).step()
+
+    # ---------------------------------------------------------------- steps
+
+    def _discriminator_step(self, loss: Tensor, optimizer: LightningOptimizer) -> None:
+        """Backward, reduce over processes, step; not counted in ``global_step``.
+
+        Args:
+            loss: on detached features.
+            optimizer: of the discriminators.
+        """
+        strategy = self.trainer.strategy
+        parallel = isinstance(strategy, ParallelStrategy)
+        optimizer.zero_grad()
+        with strategy.block_backward_sync() if parallel else contextlib.nullcontext():  # type: ignore[attr-defined]
+            self.manual_backward(loss)
+        if parallel and self.trainer.world_size > 1:
+            for parameter in self.opponents.discriminators.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.trainer.world_size
+        # through the strategy: precision plugin and hooks run, Lightning's step counter does not
+        strategy.optimizer_step(optimizer.optimizer, lambda: None)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        """One student forward; backward and step of the discriminators; backward and step of the learners."""
+        batch = self.as_batch(batch)
+        learner_optimizer, discriminator_optimizer = self._optimizers()
+        student, teacher = self.outputs(batch)
+        if discriminator_optimizer is not None:
+            loss, values = self.opponents.discriminator_terms(student)
+            self._discriminator_step(loss, discriminator_optimizer)
+            self.log_dict(values, on_step=False, on_epoch=True, batch_size=batch.image.shape[0], sync_dist=True)
+        with frozen(self.opponents.discriminators):
+            terms = self.method(student, teacher, batch)
+            loss = self.weighted_loss(terms)
+            learner_optimizer.zero_grad()
+            self.manual_backward(loss)
+        learner_optimizer.step()
+        self.log_terms(loss, terms, batch)
+
+    # ---------------------------------------------------------------- optimizers
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD over student and method, and the method's optimizer of the discriminators, on the same schedule."""
+        optimizer = torch.optim.SGD(
+            list(self.learner_groups()), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        optimizers: list[tuple[str, torch.optim.Optimizer]] = [("lr", optimizer)]
+        if self.opponents.has_discriminators:
+            optimizers.append(("lr-discriminators", self.opponents.discriminator_optimizer()))
+        schedulers: list[Any] = [{"scheduler": self.make_scheduler(each), "name": name} for name, each in optimizers]
+        return [each for _, each in optimizers], schedulers
+
+
+class ACKDModule(AdversarialModule):
+    """Adversarial collaborative knowledge distillation, ready for any Lightning project.
+
+    ``method`` is an [`ACKD`][ackd_lightning.methods.ACKD], whose arguments are the paper's hyperparameters; None gives
+    the paper's two auxiliary learners and all weights 1. The constructor is that of [`DistillationModule`][].
+
+    Example:
+        >>> from ackd_lightning.models.zoo import create_model
+        >>> module = ACKDModule("resnet8", 10, teacher=create_model("resnet14", 10), milestones=[10, 15])
+        >>> module.student.specs
+        ('D3B1', 'D2B2')
+    """
+
+    def default_method(self) -> Method:
+        """ACKD with the paper's learners and weights."""
+        return ACKD()

@@ -1,0 +1,261 @@
+"""What a run leaves behind: its settings, its checkpoints, a summary, the student."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning
+import lightning.pytorch as L
+import torch
+import torchvision
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
+
+from ackd_lightning._version import __version__
+from ackd_lightning.export import export_student
+from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
+from ackd_lightning.training.health import is_dry
+
+if TYPE_CHECKING:
+    from ackd_lightning.training.distillation import DistillationModule
+
+
+def checkpoints(folder: Path, *, select: bool) -> list[ModelCheckpoint]:
+    """Checkpoints of a run: the last epoch, and the one with the best validation accuracy.
+
+    Args:
+        folder: of the checkpoints.
+        select: False when the run looks at test data, on which nothing may be selected: then only the last is kept.
+    """
+    last = ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False)
+    if not select:
+        return [last]
+    best = ModelCheckpoint(
+        folder, filename="best", monitor="val/acc", mode="max", save_top_k=1, enable_version_counter=False
+    )
+    return [last, best]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "ackd_lightning": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def device_name(module: L.LightningModule) -> str:
+    """The hardware in words.
+
+    Args:
+        module: trained on it.
+    """
+    if module.device.type == "cuda":
+        return torch.cuda.get_device_name(module.device)
+    return f"CPU, {torch.get_num_threads()} threads" if module.device.type == "cpu" else str(module.device)
+
+
+class EpochLine(L.Callback):
+    """One line an epoch for logs and terminals without a progress bar: losses, accuracy, time left."""
+
+    def __init__(self) -> None:
+        self.started = 0.0
+        self.first = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.started, self.first = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line."""
+        if not trainer.is_global_zero:
+            return
+        values = trainer.callback_metrics
+        done = trainer.current_epoch - self.first + 1
+        elapsed = time.monotonic() - self.started
+        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{total}" if total else "")]
+        if "train/loss" in values:
+            parts.append(f"loss {float(values['train/loss']):.3f}")
+        for stage in ("val", "test"):
+            for learner in ("", "ensemble_"):
+                if f"{stage}/{learner}acc" in values:
+                    label = f"{stage} {learner.rstrip('_') + ' ' if learner else ''}acc"
+                    parts.append(f"{label} {float(values[f'{stage}/{learner}acc']):.2%}")
+        parts.append(f"{elapsed / done:.1f} s/epoch")
+        if total:
+            left = (total - trainer.current_epoch - 1) * elapsed / done
+            parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(left))} left")
+        print("  ".join(parts), flush=True)
+
+
+class RunSummary(L.Callback):
+    """At the end of a fit: a table on the screen, ``summary.json``, and the student as a file.
+
+    Args:
+        folder: of the run.
+        config: name of its configuration.
+        publish: a second place for the student's weights, for runs that train teachers.
+    """
+
+    def __init__(self, folder: Path, *, config: str, publish: Path | None = None) -> None:
+        self.folder, self.config, self.publish = folder, config, publish
+        self.started = 0.0
+        self.seconds = 0.0
+        self.last: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock and say what is trained."""
+        self.started = time.monotonic()
+        if not trainer.is_global_zero:
+            return
+        module = cast("DistillationModule", pl_module)
+        learners = "".join(f" + {spec}" for spec in module.student.specs)
+        method = type(module.method).__name__
+        print(
+            f"{method}: student {self._student_name(module)}{learners} "
+            f"({count_parameters(module.student):,} parameters in training), files in {self.folder}",
+            flush=True,
+        )
+
+    def _student_name(self, module: DistillationModule) -> str:
+        name = module.hparams.get("student")
+        return name if isinstance(name, str) else type(module.student.plain()).__name__
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the last accuracies and those of the best epoch."""
+        if trainer.sanity_checking:
+            return
+        values = {
+            key: float(value)
+            for key, value in trainer.callback_metrics.items()
+            if key.startswith(("val/", "test/", "learners/", "attention/"))
+        }
+        self.last = {**values, "epoch": float(trainer.current_epoch + 1)}
+        if values.get("val/acc", -1.0) > self.best.get("val/acc", -1.0):
+            self.best = self.last
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs in order to report the best of all."""
+        return {"best": self.best, "seconds": self.seconds + time.monotonic() - self.started}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self.best, self.seconds = state_dict["best"], state_dict["seconds"]
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write and print."""
+        if not trainer.is_global_zero or is_dry(trainer):
+            return
+        module = cast("DistillationModule", pl_module)
+        seconds = self.seconds + time.monotonic() - self.started
+        stage = "test" if "test/acc" in self.last else "val"
+        summary: dict[str, Any] = {
+            "config": self.config,
+            "run": str(self.folder),
+            "method": type(module.method).__name__,
+            "student": self._student_name(module),
+            "seed": module.seed,
+            "data": type(getattr(trainer, "datamodule", None)).__name__,
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "seconds": round(seconds, 1),
+            "shown": stage,
+            "last": self.last,
+            "best": self.best,
+            "training_parameters": count_parameters(module.student),
+            "parameters": count_parameters(module.student.plain()),
+            "multiply_adds": multiply_adds(module.student.plain(), module.input_size),
+            "precision": str(trainer.precision),
+            "device": device_name(module),
+            "versions": versions(),
+        }
+        if module.teacher is not None:
+            measured = module.teacher.metadata.get("measured_acc")
+            summary["teacher"] = {
+                "model": module.teacher.metadata.get("model", type(module.teacher.network).__name__),
+                "acc": float(measured) if measured else None,
+                "parameters": count_parameters(module.teacher.network),
+                "multiply_adds": multiply_adds(module.teacher.network, module.teacher.input_size or module.input_size),
+            }
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        files = {"settings": "config.yaml", "curves": "metrics.csv", "checkpoints": "checkpoints"}
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if last.is_file() and isinstance(module.hparams.get("student"), str):
+            facts = {key.replace("/", "_"): f"{value:.6f}" for key, value in self.last.items() if key.endswith("/acc")}
+            targets = [self.folder / "student.safetensors", *([self.publish] if self.publish else [])]
+            for target in targets:
+                export_student(last, target, extra={**facts, "weights": "last epoch"}, overwrite=True)
+            files["student"] = "student.safetensors"
+        self.print_table(summary, files)
+        if self.publish:
+            print(f"weights for later runs: {self.publish}")
+
+    def print_table(self, summary: dict[str, Any], files: dict[str, str]) -> None:
+        """Accuracies of every network, last and best, and where the files are.
+
+        Args:
+            summary: what ``summary.json`` holds.
+            files: name to path in the run folder.
+        """
+        stage = summary["shown"]
+        note = "test data, nothing selected on it" if stage == "test" else "validation data"
+        table = Table(title=f"{self.config}, seed {summary['seed']}: accuracy in % on {note}")
+        for column, justify in (("network", "left"), ("last", "right"), ("best", "right"), ("parameters", "right")):
+            table.add_column(column, justify=cast("Any", justify))
+
+        def percent(values: dict[str, float], key: str) -> str:
+            return f"{100 * values[key]:.2f}" if key in values else "not selected" if not values else "-"
+
+        if "teacher" in summary:
+            teacher = summary["teacher"]
+            shown = "-" if teacher["acc"] is None else f"{100 * teacher['acc']:.2f}"
+            table.add_row(f"teacher {teacher['model']}", shown, "", f"{teacher['parameters']:,}")
+        keys = [key for key in summary["last"] if key.startswith(f"{stage}/") and key.endswith("acc")]
+        for key in sorted(keys, key=lambda key: (key.count("_"), key)):
+            learner = key.removeprefix(f"{stage}/").removesuffix("acc").rstrip("_")
+            label = learner or f"target {summary['student']}"
+            size = "" if learner else f"{summary['parameters']:,}"
+            table.add_row(label, percent(summary["last"], key), percent(summary["best"], key), size)
+        Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100).print(table)
+        best_epoch = summary["best"].get("epoch")
+        when = f", best in epoch {best_epoch:.0f}" if best_epoch else ""
+        print(f"{summary['epochs']} epochs in {summary['seconds']:.0f} s on {summary['device']}{when}")
+        print(f"{summary['run']}: {', '.join(files.values())}")
+
+
+class PredictionFile(BasePredictionWriter):
+    """``ackd predict``: one line of CSV an image; with several processes, one file each.
+
+    Args:
+        path: of the CSV file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+
+    def write_on_epoch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Any, batch_indices: Any
+    ) -> None:
+        """Write index, target, prediction and probability."""
+        path = self.path if trainer.world_size == 1 else self.path.with_suffix(f".rank{trainer.global_rank}.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["index", "target", "prediction", "probability"])
+            for batch in predictions:
+                columns = [batch[key].tolist() for key in ("index", "target", "prediction", "probability")]
+                writer.writerows(zip(*columns, strict=True))
+        print(f"predictions: {path}")

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ackd_lightning.data.augment import RawBatch, crop_flip, normalise, shift_and_flip
+from ackd_lightning.data.sampling import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP, mix
+
+
+def batch(count=40, size=(10, 10), epoch=3, generator=None):
+    generator = generator or torch.Generator().manual_seed(0)
+    image = torch.randint(1, 256, (count, 3, *size), dtype=torch.uint8, generator=generator)
+    index = torch.randperm(1000, generator=generator)[:count]
+    return RawBatch(image, torch.zeros(count, dtype=torch.long), index, torch.full((count,), epoch))
+
+
+def slow(raw, pad, flip, seed):
+    """Pad, crop and mirror one image after the other."""
+    out = []
+    for image, index, epoch in zip(raw.image, raw.index.tolist(), raw.epoch.tolist(), strict=True):
+        if epoch < 0:
+            out.append(image)
+            continue
+        height, width = image.shape[1:]
+        top = mix(seed, epoch, index, STREAM_CROP_Y) % (2 * pad + 1)
+        left = mix(seed, epoch, index, STREAM_CROP_X) % (2 * pad + 1)
+        cut = F.pad(image, (pad, pad, pad, pad))[:, top : top + height, left : left + width]
+        out.append(cut.flip(2) if flip and mix(seed, epoch, index, STREAM_FLIP) % 2 else cut)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize(("size", "pad"), [((10, 10), 4), ((8, 12), 2), ((6, 6), 0)])
+def test_augmentation_equals_the_slow_reference(size, pad, flip):
+    raw = batch(size=size)
+    raw.epoch[5] = -1
+    fast = crop_flip(raw, pad=pad, flip=flip, seed=7)
+    assert fast.dtype == torch.uint8
+    assert fast.is_contiguous()
+    assert torch.equal(fast, slow(raw, pad, flip, 7))
+    assert torch.equal(fast[5], raw.image[5])
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    raw = batch()
+    whole = crop_flip(raw, pad=4, flip=True, seed=0)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))[:11]
+    part = RawBatch(*(field[order] for field in raw))
+    assert torch.equal(crop_flip(part, pad=4, flip=True, seed=0), whole[order])
+
+
+def test_seed_and_epoch_change_the_augmentation():
+    raw = batch()
+    first = crop_flip(raw, pad=4, flip=True, seed=0)
+    assert not torch.equal(first, crop_flip(raw, pad=4, flip=True, seed=1))
+    assert not torch.equal(first, crop_flip(raw._replace(epoch=raw.epoch + 1), pad=4, flip=True, seed=0))
+
+
+def test_shift_by_hand():
+    image = torch.arange(1, 10).view(1, 1, 3, 3)
+    moved = shift_and_flip(image, torch.tensor([1]), torch.tensor([-1]), torch.tensor([False]))
+    assert moved[0, 0].tolist() == [[0, 4, 5], [0, 7, 8], [0, 0, 0]]
+    mirrored = shift_and_flip(image, torch.tensor([1]), torch.tensor([-1]), torch.tensor([True]))
+    assert mirrored[0, 0].tolist() == [[5, 4, 0], [8, 7, 0], [0, 0, 0]]
+
+
+def test_normalise():
+    image = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    done = normalise(image, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
+    assert done.dtype == torch.float32
+    torch.testing.assert_close(done.flatten(), torch.tensor([-2.0, (128 / 255 - 0.4) / 0.2, 7.0]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_same_numbers_on_the_gpu():
+    raw = batch()
+    cuda = RawBatch(*(field.cuda() for field in raw))
+    assert torch.equal(crop_flip(cuda, pad=4, flip=True, seed=3).cpu(), crop_flip(raw, pad=4, flip=True, seed=3))

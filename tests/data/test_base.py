@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from ackd_lightning.data import DigitsDataModule, ImageFolderDataModule, RawBatch
+from ackd_lightning.data.augment import crop_flip, normalise
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.types import Batch
+
+# Lightning and torch comment on this machine: its number of cores, or a GPU that is not used.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create",
+    "ignore:The '.*_dataloader' does not have many workers",
+    "ignore:GPU available but not used",
+)
+
+
+def data(folder, **options):
+    return ImageFolderDataModule(folder, **{"batch_size": 8, "eval_batch_size": 5, "val_fraction": 0.25, **options})
+
+
+def epoch(loader, number):
+    loader.sampler.set_epoch(number)
+    return [RawBatch(*(field.clone() for field in batch)) for batch in loader]
+
+
+def test_sizes_and_counts(folder):
+    module = data(folder)
+    assert module.num_classes == 2
+    assert module.class_names == ("cat", "dog")
+    module.prepare_data()
+    module.setup("fit")
+    assert module.num_train_samples == 24
+    assert [batch.target.tolist() for batch in module.val_dataloader()] == [[0] * 5, [1] * 3]
+    assert [len(batch.target) for batch in module.test_dataloader()] == [5, 3]
+    assert [len(batch.target) for batch in module.train_dataloader()] == [8, 8, 8]
+    assert not module.val_is_test
+
+
+def test_training_leaves_out_the_incomplete_batch(folder):
+    assert len(epoch(data(folder, batch_size=10).train_dataloader(), 0)) == 2
+
+
+def test_raw_batch_becomes_an_augmented_batch(folder):
+    module = data(folder, seed=3)
+    raw = epoch(module.train_dataloader(), 4)[0]
+    batch = module.on_after_batch_transfer(raw, 0)
+    assert type(batch) is Batch
+    assert raw.epoch.tolist() == [4] * 8
+    augmented = crop_flip(raw, pad=4, flip=True, seed=3)
+    assert not torch.equal(augmented, raw.image)
+    torch.testing.assert_close(batch.image, normalise(augmented, module.mean, module.std))
+    assert torch.equal(batch.index, raw.index)
+
+
+def test_evaluation_is_not_augmented(folder):
+    module = data(folder)
+    raw = next(iter(module.val_dataloader()))
+    batch = module.on_after_batch_transfer(raw, 0)
+    torch.testing.assert_close(batch.image, normalise(raw.image, module.mean, module.std))
+
+
+def test_other_batches_pass_through(folder):
+    module = data(folder)
+    for batch in (torch.ones(2), [torch.ones(2)], Batch(torch.ones(2), torch.ones(2), torch.ones(2))):
+        assert module.on_after_batch_transfer(batch, 0) is batch
+
+
+def test_validation_is_the_test_set_when_nothing_is_held_out(folder):
+    module = data(folder, val_fraction=0)
+    assert module.val_is_test
+    val, test = next(iter(module.val_dataloader())), next(iter(module.test_dataloader()))
+    assert torch.equal(val.image, test.image)
+    assert module.num_train_samples == 32
+
+
+def test_the_split_does_not_depend_on_the_seed_of_the_run(folder, monkeypatch):
+    def parts(**options):
+        module = data(folder, **options)
+        train = {image.numpy().tobytes() for batch in module.train_dataloader() for image in batch.image}
+        val = [image.numpy().tobytes() for batch in module.val_dataloader() for image in batch.image]
+        return train, val
+
+    first = parts(seed=0)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "17")
+    torch.manual_seed(5)
+    assert parts() == first
+    assert not first[0] & set(first[1])
+
+
+def test_the_seed_orders_the_images_and_comes_from_lightning_by_default(folder, monkeypatch):
+    def order(**options):
+        return [b.index.tolist() for b in epoch(data(folder, **options).train_dataloader(), 0)]
+
+    assert order() == order(seed=0)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "17")
+    assert order() == order(seed=17) != order(seed=0)
+
+
+def test_smaller_training_part_with_the_same_validation(folder):
+    whole, part = data(folder), data(folder, train_fraction=0.5, max_per_class=5)
+    part.setup()
+    assert part.num_train_samples == 9  # 5 of 15 cats (round(7.5) = 8, at most 5) and 4 of 9 dogs
+    for a, b in zip(whole.val_dataloader(), part.val_dataloader(), strict=True):
+        assert torch.equal(a.image, b.image)
+    indices = [i for batch in part.train_dataloader() for i in batch.index.tolist()]
+    assert set(indices) < set(range(9))
+
+
+@pytest.mark.parametrize("size", [32, 72], ids=["in memory", "from files"])
+def test_workers_do_not_change_the_batches(folder, size):
+    def batches(workers):
+        module = data(folder, image_size=size, num_workers=workers)
+        torch.manual_seed(workers)
+        raw = epoch(module.train_dataloader(), 2) + list(module.val_dataloader())
+        return [module.on_after_batch_transfer(batch, 0) for batch in raw]
+
+    for a, b in zip(batches(0), batches(2), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_an_image_that_breaks_while_training_is_named_by_a_worker(folder):
+    module = data(folder, image_size=72, num_workers=1, val_fraction=0)
+    loader = module.train_dataloader()
+    (folder / "train" / "cat" / "0003.png").write_bytes(b"gone")
+    with pytest.raises(ACKDError, match=r"^could not read the image .*cat/0003\.png") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+def broken(folder: Path) -> str:
+    (folder / "test" / "dog" / "0002.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return r"could not read the image .*test/dog/0002\.png"
+
+
+def other_classes(folder: Path) -> str:
+    (folder / "test" / "dog").rename(folder / "test" / "cow")
+    return "classes differ .*only in train: dog; only in test: cow"
+
+
+def empty_class(folder: Path) -> str:
+    (folder / "test" / "cow").mkdir()
+    return "test/cow holds no images"
+
+
+def no_test_images(folder: Path) -> str:
+    shutil.rmtree(folder / "test" / "cat")
+    shutil.rmtree(folder / "test" / "dog")
+    return "test holds neither images nor class folders"
+
+
+@pytest.mark.parametrize("size", [32, 72], ids=["in memory", "from files"])
+@pytest.mark.parametrize("harm", [broken, other_classes, empty_class, no_test_images])
+def test_bad_data_are_refused_before_training(folder, harm, size):
+    sentence = harm(folder)
+    with pytest.raises(ACKDError, match=sentence) as caught:
+        data(folder, image_size=size).prepare_data()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"eval_batch_size": -1}, "eval_batch_size is -1"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"train_fraction": 0}, "train_fraction is 0"),
+        ({"max_per_class": 0}, "max_per_class is 0"),
+        ({"batch_size": 25}, "holds 24 images, fewer than one batch of 25: set batch_size to 24 or less"),
+        ({"val_fraction": 0.01}, "val_fraction 0.01 of 32 images leaves none"),
+    ],
+)
+def test_bad_options_are_refused(folder, options, sentence):
+    with pytest.raises(ACKDError, match=sentence):
+        data(folder, **options).setup()
+
+
+def test_the_cache_is_made_again_when_an_image_changes(folder, picture, caplog):
+    def first_test_image():
+        return next(iter(data(folder).test_dataloader())).image[0]
+
+    before = first_test_image()
+    assert (folder / "ackd-cache-test-32px.pt").exists()
+    assert torch.equal(first_test_image(), before)
+    assert not caplog.records
+    picture(999).save(folder / "test" / "cat" / "0000.png")
+    with caplog.at_level(logging.WARNING):
+        after = first_test_image()
+    assert "is stale" in caplog.text
+    assert not torch.equal(after, before)
+
+
+def test_no_cache_when_it_is_not_wanted(folder):
+    data(folder, cache=False).setup()
+    data(folder, cache=False, image_size=72).setup()
+    assert sorted(entry.name for entry in folder.iterdir()) == ["test", "train"]
+
+
+def test_hyperparameters_are_plain_data(folder):
+    module = data(Path(folder), mean=(0.1, 0.2, 0.3))
+    assert module.hparams["root"] == str(folder)
+    assert module.hparams["batch_size"] == 8
+    assert module.hparams["mean"] == (0.1, 0.2, 0.3)
+    plain = (str, int, float, bool, tuple, type(None))
+    assert all(isinstance(value, plain) for value in module.hparams.values())
+
+
+# ------------------------------------------------------------------------------------------------- with Lightning
+
+
+class Net(L.LightningModule):
+    """A linear classifier that notes what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 32 * 32, 10)
+        self.seen = []
+        self.evaluated = []
+
+    def training_step(self, batch, batch_idx):
+        assert type(batch) is Batch
+        self.seen.append((self.current_epoch, batch.index.tolist(), batch.image.sum().item()))
+        return torch.nn.functional.cross_entropy(self.layer(batch.image.flatten(1)), batch.target)
+
+    def validation_step(self, batch, batch_idx):
+        self.evaluated += batch.index.tolist()
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return batch.index
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class Stop(Callback):
+    def __init__(self, batch):
+        self.left = batch
+
+    def on_train_batch_start(self, *args):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("killed")
+
+
+def trainer(*callbacks, **options):
+    return L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 3,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": bool(callbacks),
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            **options,
+        },
+        callbacks=list(callbacks),
+    )
+
+
+def digits(**options):
+    return DigitsDataModule(**{"batch_size": 32, "max_per_class": 17, "seed": 1, **options})  # 5 batches an epoch
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the second run saves nothing
+@pytest.mark.parametrize(("every", "workers"), [(4, 0), (4, 2), (5, 2), (None, 0)])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_does(tmp_path, every, workers):
+    whole = Net()
+    trainer().fit(whole, digits())
+    assert len(whole.seen) == 15
+    assert whole.seen[0][1] != whole.seen[5][1]
+    saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=every)
+    first = Net()
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer(saver, Stop(9)).fit(first, digits(num_workers=workers))
+    last = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert step == {4: 8, 5: 5, None: 5}[every]
+    second = Net()
+    trainer().fit(second, digits(num_workers=workers), ckpt_path=last)
+    assert first.seen[:step] + second.seen == whole.seen
+
+
+def test_every_stage_runs():
+    module, net, run = digits(), Net(), trainer(max_epochs=1)
+    run.fit(net, module)
+    assert net.evaluated == list(range(126))
+    net.evaluated = []
+    run.test(net, datamodule=module)
+    assert net.evaluated == list(range(539))
+    predicted = run.predict(net, datamodule=module)
+    assert torch.cat(predicted).tolist() == list(range(539))
+
+
+def test_overfitting_a_batch_runs():
+    net = Net()
+    with pytest.warns(UserWarning, match="You requested to overfit"):
+        trainer(overfit_batches=1, max_epochs=2).fit(net, digits())
+    assert net.seen[0][1:] == net.seen[1][1:]
+
+
+class Record(Callback):
+    """Write what a process saw, as it is gone when the run is over."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_fit_end(self, trainer, net):
+        torch.save({"seen": net.seen, "evaluated": net.evaluated}, self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_two_processes_share_the_batch_and_repeat_nothing(tmp_path):
+    whole = Net()
+    trainer(max_epochs=1).fit(whole, digits())
+    trainer(Record(tmp_path), max_epochs=1, devices=2, strategy="ddp_fork", enable_checkpointing=False).fit(
+        Net(), digits(val_fraction=0.1)
+    )
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for step in range(5):
+        together = ranks[0]["seen"][step][1] + ranks[1]["seen"][step][1]
+        assert sorted(together) == sorted(whole.seen[step][1])
+    assert sorted(ranks[0]["evaluated"] + ranks[1]["evaluated"]) == list(range(126))
+
+
+class Processes:
+    """As much of a trainer as the loaders ask for."""
+
+    def __init__(self, world_size, epoch=0):
+        self.world_size, self.global_rank = world_size, 0
+        current = SimpleNamespace(processed=epoch)
+        self.fit_loop = SimpleNamespace(epoch_progress=SimpleNamespace(current=current))
+
+
+def test_the_loader_of_a_resumed_run_starts_at_its_epoch():
+    module = digits()
+    module.trainer = Processes(1, epoch=3)
+    assert next(iter(module.train_dataloader())).epoch.tolist() == [3] * 32
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    module = digits()
+    module.trainer = Processes(3)
+    with pytest.raises(ACKDError, match="batch_size 32 does not divide by 3 processes"):
+        module.train_dataloader()
+
+
+def test_more_processes_than_images_are_refused(folder):
+    module = data(folder)
+    module.trainer = Processes(9)
+    with pytest.raises(ACKDError, match="the val part holds 8 images for 9 processes"):
+        module.val_dataloader()

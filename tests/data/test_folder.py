@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ackd_lightning.data import ImageFolderDataModule
+from ackd_lightning.data.images import FileImages, TensorImages
+from ackd_lightning.errors import ACKDError
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_test_folder_is_found_by_its_name(folder, name):
+    (folder / "test").rename(folder / name)
+    module = ImageFolderDataModule(folder, batch_size=8)
+    assert sum(len(batch.target) for batch in module.test_dataloader()) == 8
+
+
+def test_folders_by_name(folder):
+    (folder / "train").rename(folder / "a")
+    (folder / "test").rename(folder / "b")
+    module = ImageFolderDataModule(folder, train_dir="a", test_dir="b", batch_size=8)
+    module.setup()
+    assert module.num_train_samples == 32 - 2 - 1
+
+
+def test_one_folder_of_class_folders_is_split(folder):
+    module = ImageFolderDataModule(folder / "train", batch_size=8, val_fraction=0.25)
+    assert module.num_classes == 2
+    test = torch.cat([batch.image for batch in module.test_dataloader()])
+    targets = torch.cat([batch.target for batch in module.test_dataloader()])
+    assert targets.bincount().tolist() == [4, 2]  # a fifth of 20 and 12
+    val = torch.cat([batch.image for batch in module.val_dataloader()])
+    train = torch.cat([batch.image for batch in module.train_dataloader()])
+    assert len(val) == 4 + 2  # a quarter of the remaining 16 and 10
+    images = [image.numpy().tobytes() for part in (train, val, test) for image in part]
+    assert len(set(images)) == len(images)
+
+
+def test_class_folders_named_like_parts_of_another_layout(folder):
+    (folder / "train").rename(folder / "other")
+    with pytest.raises(ACKDError, match="holds the folder test but no folder train"):
+        ImageFolderDataModule(folder)
+
+
+def test_size_decides_where_images_live(folder):
+    small = ImageFolderDataModule(folder, image_size=64, batch_size=8)
+    large = ImageFolderDataModule(folder, image_size=65, batch_size=8)
+    assert isinstance(small.train_dataloader().dataset, TensorImages)
+    assert isinstance(large.train_dataloader().dataset, FileImages)
+    assert next(iter(small.train_dataloader())).image.shape == (8, 3, 64, 64)
+    batch = next(iter(large.train_dataloader()))
+    assert batch.image.shape == (8, 3, 65, 65)
+    # a worker has augmented it: the module only normalises
+    done = large.on_after_batch_transfer(batch, 0).image
+    back = done * torch.tensor(large.std)[:, None, None] + torch.tensor(large.mean)[:, None, None]
+    torch.testing.assert_close(back, batch.image.float() / 255)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"root": "nowhere"}, "there is no folder .*nowhere"),
+        ({"train_dir": "tran"}, "there is no folder .*tran: .* holds test, train"),
+        ({"test_dir": "tst"}, "there is no folder .*tst"),
+        ({"image_size": 4}, "image_size is 4"),
+        ({"std": (0.1, 0.0, 0.1)}, r"std is \(0.1, 0.0, 0.1\)"),
+        ({"mean": (0.1,)}, "mean has 1 values"),
+    ],
+)
+def test_bad_arguments(folder, options, sentence):
+    root = folder / options.pop("root", ".")
+    with pytest.raises(ACKDError, match=sentence):
+        ImageFolderDataModule(root, **options)
+
+
+def test_a_folder_without_class_folders(tmp_path, write_classes):
+    write_classes(tmp_path, {"images": 2})
+    with pytest.raises(ACKDError, match="holds 2 images but no class folders"):
+        ImageFolderDataModule(tmp_path / "images")

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ackd_lightning.data.sampling import (
+    EpochSampler,
+    ResumableLoader,
+    as_is,
+    keyed_bits,
+    keyed_integers,
+    keyed_uniform,
+    mix,
+    stratified_split,
+    subset,
+)
+from ackd_lightning.errors import ACKDError
+
+
+def test_tensor_hash_equals_the_integer_hash():
+    epoch = torch.tensor([0, 3, -1, 2**40])
+    index = torch.tensor([0, 7, 49_999, 5])
+    expected = [mix(2**63 + 5, e, i, 9) for e, i in zip(epoch.tolist(), index.tolist(), strict=True)]
+    assert keyed_bits(2**63 + 5, epoch, index, 9).tolist() == expected
+    assert all(0 <= value < 2**63 for value in expected)
+
+
+@pytest.mark.parametrize("other", [(1, 0, 5), (0, 1, 5), (0, 0, 6)], ids=["seed", "epoch", "stream"])
+def test_every_key_changes_the_numbers(other):
+    index = torch.arange(1000)
+    seed, epoch, stream = other
+    same = keyed_bits(0, 0, index, 5) == keyed_bits(seed, epoch, index, stream)
+    assert not same.any()
+
+
+def test_keyed_numbers_are_uniform():
+    index = torch.arange(90_000)
+    counts = torch.bincount(keyed_integers(9, 0, 0, index, 1), minlength=9)
+    # 10,000 expected in each of 9 bins, standard deviation 94
+    assert (counts - 10_000).abs().max() < 5 * 94
+    values = keyed_uniform(0, 0, index, 2)
+    assert values.min() >= 0
+    assert values.max() < 1
+    assert abs(values.mean().item() - 0.5) < 5 * (1 / 12 / 90_000) ** 0.5
+    neighbours = torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1]
+    assert abs(neighbours.item()) < 5 / 300
+
+
+TARGETS = torch.tensor([0] * 40 + [1] * 25 + [2] * 1 + [4] * 10)[torch.randperm(76, generator=torch.manual_seed(1))]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.9, 0.99])
+def test_split_takes_the_rounded_share_of_each_class(fraction):
+    train, val = stratified_split(TARGETS, fraction)
+    for label, count in ((0, 40), (1, 25), (2, 1), (4, 10)):
+        held_out = min(round(fraction * count), count - 1)
+        assert (TARGETS[val] == label).sum() == held_out
+        assert (TARGETS[train] == label).sum() == count - held_out
+    assert sorted(train.tolist() + val.tolist()) == list(range(76))
+    assert train.tolist() == sorted(train.tolist())
+    assert val.tolist() == sorted(val.tolist())
+
+
+def test_split_equals_a_slow_reference():
+    chosen = []
+    for label in (0, 1, 2, 4):
+        mine = [i for i, t in enumerate(TARGETS.tolist()) if t == label]
+        mine.sort(key=lambda i: mix(3, i, 101))
+        chosen += mine[: round(0.25 * len(mine))]
+    assert stratified_split(TARGETS, 0.25, split_seed=3)[1].tolist() == sorted(chosen)
+
+
+def test_split_depends_on_the_split_seed_and_not_on_the_global_generator():
+    torch.manual_seed(1)
+    first = stratified_split(TARGETS, 0.25)[1]
+    torch.manual_seed(2)
+    assert torch.equal(first, stratified_split(TARGETS, 0.25)[1])
+    assert not torch.equal(first, stratified_split(TARGETS, 0.25, split_seed=1)[1])
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 5000])
+def test_split_refuses_what_is_not_a_share(fraction):
+    with pytest.raises(ACKDError, match=f"val_fraction is {fraction}"):
+        stratified_split(TARGETS, fraction)
+
+
+def test_subset_counts_and_nesting():
+    indices = torch.arange(4, 76)
+    counts = torch.bincount(TARGETS[indices], minlength=5)
+    half = subset(indices, TARGETS, 0.5)
+    assert torch.bincount(TARGETS[half], minlength=5).tolist() == [
+        max(1, round(0.5 * n)) if n else 0 for n in counts.tolist()
+    ]
+    few = subset(indices, TARGETS, 0.5, 3)
+    assert torch.bincount(TARGETS[few], minlength=5).tolist() == [
+        min(3, max(1, round(0.5 * n))) if n else 0 for n in counts.tolist()
+    ]
+    assert set(few.tolist()) < set(half.tolist()) < set(indices.tolist())
+    assert torch.equal(subset(indices, TARGETS), indices)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "most", "sentence"),
+    [(0.0, None, "train_fraction is 0.0"), (1.5, None, "train_fraction is 1.5"), (1.0, 0, "max_per_class is 0")],
+)
+def test_subset_refuses_what_is_out_of_range(fraction, most, sentence):
+    with pytest.raises(ACKDError, match=sentence):
+        subset(torch.arange(76), TARGETS, fraction, most)
+
+
+def order(epoch, seed=0, world=1, rank=0, size=10):
+    sampler = EpochSampler(range(size), num_replicas=world, rank=rank, seed=seed)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_sampler_yields_every_sample_once_in_an_order_of_the_seed_and_epoch():
+    keys = order(3)
+    assert {epoch for epoch, _ in keys} == {3}
+    assert sorted(index for _, index in keys) == list(range(10))
+    assert keys == order(3)
+    # torch's own sampler seeds with seed + epoch, so these would be equal
+    assert [i for _, i in order(0, seed=1, size=50)] != [i for _, i in order(1, seed=0, size=50)]
+
+
+def test_ranks_share_the_batches_of_one_process():
+    whole = order(1, size=13)
+    ranks = [order(1, world=2, rank=rank, size=13) for rank in range(2)]
+    assert [len(keys) for keys in ranks] == [6, 6]
+    for batch in range(3):
+        together = [key for keys in ranks for key in keys[2 * batch : 2 * batch + 2]]
+        assert sorted(together) == sorted(whole[4 * batch : 4 * batch + 4])
+
+
+class Echo(torch.utils.data.Dataset):
+    def __len__(self):
+        return 23
+
+    def __getitems__(self, keys):
+        return list(keys)
+
+    def __getitem__(self, key):
+        return key
+
+
+def loader(workers=0):
+    sampler = EpochSampler(range(23), seed=5)
+    return ResumableLoader(Echo(), batch_size=4, sampler=sampler, num_workers=workers, collate_fn=as_is, drop_last=True)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_goes_on_where_its_state_was_taken(workers):
+    whole = loader()
+    whole.sampler.set_epoch(2)
+    batches = list(whole)
+    first = loader(workers)
+    first.sampler.set_epoch(2)
+    iterator = iter(first)
+    seen = [next(iterator) for _ in range(3)]
+    state = first.state_dict()
+    assert state == {"epoch": 2, "batches": 3}
+    del iterator
+    second = loader(workers)
+    second.load_state_dict(state)
+    second.sampler.set_epoch(2)
+    assert len(second) == 5
+    rest = []
+    for batch in second:
+        rest.append(batch)
+        assert second.state_dict()["batches"] == (3 + len(rest)) % 5
+    assert seen + rest == batches
+    assert list(second) == batches  # the next time it starts from the beginning
+
+
+def test_state_of_a_shortened_epoch_does_not_shorten_the_next():
+    first = loader()
+    iterator = iter(first)
+    next(iterator)
+    state = first.state_dict()  # what `limit_train_batches=1` leaves at the end of epoch 0
+    second = loader()
+    second.load_state_dict(state)
+    second.sampler.set_epoch(1)
+    assert len(list(second)) == 5
+
+
+def test_loader_with_another_sampler_starts_from_the_beginning():
+    plain = ResumableLoader(Echo(), batch_size=4, collate_fn=as_is)
+    plain.load_state_dict({"epoch": 0, "batches": 2})
+    assert next(iter(plain)) == [0, 1, 2, 3]

@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.taps import StagePlan
+from ackd_lightning.models.zoo import count_parameters, create_model, list_models, multiply_adds
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FACTS = json.loads((GOLDEN / "models.json").read_text())
+KEYS = {
+    name: rows for name, rows in json.loads((GOLDEN / "state_dict_keys.json").read_text()).items() if name[0] != "_"
+}
+RENAMED = {
+    "MobileNetV2_0.5": "mobilenetv2_x0_5",
+    "MobileNetV2_1.4": "mobilenetv2_x1_4",
+    "mobile_half": "mobilenetv2_x0_5",
+    "ShuffleV1": "shufflenetv1",
+}
+CIFAR = (
+    *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
+    *("resnet8x4", "resnet32x4", "wrn_16_2", "wrn_28_2", "wrn_28_4", "wrn_40_1", "wrn_40_2"),
+    *("mobilenetv2_x0_5", "mobilenetv2_x1_4", "shufflenetv1"),
+)
+IMAGENET = tuple(FACTS["imagenet_style"])
+
+
+def on_meta(name: str, num_classes: int, **options: object) -> nn.Module:
+    with torch.device("meta"):
+        return create_model(name, num_classes, **options)
+
+
+def run_plan(model: nn.Module, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return F_0 .. F_K, the embedding, and the logits, by the plan alone."""
+    plan = model.stage_plan
+    assert isinstance(plan, StagePlan)
+    features, outputs = images, []
+    for names in (plan.stem, *plan.stages):
+        for name in names:
+            features = model.get_submodule(name)(features)
+        outputs.append(features)
+    for name in plan.tail:
+        features = model.get_submodule(name)(features)
+    embedding = nn.functional.adaptive_avg_pool2d(features, 1).flatten(1)
+    return [*outputs, embedding], model.get_submodule(plan.classifier)(embedding)
+
+
+def test_list_models_has_each_network_once():
+    names = list_models()
+    assert names[: len(CIFAR)] == list(CIFAR)
+    assert set(IMAGENET) | {"shufflenet_v2_x1_0", "mobilenet_v2"} <= set(names)
+    assert len(names) == len(set(names))
+    assert not [name for name in names if "fcn" in name or "rcnn" in name or "quantized" in name]
+
+
+@pytest.mark.parametrize("golden", FACTS["cifar"])
+def test_parameters_and_multiply_adds_equal_the_golden(golden):
+    facts = FACTS["cifar"][golden]
+    for num_classes in (100, 10):
+        model = on_meta(RENAMED.get(golden, golden), num_classes)
+        assert count_parameters(model) == facts[f"params_{num_classes}_classes"]["RepDistiller"]
+        if num_classes == 100:
+            assert multiply_adds(model, 32) == facts["macs_1x3x32x32"]["macs_conv_linear"]
+            assert len(model.state_dict()) == facts["state_dict_entries"]
+            assert sum(buffer.numel() for buffer in model.buffers()) == facts["buffers"]
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet8x4", 1), ("resnet32x4", 5)])
+def test_four_times_wider_resnets_have_the_parameters_of_their_formula(name, blocks):
+    expected = 27 * 32 + 2 * 32  # stem and its BatchNorm
+    for inputs, outputs in ((32, 64), (64, 128), (128, 256)):
+        convolutions = 9 * inputs * outputs + (2 * blocks - 1) * 9 * outputs * outputs + inputs * outputs
+        expected += convolutions + (2 * blocks + 1) * 2 * outputs
+    assert count_parameters(on_meta(name, 100)) == expected + 257 * 100
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_torchvision_networks_equal_the_golden(name):
+    facts = FACTS["imagenet_style"][name]
+    model = on_meta(name, 200)
+    assert count_parameters(model) == facts["torchvision_params_200_classes"]
+    assert multiply_adds(model, 64) == facts["macs_1x3x64x64_200cls"]["macs_conv_linear"]
+    small = on_meta(name, 200, stem="cifar")
+    assert count_parameters(small) == facts["mdistiller_cifar_stem_params_200"]
+    assert multiply_adds(small, 64) == facts["mdistiller_cifar_stem_macs_64"]["macs_conv_linear"]
+    same = on_meta(name, 200, stem="imagenet")
+    assert [(key, value.shape) for key, value in same.state_dict().items()] == [
+        (key, value.shape) for key, value in model.state_dict().items()
+    ]
+
+
+def test_cifar_stem_keeps_the_resolution_and_its_weights_are_initialised():
+    torch.manual_seed(0)
+    model = create_model("resnet18", 10, stem="cifar")
+    features = model.maxpool(model.relu(model.bn1(model.conv1(torch.randn(2, 3, 32, 32)))))
+    assert features.shape == (2, 64, 32, 32)
+    assert model.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.1)
+
+
+@pytest.mark.parametrize("golden", KEYS)
+def test_keys_shapes_and_order_equal_the_public_checkpoints(golden):
+    model = create_model(RENAMED.get(golden, golden), 100)
+    state = model.state_dict()
+    assert [[key, list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in state.items()] == KEYS[
+        golden
+    ]
+    public = {key: torch.ones(shape, dtype=getattr(torch, dtype)) for key, shape, dtype in KEYS[golden]}
+    model.load_state_dict(public, strict=True)
+    assert all(bool((value == 1).all()) for value in model.state_dict().values())
+
+
+def forward_golden(golden: str) -> Path:
+    """Return the file of a forward golden; the larger one is not shipped."""
+    shipped = GOLDEN / f"forward_{golden}.npz"
+    if shipped.is_file():
+        return shipped
+    shared = os.environ.get("ACKD_SHARED")
+    file = Path(shared or "ACKD_SHARED") / "golden" / shipped.name
+    if shared is None or not file.is_file():
+        pytest.skip(f"{file} is missing: set ACKD_SHARED to the folder that holds golden/{shipped.name}")
+    return file
+
+
+@pytest.mark.parametrize("golden", ["resnet20", "mobile_half"])
+def test_logits_and_features_equal_the_golden(golden):
+    with np.load(forward_golden(golden)) as archive:
+        arrays = {key: torch.from_numpy(archive[key]) for key in archive.files}
+    model = create_model(RENAMED.get(golden, golden), 100)
+    weights = {key.removeprefix("sd/"): value for key, value in arrays.items() if key.startswith("sd/")}
+    model.load_state_dict(weights, strict=True)
+    model.eval()
+    with torch.no_grad():
+        logits = model(arrays["x"])
+        *features, embedding = run_plan(model, arrays["x"])[0]
+        exact = model.double()(arrays["x"].double())
+    torch.testing.assert_close(logits, arrays["logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(exact, arrays["logits64"].double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(embedding, arrays["pooled"], atol=1e-4, rtol=0)
+    # MobileNetV2's last stage ends behind conv2 here, and before it in the golden
+    for index, feature in enumerate(features[:4]):
+        torch.testing.assert_close(feature[:, :2, :2, :2], arrays[f"feat{index}_slice"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_other_image_sizes_give_logits(name):
+    model = on_meta(name, 7)
+    images = torch.empty(2, 3, 64, 64, device="meta")
+    assert model(images).shape == (2, 7)
+    assert run_plan(model, images)[1].shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_plan_has_every_module_in_the_order_of_forward(name):
+    torch.manual_seed(0)
+    model = create_model(name, 7)
+    for module in model.modules():  # else a BatchNorm that is left out goes unnoticed in eval mode
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+    model.eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = model(images)
+        assert torch.equal(run_plan(model, images)[1], logits)
+    assert logits.std() > 0
+    plan = model.stage_plan
+    named = [*plan.stem, *(name for stage in plan.stages for name in stage), *plan.tail, plan.classifier]
+    assert len(named) == len(set(named))
+    owned = sum(count_parameters(model.get_submodule(part)) for part in named)
+    assert owned == count_parameters(model)
+
+
+@pytest.mark.parametrize("golden", FACTS["cifar"])
+def test_stage_outputs_have_the_shapes_of_the_golden(golden):
+    expected = FACTS["cifar"][golden]["feature_shapes_RepDistiller_is_feat"]
+    model = on_meta(RENAMED.get(golden, golden), 100)
+    features, logits = run_plan(model, torch.empty(2, 3, 32, 32, device="meta"))
+    shapes = [list(feature.shape) for feature in features]
+    if golden.startswith("MobileNetV2"):
+        # the golden has an extra feature behind stage 1 (12 or 33 channels) and reads the last stage before conv2
+        assert shapes[:4] == [expected[f"f{index}"] for index in range(4)]
+        assert shapes[4] == [2, expected["f5"][1], *expected["f4"][2:]]
+        assert shapes[5] == expected["f5"]
+    else:
+        assert shapes == list(expected.values())
+    assert list(logits.shape) == [2, 100]
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_initial_weights_follow_the_published_rule(name):
+    torch.manual_seed(0)
+    model = create_model(name, 100)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert torch.equal(module.weight, torch.ones_like(module.weight))
+            assert torch.equal(module.bias, torch.zeros_like(module.bias))
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 4000:
+            area = math.prod(module.kernel_size)
+            expected = math.sqrt(2 / (area * module.out_channels))
+            if name == "shufflenetv1":  # torch's default: uniform within 1 / sqrt(fan_in)
+                expected = 1 / math.sqrt(3 * area * module.in_channels / module.groups)
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.06)
+    head = model.get_submodule(model.stage_plan.classifier)
+    linear = head[0] if isinstance(head, nn.Sequential) else head
+    assert bool(linear.bias.any()) is (name.startswith(("resnet", "shufflenet")))
+    expected = 0.01 if name.startswith("mobilenet") else 1 / math.sqrt(3 * linear.in_features)
+    assert linear.weight.std().item() == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_2", "mobilenetv2_x0_5", "shufflenetv1"])
+def test_every_parameter_receives_a_gradient(name):
+    torch.manual_seed(0)
+    model = create_model(name, 5)
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    assert not [key for key, value in model.named_parameters() if value.grad is None or not value.grad.isfinite().all()]
+
+
+def test_shuffle_interleaves_the_groups():
+    from ackd_lightning.models.zoo.shufflenetv1 import ShuffleChannels
+
+    channels = torch.arange(6.0).reshape(1, 6, 1, 1)
+    assert ShuffleChannels(3)(channels).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+    assert torch.equal(ShuffleChannels(1)(channels), channels)
+
+
+def test_shuffle_unit_appends_its_pooled_input_behind_its_own_channels():
+    from ackd_lightning.models.zoo.shufflenetv1 import ShuffleUnit
+
+    torch.manual_seed(0)
+    unit, features = ShuffleUnit(24, 240, stride=2).eval(), torch.randn(2, 24, 8, 8)
+    pooled = nn.functional.avg_pool2d(features, 3, stride=2, padding=1).relu()
+    assert unit(features).shape == (2, 240, 4, 4)
+    assert torch.equal(unit(features)[:, 216:], pooled)
+    plain, features = ShuffleUnit(240, 240, stride=1).eval(), torch.randn(2, 240, 4, 4)
+    nn.init.zeros_(plain.bn3.weight)
+    assert torch.equal(plain(features), features.relu())
+
+
+@pytest.mark.parametrize("outputs", [16, 32])
+def test_wide_shortcut_reads_the_activated_input_only_where_channels_change(outputs):
+    from ackd_lightning.models.zoo.wide_resnet import PreActivationBlock
+
+    torch.manual_seed(0)
+    block, features = PreActivationBlock(16, outputs).eval(), torch.randn(2, 16, 4, 4)
+    nn.init.constant_(block.bn1.bias, 0.5)
+    nn.init.zeros_(block.conv2.weight)
+    expected = features if outputs == 16 else block.convShortcut(block.bn1(features).relu())
+    assert torch.equal(block(features), expected)
+    assert bool((features < 0).any())
+
+
+def test_multiply_adds_leaves_the_model_as_it_is():
+    model = create_model("resnet8", 10)
+    model.layer1.eval()
+    model.fc.weight.requires_grad_(False)
+    calls: list[str] = []
+    model.layer2.register_forward_hook(lambda *_: calls.append("forward"))
+    model.layer2.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    macs = multiply_adds(model, 32)
+    assert (
+        macs
+        == 16 * 27 * 1024
+        + 2 * 16 * 144 * 1024
+        + (16 + 32) * 9 * 32 * 256
+        + 16 * 32 * 256
+        + (32 + 64) * 9 * 64 * 64
+        + (32 * 64 * 64)
+        + 640
+    )
+    assert [module.training for module in model.modules()] == modes
+    assert calls == []
+    assert [value.requires_grad for value in (model.fc.weight, model.fc.bias)] == [False, True]
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) and after[key].device.type == "cpu" for key in before)
+
+
+def test_multiply_adds_takes_other_channels_and_dtypes():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 64, 3)).to(torch.bfloat16)
+    assert multiply_adds(model, 8, channels=1) == 9 * 4 * 64 + 4 * 64 * 3
+    assert count_parameters(model.requires_grad_(False)) == 40 + 771
+
+
+def test_timm_networks_take_classes_and_options():
+    model = create_model("timm:resnet10t", 7, stem_width=16)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert count_parameters(model) != count_parameters(on_meta("timm:resnet10t", 7))
+
+
+def test_timm_is_imported_only_when_asked_for():
+    code = (
+        "import sys; from ackd_lightning.models import zoo; zoo.create_model('resnet8', 2);"
+        "early = 'timm' in sys.modules; zoo.create_model('timm:resnet10t', 2); print(early, 'timm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_with_side_outputs_give_logits_alone_in_training(name):
+    model = on_meta(name, 4)
+    assert model.train()(torch.empty(2, 3, 96, 96, device="meta")).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resnet21", "'resnet20'"),
+        ("MobileNetV2", "'mobilenet_v2'"),
+        ("ShuffleNetV1", "'shufflenetv1'"),
+        ("resnet18x", "'resnet18'"),
+        ("something else", "known are mobilenetv2_x0_5"),
+        ("fcn_resnet50", "no network is named 'fcn_resnet50'"),
+        ("timm:resnet10tt", "'resnet10t'"),
+        ("timm:zzzzqqq", "timm.list_models()"),
+        ("timm:", "timm has no network named ''"),
+    ],
+)
+def test_unknown_name_is_answered_with_near_ones(name, said):
+    with pytest.raises(ACKDError) as caught:
+        create_model(name, 10)
+    message = str(caught.value)
+    assert said in message
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("resnet20", {"stem": "cifar"}, "'stem' is unknown: 'resnet20' takes no options"),
+        ("resnet18", {"stem": "tiny"}, "'stem' of 'resnet18' is 'tiny': choose 'imagenet' or 'cifar'"),
+        ("vgg11", {"stem": "cifar"}, "'stem' does not apply to 'vgg11'"),
+        ("resnet18", {"colour": 1}, "'colour' is unknown to 'resnet18'"),
+        ("timm:resnet10t", {"colour": 1}, "'colour' is unknown to 'timm:resnet10t'"),
+        ("resnet18", {"weights": "DEFAULT"}, "'weights' of 'resnet18' would fetch weights"),
+        ("timm:resnet10t", {"pretrained": True}, "'pretrained' of 'timm:resnet10t' would fetch weights"),
+    ],
+)
+def test_bad_option_is_named(name, options, said):
+    with pytest.raises(ACKDError, match=r"leave it out|choose") as caught:
+        on_meta(name, 10, **options)
+    assert said in str(caught.value)
+
+
+def test_a_type_error_that_is_no_unknown_option_is_not_hidden():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        on_meta("resnet50", 10, width_per_group="two")
+
+
+@pytest.mark.parametrize("num_classes", [0, -3, True, 2.0, "10", None])
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "timm:resnet10t"])
+def test_number_of_classes_must_be_a_positive_whole_number(name, num_classes):
+    with pytest.raises(ACKDError, match=r"num_classes of .* is .*: give a whole number of at least 1"):
+        create_model(name, num_classes)
