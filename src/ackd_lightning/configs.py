@@ -109,7 +109,7 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         ACKDError: when it is no YAML mapping, or a fragment is missing or includes itself.
     """
-    if path in _seen:
+    if path.resolve() in _seen:
         raise ACKDError(f"{path} includes itself by way of {_seen[-1]}; take it out of `include`")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -125,14 +125,17 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ACKDError(f"{path} holds a {type(content).__name__}, not settings; write `key: value` lines")
     result: dict[str, Any] = {}
-    for name in content.pop(_INCLUDE, []):
+    included = content.pop(_INCLUDE, None) or []
+    if not isinstance(included, list):
+        raise ACKDError(f"`include` of {path} is {included!r}, not a list; write include: [{included}]")
+    for name in included:
         candidates = [path.parent / f"{name}.yaml", config_folder() / f"{name}.yaml"]
         found = next((each for each in candidates if each.is_file()), None)
         if found is None:
             raise ACKDError(
                 f"{path} includes {name!r}, which does not exist; known are {', '.join(sorted(_fragments()))}"
             )
-        result = merge(result, read_config(found, (*_seen, path)))
+        result = merge(result, read_config(found, (*_seen, path.resolve())))
     return merge(result, content)
 
 

@@ -32,10 +32,12 @@ from ackd_lightning.training.distillation import DistillationModule
 
 _RUN_NAME = "ACKD_RUN_NAME"
 _FROM_DATA = ("num_classes", "input_size", "mean", "std")
+_CHATTY = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")  # tips, device lists, seeds
 _NOT_OURS = (
     ".*LeafSpec.*",  # torch 2.15 deprecates what Lightning 2.6.6 calls
     ".*smaller than the logging interval.*",  # epoch means are logged whatever the interval
     ".*does not have many workers.*",  # data in memory needs none
+    ".*callbacks used to create the checkpoint need to be provided.*",  # not for testing
     ".*exists and is not empty.*",  # a run's folder was checked before
 )
 
@@ -235,7 +237,7 @@ class ACKDCLI(LightningCLI):
         if fit and self.option("trainer.logger") is None:
             kwargs["logger"] = [] if dry else self.loggers()
         elif not fit:
-            kwargs.setdefault("logger", False)
+            kwargs["logger"] = kwargs["enable_checkpointing"] = False
         if fit:
             select = not (isinstance(self.datamodule, ImageDataModule) and self.datamodule.val_is_test)
             callbacks += [] if dry else checkpoints(self.folder / "checkpoints", select=select)
@@ -377,7 +379,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
         command: fit, validate, test or predict.
         arguments: behind it.
     """
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # tips and device lists
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for message in _NOT_OURS:
             warnings.filterwarnings("ignore", message)

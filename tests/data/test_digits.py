@@ -9,14 +9,14 @@ from ackd_lightning.data.digits import all_digits
 
 def test_images_are_the_scans():
     images, targets = all_digits()
-    assert images.shape == (1797, 3, 32, 32)
+    assert images.shape == (1797, 3, 16, 16)
     assert images.dtype == torch.uint8
     assert images.max() == 255
     assert torch.equal(images[:, 0], images[:, 2])
     scans = torch.from_numpy(load_digits()["images"]).float() * 255 / 16
-    # by hand: the middle of pixel (5, 9) lies at (5.5, 9.5) / 4 - 0.5 = (0.875, 1.875) of the scan
-    by_hand = 0.125 * (0.125 * scans[:, 0, 1] + 0.875 * scans[:, 0, 2])
-    by_hand += 0.875 * (0.125 * scans[:, 1, 1] + 0.875 * scans[:, 1, 2])
+    # by hand: the middle of pixel (5, 9) lies at (5.5, 9.5) / 2 - 0.5 = (2.25, 4.25) of the scan
+    by_hand = 0.75 * (0.75 * scans[:, 2, 4] + 0.25 * scans[:, 2, 5])
+    by_hand += 0.25 * (0.75 * scans[:, 3, 4] + 0.25 * scans[:, 3, 5])
     assert (images[:, 0, 5, 9] - by_hand).abs().max() <= 0.5
     assert by_hand.max() > 200
     assert targets.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
@@ -42,8 +42,8 @@ def test_digits_are_shifted_and_not_mirrored():
     module = DigitsDataModule(batch_size=64, seed=0)
     raw = next(iter(module.train_dataloader()))
     shifted = module.on_after_batch_transfer(raw._replace(epoch=raw.epoch), 0).image * module.std[0] + module.mean[0]
-    plain = torch.nn.functional.pad(raw.image.float() / 255, (4, 4, 4, 4))
-    windows = [plain[:, :, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+    plain = torch.nn.functional.pad(raw.image.float() / 255, (2, 2, 2, 2))
+    windows = [plain[:, :, y : y + 16, x : x + 16] for y in range(5) for x in range(5)]
     distance = torch.stack([(window - shifted).abs().amax((1, 2, 3)) for window in windows]).amin(0)
     assert distance.max() < 1e-5
     assert not torch.allclose(shifted, raw.image.float() / 255)

@@ -20,10 +20,10 @@ _TEST_SPLIT_SEED = 1  # not the one of the validation split, which is taken out 
 
 
 class DigitsDataModule(ImageDataModule):
-    """The 1,797 scanned 8 x 8 digits of scikit-learn, enlarged to 32 x 32 and repeated to three channels.
+    """The 1,797 scanned 8 x 8 digits of scikit-learn, enlarged to 16 x 16 and repeated to three channels.
 
     Grey levels 0 to 16 become 0 to 255, enlarged bilinearly. A fixed stratified 30 % (539 images) is the test set.
-    Training images are shifted by up to 4 pixels (half of one scanned pixel); they are not mirrored.
+    Training images are shifted by up to 2 pixels (one scanned pixel); they are not mirrored.
 
     Args:
         batch_size: global training batch: each of W processes takes ``batch_size / W``.
@@ -37,8 +37,8 @@ class DigitsDataModule(ImageDataModule):
 
     num_classes = 10
     mean = (0.3056, 0.3056, 0.3056)  # of the training and validation images
-    std = (0.3241, 0.3241, 0.3241)
-    input_size = 32
+    std = (0.3190, 0.3190, 0.3190)
+    input_size = 16
     augment = "crop"
     class_names = tuple(str(digit) for digit in range(10))
 
@@ -72,8 +72,8 @@ class DigitsDataModule(ImageDataModule):
 
 
 def all_digits() -> tuple[Tensor, Tensor]:
-    """Return all the digits: ``1797 x 3 x 32 x 32`` uint8, and ``1797`` int64 classes."""
+    """Return all the digits: ``1797 x 3 x 16 x 16`` uint8, and ``1797`` int64 classes."""
     content = load_digits()
     grey = torch.from_numpy(content["images"]).to(torch.float32)[:, None] * (255 / 16)
-    large = F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False)
+    large = F.interpolate(grey, size=(16, 16), mode="bilinear", align_corners=False)
     return large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(content["target"]).long()

@@ -63,4 +63,5 @@ def weighted_logits(weights: Tensor, logits: Sequence[Tensor]) -> Tensor:
     Returns:
         ``B x K`` float32.
     """
-    return torch.einsum("bm,bmk->bk", weights, torch.stack([each.float() for each in logits], dim=1))
+    stacked = torch.stack([each.float() for each in logits], dim=1)
+    return (weights.float().unsqueeze(2) * stacked).sum(dim=1)  # no matmul: autocast would round it to half precision

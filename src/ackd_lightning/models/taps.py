@@ -123,8 +123,14 @@ def probe(network: nn.Module, input_size: int, *, in_channels: int = 3) -> NetSp
         network: a network, or one whose forward returns a ``NetOutput``.
         input_size: height and width of the image in pixels.
         in_channels: channels of the image.
+
+    Raises:
+        ValueError: for a network that is shared with its copies, as a ``FrozenTeacher`` is: probe its ``network``.
     """
-    ghost = copy.deepcopy(network).to("meta").eval()
+    ghost = copy.deepcopy(network)
+    if ghost is network:
+        raise ValueError(f"{type(network).__name__} is shared with its copies and cannot be probed; probe its network")
+    ghost = ghost.to("meta").eval()
     image = torch.empty(1, in_channels, input_size, input_size, device="meta")
     output = ghost(image)
     if not isinstance(output, NetOutput):

@@ -1,0 +1,28 @@
+# Needs Python (3.10 to 3.13) and git; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check clean
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.ready  ## teacher, student alone, KD and ACKD on digits: a table, demo/curves.png, demo/student.safetensors
+	rm -rf demo
+	$(BIN)/ackd demo --out demo
+
+test: $(VENV)/.ready  ## the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready  ## format, lint, types, direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_imports.py
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers of the tests
+
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(autouse=True)
+def _clean_process(monkeypatch: pytest.MonkeyPatch):
+    """No seed, run name or run folder of one test may reach the next."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "ACKD_RUN_NAME", "ACKD_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    torch.manual_seed(0)
+    return
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    """The machine of a test run is small, and tiny networks gain nothing from many threads."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods import ACKD, CE, KD, AdversarialMethod, Method
+from ackd_lightning.methods.base import describe, from_description
+
+
+class Positional(Method):
+    """A method outside the package, with a positional argument and layers of its own."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, width: int, scale: float = 2.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.project = nn.Linear(width, 1)
+
+
+class Opponents(AdversarialMethod):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(2, 1)
+        self.discriminators = nn.Linear(3, 1)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        CE(),
+        KD(temperature=2.0, weight_ce=1.0),
+        ACKD(branches=("D3B1", "D3B1"), attention="off", lambda_adv=0.5),
+        ACKD(branches=["D2B2"], adversarial="off"),
+    ],
+    ids=["ce", "kd", "tuple", "list"],
+)
+def test_a_method_becomes_plain_data_and_comes_back(method):
+    description = describe(method)
+    assert json.loads(json.dumps(description)) == description
+    again = from_description(json.loads(json.dumps(description)))
+    assert type(again) is type(method)
+    assert describe(again) == description
+    assert again.weights() == method.weights()
+    assert again.branches == method.branches
+
+
+def test_a_description_holds_what_was_given_and_no_defaults():
+    assert describe(KD(temperature=2.0)) == {
+        "class_path": "ackd_lightning.methods.kd.KD",
+        "init_args": {"temperature": 2.0},
+    }
+    assert describe(ACKD(branches=("D3B1", "D2B2")))["init_args"] == {"branches": ["D3B1", "D2B2"]}
+
+
+def test_positional_arguments_are_remembered_by_name():
+    method = Positional(3)
+    assert method.init_args == {"width": 3}
+    assert Positional(3, 4.0).init_args == {"width": 3, "scale": 4.0}
+    assert not any("init_args" in key for key in method.state_dict())
+
+
+@pytest.mark.parametrize("path", ["ackd_lightning.methods.KD", "ackd_lightning.methods.kd.KD"])
+def test_a_class_path_may_be_the_public_one(path):
+    method = from_description({"class_path": path, "init_args": {"temperature": 3.0}})
+    assert isinstance(method, KD)
+    assert method.temperature == 3.0
+    assert isinstance(from_description({"class_path": path}), KD)
+
+
+@pytest.mark.parametrize("path", ["no.such.Module", "ackd_lightning.methods.Nothing", "", "not a path!"])
+def test_a_class_that_cannot_be_imported_is_named(path):
+    with pytest.raises(ACKDError, match="cannot be imported") as caught:
+        from_description({"class_path": path, "init_args": {}})
+    assert repr(path) in str(caught.value)
+
+
+def test_a_description_without_a_class_is_refused():
+    with pytest.raises(ACKDError, match="cannot be imported"):
+        from_description({})
+
+
+@pytest.mark.parametrize("path", ["os.path.join", "torch.nn.Linear", "ackd_lightning.methods.base.describe", "json"])
+def test_what_is_no_method_is_refused(path):
+    with pytest.raises(ACKDError, match="no distillation method"):
+        from_description({"class_path": path, "init_args": {}})
+
+
+def test_own_parameters_are_one_group_without_frozen_ones():
+    method = Positional(3)
+    (group,) = method.parameter_groups()
+    assert group["lr_scale"] == 1.0
+    assert [id(each) for each in group["params"]] == [id(each) for each in method.parameters()]
+    method.project.requires_grad_(False)
+    assert method.parameter_groups() == []
+    assert CE().parameter_groups() == []
+
+
+def test_discriminators_are_in_no_group_of_the_learners():
+    method = Opponents()
+    assert method.has_discriminators
+    (group,) = method.parameter_groups()
+    assert {id(each) for each in group["params"]} == {id(each) for each in method.project.parameters()}
+    method.discriminators = nn.Identity()
+    assert not method.has_discriminators
+
+
+def test_what_a_subclass_forgot_is_named():
+    method = Opponents()
+    for call in (method.weights, method.discriminator_optimizer):
+        with pytest.raises(NotImplementedError, match="Opponents has no method"):
+            call()
+    with pytest.raises(NotImplementedError, match="`forward`"):
+        method(None, None, None)
+    with pytest.raises(NotImplementedError, match="`discriminator_terms`"):
+        method.discriminator_terms(None)
+
+
+def test_defaults_of_the_base_class_do_nothing(scene):
+    method, here = CE(), scene(2)
+    method.build(here.spec, None)
+    method.set_epoch(3)
+    assert method.ensemble(here.student) is None
+    assert method.statistics(here.student) == {}
+    assert method.branches == ()
+    assert torch.equal(method(here.student, None, here.batch)["ce"], CE()(here.student, None, here.batch)["ce"])

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+
+from ackd_lightning.errors import ACKDError, near_matches
+
+
+def test_the_users_error_is_a_value_error():
+    assert issubclass(ACKDError, ValueError)
+    with pytest.raises(ValueError, match="put it right"):
+        raise ACKDError("put it right")
+
+
+def test_near_names_are_offered_nearest_first():
+    assert near_matches("resnet2O", ["resnet20", "wrn_40_2"]) == "did you mean 'resnet20'?"
+    hint = near_matches("resnet10", ["resnet110", "resnet8", "resnet14", "resnet20", "resnet18"], most=2)
+    assert hint.count(" or ") == 1
+    assert hint.startswith("did you mean 'resnet110'")
+
+
+def test_few_known_names_are_listed_in_order_when_nothing_is_near():
+    assert near_matches("xyz", ["b", "a"]) == "known are a, b"
+
+
+def test_many_known_names_are_not_listed():
+    hint = near_matches("xyz", [f"network{number}" for number in range(13)])
+    assert hint == "see `ackd fit --help`"
+    assert near_matches("xyz", [f"network{number:02}" for number in range(12)]).endswith("network10, network11")

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+
+def test_a_batch_unpacks_in_order_and_its_index_is_a_tensor():
+    batch = Batch(torch.zeros(2, 3, 4, 4), torch.tensor([1, 0]), torch.tensor([7, 8]))
+    image, target, index = batch
+    assert image is batch.image
+    assert target is batch.target
+    assert index is batch.index
+    assert batch.index.tolist() == [7, 8]  # not tuple.index
+
+
+def test_outputs_have_no_branches_unless_given():
+    output = NetOutput(torch.zeros(2, 5), (), torch.zeros(2, 0))
+    assert output.branches == ()
+    assert NetOutput(torch.zeros(2, 5), (), torch.zeros(2, 0), (output,)).branches[0] is output
+
+
+def test_outputs_and_specs_cannot_be_changed():
+    output = NetOutput(torch.zeros(2, 5), (), torch.zeros(2, 0))
+    spec = NetSpec(num_classes=5, features=((4, 2, 2),), embedding=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        output.logits = torch.ones(2, 5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.num_classes = 6
+
+
+def test_specs_compare_by_value():
+    spec = NetSpec(num_classes=5, features=((4, 2, 2),), embedding=4)
+    assert spec == NetSpec(5, ((4, 2, 2),), 4)
+    assert spec != NetSpec(5, ((4, 2, 2),), 4, branches=(spec,))

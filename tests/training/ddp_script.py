@@ -1,0 +1,71 @@
+"""Started by test_ddp.py: the same fits on one or two processes; rank 0 leaves weights, metrics and buffers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training.helpers import Blobs, module, trainer
+
+from ackd_lightning import ACKD, ACKDModule
+
+
+class Buffers(L.Callback):
+    """Largest difference of BatchNorm's buffers between two processes in validation."""
+
+    def __init__(self):
+        self.largest = 0.0
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if trainer.world_size == 1:
+            return
+        mine = torch.cat([torch.zeros(1).double(), *(each.double().flatten() for each in pl_module.student.buffers())])
+        every = [torch.zeros_like(mine) for _ in range(trainer.world_size)]
+        dist.all_gather(every, mine)
+        self.largest = max(self.largest, float((every[0] - every[1]).abs().max()))
+
+
+class UnequalStart(L.Callback):
+    """A rank whose discriminators were seeded otherwise."""
+
+    def setup(self, trainer, pl_module, stage):
+        if trainer.global_rank == 1:
+            for parameter in pl_module.method.discriminators.parameters():
+                parameter.data.add_(1.0)
+
+
+class NeverRearmed(ACKDModule):
+    def _rearm_buffer_sync(self):
+        pass
+
+
+def scenarios():
+    strong = {"discriminator_lr": 0.1}
+    yield "default", module(ACKD(**strong), norm=False), []
+    yield "diversify", module(ACKD(adversarial="diversify", teach="both", **strong), norm=False), []
+    yield "collaboration", module(ACKD(adversarial="off", attention="off"), norm=False), []
+    yield "unequal", module(ACKD(**strong), norm=False), [UnequalStart()]
+    yield "norm", module(ACKD(**strong)), []
+    left_alone = module(ACKD(**strong))
+    left_alone.__class__ = NeverRearmed
+    yield "never_rearmed", left_alone, []
+
+
+def main(devices: int, out: Path) -> None:
+    for name, net, callbacks in scenarios():
+        buffers = Buffers()
+        run = trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", callbacks=[buffers, *callbacks])
+        run.fit(net, datamodule=Blobs())
+        if run.is_global_zero:
+            metrics = {key: float(value) for key, value in run.callback_metrics.items()}
+            result = {"state": net.state_dict(), "metrics": metrics, "buffers": buffers.largest}
+            torch.save({**result, "steps": run.global_step}, out / f"{name}-{devices}.pt")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from ackd_lightning import ACKD, ACKDModule
+from ackd_lightning.models.taps import StagePlan
+
+SIZE = 8
+CLASSES = 4
+
+
+class TinyNet(nn.Module):
+    """Three stages on 8 x 8 images: everything a CIFAR network has, in a millisecond."""
+
+    stage_plan = StagePlan(stem=("stem",), stages=(("one",), ("two",), ("three",)), tail=(), classifier="fc")
+
+    def __init__(self, width: int = 4, *, norm: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+
+        def block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+            middle: list[nn.Module] = [nn.BatchNorm2d(outputs)] if norm else []
+            last: list[nn.Module] = [nn.Dropout(dropout)] if dropout else []
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), *middle, nn.ReLU(), *last)
+
+        self.stem = block(3, width, 1)
+        self.one, self.two, self.three = block(width, width, 1), block(width, width, 2), block(width, 2 * width, 2)
+        self.fc = nn.Linear(2 * width, CLASSES)
+
+    def forward(self, image: Tensor) -> Tensor:
+        feature = self.three(self.two(self.one(self.stem(image))))
+        return self.fc(feature.mean(dim=(2, 3)))
+
+
+class Blobs(L.LightningDataModule):
+    """64 noisy images whose colour tells the class; the same global batches for any number of processes."""
+
+    def __init__(self, batch_size: int = 8, count: int = 64) -> None:
+        super().__init__()
+        self.global_batch, self.count = batch_size, count
+
+    def _data(self, seed: int, count: int) -> TensorDataset:
+        generator = torch.Generator().manual_seed(seed)
+        target = torch.arange(count) % CLASSES
+        colour = torch.eye(CLASSES)[target][:, :3, None, None]
+        return TensorDataset(colour + 0.3 * torch.randn(count, 3, SIZE, SIZE, generator=generator), target)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        data, trainer = self._data(0, self.count), self.trainer
+        assert trainer is not None
+        sampler = DistributedSampler(data, trainer.world_size, trainer.global_rank, shuffle=False)
+        return DataLoader(data, batch_size=self.global_batch // trainer.world_size, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self._data(1, 32), batch_size=16)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self.val_dataloader()
+
+
+def module(method: ACKD | None = None, *, seed: int = 0, norm: bool = True, **options: Any) -> ACKDModule:
+    """An ACKD module on tiny networks, made the same way every time."""
+    torch.manual_seed(seed)
+    teacher, student = TinyNet(8), TinyNet(norm=norm, dropout=options.pop("dropout", 0.0))
+    arguments = {"lr": 0.05, "milestones": [2], "teacher_gate": "off", "input_size": SIZE, **options}
+    return ACKDModule(student, CLASSES, teacher=teacher, method=method, **arguments)
+
+
+def trainer(**options: Any) -> L.Trainer:
+    """A quiet Trainer on the CPU."""
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 2,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**{**quiet, **options})
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in net.state_dict().items()}
+
+
+def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[key].double() - second[key].double()).abs().max()) for key in first)

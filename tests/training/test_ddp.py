@@ -1,0 +1,64 @@
+"""Two processes on one machine: the same weights, buffers and accuracies as one process on the same global batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from training.helpers import largest_difference
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    """Every scenario of ddp_script.py on one and on two processes: ``fits(name, devices)``."""
+    folder = tmp_path_factory.mktemp("ddp")
+    script = Path(__file__).with_name("ddp_script.py")
+    for devices in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", str(script), str(devices), str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return lambda name, devices: torch.load(folder / f"{name}-{devices}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["default", "diversify", "collaboration"])
+def test_two_processes_equal_one(fits, name):
+    one, two = fits(name, 1), fits(name, 2)
+    assert largest_difference(one["state"], two["state"]) < 1e-6
+    assert one["steps"] == two["steps"] == 16
+
+
+def test_discriminators_start_equal(fits):
+    """DDP does not send parameters that it ignores: a rank that was seeded otherwise is put right."""
+    assert largest_difference(fits("default", 1)["state"], fits("unequal", 2)["state"]) < 1e-6
+
+
+def test_batchnorm_buffers_are_equal_in_validation(fits):
+    assert fits("norm", 2)["buffers"] == 0.0
+
+
+def test_buffer_test_can_fail(fits):
+    """Without the re-arming Lightning leaves the buffers apart, and the callback sees it."""
+    assert fits("never_rearmed", 2)["buffers"] > 1e-4
+
+
+def test_metrics_are_exact(fits):
+    one, two = fits("default", 1)["metrics"], fits("default", 2)["metrics"]
+    for key in ("val/acc", "val/acc_top5", "val/aux0_acc", "val/aux1_acc", "val/ensemble_acc"):
+        assert one[key] == two[key], key
+    for key in ("learners/cka", "learners/spread", "learners/disagreement", "train/loss", "disc/acc"):
+        assert one[key] == pytest.approx(two[key], abs=1e-5), key
