@@ -187,6 +187,7 @@ class ACKDCLI(LightningCLI):
             metavar="PROJECT",
             help="log to Weights & Biases; offline when no key is known",
         )
+        parser.add_argument("--output", type=str, default="predictions.csv", help="file of `ackd predict`")
         parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, into the run's folder")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -384,6 +385,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     with warnings.catch_warnings():
         for message in _NOT_OURS:
             warnings.filterwarnings("ignore", message)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\..*")
         try:
             ACKDCLI(command, arguments)
         except ValueError as error:

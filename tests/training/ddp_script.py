@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from training.helpers import Blobs, module, trainer
-
 from ackd_lightning import ACKD, ACKDModule
+from training.helpers import Blobs, module, trainer
 
 
 class Buffers(L.Callback):

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from training.helpers import Blobs, largest_difference, module, state, trainer
 
 from ackd_lightning import ACKD, KD, ACKDError, ACKDModule, AdversarialModule, DistillationModule
+from training.helpers import Blobs, largest_difference, module, state, trainer
 
 
 def test_global_step_counts_learner_steps_only():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from training.helpers import largest_difference
 
 pytestmark = pytest.mark.skipif(

@@ -1,19 +1,19 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from training.helpers import CLASSES, SIZE, Blobs, TinyNet, largest_difference, module, state, trainer
 
 from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, DistillationModule, FrozenTeacher, create_model
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.training.health import HealthMonitor, TeacherGate
+from training.helpers import CLASSES, SIZE, Blobs, TinyNet, largest_difference, module, state, trainer
 
 
 def test_teacher_is_outside_and_unchanged():
@@ -92,7 +92,15 @@ def test_noise_is_keyed_by_step_and_not_by_history():
 def test_everything_is_logged():
     run = trainer(max_epochs=1)
     run.fit(module(), datamodule=Blobs())
-    expected = {"train/loss", "train/ce", "train/ce_aux", "train/kd_aux", "train/kd_target", "train/kd_direct", "train/adv"}
+    expected = {
+        "train/loss",
+        "train/ce",
+        "train/ce_aux",
+        "train/kd_aux",
+        "train/kd_target",
+        "train/kd_direct",
+        "train/adv",
+    }
     expected |= {f"val/{learner}acc{top}" for learner in ("", "aux0_", "aux1_", "ensemble_") for top in ("", "_top5")}
     expected |= {"attention/weight_aux0", "attention/weight_aux1", "attention/entropy", "disc/acc", "disc/loss"}
     expected |= {"learners/cka", "learners/disagreement", "learners/spread"}
@@ -104,7 +112,14 @@ def test_everything_is_logged():
 @pytest.mark.parametrize("method", [CE(), KD()], ids=["ce", "kd"])
 def test_automatic_methods_in_both_precisions(method, precision):
     net = DistillationModule(
-        TinyNet(), CLASSES, method=method, teacher=TinyNet(8), input_size=SIZE, lr=0.05, milestones=[5], teacher_gate="off"
+        TinyNet(),
+        CLASSES,
+        method=method,
+        teacher=TinyNet(8),
+        input_size=SIZE,
+        lr=0.05,
+        milestones=[5],
+        teacher_gate="off",
     )
     run = trainer(max_epochs=2, precision=precision)
     run.fit(net, datamodule=Blobs())
@@ -151,8 +166,10 @@ class TestTeacherGate:
 
 class TestTeacherFile:
     def test_missing_weights_name_the_command(self, tmp_path):
-        net = ACKDModule("resnet20", 100, teacher="resnet110", teacher_weights=f"{tmp_path}/cifar100_resnet110.safetensors")
-        with pytest.raises(ACKDError, match="ackd fit --config cifar100_resnet110.yaml"):
+        net = ACKDModule(
+            "resnet20", 100, teacher="resnet110", teacher_weights=f"{tmp_path}/cifar100_resnet110.safetensors"
+        )
+        with pytest.raises(ACKDError, match=r"ackd fit --config cifar100_resnet110\.yaml"):
             net.load_teacher()
 
     def test_metadata_sets_normalisation_and_size(self, tmp_path):
@@ -180,7 +197,7 @@ def test_collapse_is_reported_once():
     class Fake:
         sanity_checking = False
         current_epoch = 3
-        callback_metrics = {"attention/entropy": torch.tensor(0.001), "learners/spread": torch.tensor(1.0)}
+        callback_metrics: ClassVar = {"attention/entropy": torch.tensor(0.001), "learners/spread": torch.tensor(1.0)}
 
     with pytest.warns(UserWarning, match="attention has collapsed onto one learner"):
         monitor.on_validation_end(Fake(), net)
@@ -231,4 +248,4 @@ def test_readme_script_runs(tmp_path, monkeypatch):
     namespace: dict[str, object] = {"__name__": "__main__"}
     exec(compile(script, "README.md", "exec"), namespace)
     assert (tmp_path / "student.safetensors").is_file()
-    assert os.path.getsize(tmp_path / "student.safetensors") > 100_000
+    assert (tmp_path / "student.safetensors").stat().st_size > 100_000

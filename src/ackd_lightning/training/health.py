@@ -132,7 +132,7 @@ class HealthMonitor(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare what this validation logged with the limits."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or is_dry(trainer):
             return
         values = trainer.callback_metrics
         learners = len(cast("DistillationModule", pl_module).spec.branches)

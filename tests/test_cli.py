@@ -1,0 +1,369 @@
+"""The command line in process, as a user types it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ackd_lightning import create_model
+from ackd_lightning.cli import main
+from ackd_lightning.configs import config_folder as folder_of_configs
+from ackd_lightning.configs import method_names, packaged_names, read_config
+from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.images import Pixels
+from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
+
+QUICK = [
+    "--data.max_per_class",
+    "4",
+    "--data.batch_size",
+    "20",
+    "--trainer.max_epochs",
+    "2",
+    "--model.milestones",
+    "[1]",
+]
+QUICK += ["--trainer.enable_progress_bar", "false"]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A teacher and an ACKD student on digits, made by the commands of README."""
+    folder = tmp_path_factory.mktemp("runs")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert main(["fit", "--config", "digits_resnet20.yaml", "--name", "t", *QUICK]) == 0
+        with pytest.warns(UserWarning, match="near chance"):
+            pair = ["fit", "--config", "digits_resnet20_resnet8.yaml", "--name", "a", "--tensorboard", *QUICK]
+            assert main([*pair, "--model.teacher_gate", "warn"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def beside(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    return runs
+
+
+class TestRunFolder:
+    def test_what_a_fit_leaves(self, runs):
+        run = runs / "runs" / "digits_resnet20_resnet8" / "a"
+        names = {path.name for path in run.iterdir()}
+        assert {"config.yaml", "metrics.csv", "checkpoints", "summary.json", "student.safetensors"} <= names
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+        assert any("tfevents" in name for name in names)
+        rows = read_rows(run / "metrics.csv")
+        assert {row["val/acc"] for row in rows} - {""}
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        assert settings["model"]["init_args"]["student"] == "resnet8"
+        assert settings["seed_everything"] == 0
+
+    def test_summary_has_last_and_best_of_every_network(self, runs):
+        summary = json.loads((runs / "runs" / "digits_resnet20_resnet8" / "a" / "summary.json").read_text())
+        for which in ("last", "best"):
+            assert {"val/acc", "val/aux0_acc", "val/aux1_acc", "val/ensemble_acc", "epoch"} <= set(summary[which])
+        assert (summary["parameters"], summary["teacher"]["parameters"]) == (78_042, 272_474)
+        assert summary["training_parameters"] > summary["parameters"]
+        assert summary["best"]["val/acc"] >= summary["last"]["val/acc"]
+
+    def test_teacher_weights_say_where_they_come_from(self, runs):
+        path = runs / "weights" / "digits_resnet20.safetensors"
+        metadata = read_metadata(path)
+        assert metadata["model"] == "resnet20"
+        assert metadata["data"] == "DigitsDataModule"
+        assert {"val_acc", "seed", "epochs", "torch", "mean", "std", "input_size"} <= set(metadata)
+        load_weights(create_model("resnet20", 10), path)
+
+    def test_student_is_the_plain_network(self, runs):
+        run = runs / "runs" / "digits_resnet20_resnet8" / "a"
+        student = create_model("resnet8", 10)
+        load_weights(student, run / "student.safetensors")
+        checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        assert torch.equal(student.fc.weight, checkpoint["state_dict"]["student.backbone.fc.weight"])
+
+    def test_taken_name_is_refused_and_nothing_lost(self, beside, capsys):
+        run = beside / "runs" / "digits_resnet20_resnet8" / "a"
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        assert main(["fit", "--config", "digits_resnet20_resnet8.yaml", "--name", "a", *QUICK]) == 2
+        assert "exists; choose another --name" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+    def test_published_weights_are_not_replaced(self, beside, capsys):
+        before = (beside / "weights" / "digits_resnet20.safetensors").read_bytes()
+        assert main(["fit", "--config", "digits_resnet20.yaml", "--name", "again", *QUICK]) == 2
+        assert "would replace them" in capsys.readouterr().err
+        assert (beside / "weights" / "digits_resnet20.safetensors").read_bytes() == before
+
+
+class TestAfterwards:
+    def test_test_validate_predict(self, beside):
+        run = "runs/digits_resnet20_resnet8/a"
+        assert main(["test", run, "--trainer.enable_progress_bar", "false"]) == 0
+        assert main(["test", run, "--which", "best", "--trainer.enable_progress_bar", "false"]) == 0
+        tested = json.loads(Path(run, "summary.json").read_text())["test"]
+        assert set(tested) == {"last", "best"}
+        assert main(["validate", run, "--trainer.enable_progress_bar", "false"]) == 0
+        assert main(["predict", run, "--output", "p.csv", "--trainer.enable_progress_bar", "false"]) == 0
+        rows = read_rows(Path("p.csv"))
+        right = sum(row["target"] == row["prediction"] for row in rows) / len(rows)
+        assert len(rows) == 539
+        assert right == pytest.approx(tested["last"]["test/acc"], abs=1e-6)
+
+    def test_export_and_compare(self, beside, capsys):
+        run = "runs/digits_resnet20_resnet8/a"
+        assert main(["export", run, "--out", "s.safetensors"]) == 0
+        shown = capsys.readouterr().out
+        assert "78,042" in shown
+        assert "272,474" in shown
+        assert main(["export", run, "--out", "s.safetensors"]) == 2
+        assert main(["export", run, "--out", "s.safetensors", "--overwrite", "--which", "best"]) == 0
+        load_weights(create_model("resnet8", 10), "s.safetensors")
+        assert main(["compare", "runs", "--figure", "c.png"]) == 0
+        shown = capsys.readouterr().out
+        assert "digits_resnet20_resnet8" in shown
+        with Image.open("c.png") as image:
+            assert min(image.size) > 300
+
+    def test_explicit_flag_beats_checkpoint(self, beside, monkeypatch):
+        seen = []
+        monkeypatch.setattr(ImageDataModule, "test_dataloader", lambda self: seen.append(self.eval_batch_size) or [])
+        run = "runs/digits_resnet20_resnet8/a"
+        main(["test", run, "--data.eval_batch_size", "7", "--trainer.enable_progress_bar", "false"])
+        assert seen == [7]
+
+    def test_export_refuses_what_is_no_checkpoint(self, here, capsys):
+        torch.save({"state_dict": {}}, "foreign.ckpt")
+        Path("cut.ckpt").write_bytes(Path("foreign.ckpt").read_bytes()[:100])
+        for name, words in (
+            ("foreign.ckpt", "no checkpoint of ackd-lightning"),
+            ("cut.ckpt", "cannot be read"),
+            ("no", "neither"),
+        ):
+            assert main(["export", name]) == 2
+            assert words in capsys.readouterr().err
+
+
+def test_methods_swap_and_flags_win(beside):
+    swapped = ["--config", "digits_resnet20_resnet8.yaml", "--config", "kd.yaml", "--model.lr", "0.011"]
+    options = ["--model.method.temperature", "2", "--model.teacher_gate", "off", "--name", "k", *QUICK]
+    assert main(["fit", *swapped, *options]) == 0
+    run = beside / "runs" / "digits_resnet20_resnet8+kd" / "k"
+    model = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    assert model["class_path"].endswith("DistillationModule")
+    assert model["init_args"]["method"]["class_path"].endswith("KD")
+    assert (model["init_args"]["lr"], model["init_args"]["method"]["init_args"]["temperature"]) == (0.011, 2.0)
+    assert model["init_args"]["student"] == "resnet8"
+
+
+def test_paper_protocol_selects_nothing_on_the_test_set(beside, capsys):
+    options = ["--data.val_fraction", "0", "--publish", "null", "--name", "p", *QUICK]
+    assert main(["fit", "--config", "digits_resnet20.yaml", *options]) == 0
+    run = beside / "runs" / "digits_resnet20" / "p"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["shown"] == "test"
+    assert summary["best"] == {}
+    assert "not selected" in capsys.readouterr().out
+
+
+def wandb_history(folder: Path) -> tuple[list[dict[str, object]], dict[str, object]]:
+    """History rows and config of an offline run, from its record log (LevelDB format, 32 KiB blocks)."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.rglob("run-*.wandb")
+    data, place, parts = path.read_bytes(), 7, b""
+    rows, config = [], {}
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        body = data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind == 0 and length == 0:
+            break
+        parts = body if kind in (1, 2) else parts + body
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            which = record.WhichOneof("record_type")
+            if which == "history":
+                items = record.history.item
+                rows.append({(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items})
+            updates = record.run.config.update if which == "run" else record.config.update if which == "config" else []
+            config.update({(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in updates})
+    return rows, config
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside wandb
+@pytest.mark.filterwarnings("ignore:.*protobuf.*")
+def test_wandb_offline_without_a_key(beside, monkeypatch):
+    import wandb
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("W&B asked a question"))
+    options = ["--wandb", "my-project", "--publish", "null", "--name", "w", *QUICK]
+    try:
+        assert main(["fit", "--config", "digits_resnet20.yaml", *options]) == 0
+    finally:
+        wandb.finish()
+    run = beside / "runs" / "digits_resnet20" / "w"
+    rows, config = wandb_history(run)
+    logged = {key for row in rows for key in row}
+    in_csv = {key for row in read_rows(run / "metrics.csv") for key, value in row.items() if value}
+    assert {"train/loss", "val/acc"} <= logged
+    assert in_csv - {"step", "epoch"} <= logged
+    assert config["cli"]["model"]["init_args"]["student"] == "resnet20"
+
+
+def synthetic(self, part):
+    """Eight images of the right shape for a data set that is not here."""
+    generator = torch.Generator().manual_seed(0)
+    size = self.input_size
+    images = torch.randint(0, 256, (8, 3, size, size), generator=generator, dtype=torch.uint8)
+    names = tuple(f"class{number}" for number in range(type(self).num_classes))
+    return Pixels(names, images, torch.arange(8) % len(names))
+
+
+def dry(monkeypatch, configs: list[str], *extra: str) -> int:
+    for each in ImageDataModule.__subclasses__():
+        for found in (each, *each.__subclasses__()):
+            monkeypatch.setattr(found, "_load", synthetic)
+            monkeypatch.setattr(found, "_fetch", lambda self: None)
+    arguments = [part for name in configs for part in ("--config", name)]
+    quick = ["--trainer.fast_dev_run", "1", "--data.batch_size", "4", "--data.num_workers", "0"]
+    quick += ["--data.val_fraction", "0"]
+    return main(["fit", *arguments, *quick, "--trainer.enable_progress_bar", "false", *extra])
+
+
+@pytest.mark.parametrize("name", packaged_names())
+def test_every_packaged_configuration_runs(name, here, monkeypatch):
+    """On synthetic data of the right shape, with teachers of the right names and random weights."""
+    settings = read_config(folder_of_configs() / name)["model"]["init_args"]
+    if "teacher" in settings:
+        classes = {"cifar100": 100, "cinic10": 10, "tinyimagenet": 200, "imagenet": 1000, "digits": 10}[
+            name.split("_")[0]
+        ]
+        save_weights(create_model(settings["teacher"], classes), settings["teacher_weights"])
+    assert dry(monkeypatch, [name]) == 0
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_runs_on_a_pair(method, here, monkeypatch):
+    save_weights(create_model("resnet20", 10), "weights/digits_resnet20.safetensors")
+    assert dry(monkeypatch, ["digits_resnet20_resnet8.yaml", method]) == 0
+
+
+def test_image_folder_of_ones_own(here):
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 4)):
+        for name in ("cat", "dog"):
+            (here / "mine" / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(here / "mine" / part / name / f"{number}.png")
+    data = ["--data", "ackd_lightning.data.ImageFolderDataModule", "--data.root", "mine", "--data.batch_size", "4"]
+    model = ["--config", "ce.yaml", "--model.student", "resnet8", "--trainer.max_epochs", "1", "--name", "x"]
+    assert main(["fit", *model, *data, "--trainer.enable_progress_bar", "false"]) == 0
+    assert read_metadata(here / "runs" / "ce" / "x" / "student.safetensors")["num_classes"] == "2"
+
+
+BAD = [
+    (["fti"], "did you mean 'fit'?"),
+    (["fit", "--config", "cifar100_resnet110_resnet2.yaml"], "did you mean 'cifar100_resnet110_resnet20.yaml'"),
+    (["fit", "--config"], "--config needs a value"),
+    (["fit", "--model.temperatur", "3"], "'temperatur' here; did you mean 'temperature'"),
+    (["fit", "--model.method.temperatur", "3"], "'temperatur' here; did you mean 'temperature'"),
+    (["fit", "--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
+    (["fit", "--bogus", "3"], "no setting 'bogus'"),
+    (["fit", "--model.lr", "abc"], "setting lr is 'abc'; it must be float"),
+    (["fit", "--model.lr", "-1"], "lr must be above 0"),
+    (["fit", "--model.student", "resnet21"], "did you mean"),
+    (["fit", "--model.method.branches", "[D4B1,D3B1]"], "use one of D3B1, D2B2, D1B3"),
+    (["fit", "--model.method.branches", "[D3B1]"], "add a second branch"),
+    (["fit", "--model.method.adversarial", "foo"], "'fool', 'diversify', 'off'"),
+    (["fit", "--model.method", "Foo"], "method is 'Foo'"),
+    (["fit", "--model.num_classes", "3"], "taken from the data"),
+    (["fit", "--data.val_fraction", "1"], "val_fraction is 1"),
+    (["fit", "--data.batch_size", "0"], "batch_size is 0"),
+    (["fit", "--trainer.precision", "12"], "precision is '12'"),
+    (["fit", "--model.teacher_gate", "never"], "stop, warn, off"),
+    (["fit", "--trainer.gradient_clip_val", "1"], "--model.gradient_clip_val"),
+    (
+        ["fit"],
+        "weights/digits_resnet20.safetensors do not exist; train it with `ackd fit --config digits_resnet20.yaml`",
+    ),
+    (["test", "nowhere"], "neither a run folder nor a checkpoint"),
+    (["export", "nowhere"], "neither a run folder nor a checkpoint"),
+    (["compare", "nowhere"], "no folder"),
+    (["demo", "--seeds", "0"], "use 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(each) for each, _ in BAD])
+def test_bad_input_is_one_sentence(arguments, words, here, capsys):
+    complete = arguments if arguments[0] != "fit" or "--config" in arguments else None
+    if complete is None:
+        complete = ["fit", "--config", "digits_resnet20_resnet8.yaml", *arguments[1:]]
+    assert main(complete) == 2
+    shown = capsys.readouterr().err.strip()
+    assert words in shown
+    assert len(shown.splitlines()) <= 3
+    assert "Traceback" not in shown
+    assert list(here.iterdir()) == []
+
+
+def test_debug_shows_where(here, monkeypatch):
+    monkeypatch.setenv("ACKD_DEBUG", "1")
+    with pytest.raises(ValueError, match="no such file"):
+        main(["fit", "--config", "nothing_of_that_name.yaml"])
+
+
+def test_configs_lists_everything(capsys):
+    assert main(["configs"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*packaged_names(), *method_names()))
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from ackd_lightning.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip().endswith("False")
+    assert "ackd fit --config" in shown
+
+
+def test_published_pairs_are_there():
+    pairs = {"wrn_40_2_wrn_40_1", "resnet110_resnet20", "mobilenetv2_x1_4_mobilenetv2_x0_5"}
+    pairs |= {"shufflenetv1_mobilenetv2_x0_5", "wrn_28_4_resnet56"}
+    expected = {f"cifar100_{pair}.yaml" for pair in pairs}
+    expected |= {"cinic10_resnet110_resnet20.yaml", "cinic10_wrn_28_4_resnet56.yaml"}
+    expected |= {"tinyimagenet_resnet50_resnet18.yaml", "imagenet_resnet34_resnet18.yaml"}
+    assert expected <= set(packaged_names())
