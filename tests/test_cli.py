@@ -168,6 +168,26 @@ class TestAfterwards:
             assert words in capsys.readouterr().err
 
 
+def test_resumed_run_keeps_its_curves_and_equals_an_uninterrupted_one(beside):
+    common = ["fit", "--config", "digits_resnet20_resnet8.yaml", "--model.teacher_gate", "off", *QUICK]
+    assert main([*common, "--name", "whole", "--trainer.max_epochs", "3"]) == 0
+    assert main([*common, "--name", "parts"]) == 0
+    folder = beside / "runs" / "digits_resnet20_resnet8"
+    last = folder / "parts" / "checkpoints" / "last.ckpt"
+    assert main([*common, "--name", "parts", "--trainer.max_epochs", "3", "--ckpt_path", str(last)]) == 0
+    epochs = [row["epoch"] for row in read_rows(folder / "parts" / "metrics.csv") if row["val/acc"]]
+    assert epochs == ["0", "1", "2"]
+    whole, parts = (load_state(folder / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    best = [json.loads((folder / name / "summary.json").read_text())["best"] for name in ("whole", "parts")]
+    assert best[0] == best[1]
+
+
+def load_state(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
 def test_methods_swap_and_flags_win(beside):
     swapped = ["--config", "digits_resnet20_resnet8.yaml", "--config", "kd.yaml", "--model.lr", "0.011"]
     options = ["--model.method.temperature", "2", "--model.teacher_gate", "off", "--name", "k", *QUICK]

@@ -27,7 +27,7 @@ from ackd_lightning.configs import load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.export import find_checkpoint
-from ackd_lightning.training.callbacks import EpochLine, PredictionFile, RunSummary, checkpoints
+from ackd_lightning.training.callbacks import CurvesFile, EpochLine, PredictionFile, RunSummary, checkpoints
 from ackd_lightning.training.distillation import DistillationModule
 
 _RUN_NAME = "ACKD_RUN_NAME"
@@ -260,7 +260,7 @@ class ACKDCLI(LightningCLI):
     def loggers(self) -> list[Logger]:
         """``metrics.csv`` always, W&B and TensorBoard when asked for."""
         root, config, name = self.folder.parents[1], self.folder.parent.name, self.folder.name
-        loggers: list[Logger] = [CSVLogger(root, name=config, version=name)]
+        loggers: list[Logger] = [CurvesFile(root, name=config, version=name)]
         project = self.option("wandb")
         if project is not None:
             self.folder.mkdir(parents=True, exist_ok=True)

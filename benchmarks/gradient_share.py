@@ -1,0 +1,57 @@
+"""Norm of each term's gradient on the shared trunk and on the target's last stage, at a run's start and end.
+
+    python benchmarks/gradient_share.py runs/CONFIG/NAME
+
+One training batch, gradient of the unweighted terms; weights as in the run are shown beside them.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from ackd_lightning import ACKDModule
+from ackd_lightning.export import read_checkpoint
+
+
+def norm(value: torch.Tensor, parameters: list[torch.nn.Parameter]) -> float:
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return float(sum((g.double().square().sum() for g in gradients if g is not None), torch.zeros(())).sqrt())
+
+
+def main(run: Path) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    data = pkgutil.resolve_name(settings["data"]["class_path"])(**settings["data"]["init_args"])
+    data.setup()
+    arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
+    for moment in ("start", "end"):
+        torch.manual_seed(0)
+        module = ACKDModule(**arguments)
+        if moment == "end":
+            module.load_state_dict(checkpoint["state_dict"])
+        module.load_teacher()
+        module.train()
+        batch = module.as_batch(data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0))
+        student, teacher = module.outputs(batch)
+        terms, weights = module.method(student, teacher, batch), module.method.weights()
+        plan = module.student.plan
+        entries = [branch.entry for branch in module.student.branches]
+        shared = {*plan.stem, *(name for stage in plan.stages[: min(entries) - 1] for name in stage)}
+        own = {plan.classifier, *plan.tail, *(name for stage in plan.stages[max(entries) - 1 :] for name in stage)}
+        backbone = module.student.backbone
+        parts = [[p for n in sorted(names) for p in backbone.get_submodule(n).parameters()] for names in (shared, own)]
+        print(
+            f"{run}, {moment}: value, weight, gradient norm on the trunk below all branches, on the target's last stage"
+        )
+        for name, value in terms.items():
+            trunk, target = (norm(value, part) if value.requires_grad else 0.0 for part in parts)
+            print(f"  {name:<10} {float(value.detach()):8.3f} {weights[name]:5.1f} {trunk:9.3f} {target:9.3f}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

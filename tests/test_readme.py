@@ -1,0 +1,153 @@
+"""What README and the other pages tell a reader to type or to open is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ackd_lightning.cli import _parser, main
+from ackd_lightning.configs import config_folder, find_config, load_configs
+from ackd_lightning.methods.base import from_description
+from ackd_lightning.models.branchy import BranchyStudent
+from ackd_lightning.models.zoo import create_model
+from ackd_lightning.types import Batch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+RUN_COMMANDS = ("validate", "test", "predict")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def named_blocks(text: str) -> dict[str, str]:
+    """Blocks whose first line is a comment with a file name."""
+    found = [block for language in ("yaml", "python") for block in blocks(text, language)]
+    names = [re.match(r"# (\S+\.(?:yaml|py))\n", block) for block in found]
+    return {name[1]: block for name, block in zip(names, found, strict=True) if name}
+
+
+def commands(text: str) -> list[list[str]]:
+    """Arguments of every `ackd ...` in a page: lines of bash blocks, and inline code with at least a subcommand."""
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    lines += re.findall(r"`((?:PYTHONPATH=\. )?ackd [a-z][^`]*)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if "ackd" in words[:2] and "..." not in words:
+            found.append(words[words.index("ackd") + 1 :])
+    return found
+
+
+COMMANDS = {" ".join(words): words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))}
+FITS = {line: words for line, words in COMMANDS.items() if words[0] == "fit" and len(words) > 2}
+ON_RUNS = {line: words for line, words in COMMANDS.items() if words[0] in RUN_COMMANDS and len(words) > 1}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder that holds the files which README shows."""
+    for name, content in named_blocks(README).items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def parse(words: list[str], capsys) -> str:
+    """Let the real parser read a command line; it prints the settings and runs nothing."""
+    try:
+        code = main([*words, *([] if "--print_config" in words else ["--print_config"])])
+    except SystemExit as left:
+        code = left.code
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    return printed.out
+
+
+def test_readme_has_commands():
+    assert len(FITS) >= 8
+    assert len(ON_RUNS) >= 3
+    assert {words[0] for words in commands(README)} >= {"fit", "test", "predict", "export", "compare", "configs"}
+
+
+@pytest.mark.parametrize("line", FITS)
+def test_settings_of_fit_are_understood(line, folder, capsys):
+    assert "class_path: ackd_lightning" in parse(FITS[line], capsys)
+
+
+@pytest.mark.parametrize("line", ON_RUNS)
+def test_settings_of_commands_on_runs_are_understood(line, folder, capsys):
+    words = ON_RUNS[line]
+    run = Path(words[1])
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for name in ("last", "best"):
+        (run / "checkpoints" / f"{name}.ckpt").touch()
+    settings, _ = load_configs(["digits_resnet20_resnet8"])
+    (run / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert "ckpt" in parse(words, capsys)
+
+
+@pytest.mark.parametrize("line", [line for line, words in COMMANDS.items() if words[0] not in ("fit", *RUN_COMMANDS)])
+def test_other_commands_are_understood(line):
+    words = COMMANDS[line]
+    bare = len(words) == 1 and words[0] in ("export", "compare")  # the name alone, in a sentence
+    assert _parser().parse_args([*words, *(["RUN"] if bare else [])]).command == words[0]
+
+
+def test_every_command_exists():
+    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo"}
+    assert {words[0] for words in COMMANDS.values()} <= known
+
+
+def test_configurations_shown_can_be_read(folder):
+    shown = [name for name in named_blocks(README) if name.endswith(".yaml")]
+    assert len(shown) >= 3
+    for name in shown:
+        settings, _ = load_configs([name])
+        assert settings["model"]["class_path"].startswith("ackd_lightning.")
+
+
+def test_the_method_shown_works(folder):
+
+    settings, _ = load_configs(["my_method.yaml"])
+    method = from_description(settings["model"]["init_args"]["method"])
+    student = BranchyStudent(create_model("resnet8", 10), method.branches)
+    batch = Batch(torch.randn(2, 3, 16, 16), torch.tensor([1, 2]), torch.arange(2))
+    out = student(batch.image)
+    terms = method(out, out, batch)
+    assert set(terms) == set(method.weights()) == {"ce", "mse"}
+    assert terms["mse"].item() == 0.0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+    for name in re.findall(r"`((?:src|tests|docs|configs|notebooks|benchmarks)/[\w./-]*)`", text):
+        assert "NAME" in name or (ROOT / name).exists(), name  # NAME: the reader's own
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_configurations_exist(page):
+    text = page.read_text(encoding="utf-8")
+    own = set(named_blocks(README))
+    for name in re.findall(r"--config[ =]([\w./-]+)", text):
+        assert name in own or find_config(name).is_file(), name
+    for name in re.findall(r"`((?:ackd|kd|ce)[a-z_]*\.yaml)`", text):
+        assert (config_folder() / "methods" / name).is_file(), name
+
+
+def test_makefile_has_the_commands_of_readme():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`make (\w+)`", page.read_text(encoding="utf-8"))) <= targets
