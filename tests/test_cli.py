@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,7 @@ class TestAfterwards:
         shown = capsys.readouterr().out
         assert "78,042" in shown
         assert "272,474" in shown
+        assert float(read_metadata("s.safetensors")["val_acc"]) > 0
         assert main(["export", run, "--out", "s.safetensors"]) == 2
         assert main(["export", run, "--out", "s.safetensors", "--overwrite", "--which", "best"]) == 0
         load_weights(create_model("resnet8", 10), "s.safetensors")
@@ -255,8 +257,12 @@ def test_wandb_offline_without_a_key(beside, monkeypatch):
     finally:
         wandb.finish()
     run = beside / "runs" / "digits_resnet20" / "w"
-    rows, config = wandb_history(run)
-    logged = {key for row in rows for key in row}
+    logged: set[str] = set()
+    deadline = time.monotonic() + 30  # W&B's own process writes the file
+    while "val/acc" not in logged and time.monotonic() < deadline:
+        rows, config = wandb_history(run)
+        logged = {key for row in rows for key in row}
+        time.sleep(0.2)
     in_csv = {key for row in read_rows(run / "metrics.csv") for key, value in row.items() if value}
     assert {"train/loss", "val/acc"} <= logged
     assert in_csv - {"step", "epoch"} <= logged
@@ -341,6 +347,11 @@ BAD = [
         ["fit"],
         "weights/digits_resnet20.safetensors do not exist; train it with `ackd fit --config digits_resnet20.yaml`",
     ),
+    (["fit", "--data.num_classes", "5"], "num_classes is read off the data"),
+    (["fit", "--config", "digits_resnet20_resnet8", "--config", "gone.yaml"], "no such file"),
+    (["test", "--config", "digits_resnet20_resnet8.yaml"], "has no run; write `ackd test RUN`"),
+    (["export"], "the following arguments are required: run"),
+    (["export", "a", "--which", "first"], "choose from"),
     (["test", "nowhere"], "neither a run folder nor a checkpoint"),
     (["export", "nowhere"], "neither a run folder nor a checkpoint"),
     (["compare", "nowhere"], "no folder"),
@@ -359,6 +370,28 @@ def test_bad_input_is_one_sentence(arguments, words, here, capsys):
     assert len(shown.splitlines()) <= 3
     assert "Traceback" not in shown
     assert list(here.iterdir()) == []
+
+
+def test_class_path_that_is_not_there(here, capsys):
+    Path("mine.yaml").write_text("include: [digits_resnet20]\nmodel: {class_path: nobody.Here}\n")
+    assert main(["fit", "--config", "mine.yaml"]) == 2
+    assert "class_path 'nobody.Here' cannot be imported" in capsys.readouterr().err
+
+
+def test_method_of_ones_own_beside_the_configuration(here, monkeypatch):
+    Path("own_method.py").write_text(
+        "from ackd_lightning import CE\nclass Louder(CE):\n    def weights(self):\n        return {'ce': 2.0}\n"
+    )
+    own = {"include": ["digits_resnet20"], "model": {"init_args": {"method": {"class_path": "own_method.Louder"}}}}
+    Path("own.yaml").write_text(yaml.safe_dump(own))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert dry(monkeypatch, ["own.yaml"], "--publish", "null") == 0
+
+
+def test_refit_from_a_runs_own_settings(beside):
+    again = ["fit", "--config", "runs/digits_resnet20_resnet8/a/config.yaml", "--name", "b"]
+    assert main([*again, "--model.teacher_gate", "off", "--trainer.enable_progress_bar", "false"]) == 0
+    assert (beside / "runs" / "digits_resnet20_resnet8" / "b" / "student.safetensors").is_file()
 
 
 def test_debug_shows_where(here, monkeypatch):

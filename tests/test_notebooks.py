@@ -43,6 +43,7 @@ def test_it_is_a_notebook_without_outputs(path):
 
 
 @every_notebook
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")  # Lightning's advice; data in memory needs none
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}

@@ -116,7 +116,6 @@ def test_configurations_shown_can_be_read(folder):
 
 
 def test_the_method_shown_works(folder):
-
     settings, _ = load_configs(["my_method.yaml"])
     method = from_description(settings["model"]["init_args"]["method"])
     student = BranchyStudent(create_model("resnet8", 10), method.branches)

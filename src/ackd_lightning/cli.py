@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError, near_matches
@@ -18,8 +19,16 @@ _LIGHTNING = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage."""
+        raise ACKDError(f"{self.prog}: {message}; `{self.prog} --help` explains")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ackd",
         description="Knowledge distillation on PyTorch Lightning.",
         epilog="`ackd COMMAND --help` explains a command; `ackd fit --help` lists every setting.",
@@ -35,9 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="a run folder or a checkpoint")
     export.add_argument("--format", choices=["safetensors"], default="safetensors", help="of the file")
     export.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run folder")
-    export.add_argument(
-        "--out", default=None, help="the file; default: student.safetensors (student-best...) in the run"
-    )
+    export.add_argument("--out", default=None, help="the file; default: student-WHICH.safetensors in the run's folder")
     export.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     compare = commands.add_parser("compare", help="one table and one figure over runs: ackd compare RUN RUN ...")
     compare.add_argument("runs", nargs="+", help="run folders, or folders of runs")

@@ -97,6 +97,8 @@ def _merge(
             result[key] = _merge(below, value, keep=keep, path=(*path, key))
         else:
             result[key] = copy.deepcopy(value)
+    if "class_path" in result:  # first, where a reader looks for it
+        result = {"class_path": result["class_path"], **result}
     return result
 
 
@@ -158,4 +160,10 @@ def load_configs(values: Sequence[str]) -> tuple[dict[str, Any], str]:
     result: dict[str, Any] = {}
     for path in paths:
         result = merge(result, read_config(path))
-    return result, "+".join(path.stem for path in paths)
+    return result, "+".join(_run_name(path) for path in paths)
+
+
+def _run_name(path: Path) -> str:
+    """Stem of a configuration; for the ``config.yaml`` of a run, what that run was made from."""
+    of_a_run = path.name == "config.yaml" and (path.parent / "checkpoints").is_dir()
+    return path.resolve().parents[1].name if of_a_run else path.stem

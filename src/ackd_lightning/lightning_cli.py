@@ -53,6 +53,8 @@ def shorten(message: str, valid: Iterable[str]) -> str:
     unknown = re.search(r"NestedArg\(key='([^']+)'", text)
     unknown = unknown or re.search(r"(?:Option|Key) '([^']+)' is not (?:accepted|expected)", text)
     unknown = unknown or re.search(r"[Uu]nrecognized arguments?: -*([\w.]+)", text)
+    if unknown and unknown[1] in _FROM_DATA:
+        return f"{unknown[1]} is read off the data and cannot be set; leave it out"
     if unknown:
         return f"there is no setting {unknown[1]!r} here; {near_matches(unknown[1], valid)}"
     key = re.search(r'Parser key "([^"]+)"', text)
@@ -89,8 +91,16 @@ def known_settings(settings: object) -> set[str]:
     names: set[str] = set()
     if isinstance(settings, dict):
         path = settings.get("class_path")
-        found = pkgutil.resolve_name(path) if isinstance(path, str) and path.startswith("ackd_lightning.") else None
-        names |= set(inspect.signature(found).parameters) if found is not None else set()
+        found = None
+        if isinstance(path, str) and "." in path:
+            try:
+                found = pkgutil.resolve_name(path)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise ACKDError(
+                    f"class_path {path!r} cannot be imported ({error}); check its spelling, and that its file is "
+                    "installed or in this folder"
+                ) from error
+        names |= set(inspect.signature(found).parameters) if isinstance(found, type) else set()
         for value in settings.values():
             names |= known_settings(value)
     return names
@@ -214,10 +224,15 @@ class ACKDCLI(LightningCLI):
         name = os.environ[_RUN_NAME] if launched_by_us else name
         os.environ[_RUN_NAME] = name  # read by the processes that Lightning starts for DDP
         self.folder = Path(self.option("runs_dir")) / (self.config_name or "run") / name
+        if self.command != "fit" and not self.option("ckpt_path"):
+            raise ACKDError(
+                f"`ackd {self.command}` has no run; write `ackd {self.command} RUN`, or name --ckpt_path FILE"
+            )
         if self.command != "fit" or self.option("trainer.fast_dev_run") or launched_by_us:
             return
         resumed = self.option("ckpt_path")
-        if self.folder.exists() and not (resumed and self.folder.resolve() in Path(resumed).resolve().parents):
+        taken = any(path.is_file() for path in self.folder.rglob("*"))
+        if taken and not (resumed and self.folder.resolve() in Path(resumed).resolve().parents):
             raise ACKDError(f"run {self.folder} exists; choose another --name, or remove the folder")
         target = self.publish_path()
         if target is not None and target.exists() and not resumed:
@@ -380,15 +395,21 @@ def run(command: str, arguments: Sequence[str]) -> None:
         command: fit, validate, test or predict.
         arguments: behind it.
     """
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append(str(Path.cwd()))  # class paths of one's own files
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    formatter = warnings.formatwarning
     with warnings.catch_warnings():
         for message in _NOT_OURS:
             warnings.filterwarnings("ignore", message)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\..*")
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a sentence, not a place in our code
         try:
             ACKDCLI(command, arguments)
         except ValueError as error:
             if (ours := deepest(error)) is not None:
                 raise ACKDError(str(ours)) from error
             raise
+        finally:
+            warnings.formatwarning = formatter

@@ -45,19 +45,21 @@ def export_command(run: str, *, which: Which, out: str | None, overwrite: bool) 
         overwrite: replace a file that is there.
     """
     checkpoint = find_checkpoint(run, which)
-    folder = Path(run) if Path(run).is_dir() else checkpoint.parent
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     target = Path(out) if out else folder / f"student-{checkpoint.stem}.safetensors"
     if target.suffix != ".safetensors":
         raise ACKDError(f"--out is {target}; a .safetensors file is written, so let it end in .safetensors")
-    exported = export_student(checkpoint, target, overwrite=overwrite)
-    table = Table(title=f"{target} (logits as in training, largest difference {exported.largest_difference:.1g})")
+    summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
+    values = summary.get(checkpoint.stem, {})
+    facts = {key.replace("/", "_"): f"{value:.6f}" for key, value in values.items() if key.endswith("/acc")}
+    extra = {**facts, "weights": f"{checkpoint.stem} epoch"}
+    exported = export_student(checkpoint, target, extra=extra, overwrite=overwrite)
+    print(f"{target}: logits as in training, largest difference {exported.largest_difference:.1g}")
+    table = Table()
     for column in ("network", "parameters", "multiply-adds"):
         table.add_column(column, justify="left" if column == "network" else "right")
     adds = multiply_adds(exported.network, exported.input_size)
-    teacher = {}
-    if (folder / "summary.json").is_file():
-        teacher = read_summary(folder).get("teacher", {})
-    if teacher:
+    if teacher := summary.get("teacher"):
         table.add_row(f"teacher {teacher['model']}", f"{teacher['parameters']:,}", f"{teacher['multiply_adds']:,}")
     table.add_row("student in training", f"{exported.training_parameters:,}", "")
     table.add_row("exported student", f"{count_parameters(exported.network):,}", f"{adds:,}")

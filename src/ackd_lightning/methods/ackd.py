@@ -1,4 +1,4 @@
-r"""ACKD. Liu, Wang et al.: Improved Knowledge Distillation via Adversarial Collaboration, 2021 (arXiv:2111.14356).
+r"""ACKD. Liu, Huang, Liu: Improved Knowledge Distillation via Adversarial Collaboration, 2021 (arXiv:2111.14356).
 
 Auxiliary learners on the student's trunk learn from the teacher as a group that attention weighs (Eq. 1 to 3),
 discriminators keep them apart (Eq. 4, 5), and the target learner learns from the group (Eq. 6):
@@ -263,7 +263,7 @@ class ACKD(AdversarialMethod):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The attention MLP at its own learning rate."""
         own = list(self.attention.parameters())
-        return [{"params": own, "lr_scale": self.attention_lr_scale}] if own else []
+        return [{"name": "attention", "params": own, "lr_scale": self.attention_lr_scale}] if own else []
 
     def statistics(self, student: NetOutput) -> dict[str, Tensor]:
         """Mean attention weight of every learner and the entropy of the weights in nats.

@@ -67,7 +67,7 @@ class Method(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The method's own trainable parameters as optimizer groups; ``lr_scale`` multiplies the learning rate."""
         own = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [{"params": own, "lr_scale": 1.0}] if own else []
+        return [{"name": "method", "params": own, "lr_scale": 1.0}] if own else []
 
     def ensemble(self, student: NetOutput) -> Tensor | None:
         """Logits ``B x K`` of the group of learners, for validation; None where there is no group.
@@ -112,7 +112,7 @@ class AdversarialMethod(Method):
         """The method's own parameters, the discriminators' left out."""
         opponents = {id(parameter) for parameter in self.discriminators.parameters()}
         own = [parameter for parameter in self.parameters() if id(parameter) not in opponents]
-        return [{"params": own, "lr_scale": 1.0}] if own else []
+        return [{"name": "method", "params": own, "lr_scale": 1.0}] if own else []
 
 
 def describe(method: Method) -> dict[str, Any]:

@@ -343,7 +343,7 @@ class DistillationModule(L.LightningModule):
     def _log_learners(self) -> None:
         if self.learner_statistics is not None:
             values = self.learner_statistics.compute()
-            self.log_dict({f"learners/{name}": value for name, value in values.items()})
+            self.log_dict({f"learners/{name}": value for name, value in values.items()}, sync_dist=True)
             self.learner_statistics.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -376,7 +376,7 @@ class DistillationModule(L.LightningModule):
 
     def learner_groups(self) -> Iterator[dict[str, Any]]:
         """Parameter groups of student and method, learning rates set."""
-        yield {"params": list(self.student.parameters()), "lr": self.lr}
+        yield {"name": "student", "params": list(self.student.parameters()), "lr": self.lr}
         for group in self.method.parameter_groups():
             scale = group.pop("lr_scale", 1.0)
             yield {**group, "lr": self.lr * scale}
