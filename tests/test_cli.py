@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from ackd_lightning.configs import method_names, packaged_names, read_config
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.images import Pixels
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
+from ackd_lightning.reports import group_runs
 
 QUICK = [
     "--data.max_per_class",
@@ -151,12 +153,36 @@ class TestAfterwards:
         with Image.open("c.png") as image:
             assert min(image.size) > 300
 
-    def test_explicit_flag_beats_checkpoint(self, beside, monkeypatch):
-        seen = []
-        monkeypatch.setattr(ImageDataModule, "test_dataloader", lambda self: seen.append(self.eval_batch_size) or [])
-        run = "runs/digits_resnet20_resnet8/a"
-        main(["test", run, "--data.eval_batch_size", "7", "--trainer.enable_progress_bar", "false"])
-        assert seen == [7]
+    def test_explicit_flag_beats_checkpoint(self, beside):
+        """Lightning's own command line lets the hyperparameters of a checkpoint win, without a word."""
+        last = "runs/digits_resnet20_resnet8/a/checkpoints/last.ckpt"
+        flags = ["--model.method.temperature", "9", "--model.gradient_clip_val", "5", "--model.teacher_gate", "off"]
+        resumed = ["--ckpt_path", last, "--name", "explicit", *QUICK, "--trainer.max_epochs", "3"]
+        with pytest.warns(UserWarning, match="dirpath has changed"):
+            code = main(["fit", "--config", "digits_resnet20_resnet8.yaml", *resumed, *flags])
+        assert code == 0
+        run = beside / "runs" / "digits_resnet20_resnet8" / "explicit"
+        kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
+        assert kept["method"]["init_args"]["temperature"] == 9.0
+        assert kept["gradient_clip_val"] == 5.0
+
+    def test_changed_test_is_not_kept(self, beside, capsys):
+        run = Path("runs/digits_resnet20_resnet8/a")
+        before = (run / "summary.json").read_text()
+        assert (
+            main(["test", str(run), "--trainer.limit_test_batches", "1", "--trainer.enable_progress_bar", "false"]) == 0
+        )
+        assert (run / "summary.json").read_text() == before
+        assert "not kept" in capsys.readouterr().out
+
+    def test_checkpoint_alone_is_enough(self, beside):
+        last = "runs/digits_resnet20_resnet8/a/checkpoints/last.ckpt"
+        assert main(["validate", "--trainer.enable_progress_bar", "false", "--ckpt_path", last]) == 0
+
+    def test_predictions_are_not_replaced(self, beside, capsys):
+        Path("mine.csv").write_text("precious")
+        assert main(["predict", "runs/digits_resnet20_resnet8/a", "--output", "mine.csv"]) == 2
+        assert Path("mine.csv").read_text() == "precious"
 
     def test_export_refuses_what_is_no_checkpoint(self, here, capsys):
         torch.save({"state_dict": {}}, "foreign.ckpt")
@@ -184,6 +210,71 @@ def test_resumed_run_keeps_its_curves_and_equals_an_uninterrupted_one(beside):
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     best = [json.loads((folder / name / "summary.json").read_text())["best"] for name in ("whole", "parts")]
     assert best[0] == best[1]
+
+
+def test_last_is_the_last_epoch_whatever_the_validation(beside):
+    common = ["fit", "--config", "digits_resnet20.yaml", *QUICK, "--publish", "null", "--name", "odd"]
+    assert main([*common, "--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2"]) == 0
+    metadata = read_metadata(beside / "runs" / "digits_resnet20" / "odd" / "student.safetensors")
+    assert metadata["epochs"] == "3"
+    assert "val_acc" not in metadata  # that of epoch 2 belongs to other weights
+
+
+def test_a_fork_does_not_replace_published_weights(beside, capsys):
+    before = (beside / "weights" / "digits_resnet20.safetensors").read_bytes()
+    last = "runs/digits_resnet20/t/checkpoints/last.ckpt"
+    assert main(["fit", "--config", "digits_resnet20.yaml", "--name", "fork", "--ckpt_path", last, *QUICK]) == 2
+    assert "would replace them" in capsys.readouterr().err
+    assert (beside / "weights" / "digits_resnet20.safetensors").read_bytes() == before
+
+
+def test_compare_keeps_different_experiments_apart(beside, capsys):
+    common = ["fit", "--config", "digits_resnet20.yaml", *QUICK, "--publish", "null", "--runs_dir", "apart"]
+    for name, seed, rate in (("a", "0", "0.05"), ("b", "1", "0.05"), ("c", "0", "0.01")):
+        assert main([*common, "--name", name, "--seed_everything", seed, "--model.lr", rate]) == 0
+    groups = group_runs(["apart"])
+    assert {name: len(runs) for name, runs in groups.items()} == {
+        "digits_resnet20 (lr=0.05)": 2,
+        "digits_resnet20 (lr=0.01)": 1,
+    }
+    assert main([*common, "--name", "d", "--seed_everything", "0", "--model.lr", "0.05"]) == 0
+    assert main(["compare", "apart"]) == 2
+    assert "same experiment twice" in capsys.readouterr().err
+
+
+def test_failed_start_leaves_the_name_free(here, capsys):
+    common = ["fit", "--config", "digits_resnet20_resnet8.yaml", "--name", "again", *QUICK]
+    save_weights(create_model("resnet20", 10), "weights/digits_resnet20.safetensors")
+    assert main(common) == 2
+    assert "near chance" in capsys.readouterr().err
+    assert main([*common, "--ckpt_path", "gone.ckpt"]) == 2
+    assert main([*common, "--model.teacher_gate", "off"]) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_give_their_exit_codes(here, number, code):
+    command = [sys.executable, "-m", "ackd_lightning", "fit"]
+    command += ["--config", "digits_resnet20.yaml", "--publish", "null", "--name", "s", "--trainer.max_epochs", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            process.send_signal(number)
+            break
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "checkpoints/last.ckpt" in shown
+    assert "Traceback" not in shown
+
+
+def test_two_processes_by_flags(beside):
+    command = [sys.executable, "-m", "ackd_lightning", "fit", "--config"]
+    command += ["digits_resnet20_resnet8.yaml", *QUICK, "--model.teacher_gate", "off", "--runs_dir", "two"]
+    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (beside / "two" / "digits_resnet20_resnet8").iterdir()  # one folder, not one for each process
+    assert (run / "student.safetensors").is_file()
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
 
 
 def load_state(path: Path) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ RANK = {
     "lightning_cli": 6,
     "demo": 7,
     "cli": 8,
+    "__main__": 9,
 }
 DATA_MAY_USE = {"data", "types", "errors"}
 LIGHTNING_IN = {"data", "training", "lightning_cli"}

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ackd",
         description="Knowledge distillation on PyTorch Lightning.",
-        epilog="`ackd COMMAND --help` explains a command; `ackd fit --help` lists every setting.",
+        epilog="`ackd COMMAND --help` explains a command; `ackd fit --config NAME --print_config` lists every setting.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ackd-lightning {__version__}")
@@ -121,6 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ackd: interrupted", file=sys.stderr)
         return 130
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
+            print("ackd: interrupted; the last whole epoch is in checkpoints/last.ckpt", file=sys.stderr)
+            return 130
+        if type(end).__name__ == "SIGTERMException":  # Lightning's, which would exit with 0
+            print("ackd: terminated; the last whole epoch is in checkpoints/last.ckpt", file=sys.stderr)
+            return 143
+        raise
     return 0
 
 

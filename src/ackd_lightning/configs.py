@@ -88,7 +88,9 @@ def _merge(
     base: dict[str, Any], over: dict[str, Any], *, keep: frozenset[tuple[str, ...]], path: tuple[str, ...]
 ) -> dict[str, Any]:
     result = copy.deepcopy(base)
-    other_class = "class_path" in over and "class_path" in base and over["class_path"] != base["class_path"]
+    # the last part alone: ackd_lightning.ACKD and ackd_lightning.methods.ACKD are one class
+    classes = [str(each["class_path"]).rpartition(".")[2] for each in (base, over) if "class_path" in each]
+    other_class = len(classes) == 2 and classes[0] != classes[1]
     if other_class and path not in keep:
         result = {}
     for key, value in over.items():

@@ -15,7 +15,7 @@ from ackd_lightning.reports import compare, draw_curves, export_command, read_su
 TEACHER = "digits_resnet20"
 PAIR = "digits_resnet20_resnet8"
 METHODS = ("ce", "kd", "ackd")
-PER_CLASS = 20
+PER_CLASS = 12
 """Training images of each digit: so few that a small network alone falls visibly behind the teacher's range."""
 
 
@@ -44,7 +44,7 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
     log = folder / "log.txt"
     started = time.monotonic()
     weights = folder / "weights"
-    shared = ["--runs_dir", str(folder / "runs"), "--data.max_per_class", str(PER_CLASS)]
+    shared = ["--runs_dir", str(folder / "runs"), "--data.max_per_class", str(PER_CLASS), "--data.batch_size", "16"]
     shared += ["--trainer.enable_progress_bar", "false", "--trainer.check_val_every_n_epoch", "2"]
     if epochs is not None:
         shared += ["--trainer.max_epochs", str(epochs), "--model.milestones", f"[{epochs // 2}, {epochs * 4 // 5}]"]

@@ -25,4 +25,4 @@ def near_matches(value: str, known: Iterable[str], *, most: int = 3) -> str:
     near = difflib.get_close_matches(value, names, n=most, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"known are {', '.join(names)}" if len(names) <= 12 else "see `ackd fit --help`"
+    return f"known are {', '.join(names)}" if len(names) <= 12 else f"known are {', '.join(names[:12])}, …"

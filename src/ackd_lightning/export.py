@@ -60,6 +60,15 @@ def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
     return path
 
 
+def run_folder(checkpoint: Path) -> Path:
+    """Folder of the run that a checkpoint belongs to.
+
+    Args:
+        checkpoint: a file.
+    """
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint of ours; tensors and plain data only.
 

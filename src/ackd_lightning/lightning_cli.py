@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import logging
 import netrc
@@ -22,11 +23,12 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.configs import load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError, near_matches
-from ackd_lightning.export import find_checkpoint
+from ackd_lightning.export import find_checkpoint, run_folder
 from ackd_lightning.training.callbacks import CurvesFile, EpochLine, PredictionFile, RunSummary, checkpoints
 from ackd_lightning.training.distillation import DistillationModule
 
@@ -148,6 +150,8 @@ class ACKDCLI(LightningCLI):
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
         configs, rest = split_configs(arguments)
+        # a test of other data, of another model or of a part is not the run's test
+        self.altered = any(argument.startswith(("--data", "--model", "--trainer.limit")) for argument in rest)
         if command != "fit":
             configs, rest = name_checkpoint(configs, rest)
         settings, self.config_name = load_configs(configs)
@@ -228,14 +232,19 @@ class ACKDCLI(LightningCLI):
             raise ACKDError(
                 f"`ackd {self.command}` has no run; write `ackd {self.command} RUN`, or name --ckpt_path FILE"
             )
-        if self.command != "fit" or self.option("trainer.fast_dev_run") or launched_by_us:
+        if self.command == "predict" and Path(self.option("output")).exists():
+            raise ACKDError(f"--output {self.option('output')} exists; choose another file")
+        if self.command != "fit" or self.option("trainer.fast_dev_run") or launched_by_us or _rank() != 0:
             return
         resumed = self.option("ckpt_path")
-        taken = any(path.is_file() for path in self.folder.rglob("*"))
-        if taken and not (resumed and self.folder.resolve() in Path(resumed).resolve().parents):
+        if resumed and not Path(resumed).is_file():
+            raise ACKDError(f"--ckpt_path {resumed} does not exist; name a checkpoint that `ackd fit` wrote")
+        own = resumed and self.folder.resolve() in Path(resumed).resolve().parents
+        taken = (self.folder / "summary.json").exists() or any(self.folder.glob("checkpoints/*.ckpt"))
+        if taken and not own:
             raise ACKDError(f"run {self.folder} exists; choose another --name, or remove the folder")
         target = self.publish_path()
-        if target is not None and target.exists() and not resumed:
+        if target is not None and target.exists() and not own:
             raise ACKDError(
                 f"weights {target} exist and this run would replace them; move them, or pass --publish OTHER_FOLDER"
             )
@@ -248,8 +257,13 @@ class ACKDCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add loggers and callbacks of a run, unless the settings name their own logger."""
         fit, dry = self.command == "fit", bool(self.option("trainer.fast_dev_run"))
-        callbacks: list[L.Callback] = list(self._get(self.config_init, "trainer.callbacks") or [])
+        chosen = self._get(self.config_init, "trainer.callbacks") or []
+        callbacks: list[L.Callback] = list(chosen) if isinstance(chosen, list) else [chosen]
         self.save_config_kwargs = {"folder": self.folder}
+        if self.option("trainer.logger") is not None and (self.option("wandb") or self.option("tensorboard")):
+            raise ACKDError(
+                "trainer.logger replaces the run's own loggers; leave it out beside --wandb or --tensorboard"
+            )
         if fit and self.option("trainer.logger") is None:
             kwargs["logger"] = [] if dry else self.loggers()
         elif not fit:
@@ -297,13 +311,21 @@ class ACKDCLI(LightningCLI):
         checkpoint = self.option("ckpt_path")
         if not (checkpoint and self.trainer.is_global_zero):
             return
-        run = Path(checkpoint).parent.parent
+        run = run_folder(Path(checkpoint))
+        if self.altered:
+            print(f"not kept in {run}: the test was changed on the command line")
+            return
         if (run / "summary.json").is_file():
             which = Path(checkpoint).stem
             values = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
             summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
             summary.setdefault("test", {})[which] = values
             (run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def _rank() -> int:
+    """Rank of this process, also when torchrun or SLURM started it."""
+    return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
 def offline() -> bool:
@@ -354,20 +376,28 @@ def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], lis
         configs: already named.
         rest: of the command line.
     """
-    which = "last"
-    if "--which" in rest:
-        place = rest.index("--which")
-        which = rest[place + 1] if place + 1 < len(rest) else ""
-        if which not in ("last", "best"):
-            raise ACKDError(f"--which is {which!r}; it must be last or best")
-        rest = [*rest[:place], *rest[place + 2 :]]
-    if rest and not rest[0].startswith("-"):
-        run = Path(rest[0])
+    which, run, others = "last", "", []
+    waiting = iter(rest)
+    for argument in waiting:
+        if argument == "--which" or argument.startswith("--which="):
+            which = argument.partition("=")[2] or next(waiting, "")
+        elif argument.startswith("-"):
+            others += [argument] if "=" in argument else [argument, *itertools.islice(waiting, 1)]
+        else:
+            run = argument
+    if which not in ("last", "best"):
+        raise ACKDError(f"--which is {which!r}; it must be last or best")
+    if not run and not configs and "--ckpt_path" in others:
+        place = others.index("--ckpt_path")
+        run, others = others[place + 1], [*others[:place], *others[place + 2 :]]
+    if run:
         checkpoint = find_checkpoint(run, cast("Any", which))
-        folder = run if run.is_dir() else checkpoint.parent.parent
-        rest = ["--ckpt_path", str(checkpoint), *rest[1:]]
+        folder = run_folder(checkpoint)
+        if not (folder / "config.yaml").is_file():
+            raise ACKDError(f"{folder} has no config.yaml beside its checkpoints; name the settings with --config")
+        others = ["--ckpt_path", str(checkpoint), *others]
         configs = [str(folder / "config.yaml"), *configs]
-    return configs, rest
+    return configs, others
 
 
 def refuse_linked(settings: dict[str, Any], rest: Sequence[str]) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.export import Which, export_student, find_checkpoint
+from ackd_lightning.export import Which, export_student, find_checkpoint, run_folder
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 
 
@@ -45,7 +46,7 @@ def export_command(run: str, *, which: Which, out: str | None, overwrite: bool) 
         overwrite: replace a file that is there.
     """
     checkpoint = find_checkpoint(run, which)
-    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    folder = run_folder(checkpoint)
     target = Path(out) if out else folder / f"student-{checkpoint.stem}.safetensors"
     if target.suffix != ".safetensors":
         raise ACKDError(f"--out is {target}; a .safetensors file is written, so let it end in .safetensors")
@@ -102,16 +103,55 @@ def mean_and_std(values: Sequence[float]) -> str:
     return text if len(values) < 2 else f"{text} ± {100 * statistics.stdev(values):.2f}"
 
 
+_NOT_THE_EXPERIMENT = {"seed_everything", "name", "runs_dir", "publish", "wandb", "tensorboard", "ckpt_path", "output"}
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(settings, dict):
+        return {prefix: json.dumps(settings)}
+    return {key: value for name, each in settings.items() for key, value in _flat(each, f"{prefix}{name}.").items()}
+
+
+def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
+    """Runs that differ in nothing but their seed, by name; the name tells settings that set it apart.
+
+    Args:
+        places: as ``find_runs`` takes them.
+
+    Raises:
+        ACKDError: when two runs of a group have the same seed, so that they are no repetitions.
+    """
+    settings: dict[Path, dict[str, str]] = {}
+    configs: dict[str, list[Path]] = defaultdict(list)
+    for run in find_runs(places):
+        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        content = {key: value for key, value in content.items() if key not in _NOT_THE_EXPERIMENT}
+        settings[run] = {key.replace(".init_args", "").rstrip("."): value for key, value in _flat(content).items()}
+        configs[read_summary(run)["config"]].append(run)
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for config, runs in configs.items():
+        keys = sorted({key for run in runs for key in settings[run]})
+        differing = [key for key in keys if len({settings[run].get(key) for run in runs}) > 1]
+        for run in runs:
+            apart = ", ".join(f"{key.rsplit('.', 1)[-1]}={settings[run].get(key, '-')}" for key in differing)
+            groups[f"{config} ({apart})" if apart else config].append(run)
+    for name, runs in groups.items():
+        seeds = [read_summary(run)["seed"] for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise ACKDError(
+                f"runs {', '.join(map(str, runs))} of {name} have seeds {seeds}: some are the same experiment twice; "
+                "name only one of each"
+            )
+    return groups
+
+
 def compare(places: Sequence[str | Path]) -> Table:
     """One row for each configuration: accuracies as mean and standard deviation over its runs.
 
     Args:
         places: as ``find_runs`` takes them.
     """
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for run in find_runs(places):
-        summary = read_summary(run)
-        groups[summary["config"]].append(summary)
+    groups = {name: [read_summary(run) for run in runs] for name, runs in group_runs(places).items()}
     looks_at_test = any(each["shown"] == "test" for runs in groups.values() for each in runs)
     table = Table(title="accuracy in %, mean ± standard deviation over runs (n)")
     for column in ("configuration", "method", "student", "n", "val last", "val best", "test last", "test best"):
@@ -181,21 +221,22 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups: dict[str, list[Path]] = defaultdict(list)
-    for run in find_runs(places):
-        groups[read_summary(run)["config"]].append(run)
+    groups = group_runs(places)
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     stages: set[str] = set()
     for number, (config, runs) in enumerate(groups.items()):
         color = f"C{number % 10}"
-        lines = [curves(run) for run in runs]
+        lines = [curves(run) for run in runs if (run / "metrics.csv").is_file()]
+        if not lines:
+            print(f"{config}: no metrics.csv, so no curve")
+            continue
         stages |= {stage for _, _, stage in lines}
         for epochs, values, _ in lines if len(lines) > 1 else []:
             axes.plot(epochs, values, color=color, linewidth=0.6, alpha=0.4)
         shared = sorted(set.intersection(*(set(epochs) for epochs, _, _ in lines)))
         by_epoch = [dict(zip(epochs, values, strict=True)) for epochs, values, _ in lines]
         means = [statistics.fmean(each[epoch] for each in by_epoch) for epoch in shared]
-        axes.plot(shared, means, color=color, linewidth=2, label=f"{config} (n={len(runs)})")
+        axes.plot(shared, means, color=color, linewidth=2, label=f"{config} (n={len(lines)})")
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"{' / '.join(sorted(stages))} accuracy in %")
     axes.legend()

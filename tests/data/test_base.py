@@ -222,7 +222,7 @@ class Net(L.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.layer = torch.nn.Linear(3 * 32 * 32, 10)
+        self.layer = torch.nn.Linear(3 * 16 * 16, 10)
         self.seen = []
         self.evaluated = []
 

@@ -82,7 +82,8 @@ def test_the_same_normalisation_or_none_converts_nothing(network, pixels):
     teacher.adapt_to(list(OWN[0]), list(OWN[1]), 16)  # told anew
     assert teacher.scale is None
     assert torch.equal(teacher(pixels).logits, network(pixels))
-    teacher.adapt_to(None, None, 16)
+    with pytest.warns(UserWarning, match="that of the data is unknown"):
+        teacher.adapt_to(None, None, 16)
     assert torch.equal(teacher(pixels).logits, network(pixels))
 
 

@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, DistillationModule, FrozenTeacher, create_model
@@ -137,12 +138,14 @@ class TestTeacherGate:
             run.fit(module(teacher_gate="warn"), datamodule=Blobs())
         assert run.global_step == 8
 
-    def test_good_teacher_is_let_through_and_logged(self, capsys):
+    def test_good_teacher_is_let_through_and_logged(self, capsys, tmp_path):
         plain = DistillationModule(TinyNet(8), CLASSES, input_size=SIZE, lr=0.05, milestones=[20])
         trainer(max_epochs=12).fit(plain, datamodule=Blobs())
         net = ACKDModule(TinyNet(), CLASSES, teacher=plain.student.plain(), input_size=SIZE)
-        trainer(max_epochs=1).fit(net, datamodule=Blobs())
+        logger = CSVLogger(tmp_path, name="", version="")
+        trainer(max_epochs=1, logger=logger).fit(net, datamodule=Blobs())
         assert "accuracy" in capsys.readouterr().out
+        assert "teacher/val_acc" in (tmp_path / "metrics.csv").read_text()
         assert float(net.teacher.metadata["measured_acc"]) > 0.5
 
     @pytest.mark.parametrize(
@@ -188,6 +191,44 @@ class TestTeacherFile:
         by_hand = nn.functional.interpolate((raw - 0.5) / 0.2, size=(16, 16), mode="bilinear", antialias=True)
         expected = net.teacher.network(by_hand)
         assert torch.allclose(net.teacher(raw).logits, expected, atol=1e-4)
+
+
+def test_health_monitor_comes_with_the_module_and_yields_to_ones_own():
+    run = trainer(max_epochs=1)
+    run.fit(module(), datamodule=Blobs())
+    assert sum(isinstance(each, HealthMonitor) for each in run.callbacks) == 1
+    own = HealthMonitor(least_entropy=0.0)
+    run = trainer(max_epochs=1, callbacks=[own])
+    run.fit(module(), datamodule=Blobs())
+    assert [each for each in run.callbacks if isinstance(each, HealthMonitor)] == [own]
+
+
+def test_lambda_warm_up_reaches_the_loss():
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append(pl_module.method.weights()["adv"])
+
+    net = module(ACKD(adversarial_warmup_epochs=2, lambda_adv=3.0))
+    trainer(max_epochs=3, callbacks=[Watch()], limit_train_batches=1).fit(net, datamodule=Blobs())
+    assert seen == [0.0, 1.5, 3.0]
+
+
+def test_noise_follows_the_users_own_seed():
+    assert [module(seed=seed).seed for seed in (1, 2)] == [1, 2]
+
+
+def test_teacher_and_student_are_two_networks():
+    net = TinyNet()
+    with pytest.raises(ACKDError, match="same network"):
+        ACKDModule(net, CLASSES, teacher=net, input_size=SIZE)
+
+
+def test_unknown_normalisation_of_the_data_is_said():
+    teacher = FrozenTeacher(TinyNet(8), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    with pytest.warns(UserWarning, match="normalisation"):
+        ACKDModule(TinyNet(), CLASSES, teacher=teacher, input_size=SIZE)
 
 
 def test_collapse_is_reported_once():

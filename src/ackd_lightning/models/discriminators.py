@@ -53,6 +53,13 @@ class Discriminators(nn.Module):
         return torch.stack([net(joined).float().reshape(len(maps), -1) for net in self.nets])
 
 
+def _own_and_others(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of an ``M x M`` table on and off its diagonal; no mask, which would make a GPU wait."""
+    count = table.shape[0]
+    diagonal = table.diagonal().sum()
+    return diagonal / count, (table.sum() - diagonal) / (count * (count - 1))
+
+
 def adversarial_value(logits: Tensor, *, flipped: bool = False) -> Tensor:
     r"""Value of the game, Eq. 4 and 5, from logits.
 
@@ -71,11 +78,10 @@ def adversarial_value(logits: Tensor, *, flipped: bool = False) -> Tensor:
     count = logits.shape[0]
     if count < 2:
         return logits.sum() * 0.0
-    own = torch.eye(count, dtype=torch.bool, device=logits.device)
     sign = -1.0 if flipped else 1.0
-    expected_own = F.logsigmoid(sign * logits).mean(dim=2)
-    expected_other = F.logsigmoid(-sign * logits).mean(dim=2)
-    return expected_own[own].mean() + expected_other[~own].mean()
+    own, _ = _own_and_others(F.logsigmoid(sign * logits).mean(dim=2))
+    _, others = _own_and_others(F.logsigmoid(-sign * logits).mean(dim=2))
+    return own + others
 
 
 def discriminator_accuracy(logits: Tensor) -> Tensor:
@@ -87,6 +93,5 @@ def discriminator_accuracy(logits: Tensor) -> Tensor:
     Returns:
         Scalar in [0, 1].
     """
-    own = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
-    said_own = (logits > 0).float().mean(dim=2)
-    return 0.5 * (said_own[own].mean() + 1.0 - said_own[~own].mean())
+    own, others = _own_and_others((logits > 0).float().mean(dim=2))
+    return 0.5 * (own + 1.0 - others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,6 +99,12 @@ class FrozenTeacher(nn.Module):
         self.input_size = None if own_size == input_size else own_size
         self.scale = self.shift = None
         if mean is None or std is None or own_mean is None or own_std is None:
+            if own_mean is not None and own_std is not None:
+                warnings.warn(
+                    "the teacher has its own normalisation and that of the data is unknown, so images reach it "
+                    "unchanged; pass mean and std of the data to the module",
+                    stacklevel=2,
+                )
             return
         if tuple(mean) == own_mean and tuple(std) == own_std:
             return

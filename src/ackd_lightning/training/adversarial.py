@@ -113,10 +113,13 @@ class AdversarialModule(DistillationModule):
         with strategy.block_backward_sync() if parallel else contextlib.nullcontext():  # type: ignore[attr-defined]
             self.manual_backward(loss)
         if parallel and self.trainer.world_size > 1:
-            for parameter in self.opponents.discriminators.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= self.trainer.world_size
+            gradients = [each.grad for each in self.opponents.discriminators.parameters() if each.grad is not None]
+            joined = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(joined)
+            joined /= self.trainer.world_size
+            parts = torch.split(joined, [each.numel() for each in gradients])
+            for gradient, mean in zip(gradients, parts, strict=True):
+                gradient.copy_(mean.view_as(gradient))
         # through the strategy: precision plugin and hooks run, Lightning's step counter does not
         strategy.optimizer_step(optimizer.optimizer, lambda: None)
 

@@ -37,7 +37,9 @@ def checkpoints(folder: Path, *, select: bool) -> list[ModelCheckpoint]:
         folder: of the checkpoints.
         select: False when the run looks at test data, on which nothing may be selected: then only the last is kept.
     """
-    last = ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False)
+    last = ModelCheckpoint(
+        folder, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
+    )
     if not select:
         return [last]
     best = ModelCheckpoint(
@@ -118,7 +120,7 @@ class EpochLine(L.Callback):
         parts.append(f"{elapsed / done:.1f} s/epoch")
         if total:
             left = (total - trainer.current_epoch - 1) * elapsed / done
-            parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(left))} left")
+            parts.append(f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left")
         print("  ".join(parts), flush=True)
 
 
@@ -135,6 +137,7 @@ class RunSummary(L.Callback):
         self.folder, self.config, self.publish = folder, config, publish
         self.started = 0.0
         self.seconds = 0.0
+        self.measured_at = -1
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
 
@@ -166,6 +169,7 @@ class RunSummary(L.Callback):
             if key.startswith(("val/", "test/", "learners/", "attention/"))
         }
         self.last = {**values, "epoch": float(trainer.current_epoch + 1)}
+        self.measured_at = trainer.global_step
         if values.get("val/acc", -1.0) > self.best.get("val/acc", -1.0):
             self.best = self.last
 
@@ -216,7 +220,9 @@ class RunSummary(L.Callback):
         files = {"settings": "config.yaml", "curves": "metrics.csv", "checkpoints": "checkpoints"}
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file() and isinstance(module.hparams.get("student"), str):
-            facts = {key.replace("/", "_"): f"{value:.6f}" for key, value in self.last.items() if key.endswith("/acc")}
+            # only what was measured on the very weights that are written
+            known = self.last if self.measured_at == trainer.global_step else {}
+            facts = {key.replace("/", "_"): f"{value:.6f}" for key, value in known.items() if key.endswith("/acc")}
             targets = [self.folder / "student.safetensors", *([self.publish] if self.publish else [])]
             for target in targets:
                 export_student(last, target, extra={**facts, "weights": "last epoch"}, overwrite=True)

@@ -55,7 +55,8 @@ class DistillationModule(L.LightningModule):
         teacher_gate: before the first step the teacher is tested on validation data; ``stop`` ends a run whose
             teacher is near chance or far below what its file says, ``warn`` goes on, ``off`` does not look.
         teacher_bf16: run the teacher in bfloat16.
-        seed: of the noise inside the networks (dropout); None: the seed of ``seed_everything``, or 0.
+        seed: of the noise inside the networks (dropout); None: the seed of ``seed_everything``, or
+            of ``torch.manual_seed``.
 
     Raises:
         ACKDError: for names, branches and options that do not fit.
@@ -91,6 +92,8 @@ class DistillationModule(L.LightningModule):
         self.save_hyperparameters(ignore=ignore)
         if teacher_gate not in TEACHER_GATES:
             raise ACKDError(f"teacher_gate is {teacher_gate!r}; it must be one of {', '.join(TEACHER_GATES)}")
+        if teacher is student and isinstance(student, nn.Module):
+            raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
         if lr <= 0 or momentum < 0 or weight_decay < 0:
             raise ACKDError(
                 f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}: lr must be above 0, the others 0 or more"
@@ -100,7 +103,7 @@ class DistillationModule(L.LightningModule):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.milestones, self.lr_decay, self.warmup_epochs = tuple(milestones), lr_decay, warmup_epochs
         self.clip_norm, self.gate = gradient_clip_val, teacher_gate
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if seed is None else seed
 
         described: object = method  # a checkpoint hands over what `describe` wrote
         resolved = from_description(described) if isinstance(described, Mapping) else (method or self.default_method())
@@ -218,17 +221,16 @@ class DistillationModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Teacher gate and alarms travel with the module into any Trainer."""
-        callbacks: list[L.Callback] = [HealthMonitor()] if self.spec.branches else []
+        own: list[L.Callback] = getattr(self._trainer, "callbacks", [])
+        watched = any(isinstance(each, HealthMonitor) for each in own)
+        callbacks: list[L.Callback] = [HealthMonitor()] if self.spec.branches and not watched else []
         if self.method.needs_teacher and self.gate != "off":
             callbacks.append(TeacherGate(stop=self.gate == "stop"))
         return callbacks
 
-    def on_train_epoch_start(self) -> None:
-        """Tell the method the epoch."""
-        self.method.set_epoch(self.current_epoch)
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the networks' own noise by (seed, epoch, batch, rank), so that a resumed run draws the same."""
+        self.method.set_epoch(self.current_epoch)  # here and not at an epoch's start, which a resumed run skips
         torch.manual_seed(mix(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

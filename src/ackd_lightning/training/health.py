@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -72,18 +73,21 @@ class TeacherGate(L.Callback):
             return
         accuracy = MulticlassAccuracy(module.num_classes, average="micro").to(module.device)
         seen = 0
-        for raw in loaders:
+        every = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+        for raw in itertools.chain(*every):
             batch = module.as_batch(trainer.strategy.batch_to_device(raw))
             with trainer.precision_plugin.forward_context():
                 accuracy.update(teacher(batch.image).logits, batch.target)
             seen += batch.target.numel()
+        stage = "test" if module.looks_at_test() else "validation"
         measured = float(accuracy.compute())
         teacher.metadata["measured_acc"] = f"{measured:.6f}"
         name = teacher.metadata.get("model", type(teacher.network).__name__)
         if trainer.is_global_zero:
-            print(f"teacher {name}: accuracy {measured:.2%} on this run's validation data", flush=True)
+            print(f"teacher {name}: accuracy {measured:.2%} on this run's {stage} data", flush=True)
+        key = "teacher/test_acc" if module.looks_at_test() else "teacher/val_acc"
         for logger in trainer.loggers:
-            logger.log_metrics({"teacher/val_acc": measured}, step=trainer.global_step)
+            logger.log_metrics({key: measured}, step=trainer.global_step)
         problem = self.judge(measured, module.num_classes, teacher.metadata, seen)
         if problem is None:
             return
@@ -141,7 +145,7 @@ class HealthMonitor(L.Callback):
             self._warn(
                 "attention",
                 f"attention has collapsed onto one learner (entropy {float(entropy):.3f} of {math.log(learners):.3f} "
-                f"nats in epoch {trainer.current_epoch}); lower attention_lr_scale, or use attention=pooled",
+                f"nats in epoch {trainer.current_epoch}); lower attention_lr_scale, or set attention to off",
             )
         if spread is None:
             return
