@@ -56,6 +56,7 @@ def folder(tmp_path, monkeypatch):
     """A folder that holds the files which README shows."""
     for name, content in named_blocks(README).items():
         (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")  # the pages name its configurations
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path

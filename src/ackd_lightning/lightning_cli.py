@@ -271,7 +271,8 @@ class ACKDCLI(LightningCLI):
         if fit:
             select = not (isinstance(self.datamodule, ImageDataModule) and self.datamodule.val_is_test)
             callbacks += [] if dry else checkpoints(self.folder / "checkpoints", select=select)
-            callbacks.append(RunSummary(self.folder, config=self.config_name, publish=self.publish_path()))
+            self.summary = RunSummary(self.folder, config=self.config_name, publish=self.publish_path())
+            callbacks.append(self.summary)
             if kwargs.get("logger"):
                 callbacks.append(LearningRateMonitor(logging_interval="epoch"))
         if self.command == "predict":
@@ -305,6 +306,10 @@ class ACKDCLI(LightningCLI):
     def before_fit(self) -> None:
         """A missing teacher ends the run before anything is written."""
         self.model.load_teacher()
+
+    def after_fit(self) -> None:
+        """Print the summary, when the progress bar is gone."""
+        self.summary.show()
 
     def after_test(self) -> None:
         """Keep the test accuracies with the run."""

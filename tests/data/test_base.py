@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -312,25 +315,50 @@ def test_overfitting_a_batch_runs():
     assert net.seen[0][1:] == net.seen[1][1:]
 
 
-class Record(Callback):
-    """Write what a process saw, as it is gone when the run is over."""
+SCRIPT = """
+import sys
+from pathlib import Path
+import lightning as L
+import torch
+from ackd_lightning.data import DigitsDataModule
 
-    def __init__(self, folder):
-        self.folder = folder
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen, self.evaluated = torch.nn.Linear(768, 10), [], []
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch.index.tolist())
+        return torch.nn.functional.cross_entropy(self.layer(batch.image.flatten(1)), batch.target)
+    def validation_step(self, batch, batch_idx):
+        self.evaluated += batch.index.tolist()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+    def on_fit_end(self):
+        torch.save({"seen": self.seen, "evaluated": self.evaluated}, Path(sys.argv[1]) / f"{self.global_rank}.pt")
 
-    def on_fit_end(self, trainer, net):
-        torch.save({"seen": net.seen, "evaluated": net.evaluated}, self.folder / f"{trainer.global_rank}.pt")
+trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, num_sanity_val_steps=0,
+                    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+trainer.fit(Net(), DigitsDataModule(batch_size=32, max_per_class=17, seed=1, val_fraction=0.1))
+"""
 
 
 def test_two_processes_share_the_batch_and_repeat_nothing(tmp_path):
     whole = Net()
     trainer(max_epochs=1).fit(whole, digits())
-    trainer(Record(tmp_path), max_epochs=1, devices=2, strategy="ddp_fork", enable_checkpointing=False).fit(
-        Net(), digits(val_fraction=0.1)
+    script = tmp_path / "two.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
+    assert done.returncode == 0, done.stderr[-2000:]
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for step in range(5):
-        together = ranks[0]["seen"][step][1] + ranks[1]["seen"][step][1]
+        together = ranks[0]["seen"][step] + ranks[1]["seen"][step]
         assert sorted(together) == sorted(whole.seen[step][1])
     assert sorted(ranks[0]["evaluated"] + ranks[1]["evaluated"]) == list(range(126))
 

@@ -125,7 +125,7 @@ class EpochLine(L.Callback):
 
 
 class RunSummary(L.Callback):
-    """At the end of a fit: a table on the screen, ``summary.json``, and the student as a file.
+    """At the end of a fit: ``summary.json``, the student as a file, and a table for the screen.
 
     Args:
         folder: of the run.
@@ -138,6 +138,7 @@ class RunSummary(L.Callback):
         self.started = 0.0
         self.seconds = 0.0
         self.measured_at = -1
+        self.finished: tuple[dict[str, Any], dict[str, str]] | None = None
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
 
@@ -227,17 +228,13 @@ class RunSummary(L.Callback):
             for target in targets:
                 export_student(last, target, extra={**facts, "weights": "last epoch"}, overwrite=True)
             files["student"] = "student.safetensors"
-        self.print_table(summary, files)
-        if self.publish:
-            print(f"weights for later runs: {self.publish}")
+        self.finished = (summary, files)
 
-    def print_table(self, summary: dict[str, Any], files: dict[str, str]) -> None:
-        """Accuracies of every network, last and best, and where the files are.
-
-        Args:
-            summary: what ``summary.json`` holds.
-            files: name to path in the run folder.
-        """
+    def show(self) -> None:
+        """Print accuracies of every network, last and best, and where the files are; nothing before the fit's end."""
+        if self.finished is None:
+            return
+        summary, files = self.finished
         stage = summary["shown"]
         note = "test data, nothing selected on it" if stage == "test" else "validation data"
         table = Table(title=f"{self.config}, seed {summary['seed']}: accuracy in % on {note}")
@@ -262,6 +259,8 @@ class RunSummary(L.Callback):
         when = f", best in epoch {best_epoch:.0f}" if best_epoch else ""
         print(f"{summary['epochs']} epochs in {summary['seconds']:.0f} s on {summary['device']}{when}")
         print(f"{summary['run']}: {', '.join(files.values())}")
+        if self.publish:
+            print(f"weights for later runs: {self.publish}")
 
 
 class PredictionFile(BasePredictionWriter):
