@@ -21,6 +21,7 @@ from ackd_lightning.data.images import (
     TensorImages,
     cached,
     check_files,
+    class_folders,
     decode,
     fingerprint,
     require_same_classes,
@@ -122,8 +123,15 @@ class ImageDataModule(L.LightningDataModule):
         self.cache = cache
         self._sources: dict[Part, Source] = {}
         self._rows: dict[Part, tuple[Source, Tensor]] = {}
+        place = self._class_place()
+        if place is not None and (there := class_folders(place)):
+            self.num_classes = len(there)
 
     # ------------------------------------------------------------------------------------ what a data set fills in
+
+    def _class_place(self) -> Path | None:
+        """Folder of the training classes' folders, where a subset of them is a valid data set; else None."""
+        return None
 
     @abstractmethod
     def _load(self, part: Part) -> Source:

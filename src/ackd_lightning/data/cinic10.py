@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ackd_lightning.data.base import BATCH_SIZE, EVAL_BATCH_SIZE, ROOT, Part
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
-from ackd_lightning.data.images import Pixels, class_folders, scan_class_folders
+from ackd_lightning.data.images import Pixels, scan_class_folders
 from ackd_lightning.errors import ACKDError
 
 _FOLDERS: dict[Part, str] = {"train": "train", "val": "valid", "test": "test"}
@@ -75,7 +75,9 @@ class CINIC10DataModule(DownloadedDataModule):
             url=url,
             cache=cache,
         )
-        self.num_classes = len(class_folders(self._place() / "train")) or type(self).num_classes
+
+    def _class_place(self) -> Path:
+        return self._place() / "train"
 
     @property
     def _own_validation(self) -> bool:

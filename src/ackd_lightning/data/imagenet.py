@@ -8,12 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ackd_lightning.data.base import (
-    BATCH_SIZE,
-    EVAL_BATCH_SIZE,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ROOT,
-    VAL_FRACTION,
     ImageDataModule,
     Part,
 )
@@ -51,31 +47,8 @@ class ImageNetDataModule(ImageDataModule):
     std = IMAGENET_STD
     input_size = 224
 
-    def __init__(
-        self,
-        root: str | Path = ROOT,
-        *,
-        batch_size: int = BATCH_SIZE,
-        eval_batch_size: int = EVAL_BATCH_SIZE,
-        val_fraction: float = VAL_FRACTION,
-        train_fraction: float = 1.0,
-        max_per_class: int | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-        cache: bool = True,
-    ) -> None:
-        super().__init__(
-            root,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_fraction=val_fraction,
-            train_fraction=train_fraction,
-            max_per_class=max_per_class,
-            num_workers=num_workers,
-            seed=seed,
-            cache=cache,
-        )
-        self.num_classes = len(class_folders(self.root / "train")) or type(self).num_classes
+    def _class_place(self) -> Path:
+        return self.root / "train"
 
     def _load(self, part: Part) -> Files:
         folder = self.root / ("train" if part == "train" else "val")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ackd_lightning.data.base import BATCH_SIZE, EVAL_BATCH_SIZE, IMAGENET_MEAN, IMAGENET_STD, ROOT, VAL_FRACTION, Part
+from ackd_lightning.data.base import IMAGENET_MEAN, IMAGENET_STD, Part
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
 from ackd_lightning.data.images import Files, Pixels, class_folders, image_files, scan_class_folders
 from ackd_lightning.errors import ACKDError
@@ -51,35 +51,8 @@ class TinyImageNetDataModule(DownloadedDataModule):
         size=248_100_043,
     )
 
-    def __init__(
-        self,
-        root: str | Path = ROOT,
-        *,
-        batch_size: int = BATCH_SIZE,
-        eval_batch_size: int = EVAL_BATCH_SIZE,
-        val_fraction: float = VAL_FRACTION,
-        train_fraction: float = 1.0,
-        max_per_class: int | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-        download: bool = True,
-        url: str | None = None,
-        cache: bool = True,
-    ) -> None:
-        super().__init__(
-            root,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_fraction=val_fraction,
-            train_fraction=train_fraction,
-            max_per_class=max_per_class,
-            num_workers=num_workers,
-            seed=seed,
-            download=download,
-            url=url,
-            cache=cache,
-        )
-        self.num_classes = len(class_folders(self._place() / "train")) or type(self).num_classes
+    def _class_place(self) -> Path:
+        return self._place() / "train"
 
     def _place(self) -> Path:
         return self.root if (self.root / "train").is_dir() else self.root / "tiny-imagenet-200"
