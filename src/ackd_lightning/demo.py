@@ -16,7 +16,9 @@ TEACHER = "digits_resnet20"
 PAIR = "digits_resnet20_resnet8"
 METHODS = ("ce", "kd", "ackd")
 PER_CLASS = 12
-"""Training images of each digit: so few that a small network alone falls visibly behind the teacher's range."""
+"""Training images of each digit that a student sees: so few that it is visibly behind a teacher that saw them all."""
+EPOCHS = {"teacher": 15, "student": 60}
+"""An epoch of the teacher has nine times the images."""
 
 
 def _one(command: str, arguments: list[str], log: Path) -> None:
@@ -30,7 +32,7 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
     Args:
         out: folder for runs, log, figure and student.
         seeds: students of each method.
-        epochs: of every run; None: as in the configurations.
+        epochs: of every run; None: 15 for the teacher, 60 for students.
 
     Raises:
         ACKDError: when the folder holds an earlier demo, or ``seeds`` is not positive.
@@ -44,20 +46,22 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
     log = folder / "log.txt"
     started = time.monotonic()
     weights = folder / "weights"
-    shared = ["--runs_dir", str(folder / "runs"), "--data.max_per_class", str(PER_CLASS), "--data.batch_size", "16"]
-    shared += ["--trainer.enable_progress_bar", "false", "--trainer.check_val_every_n_epoch", "2"]
+    shared = ["--runs_dir", str(folder / "runs"), "--trainer.enable_progress_bar", "false"]
+    few = ["--data.max_per_class", str(PER_CLASS), "--data.batch_size", "16", "--trainer.check_val_every_n_epoch", "2"]
     if epochs is not None:
-        shared += ["--trainer.max_epochs", str(epochs), "--model.milestones", f"[{epochs // 2}, {epochs * 4 // 5}]"]
         shared += ["--model.teacher_gate", "warn"]
-    print(f"digits: {10 * PER_CLASS} training images; every line is one run, its full output is in {log}", flush=True)
+    print(f"digits: the teacher sees all training images, students {10 * PER_CLASS} of them", flush=True)
+    print(f"every line is one run, its full output is in {log}", flush=True)
 
     plan = [(TEACHER, "", 0)] + [(PAIR, method, seed) for seed in range(seeds) for method in METHODS]
     for number, (config, method, seed) in enumerate(plan, start=1):
         begin = time.monotonic()
         configs = ["--config", config, *(["--config", method] if method else ["--publish", str(weights)])]
-        teacher = ["--model.teacher_weights", str(weights / f"{TEACHER}.safetensors")] if method else []
+        length = epochs or EPOCHS["student" if method else "teacher"]
+        own = [*few, "--model.teacher_weights", str(weights / f"{TEACHER}.safetensors")] if method else []
+        own += ["--trainer.max_epochs", str(length), "--model.milestones", f"[{length // 2}, {length * 4 // 5}]"]
         name = f"seed{seed}"
-        _one("fit", [*configs, "--name", name, "--seed_everything", str(seed), *shared, *teacher], log)
+        _one("fit", [*configs, "--name", name, "--seed_everything", str(seed), *shared, *own], log)
         place = folder / "runs" / (f"{config}+{method}" if method else config) / name
         _one("test", [str(place), "--trainer.enable_progress_bar", "false"], log)
         accuracy = read_summary(place)["test"]["last"]["test/acc"]

@@ -155,7 +155,7 @@ class HealthMonitor(L.Callback):
             self._warn(
                 "spread",
                 f"the learners' features have lost their spread ({float(spread):.3f}, {self.first_spread:.3f} at the "
-                f"start, epoch {trainer.current_epoch}); lower lambda_adv, or use adversarial_form=minimax",
+                f"start, epoch {trainer.current_epoch}); lower lambda_adv or the learning rate",
             )
 
     def state_dict(self) -> dict[str, object]:
