@@ -255,12 +255,23 @@ def test_failed_start_leaves_the_name_free(here, capsys):
 def test_signals_give_their_exit_codes(here, number, code):
     command = [sys.executable, "-m", "ackd_lightning", "fit"]
     command += ["--config", "digits_resnet20.yaml", "--publish", "null", "--name", "s", "--trainer.max_epochs", "500"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            process.send_signal(number)
-            break
-    _, shown = process.communicate(timeout=120)
+    command += ["--data.max_per_class", "4", "--data.batch_size", "20"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts a test run in the background makes its children deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 1/"):
+                process.send_signal(number)
+                break
+        _, shown = process.communicate(timeout=90)
+    finally:
+        process.kill()
     assert process.returncode == code
     assert "checkpoints/last.ckpt" in shown
     assert "Traceback" not in shown
