@@ -23,6 +23,7 @@ RANK = {
     "export": 4,
     "training": 5,
     "data": 4,
+    "arguments": 5,
     "reports": 6,
     "lightning_cli": 6,
     "demo": 7,
