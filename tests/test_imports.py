@@ -15,6 +15,7 @@ RANK = {
     "_version": 0,
     "errors": 0,
     "types": 0,
+    "keyed": 0,
     "configs": 1,
     "functional": 1,
     "models": 2,
@@ -30,7 +31,7 @@ RANK = {
     "cli": 8,
     "__main__": 9,
 }
-DATA_MAY_USE = {"data", "types", "errors"}
+DATA_MAY_USE = {"data", "types", "errors", "keyed"}
 LIGHTNING_IN = {"data", "training", "lightning_cli"}
 METRICS_IN = {"analysis", "training"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

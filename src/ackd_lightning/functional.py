@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 KLDirection = Literal["forward", "reverse", "js"]
 
@@ -92,3 +94,20 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         Scalar float32, in nats.
     """
     return F.cross_entropy(logits.float(), target)
+
+
+def whole_batch(shard: Tensor) -> Tensor:
+    """The global batch of a multi-process run, with gradient, for losses that compare the images of a batch.
+
+    Every process computes the same loss on it; the mean of the processes' gradients, which DDP takes, is then the
+    gradient of one process with the whole batch.
+
+    Args:
+        shard: ``B x ...``, this process's part, of the same size everywhere.
+
+    Returns:
+        ``(processes * B) x ...`` in the order of ranks; ``shard`` itself in a single process.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return shard
+    return torch.cat(all_gather(shard.contiguous()))  # type: ignore[no-untyped-call]

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ackd_lightning.data.sampling import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP, keyed_bits, keyed_integers
+from ackd_lightning.data.sampling import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP
+from ackd_lightning.keyed import keyed_bits, keyed_integers
 
 
 class RawBatch(NamedTuple):

@@ -179,6 +179,12 @@ class ImageDataModule(L.LightningDataModule):
         """Seed of shuffling and augmentation."""
         return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
 
+    @property
+    def train_targets(self) -> Tensor:
+        """``N`` int64 class of every training image by ``Batch.index``; known after ``setup``."""
+        source, rows = self._rows["train"]
+        return source.targets[rows]
+
     def prepare_data(self) -> None:
         """Fetch, decode and check everything before training starts (one process of each machine)."""
         self._fetch()

@@ -27,8 +27,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
 from ackd_lightning.data.augment import RawBatch
-from ackd_lightning.data.sampling import STREAM_TRANSFORM, mix
+from ackd_lightning.data.sampling import STREAM_TRANSFORM
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.keyed import mix
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
-"""Which sample comes when: keyed random numbers, stratified splits, and loaders that can be resumed.
+"""Which sample comes when: stratified splits, and loaders that can be resumed.
 
-Nothing here keeps random state. A number is a hash of what it is for: (seed, epoch, index, stream). So a run does not
-depend on the number of workers, on the device, or on where it was interrupted.
+Nothing here keeps random state: every number is keyed by (seed, epoch, index, stream).
 """
 
 from __future__ import annotations
@@ -14,11 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ackd_lightning.errors import ACKDError
-
-_MASK = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15
-_FACTOR_1 = 0xBF58476D1CE4E5B9
-_FACTOR_2 = 0x94D049BB133111EB
+from ackd_lightning.keyed import keyed_bits, mix
 
 # Streams keep apart the numbers that one sample needs.
 STREAM_SPLIT = 101
@@ -28,61 +23,6 @@ STREAM_CROP_Y = 201
 STREAM_CROP_X = 202
 STREAM_FLIP = 203
 STREAM_TRANSFORM = 204
-
-
-def _signed(value: int) -> int:
-    """Return the int64 with the same 64 bits as the unsigned ``value``."""
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's own shift repeats the sign bit)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def mix(*keys: int) -> int:
-    """Hash integers to a 63-bit seed (SplitMix64 over the keys, one round each).
-
-    Example:
-        >>> mix(0, 1, 2) == mix(0, 1, 2), mix(0, 1, 2) == mix(0, 2, 1), mix(0) == mix(0, 0)
-        (True, False, False)
-    """
-    state = 0
-    for key in keys:
-        state = ((state + _GAMMA) ^ (key & _MASK)) & _MASK
-        state = ((state ^ (state >> 30)) * _FACTOR_1) & _MASK
-        state = ((state ^ (state >> 27)) * _FACTOR_2) & _MASK
-        state ^= state >> 31
-    return state >> 1
-
-
-def keyed_bits(*keys: int | Tensor) -> Tensor:
-    """Hash each sample's keys: `mix` for whole tensors, bit for bit the same on every device.
-
-    Args:
-        keys: integers and ``B`` int64 tensors, such as seed, epoch, index, stream; at least one tensor.
-
-    Returns:
-        ``B`` int64 in ``[0, 2^63)``.
-    """
-    like = next(key for key in keys if isinstance(key, Tensor))
-    state = torch.zeros_like(like, dtype=torch.int64)
-    for key in keys:
-        state = (state + _signed(_GAMMA)) ^ (key if isinstance(key, Tensor) else _signed(key & _MASK))
-        state = (state ^ _shift(state, 30)) * _signed(_FACTOR_1)
-        state = (state ^ _shift(state, 27)) * _signed(_FACTOR_2)
-        state = state ^ _shift(state, 31)
-    return _shift(state, 1)
-
-
-def keyed_integers(high: int, *keys: int | Tensor) -> Tensor:
-    """Return ``B`` int64 in ``[0, high)``, a function of the keys alone."""
-    return keyed_bits(*keys) % high
-
-
-def keyed_uniform(*keys: int | Tensor) -> Tensor:
-    """Return ``B`` float32 in ``[0, 1)`` with 24 random bits, a function of the keys alone."""
-    return (keyed_bits(*keys) >> 39).to(torch.float32) * 2.0**-24
 
 
 def _rank_in_class(targets: Tensor, keys: Tensor) -> Tensor:

@@ -21,10 +21,14 @@ class Method(nn.Module):
 
     Attributes:
         needs_teacher: whether the method has a teacher.
+        needs_targets: whether the method must know the class of every training image (``set_targets``).
         branches: auxiliary learners that the student has to grow: specs, empty for none, None for the paper's two.
+        layers: pairs (n of the student's F_n, n of the teacher's) whose features are compared; shown at the start.
     """
 
     needs_teacher: ClassVar[bool] = True
+    needs_targets: ClassVar[bool] = False
+    layers: tuple[tuple[int, int], ...] = ()
     branches: tuple[str, ...] | None = ()
     init_args: dict[str, Any]
 
@@ -48,6 +52,26 @@ class Method(nn.Module):
 
         Args:
             epoch: the epoch.
+        """
+
+    def set_targets(self, targets: Tensor) -> None:
+        """Take the class of every training image, when a fit begins and before a checkpoint is restored.
+
+        Called when ``needs_targets`` is set.
+
+        Args:
+            targets: ``N`` int64 by ``Batch.index``.
+        """
+
+    def observe(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
+        """Update memories, after ``forward`` of every training step and without gradient.
+
+        ``forward`` itself changes nothing, so a term can be computed twice.
+
+        Args:
+            student: the outputs that ``forward`` had.
+            teacher: as there.
+            batch: as there.
         """
 
     def weights(self) -> dict[str, float]:

@@ -137,6 +137,8 @@ class AdversarialModule(DistillationModule):
             loss = self.weighted_loss(terms)
             learner_optimizer.zero_grad()
             self.manual_backward(loss)
+        with torch.no_grad():
+            self.method.observe(student, teacher, batch)
         learner_optimizer.step()
         self.log_terms(loss, terms, batch)
 

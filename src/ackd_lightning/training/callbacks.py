@@ -28,6 +28,7 @@ from ackd_lightning.training.health import is_dry
 
 if TYPE_CHECKING:
     from ackd_lightning.training.distillation import DistillationModule
+    from ackd_lightning.types import NetSpec
 
 
 def checkpoints(folder: Path, *, select: bool) -> list[ModelCheckpoint]:
@@ -155,6 +156,16 @@ class RunSummary(L.Callback):
             f"({count_parameters(module.student):,} parameters in training), files in {self.folder}",
             flush=True,
         )
+        if module.method.layers and module.teacher_spec is not None:
+
+            def shape(spec: NetSpec, stage: int) -> str:
+                return f"F{stage} ({' x '.join(map(str, spec.features[stage]))})"
+
+            pairs = [
+                f"{shape(module.spec, ours)} - {shape(module.teacher_spec, theirs)}"
+                for ours, theirs in module.method.layers
+            ]
+            print(f"layers, student - teacher: {', '.join(pairs)}", flush=True)
 
     def _student_name(self, module: DistillationModule) -> str:
         name = module.hparams.get("student")

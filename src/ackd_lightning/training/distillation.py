@@ -15,9 +15,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from ackd_lightning._version import __version__
 from ackd_lightning.analysis.cka import LearnerStatistics
 from ackd_lightning.data.base import ImageDataModule
-from ackd_lightning.data.sampling import mix
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
+from ackd_lightning.keyed import mix
 from ackd_lightning.methods.base import AdversarialMethod, Method, describe, from_description
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.models.branchy import BranchyStudent
@@ -123,7 +123,8 @@ class DistillationModule(L.LightningModule):
         self._teacher_options = teacher_options or {}
         self.teacher: FrozenTeacher | None
         object.__setattr__(self, "teacher", None)  # outside the module tree
-        self.method.build(self.spec, self._teacher_spec(teacher))
+        self.teacher_spec: NetSpec | None = self._teacher_spec(teacher)
+        self.method.build(self.spec, self.teacher_spec)
         if "method" not in self.hparams or not isinstance(self.hparams["method"], Mapping):
             self.save_hyperparameters({"method": describe(self.method)})
 
@@ -215,9 +216,22 @@ class DistillationModule(L.LightningModule):
     # ---------------------------------------------------------------- hooks
 
     def setup(self, stage: str) -> None:
-        """Load the teacher when a fit begins."""
-        if stage == "fit":
-            self.load_teacher()
+        """Load the teacher and tell the method the training classes when a fit begins.
+
+        Raises:
+            ACKDError: when the method has to know the class of every training image and the data do not tell.
+        """
+        if stage != "fit":
+            return
+        self.load_teacher()
+        if self.method.needs_targets:
+            targets = getattr(getattr(self.trainer, "datamodule", None), "train_targets", None)
+            if targets is None:
+                raise ACKDError(
+                    f"method {type(self.method).__name__} keeps a row for every training image; give the data module "
+                    "an attribute `train_targets`, the class of every image by its index, and batches with that index"
+                )
+            self.method.set_targets(torch.as_tensor(targets))
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Teacher gate and alarms travel with the module into any Trainer."""
@@ -314,6 +328,8 @@ class DistillationModule(L.LightningModule):
         student, teacher = self.outputs(batch)
         terms = self.method(student, teacher, batch)
         loss = self.weighted_loss(terms)
+        with torch.no_grad():
+            self.method.observe(student, teacher, batch)
         self.log_terms(loss, terms, batch)
         return loss
 
