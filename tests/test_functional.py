@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-from ackd_lightning.functional import cross_entropy, kd_loss, kl_divergence
+from ackd_lightning.functional import cross_entropy, kd_loss, kl_divergence, whole_batch
 
 GOLDEN = Path(__file__).parent / "golden"
 KD_VALUES = json.loads((GOLDEN / "losses.json").read_text())["kd"]
@@ -193,3 +193,9 @@ def test_kd_is_the_scaled_forward_divergence(pair):
 def test_an_unknown_direction_is_refused_by_name(pair):
     with pytest.raises(ValueError, match=r"'backward'.*'forward', 'reverse' or 'js'"):
         kl_divergence(*pair, temperature=4.0, direction="backward")
+
+
+def test_the_whole_batch_of_a_single_process_is_its_own():
+    """Of two processes: ``contracts/test_methods_ddp.py``."""
+    shard = torch.randn(3, 2, requires_grad=True)
+    assert whole_batch(shard) is shard

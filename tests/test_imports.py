@@ -28,6 +28,7 @@ RANK = {
     "reports": 6,
     "lightning_cli": 6,
     "demo": 7,
+    "reproduce": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -53,6 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo", help="folder for runs, figure and student")
     demo.add_argument("--seeds", type=int, default=3, help="students per method")
     demo.add_argument("--epochs", type=int, default=None, help="of every run; for a quick look")
+    again = commands.add_parser(
+        "reproduce",
+        help="train what a table of the paper needs, and print it: ackd reproduce table2 --pair resnet110_resnet20",
+        epilog="Any other option is a setting of `ackd fit` for every run, such as --trainer.max_epochs 60.",
+        allow_abbrev=False,
+    )
+    again.add_argument("table", help="table1 .. table7, all, or a file like configs/tables/table2.yaml")
+    again.add_argument("--pair", default="", help="pairs of the table, separated by commas; default: all")
+    again.add_argument("--methods", default="", help="rows or methods, separated by commas; default: all rows")
+    again.add_argument("--seeds", default="3", help="how many (3 means 0, 1, 2) or which (0,5)")
+    again.add_argument("--out", default=None, help="folder of runs and tables; default: reproduce/TABLE")
+    again.add_argument("--preset", choices=["smoke"], default=None, help="smoke: the same rows on digits, in minutes")
+    again.add_argument("--dry-run", action="store_true", help="print the runs with an estimate of time and disk")
+    again.add_argument("--workers", type=int, default=None, help="runs at a time; default: one for each GPU")
     return parser
 
 
@@ -69,6 +83,10 @@ def _configs(part: str) -> None:
         print(f"  {name:<{width}}  {describe_config(name)}")
 
 
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _run(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in _LIGHTNING:
         from ackd_lightning.lightning_cli import run
@@ -77,10 +95,12 @@ def _run(arguments: Sequence[str]) -> None:
     parser = _parser()
     if not arguments:
         return parser.print_help()
-    commands = [*_LIGHTNING, "configs", "export", "compare", "demo"]
+    commands = [*_LIGHTNING, "configs", "export", "compare", "demo", "reproduce"]
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         raise ACKDError(f"{arguments[0]!r} is no command; {near_matches(arguments[0], commands)}")
-    chosen = parser.parse_args(arguments)
+    chosen, others = parser.parse_known_args(arguments)
+    if others and chosen.command != "reproduce":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     if chosen.command == "configs":
         _configs(chosen.filter)
     elif chosen.command == "export":
@@ -95,6 +115,20 @@ def _run(arguments: Sequence[str]) -> None:
         from ackd_lightning.demo import demo
 
         demo(chosen.out, seeds=chosen.seeds, epochs=chosen.epochs)
+    elif chosen.command == "reproduce":
+        from ackd_lightning.reproduce import reproduce
+
+        reproduce(
+            chosen.table,
+            pairs=_names(chosen.pair),
+            methods=_names(chosen.methods),
+            seeds=chosen.seeds,
+            out=chosen.out,
+            preset=chosen.preset,
+            dry_run=chosen.dry_run,
+            workers=chosen.workers,
+            overrides=others,
+        )
     return None
 
 

@@ -21,7 +21,7 @@ def near_matches(value: str, known: Iterable[str], *, most: int = 3) -> str:
         known: the valid names.
         most: how many near names to show.
     """
-    names = sorted(known)
+    names = sorted(set(known))
     near = difflib.get_close_matches(value, names, n=most, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"

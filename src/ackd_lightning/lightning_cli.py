@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import netrc
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -142,6 +143,9 @@ class ACKDCLI(LightningCLI):
             help="log to Weights & Biases; offline when no key is known",
         )
         parser.add_argument("--output", type=str, default="predictions.csv", help="file of `ackd predict`")
+        parser.add_argument(
+            "--test", action="store_true", help="test the last and the best checkpoint when the fit has ended"
+        )
         parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, into the run's folder")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -248,21 +252,39 @@ class ACKDCLI(LightningCLI):
         self.model.load_teacher()
 
     def after_fit(self) -> None:
-        """Print the summary, when the progress bar is gone."""
+        """Print the summary, when the progress bar is gone, and test when asked to."""
         self.summary.show()
+        if not self.option("test") or self.option("trainer.fast_dev_run"):
+            return
+        if isinstance(self.datamodule, ImageDataModule) and self.datamodule.val_is_test:
+            return  # the last epoch was measured on the test set
+        for name in ("last", "best"):
+            checkpoint = self.folder / "checkpoints" / f"{name}.ckpt"
+            if checkpoint.is_file():
+                self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(checkpoint), verbose=False)
+                self._keep_test(checkpoint)
+                print(f"test, {name}: accuracy {float(self.trainer.callback_metrics['test/acc']):.2%}")
 
     def after_test(self) -> None:
         """Keep the test accuracies with the run."""
         checkpoint = self.option("ckpt_path")
-        if not (checkpoint and self.trainer.is_global_zero):
+        if not checkpoint:
             return
         run = run_folder(Path(checkpoint))
         if self.altered:
             print(f"not kept in {run}: the test was changed on the command line")
             return
+        self._keep_test(Path(checkpoint))
+
+    def _keep_test(self, checkpoint: Path) -> None:
+        """Write the accuracies of a test into the summary of its run."""
+        if not self.trainer.is_global_zero:
+            return
+        run = run_folder(checkpoint)
         if (run / "summary.json").is_file():
-            which = Path(checkpoint).stem
-            values = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+            which = checkpoint.stem
+            measured = self.trainer.callback_metrics.items()
+            values = {key: float(value) for key, value in measured if not key.startswith(("train/", "val/"))}
             summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
             summary.setdefault("test", {})[which] = values
             (run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -289,13 +311,41 @@ def _netrc_key() -> bool:
         return False
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Carry out one of Lightning's subcommands.
+class PlannedRun(ACKDCLI):
+    """A fit whose settings are read and whose networks are built, but which is not carried out.
 
     Args:
-        command: fit, validate, test or predict.
-        arguments: behind it.
+        arguments: behind ``ackd fit``.
     """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        super().__init__("fit", arguments)
+
+    def _set_seed(self) -> None:
+        """A plan draws nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Name the folder without looking whether it is taken."""
+        self.folder = Path(self.option("runs_dir")) / (self.config_name or "run") / str(self.option("name"))
+
+    def instantiate_classes(self) -> None:
+        """Build data module and module, no Trainer."""
+        config = self.parser.instantiate_classes(self.config)
+        self.datamodule, self.model = self._get(config, "data"), self._get(config, "model")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the run would write as its ``config.yaml``."""
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        settings: dict[str, Any] = yaml.safe_load(text)
+        return settings
+
+
+@contextlib.contextmanager
+def _in_our_words() -> Iterator[None]:
+    """Warnings as sentences, chatter off, and our own error out of a chain of others."""
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))  # class paths of one's own files
     for name in _CHATTY:
@@ -307,10 +357,34 @@ def run(command: str, arguments: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\..*")
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a sentence, not a place in our code
         try:
-            ACKDCLI(command, arguments)
+            yield
         except ValueError as error:
             if (ours := deepest(error)) is not None:
                 raise ACKDError(str(ours)) from error
             raise
         finally:
             warnings.formatwarning = formatter
+
+
+def plan(arguments: Sequence[str]) -> PlannedRun:
+    """Read and build a fit without carrying it out.
+
+    Args:
+        arguments: behind ``ackd fit``.
+
+    Raises:
+        ACKDError: for whatever is wrong with them.
+    """
+    with _in_our_words():
+        return PlannedRun(arguments)
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Carry out one of Lightning's subcommands.
+
+    Args:
+        command: fit, validate, test or predict.
+        arguments: behind it.
+    """
+    with _in_our_words():
+        ACKDCLI(command, arguments)

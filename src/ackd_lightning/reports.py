@@ -103,13 +103,37 @@ def mean_and_std(values: Sequence[float]) -> str:
     return text if len(values) < 2 else f"{text} ± {100 * statistics.stdev(values):.2f}"
 
 
-_NOT_THE_EXPERIMENT = {"seed_everything", "name", "runs_dir", "publish", "wandb", "tensorboard", "ckpt_path", "output"}
+_NOT_THE_EXPERIMENT = {
+    "seed_everything",
+    "name",
+    "runs_dir",
+    "publish",
+    "wandb",
+    "tensorboard",
+    "ckpt_path",
+    "output",
+    "test",
+}
+_SHOW = {"trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"}
+_PLACES = {"data.root", "data.url", "data.download", "data.cache", "model.teacher_weights"}
 
 
-def _flat(settings: Any, prefix: str = "") -> dict[str, str]:
-    if not isinstance(settings, dict):
-        return {prefix: json.dumps(settings)}
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict) or (not settings and prefix):
+        return {prefix.rstrip("."): settings}
     return {key: value for name, each in settings.items() for key, value in _flat(each, f"{prefix}{name}.").items()}
+
+
+def experiment_settings(config: dict[str, Any], *, places: bool = False) -> dict[str, Any]:
+    """What makes an experiment, by dotted name: a run's settings without seed, name and display.
+
+    Args:
+        config: content of a run's ``config.yaml``.
+        places: keep where data and teacher lie.
+    """
+    content = {key: value for key, value in config.items() if key not in _NOT_THE_EXPERIMENT}
+    flat = {key.replace(".init_args", ""): value for key, value in _flat(content).items()}
+    return {key: value for key, value in flat.items() if key not in _SHOW and (places or key not in _PLACES)}
 
 
 def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
@@ -125,8 +149,7 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
     configs: dict[str, list[Path]] = defaultdict(list)
     for run in find_runs(places):
         content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        content = {key: value for key, value in content.items() if key not in _NOT_THE_EXPERIMENT}
-        settings[run] = {key.replace(".init_args", "").rstrip("."): value for key, value in _flat(content).items()}
+        settings[run] = {key: json.dumps(value) for key, value in experiment_settings(content, places=True).items()}
         configs[read_summary(run)["config"]].append(run)
     groups: dict[str, list[Path]] = defaultdict(list)
     for config, runs in configs.items():
@@ -188,11 +211,12 @@ def compare(places: Sequence[str | Path]) -> Table:
     return table
 
 
-def curves(run: Path) -> tuple[list[int], list[float], str]:
+def curves(run: Path, metric: str = "acc") -> tuple[list[int], list[float], str]:
     """Validation accuracy of a run by epoch, from its ``metrics.csv``.
 
     Args:
         run: its folder.
+        metric: ``acc`` or ``acc_top5``.
 
     Returns:
         Epochs from 1, accuracies in percent, and which data they are of.
@@ -202,7 +226,7 @@ def curves(run: Path) -> tuple[list[int], list[float], str]:
     values: list[float] = []
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
-            value = row.get(f"{stage}/acc")
+            value = row.get(f"{stage}/{metric}")
             if value and not math.isnan(float(value)):
                 epochs.append(int(row["epoch"]) + 1)
                 values.append(100 * float(value))

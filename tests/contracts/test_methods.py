@@ -21,6 +21,7 @@ from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import Batch
 
 CLASSES, SIDE, IMAGES = 5, 16, 4
+TARGETS = torch.arange(40) % CLASSES  # of the training images by index
 FRAGMENTS = sorted((config_folder() / "methods").glob("*.yaml"))
 every_method = pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)
 
@@ -48,20 +49,36 @@ def loop_of(description: dict, backbone: nn.Module | None = None) -> Loop:
     teacher = FrozenTeacher(create_model("resnet8", CLASSES))
     method = from_description(description)
     student = BranchyStudent(backbone or create_model("resnet8", CLASSES), method.branches)
-    method.build(probe(student, SIDE), probe(teacher.network, SIDE) if method.needs_teacher else None)
+    build(method, student, teacher)
+    begin_fit(method)
     return Loop(method, student, teacher if method.needs_teacher else None)
+
+
+def build(method: Method, student: BranchyStudent, teacher: FrozenTeacher | None) -> None:
+    method.build(probe(student, SIDE), probe(teacher.network, SIDE) if teacher and method.needs_teacher else None)
+
+
+def begin_fit(method: Method) -> None:
+    """What a fit tells the method about the data."""
+    if method.needs_targets:
+        method.set_targets(TARGETS)
+    method.set_batch_size(IMAGES)
 
 
 def batches(count: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
-    return [
-        Batch(
-            torch.randn(IMAGES, 3, SIDE, SIDE, generator=generator),
-            torch.randint(CLASSES, (IMAGES,), generator=generator),
-            torch.arange(IMAGES),
-        )
-        for _ in range(count)
-    ]
+    indices = torch.randperm(len(TARGETS), generator=generator).split(IMAGES)[:count]
+    return [Batch(torch.randn(IMAGES, 3, SIDE, SIDE, generator=generator), TARGETS[each], each) for each in indices]
+
+
+def train_step(loop: Loop, batch: Batch) -> Tensor:
+    """Loss of one step as the training module takes it, without an optimizer."""
+    student = loop.student(batch.image)
+    teacher = loop.teacher(batch.image) if loop.teacher else None
+    weights, terms = loop.method.weights(), loop.method(student, teacher, batch)
+    with torch.no_grad():
+        loop.method.observe(student, teacher, batch)
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
 def opponents_of(method: Method) -> dict[str, nn.Parameter]:
@@ -133,22 +150,33 @@ def test_the_optimizers_share_all_parameters_between_them(path):
         ]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @every_method
-def test_terms_are_finite_float32_under_bfloat16_autocast(path):
+def test_terms_are_finite_float32_under_autocast(path, dtype):
     loop = loop_of(description_in(path))
     (batch,) = batches(1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    opponents = opponents_of(loop.method)
+    with torch.autocast("cpu", dtype=dtype):
         output = loop.student(batch.image)
-        assert output.logits.dtype is torch.bfloat16
+        assert output.logits.dtype is dtype
         terms = loop.terms(batch)
-        loss = loop.loss(batch)
+        loss = train_step(loop, batch)
     loss.backward()
     for name, term in terms.items():
         assert term.dtype is torch.float32, name
         assert term.isfinite(), name
-    for name, parameter in loop.student.named_parameters():
+    own = dict(loop.student.named_parameters(prefix="student"))
+    own |= {f"method.{name}": each for name, each in loop.method.named_parameters()}
+    for name, parameter in own.items():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+    if opponents:
+        with torch.autocast("cpu", dtype=dtype):
+            loss, _ = loop.method.discriminator_terms(loop.student(batch.image))
+        loss.backward()
+        assert loss.dtype is torch.float32
+        assert all(each.grad.isfinite().all() for each in opponents.values())
+    assert all(each.isfinite().all() for each in loop.method.state_dict().values())
 
 
 @every_method
@@ -190,21 +218,59 @@ def test_the_teacher_and_its_gradient_are_left_alone(path):
     assert all(each.grad is None for each in loop.teacher.parameters())
     for key, value in loop.teacher.network.state_dict().items():
         assert torch.equal(value, before[key]), key
-    assert not any("teacher" in key for key in (*loop.method.state_dict(), *loop.student.state_dict()))
+    kept = [*loop.method.state_dict().values(), *loop.student.state_dict().values()]
+    assert not {each.data_ptr() for each in loop.teacher.network.state_dict().values()} & {
+        each.data_ptr() for each in kept if each.numel()
+    }
+
+
+@pytest.mark.parametrize("fit", [True, False], ids=["in a fit", "without one"])
+@every_method
+def test_state_and_description_bring_the_method_back(path, fit):
+    """Memories, too: after steps that moved them, another process goes on with the same losses."""
+    loop = loop_of(description_in(path))
+    first, second, third = batches(3)
+    for batch in (first, second):
+        train_step(loop, batch)
+    torch.manual_seed(2)
+    again = from_description(describe(loop.method))
+    build(again, loop.student, loop.teacher)
+    if fit:
+        begin_fit(again)
+    again.load_state_dict(loop.method.state_dict(), strict=True)
+    if not fit:
+        begin_fit(again)
+    resumed = loop._replace(method=again)
+    state = copy.deepcopy(loop.student.state_dict())
+    for batch in (third, first):
+        losses = []
+        for each in (loop, resumed):
+            loop.student.load_state_dict(state)
+            losses.append(train_step(each, batch))
+        assert torch.equal(*losses)
+    for key, value in loop.method.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
 
 
 @every_method
-def test_state_and_description_bring_the_method_back(path):
-    loop = loop_of(description_in(path))
-    torch.manual_seed(2)
-    again = from_description(describe(loop.method))
-    again.build(probe(loop.student, SIDE), None)
-    again.load_state_dict(loop.method.state_dict(), strict=True)
+def test_observing_before_the_backward_pass_changes_no_gradient(path):
     (batch,) = batches(1)
-    output = loop.student(batch.image)
-    teacher = loop.teacher(batch.image) if loop.teacher else None
-    for name, term in loop.method(output, teacher, batch).items():
-        assert torch.equal(again(output, teacher, batch)[name], term), name
+    gradients = []
+    for loss in (Loop.loss, train_step):
+        loop = loop_of(description_in(path))
+        loss(loop, batch).backward()
+        gradients.append([each.grad for each in (*loop.student.parameters(), *loop.method.parameters())])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@every_method
+def test_a_step_keeps_no_graph_of_the_last_one(path):
+    loop = loop_of(description_in(path))
+    for batch in batches(2):
+        train_step(loop, batch).backward()  # torch refuses to go through a graph a second time
+        for name, value in loop.method.state_dict(keep_vars=True).items():
+            assert value.grad_fn is None, name
+            assert value.requires_grad is isinstance(value, nn.Parameter), name
 
 
 @every_method

@@ -94,6 +94,14 @@ def test_the_papers_two_learners_are_the_default(name, expected):
     ]
 
 
+@pytest.mark.parametrize(("name", "spec"), [("resnet8", "D3B1"), ("resnet18", "D4B1")])
+def test_last_is_the_last_stage_of_any_backbone(name, spec):
+    with torch.device("meta"):
+        student = BranchyStudent(create_model(name, 5), ["last", "D1B" + spec[1], "last"])
+    assert student.specs == (spec, "D1B" + spec[1], spec)
+    assert [branch.entry for branch in student.branches] == [int(spec[1]), 1, int(spec[1])]
+
+
 def test_a_network_of_one_stage_has_one_default_learner():
     assert default_branches(StagePlan((), (("a",),), (), "b")) == ("D1B1",)
 

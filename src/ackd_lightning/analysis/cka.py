@@ -24,8 +24,21 @@ def linear_cka(first: Tensor, second: Tensor) -> Tensor:
         Scalar in [0, 1]; 1 for features equal up to rotation, scale and shift.
     """
     first, second = (each.double() - each.double().mean(dim=0) for each in (first, second))
-    cross = (second.T @ first).square().sum()
-    cka: Tensor = cross / ((first.T @ first).norm() * (second.T @ second).norm()).clamp_min(1e-30)
+    return cka_of_covariances(second.T @ first, first.T @ first, second.T @ second)
+
+
+def cka_of_covariances(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Linear CKA from the covariances of two sets of features, all three up to the same factor.
+
+    Args:
+        cross: ``D1 x D2`` or its transpose, covariance of the two.
+        first: ``D1 x D1``, of the first.
+        second: ``D2 x D2``, of the second.
+
+    Returns:
+        Scalar in [0, 1]; 0 when a set does not vary.
+    """
+    cka: Tensor = cross.square().sum() / (first.norm() * second.norm()).clamp_min(1e-30)
     return cka
 
 
@@ -87,7 +100,7 @@ class LearnerStatistics(Metric):
         result = {"spread": variances.sqrt().mean().float()}
         if self.pairs:
             values = [
-                centred(self.learners + number, i, j).square().sum() / (own[i].norm() * own[j].norm()).clamp_min(1e-30)
+                cka_of_covariances(centred(self.learners + number, i, j), own[i], own[j])
                 for number, (i, j) in enumerate(self.pairs)
             ]
             result["cka"] = torch.stack(values).mean().float()

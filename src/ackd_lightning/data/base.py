@@ -6,7 +6,7 @@ import inspect
 import os
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -74,6 +74,8 @@ class ImageDataModule(L.LightningDataModule):
     """
 
     num_classes: int
+    published_train_images: ClassVar[int | None] = None
+    """Images of the whole training part; None where that depends on the files."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     input_size: int

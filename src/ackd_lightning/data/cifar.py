@@ -68,6 +68,7 @@ class CIFAR100DataModule(DownloadedDataModule):
     """
 
     num_classes = 100
+    published_train_images = 50_000
     mean = (0.5071, 0.4867, 0.4408)
     std = (0.2675, 0.2565, 0.2761)
     input_size = 32

@@ -36,6 +36,7 @@ class CINIC10DataModule(DownloadedDataModule):
     """
 
     num_classes = 10
+    published_train_images = 90_000
     mean = (0.47889522, 0.47227842, 0.43047404)
     std = (0.24205776, 0.23828046, 0.25874835)
     input_size = 32

@@ -43,6 +43,7 @@ class ImageNetDataModule(ImageDataModule):
     """
 
     num_classes = 1000
+    published_train_images = 1_281_167
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
     input_size = 224

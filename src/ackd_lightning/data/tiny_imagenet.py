@@ -40,6 +40,7 @@ class TinyImageNetDataModule(DownloadedDataModule):
     """
 
     num_classes = 200
+    published_train_images = 100_000
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
     input_size = 64

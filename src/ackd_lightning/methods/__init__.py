@@ -1,8 +1,36 @@
 """Distillation methods: one file is one paper."""
 
 from ackd_lightning.methods.ackd import ACKD
+from ackd_lightning.methods.at import AT
 from ackd_lightning.methods.base import AdversarialMethod, Method
+from ackd_lightning.methods.cc import CC
 from ackd_lightning.methods.ce import CE
+from ackd_lightning.methods.crd import CRD
+from ackd_lightning.methods.dist import DIST
+from ackd_lightning.methods.dkd import DKD
+from ackd_lightning.methods.fitnet import FitNet
 from ackd_lightning.methods.kd import KD
+from ackd_lightning.methods.one import ONE
+from ackd_lightning.methods.reviewkd import ReviewKD
+from ackd_lightning.methods.rkd import RKD
+from ackd_lightning.methods.sp import SP
+from ackd_lightning.methods.vid import VID
 
-__all__ = ["ACKD", "CE", "KD", "AdversarialMethod", "Method"]
+__all__ = [
+    "ACKD",
+    "AT",
+    "CC",
+    "CE",
+    "CRD",
+    "DIST",
+    "DKD",
+    "KD",
+    "ONE",
+    "RKD",
+    "SP",
+    "VID",
+    "AdversarialMethod",
+    "FitNet",
+    "Method",
+    "ReviewKD",
+]

@@ -63,6 +63,15 @@ class Method(nn.Module):
             targets: ``N`` int64 by ``Batch.index``.
         """
 
+    def set_batch_size(self, size: int) -> None:
+        """Take the global batch size, when a fit begins and before optimizers and checkpoints.
+
+        Called when the data module has an attribute ``batch_size``: images of one step in all processes together.
+
+        Args:
+            size: of every training batch.
+        """
+
     def observe(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
         """Update memories, after ``forward`` of every training step and without gradient.
 

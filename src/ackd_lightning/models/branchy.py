@@ -110,8 +110,8 @@ class BranchyStudent(nn.Module):
 
     Args:
         backbone: the target learner: a network of the zoo, a torchvision ResNet, or any with a ``stage_plan``.
-        branches: such as ``("D3B1", "D2B2")``; the same entry twice gives two independently initialised learners.
-            None: the paper's two. Empty: no learners.
+        branches: such as ``("D3B1", "D2B2")``; the same entry twice gives two independently initialised learners, and
+            ``last`` stands for D{K}B1 of a backbone of K stages. None: the paper's two. Empty: no learners.
 
     Raises:
         ACKDError: when a spec does not fit the backbone, or the backbone's stages are not known.
@@ -138,6 +138,9 @@ class BranchyStudent(nn.Module):
             branches = ()
         elif branches is None:
             branches = default_branches(self.plan)
+        else:
+            last = f"D{len(self.plan.stages)}B1"
+            branches = [last if spec == "last" else spec for spec in branches]
         self.specs = tuple(branches)
         self.backbone = backbone
         self.branches = nn.ModuleList(

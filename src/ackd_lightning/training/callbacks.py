@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,10 +51,29 @@ def checkpoints(folder: Path, *, select: bool) -> list[ModelCheckpoint]:
     return [last, best]
 
 
+@functools.cache
+def commit() -> str | None:
+    """The git commit of this package's source, ``+`` behind it when files were changed; None where there is none."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", __file__):
+            return None  # installed somewhere below another project's repository
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
+    source = commit()
     return {
         "ackd_lightning": __version__,
+        **({"commit": source} if source else {}),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "lightning": lightning.__version__,

@@ -216,7 +216,7 @@ class DistillationModule(L.LightningModule):
     # ---------------------------------------------------------------- hooks
 
     def setup(self, stage: str) -> None:
-        """Load the teacher and tell the method the training classes when a fit begins.
+        """Load the teacher and tell the method batch size and training classes when a fit begins.
 
         Raises:
             ACKDError: when the method has to know the class of every training image and the data do not tell.
@@ -224,8 +224,11 @@ class DistillationModule(L.LightningModule):
         if stage != "fit":
             return
         self.load_teacher()
+        data = getattr(self.trainer, "datamodule", None)
+        if (batch_size := getattr(data, "batch_size", None)) is not None:
+            self.method.set_batch_size(batch_size)
         if self.method.needs_targets:
-            targets = getattr(getattr(self.trainer, "datamodule", None), "train_targets", None)
+            targets = getattr(data, "train_targets", None)
             if targets is None:
                 raise ACKDError(
                     f"method {type(self.method).__name__} keeps a row for every training image; give the data module "

@@ -1,0 +1,106 @@
+r"""AT. Zagoruyko, Komodakis: Paying More Attention to Attention, 2017 (arXiv:1612.03928).
+
+The student learns where the teacher's features are strong, whatever channels they are strong in:
+
+\(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{at} \sum_{(n,m)} \mathrm{mean}\,(Q(F_n^s) - Q(F_m^t))^2\),
+\(\quad Q(F) = q / \|q\|_2\), \(\quad q = \mathrm{vec}(\mathrm{mean}_c F_c^2)\) (the paper's sum of squares, p = 2).
+
+As in the benchmark the squared difference is a mean over images and positions, hence the large weight. The benchmark
+leaves out stages of the longer network; here every stage has a partner. The last feature is the one that pooling sees:
+for WRN after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution, where the benchmark reads before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import cross_entropy
+from ackd_lightning.methods.base import Method
+from ackd_lightning.models.pairing import pair_stages, same_size
+from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+
+def attention_map(feature: Tensor) -> Tensor:
+    r"""Where a feature map is strong: mean over channels of squares, flattened, with an L2 norm of 1 per image.
+
+    Args:
+        feature: ``B x C x H x W``; the gradient flows into it.
+
+    Returns:
+        ``B x (H * W)`` float32, no unit; zero for an image whose feature is zero.
+    """
+    return F.normalize(feature.float().square().mean(dim=1).flatten(1), dim=1)
+
+
+def at_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
+    """Activation-based attention transfer: squared distance of attention maps, mean over images and positions.
+
+    Summed over the pairs. In a pair of unequal height or width the larger map is pooled first. No gradient flows into
+    the teacher.
+
+    Args:
+        student_features: maps ``B x C x H x W``.
+        teacher_features: maps ``B x C' x H' x W'``, as many and in the same order.
+
+    Returns:
+        Scalar float32, no unit.
+
+    Raises:
+        ACKDError: when there are no features, or more of one network than of the other.
+    """
+    if not student_features or len(student_features) != len(teacher_features):
+        raise ACKDError(
+            f"at_loss got {len(student_features)} features of the student and {len(teacher_features)} of the teacher; "
+            "pass pairs, at least one, such as pair_stages makes"
+        )
+    losses = []
+    for ours, theirs in zip(student_features, teacher_features, strict=True):
+        student, teacher = same_size(ours.float(), theirs.detach().float())
+        losses.append(F.mse_loss(attention_map(student), attention_map(teacher)))
+    return torch.stack(losses).sum()
+
+
+class AT(Method):
+    """Cross-entropy with the labels plus distance of the stages' attention maps from the teacher's.
+
+    Args:
+        weight_ce: weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
+        weight_at: weight of the distance; 1000 there.
+    """
+
+    def __init__(self, *, weight_ce: float = 1.0, weight_at: float = 1000.0) -> None:
+        super().__init__()
+        self.weight_ce, self.weight_at = weight_ce, weight_at
+
+    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+        """Pair the stages.
+
+        Args:
+            student: shapes of the student.
+            teacher: shapes of the teacher.
+
+        Raises:
+            ACKDError: when the stages of a network are not known.
+        """
+        assert teacher is not None
+        self.layers = pair_stages(student, teacher, method="AT")
+
+    def weights(self) -> dict[str, float]:
+        """Weights of ``ce`` and ``at``."""
+        return {"ce": self.weight_ce, "at": self.weight_at}
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms ``ce`` and ``at``; arguments as in the base class."""
+        assert teacher is not None
+        return {
+            "ce": cross_entropy(student.logits, batch.target),
+            "at": at_loss(
+                [student.features[ours] for ours, _ in self.layers],
+                [teacher.features[theirs] for _, theirs in self.layers],
+            ),
+        }

@@ -1,0 +1,109 @@
+r"""DIST. Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, 2022.
+
+With \(P = \mathrm{softmax}(z / \tau)\), a ``B x K`` matrix, and \(\rho\) Pearson's correlation:
+
+* between classes: \(L_{inter} = \frac1B \sum_i \left(1 - \rho(P^s_{i,:}, P^t_{i,:})\right)\), one row per image
+* within classes: \(L_{intra} = \frac1K \sum_j \left(1 - \rho(P^s_{:,j}, P^t_{:,j})\right)\), one column per class
+
+\(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{dist}\,\tau^2 (\beta L_{inter} + \gamma L_{intra})\), \(\tau^2\) as in public
+code for CIFAR.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import cross_entropy, whole_batch
+from ackd_lightning.methods.base import Method
+from ackd_lightning.types import Batch, NetOutput
+
+
+def _correlation(first: Tensor, second: Tensor, *, dim: int) -> Tensor:
+    """Pearson's correlation along one axis of two matrices; 0 without gradient where one of them is constant."""
+
+    def centred(values: Tensor) -> Tensor:
+        centre = values - values.mean(dim=dim, keepdim=True)
+        size = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
+        varies = torch.linalg.vector_norm(centre, dim=dim, keepdim=True) > 1e-6 * size  # more than float32's rounding
+        return torch.where(varies, centre, 0.0)
+
+    first, second = centred(first), centred(second)
+    norms = torch.linalg.vector_norm(first, dim=dim) * torch.linalg.vector_norm(second, dim=dim)
+    correlation: Tensor = (first * second).sum(dim=dim) / (norms + 1e-8)
+    return correlation
+
+
+def dist_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: float, temperature: float
+) -> Tensor:
+    """Missing correlation between the class probabilities of student and teacher, over rows and over columns.
+
+    A correlation ignores scale and shift of the probabilities. A row or column that is constant has none: it counts
+    as uncorrelated and gets no gradient, so a batch of one image has no relation within classes. No gradient flows
+    into the teacher.
+
+    Args:
+        student_logits: ``B x K``.
+        teacher_logits: ``B x K``.
+        beta: weight of the relation between classes (rows).
+        gamma: weight of the relation within classes (columns).
+        temperature: tau, > 0.
+
+    Returns:
+        Scalar float32, times tau squared.
+    """
+    student = (student_logits.float() / temperature).softmax(dim=1)
+    teacher = (teacher_logits.detach().float() / temperature).softmax(dim=1)
+    inter = 1 - _correlation(student, teacher, dim=1).mean()
+    intra = 1 - _correlation(student, teacher, dim=0).mean()
+    return (beta * inter + gamma * intra) * temperature**2
+
+
+class DIST(Method):
+    """Cross-entropy plus correlation, not equality, with the probabilities of a teacher that may be much stronger.
+
+    Args:
+        beta: weight of the relation between classes.
+        gamma: weight of the relation within classes.
+        temperature: tau; 4 for CIFAR, 1 for ImageNet.
+        weight_ce: weight of the cross-entropy.
+        weight_dist: weight of the whole term.
+
+    Raises:
+        ACKDError: for a temperature that is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        temperature: float = 4.0,
+        weight_ce: float = 1.0,
+        weight_dist: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ACKDError(f"temperature is {temperature} in method DIST; it must be above 0")
+        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+        self.weight_ce, self.weight_dist = weight_ce, weight_dist
+
+    def weights(self) -> dict[str, float]:
+        """Weights of ``ce`` and ``dist``."""
+        return {"ce": self.weight_ce, "dist": self.weight_dist}
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms ``ce`` and ``dist``, the latter on the global batch; arguments as in the base class."""
+        assert teacher is not None
+        return {
+            "ce": cross_entropy(student.logits, batch.target),
+            "dist": dist_loss(
+                whole_batch(student.logits),
+                whole_batch(teacher.logits.detach()),
+                beta=self.beta,
+                gamma=self.gamma,
+                temperature=self.temperature,
+            ),
+        }

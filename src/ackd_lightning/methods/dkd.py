@@ -1,0 +1,120 @@
+r"""Decoupled knowledge distillation. Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, 2022.
+
+With \(p = \mathrm{softmax}(z / \tau)\), y the target class, \(b = (p_y, 1 - p_y)\) the binary distribution "target or
+rest" and \(\hat p = p_{i \ne y} / (1 - p_y)\) the distribution among the other classes (Eq. 7 of that paper):
+
+\(L_{dkd} = \tau^2 \left(\alpha\,\mathrm{KL}(b^t \| b^s) + \beta\,\mathrm{KL}(\hat p^t \| \hat p^s)\right)\)
+
+\(L = w_{ce}\,\mathrm{CE}(z^s, y) + \min(e / e_w, 1)\,w_{dkd}\,L_{dkd}\) in epoch e, counted from 1, with e_w epochs of
+warm-up. With \(\alpha = 1\) and \(\beta = 1 - p^t_y\) of every image \(L_{dkd}\) is Hinton's loss.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import cross_entropy
+from ackd_lightning.methods.base import Method
+from ackd_lightning.types import Batch, NetOutput
+
+
+def dkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    r"""Decoupled distillation loss \(\alpha\,\mathrm{TCKD} + \beta\,\mathrm{NCKD}\) (Eq. 7), mean over the batch.
+
+    The target class is taken out of the logits, not masked by a large number, so that nothing is lost when one class
+    has all the probability. No gradient flows into the teacher.
+
+    Args:
+        student_logits: ``B x K``, K of 2 or more.
+        teacher_logits: ``B x K``.
+        target: ``B`` int64.
+        alpha: weight of the target class against the rest (TCKD).
+        beta: weight of what is said about the other classes (NCKD).
+        temperature: tau, > 0.
+
+    Returns:
+        Scalar float32, in nats, times tau squared.
+    """
+    other = torch.arange(student_logits.shape[1] - 1, device=target.device).expand(target.shape[0], -1)
+    other = other + (other >= target[:, None])  # B x (K - 1): every class but the target
+
+    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = logits.float() / temperature
+        rest = scaled.gather(1, other)
+        odds = scaled.gather(1, target[:, None]) - rest.logsumexp(dim=1, keepdim=True)  # log p_y / (1 - p_y)
+        return F.logsigmoid(torch.cat([odds, -odds], dim=1)), F.log_softmax(rest, dim=1)
+
+    student_binary, student_rest = parts(student_logits)
+    teacher_binary, teacher_rest = parts(teacher_logits.detach())
+    tckd = F.kl_div(student_binary, teacher_binary, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(student_rest, teacher_rest, reduction="batchmean", log_target=True)
+    return (alpha * tckd + beta * nckd) * temperature**2
+
+
+class DKD(Method):
+    """Cross-entropy plus distillation whose parts, target class and the other classes, have weights of their own.
+
+    Args:
+        alpha: weight of the target class against the rest (TCKD).
+        beta: weight of the other classes among themselves (NCKD); 8 for ResNets in the authors' code, but 2 for
+            resnet56 to resnet20 and resnet110 to resnet32, and 6 for VGG and wide ResNets.
+        temperature: tau, > 0.
+        warmup_epochs: epochs over which the weight of ``dkd`` grows linearly, 1/n in the first; 0: none. A run that
+            is shorter than that ends below the full weight.
+        weight_ce: weight of the cross-entropy.
+        weight_dkd: weight of the distillation term after the warm-up.
+
+    Raises:
+        ACKDError: for a temperature that is not positive or a negative warm-up.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        warmup_epochs: int = 20,
+        weight_ce: float = 1.0,
+        weight_dkd: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ACKDError(f"temperature is {temperature} in method DKD; it must be above 0")
+        if warmup_epochs < 0:
+            raise ACKDError(f"warmup_epochs is {warmup_epochs} in method DKD; it must be 0 or more")
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.warmup_epochs, self.ramp = warmup_epochs, 1.0
+        self.weight_ce, self.weight_dkd = weight_ce, weight_dkd
+
+    def set_epoch(self, epoch: int) -> None:
+        """Grow the weight of ``dkd`` during the warm-up.
+
+        Args:
+            epoch: from 0.
+        """
+        self.ramp = min(1.0, (epoch + 1) / self.warmup_epochs) if self.warmup_epochs else 1.0
+
+    def weights(self) -> dict[str, float]:
+        """Weights of ``ce`` and ``dkd`` in this epoch."""
+        return {"ce": self.weight_ce, "dkd": self.weight_dkd * self.ramp}
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms ``ce`` and ``dkd``; arguments as in the base class."""
+        assert teacher is not None
+        return {
+            "ce": cross_entropy(student.logits, batch.target),
+            "dkd": dkd_loss(
+                student.logits,
+                teacher.logits,
+                batch.target,
+                alpha=self.alpha,
+                beta=self.beta,
+                temperature=self.temperature,
+            ),
+        }

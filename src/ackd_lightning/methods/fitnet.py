@@ -1,0 +1,113 @@
+r"""FitNet. Romero, Ballas, Ebrahimi Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, 2015.
+
+A middle stage of the student, sent through a regressor r that is thrown away, imitates a middle stage of the teacher
+(arXiv:1412.6550, Eq. 3):
+
+\(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{hint}\,\mathrm{mean}\,(r(F_n^s) - F_m^t)^2\)
+
+Differences from the paper: it trains up to the hint first and then with knowledge distillation; here, as in the
+benchmark, both terms are there from the first step. The regressor is a 1x1 convolution, BatchNorm and ReLU. Where
+height or width differ the larger map is pooled first; the benchmark has a strided convolution there if the student's
+map is twice as large and a transposed one if it is half as large, and nothing for other sizes. The ReLU is the
+benchmark's: for a teacher whose stages do not end in one (WRN, MobileNetV2) the negative half of the hint is out of
+reach.
+
+BatchNorm takes the statistics of each process's own batch, as the student's does; ``sync_batchnorm`` joins both. It
+keeps no running ones, since the regressor is never evaluated.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import cross_entropy
+from ackd_lightning.methods.base import Method
+from ackd_lightning.models.pairing import pair_stages, same_size
+from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+
+def fitnet_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+    """Hint loss (Eq. 3): squared distance of two feature maps, mean over everything.
+
+    No gradient flows into the teacher.
+
+    Args:
+        student_feature: ``B x C x H x W``, after the regressor.
+        teacher_feature: ``B x C x H x W``.
+
+    Returns:
+        Scalar float32, in squared units of the teacher's feature.
+
+    Raises:
+        ACKDError: when the shapes differ.
+    """
+    if student_feature.shape != teacher_feature.shape:
+        raise ACKDError(
+            f"fitnet_loss got a feature {tuple(student_feature.shape)} of the student and "
+            f"{tuple(teacher_feature.shape)} of the teacher; send the student's through a regressor first"
+        )
+    return F.mse_loss(student_feature.float(), teacher_feature.detach().float())
+
+
+class FitNet(Method):
+    """Cross-entropy with the labels plus distance of one stage, after a regressor, from the teacher's.
+
+    Args:
+        hint_stage: n of the student's F_n that is guided, from 1; its partner is found by resolution, and the deepest
+            is taken where several stages of the teacher have the same partner. 2 in the benchmark.
+        weight_ce: weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
+        weight_hint: weight of the hint; 100 there.
+
+    Raises:
+        ACKDError: for a stage below 1.
+    """
+
+    def __init__(self, *, hint_stage: int = 2, weight_ce: float = 1.0, weight_hint: float = 100.0) -> None:
+        super().__init__()
+        if hint_stage < 1:
+            raise ACKDError(f"hint_stage is {hint_stage} in method FitNet; stages count from 1")
+        self.hint_stage = hint_stage
+        self.weight_ce, self.weight_hint = weight_ce, weight_hint
+        self.regressor: nn.Module = nn.Identity()
+
+    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+        """Find the teacher's partner of the guided stage and make the regressor.
+
+        Args:
+            student: shapes of the student.
+            teacher: shapes of the teacher.
+
+        Raises:
+            ACKDError: when the stages of a network are not known or the student has no such stage.
+        """
+        assert teacher is not None
+        pairs = [pair for pair in pair_stages(student, teacher, method="FitNet") if pair[0] == self.hint_stage]
+        if not pairs:
+            raise ACKDError(
+                f"hint_stage is {self.hint_stage} in method FitNet and the student has {len(student.features) - 1} "
+                "stages; choose one of them"
+            )
+        self.layers = (pairs[-1],)
+        ((ours, theirs),) = self.layers
+        channels = teacher.features[theirs][0]
+        self.regressor = nn.Sequential(
+            nn.Conv2d(student.features[ours][0], channels, 1, bias=False),
+            nn.BatchNorm2d(channels, track_running_stats=False),
+            nn.ReLU(),
+        )
+
+    def weights(self) -> dict[str, float]:
+        """Weights of ``ce`` and ``hint``."""
+        return {"ce": self.weight_ce, "hint": self.weight_hint}
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms ``ce`` and ``hint``; arguments as in the base class."""
+        assert teacher is not None
+        ((ours, theirs),) = self.layers
+        guided, hint = same_size(student.features[ours], teacher.features[theirs].float())
+        return {
+            "ce": cross_entropy(student.logits, batch.target),
+            "hint": fitnet_loss(self.regressor(guided), hint),
+        }

@@ -1,0 +1,215 @@
+r"""ONE. Lan, Zhu, Gong: Knowledge Distillation by On-the-Fly Native Ensemble, 2018.
+
+There is no teacher. The last stage of the student exists M + 1 times: once in the target learner, which is kept (the
+paper's branch 1), and in M auxiliary learners. A gate weighs their logits for every image by the feature F they share,
+the input of the last stage:
+
+* \(g = \mathrm{softmax}(\mathrm{ReLU}(\mathrm{BN}(W\,\mathrm{GAP}(F) + b)))\) and
+  \(z^e = \sum_k g_k z^{(k)}\) (Eq. 3 of that paper)
+* \(L = \mathrm{CE}(z^s, y) + \sum_{aux} \mathrm{CE}(z^{(k)}, y) + \mathrm{CE}(z^e, y)
+  + r(e)\,\tau^2 \sum_k \mathrm{KL}(p^e \| p^{(k)})\), the last sum over the target and all auxiliary learners
+
+with \(r(e) = \exp(-5 (1 - e / 80)^2)\) in epoch e < 80, from 0, and 1 from there on; each term has a weight of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
+from ackd_lightning.methods.base import Method
+from ackd_lightning.models.attention import weighted_logits
+from ackd_lightning.models.taps import pooled
+from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+
+def one_loss(logits: Sequence[Tensor], ensemble_logits: Tensor, *, temperature: float) -> Tensor:
+    r"""Distillation of the ensemble into each learner: \(\tau^2 \sum_k \mathrm{KL}(p^e \| p^{(k)})\), batch mean.
+
+    No gradient flows into the ensemble.
+
+    Args:
+        logits: of every learner, ``B x K`` each.
+        ensemble_logits: ``B x K``.
+        temperature: tau, > 0.
+
+    Returns:
+        Scalar float32, in nats.
+    """
+    return torch.stack([kd_loss(each, ensemble_logits, temperature=temperature) for each in logits]).sum()
+
+
+class Gate(nn.Module):
+    """Weighs the learners of an image by the feature that they share.
+
+    While training, the scores are normalised over the global batch, also with several processes. ``forward`` leaves
+    the running statistics alone; ``remember`` updates them.
+
+    Args:
+        channels: C of the shared feature.
+        learners: how many are weighed.
+    """
+
+    def __init__(self, channels: int, learners: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(channels, learners)
+        self.norm = nn.BatchNorm1d(learners)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Weight of every learner for every image.
+
+        Args:
+            feature: ``B x C x H x W``; the gradient flows into it.
+
+        Returns:
+            ``B x L`` float32, rows sum to 1.
+        """
+        scores: Tensor = self.score(pooled(feature)).float()
+        if not self.training:
+            normal: Tensor = self.norm(scores)
+        else:
+            everyone = whole_batch(scores)
+            centre, variance = everyone.mean(dim=0), everyone.var(dim=0, unbiased=False)
+            normal = (scores - centre) * (variance + self.norm.eps).rsqrt() * self.norm.weight + self.norm.bias
+        return normal.relu().softmax(dim=1)
+
+    def remember(self, feature: Tensor) -> None:
+        """Update the running mean and variance of the scores; a single image has no variance and is passed over.
+
+        Args:
+            feature: ``B x C x H x W``.
+        """
+        scores = whole_batch(self.score(pooled(feature)).float())
+        if self.training and len(scores) > 1:
+            self.norm(scores)
+
+
+class ONE(Method):
+    """Learners on the student's last stage and their gated ensemble, which teaches each of them.
+
+    Args:
+        learners: auxiliary learners, each with a last stage and classifier of its own; 2 make the paper's 3 branches.
+        temperature: tau; 3 in the paper.
+        ramp_epochs: epochs over which the weight of ``one`` grows along a Gaussian from exp(-5) to 1; 0: none.
+        weight_ce: weight of the target learner's cross-entropy.
+        weight_ce_aux: weight of the auxiliary learners' cross-entropies (their sum).
+        weight_ce_ensemble: weight of the ensemble's cross-entropy, from which the gate learns.
+        weight_one: weight of the distillation after the ramp.
+
+    Raises:
+        ACKDError: for a number that is out of its range.
+    """
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        learners: int = 2,
+        temperature: float = 3.0,
+        ramp_epochs: int = 80,
+        weight_ce: float = 1.0,
+        weight_ce_aux: float = 1.0,
+        weight_ce_ensemble: float = 1.0,
+        weight_one: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if learners < 1:
+            raise ACKDError(f"learners is {learners} in method ONE; it must be 1 or more")
+        if temperature <= 0:
+            raise ACKDError(f"temperature is {temperature} in method ONE; it must be above 0")
+        if ramp_epochs < 0:
+            raise ACKDError(f"ramp_epochs is {ramp_epochs} in method ONE; it must be 0 or more")
+        self.branches = ("last",) * learners
+        self.temperature, self.ramp_epochs, self.ramp = temperature, ramp_epochs, 1.0
+        self.weight_ce, self.weight_ce_aux = weight_ce, weight_ce_aux
+        self.weight_ce_ensemble, self.weight_one = weight_ce_ensemble, weight_one
+        self.gate: nn.Module = nn.Identity()
+
+    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+        """Make the gate.
+
+        Args:
+            student: shapes of the student and its learners.
+            teacher: not used.
+        """
+        self.gate = Gate(student.features[-2][0], 1 + len(student.branches))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Grow the weight of ``one``.
+
+        Args:
+            epoch: from 0.
+        """
+        missing = max(0.0, 1 - epoch / self.ramp_epochs) if self.ramp_epochs else 0.0
+        self.ramp = math.exp(-5 * missing**2)
+
+    def weights(self) -> dict[str, float]:
+        """Weights of ``ce``, ``ce_aux``, ``ce_ensemble`` and ``one`` in this epoch."""
+        return {
+            "ce": self.weight_ce,
+            "ce_aux": self.weight_ce_aux,
+            "ce_ensemble": self.weight_ce_ensemble,
+            "one": self.weight_one * self.ramp,
+        }
+
+    def gate_weights(self, student: NetOutput) -> Tensor:
+        """Weight of every learner for every image.
+
+        Args:
+            student: output with M branches.
+
+        Returns:
+            ``B x (1 + M)`` float32, the target learner first; rows sum to 1.
+        """
+        weights: Tensor = self.gate(student.features[-2])
+        return weights
+
+    def ensemble(self, student: NetOutput) -> Tensor:
+        """Logits of the native ensemble: target and auxiliary learners as the gate weighs them.
+
+        Args:
+            student: output with branches.
+
+        Returns:
+            ``B x K`` float32.
+        """
+        return weighted_logits(self.gate_weights(student), _all_logits(student))
+
+    def observe(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
+        """Update the gate's running statistics; arguments as in the base class."""
+        if isinstance(self.gate, Gate):
+            self.gate.remember(student.features[-2])
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms ``ce``, ``ce_aux``, ``ce_ensemble`` and ``one``; arguments as in the base class.
+
+        ``ce_ensemble`` reaches all learners, the gate and the trunk; ``one`` reaches learners and trunk, not the gate.
+        """
+        group = self.ensemble(student)
+        return {
+            "ce": cross_entropy(student.logits, batch.target),
+            "ce_aux": torch.stack([cross_entropy(each.logits, batch.target) for each in student.branches]).sum(),
+            "ce_ensemble": cross_entropy(group, batch.target),
+            "one": one_loss(_all_logits(student), group, temperature=self.temperature),
+        }
+
+    def statistics(self, student: NetOutput) -> dict[str, Tensor]:
+        """Mean weight that the gate gives to the target and every auxiliary learner.
+
+        Args:
+            student: output with branches.
+        """
+        target, *others = self.gate_weights(student).mean(dim=0)
+        auxiliary = {f"gate/weight_aux{number}": share for number, share in enumerate(others)}
+        return {"gate/weight_target": target, **auxiliary}
+
+
+def _all_logits(student: NetOutput) -> list[Tensor]:
+    return [student.logits, *(branch.logits for branch in student.branches)]

@@ -1,0 +1,204 @@
+r"""ReviewKD. Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, 2021 (arXiv:2104.09044).
+
+From the deepest level to the shallowest, the student's feature is fused with what the deeper levels handed on
+(attention based fusion, ABF), so each level of the teacher is learnt from by all deeper ones of the student:
+
+\(U_i = \mathrm{ABF}(F_{n_i}^s, U_{i+1})\), \(\quad L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{review}\,\rho(e) \sum_i
+\mathrm{HCL}(\mathrm{out}(U_i), F_{m_i}^t)\) (Eq. 7 and 8)
+
+Levels are the pairs of stages and the pooled embedding. \(\rho\) grows linearly over the first epochs and is 1 from
+then on. The hierarchical context loss HCL compares two maps as they are and pooled to 4 x 4, 2 x 2 and 1 x 1.
+
+The authors' code reads features before the last ReLU of a stage; here they are the stages' outputs, and the last is
+the one that pooling sees. BatchNorm in the fusion takes the statistics of each process's own batch, as the student's
+does; ``sync_batchnorm`` joins both. It keeps no running ones, since the fusion is never evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import cross_entropy
+from ackd_lightning.methods.base import Method
+from ackd_lightning.models.pairing import pair_stages
+from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+CONTEXTS = (4, 2, 1)
+WIDEST = 512
+
+
+def hcl_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
+    """Hierarchical context loss (Sec. 3.4): squared distance of maps and of their poolings.
+
+    Weights are 1 for the map itself and 1/2, 1/4, 1/8 for those of the poolings to 4 x 4, 2 x 2 and 1 x 1 that make it
+    smaller, divided by their sum. Mean over images, channels and positions; summed over the pairs. No gradient flows
+    into the teacher.
+
+    Args:
+        student_features: maps ``B x C x H x W``.
+        teacher_features: maps of the same shapes in the same order.
+
+    Returns:
+        Scalar float32, in squared units of the teacher's features.
+
+    Raises:
+        ACKDError: when the shapes differ or there are no features.
+    """
+    ours, theirs = ([tuple(each.shape) for each in features] for features in (student_features, teacher_features))
+    if not ours or ours != theirs:
+        raise ACKDError(
+            f"hcl_loss got features {ours} of the student and {theirs} of the teacher; "
+            "pass pairs of equal shape, at least one"
+        )
+    losses = []
+    for student_feature, teacher_feature in zip(student_features, teacher_features, strict=True):
+        difference = student_feature.float() - teacher_feature.detach().float()  # pooling is linear
+        smaller = [side for side in CONTEXTS if side < min(difference.shape[2:])]
+        maps = [difference, *(F.adaptive_avg_pool2d(difference, side) for side in smaller)]
+        shares = [0.5**level for level in range(len(maps))]
+        levels = [share * each.square().mean() for share, each in zip(shares, maps, strict=True)]
+        losses.append(torch.stack(levels).sum() / sum(shares))
+    return torch.stack(losses).sum()
+
+
+def _convolution(inputs: int, outputs: int, side: int) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False)
+    nn.init.kaiming_uniform_(convolution.weight, a=1)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs, track_running_stats=False))
+
+
+class Fusion(nn.Module):
+    """Attention based fusion (ABF, Fig. 3) of one level with what deeper levels handed on.
+
+    Args:
+        student_channels: of the student's feature.
+        middle_channels: of what is handed from level to level.
+        teacher_channels: of the teacher's feature.
+        deepest: there is nothing to fuse with.
+    """
+
+    def __init__(self, student_channels: int, middle_channels: int, teacher_channels: int, *, deepest: bool) -> None:
+        super().__init__()
+        self.enter = _convolution(student_channels, middle_channels, 1)
+        self.attention = None if deepest else nn.Conv2d(2 * middle_channels, 2, 1)
+        self.leave = _convolution(middle_channels, teacher_channels, 3)
+
+    def forward(self, feature: Tensor, handed_on: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Fuse, resize and predict.
+
+        Args:
+            feature: ``B x C x H x W`` of the student.
+            handed_on: ``B x M x H' x W'`` from the next deeper level, M middle channels; None for the deepest.
+            size: height and width of the teacher's feature.
+
+        Returns:
+            Fused map to hand on, ``B x M`` x size, and the prediction of the teacher's feature, ``B x D`` x size.
+        """
+        fused = self.enter(feature)
+        if self.attention is not None:
+            assert handed_on is not None
+            deeper = F.interpolate(handed_on, fused.shape[2:])
+            own, other = self.attention(torch.cat([fused, deeper], dim=1)).sigmoid().split(1, dim=1)
+            fused = own * fused + other * deeper
+        if fused.shape[2:] != torch.Size(size):
+            fused = F.interpolate(fused, tuple(size))
+        return fused, self.leave(fused)
+
+
+class ReviewKD(Method):
+    """Cross-entropy with the labels plus hierarchical context loss of reviewed features.
+
+    Args:
+        warmup_epochs: epochs over which the weight of the review grows linearly to its full value, which it has in
+            the last of them; 0 for none. 20 in the authors' code, which starts at 0 and so ends one epoch later.
+        mid_channels: channels of what is handed from level to level; None: those of the student's embedding, 512 at
+            most.
+        weight_ce: weight of the cross-entropy; 1 in the authors' code.
+        weight_review: weight of the review; 1 there, up to 8 for some pairs of networks.
+
+    Raises:
+        ACKDError: for a negative number of epochs, or less than one channel.
+    """
+
+    def __init__(
+        self,
+        *,
+        warmup_epochs: int = 20,
+        mid_channels: int | None = None,
+        weight_ce: float = 1.0,
+        weight_review: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if warmup_epochs < 0:
+            raise ACKDError(f"warmup_epochs is {warmup_epochs} in method ReviewKD; it must be 0 or more")
+        if mid_channels is not None and mid_channels < 1:
+            raise ACKDError(f"mid_channels is {mid_channels} in method ReviewKD; it must be 1 or more, or left out")
+        self.warmup_epochs, self.mid_channels = warmup_epochs, mid_channels
+        self.weight_ce, self.weight_review = weight_ce, weight_review
+        self.ramp = 1.0
+        self.set_epoch(0)
+        self.fusions = nn.ModuleList()
+
+    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+        """Pair the stages and make a fusion for every pair and for the embeddings.
+
+        Args:
+            student: shapes of the student.
+            teacher: shapes of the teacher.
+
+        Raises:
+            ACKDError: when the stages of a network are not known.
+        """
+        assert teacher is not None
+        self.layers = pair_stages(student, teacher, method="ReviewKD")
+        middle = self.mid_channels or min(WIDEST, student.embedding)
+        channels = [(student.features[ours][0], teacher.features[theirs][0]) for ours, theirs in self.layers]
+        channels.append((student.embedding, teacher.embedding))
+        self.fusions = nn.ModuleList(
+            Fusion(ours, middle, theirs, deepest=level == len(self.layers))
+            for level, (ours, theirs) in enumerate(channels)
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Grow the weight of the review during the warm-up.
+
+        Args:
+            epoch: from 0.
+        """
+        self.ramp = min(1.0, (epoch + 1) / self.warmup_epochs) if self.warmup_epochs else 1.0
+
+    def weights(self) -> dict[str, float]:
+        """Weights of ``ce`` and ``review``, in this epoch."""
+        return {"ce": self.weight_ce, "review": self.weight_review * self.ramp}
+
+    def review(self, student: NetOutput, teacher: NetOutput) -> tuple[list[Tensor], list[Tensor]]:
+        """What the student predicts of the teacher's features, and these.
+
+        Args:
+            student: the gradient flows into its features and embedding.
+            teacher: the target.
+
+        Returns:
+            Predictions and targets, each ``B x C x H x W``, from the shallowest level to the embedding's.
+        """
+        ours = [student.features[stage] for stage, _ in self.layers] + [student.embedding[:, :, None, None]]
+        theirs = [teacher.features[stage] for _, stage in self.layers] + [teacher.embedding[:, :, None, None]]
+        predictions: list[Tensor] = []
+        handed_on: Tensor | None = None
+        for fusion, feature, target in zip(reversed(self.fusions), reversed(ours), reversed(theirs), strict=True):
+            handed_on, prediction = fusion(feature, handed_on, target.shape[2:])
+            predictions.insert(0, prediction)
+        return predictions, theirs
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms ``ce`` and ``review``; arguments as in the base class."""
+        assert teacher is not None
+        return {
+            "ce": cross_entropy(student.logits, batch.target),
+            "review": hcl_loss(*self.review(student, teacher)),
+        }

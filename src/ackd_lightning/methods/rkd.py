@@ -1,0 +1,125 @@
+r"""Relational knowledge distillation. Park, Kim, Lu, Cho: Relational Knowledge Distillation, 2019.
+
+On the pooled features \(e_i\) of a batch, with \(\ell\) the Huber loss (smooth L1):
+
+* distances (Eq. 5 to 7): \(d_{ij} = \|e_i - e_j\| / \mu\), \(\mu\) the mean over the pairs that are not equal;
+  \(L_d = \mathrm{mean}_{ij}\,\ell(d^s_{ij}, d^t_{ij})\)
+* angles (Eq. 8, 9): \(a_{ijk} = \langle u_{ij}, u_{ik}\rangle\), \(u_{ij} = (e_j - e_i) / \|e_j - e_i\|\);
+  \(L_a = \mathrm{mean}_{ijk}\,\ell(a^s_{ijk}, a^t_{ijk})\)
+
+\(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{rkd}\,(\lambda_d L_d + \lambda_a L_a)\). Means are taken over all B² pairs and B³
+triplets, as in the authors' code and the benchmark.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import cross_entropy, whole_batch
+from ackd_lightning.methods.base import Method
+from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+
+def rkd_loss(
+    student_embedding: Tensor, teacher_embedding: Tensor, *, distance_weight: float, angle_weight: float
+) -> Tensor:
+    """Difference of the relations between images: distances in pairs, angles in triplets.
+
+    Relations do not change when the embeddings are shifted, rotated or scaled, so D may differ between the two. Two
+    images with the same embedding are at distance 0, form no angle, and get no gradient from this pair. Differences
+    are formed before they are squared (the benchmark subtracts squares and loses small distances). No gradient flows
+    into the teacher.
+
+    Args:
+        student_embedding: ``B x D``.
+        teacher_embedding: ``B x D'``.
+        distance_weight: weight of distances.
+        angle_weight: weight of angles.
+
+    Returns:
+        Scalar float32.
+    """
+
+    def relations(embedding: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = embedding.float()
+        between = embedding[None] - embedding[:, None]  # B x B x D: from i to j
+        distance = torch.linalg.vector_norm(between, dim=2)
+        apart = distance > 0
+        unit = between / torch.where(apart, distance, 1.0)[:, :, None]
+        mean = distance.sum() / apart.sum().clamp_min(1)
+        with torch.autocast(embedding.device.type, enabled=False):
+            angle = unit @ unit.transpose(1, 2)  # B x B x B
+        return distance / torch.where(mean > 0, mean, 1.0), angle
+
+    student_distance, student_angle = relations(student_embedding)
+    with torch.no_grad():
+        teacher_distance, teacher_angle = relations(teacher_embedding)
+    distance_loss = F.smooth_l1_loss(student_distance, teacher_distance)
+    angle_loss = F.smooth_l1_loss(student_angle, teacher_angle)
+    return distance_weight * distance_loss + angle_weight * angle_loss
+
+
+class RKD(Method):
+    """Cross-entropy plus the relations between images that the teacher sees.
+
+    Args:
+        distance_weight: weight of distances inside the term; 25 in the paper and the benchmark.
+        angle_weight: weight of angles; 50 there.
+        weight_ce: weight of the cross-entropy.
+        weight_rkd: weight of the whole term.
+
+    Raises:
+        ACKDError: for a negative weight of distances or angles.
+    """
+
+    def __init__(
+        self,
+        *,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        weight_ce: float = 1.0,
+        weight_rkd: float = 1.0,
+    ) -> None:
+        super().__init__()
+        for name, weight in (("distance_weight", distance_weight), ("angle_weight", angle_weight)):
+            if weight < 0:
+                raise ACKDError(f"{name} is {weight} in method RKD; it must be 0 or more")
+        self.distance_weight, self.angle_weight = distance_weight, angle_weight
+        self.weight_ce, self.weight_rkd = weight_ce, weight_rkd
+
+    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+        """Check that both networks hand out a pooled feature; nothing is made.
+
+        Args:
+            student: its pooled feature's width counts.
+            teacher: as there.
+
+        Raises:
+            ACKDError: when one does not.
+        """
+        for role, spec in (("student", student), ("teacher", teacher)):
+            if spec is not None and spec.embedding < 1:
+                raise ACKDError(
+                    f"method RKD compares pooled features and the stages of the {role} are not known; "
+                    "give the network an attribute `stage_plan`, or choose a method that compares logits, such as KD"
+                )
+
+    def weights(self) -> dict[str, float]:
+        """Weights of ``ce`` and ``rkd``."""
+        return {"ce": self.weight_ce, "rkd": self.weight_rkd}
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms ``ce`` and ``rkd``, the latter on the global batch; arguments as in the base class."""
+        assert teacher is not None
+        return {
+            "ce": cross_entropy(student.logits, batch.target),
+            "rkd": rkd_loss(
+                whole_batch(student.embedding),
+                whole_batch(teacher.embedding.detach()),
+                distance_weight=self.distance_weight,
+                angle_weight=self.angle_weight,
+            ),
+        }

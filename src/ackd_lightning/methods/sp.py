@@ -1,0 +1,92 @@
+r"""SP. Tung, Mori: Similarity-Preserving Knowledge Distillation, 2019 (arXiv:1907.09682).
+
+Images that are alike for the teacher become alike for the student, each network in its own feature space:
+
+\(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{sp}\,\frac{1}{B^2} \|G^t - G^s\|_F^2\),
+\(\quad G = \mathrm{rows\ of\ } A A^\top \mathrm{\ divided\ by\ their\ L2\ norm}\) (Eq. 1 to 4), A the last feature,
+``B x (C * H * W)``.
+
+The paper sums over several layers and the benchmark takes the last one; so does this file. It is the map that pooling
+sees: for WRN after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution, where the benchmark reads
+before them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ackd_lightning.functional import cross_entropy, whole_batch
+from ackd_lightning.methods.base import Method
+from ackd_lightning.models.pairing import pair_stages
+from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+
+def similarities(feature: Tensor) -> Tensor:
+    """How alike the images of a batch are: inner products of their features, with an L2 norm of 1 per row.
+
+    Args:
+        feature: ``B x ...``; the gradient flows into it.
+
+    Returns:
+        ``B x B`` float32, no unit; a row is zero where the feature is.
+    """
+    with torch.autocast(feature.device.type, enabled=False):  # it would round the product to half precision
+        flat = feature.float().flatten(1)
+        return F.normalize(flat @ flat.T, dim=1)
+
+
+def sp_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+    """Similarity-preserving loss (Eq. 4): squared distance of two similarity matrices, mean over pairs of images.
+
+    The shapes of the features may differ. No gradient flows into the teacher. It depends on which images share a
+    batch: in several processes gather them first (``whole_batch``), as [`SP`][] does.
+
+    Args:
+        student_feature: ``B x ...``.
+        teacher_feature: ``B x ...``.
+
+    Returns:
+        Scalar float32, no unit.
+    """
+    return F.mse_loss(similarities(student_feature), similarities(teacher_feature.detach()))
+
+
+class SP(Method):
+    """Cross-entropy with the labels plus distance of the batch's similarities from the teacher's.
+
+    Args:
+        weight_ce: weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
+        weight_sp: weight of the distance; 3000 there.
+    """
+
+    def __init__(self, *, weight_ce: float = 1.0, weight_sp: float = 3000.0) -> None:
+        super().__init__()
+        self.weight_ce, self.weight_sp = weight_ce, weight_sp
+
+    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+        """Find the last stages.
+
+        Args:
+            student: shapes of the student.
+            teacher: shapes of the teacher.
+
+        Raises:
+            ACKDError: when the stages of a network are not known.
+        """
+        assert teacher is not None
+        self.layers = pair_stages(student, teacher, method="SP")[-1:]
+
+    def weights(self) -> dict[str, float]:
+        """Weights of ``ce`` and ``sp``."""
+        return {"ce": self.weight_ce, "sp": self.weight_sp}
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms ``ce`` and ``sp``; arguments as in the base class."""
+        assert teacher is not None
+        ((ours, theirs),) = self.layers
+        return {
+            "ce": cross_entropy(student.logits, batch.target),
+            "sp": sp_loss(whole_batch(student.features[ours]), whole_batch(teacher.features[theirs])),
+        }

@@ -1,0 +1,324 @@
+"""Which runs a table needs, in which order, and which of them are done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ackd_lightning.configs import find_config, load_configs
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.lightning_cli import PlannedRun
+from ackd_lightning.lightning_cli import plan as plan_fit
+from ackd_lightning.reports import experiment_settings
+from ackd_lightning.reproduce.tables import Pair, Row, TableSpec, TeacherKind
+
+_TEACHER_SEED = 0
+"""One teacher and one assistant serve all seeds of the students."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of ``ackd fit``.
+
+    Attributes:
+        title: for the screen.
+        pair: name of the pair; of a teacher that several pairs share, the first of them.
+        row: name of the row; empty for teachers and assistants.
+        kind: ``student``, ``teacher``, ``early_stopped`` or ``assistant``.
+        seed: of the run.
+        arguments: behind ``ackd fit``.
+        folder: of the run.
+        needs: folders of the runs whose networks it learns from.
+        settings: dotted settings that make the experiment, the seed left out.
+        planned: the run as it was read, for estimates.
+    """
+
+    title: str
+    pair: str
+    row: str
+    kind: str
+    seed: int
+    arguments: tuple[str, ...]
+    folder: Path
+    needs: tuple[Path, ...]
+    settings: dict[str, Any]
+    planned: PlannedRun
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended."""
+        return (self.folder / "summary.json").is_file()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where an interrupted run goes on."""
+        path = self.folder / "checkpoints" / "last.ckpt"
+        return path if path.is_file() and not self.finished else None
+
+    @property
+    def student_file(self) -> Path:
+        """The trained network."""
+        return self.folder / "student.safetensors"
+
+    @property
+    def epochs(self) -> int:
+        """Length of the run."""
+        return int(self.settings.get("trainer.max_epochs") or 0)
+
+    @property
+    def config_hash(self) -> str:
+        """Short name of the settings: equal for runs that differ in their seed alone."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def state(self) -> str:
+        """``finished``, ``to continue`` or ``to do``."""
+        return "finished" if self.finished else "to continue" if self.checkpoint else "to do"
+
+
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Dotted settings as a command line.
+
+    Args:
+        settings: name to value.
+
+    Example:
+        >>> as_arguments({"trainer.max_epochs": 3, "model.milestones": [1, 2], "model.student": "resnet8"})
+        ['--trainer.max_epochs', '3', '--model.milestones', '[1, 2]', '--model.student', 'resnet8']
+    """
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return [part for key, text in texts.items() for part in (f"--{key}", text)]
+
+
+def check_unchanged(job: Job) -> None:
+    """Refuse to mix a run that is there with other settings.
+
+    Settings that only one side knows (another version's) are not compared.
+
+    Args:
+        job: planned.
+
+    Raises:
+        ACKDError: naming the setting that differs.
+    """
+    path = job.folder / "config.yaml"
+    if not path.is_file() or job.state() == "to do":
+        return
+    there = experiment_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
+    for key in sorted(there.keys() & job.settings.keys()):
+        if there[key] != job.settings[key]:
+            raise ACKDError(
+                f"run {job.folder} was made with {key} = {json.dumps(there[key])} and would now have "
+                f"{json.dumps(job.settings[key])}; choose another --out, or remove that run"
+            )
+
+
+def _needs_teacher(row: Row) -> bool:
+    description = load_configs([row.method])[0]["model"]["init_args"]["method"]
+    return bool(pkgutil.resolve_name(description["class_path"]).needs_teacher)
+
+
+class Planner:
+    """Makes the list of runs; teachers and assistants appear once however many rows need them.
+
+    Args:
+        table: to be filled.
+        out: folder of the runs.
+        overrides: command-line settings for every run.
+    """
+
+    def __init__(self, table: TableSpec, out: Path, overrides: Sequence[str]) -> None:
+        self.table, self.out, self.overrides = table, out, list(overrides)
+        self.jobs: dict[Path, Job] = {}
+        self._sources: dict[tuple[str, str], Job] = {}
+
+    def _job(
+        self,
+        *,
+        title: str,
+        pair: Pair,
+        kind: str,
+        configs: Sequence[str],
+        settings: Mapping[str, Any],
+        name: str = "",
+        row: str = "",
+        seeds: Sequence[int] = (_TEACHER_SEED,),
+        needs: tuple[Path, ...] = (),
+        learns_from: str = "",
+    ) -> list[Job]:
+        """Plan a run for every seed; read once."""
+        jobs: list[Job] = []
+        fixed = [part for config in configs for part in ("--config", config)]
+        fixed += ["--runs_dir", str(self.out / "runs"), "--publish", "null"]
+        fixed += [*as_arguments({**self.table.settings, **settings}), *self.overrides]
+        planned: PlannedRun | None = None
+        experiment: dict[str, Any] = {}
+        for seed in seeds:
+            own = [*fixed, "--seed_everything", str(seed), "--name", f"{name}-seed{seed}" if name else f"seed{seed}"]
+            if planned is None:
+                planned = plan_fit(own)
+                experiment = {**experiment_settings(planned.settings()), "learns from": learns_from}
+            folder = planned.folder.with_name(own[-1])
+            if folder not in self.jobs:
+                self.jobs[folder] = Job(
+                    title=f"{title}, seed {seed}" if kind == "student" else title,
+                    pair=pair.name,
+                    row=row,
+                    kind=kind,
+                    seed=seed,
+                    arguments=tuple(own),
+                    folder=folder,
+                    needs=needs,
+                    settings=experiment,
+                    planned=planned,
+                )
+            jobs.append(self.jobs[folder])
+        return jobs
+
+    def _pair_settings(self, pair: Pair) -> dict[str, Any]:
+        model = load_configs([str(pair.config)])[0].get("model", {})
+        arguments: dict[str, Any] = model.get("init_args", {})
+        for key in ("teacher", "student"):
+            if not isinstance(arguments.get(key), str):
+                raise ACKDError(f"{pair.config} names no {key}; a pair's configuration needs one")
+        return arguments
+
+    def _teacher_config(self, pair: Pair) -> Path:
+        """The configuration that trains a pair's teacher: it has the name of the weight file."""
+        weights = self._pair_settings(pair).get("teacher_weights")
+        if not weights:
+            raise ACKDError(f"{pair.config} names no teacher_weights; name the file that the teacher's training writes")
+        beside = pair.config.with_name(f"{Path(weights).stem}.yaml")
+        return beside if beside.is_file() else find_config(Path(weights).stem)
+
+    def given_weights(self, pair: Pair) -> Path | None:
+        """The teacher's weight file that a pair names, when it is there already.
+
+        Args:
+            pair: whose configuration names it.
+        """
+        weights = self._pair_settings(pair).get("teacher_weights")
+        path = Path(str(weights))
+        return path if weights and path.is_file() else None
+
+    def teacher(self, pair: Pair, *, early: bool = False) -> Job:
+        """The run that trains a pair's teacher, the early-stopped one if asked for.
+
+        The early-stopped teacher is trained for the given share of the schedule from the start, its milestones moved
+        in proportion (specification A50): 65 of 200 epochs turn milestones 100, 150 into 32, 48.
+
+        Args:
+            pair: whose teacher.
+            early: stop early.
+        """
+        key = (pair.name, "early_stopped" if early else "teacher")
+        if key not in self._sources:
+            self._sources[key] = self._plan_teacher(pair, early=early)
+        return self._sources[key]
+
+    def teacher_file(self, pair: Pair) -> tuple[str, str]:
+        """Model name and weight file of a pair's teacher.
+
+        Args:
+            pair: whose teacher.
+        """
+        given = self.given_weights(pair)
+        return self._pair_settings(pair)["teacher"], str(given or self.teacher(pair).student_file)
+
+    def _plan_teacher(self, pair: Pair, *, early: bool) -> Job:
+        config = self._teacher_config(pair)
+        label = f"teacher {self._pair_settings(pair)['teacher']}"
+        settings = dict(self.table.teacher_settings)
+        if not early:
+            return self._job(title=label, pair=pair, kind="teacher", configs=[str(config)], settings=settings)[0]
+        whole = load_configs([str(config)])[0]["trainer"]["max_epochs"]
+        if not pair.early_stop:
+            raise ACKDError(f"pair {pair.name} of {self.table.name} has no `early_stop`, which ESKD needs")
+        resolved = self.teacher(pair, early=False) if self.given_weights(pair) is None else None
+        planned = resolved.settings if resolved else experiment_settings(self._read(config, settings).settings())
+        epochs = max(1, round(planned["trainer.max_epochs"] * pair.early_stop / whole))
+        scale = epochs / planned["trainer.max_epochs"]
+        shorter = {
+            "trainer.max_epochs": epochs,
+            "model.milestones": [int(each * scale) for each in planned["model.milestones"]],
+        }
+        overrides, self.overrides = self.overrides, [*self.overrides, *as_arguments(shorter)]
+        try:
+            title = f"{label}, stopped after {epochs} epochs"
+            found = self._job(
+                title=title, pair=pair, kind="early_stopped", configs=[str(config)], settings=settings, name="early"
+            )
+        finally:
+            self.overrides = overrides
+        return found[0]
+
+    def _read(self, config: Path, settings: Mapping[str, Any]) -> PlannedRun:
+        values = as_arguments({**self.table.settings, **settings})
+        return plan_fit(["--config", str(config), *values, *self.overrides, "--name", "unnamed"])
+
+    def assistant(self, pair: Pair) -> Job:
+        """The run that trains TAKD's assistant with KD from the teacher (specification A51).
+
+        Args:
+            pair: which names the assistant.
+        """
+        if (pair.name, "assistant") in self._sources:
+            return self._sources[pair.name, "assistant"]
+        if not pair.assistant:
+            raise ACKDError(f"pair {pair.name} of {self.table.name} has no `assistant`, which TAKD needs")
+        source, needs = self._source(pair, "teacher")
+        settings = {**self.table.student_settings, **source, "model.student": pair.assistant}
+        self._sources[pair.name, "assistant"] = self._job(
+            title=f"assistant {pair.assistant}",
+            pair=pair,
+            kind="assistant",
+            configs=[str(pair.config), "kd"],
+            settings=settings,
+            name=f"assistant-{pair.assistant}",
+            needs=needs,
+        )[0]
+        return self._sources[pair.name, "assistant"]
+
+    def _source(self, pair: Pair, kind: TeacherKind) -> tuple[dict[str, Any], tuple[Path, ...]]:
+        """Settings that name the network to learn from, and the runs that train it."""
+        given = self.given_weights(pair)
+        if kind == "teacher" and given is not None:
+            return {"model.teacher_weights": str(given)}, ()
+        if kind == "assistant":
+            job = self.assistant(pair)
+            weights = {"model.teacher": pair.assistant, "model.teacher_weights": str(job.student_file)}
+            return weights, (job.folder,)
+        job = self.teacher(pair, early=kind == "early_stopped")
+        return {"model.teacher_weights": str(job.student_file)}, (job.folder,)
+
+    def add(self, pair: Pair, row: Row, seeds: Sequence[int]) -> list[Job]:
+        """Plan a row of a pair, and what it needs.
+
+        Args:
+            pair: networks and data.
+            row: method.
+            seeds: one run each.
+        """
+        source: dict[str, Any] = {}
+        needs: tuple[Path, ...] = ()
+        if _needs_teacher(row):
+            source, needs = self._source(pair, row.teacher)
+        return self._job(
+            title=f"{pair.name}: {row.label}",
+            pair=pair,
+            row=row.name,
+            kind="student",
+            configs=[str(pair.config), row.method],
+            settings={**self.table.student_settings, **source, **row.settings},
+            name=row.name,
+            seeds=seeds,
+            needs=needs,
+            learns_from=row.teacher if needs or source else "",
+        )

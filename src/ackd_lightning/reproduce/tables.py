@@ -1,0 +1,222 @@
+"""What a table consists of: pairs of networks, rows of methods, and the paper's figures. One YAML file is one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ackd_lightning.configs import config_folder, describe_config, find_config, method_names
+from ackd_lightning.errors import ACKDError, near_matches
+
+TeacherKind = Literal["teacher", "early_stopped", "assistant"]
+TEACHER_KINDS: tuple[TeacherKind, ...] = ("teacher", "early_stopped", "assistant")
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "eskd": {"method": "kd", "teacher": "early_stopped"},
+    "takd": {"method": "kd", "teacher": "assistant"},
+}
+"""Rows that are a schedule of runs and no method of their own: KD from an early-stopped teacher, from an assistant."""
+_TABLE_KEYS = {"metrics", "error", "proxies", "set", "teacher_set", "student_set", "pairs", "rows"}
+_PAIR_KEYS = {"config", "assistant", "early_stop", "paper"}
+_ROW_KEYS = {"method", "teacher", "label", "set"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student on a data set.
+
+    Attributes:
+        name: such as ``resnet110_resnet20``.
+        config: path of the configuration of its ACKD run.
+        assistant: network between the two, for TAKD.
+        early_stop: epoch of the configured schedule at which ESKD's teacher ends.
+        paper: figures in percent by row, in the order of the table's metrics; of a table of proxies: named figures.
+    """
+
+    name: str
+    config: Path
+    assistant: str | None = None
+    early_stop: int | None = None
+    paper: dict[str, Any] = field(default_factory=dict)
+
+    def figure(self, row: str, metric: int) -> float | None:
+        """The paper's figure of a row; None where it has none.
+
+        Args:
+            row: its name.
+            metric: number of the metric.
+        """
+        value = self.paper.get(row)
+        if isinstance(value, Sequence):
+            value = value[metric]
+        return None if value is None or (metric and not isinstance(self.paper.get(row), Sequence)) else float(value)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a method, and whom it learns from.
+
+    Attributes:
+        name: unique in the table.
+        method: a fragment of ``configs/methods``.
+        teacher: the teacher itself, its early-stopped self, or an assistant.
+        label: how the row is called in print.
+        settings: dotted settings of its runs.
+    """
+
+    name: str
+    method: str
+    teacher: TeacherKind = "teacher"
+    label: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table to be filled.
+
+    Attributes:
+        name: file stem.
+        title: first comment of the file.
+        metrics: ``acc``, ``acc_top5``.
+        error: figures are errors (100 - accuracy).
+        proxies: the table compares proxies of the teacher (Table 1) instead of accuracies.
+        pairs: by name.
+        rows: in order.
+        settings: dotted, of every run.
+        teacher_settings: dotted, of teachers.
+        student_settings: dotted, of assistants and students.
+    """
+
+    name: str
+    title: str
+    metrics: tuple[str, ...]
+    error: bool
+    proxies: bool
+    pairs: dict[str, Pair]
+    rows: dict[str, Row]
+    settings: dict[str, Any]
+    teacher_settings: dict[str, Any]
+    student_settings: dict[str, Any]
+
+
+def table_names() -> list[str]:
+    """Names of the packaged tables of the paper."""
+    return sorted(path.stem for path in _folder().glob("table*.yaml"))
+
+
+def _folder() -> Path:
+    return config_folder() / "tables"
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    packaged = _folder() / (name if path.suffix else f"{name}.yaml")
+    if packaged.is_file():
+        return packaged
+    raise ACKDError(f"there is no table {name!r}; {near_matches(name, table_names())}, or name a file of your own")
+
+
+def _read(path: Path, keys: set[str]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ACKDError(f"{path} is not YAML ({str(error).splitlines()[0]}); mend it") from None
+    if not isinstance(content, dict) or not isinstance(content.get("pairs"), dict):
+        raise ACKDError(f"{path} is no table; it needs `pairs` and `rows` as in configs/tables/table2.yaml")
+    _refuse_unknown(content, keys, str(path))
+    return content
+
+
+def _refuse_unknown(content: Mapping[str, Any], keys: set[str], place: str) -> None:
+    for key in content:
+        if key not in keys:
+            raise ACKDError(f"{place} has no key {key!r}; {near_matches(str(key), sorted(keys))}")
+
+
+def _pairs(content: Mapping[str, Any], path: Path) -> dict[str, Pair]:
+    pairs: dict[str, Pair] = {}
+    for name, given in content["pairs"].items():
+        if not isinstance(given, dict) or "config" not in given:
+            raise ACKDError(f"pair {name!r} of {path} has no `config`; name the configuration of its ACKD run")
+        _refuse_unknown(given, _PAIR_KEYS, f"pair {name!r} of {path}")
+        beside = path.parent / given["config"]
+        config = beside if beside.is_file() else find_config(given["config"])
+        rest = {key: value for key, value in given.items() if key != "config"}
+        pairs[str(name)] = Pair(str(name), config, **{**rest, "paper": rest.get("paper") or {}})
+    return pairs
+
+
+def _row(name: str, given: Mapping[str, Any] | None, place: str) -> Row:
+    given = {**SCHEDULES.get(name, {}), **(given or {})}
+    _refuse_unknown(given, _ROW_KEYS, f"row {name!r} of {place}")
+    method, kind = given.get("method", name), given.get("teacher", "teacher")
+    if f"{method}.yaml" not in method_names() and not Path(method).is_file():
+        raise ACKDError(
+            f"row {name!r} of {place} has the method {method!r}, which does not exist; "
+            f"{near_matches(str(method), [each.removesuffix('.yaml') for each in method_names()])}"
+        )
+    if kind not in TEACHER_KINDS:
+        kinds = ", ".join(TEACHER_KINDS)
+        raise ACKDError(f"row {name!r} of {place} has the teacher {kind!r}; it must be one of {kinds}")
+    return Row(name, method, kind, given.get("label", name), given.get("set") or {})
+
+
+def read_table(name: str, preset: str | None = None) -> TableSpec:
+    """Read a table.
+
+    Args:
+        name: ``table1`` .. ``table7``, or a file of the same form.
+        preset: a packaged file (``smoke``) whose pairs and settings take the place of the table's.
+
+    Raises:
+        ACKDError: naming what does not fit.
+    """
+    path = _find(name)
+    content = _read(path, _TABLE_KEYS)
+    pairs = _pairs(content, path)
+    if preset is not None:
+        over = _find(preset)
+        laid_over = _read(over, {"pairs", "set", "teacher_set", "student_set"})
+        pairs = _pairs(laid_over, over)
+        content = {**content, "set": {}, "teacher_set": {}, "student_set": {}, **laid_over}
+    rows = {str(row): _row(str(row), given, str(path)) for row, given in (content.get("rows") or {}).items()}
+    return TableSpec(
+        name=path.stem if preset is None else f"{path.stem}-{preset}",
+        title=describe_config(str(path)),
+        metrics=tuple(content.get("metrics", ["acc"])),
+        error=bool(content.get("error", False)),
+        proxies=bool(content.get("proxies", False)),
+        pairs=pairs,
+        rows=rows,
+        settings=content.get("set") or {},
+        teacher_settings=content.get("teacher_set") or {},
+        student_settings=content.get("student_set") or {},
+    )
+
+
+def choose(table: TableSpec, pairs: Sequence[str], methods: Sequence[str]) -> tuple[list[Pair], list[Row]]:
+    """Pick pairs and rows; a method that the table lacks becomes a row without a figure.
+
+    Args:
+        table: to choose from.
+        pairs: names; empty: all.
+        methods: rows of the table or method fragments; empty: all rows.
+
+    Raises:
+        ACKDError: for an unknown name.
+    """
+    for pair in pairs:
+        if pair not in table.pairs:
+            raise ACKDError(f"{table.name} has no pair {pair!r}; {near_matches(pair, list(table.pairs))}")
+    known = [*table.rows, *SCHEDULES, *(name.removesuffix(".yaml") for name in method_names())]
+    for method in methods:
+        if method not in known:
+            raise ACKDError(f"--methods names {method!r}; {near_matches(method, known)}")
+    rows = [table.rows.get(name) or _row(name, None, table.name) for name in dict.fromkeys(methods or table.rows)]
+    return [table.pairs[name] for name in dict.fromkeys(pairs or table.pairs)], rows
