@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 KLDirection = Literal["forward", "reverse", "js"]
 
@@ -96,6 +95,26 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), target)
 
 
+class _Gather(torch.autograd.Function):
+    """All processes' shards; a shard's gradient is the sum of what every process sends back.
+
+    torch's own differentiable gathering is deprecated in 2.15 in favour of one that 2.6 lacks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor) -> Tensor:
+        shards = [torch.empty_like(shard) for _ in range(dist.get_world_size())]
+        dist.all_gather(shards, shard)
+        return torch.cat(shards)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        own: Tensor = total.chunk(dist.get_world_size())[dist.get_rank()]
+        return own
+
+
 def whole_batch(shard: Tensor) -> Tensor:
     """The global batch of a multi-process run, with gradient, for losses that compare the images of a batch.
 
@@ -110,4 +129,5 @@ def whole_batch(shard: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return shard
-    return torch.cat(all_gather(shard.contiguous()))  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(shard.contiguous())
+    return gathered

@@ -1,7 +1,7 @@
 """Started by test_methods_ddp.py, once for each process: three steps of every method on equal global batches.
 
-Process r of W takes the images r, r + W, ... of the batch, as samplers deal them out, and gradients are averaged, as DDP
-does it. Networks have no BatchNorm, and that of a method normalises nothing, since its statistics are a process's own.
+Process r of W takes the images r, r + W, ... of the batch, as samplers deal them out, and gradients are averaged, as
+DDP does it. Networks have no BatchNorm, and that of a method normalises nothing: its statistics are a process's own.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ RENAMED = {
 CIFAR = (
     *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
     *("resnet8x4", "resnet32x4", "wrn_16_2", "wrn_28_2", "wrn_28_4", "wrn_40_1", "wrn_40_2"),
-    *("mobilenetv2_x0_5", "mobilenetv2_x1_4", "shufflenetv1"),
+    *("mobilenetv2_x0_5", "mobilenetv2_x1_0", "mobilenetv2_x1_4", "shufflenetv1"),
 )
 IMAGENET = tuple(FACTS["imagenet_style"])
 

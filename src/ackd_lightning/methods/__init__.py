@@ -13,6 +13,7 @@ from ackd_lightning.methods.kd import KD
 from ackd_lightning.methods.one import ONE
 from ackd_lightning.methods.reviewkd import ReviewKD
 from ackd_lightning.methods.rkd import RKD
+from ackd_lightning.methods.semckd import SemCKD
 from ackd_lightning.methods.sp import SP
 from ackd_lightning.methods.vid import VID
 
@@ -33,4 +34,5 @@ __all__ = [
     "FitNet",
     "Method",
     "ReviewKD",
+    "SemCKD",
 ]

@@ -4,7 +4,7 @@ There is no teacher. The last stage of the student exists M + 1 times: once in t
 paper's branch 1), and in M auxiliary learners. A gate weighs their logits for every image by the feature F they share,
 the input of the last stage:
 
-* \(g = \mathrm{softmax}(\mathrm{ReLU}(\mathrm{BN}(W\,\mathrm{GAP}(F) + b)))\) and
+* \(g = \mathrm{softmax}(\mathrm{ReLU}(\mathrm{BN}(W\,\mathrm{GAP}(F))))\) and
   \(z^e = \sum_k g_k z^{(k)}\) (Eq. 3 of that paper)
 * \(L = \mathrm{CE}(z^s, y) + \sum_{aux} \mathrm{CE}(z^{(k)}, y) + \mathrm{CE}(z^e, y)
   + r(e)\,\tau^2 \sum_k \mathrm{KL}(p^e \| p^{(k)})\), the last sum over the target and all auxiliary learners
@@ -58,7 +58,7 @@ class Gate(nn.Module):
 
     def __init__(self, channels: int, learners: int) -> None:
         super().__init__()
-        self.score = nn.Linear(channels, learners)
+        self.score = nn.Linear(channels, learners, bias=False)  # the normalisation would take a bias away again
         self.norm = nn.BatchNorm1d(learners)
 
     def forward(self, feature: Tensor) -> Tensor:

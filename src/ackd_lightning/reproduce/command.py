@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.reproduce.estimate import Stopwatch, megabytes
-from ackd_lightning.reproduce.planning import Job, Planner, check_unchanged
+from ackd_lightning.reproduce.planning import Job, Planner, check_unchanged, unchanged
 from ackd_lightning.reproduce.proxies import proxy_lines
 from ackd_lightning.reproduce.results import (
     COLUMNS,
@@ -93,6 +94,8 @@ def _print_plan(title: str, jobs: Sequence[Job]) -> None:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
@@ -172,19 +175,40 @@ def reproduce(
     done = sum(job.finished for job in everything.values())
     place = work[0][4].out
     print(f"{len(everything)} runs, {done} of them finished, files in {place}", flush=True)
+    previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         print("interrupted; the same command goes on where it stopped", flush=True)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     for table, folder, some_pairs, rows, planner, jobs in work:
-        _report(table, folder, some_pairs, rows, planner, jobs, failed)
+        shown = [*jobs, *_earlier(table, some_pairs, rows, chosen_seeds, planner)]
+        _report(table, folder, some_pairs, rows, planner, shown, failed)
     print(f"{len(everything)} runs in {_duration(time.monotonic() - started)}")
     if failed:
         reasons = "; ".join(f"{everything[folder].title}: {reason}" for folder, reason in failed.items())
         raise RunsFailedError(
             f"{len(failed)} of {len(everything)} runs failed ({reasons}); the same command repeats them"
         )
+
+
+def _terminated(*_: object) -> None:
+    """SIGTERM ends the children, too."""
+    raise SystemExit(143)
+
+
+def _earlier(
+    table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], seeds: Sequence[int], planner: Planner
+) -> list[Job]:
+    """Runs of the table's other rows that an earlier call with the same settings has finished."""
+    found: list[Job] = []
+    for row in table.rows.values():
+        there = any(planner.out.glob(f"runs/*/{row.name}-seed*/summary.json"))
+        if row not in rows and there:
+            found += [job for pair in pairs for job in planner.add(pair, row, seeds) if job.finished and unchanged(job)]
+    return found
 
 
 def _report(

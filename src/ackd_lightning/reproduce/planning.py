@@ -97,10 +97,30 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
     return [part for key, text in texts.items() for part in (f"--{key}", text)]
 
 
-def check_unchanged(job: Job) -> None:
-    """Refuse to mix a run that is there with other settings.
+def _changed(job: Job) -> tuple[str, Any] | None:
+    """The first setting in which a run that is there differs from the plan, and its value there.
 
     Settings that only one side knows (another version's) are not compared.
+    """
+    path = job.folder / "config.yaml"
+    if not path.is_file() or job.state() == "to do":
+        return None
+    there = experiment_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
+    common = sorted(there.keys() & job.settings.keys())
+    return next(((key, there[key]) for key in common if there[key] != job.settings[key]), None)
+
+
+def unchanged(job: Job) -> bool:
+    """Whether a run that is there was made with the planned settings.
+
+    Args:
+        job: planned.
+    """
+    return _changed(job) is None
+
+
+def check_unchanged(job: Job) -> None:
+    """Refuse to mix a run that is there with other settings.
 
     Args:
         job: planned.
@@ -108,16 +128,12 @@ def check_unchanged(job: Job) -> None:
     Raises:
         ACKDError: naming the setting that differs.
     """
-    path = job.folder / "config.yaml"
-    if not path.is_file() or job.state() == "to do":
-        return
-    there = experiment_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
-    for key in sorted(there.keys() & job.settings.keys()):
-        if there[key] != job.settings[key]:
-            raise ACKDError(
-                f"run {job.folder} was made with {key} = {json.dumps(there[key])} and would now have "
-                f"{json.dumps(job.settings[key])}; choose another --out, or remove that run"
-            )
+    if (change := _changed(job)) is not None:
+        key, value = change
+        raise ACKDError(
+            f"run {job.folder} was made with {key} = {json.dumps(value)} and would now have "
+            f"{json.dumps(job.settings[key])}; choose another --out, or remove that run"
+        )
 
 
 def _needs_teacher(row: Row) -> bool:

@@ -178,7 +178,7 @@ def _teacher_line(
         known = read_metadata(weights).get(f"test_{metric}")
         last = (100 * float(known),) if known else ()
     else:
-        folder = str(planner.teacher(pair).folder) if planner.jobs else ""
+        folder = str(planner.teacher(pair).folder)
         own = [each for each in records if each["run"] == folder]
         last = _percent(own, "last", metric)
         best = _percent(own, "best", metric)

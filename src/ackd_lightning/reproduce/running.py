@@ -67,7 +67,7 @@ class Runner:
                         if reason:
                             failed[job.folder] = reason
                             print(f"failed: {job.title}: {reason}", flush=True)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
                 self._stop()
                 raise
         return failed
@@ -131,7 +131,12 @@ class Runner:
         command = [sys.executable, "-m", "ackd_lightning", *arguments, "--trainer.enable_progress_bar", "false"]
         with log.open("a", encoding="utf-8") as stream:
             child = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches it through _stop alone, once
             )
             with self.lock:
                 self.children.add(child)

@@ -188,7 +188,7 @@ def read_table(name: str, preset: str | None = None) -> TableSpec:
     rows = {str(row): _row(str(row), given, str(path)) for row, given in (content.get("rows") or {}).items()}
     return TableSpec(
         name=path.stem if preset is None else f"{path.stem}-{preset}",
-        title=describe_config(str(path)),
+        title=describe_config(str(path)) + (f" (preset {preset}, other data)" if preset else ""),
         metrics=tuple(content.get("metrics", ["acc"])),
         error=bool(content.get("error", False)),
         proxies=bool(content.get("proxies", False)),

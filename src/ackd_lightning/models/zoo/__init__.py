@@ -35,6 +35,7 @@ _CIFAR: dict[str, Callable[[int], nn.Module]] = {
     "wrn_40_1": partial(WideResNet, depth=40, widen=1),
     "wrn_40_2": partial(WideResNet, depth=40, widen=2),
     "mobilenetv2_x0_5": partial(CifarMobileNetV2, width=0.5),
+    "mobilenetv2_x1_0": partial(CifarMobileNetV2, width=1.0),
     "mobilenetv2_x1_4": partial(CifarMobileNetV2, width=1.4),
     "shufflenetv1": CifarShuffleNetV1,
 }
