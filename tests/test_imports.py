@@ -25,12 +25,14 @@ RANK = {
     "training": 5,
     "data": 4,
     "arguments": 5,
+    "classes": 1,
+    "resuming": 5,
     "reports": 6,
-    "lightning_cli": 6,
-    "demo": 7,
-    "reproduce": 7,
-    "cli": 8,
-    "__main__": 9,
+    "lightning_cli": 7,
+    "demo": 8,
+    "reproduce": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 DATA_MAY_USE = {"data", "types", "errors", "keyed"}
 LIGHTNING_IN = {"data", "training", "lightning_cli"}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import pkgutil
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -54,30 +52,6 @@ def deepest(error: BaseException | None) -> ACKDError | None:
             found = error
         error = error.__cause__ or error.__context__
     return found
-
-
-def known_settings(settings: object) -> set[str]:
-    """Names of the constructor arguments of every class that the settings name.
-
-    Args:
-        settings: of the configurations.
-    """
-    names: set[str] = set()
-    if isinstance(settings, dict):
-        path = settings.get("class_path")
-        found = None
-        if isinstance(path, str) and "." in path:
-            try:
-                found = pkgutil.resolve_name(path)
-            except (ImportError, AttributeError, ValueError) as error:
-                raise ACKDError(
-                    f"class_path {path!r} cannot be imported ({error}); check its spelling, and that its file is "
-                    "installed or in this folder"
-                ) from error
-        names |= set(inspect.signature(found).parameters) if isinstance(found, type) else set()
-        for value in settings.values():
-            names |= known_settings(value)
-    return names
 
 
 def split_configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ackd_lightning._version import __version__
-from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.errors import ACKDError, RunFinishedError, RunStoppedError, near_matches
 
 _LIGHTNING = {
     "fit": "train a student or a teacher: ackd fit --config cifar100_resnet110_resnet20.yaml",
@@ -146,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ACKD_DEBUG"):
             raise
+        if isinstance(error, RunFinishedError):
+            print(f"ackd: {error}")
+            return 0
         if isinstance(error, ACKDError):
             print(f"ackd: {error}", file=sys.stderr)
             return 2
@@ -155,12 +158,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ackd: interrupted", file=sys.stderr)
         return 130
+    except RunStoppedError as end:
+        print(f"ackd: {end.sentence}", file=sys.stderr)
+        return int(end.code or 0)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
-            print("ackd: interrupted; the last whole epoch is in checkpoints/last.ckpt", file=sys.stderr)
+            print(
+                "ackd: interrupted; --resume auto goes on from the last whole epoch",
+                file=sys.stderr,
+            )
             return 130
         if type(end).__name__ == "SIGTERMException":  # Lightning's, which would exit with 0
-            print("ackd: terminated; the last whole epoch is in checkpoints/last.ckpt", file=sys.stderr)
+            print("ackd: terminated", file=sys.stderr)
             return 143
         raise
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.resources import files
@@ -14,6 +15,8 @@ import yaml
 from ackd_lightning.errors import ACKDError, near_matches
 
 _INCLUDE = "include"
+_DEEPEST, _MOST = 50, 100_000
+"""Levels and values of a YAML file; aliases of aliases count as often as they stand for something."""
 _METHODS = "methods"
 
 
@@ -104,6 +107,47 @@ def _merge(
     return result
 
 
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of plain data: mappings, lists, text, numbers.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ACKDError: when it cannot be read, is not YAML, or holds anything else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ACKDError(f"{path} cannot be read ({error.strerror}); check its path and permissions") from error
+    except Exception as error:  # PyYAML passes on whatever its constructors of numbers and dates raise
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise ACKDError(
+            f"{path}{place} is not YAML ({first}); mend it, or print a good one with --print_config"
+        ) from None
+    _check_plain(content, path)
+    return content
+
+
+def _check_plain(content: Any, path: Path) -> None:
+    """Refuse what JSON cannot hold, and what grows without end through aliases."""
+    waiting, seen = [(content, 0)], 0
+    while waiting:
+        value, level = waiting.pop()
+        seen += 1
+        if level > _DEEPEST or seen > _MOST:
+            raise ACKDError(f"{path} is nested too deeply or without end; take aliases (&, *) out of it")
+        if isinstance(value, dict):
+            waiting += [(each, level + 1) for pair in value.items() for each in pair]
+        elif isinstance(value, list):
+            waiting += [(each, level + 1) for each in value]
+        elif not isinstance(value, str | int | float | None):
+            kind = "date" if isinstance(value, datetime.date) else type(value).__name__
+            raise ACKDError(f"{path} holds the {kind} {str(value)[:40]!r}; put it in quotes, or write a number")
+
+
 def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file and the fragments in its ``include`` list, which lie below it.
 
@@ -115,15 +159,7 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     if path.resolve() in _seen:
         raise ACKDError(f"{path} includes itself by way of {_seen[-1]}; take it out of `include`")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise ACKDError(
-            f"{path}{place} is not YAML ({first}); mend it, or print a good one with --print_config"
-        ) from None
+    content = read_yaml(path)
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -136,9 +172,7 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         candidates = [path.parent / f"{name}.yaml", config_folder() / f"{name}.yaml"]
         found = next((each for each in candidates if each.is_file()), None)
         if found is None:
-            raise ACKDError(
-                f"{path} includes {name!r}, which does not exist; known are {', '.join(sorted(_fragments()))}"
-            )
+            raise ACKDError(f"{path} includes {name!r}, which does not exist; {near_matches(str(name), _fragments())}")
         result = merge(result, read_config(found, (*_seen, path.resolve())))
     return merge(result, content)
 

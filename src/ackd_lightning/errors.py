@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -11,6 +12,27 @@ class ACKDError(ValueError):
 
     The command line prints the sentence alone and exits with code 2; a traceback is shown with ``ACKD_DEBUG=1``.
     """
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the weights of a run are no longer finite numbers; the last finite checkpoint is kept."""
+
+
+class RunFinishedError(ACKDError):
+    """The run that was to go on has ended already: nothing to do, and no failure."""
+
+
+class RunStoppedError(SystemExit):
+    """A signal ended a fit at a safe place: everything up to there is in the run's last checkpoint.
+
+    Attributes:
+        code: 128 and the number of the signal, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
+        sentence: what was kept, and how to go on.
+    """
+
+    def __init__(self, signal_number: int, sentence: str) -> None:
+        super().__init__(128 + signal_number)
+        self.sentence = f"{signal.Signals(signal_number).name} {sentence}"
 
 
 def near_matches(value: str, known: Iterable[str], *, most: int = 3) -> str:

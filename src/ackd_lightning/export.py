@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.weights import STUDENT_PREFIX, load_weights, save_weights
+from ackd_lightning.models.weights import STUDENT_PREFIX, check_fit, load_weights, save_weights
 from ackd_lightning.models.zoo import create_model
 
 Which = Literal["last", "best"]
+_FACTS = {"num_classes", "input_size", "mean", "std", "data", "method", "seed", "epoch"}
+_MOST_CLASSES, _LARGEST_INPUT = 1_000_000, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +82,36 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:120]
+    except Exception as error:  # a damaged archive can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ACKDError(f"{path} cannot be read as a checkpoint ({reason}); choose another one") from error
     if not isinstance(checkpoint, dict) or "ackd_lightning" not in checkpoint or "state_dict" not in checkpoint:
         raise ACKDError(
             f"{path} is no checkpoint of ackd-lightning; name a run folder or a .ckpt that `ackd fit` wrote"
         )
+    if (problem := _damage(checkpoint)) is not None:
+        raise ACKDError(f"{path} is damaged ({problem}); choose another one")
     return checkpoint
+
+
+def _damage(checkpoint: Mapping[str, Any]) -> str | None:
+    """What is wrong with the parts of a checkpoint that are read here; None for nothing."""
+    state, facts, hparams = (checkpoint.get(key, {}) for key in ("state_dict", "ackd_lightning", "hyper_parameters"))
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        return "its state_dict has no names"
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        return "its state_dict holds other things than tensors"
+    if not isinstance(facts, Mapping) or not isinstance(hparams, Mapping):
+        return "its settings are no mappings"
+    missing = _FACTS - set(facts)
+    if missing:
+        return f"it does not say {', '.join(sorted(missing))}"
+    for key, most in (("num_classes", _MOST_CLASSES), ("input_size", _LARGEST_INPUT)):
+        if not isinstance(facts[key], int) or not 1 <= facts[key] <= most:
+            return f"its {key} is {str(facts[key])[:40]}"
+    if not isinstance(hparams.get("student_options") or {}, dict):
+        return "its student_options are no mapping"
+    return None
 
 
 def _target_learner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,6 +180,8 @@ def export_student(
         return create_model(name, facts["num_classes"], **(hparams.get("student_options") or {})).eval()
 
     state = _target_learner(checkpoint["state_dict"])
+    with torch.device("meta"):  # before anything of the stated size is allocated
+        check_fit(state, fresh().state_dict(), checkpoint_path, name)
     trained = fresh()
     trained.load_state_dict(state)
     buffers = ("running_mean", "running_var", "num_batches_tracked")

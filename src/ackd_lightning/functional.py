@@ -105,13 +105,13 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, shard: Tensor) -> Tensor:
         shards = [torch.empty_like(shard) for _ in range(dist.get_world_size())]
         dist.all_gather(shards, shard)
-        return torch.cat(shards)
+        return torch.stack(shards, dim=1).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
-        own: Tensor = total.chunk(dist.get_world_size())[dist.get_rank()]
+        own: Tensor = total.unflatten(0, (-1, dist.get_world_size()))[:, dist.get_rank()]  # type: ignore[no-untyped-call]
         return own
 
 
@@ -125,7 +125,8 @@ def whole_batch(shard: Tensor) -> Tensor:
         shard: ``B x ...``, this process's part, of the same size everywhere.
 
     Returns:
-        ``(processes * B) x ...`` in the order of ranks; ``shard`` itself in a single process.
+        ``(processes * B) x ...`` in the order that one process would have, since samplers deal images out in turn:
+        first images of all processes, then second ones, and so on. ``shard`` itself in a single process.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return shard

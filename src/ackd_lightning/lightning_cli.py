@@ -13,36 +13,46 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
+from urllib.parse import urlsplit
 
 import lightning.pytorch as L
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.arguments import (
     FROM_DATA,
     deepest,
-    known_settings,
     name_checkpoint,
     refuse_linked,
     shorten,
     split_configs,
 )
+from ackd_lightning.classes import check_classes
 from ackd_lightning.configs import load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.export import run_folder
+from ackd_lightning.reports import experiment_settings
+from ackd_lightning.resuming import resume_auto, resume_from
 from ackd_lightning.training.callbacks import CurvesFile, EpochLine, PredictionFile, RunSummary, checkpoints
 from ackd_lightning.training.distillation import DistillationModule
+from ackd_lightning.training.health import DiskRoom
+from ackd_lightning.training.loggers import SafeWandbLogger
+from ackd_lightning.training.stopping import StopSafely, WholeCheckpoints
 
 _RUN_NAME = "ACKD_RUN_NAME"
+_RESUMED = "ACKD_RESUMED"
+_ROOTS = {"model": DistillationModule, "data": ImageDataModule}
 _CHATTY = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")  # tips, device lists, seeds
 _NOT_OURS = (
     ".*LeafSpec.*",  # torch 2.15 deprecates what Lightning 2.6.6 calls
     ".*smaller than the logging interval.*",  # epoch means are logged whatever the interval
+    ".*`training_step` returned `None`.*",  # a step that is skipped on purpose; ours says why
     ".*does not have many workers.*",  # data in memory needs none
     ".*callbacks used to create the checkpoint need to be provided.*",  # not for testing
     ".*exists and is not empty.*",  # a run's folder was checked before
@@ -97,7 +107,7 @@ class ACKDCLI(LightningCLI):
             configs, rest = name_checkpoint(configs, rest)
         settings, self.config_name = load_configs(configs)
         refuse_linked(settings, rest)
-        Parser.known = known_settings(settings)
+        Parser.known = check_classes(settings, _ROOTS, L.Trainer)
         self.folder = Path()
         with tempfile.TemporaryDirectory(prefix="ackd-") as folder:
             merged = Path(folder) / "settings.yaml"
@@ -128,6 +138,13 @@ class ACKDCLI(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="name of the run; a time stamp when left out")
         parser.add_argument("--runs_dir", type=str, default="runs", help="runs are written to RUNS_DIR/CONFIG/NAME")
         parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            metavar="auto|PATH",
+            help="go on with the newest unfinished run of this configuration (of this --name, if given), or with PATH",
+        )
+        parser.add_argument(
             "--publish",
             type=str | None,
             default=None,
@@ -146,11 +163,24 @@ class ACKDCLI(LightningCLI):
         parser.add_argument(
             "--test", action="store_true", help="test the last and the best checkpoint when the fit has ended"
         )
+        parser.add_argument(
+            "--on_nan",
+            type=Literal["stop", "skip"] | None,
+            default=None,
+            help="what a loss that is not finite does: end the run, or skip the step and count it; "
+            "short for --model.on_nan, stop when left out",
+        )
         parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, into the run's folder")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse ours, whatever stands in sys.argv."""
+        """Parse ours, whatever stands in sys.argv; nothing that is named there has been called yet."""
         self.config = parser.parse_args(args)
+        settings = self.config[self.command]
+        check_classes(vars(settings), _ROOTS, L.Trainer)
+        if settings.on_nan is not None:  # a short name, kept at the place it stands for
+            if "on_nan" not in settings.model.get("init_args", {}):
+                raise ACKDError(f"--on_nan is unknown to {settings.model.class_path}; leave it out")
+            settings.model.init_args.on_nan, settings.on_nan = settings.on_nan, None
 
     def _parse_ckpt_path(self) -> None:
         """Explicit settings win over those in a checkpoint (Lightning lets the checkpoint win)."""
@@ -172,6 +202,8 @@ class ACKDCLI(LightningCLI):
         name = os.environ[_RUN_NAME] if launched_by_us else name
         os.environ[_RUN_NAME] = name  # read by the processes that Lightning starts for DDP
         self.folder = Path(self.option("runs_dir")) / (self.config_name or "run") / name
+        if self.command == "fit" and self.option("resume"):
+            self._resume(launched_by_us)
         if self.command != "fit" and not self.option("ckpt_path"):
             raise ACKDError(
                 f"`ackd {self.command}` has no run; write `ackd {self.command} RUN`, or name --ckpt_path FILE"
@@ -192,6 +224,50 @@ class ACKDCLI(LightningCLI):
             raise ACKDError(
                 f"weights {target} exist and this run would replace them; move them, or pass --publish OTHER_FOLDER"
             )
+
+    def _resume(self, launched_by_us: bool) -> None:
+        """Find the run that goes on, and let its checkpoint be the one to start from."""
+        value = self.option("resume")
+        if self.option("ckpt_path"):
+            raise ACKDError("--resume and --ckpt_path both name a checkpoint; leave --ckpt_path out")
+        if launched_by_us:
+            found = resume_from(os.environ[_RESUMED]) if _RESUMED in os.environ else None
+        elif value == "auto":
+            found = resume_auto(self.folder.parent, self.option("name"))
+        else:
+            found = resume_from(value)
+        os.environ.pop(_RESUMED, None)
+        if found is None:
+            return
+        os.environ[_RESUMED] = str(found.checkpoint)  # as the name, for the processes that Lightning starts
+        os.environ[_RUN_NAME] = found.folder.name
+        self.folder = found.folder
+        self.config[self.subcommand].ckpt_path = str(found.checkpoint)
+        if _rank() == 0 and not launched_by_us:
+            print(f"going on with {found.checkpoint}" + (f"; {found.note}" if found.note else ""), flush=True)
+            self._say_changes()
+
+    def _say_changes(self) -> None:
+        """Name the settings that differ from those that the run was started with."""
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            return
+        there = experiment_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
+        now = experiment_settings(self.settings())
+        different = [key for key in sorted(there.keys() & now.keys()) if there[key] != now[key]]
+        changes = [f"{key} {there[key]!r} -> {now[key]!r}" for key in different]
+        if changes:
+            print(
+                f"settings that differ from the run's start: {', '.join(changes)} "
+                "(learning rates in the checkpoint's optimizer stay)",
+                flush=True,
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What the run writes as its ``config.yaml``."""
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        settings: dict[str, Any] = yaml.safe_load(text)
+        return settings
 
     def publish_path(self) -> Path | None:
         """Second place of the student's weights; None for most runs."""
@@ -217,6 +293,12 @@ class ACKDCLI(LightningCLI):
             callbacks += [] if dry else checkpoints(self.folder / "checkpoints", select=select)
             self.summary = RunSummary(self.folder, config=self.config_name, publish=self.publish_path())
             callbacks.append(self.summary)
+            if not dry:
+                last = self.folder / "checkpoints" / "last.ckpt"
+                advice = f"the same command with --resume {self.folder} goes on"
+                callbacks.append(StopSafely(last, advice=advice))
+                callbacks.append(DiskRoom(self.folder, copies=2 if self.publish_path() else 1))
+                kwargs["plugins"] = self._plugins()
             if kwargs.get("logger"):
                 callbacks.append(LearningRateMonitor(logging_interval="epoch"))
         if self.command == "predict":
@@ -231,6 +313,13 @@ class ACKDCLI(LightningCLI):
             )
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
+    def _plugins(self) -> list[Any]:
+        """The plugins of the settings, and ours that writes checkpoints, unless they bring one."""
+        given = self._get(self.config_init, "trainer.plugins") or []
+        plugins = list(given) if isinstance(given, (list, tuple)) else [given]
+        brings_one = any(isinstance(each, CheckpointIO) for each in plugins)
+        return plugins if brings_one else [*plugins, WholeCheckpoints()]
+
     def loggers(self) -> list[Logger]:
         """``metrics.csv`` always, W&B and TensorBoard when asked for."""
         root, config, name = self.folder.parents[1], self.folder.parent.name, self.folder.name
@@ -239,7 +328,7 @@ class ACKDCLI(LightningCLI):
         if project is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             loggers.append(
-                WandbLogger(project=project, name=f"{config}/{name}", save_dir=self.folder, offline=offline())
+                SafeWandbLogger(project=project, name=f"{config}/{name}", save_dir=self.folder, offline=offline())
             )
         if self.option("tensorboard"):
             loggers.append(TensorBoardLogger(root, name=config, version=name))
@@ -297,8 +386,11 @@ def _rank() -> int:
 
 def offline() -> bool:
     """True when Weights & Biases has no key: then it logs to disk and never asks."""
-    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
-        return os.environ.get("WANDB_MODE") == "offline"
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode in ("offline", "dryrun", "disabled"):
+        return mode != "disabled"
+    if os.environ.get("WANDB_API_KEY"):
+        return False
     import wandb
 
     return not wandb.Settings().api_key and not _netrc_key()
@@ -306,7 +398,8 @@ def offline() -> bool:
 
 def _netrc_key() -> bool:
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -335,12 +428,6 @@ class PlannedRun(ACKDCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run."""
-
-    def settings(self) -> dict[str, Any]:
-        """What the run would write as its ``config.yaml``."""
-        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
-        settings: dict[str, Any] = yaml.safe_load(text)
-        return settings
 
 
 @contextlib.contextmanager

@@ -113,6 +113,8 @@ _NOT_THE_EXPERIMENT = {
     "ckpt_path",
     "output",
     "test",
+    "resume",
+    "on_nan",
 }
 _SHOW = {"trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"}
 _PLACES = {"data.root", "data.url", "data.download", "data.cache", "model.teacher_weights"}

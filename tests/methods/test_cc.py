@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import CC, cc
+from ackd_lightning.methods import CC
 from ackd_lightning.methods.cc import cc_kernel_loss, cc_loss
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -134,25 +134,6 @@ def test_it_reaches_the_student_and_both_embeddings_but_not_the_teacher(kernel):
     assert all(each.grad.abs().sum() > 0 for name, each in method.named_parameters() if name.endswith("weight"))
     assert teacher.embedding.grad is None
     assert student.logits.grad is None
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_images_dealt_out_to_processes_come_back_in_the_order_of_one(monkeypatch, processes):
-    method = built()
-    student, teacher, batch = outputs()
-    expected = method(student, teacher, batch)["cc"].item()
-
-    everything = iter([method.embed_learner(student.embedding), method.embed_source(teacher.embedding)])
-
-    def gathered(shard: Tensor) -> Tensor:
-        whole = next(everything)
-        torch.testing.assert_close(whole[0::processes], shard)
-        return torch.cat([whole[rank::processes] for rank in range(processes)])
-
-    monkeypatch.setattr(cc, "whole_batch", gathered)
-    first = [NetOutput(each.logits[0::processes], (), each.embedding[0::processes]) for each in (student, teacher)]
-    mine = Batch(*(each[0::processes] for each in batch))
-    assert method(*first, mine)["cc"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_defaults_are_the_benchmarks():

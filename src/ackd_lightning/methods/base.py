@@ -24,11 +24,13 @@ class Method(nn.Module):
         needs_targets: whether the method must know the class of every training image (``set_targets``).
         branches: auxiliary learners that the student has to grow: specs, empty for none, None for the paper's two.
         layers: pairs (n of the student's F_n, n of the teacher's) whose features are compared; shown at the start.
+        equal_buffers: names of buffers that the method itself keeps equal in all processes: DDP need not send them.
     """
 
     needs_teacher: ClassVar[bool] = True
     needs_targets: ClassVar[bool] = False
     layers: tuple[tuple[int, int], ...] = ()
+    equal_buffers: ClassVar[tuple[str, ...]] = ()
     branches: tuple[str, ...] | None = ()
     init_args: dict[str, Any]
 

@@ -145,23 +145,10 @@ class CC(Method):
         ``cc`` reaches the student and both embedding layers.
         """
         assert teacher is not None
-        ours = in_dealt_order(self.embed_learner(student.embedding))
-        theirs = in_dealt_order(self.embed_source(teacher.embedding.detach()))
+        ours = whole_batch(self.embed_learner(student.embedding))
+        theirs = whole_batch(self.embed_source(teacher.embedding.detach()))
         if self.kernel == "rbf":
             congruence = cc_kernel_loss(ours, theirs, gamma=self.gamma, order=self.order)
         else:
             congruence = cc_loss(ours, theirs)
         return {"ce": cross_entropy(student.logits, batch.target), "cc": congruence}
-
-
-def in_dealt_order(shard: Tensor) -> Tensor:
-    """The global batch as one process would have it: first images of all processes, then second ones, and so on.
-
-    Args:
-        shard: ``B x D``, this process's part.
-
-    Returns:
-        ``(processes * B) x D``, with gradient.
-    """
-    batch = whole_batch(shard)
-    return batch.reshape(-1, *shard.shape).transpose(0, 1).flatten(0, 1)

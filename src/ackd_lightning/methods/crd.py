@@ -178,6 +178,7 @@ class CRD(Method):
     """
 
     needs_targets: ClassVar[bool] = True
+    equal_buffers: ClassVar[tuple[str, ...]] = ("memory_student", "memory_teacher")
 
     def __init__(
         self,

@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.functional import cross_entropy, kd_loss
+from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
 from ackd_lightning.methods.base import Method
-from ackd_lightning.methods.cc import in_dealt_order
 from ackd_lightning.models.pairing import same_size
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -48,7 +47,7 @@ def similarities(feature: Tensor) -> Tensor:
     """
     flat = feature.float().flatten(1)
     with torch.autocast(flat.device.type, enabled=False):  # it would round the product to half precision
-        return flat @ in_dealt_order(flat).T
+        return flat @ whole_batch(flat).T
 
 
 def stage_attention(queries: Tensor, keys: Tensor) -> Tensor:

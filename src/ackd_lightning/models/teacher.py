@@ -3,18 +3,52 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.taps import plan_for, staged_forward
 from ackd_lightning.models.weights import load_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import NetOutput
+
+_LARGEST_INPUT = 4096
+
+
+def _stated(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
+    """What a weight file says of the images and the accuracy of its network, as numbers.
+
+    Raises:
+        ACKDError: naming the entry that makes no sense.
+    """
+    found: dict[str, Any] = {}
+    for key, right, remedy in (
+        ("mean", lambda values: len(values) > 0 and all(map(math.isfinite, values)), "a list of numbers"),
+        ("std", lambda values: len(values) > 0 and all(0 < each < math.inf for each in values), "numbers above 0"),
+        ("input_size", lambda value: type(value) is int and 0 < value <= _LARGEST_INPUT, "a whole number of pixels"),
+        ("val_acc", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+        ("test_acc", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    ):
+        if key not in metadata:
+            continue
+        try:
+            found[key] = json.loads(metadata[key])
+            good = right(found[key])
+        except (ValueError, TypeError, RecursionError):
+            good = False
+        if not good:
+            raise ACKDError(
+                f"{weights} says that its {key} is {metadata[key][:60]!r}; it must be {remedy}, so export it again"
+            )
+    if ("mean" in found) != ("std" in found) or len(found.get("mean", [])) != len(found.get("std", [])):
+        raise ACKDError(f"{weights} has mean and std of different lengths; export it again")
+    return found
 
 
 class FrozenTeacher(nn.Module):
@@ -77,12 +111,13 @@ class FrozenTeacher(nn.Module):
             ACKDError: when the file is missing, foreign or does not fit.
         """
         network = create_model(name, num_classes, **(options or {}))
-        metadata = load_weights(network, weights)
+        metadata = load_weights(network, weights, name=name)
+        stated = _stated(metadata, weights)
         return cls(
             network,
-            mean=json.loads(metadata["mean"]) if "mean" in metadata else None,
-            std=json.loads(metadata["std"]) if "std" in metadata else None,
-            input_size=int(metadata["input_size"]) if "input_size" in metadata else None,
+            mean=stated.get("mean"),
+            std=stated.get("std"),
+            input_size=stated.get("input_size"),
             bf16=bf16,
             metadata=metadata,
         )
@@ -108,6 +143,11 @@ class FrozenTeacher(nn.Module):
             return
         if tuple(mean) == own_mean and tuple(std) == own_std:
             return
+        if len(mean) != len(own_mean):
+            raise ACKDError(
+                f"the teacher was trained on images of {len(own_mean)} channels and the data have {len(mean)}; "
+                "choose another teacher"
+            )
         device = next((each.device for each in self.network.parameters()), torch.device("cpu"))
         data_mean, data_std, target_mean, target_std = (
             torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)

@@ -48,7 +48,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, name: str | 
     tensors, metadata = _read(file)
     own = model.state_dict()
     tensors = _without_prefixes(tensors, own)
-    _check(tensors, own, file, name or type(model).__name__)
+    check_fit(tensors, own, file, name or type(model).__name__)
     model.load_state_dict(tensors, strict=True)
     return metadata
 
@@ -255,8 +255,18 @@ def _without_prefixes(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> 
     return tensors if not student or any(key.startswith(STUDENT_PREFIX) for key in own) else student
 
 
-def _check(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path, name: str) -> None:
-    """Raise an error of one sentence where keys or shapes differ."""
+def check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path, name: str) -> None:
+    """Compare the tensors of a file with those of a network.
+
+    Args:
+        tensors: of the file.
+        own: the network's state dict.
+        file: for the message.
+        name: of the network, for the message.
+
+    Raises:
+        ACKDError: where keys or shapes differ.
+    """
     missing = [key for key in own if key not in tensors]
     unexpected = [key for key in tensors if key not in own]
     reshaped = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]

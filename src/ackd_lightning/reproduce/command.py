@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
         ((0, 1, 2), (0, 5))
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise ACKDError(f"--seeds is {text!r}; write how many (3), or a list of them (0,5)")
     numbers = tuple(dict.fromkeys(int(part) for part in parts))
     if len(parts) > 1:
@@ -67,7 +68,22 @@ def _devices(workers: int | None) -> list[str | None]:
         return [None]
     if not found:
         return [None] * (workers or 1)
-    return [str(number % found) for number in range(workers or found)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers and names of GPUs as the children will read them
+    names = visible.split(",") if visible else [str(number) for number in range(found)]
+    return [names[number % found] for number in range(workers or found)]
+
+
+_OURS = {"seed_everything": "use --seeds", "runs_dir": "use --out"}
+_OURS |= dict.fromkeys(("name", "ckpt_path", "resume"), "leave it out")
+_OURS["model.teacher_weights"] = "put the file where the pair's configuration names it"
+
+
+def _refuse_ours(overrides: Sequence[str]) -> None:
+    """Settings that every run gets from its plan would be overwritten without a word."""
+    for part in overrides:
+        name = part.removeprefix("--").partition("=")[0]
+        if part.startswith("--") and name in _OURS:
+            raise ACKDError(f"--{name} is set by `ackd reproduce` for every run; {_OURS[name]}")
 
 
 def _print_plan(title: str, jobs: Sequence[Job]) -> None:
@@ -157,6 +173,7 @@ def reproduce(
         RunsFailedError: at the end, when runs failed.
     """
     chosen_seeds, devices = read_seeds(seeds), _devices(workers)
+    _refuse_ours(overrides)
     names = table_names() if name == "all" else [name]
     work: list[tuple[TableSpec, Path, list[Pair], list[Row], Planner, list[Job]]] = []
     for each in names:

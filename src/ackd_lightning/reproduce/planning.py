@@ -182,7 +182,13 @@ class Planner:
                 planned = plan_fit(own)
                 experiment = {**experiment_settings(planned.settings()), "learns from": learns_from}
             folder = planned.folder.with_name(own[-1])
-            if folder not in self.jobs:
+            there = self.jobs.get(folder)
+            if there and (there.settings != experiment or (kind == "student" and there.pair != pair.name)):
+                raise ACKDError(
+                    f"{there.title} and {title} of {self.table.name} would be one run, {folder}; give both pairs the "
+                    "same `early_stop`, or configurations with names of their own"
+                )
+            if there is None:
                 self.jobs[folder] = Job(
                     title=f"{title}, seed {seed}" if kind == "student" else title,
                     pair=pair.name,

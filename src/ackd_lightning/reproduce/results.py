@@ -175,7 +175,8 @@ def _teacher_line(
     last: tuple[float, ...] = ()
     best: tuple[float, ...] = ()
     if weights is not None:
-        known = read_metadata(weights).get(f"test_{metric}")
+        says_so = weights.suffix == ".safetensors"  # the one kind of file that has metadata
+        known = read_metadata(weights).get(f"test_{metric}") if says_so else None
         last = (100 * float(known),) if known else ()
     else:
         folder = str(planner.teacher(pair).folder)

@@ -63,7 +63,7 @@ class Runner:
                         break
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(done)
-                        reason = done.result()
+                        reason = self._reason(done)
                         if reason:
                             failed[job.folder] = reason
                             print(f"failed: {job.title}: {reason}", flush=True)
@@ -71,6 +71,12 @@ class Runner:
                 self._stop()
                 raise
         return failed
+
+    @staticmethod
+    def _reason(done: Future[str | None]) -> str | None:
+        """Reason of a failure; one of our own, such as a full disk, is one, too, and must not end the other runs."""
+        error = done.exception()
+        return done.result() if error is None else f"{type(error).__name__}: {error}"
 
     def _start(
         self,
@@ -110,6 +116,8 @@ class Runner:
             print(f"{label}: {'goes on' if resumed else 'starts'}", flush=True)
             if not job.finished:
                 reason = self._process(["fit", *job.arguments, "--test", *resumed], log, device, label)
+                if reason is None and not job.finished:
+                    reason = "ended without a summary.json"
                 if reason:
                     return f"{reason} (output in {log})"
             if not self._tested(job):
@@ -123,28 +131,31 @@ class Runner:
             self.devices.put(device)
 
     def _process(self, arguments: list[str], log: Path, device: str | None, label: str) -> str | None:
-        if self.stopping:
-            return "interrupted"
-        environment = {key: value for key, value in os.environ.items() if key != "ACKD_RUN_NAME"}
+        environment = {key: value for key, value in os.environ.items() if key not in ("ACKD_RUN_NAME", "ACKD_RESUMED")}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         command = [sys.executable, "-m", "ackd_lightning", *arguments, "--trainer.enable_progress_bar", "false"]
         with log.open("a", encoding="utf-8") as stream:
-            child = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches it through _stop alone, once
-            )
-            with self.lock:
+            with self.lock:  # _stop sees every child, or none is started after it
+                if self.stopping:
+                    return "interrupted"
+                child = subprocess.Popen(
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C reaches it through _stop alone, once
+                )
                 self.children.add(child)
             assert child.stdout is not None
             last = self._relay(child.stdout, stream, label)
             code = child.wait()
             with self.lock:
                 self.children.discard(child)
+        if code < 0:  # the last line would be one of progress
+            return f"killed by {signal.Signals(-code).name}"
         return None if code == 0 else last or f"exit code {code}"
 
     def _relay(self, source: IO[str], stream: IO[str], label: str) -> str:
@@ -160,12 +171,12 @@ class Runner:
         return last
 
     def _stop(self) -> None:
-        """End the children as Ctrl-C would, and wait for them."""
-        self.stopping = True
+        """End the children and wait for them."""
         with self.lock:
+            self.stopping = True
             children = list(self.children)
         for child in children:
-            child.send_signal(signal.SIGINT)
+            child.terminate()  # SIGINT is ignored by what a shell started in the background
         for child in children:
             try:
                 child.wait(timeout=30)

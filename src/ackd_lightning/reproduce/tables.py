@@ -19,6 +19,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "takd": {"method": "kd", "teacher": "assistant"},
 }
 """Rows that are a schedule of runs and no method of their own: KD from an early-stopped teacher, from an assistant."""
+METRICS = ("acc", "acc_top5")
 _TABLE_KEYS = {"metrics", "error", "proxies", "set", "teacher_set", "student_set", "pairs", "rows"}
 _PAIR_KEYS = {"config", "assistant", "early_stop", "paper"}
 _ROW_KEYS = {"method", "teacher", "label", "set"}
@@ -152,6 +153,18 @@ def _pairs(content: Mapping[str, Any], path: Path) -> dict[str, Pair]:
     return pairs
 
 
+def _check_figures(pairs: Mapping[str, Pair], metrics: Sequence[str], path: Path) -> None:
+    for pair in pairs.values():
+        for row, value in pair.paper.items():
+            given = value if isinstance(value, list) else [value]
+            numbers = all(each is None or isinstance(each, (int, float)) for each in given)
+            if not numbers or (isinstance(value, list) and len(value) != len(metrics)):
+                raise ACKDError(
+                    f"pair {pair.name!r} of {path} has the figure {value!r} for {row!r}; write a number, or a list of "
+                    f"one for each of {', '.join(metrics)}"
+                )
+
+
 def _row(name: str, given: Mapping[str, Any] | None, place: str) -> Row:
     given = {**SCHEDULES.get(name, {}), **(given or {})}
     _refuse_unknown(given, _ROW_KEYS, f"row {name!r} of {place}")
@@ -185,11 +198,17 @@ def read_table(name: str, preset: str | None = None) -> TableSpec:
         laid_over = _read(over, {"pairs", "set", "teacher_set", "student_set"})
         pairs = _pairs(laid_over, over)
         content = {**content, "set": {}, "teacher_set": {}, "student_set": {}, **laid_over}
+    metrics = tuple(content.get("metrics", METRICS[:1]))
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ACKDError(f"{path} has the metric {metric!r}; {near_matches(str(metric), METRICS)}")
+    if not content.get("proxies"):
+        _check_figures(pairs, metrics, path)
     rows = {str(row): _row(str(row), given, str(path)) for row, given in (content.get("rows") or {}).items()}
     return TableSpec(
         name=path.stem if preset is None else f"{path.stem}-{preset}",
         title=describe_config(str(path)) + (f" (preset {preset}, other data)" if preset else ""),
-        metrics=tuple(content.get("metrics", ["acc"])),
+        metrics=metrics,
         error=bool(content.get("error", False)),
         proxies=bool(content.get("proxies", False)),
         pairs=pairs,

@@ -23,6 +23,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.ackd import ACKD
 from ackd_lightning.methods.base import AdversarialMethod, Method
 from ackd_lightning.training.distillation import DistillationModule
+from ackd_lightning.types import NetOutput
 
 _DISCRIMINATORS = "method.discriminators."
 
@@ -94,6 +95,7 @@ class AdversarialModule(DistillationModule):
 
     def on_train_epoch_end(self) -> None:
         """Step both schedules: Lightning does not in manual optimisation. Runs before checkpoints are written."""
+        super().on_train_epoch_end()
         schedulers = self.lr_schedulers()
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             cast(torch.optim.lr_scheduler.LRScheduler, scheduler).step()
@@ -123,18 +125,29 @@ class AdversarialModule(DistillationModule):
         # through the strategy: precision plugin and hooks run, Lightning's step counter does not
         strategy.optimizer_step(optimizer.optimizer, lambda: None)
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def _sums(self, student: NetOutput) -> dict[str, Tensor]:
+        """Sums of the learners' logits, which tell before the discriminators learn that the learners cannot."""
+        logits = {"logits": student.logits}
+        logits.update({f"logits_aux{number}": branch.logits for number, branch in enumerate(student.branches)})
+        return {name: scores.detach().float().sum() for name, scores in logits.items()}
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         """One student forward; backward and step of the discriminators; backward and step of the learners."""
         batch = self.as_batch(batch)
         learner_optimizer, discriminator_optimizer = self._optimizers()
+        before = self.statistics_before()
         student, teacher = self.outputs(batch)
         if discriminator_optimizer is not None:
             loss, values = self.opponents.discriminator_terms(student)
+            if self.skips({"discriminators": loss, **self._sums(student)}, before):
+                return
             self._discriminator_step(loss, discriminator_optimizer)
             self.log_dict(values, on_step=False, on_epoch=True, batch_size=batch.image.shape[0], sync_dist=True)
         with frozen(self.opponents.discriminators):
             terms = self.method(student, teacher, batch)
             loss = self.weighted_loss(terms)
+            if self.skips({**terms, "loss": loss}, before):
+                return
             learner_optimizer.zero_grad()
             self.manual_backward(loss)
         with torch.no_grad():

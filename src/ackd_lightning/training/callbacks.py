@@ -231,6 +231,7 @@ class RunSummary(L.Callback):
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "seconds": round(seconds, 1),
+            "skipped_steps": module.guard.skipped,
             "shown": stage,
             "last": self.last,
             "best": self.best,
@@ -290,6 +291,8 @@ class RunSummary(L.Callback):
         best_epoch = summary["best"].get("epoch")
         when = f", best in epoch {best_epoch:.0f}" if best_epoch else ""
         print(f"{summary['epochs']} epochs in {summary['seconds']:.0f} s on {summary['device']}{when}")
+        if summary["skipped_steps"]:
+            print(f"{summary['skipped_steps']} steps were skipped, as their loss was not finite")
         print(f"{summary['run']}: {', '.join(files.values())}")
         if self.publish:
             print(f"weights for later runs: {self.publish}")

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -24,6 +25,7 @@ from ackd_lightning.models.branchy import BranchyStudent
 from ackd_lightning.models.taps import probe
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training.finite import ON_NAN, FiniteGuard, OnNan, batchnorm_statistics, check_weights
 from ackd_lightning.training.health import TEACHER_GATES, HealthMonitor, TeacherGate, check_teacher
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -55,6 +57,8 @@ class DistillationModule(L.LightningModule):
         teacher_gate: before the first step the teacher is tested on validation data; ``stop`` ends a run whose
             teacher is near chance or far below what its file says, ``warn`` goes on, ``off`` does not look.
         teacher_bf16: run the teacher in bfloat16.
+        on_nan: what a loss that is not finite does: ``stop`` ends the run before such a step reaches a checkpoint,
+            ``skip`` leaves the step out and counts it (``train/skipped``).
         seed: of the noise inside the networks (dropout); None: the seed of ``seed_everything``, or
             of ``torch.manual_seed``.
 
@@ -84,6 +88,7 @@ class DistillationModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         teacher_gate: str = "stop",
         teacher_bf16: bool = False,
+        on_nan: OnNan = "stop",
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -92,6 +97,8 @@ class DistillationModule(L.LightningModule):
         self.save_hyperparameters(ignore=ignore)
         if teacher_gate not in TEACHER_GATES:
             raise ACKDError(f"teacher_gate is {teacher_gate!r}; it must be one of {', '.join(TEACHER_GATES)}")
+        if on_nan not in ON_NAN:
+            raise ACKDError(f"on_nan is {on_nan!r}; it must be one of {', '.join(ON_NAN)}")
         if teacher is student and isinstance(student, nn.Module):
             raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
         if lr <= 0 or momentum < 0 or weight_decay < 0:
@@ -103,6 +110,7 @@ class DistillationModule(L.LightningModule):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.milestones, self.lr_decay, self.warmup_epochs = tuple(milestones), lr_decay, warmup_epochs
         self.clip_norm, self.gate = gradient_clip_val, teacher_gate
+        self.guard = FiniteGuard(on_nan)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if seed is None else seed
 
         described: object = method  # a checkpoint hands over what `describe` wrote
@@ -138,6 +146,8 @@ class DistillationModule(L.LightningModule):
                 for suffix, top_k in (("", 1), ("_top5", top))
             }
         )
+        # read by torch's DistributedDataParallel
+        self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name in self.method.equal_buffers]
         self.learner_statistics = LearnerStatistics(count, self.spec.branches[0].embedding) if count else None
         self._finish()
 
@@ -224,6 +234,7 @@ class DistillationModule(L.LightningModule):
         if stage != "fit":
             return
         self.load_teacher()
+        before = self._method_sizes()
         data = getattr(self.trainer, "datamodule", None)
         if (batch_size := getattr(data, "batch_size", None)) is not None:
             self.method.set_batch_size(batch_size)
@@ -235,6 +246,13 @@ class DistillationModule(L.LightningModule):
                     "an attribute `train_targets`, the class of every image by its index, and batches with that index"
                 )
             self.method.set_targets(torch.as_tensor(targets))
+        if self._method_sizes() != before:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
+
+    def _method_sizes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self.method.state_dict().items()}
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Teacher gate and alarms travel with the module into any Trainer."""
@@ -325,16 +343,46 @@ class DistillationModule(L.LightningModule):
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=size)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of the method on one batch."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Loss of the method on one batch; None for a batch that is skipped."""
         batch = self.as_batch(batch)
+        before = self.statistics_before()
         student, teacher = self.outputs(batch)
         terms = self.method(student, teacher, batch)
         loss = self.weighted_loss(terms)
+        if self.skips({**terms, "loss": loss}, before):
+            return None
         with torch.no_grad():
             self.method.observe(student, teacher, batch)
         self.log_terms(loss, terms, batch)
         return loss
+
+    def statistics_before(self) -> list[tuple[Tensor, Tensor]]:
+        """What a forward pass changes and a skipped step must not: BatchNorm's buffers, and copies of them."""
+        return batchnorm_statistics(self.student, self.method) if self.guard.on_nan == "skip" else []
+
+    @torch.no_grad()
+    def skips(self, values: Mapping[str, Tensor], before: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Judge a step; with ``on_nan="skip"`` say whether it is left out, and take back what it changed.
+
+        Args:
+            values: unweighted scalars by name.
+            before: as ``statistics_before`` gave it.
+
+        Raises:
+            NonFiniteError: with ``on_nan="stop"``, when one of them is not finite.
+        """
+        if not self.guard.must_skip(self, values):
+            return False
+        for buffer, copy in before:
+            buffer.copy_(copy)
+        return True
+
+    def on_train_epoch_end(self) -> None:
+        """Judge the epoch's last step, and log how many were skipped."""
+        self.guard.end_epoch(self)
+        if self.guard.on_nan == "skip":
+            self.log("train/skipped", float(self.guard.skipped))
 
     def looks_at_test(self) -> bool:
         """True when the data has no validation part, so that the fit's evaluation shows test data."""
@@ -425,7 +473,15 @@ class DistillationModule(L.LightningModule):
     # ---------------------------------------------------------------- checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an export needs, as plain data."""
+        """Add what an export needs, as plain data; weights that are not finite are not written.
+
+        Raises:
+            NonFiniteError: naming what is not finite.
+        """
+        self.guard.flush(self)
+        state: Mapping[str, Tensor] = checkpoint.get("state_dict", {})
+        parameters = (name for name, _ in self.named_parameters())
+        check_weights(self, state, {*parameters, *(name for name in state if name.startswith("student."))})
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["ackd_lightning"] = {
             "version": __version__,
@@ -437,4 +493,9 @@ class DistillationModule(L.LightningModule):
             "method": type(self.method).__name__,
             "seed": self.seed,
             "epoch": self.current_epoch + 1,
+            "skipped": self.guard.skipped,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting skipped steps."""
+        self.guard.skipped = checkpoint.get("ackd_lightning", {}).get("skipped", 0)

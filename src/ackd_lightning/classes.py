@@ -1,0 +1,122 @@
+"""Which classes settings may name: sub-classes of what an argument is declared to take, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ackd_lightning.errors import ACKDError
+
+_PLAIN = (object, type, type(None), bool, int, float, complex, str, bytes, list, tuple, dict, set, Any)
+
+
+def check_classes(settings: Mapping[str, Any], roots: Mapping[str, type], owner: type) -> set[str]:
+    """Refuse every ``class_path`` that is no sub-class of what its argument is declared to take.
+
+    An argument declared ``Any``, a plain container or a function takes no class at all: jsonargparse would build
+    whatever is named there. Classes are imported, since their type is not known otherwise; nothing is called.
+
+    Args:
+        settings: as read from files, or as parsed.
+        roots: what the settings ``model`` and ``data`` must be.
+        owner: the class whose arguments the setting ``trainer`` holds.
+
+    Returns:
+        Names of the arguments of every class that the settings name.
+
+    Raises:
+        ACKDError: naming the setting and the class.
+    """
+    names: set[str] = set()
+    for key, value in settings.items():
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        if key == "trainer" and isinstance(value, Mapping):
+            for name, inner in value.items():
+                names |= _check(inner, declared(owner, name), f"trainer.{name}")
+        else:
+            names |= _check(value, (roots[key],) if key in roots else (), key)
+    return names
+
+
+def declared(owner: type, name: str) -> tuple[type, ...]:
+    """The classes in the declared type of a constructor's argument; none for plain data.
+
+    Args:
+        owner: the class, in whose constructor and those above it the argument is looked for.
+        name: of the argument.
+    """
+    for cls in owner.__mro__:
+        constructor = cls.__dict__.get("__init__")
+        if not inspect.isfunction(constructor) or name not in inspect.signature(constructor).parameters:
+            continue
+        try:
+            return tuple(dict.fromkeys(_classes(get_type_hints(constructor).get(name))))
+        except (NameError, TypeError):
+            return ()  # a type that only exists while types are checked
+    return ()
+
+
+def _classes(annotation: Any) -> Iterator[type]:
+    origin = get_origin(annotation)
+    for each in get_args(annotation):
+        # the arguments of a function are a list: only what it returns may be a class
+        yield from _classes(each) if not isinstance(each, list) else ()
+    cls = annotation if origin is None else origin
+    if isinstance(cls, type) and cls not in _PLAIN and cls.__module__ not in ("types", "collections.abc"):
+        yield cls  # what is not a union, a container or a function
+
+
+def _check(value: Any, kinds: tuple[type, ...], place: str) -> set[str]:
+    """Check one value and everything below it."""
+    names: set[str] = set()
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            names |= _check(each, kinds, place)
+    elif isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
+        found = _resolve(value["class_path"], kinds, place)
+        own = inspect.signature(found).parameters
+        names |= set(own)
+        arguments = value.get("init_args")
+        arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+        for name, inner in arguments.items() if isinstance(arguments, Mapping) else ():
+            if name not in own or inner is not own[name].default:
+                names |= _check(inner, declared(found, name), f"{place}.{name}")
+        names |= _check(value.get("dict_kwargs"), (), place)
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            names |= _check(inner, kinds, f"{place}.{name}")
+    elif callable(value) and not isinstance(value, type) and type(value).__module__.partition(".")[0] != "jsonargparse":
+        shown = getattr(value, "__name__", type(value).__name__)
+        raise ACKDError(f"setting {place} names the function {shown!r}; settings name classes only, so leave it out")
+    return names
+
+
+def _resolve(path: str, kinds: tuple[type, ...], place: str) -> type:
+    if not kinds:
+        raise ACKDError(f"setting {place} names the class {path!r} and takes plain data; leave class_path out")
+    expected = " or ".join(kind.__qualname__ for kind in kinds)
+    if "." not in path:  # jsonargparse looks a bare name up among the sub-classes
+        below: list[type] = [each for kind in kinds for each in _below(kind)]
+        return next((each for each in below if each.__name__ == path), kinds[0])
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ACKDError(
+            f"class_path {path!r} cannot be imported ({error}); check its spelling, and that its file is "
+            "installed or in this folder"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, kinds)):
+        raise ACKDError(f"setting {place} names {path!r}; it must be a sub-class of {expected}")
+    return found
+
+
+def _below(kind: type) -> Iterator[type]:
+    yield kind
+    children: list[type] = type.__subclasses__(kind)
+    for each in children:
+        yield from _below(each)

@@ -1,0 +1,76 @@
+"""Weights & Biases that cannot end a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+
+class SafeWandbLogger(WandbLogger):
+    """Logs to Weights & Biases until that fails, then says so once and logs nothing more; training goes on.
+
+    The constructor is that of ``WandbLogger``.
+    """
+
+    failed = False
+
+    def _try(self, action: Callable[..., Any], *arguments: Any) -> None:
+        if self.failed:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:  # network, disk, service, a bug of its own: none is worth a run
+            self.failed = True
+            reason = (str(error).splitlines() or [""])[0][:200]
+            rank_zero_warn(
+                f"Weights & Biases failed ({type(error).__name__}: {reason}); the run goes on without it, and every "
+                "number is in metrics.csv"
+            )
+
+    @property
+    def experiment(self) -> Any:
+        """The run of Weights & Biases; after a failure, something that takes every call and does nothing."""
+        found: list[Any] = []
+        self._try(lambda: found.append(super(SafeWandbLogger, self).experiment))
+        return found[0] if found else DummyLogger().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers.
+
+        Args:
+            metrics: by name.
+            step: of training.
+        """
+        self._try(super().log_metrics, metrics, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Log settings.
+
+        Args:
+            params: by name.
+        """
+        self._try(super().log_hyperparams, params)
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Upload a checkpoint when asked to.
+
+        Args:
+            checkpoint_callback: that has written.
+        """
+        self._try(super().after_save_checkpoint, checkpoint_callback)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End the fit.
+
+        Args:
+            status: how it ended.
+        """
+        self._try(super().finalize, status)
