@@ -27,6 +27,7 @@ RANK = {
     "arguments": 5,
     "classes": 1,
     "resuming": 5,
+    "checks": 5,
     "reports": 6,
     "lightning_cli": 7,
     "demo": 8,

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +113,18 @@ def _missing(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def nothing_left(folder: Path) -> Iterator[None]:
-    """A mistake in the input leaves no folder of a run behind; a run with a checkpoint stays.
+def nothing_left(folder: Path, *, steps: Callable[[], int]) -> Iterator[None]:
+    """A mistake in the input that shows before the first step leaves no folder of a run behind.
 
     Args:
         folder: of the run.
+        steps: gives the number of steps that were taken.
     """
     made = _missing(folder)
     try:
         yield
-    except ValueError as error:
-        mistake = isinstance(error, ACKDError)
-        if mistake and folder in made and not any(folder.rglob("*.ckpt")):
+    except ACKDError:
+        if folder in made and steps() == 0 and not any(folder.rglob("*.ckpt")):
             shutil.rmtree(folder, ignore_errors=True)
             for each in made[1:]:
                 with contextlib.suppress(OSError):
@@ -161,7 +161,9 @@ def check_processes(accelerator: str, devices: int) -> None:
     """
     most = max(2, os.cpu_count() or 1)
     if accelerator == "cpu" and devices > most:
-        raise ACKDError(f"trainer.devices is {devices} and this machine has {os.cpu_count()} processors; use at most {most}")
+        raise ACKDError(
+            f"trainer.devices is {devices} and this machine has {os.cpu_count()} processors; use at most {most}"
+        )
 
 
 def check_checkpoint(path: Path, module: nn.Module) -> None:

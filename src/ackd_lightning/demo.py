@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ackd_lightning.checks import check_writable
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.lightning_cli import run
 from ackd_lightning.reports import compare, draw_curves, export_command, read_summary
@@ -39,9 +40,12 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
     """
     if seeds < 1:
         raise ACKDError(f"--seeds is {seeds}; use 1 or more")
+    if epochs is not None and epochs < 1:
+        raise ACKDError(f"--epochs is {epochs}; use 1 or more, or leave it out")
     folder = Path(out)
     if (folder / "runs").exists():
         raise ACKDError(f"{folder} holds an earlier demo; remove it or choose another --out")
+    check_writable(folder, "--out")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     started = time.monotonic()

@@ -191,7 +191,10 @@ def export_student(
         if key.startswith("student.") and not key.endswith(buffers)
     )
     partial = target.with_name(f".{target.name}.unchecked.safetensors")
-    save_weights(state, partial, plain_metadata(checkpoint, extra))
+    try:
+        save_weights(state, partial, plain_metadata(checkpoint, extra))
+    except ACKDError as error:
+        raise ACKDError(str(error).replace(str(partial), str(target))) from error
     try:
         reloaded = fresh()
         load_weights(reloaded, partial)

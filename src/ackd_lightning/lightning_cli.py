@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import netrc
@@ -18,6 +19,8 @@ from urllib.parse import urlsplit
 
 import lightning.pytorch as L
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -26,18 +29,30 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.arguments import (
     FROM_DATA,
+    Given,
+    check_shape,
     deepest,
     name_checkpoint,
     refuse_linked,
+    refused_by_trainer,
     shorten,
     split_configs,
+)
+from ackd_lightning.checks import (
+    check_checkpoint,
+    check_name,
+    check_numbers,
+    check_processes,
+    check_world,
+    check_writable,
+    nothing_left,
 )
 from ackd_lightning.classes import check_classes
 from ackd_lightning.configs import load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.export import run_folder
-from ackd_lightning.reports import experiment_settings
+from ackd_lightning.reports import experiment_settings, read_summary
 from ackd_lightning.resuming import resume_auto, resume_from
 from ackd_lightning.training.callbacks import CurvesFile, EpochLine, PredictionFile, RunSummary, checkpoints
 from ackd_lightning.training.distillation import DistillationModule
@@ -47,12 +62,12 @@ from ackd_lightning.training.stopping import StopSafely, WholeCheckpoints
 
 _RUN_NAME = "ACKD_RUN_NAME"
 _RESUMED = "ACKD_RESUMED"
+_SECTIONS = ("model", "data", "trainer", "seed_everything", "name", "runs_dir", "publish", "ckpt_path", "resume")
 _ROOTS = {"model": DistillationModule, "data": ImageDataModule}
 _CHATTY = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")  # tips, device lists, seeds
 _NOT_OURS = (
     ".*LeafSpec.*",  # torch 2.15 deprecates what Lightning 2.6.6 calls
     ".*smaller than the logging interval.*",  # epoch means are logged whatever the interval
-    ".*`training_step` returned `None`.*",  # a step that is skipped on purpose; ours says why
     ".*does not have many workers.*",  # data in memory needs none
     ".*callbacks used to create the checkpoint need to be provided.*",  # not for testing
     ".*exists and is not empty.*",  # a run's folder was checked before
@@ -63,13 +78,16 @@ class Parser(LightningArgumentParser):
     """Errors in one sentence."""
 
     known: ClassVar[set[str]] = set()
+    given: ClassVar[Given] = Given((), (), {})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing pages of usage."""
         own = {action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")}
         valid = self.known if "NestedArg" in message else own | self.known
+        if "Subcommand" in message:
+            valid = {*_SECTIONS, *(f"trainer.{name}" for name in inspect.signature(L.Trainer).parameters)}
         ours = deepest(ex)
-        raise ACKDError(str(ours) if ours else shorten(message, valid)) from ex
+        raise ACKDError(str(ours) if ours else shorten(message, valid, self.given)) from ex
 
 
 class RunConfig(SaveConfigCallback):
@@ -107,6 +125,8 @@ class ACKDCLI(LightningCLI):
             configs, rest = name_checkpoint(configs, rest)
         settings, self.config_name = load_configs(configs)
         refuse_linked(settings, rest)
+        Parser.given = Given(configs, rest, settings)
+        check_shape(settings, Parser.given)
         Parser.known = check_classes(settings, _ROOTS, L.Trainer)
         self.folder = Path()
         with tempfile.TemporaryDirectory(prefix="ackd-") as folder:
@@ -177,6 +197,7 @@ class ACKDCLI(LightningCLI):
         self.config = parser.parse_args(args)
         settings = self.config[self.command]
         check_classes(vars(settings), _ROOTS, L.Trainer)
+        check_numbers(settings.as_dict())
         if settings.on_nan is not None:  # a short name, kept at the place it stands for
             if "on_nan" not in settings.model.get("init_args", {}):
                 raise ACKDError(f"--on_nan is unknown to {settings.model.class_path}; leave it out")
@@ -197,6 +218,8 @@ class ACKDCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and refuse one that is taken."""
+        if self.option("name") is not None:
+            check_name(self.option("name"))
         name = self.option("name") or time.strftime("%Y%m%d-%H%M%S")
         launched_by_us = "LOCAL_RANK" in os.environ and _RUN_NAME in os.environ
         name = os.environ[_RUN_NAME] if launched_by_us else name
@@ -210,6 +233,8 @@ class ACKDCLI(LightningCLI):
             )
         if self.command == "predict" and Path(self.option("output")).exists():
             raise ACKDError(f"--output {self.option('output')} exists; choose another file")
+        if self.command == "predict":
+            check_writable(Path(self.option("output")).parent, "the folder of --output,")
         if self.command != "fit" or self.option("trainer.fast_dev_run") or launched_by_us or _rank() != 0:
             return
         resumed = self.option("ckpt_path")
@@ -224,6 +249,9 @@ class ACKDCLI(LightningCLI):
             raise ACKDError(
                 f"weights {target} exist and this run would replace them; move them, or pass --publish OTHER_FOLDER"
             )
+        check_writable(self.folder, "the run's folder, below --runs_dir,")
+        if target is not None:
+            check_writable(target.parent, "--publish")
 
     def _resume(self, launched_by_us: bool) -> None:
         """Find the run that goes on, and let its checkpoint be the one to start from."""
@@ -311,7 +339,25 @@ class ACKDCLI(LightningCLI):
                 "trainer.gradient_clip_val does not work with discriminators (manual optimisation); "
                 "use --model.gradient_clip_val"
             )
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise ACKDError(refused_by_trainer(error, inspect.signature(L.Trainer).parameters)) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Look at what can be known to fail, then carry it out."""
+        cpu = isinstance(self.trainer.accelerator, CPUAccelerator)
+        check_processes("cpu" if cpu else "other", self.trainer.num_devices)
+        if subcommand == "fit" and isinstance(self.datamodule, ImageDataModule):
+            check_world(self.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
+        checkpoint = self.option("ckpt_path")
+        if checkpoint:
+            check_checkpoint(Path(checkpoint), self.model)
+            summary = run_folder(Path(checkpoint)) / "summary.json"
+            if subcommand == "test" and summary.is_file():
+                read_summary(summary.parent)
+        with nothing_left(self.folder, steps=lambda: self.trainer.global_step):
+            super()._run_subcommand(subcommand)
 
     def _plugins(self) -> list[Any]:
         """The plugins of the settings, and ours that writes checkpoints, unless they bring one."""
@@ -446,9 +492,10 @@ def _in_our_words() -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            if (ours := deepest(error)) is not None:
-                raise ACKDError(str(ours)) from error
-            raise
+            ours = deepest(error)
+            if ours is None or ours is error:
+                raise
+            raise type(ours)(str(ours)) from error
         finally:
             warnings.formatwarning = formatter
 

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from ackd_lightning.checks import check_writable
+from ackd_lightning.configs import read_yaml
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.export import Which, export_student, find_checkpoint, run_folder
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
+
+_FIGURES = (".png", ".pdf", ".svg")
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -32,8 +35,20 @@ def read_summary(run: Path) -> dict[str, Any]:
     path = run / "summary.json"
     if not path.is_file():
         raise ACKDError(f"{run} holds no finished run (no summary.json); name a folder that `ackd fit` wrote")
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ACKDError(f"{path} cannot be read ({reason}); restore it, or remove the run's folder") from error
+    kinds = {"config": str, "seed": int, "shown": str, "last": dict, "best": dict}
+    wrong = [
+        key for key, kind in kinds.items() if not isinstance(summary, dict) or not isinstance(summary.get(key), kind)
+    ]
+    if wrong:
+        raise ACKDError(
+            f"{path} is no summary of a run ({wrong[0]} is missing); restore it, or remove the run's folder"
+        )
+    return dict(summary)
 
 
 def export_command(run: str, *, which: Which, out: str | None, overwrite: bool) -> None:
@@ -48,11 +63,12 @@ def export_command(run: str, *, which: Which, out: str | None, overwrite: bool) 
     checkpoint = find_checkpoint(run, which)
     folder = run_folder(checkpoint)
     target = Path(out) if out else folder / f"student-{checkpoint.stem}.safetensors"
-    if target.suffix != ".safetensors":
-        raise ACKDError(f"--out is {target}; a .safetensors file is written, so let it end in .safetensors")
+    if target.suffix != ".safetensors" or target.is_dir():
+        raise ACKDError(f"--out is {target}; a .safetensors file is written, so name a file that ends in .safetensors")
     summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
     values = summary.get(checkpoint.stem, {})
     facts = {key.replace("/", "_"): f"{value:.6f}" for key, value in values.items() if key.endswith("/acc")}
+    check_writable(target.parent, "the folder of --out,")
     extra = {**facts, "weights": f"{checkpoint.stem} epoch"}
     exported = export_student(checkpoint, target, extra=extra, overwrite=overwrite)
     print(f"{target}: logits as in training, largest difference {exported.largest_difference:.1g}")
@@ -150,7 +166,9 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
     settings: dict[Path, dict[str, str]] = {}
     configs: dict[str, list[Path]] = defaultdict(list)
     for run in find_runs(places):
-        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        content = read_yaml(run / "config.yaml")
+        if not isinstance(content, dict):
+            raise ACKDError(f"{run / 'config.yaml'} holds no settings; restore it, or remove the run's folder")
         settings[run] = {key: json.dumps(value) for key, value in experiment_settings(content, places=True).items()}
         configs[read_summary(run)["config"]].append(run)
     groups: dict[str, list[Path]] = defaultdict(list)
@@ -226,12 +244,16 @@ def curves(run: Path, metric: str = "acc") -> tuple[list[int], list[float], str]
     stage = read_summary(run)["shown"]
     epochs: list[int] = []
     values: list[float] = []
-    with (run / "metrics.csv").open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            value = row.get(f"{stage}/{metric}")
-            if value and not math.isnan(float(value)):
-                epochs.append(int(row["epoch"]) + 1)
-                values.append(100 * float(value))
+    path = run / "metrics.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                value = row.get(f"{stage}/{metric}")
+                if value and not math.isnan(float(value)):
+                    epochs.append(int(row["epoch"]) + 1)
+                    values.append(100 * float(value))
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ACKDError(f"{path} cannot be read ({str(error)[:120]}); remove it to go without its curve") from error
     return epochs, values, stage
 
 
@@ -279,7 +301,13 @@ def compare_command(places: Sequence[str], figure: str) -> None:
         places: as ``find_runs`` takes them.
         figure: PNG file.
     """
+    target = Path(figure)
+    if target.suffix.lower() not in _FIGURES or target.is_dir():
+        raise ACKDError(f"--figure is {figure}; name a file that ends in {', '.join(_FIGURES)}")
     table = compare(places)
+    check_writable(target.parent, "the folder of --figure,")
+    for run in find_runs(places):
+        curves(run) if (run / "metrics.csv").is_file() else None  # before anything is printed
     Console(width=None if Console().is_terminal else 140).print(table)
     draw_curves(places, Path(figure))
     print(f"curves: {figure}")

@@ -29,17 +29,24 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
+def _unreadable(path: Path) -> str | None:
+    """Why a checkpoint cannot be used; None when it can."""
+    try:
+        read_checkpoint(path)
+    except ACKDError as error:
+        return str(error)
+    return None
+
+
 def _readable(folder: Path) -> Resumed:
     """The newest checkpoint of a run that is whole."""
     broken: list[str] = []
     for path in _newest_first(folder):
-        try:
-            read_checkpoint(path)
-        except ACKDError as error:
-            broken.append(str(error))
-            continue
-        note = f"{broken[0]}; going on from {path.name} instead" if broken else ""
-        return Resumed(folder, path, note)
+        reason = _unreadable(path)
+        if reason is None:
+            note = f"{broken[0]}; going on from {path.name} instead" if broken else ""
+            return Resumed(folder, path, note)
+        broken.append(reason)
     raise ACKDError(f"no checkpoint of run {folder} can be read ({broken[0]}); remove the folder and start again")
 
 
@@ -94,14 +101,7 @@ def resume_from(value: str) -> Resumed:
         return _readable(path)
     checkpoint = find_checkpoint(path)
     folder = run_folder(checkpoint)
-    try:
-        read_checkpoint(checkpoint)
-    except ACKDError as error:
-        for other in _newest_first(folder):
-            try:
-                read_checkpoint(other)
-            except ACKDError:
-                continue
-            raise ACKDError(f"{error}, such as --resume {other}") from error
-        raise
-    return Resumed(folder, checkpoint)
+    if (reason := _unreadable(checkpoint)) is None:
+        return Resumed(folder, checkpoint)
+    others = [path for path in _newest_first(folder) if path != checkpoint and _unreadable(path) is None]
+    raise ACKDError(f"{reason}, such as --resume {others[0]}" if others else reason)

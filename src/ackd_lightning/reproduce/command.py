@@ -30,6 +30,8 @@ from ackd_lightning.reproduce.results import (
 from ackd_lightning.reproduce.running import Runner
 from ackd_lightning.reproduce.tables import Pair, Row, TableSpec, choose, read_table, table_names
 
+_MOST_SEEDS = 1000
+
 
 class RunsFailedError(RuntimeError):
     """Some runs failed; the table is written all the same."""
@@ -54,8 +56,8 @@ def read_seeds(text: str) -> tuple[int, ...]:
     numbers = tuple(dict.fromkeys(int(part) for part in parts))
     if len(parts) > 1:
         return numbers
-    if numbers[0] < 1:
-        raise ACKDError(f"--seeds is {text}; use 1 or more")
+    if not 1 <= numbers[0] <= _MOST_SEEDS:
+        raise ACKDError(f"--seeds is {text}; use 1 or more, up to {_MOST_SEEDS}")
     return tuple(range(numbers[0]))
 
 

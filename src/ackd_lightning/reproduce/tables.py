@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from ackd_lightning.configs import config_folder, describe_config, find_config, method_names
+from ackd_lightning.configs import config_folder, describe_config, find_config, method_names, read_yaml
 from ackd_lightning.errors import ACKDError, near_matches
 
 TeacherKind = Literal["teacher", "early_stopped", "assistant"]
@@ -124,14 +122,20 @@ def _find(name: str) -> Path:
 
 
 def _read(path: Path, keys: set[str]) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ACKDError(f"{path} is not YAML ({str(error).splitlines()[0]}); mend it") from None
+    content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("pairs"), dict):
         raise ACKDError(f"{path} is no table; it needs `pairs` and `rows` as in configs/tables/table2.yaml")
     _refuse_unknown(content, keys, str(path))
+    for key in keys & {"rows", "set", "teacher_set", "student_set"}:
+        _require_mapping(content.get(key), f"`{key}` of {path}")
+    if not isinstance(content.get("metrics") or [], list):
+        raise ACKDError(f"`metrics` of {path} is {content['metrics']!r}; write a list such as [acc, acc_top5]")
     return content
+
+
+def _require_mapping(value: Any, place: str) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise ACKDError(f"{place} is {str(value)[:60]!r}; write `name: value` lines")
 
 
 def _refuse_unknown(content: Mapping[str, Any], keys: set[str], place: str) -> None:
@@ -146,6 +150,14 @@ def _pairs(content: Mapping[str, Any], path: Path) -> dict[str, Pair]:
         if not isinstance(given, dict) or "config" not in given:
             raise ACKDError(f"pair {name!r} of {path} has no `config`; name the configuration of its ACKD run")
         _refuse_unknown(given, _PAIR_KEYS, f"pair {name!r} of {path}")
+        for key, kind, what in (
+            ("config", str, "a name"),
+            ("assistant", str, "a network"),
+            ("early_stop", int, "epochs"),
+        ):
+            if given.get(key) is not None and (not isinstance(given[key], kind) or given[key] in ("", 0, True)):
+                raise ACKDError(f"`{key}` of pair {name!r} of {path} is {given[key]!r}; write {what}")
+        _require_mapping(given.get("paper"), f"`paper` of pair {name!r} of {path}")
         beside = path.parent / given["config"]
         config = beside if beside.is_file() else find_config(given["config"])
         rest = {key: value for key, value in given.items() if key != "config"}
@@ -166,9 +178,11 @@ def _check_figures(pairs: Mapping[str, Pair], metrics: Sequence[str], path: Path
 
 
 def _row(name: str, given: Mapping[str, Any] | None, place: str) -> Row:
+    _require_mapping(given, f"row {name!r} of {place}")
     given = {**SCHEDULES.get(name, {}), **(given or {})}
     _refuse_unknown(given, _ROW_KEYS, f"row {name!r} of {place}")
-    method, kind = given.get("method", name), given.get("teacher", "teacher")
+    _require_mapping(given.get("set"), f"`set` of row {name!r} of {place}")
+    method, kind = str(given.get("method", name)), given.get("teacher", "teacher")
     if f"{method}.yaml" not in method_names() and not Path(method).is_file():
         raise ACKDError(
             f"row {name!r} of {place} has the method {method!r}, which does not exist; "
@@ -204,6 +218,8 @@ def read_table(name: str, preset: str | None = None) -> TableSpec:
             raise ACKDError(f"{path} has the metric {metric!r}; {near_matches(str(metric), METRICS)}")
     if not content.get("proxies"):
         _check_figures(pairs, metrics, path)
+    if not pairs:
+        raise ACKDError(f"{path} has no pairs; write at least one below `pairs`, as in configs/tables/table2.yaml")
     rows = {str(row): _row(str(row), given, str(path)) for row, given in (content.get("rows") or {}).items()}
     return TableSpec(
         name=path.stem if preset is None else f"{path.stem}-{preset}",

@@ -131,7 +131,7 @@ class AdversarialModule(DistillationModule):
         logits.update({f"logits_aux{number}": branch.logits for number, branch in enumerate(student.branches)})
         return {name: scores.detach().float().sum() for name, scores in logits.items()}
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         """One student forward; backward and step of the discriminators; backward and step of the learners."""
         batch = self.as_batch(batch)
         learner_optimizer, discriminator_optimizer = self._optimizers()

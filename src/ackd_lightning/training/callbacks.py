@@ -33,6 +33,20 @@ if TYPE_CHECKING:
     from ackd_lightning.types import NetSpec
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """A checkpoint of a run whose folder may have been moved: the best so far is known there, too."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint says of earlier ones, with their new places."""
+        old, new = str(state_dict["dirpath"]), str(self.dirpath)
+
+        def moved(value: Any) -> Any:
+            return value.replace(old, new, 1) if isinstance(value, str) else value
+
+        kept = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**{key: moved(each) for key, each in state_dict.items()}, "best_k_models": kept})
+
+
 def checkpoints(folder: Path, *, select: bool) -> list[ModelCheckpoint]:
     """Checkpoints of a run: the last epoch, and the one with the best validation accuracy.
 
@@ -40,12 +54,12 @@ def checkpoints(folder: Path, *, select: bool) -> list[ModelCheckpoint]:
         folder: of the checkpoints.
         select: False when the run looks at test data, on which nothing may be selected: then only the last is kept.
     """
-    last = ModelCheckpoint(
+    last = RunCheckpoint(
         folder, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
     )
     if not select:
         return [last]
-    best = ModelCheckpoint(
+    best = RunCheckpoint(
         folder, filename="best", monitor="val/acc", mode="max", save_top_k=1, enable_version_counter=False
     )
     return [last, best]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -104,6 +104,15 @@ class DistillationModule(L.LightningModule):
         if lr <= 0 or momentum < 0 or weight_decay < 0:
             raise ACKDError(
                 f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}: lr must be above 0, the others 0 or more"
+            )
+        if momentum >= 1 or lr_decay <= 0 or warmup_epochs < 0 or any(each < 0 for each in milestones):
+            raise ACKDError(
+                f"momentum {momentum}, lr_decay {lr_decay}, warmup_epochs {warmup_epochs}, milestones "
+                f"{list(milestones)}: momentum must be below 1, lr_decay above 0, the others 0 or more"
+            )
+        if gradient_clip_val is not None and gradient_clip_val <= 0:
+            raise ACKDError(
+                f"gradient_clip_val is {gradient_clip_val}; it must be above 0, or left out for no clipping"
             )
         self.num_classes, self.input_size = num_classes, input_size
         self.mean, self.std = (tuple(mean) if mean else None), (tuple(std) if std else None)
@@ -343,15 +352,15 @@ class DistillationModule(L.LightningModule):
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=size)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """Loss of the method on one batch; None for a batch that is skipped."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Loss of the method on one batch; zero for a batch that is skipped."""
         batch = self.as_batch(batch)
         before = self.statistics_before()
         student, teacher = self.outputs(batch)
         terms = self.method(student, teacher, batch)
         loss = self.weighted_loss(terms)
         if self.skips({**terms, "loss": loss}, before):
-            return None
+            return torch.zeros_like(loss)  # of no backward pass: Lightning refuses None with several processes
         with torch.no_grad():
             self.method.observe(student, teacher, batch)
         self.log_terms(loss, terms, batch)
@@ -377,6 +386,22 @@ class DistillationModule(L.LightningModule):
         for buffer, copy in before:
             buffer.copy_(copy)
         return True
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward pass, but for a step that is skipped."""
+        if not self.guard.skipping:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Optimizer step, but for a step that is skipped; its loss is known before, then."""
+        if self.guard.on_nan == "stop" or optimizer_closure is None:
+            return super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        loss = optimizer_closure()
+        if not self.guard.skipping:
+            super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
+        return None
 
     def on_train_epoch_end(self) -> None:
         """Judge the epoch's last step, and log how many were skipped."""

@@ -46,6 +46,7 @@ class FiniteGuard:
 
     def __init__(self, on_nan: OnNan) -> None:
         self.on_nan = on_nan
+        self.skipping = False  # the step that is being made
         self.skipped = 0
         self.skipped_in_epoch = 0
         self.finite_in_epoch = 0
@@ -66,7 +67,8 @@ class FiniteGuard:
         """
         joined = torch.stack([value.detach().float() for value in values.values()])
         if self.on_nan == "skip":
-            return self._skip(module, tuple(values), joined)
+            self.skipping = self._skip(module, tuple(values), joined)
+            return self.skipping
         place = f"step {module.global_step + 1:,} (epoch {module.current_epoch + 1})"
         if any(step.place != place for step in self._waiting):
             self.flush(module)
