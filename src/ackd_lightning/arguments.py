@@ -8,9 +8,10 @@ import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
-from ackd_lightning.configs import find_config, read_config
+from ackd_lightning.configs import read_config
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.export import find_checkpoint, run_folder
 
@@ -34,12 +35,12 @@ class Given:
     """Where settings come from, so that a message can name the place.
 
     Attributes:
-        configs: values of ``--config``.
+        configs: values of ``--config``, with the whole paths of their files (jsonargparse changes folders).
         rest: the other arguments.
         settings: content of the configurations, put together.
     """
 
-    configs: Sequence[str]
+    configs: Mapping[str, Path]
     rest: Sequence[str]
     settings: Mapping[str, Any]
 
@@ -52,8 +53,8 @@ class Given:
         options = [argument.split("=")[0] for argument in self.rest if argument.startswith("--")]
         if found := next((option for option in options if _ends_in(option[2:], name)), ""):
             return found
-        for config in reversed(self.configs):
-            dotted = _dotted(read_config(find_config(config)), "")
+        for config, path in reversed(list(self.configs.items())):
+            dotted = _dotted(read_config(path), "")
             if found := next((each for each in dotted if _ends_in(each, name)), ""):
                 return f"{found} in {config}"
         return ""
@@ -180,7 +181,9 @@ def shorten(message: str, valid: Iterable[str], given: Given) -> str:
     if unknown:
         return _unknown(unknown[1], unknown[1], valid, given)
     if required := re.search(r"arguments are required: (.+)", text):
-        names = required[1].replace("fit.", "")
+        names = re.sub(r"\b(fit|validate|test|predict)\.", "", required[1])
+        if command := re.match(r"(validate|test|predict)\.", required[1]):
+            return f"{names} missing; write `ackd {command[1]} RUN`, or name the settings with --config"
         return f"{names} missing; name a configuration with --config (`ackd configs` lists them), or set it"
     if re.search(r"expected one argument", text):
         options = [option for option, then in _pairs(given.rest) if then is None or then.startswith("--")]

@@ -179,12 +179,17 @@ def check_checkpoint(path: Path, module: nn.Module) -> None:
     checkpoint = read_checkpoint(path)
     hparams = checkpoint.get("hyper_parameters", {})
     there, here = (_what(each) for each in (hparams, getattr(module, "hparams", {})))
+    problem: ACKDError | None = None
     try:
         check_fit(checkpoint["state_dict"], module.state_dict(), path, "the settings")
     except ACKDError as error:
-        if there != here:
-            raise ACKDError(f"{path} was made with {there} and the settings have {here}; choose another one") from error
-        raise
+        problem = error
+    if problem is not None:  # out here, so that it does not count as the first cause
+        raise (
+            problem
+            if there == here
+            else ACKDError(f"{path} was made with {there} and the settings have {here}; choose another one")
+        )
 
 
 def _what(hparams: Mapping[str, Any]) -> str:

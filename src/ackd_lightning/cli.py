@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError, RunFinishedError, RunStoppedError, near_matches
@@ -20,7 +20,10 @@ _LIGHTNING = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one sentence."""
+    """Errors in one sentence, and no abbreviations: a mistyped option must not become another one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing usage."""

@@ -40,6 +40,18 @@ class Exported:
     training_parameters: int
 
 
+def write_json(content: Any, path: Path) -> None:
+    """Write a JSON file that is there whole or not at all.
+
+    Args:
+        content: plain data.
+        path: of the file.
+    """
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
 def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
     """Resolve a run folder or a checkpoint file to a checkpoint file.
 

@@ -48,12 +48,12 @@ from ackd_lightning.checks import (
     nothing_left,
 )
 from ackd_lightning.classes import check_classes
-from ackd_lightning.configs import load_configs
+from ackd_lightning.configs import find_config, load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.export import run_folder
+from ackd_lightning.export import run_folder, write_json
 from ackd_lightning.reports import experiment_settings, read_summary
-from ackd_lightning.resuming import resume_auto, resume_from
+from ackd_lightning.resuming import hold, resume_auto, resume_from
 from ackd_lightning.training.callbacks import CurvesFile, EpochLine, PredictionFile, RunSummary, checkpoints
 from ackd_lightning.training.distillation import DistillationModule
 from ackd_lightning.training.health import DiskRoom
@@ -78,7 +78,7 @@ class Parser(LightningArgumentParser):
     """Errors in one sentence."""
 
     known: ClassVar[set[str]] = set()
-    given: ClassVar[Given] = Given((), (), {})
+    given: ClassVar[Given] = Given({}, (), {})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing pages of usage."""
@@ -125,7 +125,7 @@ class ACKDCLI(LightningCLI):
             configs, rest = name_checkpoint(configs, rest)
         settings, self.config_name = load_configs(configs)
         refuse_linked(settings, rest)
-        Parser.given = Given(configs, rest, settings)
+        Parser.given = Given({each: find_config(each).resolve() for each in configs}, rest, settings)
         check_shape(settings, Parser.given)
         Parser.known = check_classes(settings, _ROOTS, L.Trainer)
         self.folder = Path()
@@ -261,7 +261,7 @@ class ACKDCLI(LightningCLI):
         if launched_by_us:
             found = resume_from(os.environ[_RESUMED]) if _RESUMED in os.environ else None
         elif value == "auto":
-            found = resume_auto(self.folder.parent, self.option("name"))
+            found = resume_auto(self.folder.parent, self.option("name"), self.option("seed_everything"))
         else:
             found = resume_from(value)
         os.environ.pop(_RESUMED, None)
@@ -280,8 +280,13 @@ class ACKDCLI(LightningCLI):
         path = self.folder / "config.yaml"
         if not path.is_file():
             return
-        there = experiment_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
-        now = experiment_settings(self.settings())
+        before, after = yaml.safe_load(path.read_text(encoding="utf-8")), self.settings()
+        if before.get("seed_everything") != after["seed_everything"]:
+            raise ACKDError(
+                f"run {self.folder} has --seed_everything {before.get('seed_everything')} and not "
+                f"{after['seed_everything']}, so it would not go on as it began; give its seed"
+            )
+        there, now = experiment_settings(before), experiment_settings(after)
         different = [key for key in sorted(there.keys() & now.keys()) if there[key] != now[key]]
         changes = [f"{key} {there[key]!r} -> {now[key]!r}" for key in different]
         if changes:
@@ -383,15 +388,17 @@ class ACKDCLI(LightningCLI):
     # ---------------------------------------------------------------- running
 
     def before_fit(self) -> None:
-        """A missing teacher ends the run before anything is written."""
+        """A missing teacher ends the run before anything is written; then the folder is this process's own."""
         self.model.load_teacher()
+        if self.trainer.is_global_zero and not self.option("trainer.fast_dev_run"):
+            self.lock = hold(self.folder)
 
     def after_fit(self) -> None:
         """Print the summary, when the progress bar is gone, and test when asked to."""
         self.summary.show()
         if not self.option("test") or self.option("trainer.fast_dev_run"):
             return
-        if isinstance(self.datamodule, ImageDataModule) and self.datamodule.val_is_test:
+        if isinstance(self.datamodule, ImageDataModule) and self.datamodule.val_is_test and self.summary.up_to_date:
             return  # the last epoch was measured on the test set
         for name in ("last", "best"):
             checkpoint = self.folder / "checkpoints" / f"{name}.ckpt"
@@ -422,7 +429,7 @@ class ACKDCLI(LightningCLI):
             values = {key: float(value) for key, value in measured if not key.startswith(("train/", "val/"))}
             summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
             summary.setdefault("test", {})[which] = values
-            (run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            write_json(summary, run / "summary.json")
 
 
 def _rank() -> int:

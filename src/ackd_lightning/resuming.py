@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
+
+import yaml
 
 from ackd_lightning.errors import ACKDError, RunFinishedError
 from ackd_lightning.export import find_checkpoint, read_checkpoint, run_folder
+
+
+def hold(folder: Path) -> IO[str] | None:
+    """Claim a run's folder for this process, until it ends or closes what is returned.
+
+    Args:
+        folder: of the run; made if it is missing.
+
+    Returns:
+        The file that is locked; None on systems without such locks.
+
+    Raises:
+        ACKDError: when another process trains this run.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return None  # some network file systems have no locks
+        raise ACKDError(
+            f"run {folder} is being trained by another process; wait for it, or choose another --name"
+        ) from None
+    return stream
 
 
 @dataclass(frozen=True)
@@ -26,7 +60,12 @@ class Resumed:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    """Checkpoints of a run: the last one, then others by age."""
+
+    def age(path: Path) -> tuple[bool, int]:
+        return path.name == "last.ckpt", path.stat().st_mtime_ns
+
+    return sorted(folder.glob("checkpoints/*.ckpt"), key=age, reverse=True)
 
 
 def _unreadable(path: Path) -> str | None:
@@ -59,12 +98,18 @@ def _refuse_finished(folder: Path) -> None:
         )
 
 
-def resume_auto(place: Path, name: str | None) -> Resumed | None:
+def _seed_of(folder: Path) -> Any:
+    config = folder / "config.yaml"
+    return yaml.safe_load(config.read_text(encoding="utf-8")).get("seed_everything") if config.is_file() else None
+
+
+def resume_auto(place: Path, name: str | None, seed: Any = None) -> Resumed | None:
     """The newest unfinished run of a configuration.
 
     Args:
         place: folder of the configuration's runs.
         name: of the run when it was given: then only this one counts.
+        seed: of the run: without a name, runs with another seed do not count.
 
     Returns:
         None when there is nothing to go on with, so that the run starts from the beginning.
@@ -73,7 +118,7 @@ def resume_auto(place: Path, name: str | None) -> Resumed | None:
         RunFinishedError: when the named run, or the only runs that there are, have ended.
         ACKDError: when no checkpoint of the run can be read.
     """
-    folders = [place / name] if name else [path for path in place.glob("*") if path.is_dir()]
+    folders = [place / name] if name else [path for path in place.glob("*") if path.is_dir() and _seed_of(path) == seed]
     with_checkpoint = [(found[0].stat().st_mtime_ns, folder) for folder in folders if (found := _newest_first(folder))]
     unfinished = [each for each in with_checkpoint if not (each[1] / "summary.json").is_file()]
     if unfinished:
@@ -100,6 +145,8 @@ def resume_from(value: str) -> Resumed:
             find_checkpoint(path)  # says what is there
         return _readable(path)
     checkpoint = find_checkpoint(path)
+    if checkpoint.parent.name != "checkpoints":
+        raise ACKDError(f"{value} is in no run's checkpoints/; name the run, or start a new one with --ckpt_path")
     folder = run_folder(checkpoint)
     if (reason := _unreadable(checkpoint)) is None:
         return Resumed(folder, checkpoint)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from ackd_lightning import create_model
@@ -74,7 +71,11 @@ def checkpoint(change: Callable[[dict], object]) -> Callable[[], None]:
 
 
 def images(
-    count: int = 3, *, parts: tuple[str, ...] = ("train", "test"), kind: str = "png", then: Callable[[Path], object] = id
+    count: int = 3,
+    *,
+    parts: tuple[str, ...] = ("train", "test"),
+    kind: str = "png",
+    then: Callable[[Path], object] = id,
 ) -> Callable[[], None]:
     """A folder of images of two classes, and something done to it."""
 
@@ -221,7 +222,7 @@ CASES = [
     Case("weight_negative", [*KD, "--model.method.weight_kd", "-1"], ("model.method.weight_kd is -1", "0 or more")),
     Case("lambda_negative", [*ACKD, "--model.method.lambda_adv", "-1"],
          ("model.method.lambda_adv is -1", "0 or more")),
-    Case("attention_hidden", [*ACKD, "--model.method.attention_hidden", "0"], ("attention_hidden 0", "1 or more")),
+    Case("attention_hidden", [*ACKD, "--model.method.attention_hidden", "0"], ("attention_hidden 0", "from 1 to")),
     Case("val_fraction_one", [*CE, "--data.val_fraction", "1"], ("val_fraction is 1", "not including 1")),
     Case("val_fraction_negative", [*CE, "--data.val_fraction", "-0.1"], ("val_fraction is -0.1", "from 0")),
     Case("train_fraction_zero", [*CE, "--data.train_fraction", "0"], ("train_fraction is 0", "above 0")),
@@ -250,9 +251,12 @@ CASES = [
     Case("yaml_bomb", MINE, ("mine.yaml", "aliases"),
          text("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)))),
     Case("yaml_deep", MINE, ("mine.yaml", "not YAML"), text("[" * 5000)),
-    Case("yaml_python", MINE, ("mine.yaml, line 1", "python/object", "mend it"), text("!!python/object:os.system {}\n")),
-    Case("yaml_folder", ["fit", "--config", "mine.yaml"], ("mine.yaml", "no such file"), lambda: Path("mine.yaml").mkdir()),
-    Case("include_missing", MINE, ("mine.yaml includes 'nothing_here'", "known are"), text("include: [nothing_here]\n")),
+    Case("yaml_python", MINE, ("mine.yaml, line 1", "python/object", "mend it"),
+         text("!!python/object:os.system {}\n")),
+    Case("yaml_folder", ["fit", "--config", "mine.yaml"], ("mine.yaml", "no such file"),
+         lambda: Path("mine.yaml").mkdir()),
+    Case("include_missing", MINE, ("mine.yaml includes 'nothing_here'", "known are"),
+         text("include: [nothing_here]\n")),
     Case("include_near", MINE, ("'data/digit'", "did you mean 'data/digits'"), text("include: [data/digit]\n")),
     Case("include_no_list", MINE, ("'digits_resnet20'", "mine.yaml", "include: [digits_resnet20]"),
          text("include: digits_resnet20\n")),
@@ -365,7 +369,8 @@ CASES = [
          images(kind="jpg", then=lambda root: cut(root / "train/dog/1.jpg", 300)())),
     Case("images_text", FOLDER, ("mine/train/dog/1.png", "replace the file or delete it"),
          images(then=lambda root: (root / "train/dog/1.png").write_text("no"))),
-    Case("images_too_few", FOLDER, ("fewer than one batch of 20", "set batch_size to"), images(5)),
+    Case("images_too_few", [*FOLDER, "--data.val_fraction", "0", "--data.cache", "false"],
+         ("fewer than one batch of 20", "set batch_size to 8"), images(5)),
     Case("images_without_training", FOLDER, ("test", "train_dir"), images(parts=("test",))),
     Case("images_of_size_0", [*FOLDER, "--data.image_size", "0"], ("image_size is 0", "8 pixels"), images()),
     Case("images_of_huge_size", [*FOLDER, "--data.image_size", "99999999"], ("image_size is 99999999",), images()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -11,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from reproduce.helpers import make_job, write_run
 
 from ackd_lightning.reproduce.running import Runner
+from reproduce.helpers import make_job, write_run
 
 STUB = """#!{python} -IS
 import json, os, pathlib, signal, sys, time
@@ -25,7 +26,7 @@ facts["device"] = os.environ.get("CUDA_VISIBLE_DEVICES")
 facts["inherited"] = [key for key in os.environ if key.startswith("ACKD_RUN")]
 with (root / "calls").open("a") as calls:
     calls.write(json.dumps(facts) + "\\n")
-summary = {{"shown": "test", "last": {{"test/acc": 0.5}}}}
+summary = {{"config": "c", "seed": 0, "shown": "test", "last": {{"test/acc": 0.5}}, "best": {{}}}}
 what = rest[2] if command == "fit" else "test"
 if what == "fail":
     print("a line before")
@@ -46,8 +47,6 @@ if what == "meet":  # ends only beside another one
         if time.time() > until:
             sys.exit("alone")
         time.sleep(0.01)
-if what == "validated":
-    summary = {{"shown": "val", "last": {{"val/acc": 0.9}}}}
 if what == "test":
     summary = json.loads((folder / "summary.json").read_text())
     summary.setdefault("test", {{}})[rest[rest.index("--which") + 1]] = {{"test/acc": 0.25}}
@@ -110,7 +109,6 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(place, capfd):
     job = run(place, "kd")
     (job.folder / "checkpoints").mkdir(parents=True)
     (job.folder / "checkpoints/last.ckpt").touch()
-    write_run(job.folder.with_name("new"))
     carry_out(place, [job, run(place, "other")])
     first, second = (call["arguments"] for call in calls(place))
     assert first[first.index("--ckpt_path") + 1] == str(job.folder / "checkpoints/last.ckpt")
@@ -121,10 +119,10 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(place, capfd):
 
 
 def test_finished_runs_are_skipped(place, capfd):
-    done, best_missing = run(place, "done"), run(place, "tested")
+    done, tested = run(place, "done"), run(place, "tested")
     write_run(done.folder, curve=[0.5])
-    write_run(best_missing.folder, last=0.5)
-    assert carry_out(place, [done, best_missing, run(place, "kd", needs=(done,))]) == {}
+    write_run(tested.folder, last=0.5)
+    assert carry_out(place, [done, tested, run(place, "kd", needs=(done,))]) == {}
     assert [call["run"] for call in calls(place)] == ["kd"]
     assert "[1/1] kd: test accuracy 50.00%" in capfd.readouterr().out
 
@@ -195,7 +193,7 @@ def test_two_devices_are_used_at_a_time(place):
     end = dict(json.loads(line) for line in (place / "ends").read_text().splitlines())
     for device in ("2", "GPU-7"):
         own = sorted((call["begin"], end[call["run"]]) for call in made if call["device"] == device)
-        assert all(ended <= begun for (_, ended), (begun, _) in zip(own, own[1:], strict=False))
+        assert all(ended <= begun for (_, ended), (begun, _) in itertools.pairwise(own))
 
 
 @pytest.mark.parametrize("visible", [None, "5"])

@@ -16,13 +16,14 @@ from ackd_lightning.data.base import (
     Part,
     Source,
 )
-from ackd_lightning.data.images import Files, class_folders, scan_class_folders
+from ackd_lightning.data.images import Files, class_folders, require_same_classes, scan_class_folders
 from ackd_lightning.data.sampling import stratified_split
 from ackd_lightning.errors import ACKDError
 
 _TEST_NAMES = ("test", "val", "valid", "validation")
 _TEST_SHARE = 0.2
 _TEST_SPLIT_SEED = 1  # not the one of the validation split, which is taken out of what remains
+_LARGEST = 4096
 _IN_MEMORY = 64  # pixels up to which images are held in memory
 
 
@@ -84,8 +85,8 @@ class ImageFolderDataModule(ImageDataModule):
             seed=seed,
             cache=cache,
         )
-        if image_size < 8:
-            raise ACKDError(f"image_size is {image_size}: use 8 pixels or more")
+        if not 8 <= image_size <= _LARGEST:
+            raise ACKDError(f"image_size is {image_size}: use 8 pixels or more, up to {_LARGEST}")
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != 3:
                 raise ACKDError(f"{name} has {len(values)} values: give one for each of the 3 colour channels")
@@ -99,6 +100,8 @@ class ImageFolderDataModule(ImageDataModule):
         if not self.class_names:
             scan_class_folders(self._train_folder)  # says what is there instead
         self.num_classes = len(self.class_names)
+        if self._test_folder is not None and (there := class_folders(self._test_folder)):
+            require_same_classes(self.class_names, [folder.name for folder in there], "train", "test")
 
     def _layout(self, train_dir: str | None, test_dir: str | None) -> tuple[Path, Path | None]:
         """Find the folders of both parts; no test folder means that the training folder is split."""

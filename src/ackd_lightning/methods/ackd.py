@@ -94,11 +94,16 @@ class ACKD(AdversarialMethod):
         super().__init__()
         if temperature <= 0:
             raise ACKDError(f"temperature is {temperature} in method ACKD; it must be above 0")
-        if attention_hidden < 1 or attention_lr_scale < 0 or adversarial_warmup_epochs < 0 or discriminator_lr <= 0:
+        if (
+            not 1 <= attention_hidden <= 65536
+            or attention_lr_scale < 0
+            or adversarial_warmup_epochs < 0
+            or discriminator_lr <= 0
+        ):
             raise ACKDError(
                 f"attention_hidden {attention_hidden}, attention_lr_scale {attention_lr_scale}, "
                 f"adversarial_warmup_epochs {adversarial_warmup_epochs}, discriminator_lr {discriminator_lr} in method "
-                "ACKD: the first must be 1 or more, the last above 0, the others 0 or more"
+                "ACKD: the first must be from 1 to 65536, the last above 0, the others 0 or more"
             )
         if branches is not None and len(branches) == 0:
             raise ACKDError("branches is empty in method ACKD; name at least one, such as D3B1, or leave it out")

@@ -56,13 +56,14 @@ class Method(nn.Module):
             epoch: the epoch.
         """
 
-    def set_targets(self, targets: Tensor) -> None:
+    def set_targets(self, targets: Tensor, seed: int = 0) -> None:
         """Take the class of every training image, when a fit begins and before a checkpoint is restored.
 
         Called when ``needs_targets`` is set.
 
         Args:
             targets: ``N`` int64 by ``Batch.index``.
+            seed: of the run, for what the method draws.
         """
 
     def set_batch_size(self, size: int) -> None:

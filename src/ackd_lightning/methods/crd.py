@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
-from ackd_lightning.keyed import keyed_bits
+from ackd_lightning.keyed import keyed_bits, mix
 from ackd_lightning.methods.base import Method
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -156,8 +156,8 @@ class CRD(Method):
     """Cross-entropy plus contrastive representation distillation, and plain distillation when it is given a weight.
 
     It knows every training image by its ``Batch.index``: ``set_targets`` makes one row for each in two memories, which
-    are part of a checkpoint. Negatives are images of other classes, drawn with replacement by a hash of (step, image,
-    position), so they depend neither on the device nor on the number of processes. (The benchmark draws without
+    are part of a checkpoint. Negatives are images of other classes, drawn with replacement by a hash of (seed, step,
+    image, position), so they depend neither on the device nor on the number of processes. (The benchmark draws without
     replacement where there are enough images; K = 16384 of 50,000.) In a multi-process run every process keeps the
     same memories, moved by the whole batch.
 
@@ -218,7 +218,7 @@ class CRD(Method):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         for name in ("by_class", "class_start", "class_count", "targets"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
-        self._first_step = True
+        self._first_step, self.seed = True, 0
 
     def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
         """Make both heads.
@@ -242,16 +242,17 @@ class CRD(Method):
 
     # ---------------------------------------------------------------- memories
 
-    def set_targets(self, targets: Tensor) -> None:
+    def set_targets(self, targets: Tensor, seed: int = 0) -> None:
         """Make both memories and the tables of the classes; memories for as many images as these are kept.
 
         Args:
             targets: ``N`` int64 by ``Batch.index``.
+            seed: of the memories and of the negatives.
 
         Raises:
             ACKDError: for images of fewer than two classes, which have no negatives.
         """
-        device = self.steps.device
+        device, self.seed = self.steps.device, seed
         targets = targets.to("cpu", torch.int64)
         counts = torch.bincount(targets)
         if int((counts > 0).sum()) < 2:
@@ -263,7 +264,7 @@ class CRD(Method):
         self.by_class = targets.argsort(stable=True).to(device)
         self.class_start = (counts.cumsum(0) - counts).to(device)
         if len(self.memory_student) != len(targets):
-            generator = torch.Generator().manual_seed(_STREAM)  # equal in all processes
+            generator = torch.Generator().manual_seed(mix(_STREAM, seed))  # equal in all processes
             bound = 1 / math.sqrt(self.embedding_size / 3)
             for name in ("memory_student", "memory_teacher"):
                 rows = torch.empty(len(targets), self.embedding_size).uniform_(-bound, bound, generator=generator)
@@ -297,7 +298,7 @@ class CRD(Method):
             ``B x K`` int64 indices.
         """
         position = torch.arange(self.negatives, device=index.device)
-        bits = keyed_bits(_STREAM, self.steps, index[:, None], position[None, :])
+        bits = keyed_bits(_STREAM, self.seed, self.steps, index[:, None], position[None, :])
         own = self.class_count[target][:, None]
         place = ((bits >> 31) * (len(self.by_class) - own)) >> 32  # 32 random bits times the choices, without bias
         place = place + own * (place >= self.class_start[target][:, None])  # step over the own class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
@@ -107,6 +108,19 @@ def save_weights(
         if partial.is_file():
             partial.unlink()
     return file
+
+
+def digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a weight file, as text.
+
+    Args:
+        path: of the file.
+    """
+    found = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.reproduce.estimate import Stopwatch, megabytes
-from ackd_lightning.reproduce.planning import Job, Planner, check_unchanged, unchanged
+from ackd_lightning.reproduce.planning import Job, Planner, check_unchanged, needs_teacher, unchanged
 from ackd_lightning.reproduce.proxies import proxy_lines
 from ackd_lightning.reproduce.results import (
     COLUMNS,
@@ -66,7 +67,7 @@ def _devices(workers: int | None) -> list[str | None]:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if workers is not None and workers < 1:
         raise ACKDError(f"--workers is {workers}; use 1 or more")
-    if found < 2 and workers is None:
+    if workers == 1 or (found < 2 and workers is None):
         return [None]
     if not found:
         return [None] * (workers or 1)
@@ -132,9 +133,10 @@ def _fetch_data(jobs: Sequence[Job]) -> None:
 def _plan(
     table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], seeds: Sequence[int], planner: Planner
 ) -> list[Job]:
-    for pair in pairs:
-        if planner.given_weights(pair) is None:
-            planner.teacher(pair)
+    if any(needs_teacher(row) for row in rows):
+        for pair in pairs:
+            if planner.given_weights(pair) is None:
+                planner.teacher(pair)
     for row in rows:  # pairs inside rows: seeds of a method side by side in the list
         for pair in pairs:
             planner.add(pair, row, seeds)
@@ -194,14 +196,16 @@ def reproduce(
     done = sum(job.finished for job in everything.values())
     place = work[0][4].out
     print(f"{len(everything)} runs, {done} of them finished, files in {place}", flush=True)
-    previous = signal.signal(signal.SIGTERM, _terminated)
+    ending = [number for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number is not None]
+    previous = {number: signal.signal(number, _terminated) for number in ending}
     try:
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
     except (KeyboardInterrupt, SystemExit):
         print("interrupted; the same command goes on where it stopped", flush=True)
         raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     for table, folder, some_pairs, rows, planner, jobs in work:
         shown = [*jobs, *_earlier(table, some_pairs, rows, chosen_seeds, planner)]
         _report(table, folder, some_pairs, rows, planner, shown, failed)
@@ -213,9 +217,9 @@ def reproduce(
         )
 
 
-def _terminated(*_: object) -> None:
-    """SIGTERM ends the children, too."""
-    raise SystemExit(143)
+def _terminated(number: int, _: object) -> None:
+    """SIGTERM and a closed terminal end the children, too."""
+    raise SystemExit(128 + number)
 
 
 def _earlier(
@@ -224,9 +228,11 @@ def _earlier(
     """Runs of the table's other rows that an earlier call with the same settings has finished."""
     found: list[Job] = []
     for row in table.rows.values():
-        there = any(planner.out.glob(f"runs/*/{row.name}-seed*/summary.json"))
-        if row not in rows and there:
-            found += [job for pair in pairs for job in planner.add(pair, row, seeds) if job.finished and unchanged(job)]
+        if row in rows or not any(planner.out.glob(f"runs/*/{row.name}-seed*/summary.json")):
+            continue
+        for pair in pairs:
+            with contextlib.suppress(ACKDError):  # a pair that cannot have this row
+                found += [job for job in planner.add(pair, row, seeds) if job.finished and unchanged(job)]
     return found
 
 

@@ -16,7 +16,8 @@ from ackd_lightning.configs import find_config, load_configs
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.lightning_cli import PlannedRun
 from ackd_lightning.lightning_cli import plan as plan_fit
-from ackd_lightning.reports import experiment_settings
+from ackd_lightning.models.weights import digest
+from ackd_lightning.reports import experiment_settings, read_summary
 from ackd_lightning.reproduce.tables import Pair, Row, TableSpec, TeacherKind
 
 _TEACHER_SEED = 0
@@ -36,6 +37,7 @@ class Job:
         arguments: behind ``ackd fit``.
         folder: of the run.
         needs: folders of the runs whose networks it learns from.
+        source: the weight file that it learns from; None without a teacher.
         settings: dotted settings that make the experiment, the seed left out.
         planned: the run as it was read, for estimates.
     """
@@ -48,6 +50,7 @@ class Job:
     arguments: tuple[str, ...]
     folder: Path
     needs: tuple[Path, ...]
+    source: Path | None
     settings: dict[str, Any]
     planned: PlannedRun
 
@@ -58,9 +61,9 @@ class Job:
 
     @property
     def checkpoint(self) -> Path | None:
-        """Where an interrupted run goes on."""
-        path = self.folder / "checkpoints" / "last.ckpt"
-        return path if path.is_file() and not self.finished else None
+        """A checkpoint of an interrupted run; `--resume` chooses which."""
+        found = list(self.folder.glob("checkpoints/*.ckpt"))
+        return found[0] if found and not self.finished else None
 
     @property
     def student_file(self) -> Path:
@@ -97,8 +100,8 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
     return [part for key, text in texts.items() for part in (f"--{key}", text)]
 
 
-def _changed(job: Job) -> tuple[str, Any] | None:
-    """The first setting in which a run that is there differs from the plan, and its value there.
+def _changed(job: Job) -> tuple[str, str, str] | None:
+    """The first setting in which a run that is there differs from the plan, its value there, and the planned one.
 
     Settings that only one side knows (another version's) are not compared.
     """
@@ -107,7 +110,21 @@ def _changed(job: Job) -> tuple[str, Any] | None:
         return None
     there = experiment_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
     common = sorted(there.keys() & job.settings.keys())
-    return next(((key, there[key]) for key in common if there[key] != job.settings[key]), None)
+    changed = next((key for key in common if there[key] != job.settings[key]), None)
+    if changed is not None:
+        return changed, json.dumps(there[changed]), json.dumps(job.settings[changed])
+    return _changed_teacher(job)
+
+
+def _changed_teacher(job: Job) -> tuple[str, str, str] | None:
+    """The same of the network that a finished run learnt from."""
+    known = read_summary(job.folder).get("teacher", {}).get("sha256") if job.finished else None
+    if known is None or job.source is None:
+        return None
+    if not job.source.is_file():
+        return "a teacher", f"{known[:12]}", f"{job.source}, which is not there"
+    now = digest(job.source)
+    return None if now == known else ("a teacher", known[:12], f"{job.source} ({now[:12]})")
 
 
 def unchanged(job: Job) -> bool:
@@ -129,14 +146,19 @@ def check_unchanged(job: Job) -> None:
         ACKDError: naming the setting that differs.
     """
     if (change := _changed(job)) is not None:
-        key, value = change
+        key, there, planned = change
         raise ACKDError(
-            f"run {job.folder} was made with {key} = {json.dumps(value)} and would now have "
-            f"{json.dumps(job.settings[key])}; choose another --out, or remove that run"
+            f"run {job.folder} was made with {key} = {there} and would now have {planned}; "
+            "choose another --out, or remove that run"
         )
 
 
-def _needs_teacher(row: Row) -> bool:
+def needs_teacher(row: Row) -> bool:
+    """Whether a row's method has a teacher.
+
+    Args:
+        row: of a table.
+    """
     description = load_configs([row.method])[0]["model"]["init_args"]["method"]
     return bool(pkgutil.resolve_name(description["class_path"]).needs_teacher)
 
@@ -168,6 +190,7 @@ class Planner:
         seeds: Sequence[int] = (_TEACHER_SEED,),
         needs: tuple[Path, ...] = (),
         learns_from: str = "",
+        source: Path | None = None,
     ) -> list[Job]:
         """Plan a run for every seed; read once."""
         jobs: list[Job] = []
@@ -198,6 +221,7 @@ class Planner:
                     arguments=tuple(own),
                     folder=folder,
                     needs=needs,
+                    source=source,
                     settings=experiment,
                     planned=planned,
                 )
@@ -305,6 +329,7 @@ class Planner:
             settings=settings,
             name=f"assistant-{pair.assistant}",
             needs=needs,
+            source=Path(source["model.teacher_weights"]),
         )[0]
         return self._sources[pair.name, "assistant"]
 
@@ -330,7 +355,7 @@ class Planner:
         """
         source: dict[str, Any] = {}
         needs: tuple[Path, ...] = ()
-        if _needs_teacher(row):
+        if needs_teacher(row):
             source, needs = self._source(pair, row.teacher)
         return self._job(
             title=f"{pair.name}: {row.label}",
@@ -342,5 +367,6 @@ class Planner:
             name=row.name,
             seeds=seeds,
             needs=needs,
-            learns_from=row.teacher if needs or source else "",
+            learns_from=row.teacher if source else "",
+            source=Path(source["model.teacher_weights"]) if source else None,
         )

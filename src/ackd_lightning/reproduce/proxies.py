@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from ackd_lightning.analysis.proxies import proxy_measurements
+from ackd_lightning.export import write_json
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.weights import digest
 from ackd_lightning.reproduce.planning import Job, Planner
 from ackd_lightning.reproduce.results import Line
 from ackd_lightning.reproduce.tables import Pair, Row, TableSpec
@@ -26,9 +29,9 @@ def _test_batches(job: Job, device: torch.device) -> Iterator[Batch]:
         yield data.on_after_batch_transfer(moved, 0)
 
 
-def _network(name: str, weights: str, job: Job) -> FrozenTeacher:
+def _network(name: str, weights: str, job: Job, options: dict[str, Any] | None) -> FrozenTeacher:
     module, data = job.planned.model, job.planned.datamodule
-    network = FrozenTeacher.from_name(name, module.num_classes, weights=weights)
+    network = FrozenTeacher.from_name(name, module.num_classes, weights=weights, options=options)
     network.adapt_to(data.mean, data.std, data.input_size)
     return network
 
@@ -41,18 +44,22 @@ def measure(job: Job, teacher: tuple[str, str]) -> dict[str, float]:
         teacher: model name and weight file.
     """
     kept = job.folder / _FILE
-    if kept.is_file():
-        values: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
-        return values
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = job.planned.settings()["model"]["init_args"]
+    files = (teacher[1], model["teacher_weights"], str(job.student_file))
+    networks = [digest(file) for file in files]
+    if kept.is_file():
+        content = json.loads(kept.read_text(encoding="utf-8"))
+        if content["networks"] == networks:
+            values: dict[str, float] = content["values"]
+            return values
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values = proxy_measurements(
-        _network(*teacher, job).to(device),
-        _network(model["teacher"], model["teacher_weights"], job).to(device),
-        _network(model["student"], str(job.student_file), job).to(device),
+        _network(*teacher, job, model["teacher_options"]).to(device),
+        _network(model["teacher"], model["teacher_weights"], job, model["teacher_options"]).to(device),
+        _network(model["student"], str(job.student_file), job, model["student_options"]).to(device),
         _test_batches(job, device),
     )
-    kept.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    write_json({"networks": networks, "values": values}, kept)
     return values
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ackd_lightning.export import write_json
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.reports import curves, read_summary
 from ackd_lightning.reproduce.planning import Job, Planner
@@ -40,20 +41,23 @@ def record(job: Job) -> dict[str, Any]:
     best, best_on = tested.get("best"), "validation"
     if best is None and summary["shown"] == "test":
         best_on = "test"
-        best = {key: max(values) / 100 for key in ("acc", "acc_top5") if (values := curves(job.folder, key)[1])}
-        best = {f"test/{key}": value for key, value in best.items()}
+        has_curves = (job.folder / "metrics.csv").is_file()  # not with --trainer.logger false
+        by_metric = {key: curves(job.folder, key)[1] for key in ("acc", "acc_top5") if has_curves}
+        best = {f"test/{key}": max(values) / 100 for key, values in by_metric.items() if values}
     versions = summary["versions"]
     return {
         "pair": job.pair,
         "row": job.row,
         "kind": job.kind,
         "seed": job.seed,
-        "run": str(job.folder),
+        "run": str(job.folder.resolve()),
         "config_hash": job.config_hash,
         "commit": versions.get("commit"),
         "versions": {key: value for key, value in versions.items() if key != "commit"},
         "device": summary["device"],
         "precision": summary["precision"],
+        "skipped_steps": summary.get("skipped_steps", 0),
+        "teacher_acc": summary.get("teacher", {}).get("acc") if summary["shown"] == "test" else None,
         "epochs": summary["epochs"],
         "seconds": summary["seconds"],
         "last": _accuracies(last),
@@ -179,7 +183,7 @@ def _teacher_line(
         known = read_metadata(weights).get(f"test_{metric}") if says_so else None
         last = (100 * float(known),) if known else ()
     else:
-        folder = str(planner.teacher(pair).folder)
+        folder = str(planner.teacher(pair).folder.resolve())
         own = [each for each in records if each["run"] == folder]
         last = _percent(own, "last", metric)
         best = _percent(own, "best", metric)
@@ -199,7 +203,11 @@ def note(table: TableSpec, records: Sequence[dict[str, Any]]) -> str:
     parts = ["Accuracy in % on the test set, mean ± sample standard deviation over n seeds."]
     if table.error:
         parts.append("The paper gives errors; shown is 100 minus them.")
-    if any(each["best_on"] == "test" for each in students):
+    if table.proxies:
+        parts = [
+            "Measured on the test set, mean ± sample standard deviation over n seeds; defaults of docs/reproduce.md."
+        ]
+    elif any(each["best_on"] == "test" for each in students):
         parts.append("`best` is the highest epoch on the test set itself, so it is too high; nothing else is selected.")
     elif students:
         parts.append("`best` is the epoch with the highest validation accuracy.")
@@ -207,7 +215,10 @@ def note(table: TableSpec, records: Sequence[dict[str, Any]]) -> str:
         devices = sorted({each["device"] for each in students})
         versions = sorted({", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in students})
         commits = sorted({each["commit"] or "unknown" for each in students})
-        parts.append(f"Epochs: {', '.join(map(str, epochs))}. Device: {'; '.join(devices)}.")
+        precisions = sorted({each["precision"] for each in students})
+        parts.append(f"Epochs: {', '.join(map(str, epochs))}. Device: {'; '.join(devices)}, {', '.join(precisions)}.")
+        if skipped := sum(each["skipped_steps"] for each in students):
+            parts.append(f"{skipped} steps were skipped, because their loss was not finite.")
         parts.append(f"Versions: {'; '.join(versions)}. Commit: {', '.join(commits)}.")
     return " ".join(parts)
 
@@ -289,7 +300,7 @@ def draw(content: Sequence[Line], target: Path) -> None:
 
 
 def write_records(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write ``results.json``: records of other runs that stand in it are kept.
+    """Write ``results.json``: records of other runs that stand in it are kept as long as these runs are there.
 
     Args:
         records: of finished runs.
@@ -299,6 +310,4 @@ def write_records(records: Sequence[dict[str, Any]], path: Path) -> None:
     if path.is_file():
         known = {each["run"]: each for each in json.loads(path.read_text(encoding="utf-8"))}
     known |= {each["run"]: each for each in records}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(list(known.values()), indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_json([each for run, each in known.items() if (Path(run) / "summary.json").is_file()], path)

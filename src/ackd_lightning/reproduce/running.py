@@ -21,6 +21,8 @@ from ackd_lightning.reproduce.planning import Job
 _PROGRESS = re.compile(r"^epoch \d+")
 _EVERY = 15.0
 """Seconds between two lines of progress of one run."""
+_PATIENCE = 300.0
+"""Seconds that a run may take to stop: a step or a validation, and a checkpoint."""
 
 
 class Runner:
@@ -99,7 +101,10 @@ class Runner:
     @staticmethod
     def _tested(job: Job) -> bool:
         summary = read_summary(job.folder)
-        return summary["shown"] == "test" or set(_checkpoints(job)) <= set(summary.get("test", {}))
+        tested = set(summary.get("test", {}))
+        if summary["shown"] == "test":  # then nothing was selected, and the last epoch is what counts
+            return summary["last"].get("epoch") == summary["epochs"] or "last" in tested
+        return set(_checkpoints(job)) <= tested
 
     def _carry_out(self, job: Job) -> str | None:
         """Fit and test; return the reason of a failure."""
@@ -111,7 +116,7 @@ class Runner:
             self.logs.mkdir(parents=True, exist_ok=True)
             log = self.logs / f"{job.folder.parent.name}-{job.folder.name}.log"
             begin = time.monotonic()
-            resumed = ["--ckpt_path", str(job.checkpoint)] if job.checkpoint else []
+            resumed = ["--resume", str(job.folder)] if job.checkpoint else []
             label = f"[{number}/{self.total}] {job.title}"
             print(f"{label}: {'goes on' if resumed else 'starts'}", flush=True)
             if not job.finished:
@@ -150,7 +155,8 @@ class Runner:
                 )
                 self.children.add(child)
             assert child.stdout is not None
-            last = self._relay(child.stdout, stream, label)
+            with child.stdout:
+                last = self._relay(child.stdout, stream, label)
             code = child.wait()
             with self.lock:
                 self.children.discard(child)
@@ -179,9 +185,9 @@ class Runner:
             child.terminate()  # SIGINT is ignored by what a shell started in the background
         for child in children:
             try:
-                child.wait(timeout=30)
+                child.wait(timeout=_PATIENCE)
             except subprocess.TimeoutExpired:
-                child.kill()
+                os.killpg(child.pid, signal.SIGKILL)  # with the processes that it has started
 
 
 def _checkpoints(job: Job) -> list[str]:

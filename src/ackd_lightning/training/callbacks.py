@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import platform
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning._version import __version__
-from ackd_lightning.export import export_student
+from ackd_lightning.export import export_student, write_json
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.training.health import is_dry
 
@@ -220,6 +219,11 @@ class RunSummary(L.Callback):
         if values.get("val/acc", -1.0) > self.best.get("val/acc", -1.0):
             self.best = self.last
 
+    @property
+    def up_to_date(self) -> bool:
+        """Whether the last accuracies are those of the last step's weights."""
+        return self.finished is not None and self.last.get("epoch") == self.finished[0]["epochs"]
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs in order to report the best of all."""
         return {"best": self.best, "seconds": self.seconds + time.monotonic() - self.started}
@@ -261,10 +265,10 @@ class RunSummary(L.Callback):
             summary["teacher"] = {
                 "model": module.teacher.metadata.get("model", type(module.teacher.network).__name__),
                 "acc": float(measured) if measured else None,
+                "sha256": module.teacher.metadata.get("sha256"),
                 "parameters": count_parameters(module.teacher.network),
                 "multiply_adds": multiply_adds(module.teacher.network, module.teacher.input_size or module.input_size),
             }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         files = {"settings": "config.yaml", "curves": "metrics.csv", "checkpoints": "checkpoints"}
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file() and isinstance(module.hparams.get("student"), str):
@@ -275,6 +279,7 @@ class RunSummary(L.Callback):
             for target in targets:
                 export_student(last, target, extra={**facts, "weights": "last epoch"}, overwrite=True)
             files["student"] = "student.safetensors"
+        write_json(summary, self.folder / "summary.json")  # last: it says that the run is finished
         self.finished = (summary, files)
 
     def show(self) -> None:

@@ -24,6 +24,7 @@ from ackd_lightning.methods.ce import CE
 from ackd_lightning.models.branchy import BranchyStudent
 from ackd_lightning.models.taps import probe
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.weights import digest
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.finite import ON_NAN, FiniteGuard, OnNan, batchnorm_statistics, check_weights
 from ackd_lightning.training.health import TEACHER_GATES, HealthMonitor, TeacherGate, check_teacher
@@ -225,6 +226,7 @@ class DistillationModule(L.LightningModule):
                 bf16=self._teacher_bf16,
             )
         )
+        cast(FrozenTeacher, self.teacher).metadata["sha256"] = digest(weights)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DistillationModule:
         teacher = self.__dict__.get("teacher")
@@ -254,7 +256,7 @@ class DistillationModule(L.LightningModule):
                     f"method {type(self.method).__name__} keeps a row for every training image; give the data module "
                     "an attribute `train_targets`, the class of every image by its index, and batches with that index"
                 )
-            self.method.set_targets(torch.as_tensor(targets))
+            self.method.set_targets(torch.as_tensor(targets), self.seed)
         if self._method_sizes() != before:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):

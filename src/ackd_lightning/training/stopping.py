@@ -83,6 +83,9 @@ class StopSafely(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals from Lightning, whose handlers write and communicate in the middle of a step."""
+        if trainer.is_global_zero:  # what a killed writer left
+            for partial in self.checkpoint.parent.glob(".*.ckpt.*.tmp"):
+                partial.unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
@@ -112,7 +115,8 @@ class StopSafely(Checkpoint):
     ) -> None:
         """Stop behind a step; where validation or the end of the epoch follows, later."""
         validation_follows = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
-        if not validation_follows:
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0  # gradients are in no checkpoint
+        if not validation_follows and not accumulating:
             self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
