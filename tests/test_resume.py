@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -97,6 +98,45 @@ def test_auto_takes_the_newest_unfinished_run(place, capsys):
     assert main([*FIT, "--resume", "auto", "--trainer.max_epochs", "3"]) == 0
     assert (RUNS / "newest" / "summary.json").is_file()
     assert not (RUNS / "a" / "summary.json").exists()
+
+
+def test_auto_leaves_runs_with_another_seed_alone(place, capsys):
+    """An array of jobs, one for each seed, must not go on with each other's runs."""
+    before = (unfinished() / "checkpoints" / "last.ckpt").read_bytes()
+    assert main([*FIT, "--resume", "auto", "--seed_everything", "1"]) == 0
+    assert len(list(RUNS.iterdir())) == 2
+    assert (RUNS / "a" / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_another_seed_is_refused(place, capsys):
+    run = unfinished()
+    assert main([*FIT, "--resume", str(run), "--seed_everything", "1"]) == 2
+    assert "has --seed_everything 0 and not 1" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_train_one_run(place, capsys):
+    run = unfinished()
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    with (run / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert main([*FIT, "--resume", "auto"]) == 2
+    assert "is being trained by another process" in capsys.readouterr().err
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_a_checkpoint_outside_a_run_is_refused(place, capsys):
+    shutil.copy(unfinished() / "checkpoints" / "last.ckpt", "elsewhere.ckpt")
+    assert main([*FIT, "--resume", "elsewhere.ckpt"]) == 2
+    assert "elsewhere.ckpt is in no run's checkpoints/" in capsys.readouterr().err
+
+
+def test_last_is_measured_when_the_fit_ends_between_two_validations(place):
+    """Without validation data a run's figure is that of its last weights."""
+    without = ["--data.val_fraction", "0", "--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2"]
+    assert main([*FIT, "--name", "between", *without, "--test"]) == 0
+    summary = json.loads((RUNS / "between" / "summary.json").read_text())
+    assert (summary["epochs"], summary["last"]["epoch"]) == (3, 2.0)
+    assert "test/acc" in summary["test"]["last"]
 
 
 def cut(path: Path) -> None:

@@ -64,7 +64,7 @@ def write_run(
         "best": {},
     }
     if curve:
-        facts |= {"shown": "test", "last": accuracies(curve[-1])}
+        facts |= {"shown": "test", "last": {**accuracies(curve[-1]), "epoch": 2.0}}
         rows = [f"{epoch},{value},{value + 0.25}" for epoch, value in enumerate(curve)]
         text = "\n".join(["epoch,test/acc,test/acc_top5", "0,,", *rows, ""])  # the row of a learning rate has neither
         (folder / "metrics.csv").write_text(text, encoding="utf-8")

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.weights import save_weights
+from ackd_lightning.models.weights import digest, save_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.reproduce.command import _plan
 from ackd_lightning.reproduce.planning import Planner, as_arguments, check_unchanged, unchanged
 from ackd_lightning.reproduce.tables import choose, read_table, table_names
-from reproduce.helpers import PAIR, SHORT, own_table
+from reproduce.helpers import PAIR, SHORT, make_job, own_table, write_run
 
 # `plan` calls what jsonargparse 4.49 deprecates and Lightning calls, too
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
@@ -355,3 +355,24 @@ def test_values_reach_the_command_line_as_yaml_reads_them():
     arguments = as_arguments(settings)
     assert arguments[::2] == ["--a", "--b", "--c", "--d", "--e", "--f"]
     assert [yaml.safe_load(text) for text in arguments[1::2]] == list(settings.values())
+
+
+def test_a_run_that_learnt_from_another_file_is_refused(tmp_path):
+    weights = tmp_path / "teacher.safetensors"
+    weights.write_bytes(b"one")
+    job = make_job(tmp_path / "kd", source=weights)
+    write_run(job.folder, teacher={"sha256": digest(weights)})
+    (job.folder / "config.yaml").write_text("{}")
+    assert unchanged(job)
+    weights.write_bytes(b"two")
+    assert not unchanged(job)
+    with pytest.raises(ACKDError, match=r"was made with a teacher = .* and would now have .*teacher.safetensors"):
+        check_unchanged(job)
+    weights.unlink()
+    with pytest.raises(ACKDError, match=r"teacher.safetensors, which is not there; choose another --out"):
+        check_unchanged(job)
+
+
+def test_no_teacher_is_trained_for_rows_without_one(here):
+    _, jobs = plan(small(here), methods=["ce"], overrides=SHORT)
+    assert {job.kind for job in jobs} == {"student"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ackd_lightning.models.weights import save_weights
+from ackd_lightning.models.weights import digest, save_weights
 from ackd_lightning.reproduce.proxies import proxy_lines
 from ackd_lightning.reproduce.results import Line, draw, lines, note, record, write_records, write_tables
 from ackd_lightning.reproduce.tables import Row
@@ -44,6 +45,8 @@ class TestRecord:
             "precision": "32-true",
             "epochs": 2,
             "seconds": 12.5,
+            "skipped_steps": 0,
+            "teacher_acc": None,
             "last": {"acc": 0.5, "acc_top5": 0.75},  # of the test set, and of the target learner alone
             "best": {"acc": 0.6, "acc_top5": 0.85},
             "best_on": "validation",
@@ -160,7 +163,7 @@ class TestNote:
         ]
         text = note(table_of(tmp_path), runs)
         assert VALIDATION in text
-        assert "Epochs: 2, 3. Device: CPU, 1 threads; H200." in text
+        assert "Epochs: 2, 3. Device: CPU, 1 threads; H200, 32-true." in text
         assert "Versions: ackd_lightning 0, torch 2; torch 3. Commit: abc+, unknown." in text
         assert "sample standard deviation over n seeds" in text
 
@@ -236,12 +239,15 @@ class TestFiles:
 class TestRecords:
     def test_those_of_other_runs_stay(self, tmp_path):
         path = tmp_path / "results.json"
-        first = [{"run": "a", "seed": 0}, {"run": "b", "seed": 0}]
+        a, b, c = (str(finished(tmp_path, name).folder) for name in "abc")
+        first = [{"run": a, "seed": 0}, {"run": b, "seed": 0}]
         write_records(first, path)
         assert json.loads(path.read_text()) == first
-        write_records([{"run": "b", "seed": 1}, {"run": "c"}], path)
-        assert json.loads(path.read_text()) == [{"run": "a", "seed": 0}, {"run": "b", "seed": 1}, {"run": "c"}]
-        assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
+        write_records([{"run": b, "seed": 1}, {"run": c}], path)
+        assert json.loads(path.read_text()) == [{"run": a, "seed": 0}, {"run": b, "seed": 1}, {"run": c}]
+        (Path(a) / "summary.json").unlink()  # removed by hand: then it is no result any more
+        write_records([], path)
+        assert [each["run"] for each in json.loads(path.read_text())] == [b, c]
 
     def test_a_write_that_fails_leaves_the_old_file(self, tmp_path, monkeypatch):
         path = tmp_path / "results.json"
@@ -266,14 +272,20 @@ def test_proxies_are_measured_for_students_that_have_one(tmp_path):
     )
     keys = ["acc_teacher", "acc_proxy", "acc_student", "acc_gap"]
     keys += [f"{kind}_{two}" for kind in ("cka", "kl") for two in ("teacher_proxy", "proxy_student", "teacher_student")]
+    weights = tmp_path / "teacher.safetensors"
+    weights.write_bytes(b"teacher")
     jobs = []
     for seed in (0, 1):
         job = finished(tmp_path, f"eskd{seed}", row="eskd", seed=seed, settings={"learns from": "early_stopped"})
         kept = {key: number + seed / 10 for number, key in enumerate(keys)}
-        (job.folder / "proxies.json").write_text(json.dumps(kept))
+        model = {"teacher": "resnet14", "teacher_weights": str(weights), "teacher_options": None}
+        job = replace(job, planned=SimpleNamespace(settings=lambda model=model: {"model": {"init_args": model}}))
+        job.student_file.write_bytes(b"student")
+        files = [digest(each) for each in (weights, weights, job.student_file)]
+        (job.folder / "proxies.json").write_text(json.dumps({"networks": files, "values": kept}))
         jobs.append(job)
     jobs.append(finished(tmp_path, "ce0", row="ce", settings={"learns from": ""}))
-    given = SimpleNamespace(teacher_file=lambda pair: ("resnet20", "nowhere"))
+    given = SimpleNamespace(teacher_file=lambda pair: ("resnet20", str(weights)))
     content = proxy_lines(table, list(table.pairs.values()), list(table.rows.values()), jobs, given)
     assert [line.row for line in content] == ["eskd"] * 10 + ["takd"] * 10  # none for a student alone
     shown = {(line.row, line.label): line.cells()[1:] for line in content}

@@ -26,7 +26,8 @@ facts["device"] = os.environ.get("CUDA_VISIBLE_DEVICES")
 facts["inherited"] = [key for key in os.environ if key.startswith("ACKD_RUN")]
 with (root / "calls").open("a") as calls:
     calls.write(json.dumps(facts) + "\\n")
-summary = {{"config": "c", "seed": 0, "shown": "test", "last": {{"test/acc": 0.5}}, "best": {{}}}}
+summary = {{"config": "c", "seed": 0, "shown": "test", "epochs": 2, "best": {{}}}}
+summary["last"] = {{"test/acc": 0.5, "epoch": 2.0}}
 what = rest[2] if command == "fit" else "test"
 if what == "fail":
     print("a line before")
@@ -111,8 +112,8 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(place, capfd):
     (job.folder / "checkpoints/last.ckpt").touch()
     carry_out(place, [job, run(place, "other")])
     first, second = (call["arguments"] for call in calls(place))
-    assert first[first.index("--ckpt_path") + 1] == str(job.folder / "checkpoints/last.ckpt")
-    assert "--ckpt_path" not in second
+    assert first[first.index("--resume") + 1] == str(job.folder)
+    assert "--resume" not in second
     shown = capfd.readouterr().out
     assert "[1/2] kd: goes on\n" in shown
     assert "[2/2] other: starts\n" in shown

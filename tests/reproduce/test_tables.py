@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -47,7 +49,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("text", "sentence"),
         [
-            ("pairs: [", "own.yaml is not YAML .*; mend it"),
+            ("pairs: [", "own.yaml, line 1 is not YAML .*; mend it"),
             (b"\xff\xfe", "own.yaml is not YAML"),
             ("", "own.yaml is no table"),
             ("- pairs", "own.yaml is no table"),
@@ -184,7 +186,7 @@ class _NoWeights:
         return None
 
     def teacher(self, pair):
-        return type("Job", (), {"folder": "nowhere"})
+        return type("Job", (), {"folder": Path("nowhere")})
 
 
 @pytest.mark.parametrize(

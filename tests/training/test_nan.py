@@ -197,6 +197,7 @@ def test_an_epoch_of_skipped_steps_ends_the_run():
 
 
 @skipping
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_the_count_goes_on_in_a_resumed_run(tmp_path):
     saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
     first = trainer(max_epochs=1, enable_checkpointing=True, callbacks=[saver])

@@ -37,9 +37,9 @@ class Job:
         arguments: behind ``ackd fit``.
         folder: of the run.
         needs: folders of the runs whose networks it learns from.
-        source: the weight file that it learns from; None without a teacher.
         settings: dotted settings that make the experiment, the seed left out.
         planned: the run as it was read, for estimates.
+        source: the weight file that it learns from; None without a teacher.
     """
 
     title: str
@@ -50,9 +50,9 @@ class Job:
     arguments: tuple[str, ...]
     folder: Path
     needs: tuple[Path, ...]
-    source: Path | None
     settings: dict[str, Any]
     planned: PlannedRun
+    source: Path | None = None
 
     @property
     def finished(self) -> bool:
@@ -118,8 +118,10 @@ def _changed(job: Job) -> tuple[str, str, str] | None:
 
 def _changed_teacher(job: Job) -> tuple[str, str, str] | None:
     """The same of the network that a finished run learnt from."""
-    known = read_summary(job.folder).get("teacher", {}).get("sha256") if job.finished else None
-    if known is None or job.source is None:
+    if job.source is None or not job.finished:
+        return None
+    known = read_summary(job.folder).get("teacher", {}).get("sha256")
+    if known is None:
         return None
     if not job.source.is_file():
         return "a teacher", f"{known[:12]}", f"{job.source}, which is not there"
