@@ -361,7 +361,10 @@ class ACKDCLI(LightningCLI):
             summary = run_folder(Path(checkpoint)) / "summary.json"
             if subcommand == "test" and summary.is_file():
                 read_summary(summary.parent)
-        with nothing_left(self.folder, steps=lambda: self.trainer.global_step):
+        with (
+            nothing_left(self.folder, steps=lambda: self.trainer.global_step),
+            contextlib.ExitStack() as self.claims,  # the run's folder is given free, however it ends
+        ):
             super()._run_subcommand(subcommand)
 
     def _plugins(self) -> list[Any]:
@@ -391,7 +394,7 @@ class ACKDCLI(LightningCLI):
         """A missing teacher ends the run before anything is written; then the folder is this process's own."""
         self.model.load_teacher()
         if self.trainer.is_global_zero and not self.option("trainer.fast_dev_run"):
-            self.lock = hold(self.folder)
+            self.claims.enter_context(hold(self.folder) or contextlib.nullcontext())
 
     def after_fit(self) -> None:
         """Print the summary, when the progress bar is gone, and test when asked to."""

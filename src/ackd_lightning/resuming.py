@@ -145,10 +145,11 @@ def resume_from(value: str) -> Resumed:
             find_checkpoint(path)  # says what is there
         return _readable(path)
     checkpoint = find_checkpoint(path)
-    if checkpoint.parent.name != "checkpoints":
-        raise ACKDError(f"{value} is in no run's checkpoints/; name the run, or start a new one with --ckpt_path")
     folder = run_folder(checkpoint)
-    if (reason := _unreadable(checkpoint)) is None:
+    reason = _unreadable(checkpoint)
+    if reason is None:
+        if checkpoint.parent.name != "checkpoints":
+            raise ACKDError(f"{value} is in no run's checkpoints/; name the run, or start a new one with --ckpt_path")
         return Resumed(folder, checkpoint)
     others = [path for path in _newest_first(folder) if path != checkpoint and _unreadable(path) is None]
     raise ACKDError(f"{reason}, such as --resume {others[0]}" if others else reason)
