@@ -36,12 +36,15 @@ class RunCheckpoint(ModelCheckpoint):
     """A checkpoint of a run whose folder may have been moved: the best so far is known there, too."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint says of earlier ones, with their new places."""
+        """Take over what a checkpoint says of earlier ones, with their new places; not when they stayed elsewhere."""
         old, new = str(state_dict["dirpath"]), str(self.dirpath)
 
         def moved(value: Any) -> Any:
             return value.replace(old, new, 1) if isinstance(value, str) else value
 
+        if not Path(moved(state_dict["best_model_path"])).is_file():
+            super().load_state_dict(state_dict)
+            return
         kept = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**{key: moved(each) for key, each in state_dict.items()}, "best_k_models": kept})
 
