@@ -36,7 +36,7 @@ def named_blocks(text: str) -> dict[str, str]:
 
 def commands(text: str) -> list[list[str]]:
     """Arguments of every `ackd ...` in a page: lines of bash blocks, and inline code with at least a subcommand."""
-    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`((?:PYTHONPATH=\. )?ackd [a-z][^`]*)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     found = []
     for line in lines:
@@ -99,12 +99,12 @@ def test_settings_of_commands_on_runs_are_understood(line, folder, capsys):
 @pytest.mark.parametrize("line", [line for line, words in COMMANDS.items() if words[0] not in ("fit", *RUN_COMMANDS)])
 def test_other_commands_are_understood(line):
     words = COMMANDS[line]
-    bare = len(words) == 1 and words[0] in ("export", "compare")  # the name alone, in a sentence
+    bare = len(words) == 1 and words[0] in ("export", "compare", "reproduce")  # the name alone, in a sentence
     assert _parser().parse_args([*words, *(["RUN"] if bare else [])]).command == words[0]
 
 
 def test_every_command_exists():
-    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo"}
+    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo", "reproduce"}
     assert {words[0] for words in COMMANDS.values()} <= known
 
 
