@@ -67,7 +67,9 @@ class TestRecord:
 
 
 def planner(weights=None, teacher=Path("nowhere")):
-    return SimpleNamespace(given_weights=lambda pair: weights, teacher=lambda pair: SimpleNamespace(folder=teacher))
+    return SimpleNamespace(
+        given_weights=lambda pair: weights, known_teacher=lambda pair: SimpleNamespace(folder=teacher)
+    )
 
 
 def table_of(place, **content):

@@ -225,8 +225,13 @@ def _terminated(number: int, _: object) -> None:
 def _earlier(
     table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], seeds: Sequence[int], planner: Planner
 ) -> list[Job]:
-    """Runs of the table's other rows that an earlier call with the same settings has finished."""
+    """The teachers and the table's other rows that an earlier call with the same settings has finished."""
     found: list[Job] = []
+    for pair in pairs:
+        if planner.given_weights(pair) is None and planner.known_teacher(pair) is None:
+            with contextlib.suppress(ACKDError):  # a pair without a teacher, for students alone
+                job = planner.teacher(pair)
+                found += [job] if job.finished and unchanged(job) else []
     for row in table.rows.values():
         if row in rows or not any(planner.out.glob(f"runs/*/{row.name}-seed*/summary.json")):
             continue

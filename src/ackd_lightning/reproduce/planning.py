@@ -271,6 +271,14 @@ class Planner:
             self._sources[key] = self._plan_teacher(pair, early=early)
         return self._sources[key]
 
+    def known_teacher(self, pair: Pair) -> Job | None:
+        """The run that trains a pair's teacher, when one is planned.
+
+        Args:
+            pair: whose teacher.
+        """
+        return self._sources.get((pair.name, "teacher"))
+
     def teacher_file(self, pair: Pair) -> tuple[str, str]:
         """Model name and weight file of a pair's teacher.
 

@@ -183,8 +183,8 @@ def _teacher_line(
         known = read_metadata(weights).get(f"test_{metric}") if says_so else None
         last = (100 * float(known),) if known else ()
     else:
-        folder = str(planner.teacher(pair).folder.resolve())
-        own = [each for each in records if each["run"] == folder]
+        job = planner.known_teacher(pair)
+        own = [each for each in records if job and each["run"] == str(job.folder.resolve())]
         last = _percent(own, "last", metric)
         best = _percent(own, "best", metric)
     paper = _as_accuracy(table, pair.figure("teacher", number))
