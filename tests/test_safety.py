@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -351,20 +352,21 @@ def test_offline_unless_a_key_is_known(tmp_path, monkeypatch, environment, netrc
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside wandb
 @pytest.mark.filterwarnings("ignore:.*protobuf.*")
-def test_the_key_of_wandb_is_in_no_file_and_no_output(tmp_path, monkeypatch, capfd):
-    import wandb
-
+def test_the_key_of_wandb_is_in_no_file_and_no_output(tmp_path):
+    """In a process of its own: wandb keeps the first settings that it meets in a process."""
     key = "5ec7e7" * 6 + "abcd"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("W&B asked a question"))
-    try:
-        assert main([*QUICK, "--wandb", "--name", "w"]) == 0
-    finally:
-        wandb.finish()
+    done = subprocess.run(
+        [sys.executable, "-m", "ackd_lightning", *QUICK, "--wandb", "--name", "w"],
+        cwd=tmp_path,
+        env={**os.environ, "WANDB_API_KEY": key, "WANDB_MODE": "offline"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     assert [path for path in files if key.encode() in path.read_bytes()] == []
-    shown = capfd.readouterr()
-    assert key not in shown.out + shown.err
+    assert key not in done.stdout + done.stderr
