@@ -14,8 +14,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 @pytest.fixture(autouse=True)
 def _clean_process(monkeypatch: pytest.MonkeyPatch):
-    """No seed, run name or run folder of one test may reach the next."""
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "ACKD_RUN_NAME", "ACKD_DEBUG"):
+    """No seed, run name, run folder or service of Weights & Biases of one test may reach the next."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "ACKD_RUN_NAME", "ACKD_DEBUG", "WANDB_SERVICE"):
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
     return
