@@ -30,10 +30,11 @@ RANK = {
     "checks": 5,
     "reports": 6,
     "lightning_cli": 7,
-    "demo": 8,
-    "reproduce": 8,
-    "cli": 9,
-    "__main__": 10,
+    "runs": 8,
+    "demo": 9,
+    "reproduce": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 DATA_MAY_USE = {"data", "types", "errors", "keyed"}
 LIGHTNING_IN = {"data", "training", "lightning_cli"}

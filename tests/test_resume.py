@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
 import os
@@ -226,3 +227,24 @@ def test_two_machines_by_torchrun(place):
     learnt = [key for key in one if key.endswith("fc.weight")]
     assert learnt
     assert all(torch.isfinite(two[key]).all() for key in learnt)
+
+
+def test_two_processes_predict_into_one_file(place):
+    """The file of one process, line by line: every image once, in order."""
+    assert main(["predict", str(RUNS / "a"), "--output", "one.csv", "--trainer.enable_progress_bar", "false"]) == 0
+    two = ["predict", str(RUNS / "a"), "--output", "two.csv", "--trainer.enable_progress_bar", "false"]
+    two += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ackd_lightning", *two],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, other = (list(csv.DictReader(Path(name).read_text().splitlines())) for name in ("one.csv", "two.csv"))
+    keys = ("index", "target", "prediction")
+    assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in other]
+    for row, again in zip(one, other, strict=True):
+        assert float(row["probability"]) == pytest.approx(float(again["probability"]), abs=1e-5)

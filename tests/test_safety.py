@@ -23,9 +23,8 @@ from ackd_lightning.cli import main
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.download import extract
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.lightning_cli import offline
 from ackd_lightning.training.distillation import DistillationModule
-from ackd_lightning.training.loggers import SafeWandbLogger
+from ackd_lightning.training.loggers import SafeWandbLogger, offline
 
 SOURCE = Path(__file__).parents[1] / "src" / "ackd_lightning"
 QUICK = ["fit", "--config", "digits_resnet20.yaml", "--publish", "null", "--data.max_per_class", "4"]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         TinyImageNetDataModule,
     )
     from ackd_lightning.errors import ACKDError
+    from ackd_lightning.export import load_student
     from ackd_lightning.methods import ACKD, CE, KD, AdversarialMethod, Method
     from ackd_lightning.models.branchy import BranchyStudent
     from ackd_lightning.models.teacher import FrozenTeacher
@@ -37,6 +38,7 @@ _HOMES = {
         "TinyImageNetDataModule",
     ),
     "errors": ("ACKDError",),
+    "export": ("load_student",),
     "methods": ("ACKD", "CE", "KD", "AdversarialMethod", "Method"),
     "models.branchy": ("BranchyStudent",),
     "models.teacher": ("FrozenTeacher",),
@@ -71,6 +73,7 @@ __all__ = [
     "TinyImageNetDataModule",
     "__version__",
     "create_model",
+    "load_student",
     "load_weights",
     "save_weights",
 ]

@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="a run folder or a checkpoint")
     export.add_argument("--format", choices=["safetensors"], default="safetensors", help="of the file")
     export.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run folder")
+    export.add_argument(
+        "--learner", type=int, default=0, help="0: the target learner; from 1: a peer that was trained beside it"
+    )
     export.add_argument("--out", default=None, help="the file; default: student-WHICH.safetensors in the run's folder")
     export.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     compare = commands.add_parser("compare", help="one table and one figure over runs: ackd compare RUN RUN ...")
@@ -92,7 +95,7 @@ def _names(text: str) -> list[str]:
 
 def _run(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in _LIGHTNING:
-        from ackd_lightning.lightning_cli import run
+        from ackd_lightning.runs import run
 
         return run(arguments[0], arguments[1:])
     parser = _parser()
@@ -109,7 +112,9 @@ def _run(arguments: Sequence[str]) -> None:
     elif chosen.command == "export":
         from ackd_lightning.reports import export_command
 
-        export_command(chosen.run, which=chosen.which, out=chosen.out, overwrite=chosen.overwrite)
+        export_command(
+            chosen.run, which=chosen.which, out=chosen.out, overwrite=chosen.overwrite, learner=chosen.learner
+        )
     elif chosen.command == "compare":
         from ackd_lightning.reports import compare_command
 

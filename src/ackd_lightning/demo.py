@@ -10,8 +10,8 @@ from rich.console import Console
 
 from ackd_lightning.checks import check_writable
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.lightning_cli import run
 from ackd_lightning.reports import compare, draw_curves, export_command, read_summary
+from ackd_lightning.runs import run
 
 TEACHER = "digits_resnet20"
 PAIR = "digits_resnet20_resnet8"

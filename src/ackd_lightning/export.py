@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.weights import STUDENT_PREFIX, check_fit, load_weights, save_weights
+from ackd_lightning.models.heads import with_head
+from ackd_lightning.models.taps import plan_for
+from ackd_lightning.models.weights import STUDENT_PREFIX, check_fit, load_weights, read_metadata, save_weights
 from ackd_lightning.models.zoo import create_model
 
 Which = Literal["last", "best"]
@@ -121,26 +124,88 @@ def _damage(checkpoint: Mapping[str, Any]) -> str | None:
     for key, most in (("num_classes", _MOST_CLASSES), ("input_size", _LARGEST_INPUT)):
         if not isinstance(facts[key], int) or not 1 <= facts[key] <= most:
             return f"its {key} is {str(facts[key])[:40]}"
-    if not isinstance(hparams.get("student_options") or {}, dict):
-        return "its student_options are no mapping"
+    for place, key, kind in ((hparams, "student_options", dict), (facts, "head", dict), (facts, "learners", list)):
+        if not isinstance(place.get(key) or kind(), kind):
+            return f"its {key} is {str(place[key])[:40]}"
+    if not all(isinstance(each, str) for each in facts.get("learners") or []):
+        return "its learners have no names"
     return None
 
 
-def _target_learner(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key[len(STUDENT_PREFIX) :]: value for key, value in state.items() if key.startswith(STUDENT_PREFIX)}
-
-
-def plain_metadata(checkpoint: Mapping[str, Any], extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What a weight file says of itself: everything that a later run with it as a teacher needs.
+def peer_name(spec: str, student: str) -> str | None:
+    """Model name of an auxiliary learner that is a whole network; None for one that grows out of the student.
 
     Args:
-        checkpoint: as ``read_checkpoint`` gives it.
-        extra: accuracies, for example.
+        spec: as ``BranchyStudent.specs`` has it.
+        student: model name of the target learner.
     """
-    facts, hparams = checkpoint["ackd_lightning"], checkpoint.get("hyper_parameters", {})
+    if re.match(r"D\d", spec):
+        return None
+    return student if spec == "peer" else spec
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A network that can be taken out of a checkpoint: how to build it, and its tensors."""
+
+    name: str
+    options: dict[str, Any]
+    num_classes: int
+    head: dict[str, Any] | None
+    state: dict[str, Tensor]
+
+    def fresh(self) -> nn.Module:
+        return with_head(create_model(self.name, self.num_classes, **self.options), self.head).eval()
+
+
+def _kept(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Kept:
+    """The target learner (0) with its head, or a peer (from 1).
+
+    Raises:
+        ACKDError: when there is no such learner, or it is no network of its own.
+    """
+    facts, hparams, state = (
+        checkpoint["ackd_lightning"],
+        checkpoint.get("hyper_parameters", {}),
+        checkpoint["state_dict"],
+    )
+    name, options = hparams.get("student"), hparams.get("student_options") or {}
+    if not isinstance(name, str):
+        raise ACKDError(
+            f"{path} was trained with a network of your own, not one by name; in Python, save it with "
+            "save_weights(module.kept_network(), path)"
+        )
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+    classes, specs = facts["num_classes"], facts.get("learners") or []
+    if learner:
+        found = peer_name(specs[learner - 1], name) if 0 < learner <= len(specs) else None
+        if found is None:
+            peers = [str(number) for number, spec in enumerate(specs, start=1) if peer_name(spec, name)]
+            choice = ", ".join(["0", *peers])
+            raise ACKDError(f"--learner is {learner} and {path} has no such network of its own; use one of {choice}")
+        own = options if specs[learner - 1] == "peer" else {}
+        return _Kept(found, own, classes, None, below(f"student.branches.{learner - 1}.network."))
+    head, plain = facts.get("head"), below(STUDENT_PREFIX)
+    if head is None:
+        return _Kept(name, options, classes, None, plain)
+    with torch.device("meta"):
+        plan = plan_for(create_model(name, classes, **options))
+    assert plan is not None  # a head reads the last stage
+    body = {f"backbone.{key}": value for key, value in plain.items() if not key.startswith(f"{plan.classifier}.")}
+    whole = {**body, **{f"head.{key}": value for key, value in below("method.head.").items()}}
+    return _Kept(name, options, classes, head, whole)
+
+
+def _plain_metadata(checkpoint: Mapping[str, Any], kept: _Kept, extra: Mapping[str, str] | None) -> dict[str, str]:
+    """What a weight file says of itself: everything that a later run with it as a teacher needs."""
+    facts = checkpoint["ackd_lightning"]
     values = {
-        "model": hparams.get("student"),
-        "model_options": hparams.get("student_options") or None,
+        "model": kept.name,
+        "model_options": kept.options or None,
+        "head": kept.head,
         "num_classes": facts["num_classes"],
         "input_size": facts["input_size"],
         "mean": facts["mean"],
@@ -160,17 +225,19 @@ def export_student(
     checkpoint_path: Path,
     target: Path,
     *,
+    learner: int = 0,
     extra: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write the target learner of a checkpoint as ``.safetensors`` with the plain network's own keys.
+    """Write a network of a checkpoint as ``.safetensors``: with the plain network's own keys where it has no head.
 
-    The file is read back into ``create_model`` and its logits are compared with the trained network's on a batch; only
+    The file is read back into a fresh network and its logits are compared with the trained network's on a batch; only
     then does it get its name.
 
     Args:
         checkpoint_path: of a run.
         target: where it goes.
+        learner: 0 for the target learner, from 1 for a peer.
         extra: more metadata.
         overwrite: replace a file that is there.
 
@@ -180,22 +247,11 @@ def export_student(
     if target.exists() and not overwrite:
         raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
     checkpoint = read_checkpoint(checkpoint_path)
-    facts, hparams = checkpoint["ackd_lightning"], checkpoint.get("hyper_parameters", {})
-    name = hparams.get("student")
-    if not isinstance(name, str):
-        raise ACKDError(
-            f"{checkpoint_path} was trained with a network of your own, not one by name; in Python, save it with "
-            "save_weights(module.student.plain(), path)"
-        )
-
-    def fresh() -> nn.Module:
-        return create_model(name, facts["num_classes"], **(hparams.get("student_options") or {})).eval()
-
-    state = _target_learner(checkpoint["state_dict"])
+    facts, kept = checkpoint["ackd_lightning"], _kept(checkpoint, checkpoint_path, learner)
     with torch.device("meta"):  # before anything of the stated size is allocated
-        check_fit(state, fresh().state_dict(), checkpoint_path, name)
-    trained = fresh()
-    trained.load_state_dict(state)
+        check_fit(kept.state, kept.fresh().state_dict(), checkpoint_path, kept.name)
+    trained = kept.fresh()
+    trained.load_state_dict(kept.state)
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     training_parameters = sum(
         value.numel()
@@ -204,11 +260,11 @@ def export_student(
     )
     partial = target.with_name(f".{target.name}.unchecked.safetensors")
     try:
-        save_weights(state, partial, plain_metadata(checkpoint, extra))
+        save_weights(kept.state, partial, _plain_metadata(checkpoint, kept, extra))
     except ACKDError as error:
         raise ACKDError(str(error).replace(str(partial), str(target))) from error
     try:
-        reloaded = fresh()
+        reloaded = kept.fresh()
         load_weights(reloaded, partial)
         image = torch.randn(4, 3, facts["input_size"], facts["input_size"], generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -219,3 +275,27 @@ def export_student(
     finally:
         partial.unlink(missing_ok=True)
     return Exported(target, difference, reloaded, facts["input_size"], training_parameters)
+
+
+def load_student(path: str | Path) -> nn.Module:
+    """Build the network that a file of ``ackd export`` or of a run describes, with its weights, in evaluation mode.
+
+    Args:
+        path: of a ``.safetensors`` file that names its model.
+
+    Raises:
+        ACKDError: when the file does not say what it holds, or does not hold it.
+    """
+    facts = read_metadata(path)
+    try:
+        name, classes = facts["model"], int(facts["num_classes"])
+        options, head = json.loads(facts.get("model_options", "{}")), json.loads(facts.get("head", "null"))
+        network = with_head(create_model(name, classes, **options), head)
+    except (KeyError, ValueError, TypeError) as error:
+        if isinstance(error, ACKDError):
+            raise
+        raise ACKDError(
+            f"{path} does not say which network it holds; build it with create_model and use load_weights"
+        ) from error
+    load_weights(network, path, name=name)
+    return network.eval()

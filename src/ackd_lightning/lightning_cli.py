@@ -5,25 +5,21 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import logging
-import netrc
 import os
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
-from urllib.parse import urlsplit
 
 import lightning.pytorch as L
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -52,26 +48,25 @@ from ackd_lightning.configs import find_config, load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.export import run_folder, write_json
-from ackd_lightning.reports import experiment_settings, read_summary
-from ackd_lightning.resuming import hold, resume_auto, resume_from
-from ackd_lightning.training.callbacks import CurvesFile, EpochLine, PredictionFile, RunSummary, checkpoints
+from ackd_lightning.reports import read_summary
+from ackd_lightning.resuming import changed_settings, hold, resume_auto, resume_from
+from ackd_lightning.training.callbacks import (
+    CurvesFile,
+    EpochLine,
+    PredictionFile,
+    RunConfig,
+    RunSummary,
+    checkpoints,
+)
 from ackd_lightning.training.distillation import DistillationModule
 from ackd_lightning.training.health import DiskRoom
-from ackd_lightning.training.loggers import SafeWandbLogger
+from ackd_lightning.training.loggers import SafeWandbLogger, offline
 from ackd_lightning.training.stopping import StopSafely, WholeCheckpoints
 
 _RUN_NAME = "ACKD_RUN_NAME"
 _RESUMED = "ACKD_RESUMED"
 _SECTIONS = ("model", "data", "trainer", "seed_everything", "name", "runs_dir", "publish", "ckpt_path", "resume")
 _ROOTS = {"model": DistillationModule, "data": ImageDataModule}
-_CHATTY = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")  # tips, device lists, seeds
-_NOT_OURS = (
-    ".*LeafSpec.*",  # torch 2.15 deprecates what Lightning 2.6.6 calls
-    ".*smaller than the logging interval.*",  # epoch means are logged whatever the interval
-    ".*does not have many workers.*",  # data in memory needs none
-    ".*callbacks used to create the checkpoint need to be provided.*",  # not for testing
-    ".*exists and is not empty.*",  # a run's folder was checked before
-)
 
 
 class Parser(LightningArgumentParser):
@@ -88,24 +83,6 @@ class Parser(LightningArgumentParser):
             valid = {*_SECTIONS, *(f"trainer.{name}" for name in inspect.signature(L.Trainer).parameters)}
         ours = deepest(ex)
         raise ACKDError(str(ours) if ours else shorten(message, valid, self.given)) from ex
-
-
-class RunConfig(SaveConfigCallback):
-    """The resolved settings of a run: ``config.yaml`` in its folder, and into every logger."""
-
-    def __init__(self, parser: Any, config: Any, *, folder: Path) -> None:
-        super().__init__(parser, config, save_to_log_dir=False)
-        self.folder = folder
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write once, on the first process, when a fit starts."""
-        text = self.parser.dump(self.config, skip_none=False)
-        if stage == "fit":
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(text, encoding="utf-8")
-            for logger in trainer.loggers:
-                if not isinstance(logger, CSVLogger):
-                    logger.log_hyperparams({"cli": yaml.safe_load(text)})
 
 
 class ACKDCLI(LightningCLI):
@@ -273,28 +250,13 @@ class ACKDCLI(LightningCLI):
         self.config[self.subcommand].ckpt_path = str(found.checkpoint)
         if _rank() == 0 and not launched_by_us:
             print(f"going on with {found.checkpoint}" + (f"; {found.note}" if found.note else ""), flush=True)
-            self._say_changes()
-
-    def _say_changes(self) -> None:
-        """Name the settings that differ from those that the run was started with."""
-        path = self.folder / "config.yaml"
-        if not path.is_file():
-            return
-        before, after = yaml.safe_load(path.read_text(encoding="utf-8")), self.settings()
-        if before.get("seed_everything") != after["seed_everything"]:
-            raise ACKDError(
-                f"run {self.folder} has --seed_everything {before.get('seed_everything')} and not "
-                f"{after['seed_everything']}, so it would not go on as it began; give its seed"
-            )
-        there, now = experiment_settings(before), experiment_settings(after)
-        different = [key for key in sorted(there.keys() & now.keys()) if there[key] != now[key]]
-        changes = [f"{key} {there[key]!r} -> {now[key]!r}" for key in different]
-        if changes:
-            print(
-                f"settings that differ from the run's start: {', '.join(changes)} "
-                "(learning rates in the checkpoint's optimizer stay)",
-                flush=True,
-            )
+            changes = changed_settings(self.folder, self.settings())
+            if changes:
+                print(
+                    f"settings that differ from the run's start: {', '.join(changes)} "
+                    "(learning rates in the checkpoint's optimizer stay)",
+                    flush=True,
+                )
 
     def settings(self) -> dict[str, Any]:
         """What the run writes as its ``config.yaml``."""
@@ -438,97 +400,3 @@ class ACKDCLI(LightningCLI):
 def _rank() -> int:
     """Rank of this process, also when torchrun or SLURM started it."""
     return int(getattr(rank_zero_only, "rank", None) or 0)
-
-
-def offline() -> bool:
-    """True when Weights & Biases has no key: then it logs to disk and never asks."""
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode in ("offline", "dryrun", "disabled"):
-        return mode != "disabled"
-    if os.environ.get("WANDB_API_KEY"):
-        return False
-    import wandb
-
-    return not wandb.Settings().api_key and not _netrc_key()
-
-
-def _netrc_key() -> bool:
-    try:
-        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-class PlannedRun(ACKDCLI):
-    """A fit whose settings are read and whose networks are built, but which is not carried out.
-
-    Args:
-        arguments: behind ``ackd fit``.
-    """
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        super().__init__("fit", arguments)
-
-    def _set_seed(self) -> None:
-        """A plan draws nothing."""
-
-    def before_instantiate_classes(self) -> None:
-        """Name the folder without looking whether it is taken."""
-        self.folder = Path(self.option("runs_dir")) / (self.config_name or "run") / str(self.option("name"))
-
-    def instantiate_classes(self) -> None:
-        """Build data module and module, no Trainer."""
-        config = self.parser.instantiate_classes(self.config)
-        self.datamodule, self.model = self._get(config, "data"), self._get(config, "model")
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
-
-
-@contextlib.contextmanager
-def _in_our_words() -> Iterator[None]:
-    """Warnings as sentences, chatter off, and our own error out of a chain of others."""
-    if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.append(str(Path.cwd()))  # class paths of one's own files
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    formatter = warnings.formatwarning
-    with warnings.catch_warnings():
-        for message in _NOT_OURS:
-            warnings.filterwarnings("ignore", message)
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\..*")
-        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a sentence, not a place in our code
-        try:
-            yield
-        except ValueError as error:
-            ours = deepest(error)
-            if ours is None or ours is error:
-                raise
-            raise type(ours)(str(ours)) from error
-        finally:
-            warnings.formatwarning = formatter
-
-
-def plan(arguments: Sequence[str]) -> PlannedRun:
-    """Read and build a fit without carrying it out.
-
-    Args:
-        arguments: behind ``ackd fit``.
-
-    Raises:
-        ACKDError: for whatever is wrong with them.
-    """
-    with _in_our_words():
-        return PlannedRun(arguments)
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Carry out one of Lightning's subcommands.
-
-    Args:
-        command: fit, validate, test or predict.
-        arguments: behind it.
-    """
-    with _in_our_words():
-        ACKDCLI(command, arguments)

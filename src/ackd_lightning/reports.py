@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning.checks import check_writable
-from ackd_lightning.configs import read_yaml
+from ackd_lightning.configs import experiment_settings, read_yaml
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.export import Which, export_student, find_checkpoint, run_folder
+from ackd_lightning.export import Which, export_student, find_checkpoint, peer_name, run_folder
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 
 _FIGURES = (".png", ".pdf", ".svg")
@@ -51,26 +51,28 @@ def read_summary(run: Path) -> dict[str, Any]:
     return dict(summary)
 
 
-def export_command(run: str, *, which: Which, out: str | None, overwrite: bool) -> None:
-    """Write the target learner alone and say what it costs.
+def export_command(run: str, *, which: Which, out: str | None, overwrite: bool, learner: int = 0) -> None:
+    """Write the target learner alone, or a peer of it, and say what it costs.
 
     Args:
         run: folder or checkpoint.
         which: checkpoint of a folder.
+        learner: 0 for the target learner, from 1 for a peer.
         out: the file; None: beside the run's other files.
         overwrite: replace a file that is there.
     """
     checkpoint = find_checkpoint(run, which)
     folder = run_folder(checkpoint)
-    target = Path(out) if out else folder / f"student-{checkpoint.stem}.safetensors"
+    target = Path(out) if out else folder / f"student{learner or ''}-{checkpoint.stem}.safetensors"
     if target.suffix != ".safetensors" or target.is_dir():
         raise ACKDError(f"--out is {target}; a .safetensors file is written, so name a file that ends in .safetensors")
     summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
     values = summary.get(checkpoint.stem, {})
-    facts = {key.replace("/", "_"): f"{value:.6f}" for key, value in values.items() if key.endswith("/acc")}
+    ending = f"/aux{learner - 1}_acc" if learner else "/acc"
+    facts = {f"{key.split('/')[0]}_acc": f"{value:.6f}" for key, value in values.items() if key.endswith(ending)}
     check_writable(target.parent, "the folder of --out,")
     extra = {**facts, "weights": f"{checkpoint.stem} epoch"}
-    exported = export_student(checkpoint, target, extra=extra, overwrite=overwrite)
+    exported = export_student(checkpoint, target, learner=learner, extra=extra, overwrite=overwrite)
     print(f"{target}: logits as in training, largest difference {exported.largest_difference:.1g}")
     table = Table()
     for column in ("network", "parameters", "multiply-adds"):
@@ -117,41 +119,6 @@ def mean_and_std(values: Sequence[float]) -> str:
         return "-"
     text = f"{100 * statistics.fmean(values):.2f}"
     return text if len(values) < 2 else f"{text} ± {100 * statistics.stdev(values):.2f}"
-
-
-_NOT_THE_EXPERIMENT = {
-    "seed_everything",
-    "name",
-    "runs_dir",
-    "publish",
-    "wandb",
-    "tensorboard",
-    "ckpt_path",
-    "output",
-    "test",
-    "resume",
-    "on_nan",
-}
-_SHOW = {"trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"}
-_PLACES = {"data.root", "data.url", "data.download", "data.cache", "model.teacher_weights"}
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(settings, dict) or (not settings and prefix):
-        return {prefix.rstrip("."): settings}
-    return {key: value for name, each in settings.items() for key, value in _flat(each, f"{prefix}{name}.").items()}
-
-
-def experiment_settings(config: dict[str, Any], *, places: bool = False) -> dict[str, Any]:
-    """What makes an experiment, by dotted name: a run's settings without seed, name and display.
-
-    Args:
-        config: content of a run's ``config.yaml``.
-        places: keep where data and teacher lie.
-    """
-    content = {key: value for key, value in config.items() if key not in _NOT_THE_EXPERIMENT}
-    flat = {key.replace(".init_args", ""): value for key, value in _flat(content).items()}
-    return {key: value for key, value in flat.items() if key not in _SHOW and (places or key not in _PLACES)}
 
 
 def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
@@ -205,26 +172,27 @@ def compare(places: Sequence[str | Path]) -> Table:
         def known(place: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
             return mean_and_std([each[place][key] for each in runs if key in each.get(place, {})])
 
-        def tested(which: str, runs: list[dict[str, Any]] = runs) -> str:
-            values = [each.get("test", {}).get(which, {}).get("test/acc") for each in runs]
+        def tested(which: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
+            values = [each.get("test", {}).get(which, {}).get(key) for each in runs]
             if which == "last":  # a run without validation data has looked at the test set in its last epoch
-                values = [
-                    v if v is not None else each["last"].get("test/acc") for v, each in zip(values, runs, strict=True)
-                ]
+                values = [v if v is not None else each["last"].get(key) for v, each in zip(values, runs, strict=True)]
             return mean_and_std([value for value in values if value is not None])
 
         first = runs[0]
-        table.add_row(
-            config,
-            first["method"],
-            first["student"],
-            str(len(runs)),
-            known("last", "val/acc"),
-            known("best", "val/acc"),
-            tested("last"),
-            tested("best"),
-            f"{first['parameters']:,}",
-        )
+        peers = [peer_name(spec, first["student"]) for spec in first.get("learners", [])]
+        networks = [("", first["student"]), *((f"aux{number}_", name) for number, name in enumerate(peers) if name)]
+        for learner, name in networks:
+            table.add_row(
+                "" if learner else config,
+                "" if learner else first["method"],
+                name,
+                str(len(runs)),
+                known("last", f"val/{learner}acc"),
+                known("best", f"val/{learner}acc"),
+                tested("last", f"test/{learner}acc"),
+                tested("best", f"test/{learner}acc"),
+                "" if learner else f"{first['parameters']:,}",
+            )
     table.caption = "best = epoch with the best validation accuracy" + (
         "; without validation data nothing is selected" if looks_at_test else ""
     )

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import yaml
 
+from ackd_lightning.configs import experiment_settings
 from ackd_lightning.errors import ACKDError, RunFinishedError
 from ackd_lightning.export import find_checkpoint, read_checkpoint, run_folder
 
@@ -153,3 +154,27 @@ def resume_from(value: str) -> Resumed:
         return Resumed(folder, checkpoint)
     others = [path for path in _newest_first(folder) if path != checkpoint and _unreadable(path) is None]
     raise ACKDError(f"{reason}, such as --resume {others[0]}" if others else reason)
+
+
+def changed_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
+    """Settings that differ from those that a run was started with, as ``name before -> after``.
+
+    Args:
+        folder: of the run.
+        settings: with which it goes on.
+
+    Raises:
+        ACKDError: when the seed differs, so that it would be another run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return []
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if before.get("seed_everything") != settings["seed_everything"]:
+        raise ACKDError(
+            f"run {folder} has --seed_everything {before.get('seed_everything')} and not "
+            f"{settings['seed_everything']}, so it would not go on as it began; give its seed"
+        )
+    there, now = experiment_settings(before), experiment_settings(settings)
+    different = [key for key in sorted(there.keys() & now.keys()) if there[key] != now[key]]
+    return [f"{key} {there[key]!r} -> {now[key]!r}" for key in different]

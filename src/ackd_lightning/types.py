@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from ackd_lightning.errors import ACKDError
 
 
 class Batch(NamedTuple):
@@ -55,3 +58,28 @@ class NetSpec:
     features: tuple[tuple[int, int, int], ...]
     embedding: int
     branches: tuple[NetSpec, ...] = ()
+
+
+def read_batch(batch: Any, input_size: int) -> Batch:
+    """Read ``(image, target)`` or ``(image, target, index)``.
+
+    Args:
+        batch: from any data module.
+        input_size: side in pixels that the images must have.
+
+    Raises:
+        ACKDError: when it is neither, or the images have another size.
+    """
+    if isinstance(batch, Batch):
+        result = batch
+    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        image, target = batch[0], batch[1]
+        result = Batch(image, target, batch[2] if len(batch) == 3 else torch.full_like(target, -1))
+    else:
+        raise ACKDError(f"a batch is {type(batch).__name__}; the data must give (image, target) or add an index")
+    height, width = result.image.shape[-2:]
+    if (height, width) != (input_size, input_size):
+        raise ACKDError(
+            f"images are {height} x {width} and input_size is {input_size}; set input_size to the side of your images"
+        )
+    return result

@@ -73,8 +73,16 @@ def run(method: Method, world: int, rank: int) -> list[dict[str, Tensor]]:
     """Gradients and memories of every step."""
     torch.manual_seed(0)
     teacher, student = FrozenTeacher(TinyNet(8, norm=False)), BranchyStudent(TinyNet(norm=False), method.branches)
-    method.build(probe(student, SIZE), probe(teacher.network, SIZE) if method.needs_teacher else None)
+    teachers = [teacher] if method.needs_teacher else []
+    method.set_range([-2.0] * 3, [2.0] * 3)
+    method.teacher_specs = tuple(probe(each.network, SIZE) for each in teachers)
+    method.attach(student, [each.network for each in teachers])
+    method.build(probe(student, SIZE), method.teacher_specs[0] if teachers else None)
+    method.adopt(teachers)
+    method.set_total_epochs(100)
     method.set_batch_size(IMAGES)
+    method.set_epoch(49)
+    method.set_epoch(50)
     if method.needs_targets:
         method.set_targets(TARGETS)
     for module in method.modules():
@@ -90,16 +98,16 @@ def run(method: Method, world: int, rank: int) -> list[dict[str, Tensor]]:
         part = slice(rank, None, world)
         batch = Batch(image[part], TARGETS[index[part]], index[part])
         output = student(batch.image)
-        taught = teacher(batch.image) if method.needs_teacher else None
+        taught = teacher(batch.image) if method.needs_teacher and not method.takes_teachers else None
         weights, terms = method.weights(), method(output, taught, batch)
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         with torch.no_grad():
             method.observe(output, taught, batch)
         loss.backward()
         result = averaged_gradients(modules, world)
-        if isinstance(method, AdversarialMethod) and method.has_discriminators:
-            method.discriminator_terms(student(batch.image))[0].backward()
-            result |= {f"opponents of {name}": each for name, each in averaged_gradients(modules, world).items()}
+        for player in method.players() if isinstance(method, AdversarialMethod) else ():
+            method.player_loss(player, student(batch.image), taught, batch)[0].backward()
+            result |= {f"{player} of {name}": each for name, each in averaged_gradients(modules, world).items()}
         result |= {f"buffer {name}": each.clone() for name, each in method.named_buffers()}
         steps.append(result)
     return steps

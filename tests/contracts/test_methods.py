@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from ackd_lightning.models.branchy import BranchyStudent
 from ackd_lightning.models.taps import probe
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import Batch
+from ackd_lightning.types import Batch, NetOutput
 
 CLASSES, SIDE, IMAGES = 5, 16, 4
 TARGETS = torch.arange(40) % CLASSES  # of the training images by index
@@ -31,9 +32,16 @@ class Loop(NamedTuple):
     student: BranchyStudent
     teacher: FrozenTeacher | None
 
+    @property
+    def teachers(self) -> list[FrozenTeacher]:
+        return [self.teacher] if self.teacher else []
+
+    def outputs(self, batch: Batch) -> tuple[NetOutput, NetOutput | None, Batch]:
+        teacher = self.teacher(batch.image) if self.teacher and not self.method.takes_teachers else None
+        return self.student(batch.image), teacher, batch
+
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        output = self.student(batch.image)
-        return self.method(output, self.teacher(batch.image) if self.teacher else None, batch)
+        return self.method(*self.outputs(batch))
 
     def loss(self, batch: Batch) -> Tensor:
         weights, terms = self.method.weights(), self.terms(batch)
@@ -48,21 +56,31 @@ def loop_of(description: dict, backbone: nn.Module | None = None) -> Loop:
     torch.manual_seed(0)
     teacher = FrozenTeacher(create_model("resnet8", CLASSES))
     method = from_description(description)
-    student = BranchyStudent(backbone or create_model("resnet8", CLASSES), method.branches)
-    build(method, student, teacher)
-    begin_fit(method)
+    backbone = backbone or create_model("resnet8", CLASSES)
+    student = BranchyStudent(backbone, method.branches, num_classes=CLASSES)
+    taught_by = [teacher] if method.needs_teacher else []
+    build(method, student, taught_by)
+    begin_fit(method, taught_by)
     return Loop(method, student, teacher if method.needs_teacher else None)
 
 
-def build(method: Method, student: BranchyStudent, teacher: FrozenTeacher | None) -> None:
-    method.build(probe(student, SIDE), probe(teacher.network, SIDE) if teacher and method.needs_teacher else None)
+def build(method: Method, student: BranchyStudent, teachers: Sequence[FrozenTeacher]) -> None:
+    method.set_range([-2.0] * 3, [2.0] * 3)
+    networks = [each.network for each in teachers]
+    method.teacher_specs = tuple(probe(each, SIDE) for each in networks)
+    method.attach(student, networks)
+    method.build(probe(student, SIDE), method.teacher_specs[0] if networks else None)
 
 
-def begin_fit(method: Method) -> None:
-    """What a fit tells the method about the data."""
+def begin_fit(method: Method, teachers: Sequence[FrozenTeacher], *, epochs: Sequence[int] = (49, 50)) -> None:
+    """What a fit tells the method about teachers and data; far in the training, so that no warm-up is left."""
+    method.adopt(teachers)
+    method.set_total_epochs(100)
     if method.needs_targets:
         method.set_targets(TARGETS)
     method.set_batch_size(IMAGES)
+    for epoch in epochs:
+        method.set_epoch(epoch)
 
 
 def batches(count: int) -> list[Batch]:
@@ -73,16 +91,30 @@ def batches(count: int) -> list[Batch]:
 
 def train_step(loop: Loop, batch: Batch) -> Tensor:
     """Loss of one step as the training module takes it, without an optimizer."""
-    student = loop.student(batch.image)
-    teacher = loop.teacher(batch.image) if loop.teacher else None
-    weights, terms = loop.method.weights(), loop.method(student, teacher, batch)
+    outputs = loop.outputs(batch)
+    weights, terms = loop.method.weights(), loop.method(*outputs)
     with torch.no_grad():
-        loop.method.observe(student, teacher, batch)
+        loop.method.observe(*outputs)
     return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
-def opponents_of(method: Method) -> dict[str, nn.Parameter]:
-    return dict(method.discriminators.named_parameters()) if isinstance(method, AdversarialMethod) else {}
+def players_of(method: Method) -> dict[str, list[nn.Parameter]]:
+    return method.players() if isinstance(method, AdversarialMethod) else {}
+
+
+def opponents_of(method: Method) -> list[nn.Parameter]:
+    return [parameter for parameters in players_of(method).values() for parameter in parameters]
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: each for name, each in module.named_parameters() if each.requires_grad}
+
+
+def moves(method: Method, key: str) -> bool:
+    """A running statistic of a network that is trained beside the student: moved by every forward pass."""
+    return key.startswith(tuple(f"{name}." for name in method.networks)) and key.endswith(
+        ("running_mean", "running_var", "num_batches_tracked")
+    )
 
 
 def test_there_are_methods():
@@ -111,42 +143,41 @@ def test_every_trainable_parameter_gets_a_gradient(path):
     loop = loop_of(description_in(path))
     (batch,) = batches(1)
     opponents = opponents_of(loop.method)
-    for parameter in opponents.values():
+    for parameter in opponents:
         parameter.requires_grad_(False)
     loop.loss(batch).backward()
-    own = {f"student.{name}": each for name, each in loop.student.named_parameters()}
-    own |= {
-        f"method.{name}": each
-        for name, each in loop.method.named_parameters()
-        if not any(each is opponent for opponent in opponents.values())
-    }
+    own = {f"student.{name}": each for name, each in trainable(loop.student).items()}
+    own |= {f"method.{name}": each for name, each in trainable(loop.method).items()}
     for name, parameter in own.items():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         parameter.grad = None
-    for name, parameter in opponents.items():
-        assert parameter.grad is None, name
+    for parameter in opponents:
+        assert parameter.grad is None
         parameter.requires_grad_(True)
-    if opponents:
-        loss, _ = loop.method.discriminator_terms(loop.student(batch.image))
+    for player, parameters in players_of(loop.method).items():
+        loss, values = loop.method.player_loss(player, *loop.outputs(batch))
         loss.backward()
-        for name, parameter in opponents.items():
-            assert parameter.grad is not None, name
-            assert parameter.grad.isfinite().all(), name
-        for name, parameter in own.items():
-            assert parameter.grad is None, name
+        assert all(value.isfinite() and not value.requires_grad for value in values.values())
+        for parameter in parameters:
+            assert parameter.grad is not None, player
+            assert parameter.grad.isfinite().all(), player
+            parameter.grad = None
+        for name, parameter in {**own, **dict(enumerate(opponents))}.items():
+            assert parameter.grad is None, (player, name)
+        assert all(parameter.requires_grad for parameter in own.values())
 
 
 @every_method
 def test_the_optimizers_share_all_parameters_between_them(path):
     method = loop_of(description_in(path)).method
     grouped = [id(each) for group in method.parameter_groups() for each in group["params"]]
-    grouped += [id(each) for each in opponents_of(method).values()]
-    assert sorted(grouped) == sorted(id(each) for each in method.parameters())
-    if opponents_of(method):
-        optimizer = method.discriminator_optimizer()
+    grouped += [id(each) for each in opponents_of(method)]
+    assert sorted(grouped) == sorted(id(each) for each in trainable(method).values())
+    for player, parameters in players_of(method).items():
+        optimizer = method.player_optimizer(player)
         assert [id(each) for group in optimizer.param_groups for each in group["params"]] == [
-            id(each) for each in opponents_of(method).values()
+            id(each) for each in parameters
         ]
 
 
@@ -155,7 +186,6 @@ def test_the_optimizers_share_all_parameters_between_them(path):
 def test_terms_are_finite_float32_under_autocast(path, dtype):
     loop = loop_of(description_in(path))
     (batch,) = batches(1)
-    opponents = opponents_of(loop.method)
     with torch.autocast("cpu", dtype=dtype):
         output = loop.student(batch.image)
         assert output.logits.dtype is dtype
@@ -165,17 +195,18 @@ def test_terms_are_finite_float32_under_autocast(path, dtype):
     for name, term in terms.items():
         assert term.dtype is torch.float32, name
         assert term.isfinite(), name
-    own = dict(loop.student.named_parameters(prefix="student"))
-    own |= {f"method.{name}": each for name, each in loop.method.named_parameters()}
+    opponents = {id(each) for each in opponents_of(loop.method)}
+    own = {f"student.{name}": each for name, each in trainable(loop.student).items()}
+    own |= {f"method.{name}": each for name, each in trainable(loop.method).items() if id(each) not in opponents}
     for name, parameter in own.items():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-    if opponents:
+    for player, parameters in players_of(loop.method).items():
         with torch.autocast("cpu", dtype=dtype):
-            loss, _ = loop.method.discriminator_terms(loop.student(batch.image))
+            loss, _ = loop.method.player_loss(player, *loop.outputs(batch))
         loss.backward()
         assert loss.dtype is torch.float32
-        assert all(each.grad.isfinite().all() for each in opponents.values())
+        assert all(each.grad.isfinite().all() for each in parameters)
     assert all(each.isfinite().all() for each in loop.method.state_dict().values())
 
 
@@ -234,12 +265,14 @@ def test_state_and_description_bring_the_method_back(path, fit):
         train_step(loop, batch)
     torch.manual_seed(2)
     again = from_description(describe(loop.method))
-    build(again, loop.student, loop.teacher)
+    build(again, loop.student, loop.teachers)
     if fit:
-        begin_fit(again)
+        begin_fit(again, loop.teachers, epochs=[])
     again.load_state_dict(loop.method.state_dict(), strict=True)
-    if not fit:
-        begin_fit(again)
+    if fit:
+        again.set_epoch(50)
+    else:
+        begin_fit(again, loop.teachers, epochs=[50])
     resumed = loop._replace(method=again)
     state = copy.deepcopy(loop.student.state_dict())
     for batch in (third, first):
@@ -259,8 +292,9 @@ def test_observing_before_the_backward_pass_changes_no_gradient(path):
     for loss in (Loop.loss, train_step):
         loop = loop_of(description_in(path))
         loss(loop, batch).backward()
-        gradients.append([each.grad for each in (*loop.student.parameters(), *loop.method.parameters())])
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+        gradients.append([each.grad for each in (*loop.student.parameters(), *trainable(loop.method).values())])
+    for first, second in zip(*gradients, strict=True):
+        assert (first is None and second is None) or torch.equal(first, second)
 
 
 @every_method
@@ -270,7 +304,7 @@ def test_a_step_keeps_no_graph_of_the_last_one(path):
         train_step(loop, batch).backward()  # torch refuses to go through a graph a second time
         for name, value in loop.method.state_dict(keep_vars=True).items():
             assert value.grad_fn is None, name
-            assert value.requires_grad is isinstance(value, nn.Parameter), name
+            assert isinstance(value, nn.Parameter) or not value.requires_grad, name
 
 
 @every_method
@@ -279,6 +313,6 @@ def test_no_term_leaves_a_trace_in_the_method(path):
     state = copy.deepcopy(loop.method.state_dict())
     first, second = (loop.terms(batch) for batch in batches(1) * 2)
     for key, value in loop.method.state_dict().items():
-        assert torch.equal(value, state[key]), key
+        assert moves(loop.method, key) or torch.equal(value, state[key]), key
     for name, term in first.items():
         assert torch.equal(term, second[name]), name

@@ -4,38 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from ackd_lightning import DistillationModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import CRD, SemCKD
-from training.helpers import CLASSES, SIZE, Blobs, TinyNet, largest_difference, state, trainer
-
-
-class WithIndex(Dataset):
-    def __init__(self, images: Dataset) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, place: int) -> tuple:
-        return (*self.images[place], place)
-
-
-class Indexed(Blobs):
-    """What such methods ask of a data module: an index, the classes, and the global batch size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.batch_size = self.global_batch
-
-    @property
-    def train_targets(self) -> torch.Tensor:
-        return self._data(0, self.count).tensors[1]
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(WithIndex(self._data(0, self.count)), batch_size=self.batch_size)
+from training.helpers import CLASSES, SIZE, Blobs, IndexedBlobs, TinyNet, largest_difference, state, trainer
 
 
 def module(method: CRD | SemCKD) -> DistillationModule:
@@ -47,14 +20,14 @@ def module(method: CRD | SemCKD) -> DistillationModule:
 @pytest.mark.parametrize("make", [lambda: CRD(negatives=16), SemCKD], ids=["crd", "semckd"])
 def test_a_run_goes_on_bit_for_bit_and_loads_without_data(tmp_path, make):
     whole = module(make())
-    trainer(max_epochs=2).fit(whole, datamodule=Indexed())
+    trainer(max_epochs=2).fit(whole, datamodule=IndexedBlobs())
 
     first = module(make())
     run = trainer(max_epochs=1)
-    run.fit(first, datamodule=Indexed())
+    run.fit(first, datamodule=IndexedBlobs())
     run.save_checkpoint(tmp_path / "first.ckpt")
     second = module(make())
-    trainer(max_epochs=2).fit(second, datamodule=Indexed(), ckpt_path=tmp_path / "first.ckpt")
+    trainer(max_epochs=2).fit(second, datamodule=IndexedBlobs(), ckpt_path=tmp_path / "first.ckpt")
     assert largest_difference(state(whole), state(second)) == 0.0
 
     alone = DistillationModule.load_from_checkpoint(

@@ -275,7 +275,7 @@ def test_the_game_moves_learners_and_trunk_but_not_the_targets_own_layers(real, 
 def test_the_discriminators_loss_reaches_no_student(scene):
     here = scene(2)
     method = made(here)
-    loss, logs = method.discriminator_terms(here.student)
+    loss, logs = method.player_loss("discriminators", here.student, None, here.batch)
     assert all(gradient is None for gradient in here.gradients(loss).values())
     loss.backward()
     assert all(each.grad is not None for each in method.discriminators.parameters())
@@ -290,7 +290,9 @@ def test_the_discriminators_loss_reaches_no_student(scene):
 @pytest.mark.parametrize("adversarial", ["fool", "diversify"])
 def test_discriminators_always_maximise_the_same_value(scene, adversarial):
     here = scene(2)
-    loss, _ = made(here, adversarial=adversarial, adversarial_form="non_saturating").discriminator_terms(here.student)
+    loss, _ = made(here, adversarial=adversarial, adversarial_form="non_saturating").player_loss(
+        "discriminators", here.student, None, here.batch
+    )
     assert loss.item() == pytest.approx(-game(made(here), here)[0], rel=1e-5)
 
 
@@ -304,12 +306,12 @@ def test_inputs_of_the_discriminators(scene):
 
 def test_optimizers_of_the_discriminators(scene):
     method = made(scene(2), discriminator_lr=0.02)
-    optimizer = method.discriminator_optimizer()
+    optimizer = method.player_optimizer("discriminators")
     assert isinstance(optimizer, torch.optim.SGD)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.02, 0.9, 5e-4)
     assert [id(each) for each in group["params"]] == [id(each) for each in method.discriminators.parameters()]
-    optimizer = made(scene(2), discriminator_optimizer="adam").discriminator_optimizer()
+    optimizer = made(scene(2), discriminator_optimizer="adam").player_optimizer("discriminators")
     assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.param_groups[0]["betas"] == (0.5, 0.999)
     assert optimizer.param_groups[0]["lr"] == 1e-3
@@ -317,8 +319,8 @@ def test_optimizers_of_the_discriminators(scene):
 
 def test_without_the_game_there_are_no_discriminators(scene):
     method = made(scene(2), adversarial="off")
-    assert not method.has_discriminators
-    assert made(scene(2)).has_discriminators
+    assert method.players() == {}
+    assert list(made(scene(2)).players()) == ["discriminators"]
 
 
 def test_lambdas_are_the_papers_and_each_goes_to_its_term():

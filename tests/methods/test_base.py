@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from ackd_lightning.methods.base import describe, from_description
 class Positional(Method):
     """A method outside the package, with a positional argument and layers of its own."""
 
-    needs_teacher: ClassVar[bool] = False
+    needs_teacher = False
 
     def __init__(self, width: int, scale: float = 2.0) -> None:
         super().__init__()
@@ -28,6 +27,9 @@ class Opponents(AdversarialMethod):
         super().__init__()
         self.project = nn.Linear(2, 1)
         self.discriminators = nn.Linear(3, 1)
+
+    def players(self):
+        return {"discriminators": list(self.discriminators.parameters())}
 
 
 @pytest.mark.parametrize(
@@ -101,24 +103,34 @@ def test_own_parameters_are_one_group_without_frozen_ones():
     assert CE().parameter_groups() == []
 
 
-def test_discriminators_are_in_no_group_of_the_learners():
+def test_players_are_in_no_group_of_the_learners():
     method = Opponents()
-    assert method.has_discriminators
     (group,) = method.parameter_groups()
     assert {id(each) for each in group["params"]} == {id(each) for each in method.project.parameters()}
-    method.discriminators = nn.Identity()
-    assert not method.has_discriminators
+    method.project.requires_grad_(False)
+    assert method.parameter_groups() == []
 
 
 def test_what_a_subclass_forgot_is_named():
     method = Opponents()
-    for call in (method.weights, method.discriminator_optimizer):
-        with pytest.raises(NotImplementedError, match="Opponents has no method"):
+    for call in (
+        method.weights,
+        lambda: method.player_optimizer("discriminators"),
+        lambda: AdversarialMethod().players(),
+    ):
+        with pytest.raises(NotImplementedError, match=r"(Opponents|AdversarialMethod) has no method"):
             call()
     with pytest.raises(NotImplementedError, match="`forward`"):
         method(None, None, None)
-    with pytest.raises(NotImplementedError, match="`discriminator_terms`"):
-        method.discriminator_terms(None)
+    with pytest.raises(NotImplementedError, match="`player_loss`"):
+        method.player_loss("discriminators", None, None, None)
+
+
+def test_what_is_kept_outside_is_no_part_of_the_method():
+    method, network = Opponents(), nn.Linear(2, 2)
+    method.keep_outside("student", network)
+    assert method.student is network
+    assert not any(each is network for each in method.modules())
 
 
 def test_defaults_of_the_base_class_do_nothing(scene):
@@ -126,6 +138,9 @@ def test_defaults_of_the_base_class_do_nothing(scene):
     method.build(here.spec, None)
     method.set_epoch(3)
     assert method.ensemble(here.student) is None
+    assert method.examples(here.batch) is None
+    assert method.head is None
+    assert method.prediction(here.student) is here.student.logits
     assert method.statistics(here.student) == {}
     assert method.branches == ()
     assert torch.equal(method(here.student, None, here.batch)["ce"], CE()(here.student, None, here.batch)["ce"])

@@ -260,3 +260,34 @@ def test_a_network_without_a_plan_trains_without_branches():
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
     image = torch.randn(2, 3, 4, 4)
     assert torch.equal(BranchyStudent(network, [])(image).logits, network(image))
+
+
+def test_a_peer_is_a_network_of_its_own():
+    torch.manual_seed(0)
+    student = BranchyStudent(create_model("resnet8", 10), ["peer", "resnet14"], num_classes=10).eval()
+    image = torch.randn(2, 3, 16, 16)
+    out = student(image)
+    assert student.specs == ("peer", "resnet14")
+    for branch, peer in zip(out.branches, student.branches, strict=True):
+        assert torch.allclose(branch.logits, peer.network(image), atol=1e-6)
+        assert len(branch.features) == 1
+        assert branch.embedding.shape == (2, 64)
+    own, peer = student.plain().state_dict(), student.branches[0].network.state_dict()
+    assert own.keys() == peer.keys()
+    assert not torch.equal(own["conv1.weight"], peer["conv1.weight"])  # fresh weights
+    out.branches[0].logits.sum().backward()
+    assert all(each.grad is None for each in student.plain().parameters())
+
+
+def test_a_peer_needs_no_known_stages():
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+    out = BranchyStudent(backbone, ["peer"])(torch.zeros(2, 3, 8, 8))
+    assert out.branches[0].logits.shape == (2, 5)
+    assert out.branches[0].features == ()
+
+
+@pytest.mark.parametrize(("spec", "words"), [("resnet15", "did you mean"), ("D9B1", "use one of D3B1"), ("D9", "D3B1")])
+def test_a_learner_that_is_no_branch_and_no_network_is_named(spec, words):
+    with pytest.raises(ACKDError, match=spec) as caught:
+        BranchyStudent(create_model("resnet8", 10), [spec], num_classes=10)
+    assert words in str(caught.value)

@@ -376,3 +376,22 @@ def test_a_run_that_learnt_from_another_file_is_refused(tmp_path):
 def test_no_teacher_is_trained_for_rows_without_one(here):
     _, jobs = plan(small(here), methods=["ce"], overrides=SHORT)
     assert {job.kind for job in jobs} == {"student"}
+
+
+def test_a_student_that_learns_from_itself_gets_the_run_of_its_seed_alone(here):
+    _, jobs = plan(small(here, rows={"ce": {}, "aikd": {}}), methods=["aikd"], seeds=(0, 3))
+    assert [(job.kind, job.row, job.seed) for job in jobs] == [
+        ("student", "ce", 0),
+        ("student", "aikd", 0),
+        ("student", "ce", 3),
+        ("student", "aikd", 3),
+    ]
+    for alone, taught in (jobs[:2], jobs[2:]):
+        assert taught.needs == (alone.folder,)
+        assert taught.source == alone.student_file
+        assert taught.settings["model.teacher"] == alone.settings["model.student"] == "resnet8"
+
+
+def test_the_row_of_the_student_alone_is_shared(here):
+    _, jobs = plan(small(here, rows={"ce": {}, "aikd": {}, "pskd": {}}), methods=["ce", "aikd", "pskd"], seeds=(0,))
+    assert [(job.row, len(job.needs)) for job in jobs] == [("ce", 0), ("aikd", 1), ("pskd", 0)]

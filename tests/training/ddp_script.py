@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ackd_lightning import ACKD, ACKDModule
-from training.helpers import Blobs, module, trainer
+from ackd_lightning.methods import ACN, AIKD, ATSC
+from training.helpers import Blobs, IndexedBlobs, game, module, trainer
 
 
 class Buffers(L.Callback):
@@ -43,6 +44,15 @@ class NeverRearmed(ACKDModule):
         pass
 
 
+def without_norm(net):
+    """The same with projectors that do not normalise: BatchNorm is each process's own without sync_batchnorm."""
+    for projector in net.method.head.projectors:
+        for number, layer in enumerate(projector):
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                projector[number] = torch.nn.Identity()
+    return net
+
+
 def scenarios():
     strong = {"discriminator_lr": 0.1}
     yield "default", module(ACKD(**strong), norm=False), []
@@ -50,6 +60,11 @@ def scenarios():
     yield "collaboration", module(ACKD(adversarial="off", attention="off"), norm=False), []
     yield "unequal", module(ACKD(**strong), norm=False), [UnequalStart()]
     yield "norm", module(ACKD(**strong)), []
+    yield "atsc", without_norm(game(ATSC(classifier_lr=0.05), norm=False)), []
+    yield "simkd", without_norm(game(ATSC(adapt_teacher=False, classifier_update="none"), norm=False)), []
+    yield "aikd", game(AIKD(discriminator_lr=1e-2), norm=False), []
+    yield "pskd", game(AIKD(previous="table", weight_det=0.0, weight_adv=0.0), norm=False), []
+    yield "acn", game(ACN(warmup_epochs=1), norm=False), []
     left_alone = module(ACKD(**strong))
     left_alone.__class__ = NeverRearmed
     yield "never_rearmed", left_alone, []
@@ -59,7 +74,7 @@ def main(devices: int, out: Path) -> None:
     for name, net, callbacks in scenarios():
         buffers = Buffers()
         run = trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", callbacks=[buffers, *callbacks])
-        run.fit(net, datamodule=Blobs())
+        run.fit(net, datamodule=Blobs() if isinstance(net, ACKDModule) else IndexedBlobs())
         if run.is_global_zero:
             metrics = {key: float(value) for key, value in run.callback_metrics.items()}
             result = {"state": net.state_dict(), "metrics": metrics, "buffers": buffers.largest}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from ackd_lightning import ACKD, ACKDModule
+from ackd_lightning import ACKD, ACKDModule, AdversarialMethod, AdversarialModule
 from ackd_lightning.models.taps import StagePlan
 
 SIZE = 8
@@ -60,6 +60,30 @@ class Blobs(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()
+
+
+class IndexedBlobs(Blobs):
+    """The same with what some methods ask of a data module: an index, the classes, the global batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size = self.global_batch
+
+    @property
+    def train_targets(self) -> Tensor:
+        return self._data(0, self.count).tensors[1]
+
+    def _data(self, seed: int, count: int) -> TensorDataset:
+        return TensorDataset(*super()._data(seed, count).tensors, torch.arange(count))
+
+
+def game(method: AdversarialMethod, *, norm: bool = True, **options: Any) -> AdversarialModule:
+    """A module of any method with players on tiny networks, made the same way every time."""
+    torch.manual_seed(0)
+    teacher, student = TinyNet(8, norm=norm), TinyNet(norm=norm)
+    arguments = {"lr": 0.05, "milestones": [2], "teacher_gate": "off", "input_size": SIZE, **options}
+    arguments |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return AdversarialModule(student, CLASSES, teacher=teacher, method=method, **arguments)
 
 
 def module(method: ACKD | None = None, *, seed: int = 0, norm: bool = True, **options: Any) -> ACKDModule:

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ackd_lightning import ACKDModule, DigitsDataModule, DistillationModule
+from ackd_lightning import ACKDModule, AdversarialModule, DigitsDataModule, DistillationModule
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import RunStoppedError
-from ackd_lightning.methods import ACKD, CRD, ONE
+from ackd_lightning.methods import ACKD, ACN, AIKD, ATSC, CRD, ONE
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.callbacks import checkpoints
 from ackd_lightning.training.stopping import StopSafely, WholeCheckpoints
@@ -71,6 +71,14 @@ def module(method: str) -> DistillationModule:
     options: dict[str, Any] = {"lr": 0.05, "milestones": [1, 2], "teacher_gate": "off", "input_size": 16, "seed": 0}
     if method == "ackd":
         return ACKDModule(network(), 10, teacher=teacher, method=ACKD(discriminator_lr=0.05), **options)
+    games = {
+        "atsc": ATSC(classifier_lr=0.05),
+        "aikd": AIKD(discriminator_lr=1e-2),
+        "aikd_table": AIKD(previous="table", discriminator_lr=1e-2),
+        "acn": ACN(warmup_epochs=1, generator_width=4),
+    }
+    if method in games:
+        return AdversarialModule(network(), 10, teacher=teacher, method=games[method], **options)
     if method == "crd":
         return DistillationModule(network(), 10, teacher=teacher, method=CRD(negatives=32), **options)
     return DistillationModule(network(), 10, method=ONE(ramp_epochs=2), **options)

@@ -116,8 +116,8 @@ def test_discriminators_learn_and_learner_loss_leaves_them_alone():
             gradients["after"] = [p.grad.clone() for p in pl_module.method.discriminators.parameters()]
 
     class Both(ACKDModule):
-        def _discriminator_step(self, loss, optimizer):
-            super()._discriminator_step(loss, optimizer)
+        def _player_step(self, parameters, loss, optimizer):
+            super()._player_step(parameters, loss, optimizer)
             gradients["own"] = [p.grad.clone() for p in self.method.discriminators.parameters()]
 
     net.__class__ = Both
@@ -172,6 +172,27 @@ def test_fp16_gradients_of_the_discriminators_are_unscaled():
     scaled = scaled_updates(MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12)))
     assert max(float((a - b).abs().max()) for a, b in zip(plain, scaled, strict=True)) < 0.05
     assert all(torch.isfinite(each).all() for each in scaled)
+
+
+def test_no_backward_pass_runs_under_autocast():
+    """As in automatic optimisation: there, operations that were float32 on purpose would go back in half precision."""
+    seen = []
+
+    class Watch(ACKD):
+        def forward(self, student, teacher, batch):
+            assert torch.is_autocast_enabled("cpu")
+            terms = super().forward(student, teacher, batch)
+            terms["ce"].register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+            return terms
+
+        def player_loss(self, player, student, teacher, batch):
+            loss, values = super().player_loss(player, student, teacher, batch)
+            doubled = loss * 1.0
+            doubled.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+            return doubled, values
+
+    trainer(fast_dev_run=True, precision="bf16-mixed").fit(module(Watch()), datamodule=Blobs())
+    assert seen == [False, False]
 
 
 def test_bf16_stays_close():

@@ -36,10 +36,13 @@ def fits(tmp_path_factory):
     return lambda name, devices: torch.load(folder / f"{name}-{devices}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("name", ["default", "diversify", "collaboration"])
+@pytest.mark.parametrize("name", ["default", "diversify", "collaboration", "atsc", "simkd", "aikd", "pskd", "acn"])
 def test_two_processes_equal_one(fits, name):
     one, two = fits(name, 1), fits(name, 2)
-    assert largest_difference(one["state"], two["state"]) < 1e-6
+    learned = [{key: each for key, each in fit["state"].items() if key.startswith("student.")} for fit in (one, two)]
+    assert largest_difference(*learned) < 1e-6
+    adam = name in ("aikd", "acn")  # its first steps have the size of the learning rate however small a gradient is
+    assert largest_difference(one["state"], two["state"]) < (1e-4 if adam else 1e-6)
     assert one["steps"] == two["steps"] == 16
 
 

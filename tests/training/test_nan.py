@@ -12,6 +12,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 
 from ackd_lightning import ACKD, KD, ACKDError, ACKDModule, DistillationModule
 from ackd_lightning.cli import main
@@ -147,10 +148,17 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path, poison):
     assert finite(kept["state_dict"])
 
 
+def half_precision() -> tuple[dict[str, list[MixedPrecision]], torch.amp.GradScaler]:
+    """Trainer options for a loss scale as on a GPU; on the CPU Lightning turns 16-mixed into bfloat16."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}, scaler
+
+
 @skipping
+@pytest.mark.parametrize("half", [False, True], ids=["32-true", "16-mixed"])
 @pytest.mark.parametrize("adversarial", [False, True])
-def test_skip_is_as_if_the_step_had_not_been(adversarial):
-    """The same as a run without that batch: weights, BatchNorm, discriminators, momentum."""
+def test_skip_is_as_if_the_step_had_not_been(adversarial, half):
+    """The same as a run without that batch: weights, BatchNorm, discriminators, momentum, and the loss scale."""
 
     class Without(BadImages):
         def train_dataloader(self):
@@ -160,12 +168,15 @@ def test_skip_is_as_if_the_step_had_not_been(adversarial):
             return torch.utils.data.DataLoader(kept, batch_size=self.global_batch)
 
     method = (lambda: ACKD(discriminator_lr=0.1)) if adversarial else KD
+    (options, scaler), (other, scaler_without) = half_precision(), half_precision()
     skipped = build(method(), adversarial=adversarial, on_nan="skip")
-    run = trainer(max_epochs=2)
+    run = trainer(max_epochs=2, **(options if half else {}))
     run.fit(skipped, datamodule=BadImages())
     assert float(run.callback_metrics["train/skipped"]) == 2.0
     left_out = build(method(), adversarial=adversarial)
-    trainer(max_epochs=2).fit(left_out, datamodule=Without())
+    trainer(max_epochs=2, **(other if half else {})).fit(left_out, datamodule=Without())
+    assert scaler.get_scale() == scaler_without.get_scale()
+    assert (scaler.get_scale() > 2.0**10) is half  # it has grown, so it has been used
     assert largest_difference(state(left_out), state(skipped)) == 0.0
     assert torch.isfinite(run.callback_metrics["train/loss"])
 

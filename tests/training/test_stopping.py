@@ -54,6 +54,10 @@ def assert_same_end(again, whole):
         ("ackd", 9, signal.SIGTERM, 0),  # last step of an epoch: the epoch is ended first
         ("crd", 8, signal.SIGTERM, 0),
         ("one", 6, signal.SIGTERM, 2),
+        ("atsc", 7, signal.SIGTERM, 0),
+        ("aikd", 11, signal.SIGTERM, 0),  # in the third epoch: the snapshot is that of the second
+        ("aikd_table", 7, signal.SIGTERM, 0),
+        ("acn", 7, signal.SIGTERM, 0),
     ],
 )
 def test_a_stopped_fit_goes_on_as_if_nothing_had_been(tmp_path, whole, method, step, number, workers):

@@ -1,7 +1,10 @@
 """Distillation methods: one file is one paper."""
 
 from ackd_lightning.methods.ackd import ACKD
+from ackd_lightning.methods.acn import ACN
+from ackd_lightning.methods.aikd import AIKD
 from ackd_lightning.methods.at import AT
+from ackd_lightning.methods.atsc import ATSC
 from ackd_lightning.methods.base import AdversarialMethod, Method
 from ackd_lightning.methods.cc import CC
 from ackd_lightning.methods.ce import CE
@@ -19,7 +22,10 @@ from ackd_lightning.methods.vid import VID
 
 __all__ = [
     "ACKD",
+    "ACN",
+    "AIKD",
     "AT",
+    "ATSC",
     "CC",
     "CE",
     "CRD",

@@ -251,11 +251,21 @@ class ACKD(AdversarialMethod):
             return -adversarial_value(logits, flipped=True)
         return adversarial_value(logits)
 
-    def discriminator_terms(self, student: NetOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        """The discriminators; nobody with ``adversarial="off"``."""
+        own = list(self.discriminators.parameters())
+        return {"discriminators": own} if own else {}
+
+    def player_loss(
+        self, player: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminators' side of Eq. 4 and 5: they maximise L_ad on detached features.
 
         Args:
+            player: ``discriminators``.
             student: of this batch.
+            teacher: not used.
+            batch: not used.
 
         Returns:
             ``-L_ad`` and the log entries ``disc/loss`` and ``disc/acc``.
@@ -264,8 +274,8 @@ class ACKD(AdversarialMethod):
         loss = -adversarial_value(logits)
         return loss, {"disc/loss": loss.detach(), "disc/acc": discriminator_accuracy(logits.detach())}
 
-    def discriminator_optimizer(self) -> torch.optim.Optimizer:
-        """SGD with momentum, or Adam, as the constructor was told."""
+    def player_optimizer(self, player: str) -> torch.optim.Optimizer:
+        """SGD with momentum, or Adam, as the constructor was told; arguments as in the base class."""
         parameters = self.discriminators.parameters()
         if self.optimizer_name == "adam":
             return torch.optim.Adam(parameters, lr=self.discriminator_lr, betas=(0.5, 0.999))

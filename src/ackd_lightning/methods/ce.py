@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from ackd_lightning.functional import cross_entropy
@@ -18,7 +16,7 @@ class CE(Method):
         weight_ce: weight of the cross-entropy.
     """
 
-    needs_teacher: ClassVar[bool] = False
+    needs_teacher = False
 
     def __init__(self, *, weight_ce: float = 1.0) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -177,8 +177,8 @@ class CRD(Method):
         ACKDError: for arguments out of range.
     """
 
-    needs_targets: ClassVar[bool] = True
-    equal_buffers: ClassVar[tuple[str, ...]] = ("memory_student", "memory_teacher")
+    needs_targets = True
+    equal_buffers = ("memory_student", "memory_teacher")
 
     def __init__(
         self,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +105,7 @@ class ONE(Method):
         ACKDError: for a number that is out of its range.
     """
 
-    needs_teacher: ClassVar[bool] = False
+    needs_teacher = False
 
     def __init__(
         self,

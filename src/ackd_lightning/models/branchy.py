@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.taps import StagePlan, plan_for, pooled, staged_forward
+from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import NetOutput
 
 
@@ -103,15 +104,45 @@ class AuxiliaryLearner(nn.Module):
         return NetOutput(logits=self.classifier(embedding), features=(feature,), embedding=embedding)
 
 
+class Peer(nn.Module):
+    """A learner that shares nothing with the target learner: a whole network of its own.
+
+    Args:
+        network: any network that maps images to logits.
+    """
+
+    entry = 0
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.plan = plan_for(network)
+
+    def forward(self, image: Tensor) -> NetOutput:
+        """The peer's own look at the images.
+
+        Args:
+            image: ``B x C x H x W``.
+
+        Returns:
+            Logits ``B x K``; its last feature map, where its stages are known; embedding ``B x D``.
+        """
+        out = staged_forward(self.network, self.plan, image)
+        return NetOutput(logits=out.logits, features=out.features[-1:], embedding=out.embedding)
+
+
 class BranchyStudent(nn.Module):
-    """Target learner with auxiliary learners on shared low stages (ACKD, section 3.2 and Table 7).
+    """Target learner with auxiliary learners on shared low stages (ACKD, section 3.2 and Table 7), or with peers.
 
     Without branches it is just the backbone that hands out its stages, so every method trains the same class.
 
     Args:
         backbone: the target learner: a network of the zoo, a torchvision ResNet, or any with a ``stage_plan``.
         branches: such as ``("D3B1", "D2B2")``; the same entry twice gives two independently initialised learners, and
-            ``last`` stands for D{K}B1 of a backbone of K stages. None: the paper's two. Empty: no learners.
+            ``last`` stands for D{K}B1 of a backbone of K stages. ``peer`` is a second network of the backbone's
+            structure with fresh weights, and any name that ``create_model`` knows is a peer of that architecture.
+            None: the paper's two. Empty: no learners.
+        num_classes: K, for peers given by name.
 
     Raises:
         ACKDError: when a spec does not fit the backbone, or the backbone's stages are not known.
@@ -125,29 +156,32 @@ class BranchyStudent(nn.Module):
         [(2, 10), (2, 10)]
     """
 
-    def __init__(self, backbone: nn.Module, branches: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, branches: Sequence[str] | None = None, *, num_classes: int | None = None
+    ) -> None:
         super().__init__()
-        name = type(backbone).__name__
         self.plan = plan_for(backbone)
-        if self.plan is None:
-            if branches is None or len(branches) > 0:
-                raise ACKDError(
-                    f"auxiliary learners need to know the stages of {name}; give it an attribute `stage_plan` "
-                    "(a StagePlan), or choose a network of the zoo or a torchvision ResNet"
-                )
-            branches = ()
-        elif branches is None:
-            branches = default_branches(self.plan)
-        else:
-            last = f"D{len(self.plan.stages)}B1"
-            branches = [last if spec == "last" else spec for spec in branches]
-        self.specs = tuple(branches)
+        if branches is None:
+            branches = default_branches(self.plan) if self.plan is not None else ("last",)
+        last = f"D{len(self.plan.stages)}B1" if self.plan is not None else "last"
+        self.specs = tuple(last if spec == "last" else spec for spec in branches)
         self.backbone = backbone
-        self.branches = nn.ModuleList(
-            AuxiliaryLearner(backbone, self.plan, entry_stage(spec, self.plan, name))
-            for spec in self.specs
-            if self.plan is not None
-        )
+        self.branches = nn.ModuleList(self._learner(spec, num_classes) for spec in self.specs)
+
+    def _learner(self, spec: str, num_classes: int | None) -> AuxiliaryLearner | Peer:
+        name = type(self.backbone).__name__
+        if spec == "peer":
+            network = copy.deepcopy(self.backbone)
+            init_fresh(network)
+            return Peer(network)
+        if num_classes is not None and re.match(r"D\d|last$", spec) is None:
+            return Peer(create_model(spec, num_classes))
+        if self.plan is None:
+            raise ACKDError(
+                f"auxiliary learners need to know the stages of {name}; give it an attribute `stage_plan` "
+                "(a StagePlan), or choose a network of the zoo or a torchvision ResNet"
+            )
+        return AuxiliaryLearner(self.backbone, self.plan, entry_stage(spec, self.plan, name))
 
     def forward(self, image: Tensor) -> NetOutput:
         """One pass of the trunk, the target's head and every auxiliary learner.
@@ -161,8 +195,9 @@ class BranchyStudent(nn.Module):
         target = staged_forward(self.backbone, self.plan, image)
         if not self.branches:
             return target
-        learners = [cast(AuxiliaryLearner, branch) for branch in self.branches]
-        outputs = tuple(learner(target.features[learner.entry - 1]) for learner in learners)
+        learners = [cast("AuxiliaryLearner | Peer", branch) for branch in self.branches]
+        inputs = (image, *target.features)
+        outputs = tuple(learner(inputs[learner.entry]) for learner in learners)
         return NetOutput(target.logits, target.features, target.embedding, outputs)
 
     def plain(self) -> nn.Module:

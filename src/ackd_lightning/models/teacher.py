@@ -1,7 +1,8 @@
-"""A teacher that cannot be trained, saved or forgotten in training mode."""
+"""Teachers: one that cannot be trained, saved or forgotten in training mode, and one that a method may train."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
@@ -51,8 +52,101 @@ def _stated(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
     return found
 
 
-class FrozenTeacher(nn.Module):
-    """A network in evaluation mode for ever, without gradient, fed with its own normalisation and image size.
+class Teacher(nn.Module):
+    """A network fed with its own normalisation and image size, through which gradients flow.
+
+    Args:
+        network: any network that maps images to logits.
+        mean: per channel, what the network was trained with; None: the data's.
+        std: as ``mean``.
+        input_size: side in pixels the network was trained with; None: the data's.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        input_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.plan = plan_for(network)
+        self._own = (tuple(mean) if mean else None, tuple(std) if std else None, input_size)
+        self.input_size = input_size
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
+
+    def take(self, other: Teacher) -> None:
+        """Become a copy of another teacher: its weights, its normalisation and its image size.
+
+        Args:
+            other: of the same architecture.
+        """
+        self.network.load_state_dict(other.network.state_dict())
+        self.input_size = other.input_size
+        device = next((each.device for each in self.network.parameters()), torch.device("cpu"))
+        for name in ("scale", "shift"):
+            value = getattr(other, name)
+            setattr(self, name, None if value is None else value.clone().to(device))
+
+    def adapt_to(self, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: int) -> None:
+        """Tell the teacher how the images it will get were normalised; it converts them to its own.
+
+        Args:
+            mean: of the data, per channel; None: unknown, nothing is converted.
+            std: as ``mean``.
+            input_size: side of the data's images in pixels.
+        """
+        own_mean, own_std, own_size = self._own
+        self.input_size = None if own_size == input_size else own_size
+        self.scale = self.shift = None
+        if mean is None or std is None or own_mean is None or own_std is None:
+            if own_mean is not None and own_std is not None:
+                warnings.warn(
+                    "the teacher has its own normalisation and that of the data is unknown, so images reach it "
+                    "unchanged; pass mean and std of the data to the module",
+                    stacklevel=2,
+                )
+            return
+        if tuple(mean) == own_mean and tuple(std) == own_std:
+            return
+        if len(mean) != len(own_mean):
+            raise ACKDError(
+                f"the teacher was trained on images of {len(own_mean)} channels and the data have {len(mean)}; "
+                "choose another teacher"
+            )
+        device = next((each.device for each in self.network.parameters()), torch.device("cpu"))
+        data_mean, data_std, target_mean, target_std = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+            for values in (mean, std, own_mean, own_std)
+        )
+        self.scale = data_std / target_std
+        self.shift = (data_mean - target_mean) / target_std
+
+    def forward(self, image: Tensor) -> NetOutput:
+        """Logits, stage outputs and embedding.
+
+        Args:
+            image: ``B x C x H x W`` as the student gets it.
+
+        Returns:
+            Output of the teacher on its own view of the images.
+        """
+        if self.scale is not None and self.shift is not None:
+            image = image * self.scale + self.shift
+        if self.input_size is not None:
+            image = F.interpolate(
+                image, size=(self.input_size, self.input_size), mode="bilinear", antialias=True, align_corners=False
+            )
+        return staged_forward(self.network, self.plan, image)
+
+
+class FrozenTeacher(Teacher):
+    """A teacher in evaluation mode for ever, without gradient.
 
     Training modules hold it outside their module tree: it is in no checkpoint, no optimizer, no DDP bucket.
 
@@ -75,17 +169,9 @@ class FrozenTeacher(nn.Module):
         bf16: bool = False,
         metadata: dict[str, str] | None = None,
     ) -> None:
-        super().__init__()
-        self.network = network.requires_grad_(False).eval()
-        self.plan = plan_for(network)
+        super().__init__(network.requires_grad_(False).eval(), mean=mean, std=std, input_size=input_size)
         self.bf16 = bf16
         self.metadata = dict(metadata or {})
-        self._own = (tuple(mean) if mean else None, tuple(std) if std else None, input_size)
-        self.input_size = input_size
-        self.scale: Tensor | None
-        self.shift: Tensor | None
-        self.register_buffer("scale", None, persistent=False)
-        self.register_buffer("shift", None, persistent=False)
         self.training = False
 
     @classmethod
@@ -122,40 +208,6 @@ class FrozenTeacher(nn.Module):
             metadata=metadata,
         )
 
-    def adapt_to(self, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: int) -> None:
-        """Tell the teacher how the images it will get were normalised; it converts them to its own.
-
-        Args:
-            mean: of the data, per channel; None: unknown, nothing is converted.
-            std: as ``mean``.
-            input_size: side of the data's images in pixels.
-        """
-        own_mean, own_std, own_size = self._own
-        self.input_size = None if own_size == input_size else own_size
-        self.scale = self.shift = None
-        if mean is None or std is None or own_mean is None or own_std is None:
-            if own_mean is not None and own_std is not None:
-                warnings.warn(
-                    "the teacher has its own normalisation and that of the data is unknown, so images reach it "
-                    "unchanged; pass mean and std of the data to the module",
-                    stacklevel=2,
-                )
-            return
-        if tuple(mean) == own_mean and tuple(std) == own_std:
-            return
-        if len(mean) != len(own_mean):
-            raise ACKDError(
-                f"the teacher was trained on images of {len(own_mean)} channels and the data have {len(mean)}; "
-                "choose another teacher"
-            )
-        device = next((each.device for each in self.network.parameters()), torch.device("cpu"))
-        data_mean, data_std, target_mean, target_std = (
-            torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-            for values in (mean, std, own_mean, own_std)
-        )
-        self.scale = data_std / target_std
-        self.shift = (data_mean - target_mean) / target_std
-
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stay in evaluation mode whatever is asked."""
         return super().train(False)
@@ -178,15 +230,6 @@ class FrozenTeacher(nn.Module):
         Returns:
             Output of the teacher on its own view of the images; logits in float32.
         """
-        if self.scale is not None and self.shift is not None:
-            image = image * self.scale + self.shift
-        if self.input_size is not None:
-            image = F.interpolate(
-                image, size=(self.input_size, self.input_size), mode="bilinear", antialias=True, align_corners=False
-            )
-        if self.bf16:
-            with torch.autocast(image.device.type, dtype=torch.bfloat16):
-                out = staged_forward(self.network, self.plan, image)
-        else:
-            out = staged_forward(self.network, self.plan, image)
+        with torch.autocast(image.device.type, dtype=torch.bfloat16) if self.bf16 else contextlib.nullcontext():
+            out = super().forward(image)
         return NetOutput(out.logits.float(), out.features, out.embedding)

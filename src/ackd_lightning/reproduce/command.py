@@ -133,7 +133,7 @@ def _fetch_data(jobs: Sequence[Job]) -> None:
 def _plan(
     table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], seeds: Sequence[int], planner: Planner
 ) -> list[Job]:
-    if any(needs_teacher(row) for row in rows):
+    if any(needs_teacher(row) and row.teacher != "itself" for row in rows):
         for pair in pairs:
             if planner.given_weights(pair) is None:
                 planner.teacher(pair)

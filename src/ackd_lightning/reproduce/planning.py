@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import yaml
 
-from ackd_lightning.configs import find_config, load_configs
+from ackd_lightning.configs import experiment_settings, find_config, load_configs
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.lightning_cli import PlannedRun
-from ackd_lightning.lightning_cli import plan as plan_fit
+from ackd_lightning.methods.base import from_description
 from ackd_lightning.models.weights import digest
-from ackd_lightning.reports import experiment_settings, read_summary
+from ackd_lightning.reports import read_summary
 from ackd_lightning.reproduce.tables import Pair, Row, TableSpec, TeacherKind
+from ackd_lightning.runs import PlannedRun
+from ackd_lightning.runs import plan as plan_fit
 
 _TEACHER_SEED = 0
 """One teacher and one assistant serve all seeds of the students."""
@@ -161,8 +161,7 @@ def needs_teacher(row: Row) -> bool:
     Args:
         row: of a table.
     """
-    description = load_configs([row.method])[0]["model"]["init_args"]["method"]
-    return bool(pkgutil.resolve_name(description["class_path"]).needs_teacher)
+    return from_description(load_configs([row.method])[0]["model"]["init_args"]["method"]).needs_teacher
 
 
 class Planner:
@@ -363,10 +362,19 @@ class Planner:
             row: method.
             seeds: one run each.
         """
-        source: dict[str, Any] = {}
-        needs: tuple[Path, ...] = ()
-        if needs_teacher(row):
-            source, needs = self._source(pair, row.teacher)
+        if row.teacher == "itself":
+            return [job for seed in seeds for job in self._add(pair, row, [seed], *self._itself(pair, seed))]
+        return self._add(pair, row, seeds, *(self._source(pair, row.teacher) if needs_teacher(row) else ({}, ())))
+
+    def _itself(self, pair: Pair, seed: int) -> tuple[dict[str, Any], tuple[Path, ...]]:
+        """The student trained alone from the same seed, as a teacher; shared with the row ``ce``."""
+        (job,) = self.add(pair, self.table.rows.get("ce", Row("ce", "ce", label="ce")), [seed])
+        student = self._pair_settings(pair)["student"]
+        return {"model.teacher": student, "model.teacher_weights": str(job.student_file)}, (job.folder,)
+
+    def _add(
+        self, pair: Pair, row: Row, seeds: Sequence[int], source: Mapping[str, Any], needs: tuple[Path, ...]
+    ) -> list[Job]:
         return self._job(
             title=f"{pair.name}: {row.label}",
             pair=pair,

@@ -10,13 +10,15 @@ from typing import Any, Literal
 from ackd_lightning.configs import config_folder, describe_config, find_config, method_names, read_yaml
 from ackd_lightning.errors import ACKDError, near_matches
 
-TeacherKind = Literal["teacher", "early_stopped", "assistant"]
-TEACHER_KINDS: tuple[TeacherKind, ...] = ("teacher", "early_stopped", "assistant")
+TeacherKind = Literal["teacher", "early_stopped", "assistant", "itself"]
+TEACHER_KINDS: tuple[TeacherKind, ...] = ("teacher", "early_stopped", "assistant", "itself")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "eskd": {"method": "kd", "teacher": "early_stopped"},
     "takd": {"method": "kd", "teacher": "assistant"},
+    "aikd": {"teacher": "itself"},
 }
-"""Rows that are a schedule of runs and no method of their own: KD from an early-stopped teacher, from an assistant."""
+"""Rows that are a schedule of runs: KD from an early-stopped teacher, from an assistant; a student that learns from
+itself, trained alone before."""
 METRICS = ("acc", "acc_top5")
 _TABLE_KEYS = {"metrics", "error", "proxies", "set", "teacher_set", "student_set", "pairs", "rows"}
 _PAIR_KEYS = {"config", "assistant", "early_stop", "paper"}
@@ -61,7 +63,7 @@ class Row:
     Attributes:
         name: unique in the table.
         method: a fragment of ``configs/methods``.
-        teacher: the teacher itself, its early-stopped self, or an assistant.
+        teacher: the teacher, its early-stopped self, an assistant, or the student itself, trained alone before.
         label: how the row is called in print.
         settings: dotted settings of its runs.
     """

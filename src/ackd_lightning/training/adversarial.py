@@ -1,4 +1,4 @@
-"""Discriminator step, then learner step: the only file that knows about manual optimisation.
+"""Steps of the other players, then the learners' step: the only file that knows about manual optimisation.
 
 Every oddity here answers a measured trap: stepping two optimizers through Lightning doubles ``global_step``; a second
 backward breaks DDP's reducer; manual optimisation switches off DDP's buffer broadcast; raw optimizer steps ignore the
@@ -8,7 +8,8 @@ loss scale of 16-bit training. The tests name them one by one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,58 +26,60 @@ from ackd_lightning.methods.base import AdversarialMethod, Method
 from ackd_lightning.training.distillation import DistillationModule
 from ackd_lightning.types import NetOutput
 
-_DISCRIMINATORS = "method.discriminators."
-
 
 @contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradient for a module's parameters inside the block; gradients still flow through it.
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """No gradient for parameters inside the block; gradients still flow through what is computed with them.
 
     Args:
-        module: all of whose parameters are trainable.
+        parameters: all trainable.
     """
-    module.requires_grad_(False)
+    held = list(parameters)
+    for parameter in held:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        module.requires_grad_(True)
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 class AdversarialModule(DistillationModule):
-    """Trains a student against discriminators: one student forward, a discriminator step, a learner step.
+    """Trains a student beside further players: one student forward, a step of every player, a learners' step.
 
-    Only learner steps count in ``global_step``, so ``max_steps``, ``every_n_train_steps``, ``fast_dev_run`` and weight
-    averaging mean what they mean elsewhere. The constructor is that of [`DistillationModule`][].
+    Only learners' steps count in ``global_step``, so ``max_steps``, ``every_n_train_steps``, ``fast_dev_run`` and
+    weight averaging mean what they mean elsewhere. The constructor is that of [`DistillationModule`][].
     """
 
     def _finish(self) -> None:
         self.automatic_optimization = False
-        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
-        # read by torch's DistributedDataParallel: the discriminators' gradients are reduced here, not by its buckets
-        self._ddp_params_and_buffers_to_ignore = [name for name in names if name.startswith(_DISCRIMINATORS)]
+        players = {id(parameter) for parameters in self.game.players().values() for parameter in parameters}
+        # read by torch's DistributedDataParallel: the players' gradients are reduced here, not by its buckets
+        self._ddp_params_and_buffers_to_ignore += [
+            name for name, each in self.named_parameters() if id(each) in players
+        ]
 
     def _check_method(self, method: Method) -> None:
         if not isinstance(method, AdversarialMethod):
             raise ACKDError(f"method {type(method).__name__} has no discriminators; train it with DistillationModule")
 
     @property
-    def opponents(self) -> AdversarialMethod:
-        """The method, which is known to have discriminators."""
+    def game(self) -> AdversarialMethod:
+        """The method, which is known to have players."""
         return cast(AdversarialMethod, self.method)
 
-    def _optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer | None]:
+    def _optimizers(self) -> tuple[LightningOptimizer, list[LightningOptimizer]]:
         found = self.optimizers()
-        if isinstance(found, list):
-            return found[0], found[1]
-        return found, None
+        return (found[0], found[1:]) if isinstance(found, list) else (found, [])
 
     # ---------------------------------------------------------------- hooks
 
     def on_fit_start(self) -> None:
-        """Start all processes with the same discriminators: DDP does not send parameters that it ignores."""
+        """Start all processes with the same players: DDP does not send parameters that it ignores."""
         if dist.is_available() and dist.is_initialized():
-            for tensor in (*self.opponents.discriminators.parameters(), *self.opponents.discriminators.buffers()):
-                dist.broadcast(tensor.data, 0)
+            for parameters in self.game.players().values():
+                for parameter in parameters:
+                    dist.broadcast(parameter.data, 0)
 
     def _rearm_buffer_sync(self) -> None:
         """Ask DDP to send BatchNorm's buffers again: in manual optimisation Lightning leaves that switched off."""
@@ -97,25 +100,37 @@ class AdversarialModule(DistillationModule):
         """Step both schedules: Lightning does not in manual optimisation. Runs before checkpoints are written."""
         super().on_train_epoch_end()
         schedulers = self.lr_schedulers()
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            cast(torch.optim.lr_scheduler.LRScheduler, scheduler).step()
+        with warnings.catch_warnings():  # a player that sits out its first epochs has a schedule all the same
+            warnings.filterwarnings("ignore", ".*before `optimizer.step\\(\\)`.*")
+            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                cast(torch.optim.lr_scheduler.LRScheduler, scheduler).step()
 
     # ---------------------------------------------------------------- steps
 
-    def _discriminator_step(self, loss: Tensor, optimizer: LightningOptimizer) -> None:
+    def _backward(self, loss: Tensor) -> None:
+        """Backward outside autocast, as in automatic optimisation.
+
+        Lightning runs ``training_step`` under autocast, and a backward pass there would round what was computed in
+        float32 on purpose.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss)
+
+    def _player_step(self, parameters: Sequence[nn.Parameter], loss: Tensor, optimizer: LightningOptimizer) -> None:
         """Backward, reduce over processes, step; not counted in ``global_step``.
 
         Args:
-            loss: on detached features.
-            optimizer: of the discriminators.
+            parameters: the player's.
+            loss: which reaches nobody else.
+            optimizer: of the player.
         """
         strategy = self.trainer.strategy
         parallel = isinstance(strategy, ParallelStrategy)
         optimizer.zero_grad()
         with strategy.block_backward_sync() if parallel else contextlib.nullcontext():  # type: ignore[attr-defined]
-            self.manual_backward(loss)
+            self._backward(loss)
         if parallel and self.trainer.world_size > 1:
-            gradients = [each.grad for each in self.opponents.discriminators.parameters() if each.grad is not None]
+            gradients = [each.grad for each in parameters if each.grad is not None]
             joined = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(joined)
             joined /= self.trainer.world_size
@@ -126,30 +141,34 @@ class AdversarialModule(DistillationModule):
         strategy.optimizer_step(optimizer.optimizer, lambda: None)
 
     def _sums(self, student: NetOutput) -> dict[str, Tensor]:
-        """Sums of the learners' logits, which tell before the discriminators learn that the learners cannot."""
+        """Sums of the learners' logits, which tell before the players learn that the learners cannot."""
         logits = {"logits": student.logits}
         logits.update({f"logits_aux{number}": branch.logits for number, branch in enumerate(student.branches)})
         return {name: scores.detach().float().sum() for name, scores in logits.items()}
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        """One student forward; backward and step of the discriminators; backward and step of the learners."""
+        """One student forward; backward and step of every player; backward and step of the learners."""
         batch = self.as_batch(batch)
-        learner_optimizer, discriminator_optimizer = self._optimizers()
+        learner_optimizer, optimizers = self._optimizers()
         before = self.statistics_before()
         student, teacher = self.outputs(batch)
-        if discriminator_optimizer is not None:
-            loss, values = self.opponents.discriminator_terms(student)
-            if self.skips({"discriminators": loss, **self._sums(student)}, before):
+        players = self.game.players()
+        for (player, parameters), optimizer in zip(players.items(), optimizers, strict=True):
+            turn = self.game.player_loss(player, student, teacher, batch)
+            if turn is None:
+                continue
+            loss, values = turn
+            if self.skips({player: loss, **self._sums(student)}, before):
                 return
-            self._discriminator_step(loss, discriminator_optimizer)
+            self._player_step(parameters, loss, optimizer)
             self.log_dict(values, on_step=False, on_epoch=True, batch_size=batch.image.shape[0], sync_dist=True)
-        with frozen(self.opponents.discriminators):
+        with frozen(parameter for parameters in players.values() for parameter in parameters):
             terms = self.method(student, teacher, batch)
             loss = self.weighted_loss(terms)
             if self.skips({**terms, "loss": loss}, before):
                 return
             learner_optimizer.zero_grad()
-            self.manual_backward(loss)
+            self._backward(loss)
         with torch.no_grad():
             self.method.observe(student, teacher, batch)
         learner_optimizer.step()
@@ -158,13 +177,12 @@ class AdversarialModule(DistillationModule):
     # ---------------------------------------------------------------- optimizers
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD over student and method, and the method's optimizer of the discriminators, on the same schedule."""
+        """SGD over student and method, and the method's optimizer of each player, on the same schedule."""
         optimizer = torch.optim.SGD(
             list(self.learner_groups()), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
         optimizers: list[tuple[str, torch.optim.Optimizer]] = [("lr", optimizer)]
-        if self.opponents.has_discriminators:
-            optimizers.append(("lr-discriminators", self.opponents.discriminator_optimizer()))
+        optimizers += [(f"lr-{player}", self.game.player_optimizer(player)) for player in self.game.players()]
         schedulers: list[Any] = [{"scheduler": self.make_scheduler(each), "name": name} for name, each in optimizers]
         return [each for _, each in optimizers], schedulers
 

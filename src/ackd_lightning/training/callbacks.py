@@ -14,20 +14,24 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 import torchvision
+import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning._version import __version__
-from ackd_lightning.export import export_student, write_json
+from ackd_lightning.export import export_student, peer_name, write_json
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.training.health import is_dry
 
 if TYPE_CHECKING:
+    from ackd_lightning.models.teacher import FrozenTeacher
     from ackd_lightning.training.distillation import DistillationModule
     from ackd_lightning.types import NetSpec
 
@@ -128,6 +132,24 @@ class CurvesFile(CSVLogger):
         return cast(ExperimentWriter, self._experiment)
 
 
+class RunConfig(SaveConfigCallback):
+    """The resolved settings of a run: ``config.yaml`` in its folder, and into every logger."""
+
+    def __init__(self, parser: Any, config: Any, *, folder: Path) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder = folder
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write once, on the first process, when a fit starts."""
+        text = self.parser.dump(self.config, skip_none=False)
+        if stage == "fit":
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+            for logger in trainer.loggers:
+                if not isinstance(logger, CSVLogger):
+                    logger.log_hyperparams({"cli": yaml.safe_load(text)})
+
+
 class EpochLine(L.Callback):
     """One line an epoch for logs and terminals without a progress bar: losses, accuracy, time left."""
 
@@ -160,6 +182,17 @@ class EpochLine(L.Callback):
             left = (total - trainer.current_epoch - 1) * elapsed / done
             parts.append(f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left")
         print("  ".join(parts), flush=True)
+
+
+def _teacher_facts(teacher: FrozenTeacher, input_size: int) -> dict[str, Any]:
+    measured = teacher.metadata.get("measured_acc")
+    return {
+        "model": teacher.metadata.get("model", type(teacher.network).__name__),
+        "acc": float(measured) if measured else None,
+        "sha256": teacher.metadata.get("sha256"),
+        "parameters": count_parameters(teacher.network),
+        "multiply_adds": multiply_adds(teacher.network, teacher.input_size or input_size),
+    }
 
 
 class RunSummary(L.Callback):
@@ -241,6 +274,7 @@ class RunSummary(L.Callback):
             return
         module = cast("DistillationModule", pl_module)
         seconds = self.seconds + time.monotonic() - self.started
+        kept = module.kept_network()
         stage = "test" if "test/acc" in self.last else "val"
         summary: dict[str, Any] = {
             "config": self.config,
@@ -257,21 +291,17 @@ class RunSummary(L.Callback):
             "last": self.last,
             "best": self.best,
             "training_parameters": count_parameters(module.student),
-            "parameters": count_parameters(module.student.plain()),
-            "multiply_adds": multiply_adds(module.student.plain(), module.input_size),
+            "parameters": count_parameters(kept),
+            "multiply_adds": multiply_adds(kept, module.input_size),
+            "plain_parameters": count_parameters(module.student.plain()),
+            "learners": list(module.student.specs),
             "precision": str(trainer.precision),
             "device": device_name(module),
             "versions": versions(),
         }
-        if module.teacher is not None:
-            measured = module.teacher.metadata.get("measured_acc")
-            summary["teacher"] = {
-                "model": module.teacher.metadata.get("model", type(module.teacher.network).__name__),
-                "acc": float(measured) if measured else None,
-                "sha256": module.teacher.metadata.get("sha256"),
-                "parameters": count_parameters(module.teacher.network),
-                "multiply_adds": multiply_adds(module.teacher.network, module.teacher.input_size or module.input_size),
-            }
+        if module.teachers.frozen:
+            summary["teacher"], *others = [_teacher_facts(each, module.input_size) for each in module.teachers.frozen]
+            summary |= {"other_teachers": others} if others else {}
         files = {"settings": "config.yaml", "curves": "metrics.csv", "checkpoints": "checkpoints"}
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file() and isinstance(module.hparams.get("student"), str):
@@ -284,6 +314,15 @@ class RunSummary(L.Callback):
             files["student"] = "student.safetensors"
         write_json(summary, self.folder / "summary.json")  # last: it says that the run is finished
         self.finished = (summary, files)
+
+    @staticmethod
+    def _label(learner: str, summary: dict[str, Any]) -> str:
+        """How a network is called in the table."""
+        if not learner:
+            return f"target {summary['student']}"
+        number = int(learner.removeprefix("aux")) if learner.startswith("aux") else -1
+        name = peer_name(summary["learners"][number], summary["student"]) if number >= 0 else None
+        return f"{learner} ({name})" if name else learner
 
     def show(self) -> None:
         """Print accuracies of every network, last and best, and where the files are; nothing before the fit's end."""
@@ -299,14 +338,13 @@ class RunSummary(L.Callback):
         def percent(values: dict[str, float], key: str) -> str:
             return f"{100 * values[key]:.2f}" if key in values else "not selected" if not values else "-"
 
-        if "teacher" in summary:
-            teacher = summary["teacher"]
+        for teacher in [summary[key] for key in ("teacher",) if key in summary] + summary.get("other_teachers", []):
             shown = "-" if teacher["acc"] is None else f"{100 * teacher['acc']:.2f}"
             table.add_row(f"teacher {teacher['model']}", shown, "", f"{teacher['parameters']:,}")
         keys = [key for key in summary["last"] if key.startswith(f"{stage}/") and key.endswith("acc")]
         for key in sorted(keys, key=lambda key: (key.count("_"), key)):
             learner = key.removeprefix(f"{stage}/").removesuffix("acc").rstrip("_")
-            label = learner or f"target {summary['student']}"
+            label = self._label(learner, summary)
             size = "" if learner else f"{summary['parameters']:,}"
             table.add_row(label, percent(summary["last"], key), percent(summary["best"], key), size)
         Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100).print(table)
@@ -315,17 +353,24 @@ class RunSummary(L.Callback):
         print(f"{summary['epochs']} epochs in {summary['seconds']:.0f} s on {summary['device']}{when}")
         if summary["skipped_steps"]:
             print(f"{summary['skipped_steps']} steps were skipped, as their loss was not finite")
+        if summary["plain_parameters"] != summary["parameters"]:
+            print(
+                f"the student keeps a head of its method: {summary['parameters']:,} parameters instead of "
+                f"{summary['plain_parameters']:,}"
+            )
         print(f"{summary['run']}: {', '.join(files.values())}")
         if self.publish:
             print(f"weights for later runs: {self.publish}")
 
 
 class PredictionFile(BasePredictionWriter):
-    """``ackd predict``: one line of CSV an image; with several processes, one file each.
+    """``ackd predict``: one line of CSV an image, in the order of the images, however many processes there are.
 
     Args:
         path: of the CSV file.
     """
+
+    COLUMNS = ("index", "target", "prediction", "probability")
 
     def __init__(self, path: Path) -> None:
         super().__init__(write_interval="epoch")
@@ -334,13 +379,19 @@ class PredictionFile(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Any, batch_indices: Any
     ) -> None:
-        """Write index, target, prediction and probability."""
-        path = self.path if trainer.world_size == 1 else self.path.with_suffix(f".rank{trainer.global_rank}.csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as stream:
+        """Write index, target, prediction and probability; the first process writes for all."""
+        rows = [
+            row for batch in predictions for row in zip(*(batch[key].tolist() for key in self.COLUMNS), strict=True)
+        ]
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            dist.gather_object(rows, parts if trainer.is_global_zero else None)
+            if not trainer.is_global_zero:
+                return
+            rows = sorted(row for part in parts for row in part)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["index", "target", "prediction", "probability"])
-            for batch in predictions:
-                columns = [batch[key].tolist() for key in ("index", "target", "prediction", "probability")]
-                writer.writerows(zip(*columns, strict=True))
-        print(f"predictions: {path}")
+            writer.writerow(self.COLUMNS)
+            writer.writerows(rows)
+        print(f"predictions: {self.path}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -204,3 +204,60 @@ def batchnorm_statistics(*modules: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """
     layers = [each for module in modules for each in module.modules() if isinstance(each, _NormBase)]
     return [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+
+
+class SkippingModule(L.LightningModule):
+    """A module some of whose steps are left out, with all that such a step has changed.
+
+    Attributes:
+        guard: judges the losses; set by the sub-class.
+    """
+
+    guard: FiniteGuard
+
+    def networks_in_training(self) -> Iterable[nn.Module]:
+        """Those whose BatchNorm a forward pass changes."""
+        raise NotImplementedError(f"{type(self).__name__} has no method `networks_in_training`")
+
+    def statistics_before(self) -> list[tuple[Tensor, Tensor]]:
+        """What a forward pass changes and a skipped step must not: BatchNorm's buffers, and copies of them."""
+        return batchnorm_statistics(*self.networks_in_training()) if self.guard.on_nan == "skip" else []
+
+    @torch.no_grad()
+    def skips(self, values: Mapping[str, Tensor], before: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Judge a step; with ``on_nan="skip"`` say whether it is left out, and take back what it changed.
+
+        Args:
+            values: unweighted scalars by name.
+            before: as ``statistics_before`` gave it.
+
+        Raises:
+            NonFiniteError: with ``on_nan="stop"``, when one of them is not finite.
+        """
+        if not self.guard.must_skip(self, values):
+            return False
+        for buffer, copy in before:
+            buffer.copy_(copy)
+        return True
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward pass, but for a step that is skipped."""
+        if not self.guard.skipping:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Optimizer step, but for a step that is skipped; its loss is known before, then."""
+        if self.guard.on_nan == "stop" or optimizer_closure is None:
+            return super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        loss = optimizer_closure()
+        if not self.guard.skipping:
+            super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
+        return None
+
+    def on_train_epoch_end(self) -> None:
+        """Judge the epoch's last step, and log how many were skipped."""
+        self.guard.end_epoch(self)
+        if self.guard.on_nan == "skip":
+            self.log("train/skipped", float(self.guard.skipped))

@@ -19,6 +19,7 @@ from ackd_lightning.configs import packaged_names
 from ackd_lightning.errors import ACKDError
 
 if TYPE_CHECKING:
+    from ackd_lightning.models.teacher import FrozenTeacher
     from ackd_lightning.training.distillation import DistillationModule
 
 TEACHER_GATES = ("stop", "warn", "off")
@@ -63,17 +64,20 @@ class TeacherGate(L.Callback):
     def __init__(self, *, stop: bool = True) -> None:
         self.stop = stop
 
-    @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure, print, log, judge."""
+        """Measure, print, log, judge every teacher."""
         module = cast("DistillationModule", pl_module)
-        teacher = module.teacher
-        if teacher is None or is_dry(trainer) or not trainer.enable_validation:
+        if is_dry(trainer) or not trainer.enable_validation:
             return
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders = trainer.val_dataloaders
-        if loaders is None:
+        if trainer.val_dataloaders is None:
             return
+        for number, teacher in enumerate(module.teachers.frozen):
+            self._examine(trainer, module, teacher, str(number) if number else "")
+
+    @torch.no_grad()
+    def _examine(self, trainer: L.Trainer, module: DistillationModule, teacher: FrozenTeacher, suffix: str) -> None:
+        loaders = trainer.val_dataloaders
         accuracy = MulticlassAccuracy(module.num_classes, average="micro").to(module.device)
         seen = 0
         every = loaders if isinstance(loaders, (list, tuple)) else [loaders]
@@ -88,7 +92,7 @@ class TeacherGate(L.Callback):
         name = teacher.metadata.get("model", type(teacher.network).__name__)
         if trainer.is_global_zero:
             print(f"teacher {name}: accuracy {measured:.2%} on this run's {stage} data", flush=True)
-        key = "teacher/test_acc" if module.looks_at_test() else "teacher/val_acc"
+        key = f"teacher{suffix}/test_acc" if module.looks_at_test() else f"teacher{suffix}/val_acc"
         for logger in trainer.loggers:
             logger.log_metrics({key: measured}, step=trainer.global_step)
         problem = self.judge(measured, module.num_classes, teacher.metadata, seen)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import netrc
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
@@ -74,3 +77,23 @@ class SafeWandbLogger(WandbLogger):
             status: how it ended.
         """
         self._try(super().finalize, status)
+
+
+def offline() -> bool:
+    """True when Weights & Biases has no key: then it logs to disk and never asks."""
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode in ("offline", "dryrun", "disabled"):
+        return mode != "disabled"
+    if os.environ.get("WANDB_API_KEY"):
+        return False
+    import wandb
+
+    return not wandb.Settings().api_key and not _netrc_key()
+
+
+def _netrc_key() -> bool:
+    try:
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

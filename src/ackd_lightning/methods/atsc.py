@@ -1,0 +1,424 @@
+r"""ATSC. Jang, Kim, Lim, Lee: Adaptive Teaching with Shared Classifier for Knowledge Distillation, 2024.
+
+The student imitates the teacher's last feature map through a projector P and predicts with the teacher's own
+classifier. The pretrained teacher adapts itself to the student, and an anchor holds it near where it began
+(arXiv:2406.08528). With K teachers, each with a projector and a classifier of its own:
+
+* \(L_{features} = \frac{1}{K} \sum_k \mathrm{mean}\,(P_k(F^s) - F^{t_k})^2\), the gradient reaches both sides
+* \(L_{anchor} = \frac{1}{K} \sum_k \sum_W \|\theta_0^{t_k} - \theta^{t_k}\|^2\), a sum over all entries
+* \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{kd}\,\frac{1}{K} \sum_k \tau^2 \mathrm{KL}(p^{t_k} \| p^s)
+  + w_{features} L_{features} + w_{anchor} L_{anchor}\), where \(z^s\) is the student's own classifier's
+* prediction, also of the network that is kept: \(\frac{1}{K} \sum_k W^{t_k}\,\mathrm{GAP}(P_k(F^s)) + b^{t_k}\)
+
+The teachers' classifiers learn in a step of their own, from \(\frac{1}{K} \sum_k \mathrm{CE}(z^{t_k}, y)\). A teacher
+that is held fixed, in evaluation mode, makes this SimKD (Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation
+with the Reused Teacher Classifier, CVPR 2022).
+
+The abstract says no more than the first two sentences; the equations for one teacher are those of the code that the
+authors released, and several teachers are our reading. Differences from that code: the classifier's step comes before
+the learners' step of a batch and not after it, so the two sequences differ by a phase only; the bias of the classifier
+is in the optimizer of its own step only, where the code has it in both and decays it twice; what is evaluated and kept
+is the shared classifier behind the projector, where the code evaluates the student's own classifier, which nothing has
+trained, and keeps neither projector nor the classifier as it has become.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import cross_entropy, kl_divergence
+from ackd_lightning.methods.base import AdversarialMethod
+from ackd_lightning.models.heads import SharedClassifiers
+from ackd_lightning.models.pairing import same_size
+from ackd_lightning.models.taps import plan_for
+from ackd_lightning.models.teacher import FrozenTeacher, Teacher
+from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+_CHOICES = {
+    "classifier_update": ("bias", "layer", "none"),
+    "anchor_scope": ("weights", "weights_no_classifier", "all"),
+    "teacher_bn": ("train", "eval"),
+    "average": ("logits", "probabilities"),
+}
+
+
+def feature_distance(projected: Tensor, feature: Tensor) -> Tensor:
+    """Squared distance of the projected student's map from the teacher's, mean over everything.
+
+    The gradient flows into both. The larger map is pooled to the size of the smaller.
+
+    Args:
+        projected: ``B x C x H x W``.
+        feature: ``B x C x H' x W'``.
+
+    Returns:
+        Scalar float32, in squared units of the teacher's feature.
+    """
+    return F.mse_loss(*same_size(projected.float(), feature.float()))
+
+
+def anchor_distance(parameters: Sequence[Tensor], start: Tensor) -> Tensor:
+    r"""How far a teacher has gone: \(\sum_W \|\theta_0 - \theta\|^2\), a sum over all entries.
+
+    The gradient flows into the parameters, not into the start.
+
+    Args:
+        parameters: of any shapes.
+        start: ``N``, the same numbers in the same order when training began.
+
+    Returns:
+        Scalar float32, in squared units of the parameters.
+    """
+    now = torch.cat([parameter.flatten() for parameter in parameters]).float()
+    return (start.detach().float() - now).square().sum()
+
+
+class ATSC(AdversarialMethod):
+    """A teacher, or several, that adapt themselves to the student and lend it their classifiers.
+
+    The adapting teachers are copies and a part of the method: they are trained by the student's optimizer, and they
+    are in the checkpoint. The teachers themselves stay as they are.
+
+    Args:
+        weight_ce: c, weight of the cross-entropy of the student's own classifier, which is not kept; 0 in the code.
+        weight_kd: d, weight of the distillation from the teachers' logits into that classifier; 0 in the code. The
+            gradient reaches the teachers, too.
+        temperature: tau of that distillation.
+        weight_features: b, weight of the distance between projected and teacher's features; 1 in the code.
+        weight_anchor: w, weight of the anchor; 1 for CIFAR-100 and 10 for ImageNet in the code. ``inf``: the teachers
+            do not move, as with ``adapt_teacher=False``. SGD is stable while the learning rate times 2 w is below
+            2 (1 + momentum).
+        classifier_update: what the step of the teachers' classifiers trains: the ``bias`` (the code), the whole
+            ``layer`` (whose weight is then held by no anchor), or ``none``.
+        classifier_lr: learning rate of that step (SGD, momentum 0.9, weight decay 5e-4), decayed together with the
+            student's; 0.05 in the code, as that of the student.
+        anchor_scope: what is anchored: all ``weights`` of two or more dimensions, the classifier's among them (the
+            code), ``weights_no_classifier`` (what its names say), or ``all`` parameters, BatchNorm's and biases, too.
+            Without ``all``, BatchNorm's scales are free to shrink the features of both sides, as no anchor would do.
+            What the classifiers' step trains is never anchored. A part of the classifier that neither anchor nor step
+            reaches is not trained.
+        teacher_bn: BatchNorm of the adapting teachers normalises by the batch (``train``, the code) or by its running
+            statistics, which then stay (``eval``).
+        adapt_teacher: whether the teachers learn. If not, they stay in evaluation mode and keep their classifiers,
+            whatever the arguments about adapting say: SimKD.
+        factor: by which the projectors' inner maps are narrower than the teacher's; 2 in the code.
+        average: with several teachers, what the prediction is the mean of: ``logits`` or ``probabilities``.
+
+    Raises:
+        ACKDError: for values out of range.
+    """
+
+    takes_teachers = True
+
+    def __init__(
+        self,
+        *,
+        weight_ce: float = 0.0,
+        weight_kd: float = 0.0,
+        temperature: float = 4.0,
+        weight_features: float = 1.0,
+        weight_anchor: float = 1.0,
+        classifier_update: Literal["bias", "layer", "none"] = "bias",
+        classifier_lr: float = 0.05,
+        anchor_scope: Literal["weights", "weights_no_classifier", "all"] = "weights",
+        teacher_bn: Literal["train", "eval"] = "train",
+        adapt_teacher: bool = True,
+        factor: int = 2,
+        average: Literal["logits", "probabilities"] = "logits",
+    ) -> None:
+        super().__init__()
+        for name, value in (("temperature", temperature), ("classifier_lr", classifier_lr)):
+            if not 0 < value < math.inf:
+                raise ACKDError(f"{name} is {value} in method ATSC; it must be above 0")
+        if not weight_anchor >= 0:
+            raise ACKDError(f"weight_anchor is {weight_anchor} in method ATSC; it must be 0 or more")
+        if factor < 1:
+            raise ACKDError(f"factor is {factor} in method ATSC; it must be 1 or more")
+        chosen: tuple[str, ...] = (classifier_update, anchor_scope, teacher_bn, average)
+        for (name, known), choice in zip(_CHOICES.items(), chosen, strict=True):
+            if choice not in known:
+                raise ACKDError(f"{name} is {choice!r} in method ATSC; it must be one of {', '.join(known)}")
+        self.adapts = adapt_teacher and weight_anchor != math.inf
+        self.temperature, self.classifier_lr = temperature, classifier_lr
+        self.weight_ce, self.weight_kd, self.weight_features = weight_ce, weight_kd, weight_features
+        self.weight_anchor = weight_anchor if self.adapts else 0.0
+        self.classifier_update, self.anchor_scope, self.teacher_bn = classifier_update, anchor_scope, teacher_bn
+        self.factor, self.average = factor, average
+        self.networks = ("head", "teachers") if self.adapts else ("head",)
+        self.teachers = nn.ModuleList()  # those that adapt
+        self.count = 0
+        self.fixed: tuple[FrozenTeacher, ...]
+        self.keep_outside("fixed", ())
+        self.adopted = False
+        self.has_weights = False  # then a second fit, or one after a checkpoint was loaded, does not set teachers back
+
+    # ---------------------------------------------------------------- networks
+
+    def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+        """Copy the teachers, when they are to adapt.
+
+        Args:
+            student: not used.
+            teachers: structures of the teachers' networks.
+
+        Raises:
+            ACKDError: for a teacher whose stages are not known, or whose classifier is no linear layer with a bias.
+        """
+        for network in teachers:
+            _classifier(network)
+        self.count = len(teachers)
+        if not self.adapts:
+            return
+        self.teachers.extend(Teacher(_trainable_copy(network)) for network in teachers)
+        for number, teacher in enumerate(self._adapting()):
+            anchored = self._anchored(teacher)
+            held = {id(parameter) for parameter in (*anchored.values(), *self._updated(teacher))}
+            for parameter in _classifier(teacher.network).parameters():
+                parameter.requires_grad_(id(parameter) in held)
+            size = sum(parameter.numel() for parameter in anchored.values())
+            self.register_buffer(f"start_{number}", torch.zeros(size), persistent=False)
+        self.equal_buffers = tuple(f"start_{number}" for number in range(self.count))
+        self.train(self.training)
+
+    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+        """Make a projector for every teacher, in front of its classifier.
+
+        Args:
+            student: its last stage is projected.
+            teacher: the first teacher; all are in ``teacher_specs`` when there are several.
+
+        Raises:
+            ACKDError: when the stages of a network are not known.
+        """
+        specs = self.teacher_specs or ((teacher,) if teacher is not None else ())
+        for role, spec in (("student", student), *(("teacher", spec) for spec in specs)):
+            if len(spec.features) < 2:
+                raise _unknown_stages(role)
+        if not specs or len(specs) != self.count:
+            raise ACKDError(
+                f"method ATSC was attached to {self.count} teachers and is built for {len(specs)}; call attach with "
+                "the teachers' networks first, and set teacher_specs to the shapes of all of them"
+            )
+        self.head = SharedClassifiers(
+            student.features[-1][0],
+            [spec.features[-1] for spec in specs],
+            student.num_classes,
+            factor=self.factor,
+            average=self.average,
+        )
+        if self.adapts:
+            self.head.classifiers = nn.ModuleList(_classifier(each.network) for each in self._adapting())
+        else:
+            self.head.classifiers.requires_grad_(False)
+        if len(specs) == 1:
+            self.layers = ((len(student.features) - 1, len(specs[0].features) - 1),)
+
+    def adopt(self, teachers: Sequence[FrozenTeacher]) -> None:
+        """Take the teachers' normalisation, their weights as the anchor, and as a start unless they have learnt since.
+
+        Args:
+            teachers: in the order of ``attach``.
+        """
+        if self.adapts:
+            for number, (own, given) in enumerate(zip(self._adapting(), teachers, strict=True)):
+                learnt = copy.deepcopy(own.network.state_dict())
+                own.take(given)
+                anchored = [given.network.get_parameter(name).detach() for name in self._anchored(own)]
+                start = self.get_buffer(f"start_{number}")
+                start.copy_(torch.cat([parameter.flatten() for parameter in anchored]))
+                if self.has_weights:
+                    own.network.load_state_dict(learnt)
+        else:
+            self.keep_outside("fixed", tuple(teachers))
+            for classifier, given in zip(self._head().classifiers, teachers, strict=True):
+                classifier.load_state_dict(_classifier(given.network).state_dict())
+        self.adopted = self.has_weights = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.has_weights = True
+
+    def train(self, mode: bool = True) -> ATSC:
+        """Training mode, but for the teachers' BatchNorm when ``teacher_bn`` is ``eval``."""
+        super().train(mode)
+        if self.teacher_bn == "eval":
+            for layer in self.teachers.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.eval()
+        return self
+
+    def _adapting(self) -> list[Teacher]:
+        return [each for each in self.teachers if isinstance(each, Teacher)]
+
+    def _head(self) -> SharedClassifiers:
+        assert self.head is not None
+        return self.head
+
+    def _updated(self, teacher: Teacher) -> list[nn.Parameter]:
+        """Parameters of a teacher's classifier that its own step trains."""
+        if self.classifier_update == "none":
+            return []
+        classifier = _classifier(teacher.network)
+        return [
+            each for name, each in classifier.named_parameters() if self.classifier_update == "layer" or name == "bias"
+        ]
+
+    def _anchored(self, teacher: Teacher) -> dict[str, nn.Parameter]:
+        """Parameters of a teacher that the anchor holds, by name."""
+        if not self.weight_anchor:
+            left_out = _classifier(teacher.network).parameters()  # nothing but weight decay would move it
+        elif self.anchor_scope == "weights_no_classifier":
+            left_out = _classifier(teacher.network).parameters()
+        else:
+            left_out = iter(self._updated(teacher))
+        skipped = {id(parameter) for parameter in left_out}
+        return {
+            name: parameter
+            for name, parameter in teacher.network.named_parameters()
+            if id(parameter) not in skipped and (parameter.ndim > 1 or self.anchor_scope == "all")
+        }
+
+    # ---------------------------------------------------------------- learners
+
+    def weights(self) -> dict[str, float]:
+        """Weights of ``ce``, ``kd``, ``features`` and ``anchor``."""
+        return {
+            "ce": self.weight_ce,
+            "kd": self.weight_kd,
+            "features": self.weight_features,
+            "anchor": self.weight_anchor,
+        }
+
+    def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
+        """Terms ``ce``, ``kd``, ``features`` and ``anchor``, each a mean over the teachers, which are run here.
+
+        ``features`` reaches student, projectors and adapting teachers; ``anchor`` reaches these teachers; ``ce`` and
+        ``kd`` reach the student with its own classifier, ``kd`` the adapting teachers as well.
+
+        Args:
+            student: of this batch.
+            teacher: not used.
+            batch: images and targets.
+        """
+        self._check_adopted()
+        running: Sequence[nn.Module] = self._adapting() if self.adapts else self.fixed
+        outputs: list[NetOutput] = [each(batch.image) for each in running]
+        projected = self._head().project(student.features[-1])
+        distances = [feature_distance(ours, out.features[-1]) for ours, out in zip(projected, outputs, strict=True)]
+        divergences = [kl_divergence(student.logits, out.logits, temperature=self.temperature) for out in outputs]
+        anchors = [
+            anchor_distance(list(self._anchored(own).values()), self.get_buffer(f"start_{number}"))
+            for number, own in enumerate(self._adapting())
+        ]
+        return {
+            "ce": cross_entropy(student.logits, batch.target),
+            "kd": torch.stack(divergences).mean(),
+            "features": torch.stack(distances).mean(),
+            "anchor": torch.stack(anchors).mean() if anchors else torch.zeros((), device=student.logits.device),
+        }
+
+    # ---------------------------------------------------------------- classifiers
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        """``classifier``: what its step trains, of all teachers; none with fixed teachers."""
+        parameters = [parameter for teacher in self._adapting() for parameter in self._updated(teacher)]
+        return {"classifier": parameters} if parameters else {}
+
+    def player_loss(
+        self, player: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the teachers, which reaches their classifiers only.
+
+        The teachers run once more for it, as in the released code: with ``teacher_bn="train"`` the running statistics
+        of their BatchNorm move twice in every step.
+
+        Args:
+            player: ``classifier``.
+            student: not used.
+            teacher: not used.
+            batch: images and targets.
+
+        Returns:
+            Mean over the teachers, float32; log entries ``teacher/loss``, ``teacher/acc`` and ``teacher/spread``, the
+            standard deviation of the pooled features over the images of this batch: it tells when they collapse.
+        """
+        self._check_adopted()
+        losses, shares, spreads = [], [], []
+        for own in self._adapting():
+            with torch.no_grad():
+                embedding = own(batch.image).embedding
+            classifier = _classifier(own.network)
+            weight = classifier.weight if self.classifier_update == "layer" else classifier.weight.detach()
+            logits = F.linear(embedding, weight, classifier.bias)
+            losses.append(cross_entropy(logits, batch.target))
+            shares.append((logits.detach().argmax(dim=1) == batch.target).float().mean())
+            spreads.append(embedding.float().std(dim=0, correction=0).mean())
+        torch.clear_autocast_cache()  # of weights that were cast without gradient: older torch would use them again
+        loss = torch.stack(losses).mean()
+        return loss, {
+            "teacher/loss": loss.detach(),
+            "teacher/acc": torch.stack(shares).mean(),
+            "teacher/spread": torch.stack(spreads).mean(),
+        }
+
+    def player_optimizer(self, player: str) -> torch.optim.Optimizer:
+        """SGD with momentum 0.9 and weight decay 5e-4, as in the released code.
+
+        Args:
+            player: ``classifier``.
+        """
+        return torch.optim.SGD(self.players()[player], lr=self.classifier_lr, momentum=0.9, weight_decay=5e-4)
+
+    def _check_adopted(self) -> None:
+        if not self.adopted:
+            raise ACKDError("method ATSC has no weights of its teachers yet; call adopt before the first step")
+
+
+def _unknown_stages(role: str) -> ACKDError:
+    return ACKDError(
+        f"method ATSC compares features and the stages of the {role} are not known; give the network an attribute "
+        "`stage_plan`, or choose a method that compares logits, such as KD"
+    )
+
+
+def _classifier(network: nn.Module) -> nn.Linear:
+    """The classifier that a student can share.
+
+    Args:
+        network: of a teacher.
+
+    Raises:
+        ACKDError: when it is not known, or no linear layer with a bias.
+    """
+    plan = plan_for(network)
+    if plan is None:
+        raise _unknown_stages("teacher")
+    found = network.get_submodule(plan.classifier)
+    while isinstance(found, nn.Sequential) and len(found) == 1:
+        found = found[0]
+    if not isinstance(found, nn.Linear) or found.bias is None:
+        raise ACKDError(
+            f"the classifier of the teacher {type(network).__name__} is {found}, and method ATSC shares a linear layer "
+            "with a bias; choose another teacher"
+        )
+    return found
+
+
+def _trainable_copy(network: nn.Module) -> nn.Module:
+    """A copy in training mode; zeros in the place of weights that are not there."""
+    own = copy.deepcopy(network)
+    if any(each.is_meta for each in (*own.parameters(), *own.buffers())):
+        own = own.to_empty(device="cpu")
+        with torch.no_grad():
+            for each in (*own.parameters(), *own.buffers()):
+                each.zero_()
+    return own.requires_grad_(True).train()

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.heads import HeadedNetwork, Projector, SharedClassifiers, with_head
+from ackd_lightning.models.taps import plan_for, staged_forward
+from ackd_lightning.models.zoo import create_model
+
+CLASSES, SIDE = 5, 16
+
+
+def head_of(*teachers: tuple[int, int, int], channels: int = 64, **options) -> SharedClassifiers:
+    torch.manual_seed(0)
+    return SharedClassifiers(channels, teachers, CLASSES, **options)
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("factor", "inner"), [(1, 12), (2, 6), (5, 2), (100, 1)])
+def test_a_projector_is_that_of_the_paper(factor, inner):
+    projector = Projector(8, 12, factor=factor)
+    kinds = [type(layer) for layer in projector]
+    assert kinds == 3 * [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    convolutions = [layer for layer in projector if isinstance(layer, nn.Conv2d)]
+    assert [tuple(each.weight.shape) for each in convolutions] == [
+        (inner, 8, 1, 1),
+        (inner, inner, 3, 3),
+        (12, inner, 1, 1),
+    ]
+    assert all(each.bias is None for each in convolutions)
+    out = projector(torch.randn(2, 8, 5, 3))
+    assert out.shape == (2, 12, 5, 3)
+    assert out.min() == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "teachers", "projected"),
+    [
+        ((4, 4), [(12, 4, 4)], [(12, 4, 4)]),
+        ((8, 8), [(12, 4, 4)], [(12, 4, 4)]),
+        ((2, 2), [(12, 4, 4)], [(12, 2, 2)]),
+        ((4, 4), [(12, 2, 8), (6, 8, 8)], [(12, 2, 4), (6, 4, 4)]),
+    ],
+)
+def test_the_larger_map_decides_what_is_pooled(own, teachers, projected):
+    head = head_of(*teachers, channels=8)
+    maps = head.project(torch.randn(2, 8, *own))
+    assert [tuple(each.shape[1:]) for each in maps] == projected
+
+
+def test_a_pooled_map_is_the_mean_of_its_blocks():
+    head = head_of((12, 2, 2), channels=8).eval()
+    feature = torch.randn(2, 8, 4, 4)
+    blocks = torch.stack([feature[:, :, row::2, column::2] for row in (0, 1) for column in (0, 1)]).mean(dim=0)
+    torch.testing.assert_close(head.project(feature)[0], head.projectors[0](blocks))
+
+
+def test_one_teacher_predicts_by_its_own_classifier():
+    head = head_of((12, 4, 4), channels=8).eval()
+    feature = torch.randn(3, 8, 4, 4)
+    layer = head.classifiers[0]
+    slow = head.projectors[0](feature).mean(dim=(2, 3)) @ layer.weight.T + layer.bias
+    torch.testing.assert_close(head(feature), slow)
+
+
+def test_several_teachers_are_averaged():
+    feature = torch.randn(3, 8, 4, 4)
+    shapes = ((12, 4, 4), (6, 2, 2))
+    head = head_of(*shapes, channels=8).eval()
+    each = [net(maps.mean(dim=(2, 3))) for net, maps in zip(head.classifiers, head.project(feature), strict=True)]
+    torch.testing.assert_close(head(feature), (each[0] + each[1]) / 2)
+    head.average = "probabilities"
+    mean = (each[0].softmax(dim=1) + each[1].softmax(dim=1)) / 2
+    torch.testing.assert_close(head(feature), mean.log())
+    torch.testing.assert_close(head(feature).softmax(dim=1), mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_of_probabilities_is_finite_at_the_largest_logits(dtype):
+    head = head_of((12, 4, 4), (12, 4, 4), channels=8, average="probabilities")
+    head.classifiers = nn.ModuleList(nn.Identity() for _ in range(2))
+    low = torch.full((2, 5, 1, 1), -6e4, dtype=dtype)
+    low[:, 1] = 6e4
+    low.requires_grad_()
+    out = head.classify([low, -low])
+    out.sum().backward()
+    assert out.dtype is torch.float32
+    assert out.isfinite().all()
+    assert low.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_a_description_brings_the_head_back_through_json(average):
+    head = head_of((12, 4, 4), (6, 2, 2), factor=3, average=average).eval()
+    again = SharedClassifiers(**json.loads(json.dumps(head.description()))).eval()
+    again.load_state_dict(head.state_dict(), strict=True)
+    feature = torch.randn(2, 64, 4, 4)
+    assert torch.equal(again(feature), head(feature))
+    assert again.description() == head.description()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"channels": 0}, "channels of a shared classifier is 0"),
+        ({"num_classes": 0}, "num_classes of a shared classifier is 0"),
+        ({"factor": 0}, "factor of a shared classifier is 0"),
+        ({"factor": 1.5}, "factor of a shared classifier is 1.5"),
+        ({"channels": True}, "channels of a shared classifier is True"),
+        ({"teachers": []}, r"teachers of a shared classifier are \(\)"),
+        ({"teachers": [(12, 4)]}, r"give channels, height, width"),
+        ({"teachers": [(12, 4, -1)]}, r"a size in teachers of a shared classifier is -1"),
+        ({"average": "votes"}, "average of a shared classifier is 'votes'; it must be one of logits, probabilities"),
+    ],
+)
+def test_bad_arguments_are_refused(changed, message):
+    arguments = {"channels": 8, "teachers": [(12, 4, 4)], "num_classes": 5} | changed
+    with pytest.raises(ACKDError, match=message):
+        SharedClassifiers(**arguments)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_2", "mobilenetv2_x0_5", "resnet18"])
+def test_a_headed_network_reads_the_last_map_and_has_no_classifier_of_its_own(name):
+    torch.manual_seed(0)
+    backbone = create_model(name, CLASSES).eval()
+    plan = plan_for(backbone)
+    with torch.no_grad():
+        feature = staged_forward(backbone, plan, images()).features[-1]
+        head = head_of((12, *feature.shape[2:]), channels=feature.shape[1]).eval()
+        network = HeadedNetwork(backbone, head)
+        torch.testing.assert_close(network(images()), head(feature))
+    assert backbone(images()).shape == (3, CLASSES), "the backbone itself is left alone"
+    own = sum(each.numel() for each in backbone.parameters())
+    removed = sum(each.numel() for each in backbone.get_submodule(plan.classifier).parameters())
+    extra = sum(each.numel() for each in head.parameters())
+    assert sum(each.numel() for each in network.parameters()) == own - removed + extra
+    assert not [key for key in network.state_dict() if key.startswith(f"backbone.{plan.classifier}.")]
+
+
+def test_every_parameter_of_a_headed_network_gets_a_gradient():
+    network = HeadedNetwork(create_model("resnet8", CLASSES), head_of((12, 4, 4), (6, 2, 2)))
+    F.cross_entropy(network(images()), torch.tensor([0, 1, 2])).backward()
+    assert all(each.grad is not None for each in network.parameters())
+
+
+def test_with_head_builds_what_a_description_names():
+    backbone = create_model("resnet8", CLASSES)
+    assert with_head(backbone, None) is backbone
+    head = head_of((12, 4, 4))
+    trained = HeadedNetwork(backbone, head).eval()
+    fresh = with_head(create_model("resnet8", CLASSES), head.description()).eval()
+    fresh.load_state_dict(trained.state_dict(), strict=True)
+    assert torch.equal(fresh(images()), trained(images()))
+
+
+def test_a_headed_network_is_built_without_memory_on_the_meta_device():
+    with torch.device("meta"):
+        network = with_head(create_model("resnet8", CLASSES), head_of((12, 4, 4)).description())
+    assert all(each.is_meta for each in network.parameters())
+    assert network(images().to("meta")).shape == (3, CLASSES)
+
+
+def test_a_copy_of_a_headed_network_learns_alone():
+    network = HeadedNetwork(create_model("resnet8", CLASSES), head_of((12, 4, 4))).eval()
+    again = copy.deepcopy(network)
+    with torch.no_grad():
+        again.head.classifiers[0].bias += 1
+    torch.testing.assert_close(again(images()), network(images()) + 1)
+
+
+def test_a_backbone_without_known_stages_is_refused():
+    with pytest.raises(ACKDError, match="another head needs to know the stages of Sequential"):
+        HeadedNetwork(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), head_of((12, 4, 4)))
