@@ -316,7 +316,7 @@ def test_the_discriminators_loss_and_accuracy():
     assert values["disc/acc"].item() == pytest.approx(sum(right) / len(right))
 
 
-@pytest.mark.parametrize("margin", [0.5, None])
+@pytest.mark.parametrize("margin", [1.4, None])
 @pytest.mark.parametrize("cap", [0.01, 0.5, 1.0])
 def test_the_generators_loss_and_numbers(cap, margin):
     run = Run(
@@ -332,6 +332,7 @@ def test_the_generators_loss_and_numbers(cap, margin):
     divergences, means = slow_js(learners), slow_mean(learners)
     short = sum(max(0.0, cap * math.log(3) - each) for each in divergences) / IMAGES
     unknown = [-math.log(row[int(label)]) for row, label in zip(means, run.batch.target, strict=True)]
+    assert margin is None or min(unknown) < margin < max(unknown)
     hinge = sum(max(0.0, each - margin) for each in unknown) / IMAGES if margin is not None else 0.0
     expected = 2.0 * short + 0.7 * hinge - 0.3 * opinion.sigmoid().log().mean().item()
     assert loss.item() == pytest.approx(expected, rel=1e-4)

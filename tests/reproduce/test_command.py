@@ -258,6 +258,8 @@ class TestDryRun:
         (["table2", "--name", "x"], "--name is set by `ackd reproduce` for every run; leave it out"),
         (["table2", "--model.teacher_weights", "x"], "put the file where the pair's configuration names it"),
         (["table2", "--preset", "smok"], "--preset"),
+        (["table2", "--method", "ce"], "has no option --method; did you mean --methods?"),
+        (["table2", "--seed", "3"], "has no option --seed; did you mean --seeds?"),
         (["table2", "--preset", "smoke", "table3"], "no setting 'table3' here"),
     ],
 )

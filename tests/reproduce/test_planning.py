@@ -137,6 +137,12 @@ def test_given_weights_replace_the_teachers_run(here):
     assert (planner.given_weights(pair), planner.teacher_file(pair)) == (given, ("resnet20", str(given)))
 
 
+def test_a_very_short_early_stop_keeps_an_epoch_before_each_milestone(here):
+    planner = Planner(small(here), Path("out"), ["--trainer.max_epochs", "4", "--model.milestones", "[1, 2]"])
+    early = planner.teacher(planner.table.pairs[PAIR], early=True)
+    assert (early.epochs, early.settings["model.milestones"]) == (1, [1, 1])
+
+
 def test_without_weights_the_teachers_run_gives_them(here):
     planner, (teacher, _) = plan(small(here), methods=["kd"])
     pair = small(here).pairs[PAIR]

@@ -103,7 +103,7 @@ class ATSC(AdversarialMethod):
             student's; 0.05 in the code, as that of the student.
         anchor_scope: what is anchored: all ``weights`` of two or more dimensions, the classifier's among them (the
             code), ``weights_no_classifier`` (what its names say), or ``all`` parameters, BatchNorm's and biases, too.
-            Without ``all``, BatchNorm's scales are free to shrink the features of both sides, as no anchor would do.
+            Without ``all``, BatchNorm's scales are free, and the features of both sides can shrink past the anchor.
             What the classifiers' step trains is never anchored. A part of the classifier that neither anchor nor step
             reaches is not trained.
         teacher_bn: BatchNorm of the adapting teachers normalises by the batch (``train``, the code) or by its running

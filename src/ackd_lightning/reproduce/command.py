@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import signal
@@ -78,6 +79,7 @@ def _devices(workers: int | None) -> list[str | None]:
 
 _OURS = {"seed_everything": "use --seeds", "runs_dir": "use --out"}
 _OURS |= dict.fromkeys(("name", "ckpt_path", "resume"), "leave it out")
+_OPTIONS = ("pair", "methods", "seeds", "out", "preset", "dry-run", "workers")
 _OURS["model.teacher_weights"] = "put the file where the pair's configuration names it"
 
 
@@ -87,6 +89,9 @@ def _refuse_ours(overrides: Sequence[str]) -> None:
         name = part.removeprefix("--").partition("=")[0]
         if part.startswith("--") and name in _OURS:
             raise ACKDError(f"--{name} is set by `ackd reproduce` for every run; {_OURS[name]}")
+        near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.8)
+        if part.startswith("--") and near:
+            raise ACKDError(f"`ackd reproduce` has no option --{name}; did you mean --{near[0]}?")
 
 
 def _print_plan(title: str, jobs: Sequence[Job]) -> None:

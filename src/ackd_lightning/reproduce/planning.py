@@ -302,7 +302,7 @@ class Planner:
         scale = epochs / planned["trainer.max_epochs"]
         shorter = {
             "trainer.max_epochs": epochs,
-            "model.milestones": [int(each * scale) for each in planned["model.milestones"]],
+            "model.milestones": [max(1, int(each * scale)) for each in planned["model.milestones"]],
         }
         overrides, self.overrides = self.overrides, [*self.overrides, *as_arguments(shorter)]
         try:
