@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "ackd_lightning"
 RANK = {
     "_version": 0,
     "errors": 0,
-    "types": 0,
+    "types": 1,
     "keyed": 0,
     "configs": 1,
     "functional": 1,

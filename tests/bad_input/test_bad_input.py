@@ -23,6 +23,10 @@ QUICK += ["--data.max_per_class", "4", "--data.batch_size", "20"]
 CE = ["fit", "--config", "digits_resnet20.yaml", *QUICK]
 KD = ["fit", "--config", "digits_resnet20_resnet8.yaml", "--config", "kd.yaml", *QUICK]
 ACKD = ["fit", "--config", "digits_resnet20_resnet8.yaml", "--model.teacher_gate", "off", *QUICK]
+ATSC = ["fit", "--config", "digits_resnet20_resnet8_atsc.yaml", *QUICK]
+ACN = ["fit", "--config", "digits_resnet8_acn.yaml", *QUICK]
+AIKD = ["fit", "--config", "digits_resnet8_aikd.yaml", "--model.teacher", "resnet20", *QUICK]
+AIKD += ["--model.teacher_weights", str(TEACHER), "--model.teacher_gate", "off"]
 MINE = ["fit", "--config", "mine.yaml", *QUICK]
 AGAIN = [*CE, "--model.student", "resnet8", "--name", "t", "--publish", "null", "--ckpt_path", LAST]
 FOLDER = ["fit", "--data", "ackd_lightning.data.ImageFolderDataModule", "--data.root", "mine", "--name", "x"]
@@ -404,6 +408,24 @@ CASES = [
          text("pairs: {a: {config: digits_resnet20_resnet8, early_stop: x}}\nrows: {eskd: {}}\n")),
     Case("table_without_pairs", TABLE, ("mine.yaml has no pairs", "write at least one"), text("pairs: {}\n")),
     Case("table_no_table", TABLE, ("mine.yaml is no table", "`pairs`"), text("- 1\n")),
+    # ------------------------------------------------------------------ several teachers, peers, heads
+    Case("two_teachers_for_kd", [*KD, "--model.teacher", "[resnet20, resnet8]"],
+         ("method KD learns from one teacher", "names 2", "name one")),
+    Case("teachers_without_files", [*ATSC, "--model.teacher", "[resnet20, resnet8]"],
+         ("`teacher` names 2", "teacher_weights 1", "one file each")),
+    Case("teachers_file_missing", [*ATSC, "--model.teacher", "[resnet20, resnet8]", "--model.teacher_weights",
+                                   f"[{TEACHER}, weights/gone.safetensors]"],
+         ("weights/gone.safetensors do not exist", "set"), made=True),
+    Case("anchor", [*ATSC, "--model.method.weight_anchor", "-1"], ("weight_anchor is -1", "0 or more")),
+    Case("anchor_scope", [*ATSC, "--model.method.anchor_scope", "some"], ("anchor_scope", "'some'", "'weights'")),
+    Case("classifier_that_is_none", [*ACN, "--model.method.classifiers", "[resnet9]"], ("'resnet9'", "D3B1", "did you mean")),
+    Case("no_second_classifier", [*ACN, "--model.method.classifiers", "[]"], ("classifiers", "ACN", "peer")),
+    Case("rho", [*ACN, "--model.method.rho", "1.5"], ("rho is 1.5", "ACN", "0", "1")),
+    Case("previous", [*AIKD, "--model.method.previous", "yesterday"], ("previous", "'yesterday'", "'snapshot'")),
+    Case("no_number_of_epochs", [*AIKD, "--trainer.max_epochs", "-1", "--trainer.max_steps", "4"],
+         ("AIKD", "max_epochs"), made=True),
+    Case("learner_number", ["export", RUN, "--learner", "1"], ("--learner is 1", "use one of 0"), made=True),
+    Case("learner_word", ["export", RUN, "--learner", "first"], ("--learner", "'first'")),
     # ------------------------------------------------------------------ the rest
     Case("demo_epochs", ["demo", "--epochs", "0"], ("--epochs is 0", "1 or more")),
     Case("demo_seeds", ["demo", "--seeds", "x"], ("--seeds", "'x'", "--help")),

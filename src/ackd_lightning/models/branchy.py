@@ -48,6 +48,12 @@ def default_branches(plan: StagePlan) -> tuple[str, ...]:
     return tuple(f"D{entry}B{count + 1 - entry}" for entry in (count, count - 1) if entry >= 1)
 
 
+def _specs(plan: StagePlan) -> list[str]:
+    """Every ``DnBm`` that fits."""
+    count = len(plan.stages)
+    return [f"D{entry}B{count + 1 - entry}" for entry in range(count, 0, -1)]
+
+
 def entry_stage(spec: str, plan: StagePlan, backbone: str = "the backbone") -> int:
     """Read ``DnBm`` (Table 7): the learner reads the input of stage n and owns the m stages from there to the end.
 
@@ -65,7 +71,7 @@ def entry_stage(spec: str, plan: StagePlan, backbone: str = "the backbone") -> i
     count = len(plan.stages)
     match = re.fullmatch(r"D(\d+)B(\d+)", spec)
     if match is None or int(match[1]) < 1 or int(match[1]) + int(match[2]) != count + 1 or int(match[2]) < 1:
-        valid = ", ".join(f"D{entry}B{count + 1 - entry}" for entry in range(count, 0, -1))
+        valid = ", ".join(_specs(plan))
         raise ACKDError(f"branch {spec!r} does not fit {backbone}, which has {count} stages; use one of {valid}")
     return int(match[1])
 
@@ -175,7 +181,17 @@ class BranchyStudent(nn.Module):
             init_fresh(network)
             return Peer(network)
         if num_classes is not None and re.match(r"D\d|last$", spec) is None:
-            return Peer(create_model(spec, num_classes))
+            try:
+                return Peer(create_model(spec, num_classes))
+            except ACKDError as error:
+                if self.plan is None:
+                    raise
+                reason = str(error)
+            known = ", ".join(_specs(self.plan))
+            raise ACKDError(
+                f"branch {spec!r} does not fit {name}, which has {len(self.plan.stages)} stages; use one of {known}, or "
+                f"a network of its own ({reason})"
+            )
         if self.plan is None:
             raise ACKDError(
                 f"auxiliary learners need to know the stages of {name}; give it an attribute `stage_plan` "

@@ -177,7 +177,8 @@ class Generator(nn.Module):
             for stage, size in zip(self.up, reversed(sizes[1:]), strict=True):
                 feature = stage(F.interpolate(feature, size=size, mode="nearest"))
             shade = self.last(feature).float().tanh()
-        return self.low + (self.high - self.low) * (shade + 1) / 2
+        painted: Tensor = self.low + (self.high - self.low) * (shade + 1) / 2
+        return painted
 
     def connect(self, image: Tensor, painted: Tensor) -> Tensor:
         """The weakly residual connection.

@@ -61,6 +61,18 @@ class SafeWandbLogger(WandbLogger):
         """
         self._try(super().log_hyperparams, params)
 
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        """Log pictures.
+
+        Args:
+            key: their name.
+            images: arrays or paths.
+            step: of training.
+            kwargs: as ``WandbLogger`` takes them.
+        """
+        self._try(lambda: super(SafeWandbLogger, self).log_image(key, images, step, **kwargs))
+
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Upload a checkpoint when asked to.
 

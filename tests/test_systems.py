@@ -1,0 +1,174 @@
+"""ATSC, AI-KD and ACN as a user runs them: fit, test, export, load, compare."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ackd_lightning import AdversarialModule, create_model, load_student, load_weights, save_weights
+from ackd_lightning.cli import main
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.weights import read_metadata
+from ackd_lightning.models.zoo import count_parameters
+from ackd_lightning.reports import compare
+
+QUICK = ["--trainer.max_epochs", "2", "--model.milestones", "[1]", "--data.max_per_class", "4", "--data.batch_size"]
+QUICK += ["20", "--trainer.enable_progress_bar", "false", "--model.teacher_gate", "off"]
+
+
+def fit(config: str, name: str, *more: str) -> Path:
+    assert main(["fit", "--config", config, "--name", name, *QUICK, *more]) == 0
+    return Path("runs") / config.removesuffix(".yaml") / name
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with teachers and with runs of the three systems."""
+    folder, before = tmp_path_factory.mktemp("systems"), Path.cwd()
+    os.chdir(folder)
+    torch.manual_seed(0)
+    try:
+        for name in ("resnet8", "resnet20"):
+            save_weights(create_model(name, 10), Path(f"weights/digits_{name}.safetensors"), {"model": name})
+        fit("digits_resnet20_resnet8_atsc.yaml", "one")
+        two = ["--model.teacher", "[resnet20, resnet8]", "--model.teacher_weights"]
+        two.append("[weights/digits_resnet20.safetensors, weights/digits_resnet8.safetensors]")
+        fit("digits_resnet20_resnet8_atsc.yaml", "two", *two, "--seed_everything", "1")
+        fit("digits_resnet8_aikd.yaml", "a")
+        three = ["--model.method.classifiers", "[peer, resnet14]", "--model.method.warmup_epochs", "1"]
+        fit("digits_resnet8_acn.yaml", "a", *three, "--test")
+        fit("digits_resnet20_resnet8.yaml", "a")
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _there(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+ATSC = Path("runs/digits_resnet20_resnet8_atsc")
+ACN = Path("runs/digits_resnet8_acn/a")
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_the_export_of_atsc_is_what_was_trained_and_counted(name):
+    run = ATSC / name
+    summary = json.loads((run / "summary.json").read_text())
+    student = load_student(run / "student.safetensors")
+    assert not student.training
+    assert summary["parameters"] == count_parameters(student)
+    assert summary["plain_parameters"] == count_parameters(create_model("resnet8", 10)) < summary["parameters"]
+    assert not any(key.startswith("backbone.fc") for key in student.state_dict())  # the student's own classifier
+    module = AdversarialModule.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True).eval()
+    image = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(module(image), student(image), atol=1e-5)
+        own = module.student(image).logits
+        assert not torch.allclose(own, student(image), atol=1e-2)
+    assert ("other_teachers" in summary) is (name == "two")
+
+
+def test_validation_measures_the_kept_path_and_a_test_agrees():
+    run = ATSC / "one"
+    assert main(["test", str(run), "--trainer.enable_progress_bar", "false"]) == 0
+    assert main(["predict", str(run), "--output", "p.csv", "--trainer.enable_progress_bar", "false"]) == 0
+    rows = [line.split(",") for line in Path("p.csv").read_text().splitlines()[1:]]
+    right = sum(target == prediction for _, target, prediction, _ in rows) / len(rows)
+    tested = json.loads((run / "summary.json").read_text())["test"]["last"]["test/acc"]
+    assert tested == pytest.approx(right, abs=1e-6)
+
+
+def test_export_tells_what_the_head_costs(capsys):
+    assert main(["export", str(ATSC / "one"), "--out", "headed.safetensors"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{count_parameters(load_student('headed.safetensors')):,}" in shown
+    assert "logits as in training" in shown
+    assert json.loads(read_metadata("headed.safetensors")["head"])["teachers"] == [[64, 4, 4]]
+
+
+def test_the_adapted_teacher_is_in_the_checkpoint_and_the_file_is_as_it_was():
+    state = torch.load(ATSC / "one/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    prefix = "method.teachers.0.network."
+    adapted, first = create_model("resnet20", 10), create_model("resnet20", 10)
+    adapted.load_state_dict({key.removeprefix(prefix): each for key, each in state.items() if key.startswith(prefix)})
+    load_weights(first, "weights/digits_resnet20.safetensors")
+    assert not torch.equal(adapted.conv1.weight, first.conv1.weight)
+    torch.manual_seed(0)
+    create_model("resnet8", 10)
+    assert torch.equal(first.conv1.weight, create_model("resnet20", 10).conv1.weight)
+
+
+@pytest.mark.parametrize(("learner", "name"), [(0, "resnet8"), (1, "resnet8"), (2, "resnet14")])
+def test_any_classifier_of_acn_can_be_taken_out(learner, name):
+    assert main(["export", str(ACN), "--learner", str(learner), "--out", f"{learner}.safetensors"]) == 0
+    network = load_student(f"{learner}.safetensors")
+    assert read_metadata(f"{learner}.safetensors")["model"] == name
+    assert count_parameters(network) == count_parameters(create_model(name, 10))
+    module = AdversarialModule.load_from_checkpoint(ACN / "checkpoints/last.ckpt", weights_only=True).eval()
+    image = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        out = module.student(image)
+        logits = [out.logits, *(branch.logits for branch in out.branches)]
+        assert torch.allclose(logits[learner], network(image), atol=1e-5)
+    column = "val/acc" if learner == 0 else f"val/aux{learner - 1}_acc"
+    said = float(read_metadata(f"{learner}.safetensors")["val_acc"])
+    assert said == pytest.approx(json.loads((ACN / "summary.json").read_text())["last"][column], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("run", "learner", "choice"),
+    [
+        (ACN, "3", "use one of 0, 1, 2"),
+        (ACN, "-1", "use one of 0, 1, 2"),
+        (Path("runs/digits_resnet20_resnet8/a"), "1", "use one of 0"),
+    ],
+)
+def test_what_is_no_network_of_its_own_is_not_exported(run, learner, choice, capsys):
+    assert main(["export", str(run), "--learner", learner, "--out", "none.safetensors"]) == 2
+    shown = capsys.readouterr().err
+    assert f"--learner is {learner}" in shown
+    assert choice in shown
+    assert not Path("none.safetensors").exists()
+
+
+def test_the_comparison_shows_every_classifier():
+    table = compare([ACN])
+    assert list(table.columns[2].cells) == ["resnet8", "resnet8", "resnet14"]
+    assert list(table.columns[0].cells) == ["digits_resnet8_acn", "", ""]
+    for column in (4, 6):  # validation and test of the last epoch
+        values = list(table.columns[column].cells)
+        assert len(values) == 3
+        assert all(0 <= float(value) <= 100 for value in values)
+
+
+def test_pictures_lie_in_the_run():
+    assert [path.name for path in sorted((ACN / "examples").glob("*.png"))]
+
+
+def test_a_plain_student_loads_in_the_same_way():
+    student = load_student("runs/digits_resnet20_resnet8/a/student.safetensors")
+    assert count_parameters(student) == count_parameters(create_model("resnet8", 10))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"model": "resnet8"},
+        {"model": "resnet8", "num_classes": "ten"},
+        {"model": "resnet8", "num_classes": "10", "head": "{]"},
+        {"model": "resnet8", "num_classes": "10", "head": '{"channels": 3}'},
+    ],
+    ids=["nothing", "no classes", "no number", "no JSON", "no head"],
+)
+def test_a_file_that_does_not_say_what_it_holds_is_refused(metadata):
+    save_file({"x": torch.zeros(1)}, "foreign.safetensors", metadata)
+    with pytest.raises(ACKDError, match=r"foreign\.safetensors does not say which network it holds"):
+        load_student("foreign.safetensors")
