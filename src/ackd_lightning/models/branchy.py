@@ -189,8 +189,8 @@ class BranchyStudent(nn.Module):
                 reason = str(error)
             known = ", ".join(_specs(self.plan))
             raise ACKDError(
-                f"branch {spec!r} does not fit {name}, which has {len(self.plan.stages)} stages; use one of {known}, or "
-                f"a network of its own ({reason})"
+                f"branch {spec!r} does not fit {name}, which has {len(self.plan.stages)} stages; use one of {known}, "
+                f"or a network of its own ({reason})"
             )
         if self.plan is None:
             raise ACKDError(
