@@ -59,6 +59,7 @@ from ackd_lightning.training.callbacks import (
     checkpoints,
 )
 from ackd_lightning.training.distillation import DistillationModule
+from ackd_lightning.training.fast import fast_settings
 from ackd_lightning.training.health import DiskRoom
 from ackd_lightning.training.loggers import SafeWandbLogger, offline
 from ackd_lightning.training.stopping import StopSafely, WholeCheckpoints
@@ -167,6 +168,12 @@ class ACKDCLI(LightningCLI):
             help="what a loss that is not finite does: end the run, or skip the step and count it; "
             "short for --model.on_nan, stop when left out",
         )
+        parser.add_argument(
+            "--fast",
+            action="store_true",
+            help="the fast settings: bfloat16 where the hardware has it, channels last, compiled networks; short for "
+            "--trainer.precision bf16-mixed --model.channels_last true --model.compile true",
+        )
         parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, into the run's folder")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -179,6 +186,15 @@ class ACKDCLI(LightningCLI):
             if "on_nan" not in settings.model.get("init_args", {}):
                 raise ACKDError(f"--on_nan is unknown to {settings.model.class_path}; leave it out")
             settings.model.init_args.on_nan, settings.on_nan = settings.on_nan, None
+        if settings.fast:
+            settings.fast = False
+            for name, value in fast_settings(str(settings.trainer.accelerator)).items():
+                section, _, key = name.rpartition(".")
+                place = settings.trainer if section == "trainer" else settings.model.init_args
+                if key not in place:
+                    raise ACKDError(f"--fast is unknown to {settings.model.class_path}; leave it out")
+                if place[key] in (None, False):  # what is given stays
+                    place[key] = value
 
     def _parse_ckpt_path(self) -> None:
         """Explicit settings win over those in a checkpoint (Lightning lets the checkpoint win)."""

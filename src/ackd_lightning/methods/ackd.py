@@ -118,6 +118,7 @@ class ACKD(AdversarialMethod):
                 "set attention to off, or teach to both"
             )
         self.branches = None if branches is None else tuple(branches)
+        self.worth_compiling = () if adversarial == "off" else ("discriminators",)
         self.temperature, self.scale_temperature = temperature, scale_temperature
         self.direction_aux, self.direction_target = direction_aux, direction_target
         self.teach, self.detach_group = teach, detach_group

@@ -51,6 +51,7 @@ class Method(nn.Module):
         layers: pairs (n of the student's F_n, n of the teacher's) whose features are compared; shown at the start.
         networks: names of sub-modules that are networks trained beside the student: like the student's own, the
             running statistics of their BatchNorm move in every forward pass.
+        worth_compiling: names of sub-modules that cost something in every step and are called as modules.
         makes_examples: whether ``examples`` has something to show.
         teacher_specs: shapes of all teachers, set before ``build``.
         head: what stands between the student's features and the predictions when it is no longer the student's own
@@ -63,6 +64,7 @@ class Method(nn.Module):
     takes_teachers: bool = False
     makes_examples: bool = False
     networks: tuple[str, ...] = ()
+    worth_compiling: tuple[str, ...] = ()
     teacher_specs: tuple[NetSpec, ...] = ()
     head: SharedClassifiers | None
     layers: tuple[tuple[int, int], ...] = ()

@@ -61,6 +61,10 @@ class DistillationModule(SkippingModule):
         teacher_bf16: run the teacher in bfloat16.
         on_nan: what a loss that is not finite does: ``stop`` ends the run before such a step reaches a checkpoint,
             ``skip`` leaves the step out and counts it (``train/skipped``).
+        channels_last: lay out images and convolutions with the channels last, which most hardware prefers; results
+            differ by rounding only.
+        compile: compile student, teachers and discriminators (``torch.nn.Module.compile``) when a fit begins; the first
+            steps take a minute or so, state dicts keep their keys, results differ by rounding only.
         seed: of the noise inside the networks (dropout); None: the seed of ``seed_everything``, or
             of ``torch.manual_seed``.
 
@@ -91,6 +95,8 @@ class DistillationModule(SkippingModule):
         teacher_gate: str = "stop",
         teacher_bf16: bool = False,
         on_nan: OnNan = "stop",
+        channels_last: bool = False,
+        compile: bool = False,  # noqa: A002  # torch's word for it
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -119,6 +125,7 @@ class DistillationModule(SkippingModule):
         self.milestones, self.lr_decay, self.warmup_epochs = tuple(milestones), lr_decay, warmup_epochs
         self.clip_norm, self.gate = gradient_clip_val, teacher_gate
         self.guard = FiniteGuard(on_nan)
+        self.channels_last, self.compiles = channels_last, compile
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if seed is None else seed
 
         described: object = method  # a checkpoint hands over what `describe` wrote
@@ -220,10 +227,22 @@ class DistillationModule(SkippingModule):
                     "an attribute `train_targets`, the class of every image by its index, and batches with that index"
                 )
             self.method.set_targets(torch.as_tensor(targets), self.seed)
+        self._speed_up()
         if self.method.takes_teachers or self._method_sizes() != before:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
+
+    def _speed_up(self) -> None:
+        """Memory layout and compilation, as the constructor was told."""
+        networks: list[nn.Module] = [self.student, self.method, *self.teachers.frozen]
+        if self.channels_last:
+            for network in networks:
+                network.to(memory_format=torch.channels_last)
+        if self.compiles:
+            parts = [self.method.get_submodule(name) for name in self.method.worth_compiling]
+            for network in (self.student, *self.teachers.frozen, *parts):
+                network.compile(dynamic=False)
 
     def _method_sizes(self) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in self.method.state_dict().items()}
@@ -275,7 +294,10 @@ class DistillationModule(SkippingModule):
         Raises:
             ACKDError: when it is neither, or the images have another size than the module was built for.
         """
-        return read_batch(batch, self.input_size)
+        result = read_batch(batch, self.input_size)
+        if not self.channels_last:
+            return result
+        return result._replace(image=result.image.contiguous(memory_format=torch.channels_last))
 
     def outputs(self, batch: Batch) -> tuple[NetOutput, NetOutput | None]:
         """One forward pass of teacher and student; no output of a teacher for a method that runs the teachers itself.
