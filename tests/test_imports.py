@@ -31,6 +31,8 @@ RANK = {
     "reports": 6,
     "lightning_cli": 7,
     "runs": 8,
+    "bench": 9,
+    "caching": 9,
     "demo": 9,
     "reproduce": 9,
     "cli": 10,

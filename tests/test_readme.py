@@ -97,14 +97,18 @@ def test_settings_of_commands_on_runs_are_understood(line, folder, capsys):
 
 
 @pytest.mark.parametrize("line", [line for line, words in COMMANDS.items() if words[0] not in ("fit", *RUN_COMMANDS)])
-def test_other_commands_are_understood(line):
+def test_other_commands_are_understood(line, folder, capsys):
     words = COMMANDS[line]
     bare = len(words) == 1 and words[0] in ("export", "compare", "reproduce")  # the name alone, in a sentence
-    assert _parser().parse_args([*words, *(["RUN"] if bare else [])]).command == words[0]
+    chosen, settings = _parser().parse_known_args([*words, *(["RUN"] if bare else [])])
+    assert chosen.command == words[0]
+    assert not settings or words[0] in ("cache", "bench")  # which take those of fit
+    if settings:
+        assert "class_path: ackd_lightning" in parse(["fit", *settings], capsys)
 
 
 def test_every_command_exists():
-    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo", "reproduce"}
+    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo", "reproduce", "cache", "bench"}
     assert {words[0] for words in COMMANDS.values()} <= known
 
 

@@ -127,7 +127,7 @@ def test_any_classifier_of_acn_can_be_taken_out(learner, name):
     [
         (ACN, "3", "use one of 0, 1, 2"),
         (ACN, "-1", "use one of 0, 1, 2"),
-        (Path("runs/digits_resnet20_resnet8/a"), "1", "use one of 0"),
+        (Path("runs/digits_resnet20_resnet8/a"), "1", "it has no peers"),
     ],
 )
 def test_what_is_no_network_of_its_own_is_not_exported(run, learner, choice, capsys):
@@ -138,9 +138,46 @@ def test_what_is_no_network_of_its_own_is_not_exported(run, learner, choice, cap
     assert not Path("none.safetensors").exists()
 
 
+@pytest.mark.parametrize("head", [{"a": 1}, {"channels": 64, "teachers": 5, "num_classes": 10}, {"channels": 64}])
+def test_a_checkpoint_with_a_damaged_head_is_refused(tmp_path, head, capsys):
+    checkpoint = torch.load(ATSC / "one/checkpoints/last.ckpt", weights_only=True)
+    checkpoint["ackd_lightning"]["head"] = head
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    assert main(["export", str(tmp_path / "odd.ckpt"), "--out", "odd.safetensors"]) == 2
+    assert "odd.ckpt is damaged" in capsys.readouterr().err
+
+
+def test_a_file_cannot_ask_for_more_than_it_holds():
+    many = {"model": "resnet8", "num_classes": "100000000000"}
+    wide = {"channels": 10**12, "teachers": [[10**6, 4, 4]], "num_classes": 10}
+    for metadata in (many, {"model": "resnet8", "num_classes": "10", "head": json.dumps(wide)}):
+        save_file({"x": torch.zeros(1)}, "greedy.safetensors", metadata)
+        with pytest.raises(ACKDError, match=r"greedy\.safetensors does not"):
+            load_student("greedy.safetensors")
+
+
+def test_a_network_with_a_head_says_how_it_is_loaded(capsys):
+    path = ATSC / "one/student.safetensors"
+    with pytest.raises(ACKDError, match=r"holds resnet8 with the head that ATSC gave it; build it with .*load_student"):
+        load_weights(create_model("resnet8", 10), path)
+    teacher = ["--model.teacher", "resnet8", "--model.teacher_weights", str(path)]
+    assert main(["fit", "--config", "digits_resnet20_resnet8.yaml", "--name", "no", *QUICK, *teacher]) == 2
+    assert "load_student" in capsys.readouterr().err
+
+
+def test_all_that_learns_is_counted():
+    summary = json.loads((ATSC / "one/summary.json").read_text())
+    teacher = count_parameters(create_model("resnet20", 10))
+    projector = summary["parameters"] - summary["plain_parameters"]  # the classifiers are of one size
+    frozen = 64 * 10 + 10  # the student's own classifier
+    assert summary["training_parameters"] == summary["plain_parameters"] - frozen + teacher + projector
+
+
 def test_the_comparison_shows_every_classifier():
     table = compare([ACN])
-    assert list(table.columns[2].cells) == ["resnet8", "resnet8", "resnet14"]
+    assert list(table.columns[2].cells) == ["resnet8", "resnet8 (learner 1)", "resnet14 (learner 2)"]
+    sizes = [f"{count_parameters(create_model(name, 10)):,}" for name in ("resnet8", "resnet8", "resnet14")]
+    assert list(table.columns[8].cells) == sizes
     assert list(table.columns[0].cells) == ["digits_resnet8_acn", "", ""]
     for column in (4, 6):  # validation and test of the last epoch
         values = list(table.columns[column].cells)

@@ -73,6 +73,26 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--preset", choices=["smoke"], default=None, help="smoke: the same rows on digits, in minutes")
     again.add_argument("--dry-run", action="store_true", help="print the runs with an estimate of time and disk")
     again.add_argument("--workers", type=int, default=None, help="runs at a time; default: one for each GPU")
+    speed = commands.add_parser(
+        "bench",
+        help="training speed, where the time goes, memory: ackd bench --config NAME --methods kd,ackd",
+        epilog="Any other option is a setting of `ackd fit`, such as --data.batch_size 64.",
+        allow_abbrev=False,
+    )
+    speed.add_argument("--config", action="append", default=[], help="as for `ackd fit`")
+    speed.add_argument("--methods", default="", help="separated by commas; default: the configuration's own")
+    speed.add_argument("--steps", type=int, default=20, help="that are timed in every run")
+    speed.add_argument("--warmup", type=int, default=5, help="steps before them")
+    speed.add_argument("--runs", type=int, default=5, help="fresh processes for each method, methods in turn")
+    speed.add_argument("--out", default=None, help="file for all numbers as JSON; -: to the screen, without the table")
+    keep = commands.add_parser(
+        "cache",
+        help="run a teacher once over every view of a training, for all runs that share it",
+        epilog="Any other option is one of the `ackd fit` that is to read the cache: --config, --data.seed, ...",
+        allow_abbrev=False,
+    )
+    keep.add_argument("--out", default="teacher-cache", help="folder of the cache")
+    keep.add_argument("--estimate", action="store_true", help="print what it would take and save; write nothing")
     return parser
 
 
@@ -101,11 +121,11 @@ def _run(arguments: Sequence[str]) -> None:
     parser = _parser()
     if not arguments:
         return parser.print_help()
-    commands = [*_LIGHTNING, "configs", "export", "compare", "demo", "reproduce"]
+    commands = [*_LIGHTNING, "configs", "export", "compare", "demo", "reproduce", "bench", "cache"]
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         raise ACKDError(f"{arguments[0]!r} is no command; {near_matches(arguments[0], commands)}")
     chosen, others = parser.parse_known_args(arguments)
-    if others and chosen.command != "reproduce":
+    if others and chosen.command not in ("reproduce", "bench", "cache"):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if chosen.command == "configs":
         _configs(chosen.filter)
@@ -135,6 +155,22 @@ def _run(arguments: Sequence[str]) -> None:
             preset=chosen.preset,
             dry_run=chosen.dry_run,
             workers=chosen.workers,
+            overrides=others,
+        )
+    elif chosen.command == "cache":
+        from ackd_lightning.caching import cache
+
+        cache(others, out=chosen.out, estimate=chosen.estimate)
+    elif chosen.command == "bench":
+        from ackd_lightning.bench import bench
+
+        bench(
+            chosen.config,
+            methods=_names(chosen.methods),
+            steps=chosen.steps,
+            warmup=chosen.warmup,
+            runs=chosen.runs,
+            out=chosen.out,
             overrides=others,
         )
     return None

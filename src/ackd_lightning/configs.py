@@ -219,7 +219,7 @@ _NOT_THE_EXPERIMENT = {
     "on_nan",
 }
 _SHOW = {"trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"}
-_PLACES = {"data.root", "data.url", "data.download", "data.cache", "model.teacher_weights"}
+_PLACES = {"data.root", "data.url", "data.download", "data.cache", "model.teacher_weights", "model.teacher_cache"}
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:

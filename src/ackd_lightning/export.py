@@ -14,10 +14,17 @@ from torch import Tensor, nn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.heads import with_head
-from ackd_lightning.models.taps import plan_for
-from ackd_lightning.models.weights import STUDENT_PREFIX, check_fit, load_weights, read_metadata, save_weights
+from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers, with_head
+from ackd_lightning.models.weights import (
+    STUDENT_PREFIX,
+    check_fit,
+    fitting_tensors,
+    load_weights,
+    read_metadata,
+    save_weights,
+)
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.models.zoo.complexity import count_parameters
 
 Which = Literal["last", "best"]
 _FACTS = {"num_classes", "input_size", "mean", "std", "data", "method", "seed", "epoch"}
@@ -33,14 +40,14 @@ class Exported:
         largest_difference: between logits of the trained network and of the file's, on a random batch.
         network: the reloaded network.
         input_size: side of its images in pixels.
-        training_parameters: parameters of the student as it was trained, auxiliary learners included.
+        plain_parameters: of the backbone with its own classifier; those of the network unless it has another head.
     """
 
     path: Path
     largest_difference: float
     network: nn.Module
     input_size: int
-    training_parameters: int
+    plain_parameters: int
 
 
 def write_json(content: Any, path: Path) -> None:
@@ -154,8 +161,11 @@ class _Kept:
     head: dict[str, Any] | None
     state: dict[str, Tensor]
 
+    def plain(self) -> nn.Module:
+        return create_model(self.name, self.num_classes, **self.options)
+
     def fresh(self) -> nn.Module:
-        return with_head(create_model(self.name, self.num_classes, **self.options), self.head).eval()
+        return with_head(self.plain(), self.head).eval()
 
 
 def _kept(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Kept:
@@ -184,17 +194,21 @@ def _kept(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Kept:
         found = peer_name(specs[learner - 1], name) if 0 < learner <= len(specs) else None
         if found is None:
             peers = [str(number) for number, spec in enumerate(specs, start=1) if peer_name(spec, name)]
-            choice = ", ".join(["0", *peers])
-            raise ACKDError(f"--learner is {learner} and {path} has no such network of its own; use one of {choice}")
+            remedy = f"use one of {', '.join(['0', *peers])}" if peers else "it has no peers, so leave it out"
+            raise ACKDError(f"--learner is {learner} and {path} has no such network of its own; {remedy}")
         own = options if specs[learner - 1] == "peer" else {}
         return _Kept(found, own, classes, None, below(f"student.branches.{learner - 1}.network."))
     head, plain = facts.get("head"), below(STUDENT_PREFIX)
     if head is None:
         return _Kept(name, options, classes, None, plain)
     with torch.device("meta"):
-        plan = plan_for(create_model(name, classes, **options))
-    assert plan is not None  # a head reads the last stage
-    body = {f"backbone.{key}": value for key, value in plain.items() if not key.startswith(f"{plan.classifier}.")}
+        try:
+            headed = HeadedNetwork(create_model(name, classes, **options), SharedClassifiers(**head))
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error)[:80]
+            raise ACKDError(f"{path} is damaged (its head does not fit: {reason}); choose another one") from error
+    own_classifier = f"{headed.plan.classifier}."
+    body = {f"backbone.{key}": value for key, value in plain.items() if not key.startswith(own_classifier)}
     whole = {**body, **{f"head.{key}": value for key, value in below("method.head.").items()}}
     return _Kept(name, options, classes, head, whole)
 
@@ -252,12 +266,6 @@ def export_student(
         check_fit(kept.state, kept.fresh().state_dict(), checkpoint_path, kept.name)
     trained = kept.fresh()
     trained.load_state_dict(kept.state)
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    training_parameters = sum(
-        value.numel()
-        for key, value in checkpoint["state_dict"].items()
-        if key.startswith("student.") and not key.endswith(buffers)
-    )
     partial = target.with_name(f".{target.name}.unchecked.safetensors")
     try:
         save_weights(kept.state, partial, _plain_metadata(checkpoint, kept, extra))
@@ -274,7 +282,7 @@ def export_student(
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-    return Exported(target, difference, reloaded, facts["input_size"], training_parameters)
+    return Exported(target, difference, reloaded, facts["input_size"], count_parameters(kept.plain()))
 
 
 def load_student(path: str | Path) -> nn.Module:
@@ -290,12 +298,15 @@ def load_student(path: str | Path) -> nn.Module:
     try:
         name, classes = facts["model"], int(facts["num_classes"])
         options, head = json.loads(facts.get("model_options", "{}")), json.loads(facts.get("head", "null"))
-        network = with_head(create_model(name, classes, **options), head)
-    except (KeyError, ValueError, TypeError) as error:
+        with torch.device("meta"):  # before anything of the stated size is allocated
+            ghost = with_head(create_model(name, classes, **options), head)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, ACKDError):
             raise
         raise ACKDError(
             f"{path} does not say which network it holds; build it with create_model and use load_weights"
         ) from error
-    load_weights(network, path, name=name)
+    tensors, _ = fitting_tensors(ghost, path, name=name)
+    network = with_head(create_model(name, classes, **options), head)
+    network.load_state_dict(tensors)
     return network.eval()

@@ -80,7 +80,10 @@ def export_command(run: str, *, which: Which, out: str | None, overwrite: bool, 
     adds = multiply_adds(exported.network, exported.input_size)
     if teacher := summary.get("teacher"):
         table.add_row(f"teacher {teacher['model']}", f"{teacher['parameters']:,}", f"{teacher['multiply_adds']:,}")
-    table.add_row("student in training", f"{exported.training_parameters:,}", "")
+    if "training_parameters" in summary:
+        table.add_row("all that was trained", f"{summary['training_parameters']:,}", "")
+    if exported.plain_parameters != count_parameters(exported.network):
+        table.add_row("student with its own classifier", f"{exported.plain_parameters:,}", "")
     table.add_row("exported student", f"{count_parameters(exported.network):,}", f"{adds:,}")
     Console(width=100).print(table)
 
@@ -185,18 +188,32 @@ def compare(places: Sequence[str | Path]) -> Table:
             table.add_row(
                 "" if learner else config,
                 "" if learner else first["method"],
-                name,
+                f"{name} (learner {_number(learner) + 1})" if learner else name,
                 str(len(runs)),
                 known("last", f"val/{learner}acc"),
                 known("best", f"val/{learner}acc"),
                 tested("last", f"test/{learner}acc"),
                 tested("best", f"test/{learner}acc"),
-                "" if learner else f"{first['parameters']:,}",
+                _size(first, learner),
             )
     table.caption = "best = epoch with the best validation accuracy" + (
         "; without validation data nothing is selected" if looks_at_test else ""
     )
     return table
+
+
+def _number(learner: str) -> int:
+    """Number of a learner, from 0, of a key such as ``aux0_``."""
+    return int(learner.removeprefix("aux").rstrip("_"))
+
+
+def _size(summary: dict[str, Any], learner: str) -> str:
+    """Parameters of the network that is kept, or of a peer."""
+    if learner:
+        return f"{summary['learner_parameters'][_number(learner)]:,}" if "learner_parameters" in summary else ""
+    plain = summary.get("plain_parameters", summary["parameters"])
+    more = "" if plain == summary["parameters"] else f" (with a head; plain {plain:,})"
+    return f"{summary['parameters']:,}{more}"
 
 
 def curves(run: Path, metric: str = "acc") -> tuple[list[int], list[float], str]:

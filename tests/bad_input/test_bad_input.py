@@ -425,7 +425,7 @@ CASES = [
     Case("previous", [*AIKD, "--model.method.previous", "yesterday"], ("previous", "'yesterday'", "'snapshot'")),
     Case("no_number_of_epochs", [*AIKD, "--trainer.max_epochs", "-1", "--trainer.max_steps", "4"],
          ("AIKD", "max_epochs"), made=True),
-    Case("learner_number", ["export", RUN, "--learner", "1"], ("--learner is 1", "use one of 0"), made=True),
+    Case("learner_number", ["export", RUN, "--learner", "1"], ("--learner is 1", "leave it out"), made=True),
     Case("learner_word", ["export", RUN, "--learner", "first"], ("--learner", "'first'")),
     # ------------------------------------------------------------------ the rest
     Case("demo_epochs", ["demo", "--epochs", "0"], ("--epochs is 0", "1 or more")),

@@ -22,7 +22,7 @@ from ackd_lightning.methods.acn import (
 )
 from ackd_lightning.methods.base import describe
 from ackd_lightning.models.branchy import BranchyStudent
-from ackd_lightning.models.generator import image_noise
+from ackd_lightning.models.generator import Generator, image_noise
 from ackd_lightning.models.taps import probe
 from ackd_lightning.types import Batch
 from training.helpers import CLASSES, SIZE, TinyNet
@@ -469,7 +469,49 @@ def test_nothing_is_generated_in_warm_up():
         assert (run.method.examples(run.batch) is not None) is generates
     assert list(run.method.players()) == list(PLAYERS)  # their optimizers are there from the start
     assert run.method.weights() == {"ce": 1.0, "ce_aux": 1.0, "mutual": 1.0, "generated": 1.0}
-    assert ACN().warmup_epochs == 10
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(240, 10), (40, 10), (39, 9), (8, 2), (1, 0)])
+def test_the_default_warm_up_is_short_in_a_short_training(epochs, warmup):
+    method = ACN()
+    assert method.warmup_epochs == 10
+    method.set_total_epochs(epochs)
+    assert method.warmup_epochs == warmup
+
+
+def test_a_warm_up_that_never_ends_is_told():
+    method = ACN(warmup_epochs=8)
+    method.set_total_epochs(9)
+    with pytest.warns(UserWarning, match="makes no images: warmup_epochs is 8 of 8 epochs"):
+        method.set_total_epochs(8)
+    ACN(warmup_epochs=8, weight_generated=0.0).set_total_epochs(8)  # makes none anyway
+
+
+def test_an_unknown_range_is_told_when_a_fit_begins():
+    run = Run()
+    run.method.knows_range = False
+    with pytest.warns(UserWarning, match="pass mean and std of the data"):
+        run.method.adopt(())
+
+
+def test_the_images_of_a_step_are_made_twice_and_not_more(monkeypatch):
+    run, calls = Run(), []
+    forward = Generator.forward
+    monkeypatch.setattr(Generator, "forward", lambda self, *images: calls.append(1) or forward(self, *images))
+    output = run.student(run.batch.image)
+    for player in PLAYERS:
+        loss, _ = run.method.player_loss(player, output, None, run.batch)
+        loss.backward()
+    run.terms()
+    assert len(calls) == 2
+    run.method.player_loss("generator", output, None, run.batch)  # alone, it makes its own
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("name", ["D3B1", "last"])
+def test_a_branch_is_no_classifier(name):
+    with pytest.raises(ACKDError, match=f"classifiers names '{name}'"):
+        ACN(classifiers=["peer", name])
 
 
 def test_three_classifiers_of_different_architectures():

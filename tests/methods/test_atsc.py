@@ -188,7 +188,7 @@ def test_both_are_finite_float32_for_large_numbers_in_half_precision(dtype):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_terms_are_the_equations(count):
-    run = Run(*[Small(), create_model("resnet8", CLASSES)][:count], temperature=3.0)
+    run = Run(*[Small(), create_model("resnet8", CLASSES)][:count], temperature=3.0, weight_ce=1.0, weight_kd=1.0)
     for own in run.own:
         with torch.no_grad():
             for parameter in own.parameters():
@@ -269,8 +269,25 @@ def test_what_the_learners_step_trains(arguments, trained):
     assert all(each.grad is not None for each in group["params"])
 
 
-def test_what_each_term_reaches():
+def test_terms_without_weight_are_not_computed_and_what_they_train_stays():
+    """SGD would shrink the student's own classifier by weight decay alone."""
     run = Run()
+    terms = run.terms()
+    assert (terms["ce"].item(), terms["kd"].item()) == (0.0, 0.0)
+    assert not any(each.requires_grad for each in run.student.backbone.fc.parameters())
+    for weights in ({"weight_ce": 1.0}, {"weight_kd": 1.0}):
+        assert all(each.requires_grad for each in Run(**weights).student.backbone.fc.parameters())
+
+
+@pytest.mark.parametrize("name", ["weight_ce", "weight_kd", "weight_features"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_weights_out_of_range_are_refused(name, value):
+    with pytest.raises(ACKDError, match=f"{name} is {value} in method ATSC"):
+        ATSC(**{name: value})
+
+
+def test_what_each_term_reaches():
+    run = Run(weight_ce=1.0, weight_kd=1.0)
     (own,) = run.own
     terms = run.terms()
     parts = {
@@ -573,7 +590,7 @@ def test_a_student_with_a_smaller_map_than_its_teacher():
 
 
 def test_what_is_predicted_does_not_come_from_the_students_own_classifier():
-    run = Run()
+    run = Run(weight_ce=1.0)
     output = run.student(run.batch.image)
     (weight,) = torch.autograd.grad(
         run.method.prediction(output).sum(), run.student.backbone.fc.weight, allow_unused=True

@@ -104,7 +104,13 @@ def fit(
     last = folder / "checkpoints" / "last.ckpt"
     callbacks: list[L.Callback] = [early, average, *checkpoints(folder / "checkpoints", select=True)]
     callbacks += [StopSafely(last, advice="go on"), *([stop] if stop else [])]
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    quiet = {
+        "logger": False,
+        "default_root_dir": folder,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
     single = {"accelerator": "cpu", "devices": 1, "max_epochs": EPOCHS, "num_sanity_val_steps": 0}
     trainer = L.Trainer(callbacks=callbacks, plugins=[WholeCheckpoints()], **{**quiet, **single, **options})
     code = 0

@@ -130,10 +130,18 @@ def test_pictures_come_every_few_epochs_and_after_the_last(tmp_path):
 
 
 def test_the_module_brings_the_callback(tmp_path):
-    fit(module(), default_root_dir=tmp_path, epochs=1)
-    assert pictures(tmp_path) == ["examples/epoch-001.png"]
+    fit(module(), logger=CSVLogger(tmp_path, name="", version="run"), epochs=1)
+    assert pictures(tmp_path) == ["run/examples/epoch-001.png"]
 
 
+def test_without_a_run_folder_nothing_is_drawn(tmp_path, monkeypatch):
+    """As in a script with ``logger=False``: no picture in the folder that it was started from."""
+    monkeypatch.chdir(tmp_path)
+    fit(module(), epochs=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:method ACN makes no images")
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -114,6 +116,14 @@ def test_a_method_without_a_teacher_takes_none():
     net.load_teacher()
     assert net.teacher is None
     assert net.teacher_spec is None
+
+
+def test_a_copy_of_the_module_shares_its_teachers():
+    """An average of the student's weights needs no second teacher."""
+    net = DistillationModule(TinyNet(), CLASSES, method=KD(), teacher=TinyNet(8), input_size=SIZE)
+    twin = copy.deepcopy(net)
+    assert twin.student is not net.student
+    assert twin.teachers is net.teachers
 
 
 def test_the_same_network_cannot_teach_itself():

@@ -65,6 +65,8 @@ class ACKD(AdversarialMethod):
         ACKDError: for values that contradict each other.
     """
 
+    teacher_logits_suffice = True
+
     def __init__(
         self,
         *,

@@ -32,6 +32,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -49,8 +51,10 @@ from ackd_lightning.models.generator import (
     ResidualConnection,
     image_noise,
 )
+from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
+_WARMUP = 10  # epochs
 _WIDEST = 1024
 
 
@@ -181,7 +185,8 @@ class ACN(AdversarialMethod):
         residual: the weakly residual connection, see `Generator`.
         cap: c, the divergence beyond which there is no reward, as a share of log n.
         margin: m in nats, cross-entropy of the mean prediction beyond which there is a penalty; None: no penalty.
-        warmup_epochs: epochs without generated images: untrained classifiers disagree on everything.
+        warmup_epochs: epochs without generated images: untrained classifiers disagree on everything. None: 10, but at
+            most a quarter of the training.
         generator_width: channels of the first convolution of generator and discriminator.
         adversary_lr: learning rate of both (Adam, betas 0.5 and 0.999), decayed together with the student's.
 
@@ -207,7 +212,7 @@ class ACN(AdversarialMethod):
         residual: ResidualConnection = "convex",
         cap: float = 0.5,
         margin: float | None = 1.0,
-        warmup_epochs: int = 10,
+        warmup_epochs: int | None = None,
         generator_width: int = 32,
         adversary_lr: float = 2e-4,
     ) -> None:
@@ -228,10 +233,17 @@ class ACN(AdversarialMethod):
             ("weight_divergence", weight_divergence),
             ("weight_label", weight_label),
             ("margin", 0.0 if margin is None else margin),
-            ("warmup_epochs", warmup_epochs),
         ):
             if not 0 <= value < math.inf:
                 raise ACKDError(f"{name} is {value} in method ACN; it must be 0 or more")
+        if warmup_epochs is not None and (not isinstance(warmup_epochs, int) or warmup_epochs < 0):
+            raise ACKDError(f"warmup_epochs is {warmup_epochs} in method ACN; it must be a whole number, 0 or more")
+        for name in classifiers:
+            if re.match(r"D\d|last$", name):
+                raise ACKDError(
+                    f"classifiers names {name!r} in method ACN, a branch of the student; name whole networks, such as "
+                    "peer"
+                )
         if residual not in RESIDUAL_CONNECTIONS:
             raise ACKDError(
                 f"residual is {residual!r} in method ACN; it must be one of {', '.join(RESIDUAL_CONNECTIONS)}"
@@ -249,12 +261,16 @@ class ACN(AdversarialMethod):
         self.weight_ce, self.weight_ce_aux = weight_ce, weight_ce_aux
         self.weight_mutual, self.weight_generated = weight_mutual, weight_generated
         self.weight_gan, self.weight_divergence, self.weight_label = weight_gan, weight_divergence, weight_label
-        self.rho, self.cap, self.margin, self.warmup_epochs = rho, cap, margin, warmup_epochs
+        self.rho, self.cap, self.margin = rho, cap, margin
+        self.given_warmup = warmup_epochs
+        self.warmup_epochs = _WARMUP if warmup_epochs is None else warmup_epochs
         self.residual: ResidualConnection = residual
         self.generator_width, self.adversary_lr = generator_width, adversary_lr
         self.makes_examples = weight_generated > 0
         self.epoch = 0
         self.range: tuple[tuple[float, ...], tuple[float, ...]] = ((-1.0,) * 3, (1.0,) * 3)
+        self.knows_range = False
+        self._made: tuple[Tensor, Tensor] | None = None  # images and what was made of them, between two players' steps
         self.generator: Generator | None = None
         self.image_discriminator: ImageDiscriminator | None = None
         self.classifier_nets: nn.Module | None
@@ -278,7 +294,7 @@ class ACN(AdversarialMethod):
             low: of black, per channel.
             high: of white.
         """
-        self.range = (tuple(low), tuple(high))
+        self.range, self.knows_range = (tuple(low), tuple(high)), True
 
     def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
         """Make generator and discriminator, where they are needed.
@@ -301,6 +317,33 @@ class ACN(AdversarialMethod):
         self.generator = Generator(low, high, width=width, residual=self.residual, rho=self.rho)
         if self.weight_gan:
             self.image_discriminator = ImageDiscriminator(len(low), width=width)
+
+    def adopt(self, teachers: Sequence[FrozenTeacher]) -> None:
+        """There are no teachers; say so when a fit begins without the range of its images.
+
+        Args:
+            teachers: none.
+        """
+        if self.generator is not None and not self.knows_range:
+            warnings.warn(
+                "method ACN does not know the range of the images and takes -1 to 1 for it; pass mean and std of the "
+                "data to the module",
+                stacklevel=2,
+            )
+
+    def set_total_epochs(self, epochs: int) -> None:
+        """Fit the default warm-up to a short training, and say so when there would be nothing but warm-up.
+
+        Args:
+            epochs: E.
+        """
+        if self.given_warmup is None:
+            self.warmup_epochs = min(_WARMUP, epochs // 4)
+        elif self.makes_examples and self.warmup_epochs >= epochs:
+            warnings.warn(
+                f"method ACN makes no images: warmup_epochs is {self.warmup_epochs} of {epochs} epochs; lower it",
+                stacklevel=2,
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Know the epoch, for the warm-up and the noise.
@@ -409,9 +452,9 @@ class ACN(AdversarialMethod):
 
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.image_discriminator is not None
-        with torch.no_grad():
-            made = self.make(batch)
-        real, fake = self.image_discriminator(torch.cat([batch.image, made])).chunk(2)
+        made = self.make(batch)  # with its graph: the generator's turn is next, and it is the same until then
+        self._made = (batch.image, made)
+        real, fake = self.image_discriminator(torch.cat([batch.image, made.detach()])).chunk(2)
         loss = F.softplus(-real).mean() + F.softplus(fake).mean()
         accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
         return loss, {"disc/loss": loss.detach(), "disc/acc": accuracy}
@@ -419,7 +462,8 @@ class ACN(AdversarialMethod):
     def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.generator is not None
         classifiers, discriminator = self._classifiers(), self.image_discriminator
-        made = self.make(batch)
+        there, self._made = self._made, None
+        made = there[1] if there is not None and there[0] is batch.image else self.make(batch)
         with bystanders(classifiers, *([discriminator] if discriminator is not None else [])):
             logits = all_logits(classifiers(made))
             opinion = discriminator(made) if discriminator is not None else None

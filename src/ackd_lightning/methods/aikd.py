@@ -145,6 +145,8 @@ class AIKD(AdversarialMethod):
 
     equal_buffers = ("epoch_begun", "table")
 
+    teacher_logits_suffice = True
+
     def __init__(
         self,
         *,

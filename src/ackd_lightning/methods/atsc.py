@@ -37,6 +37,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kl_divergence
 from ackd_lightning.methods.base import AdversarialMethod
+from ackd_lightning.models.branchy import BranchyStudent
 from ackd_lightning.models.heads import SharedClassifiers
 from ackd_lightning.models.pairing import same_size
 from ackd_lightning.models.taps import plan_for
@@ -136,6 +137,9 @@ class ATSC(AdversarialMethod):
         average: Literal["logits", "probabilities"] = "logits",
     ) -> None:
         super().__init__()
+        for name, value in (("weight_ce", weight_ce), ("weight_kd", weight_kd), ("weight_features", weight_features)):
+            if not 0 <= value < math.inf:
+                raise ACKDError(f"{name} is {value} in method ATSC; it must be 0 or more")
         for name, value in (("temperature", temperature), ("classifier_lr", classifier_lr)):
             if not 0 < value < math.inf:
                 raise ACKDError(f"{name} is {value} in method ATSC; it must be above 0")
@@ -166,8 +170,10 @@ class ATSC(AdversarialMethod):
     def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
         """Copy the teachers, when they are to adapt.
 
+        The student's own classifier, which is not kept, is frozen when no term trains it.
+
         Args:
-            student: not used.
+            student: its classifier is looked for.
             teachers: structures of the teachers' networks.
 
         Raises:
@@ -175,6 +181,8 @@ class ATSC(AdversarialMethod):
         """
         for network in teachers:
             _classifier(network)
+        if isinstance(student, BranchyStudent) and student.plan is not None and not (self.weight_ce or self.weight_kd):
+            student.plain().get_submodule(student.plan.classifier).requires_grad_(False)
         self.count = len(teachers)
         if not self.adapts:
             return
@@ -301,6 +309,8 @@ class ATSC(AdversarialMethod):
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce``, ``kd``, ``features`` and ``anchor``, each a mean over the teachers, which are run here.
 
+        ``ce`` and ``kd`` are not computed, and read 0, when their weight is 0.
+
         ``features`` reaches student, projectors and adapting teachers; ``anchor`` reaches these teachers; ``ce`` and
         ``kd`` reach the student with its own classifier, ``kd`` the adapting teachers as well.
 
@@ -314,16 +324,20 @@ class ATSC(AdversarialMethod):
         outputs: list[NetOutput] = [each(batch.image) for each in running]
         projected = self._head().project(student.features[-1])
         distances = [feature_distance(ours, out.features[-1]) for ours, out in zip(projected, outputs, strict=True)]
-        divergences = [kl_divergence(student.logits, out.logits, temperature=self.temperature) for out in outputs]
+        divergences = [
+            kl_divergence(student.logits, out.logits, temperature=self.temperature)
+            for out in (outputs if self.weight_kd else ())
+        ]
+        nothing = torch.zeros((), device=student.logits.device)
         anchors = [
             anchor_distance(list(self._anchored(own).values()), self.get_buffer(f"start_{number}"))
             for number, own in enumerate(self._adapting())
         ]
         return {
-            "ce": cross_entropy(student.logits, batch.target),
-            "kd": torch.stack(divergences).mean(),
+            "ce": cross_entropy(student.logits, batch.target) if self.weight_ce else nothing,
+            "kd": torch.stack(divergences).mean() if self.weight_kd else nothing,
             "features": torch.stack(distances).mean(),
-            "anchor": torch.stack(anchors).mean() if anchors else torch.zeros((), device=student.logits.device),
+            "anchor": torch.stack(anchors).mean() if anchors else nothing,
         }
 
     # ---------------------------------------------------------------- classifiers

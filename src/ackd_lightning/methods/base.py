@@ -47,6 +47,8 @@ class Method(nn.Module):
         needs_targets: whether the method must know the class of every training image (``set_targets``).
         takes_teachers: whether the method runs the teachers itself (``adopt``), copies of its own for example: then
             ``forward`` is handed no output of a teacher, and there may be several teachers.
+        teacher_logits_suffice: whether ``forward`` reads nothing of the teacher but its logits, so that they may come
+            from a cache.
         branches: auxiliary learners that the student has to grow: specs, empty for none, None for the paper's two.
         layers: pairs (n of the student's F_n, n of the teacher's) whose features are compared; shown at the start.
         networks: names of sub-modules that are networks trained beside the student: like the student's own, the
@@ -62,6 +64,7 @@ class Method(nn.Module):
     needs_teacher: bool = True
     needs_targets: bool = False
     takes_teachers: bool = False
+    teacher_logits_suffice: bool = False
     makes_examples: bool = False
     networks: tuple[str, ...] = ()
     worth_compiling: tuple[str, ...] = ()

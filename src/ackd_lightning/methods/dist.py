@@ -75,6 +75,8 @@ class DIST(Method):
         ACKDError: for a temperature that is not positive.
     """
 
+    teacher_logits_suffice = True
+
     def __init__(
         self,
         *,

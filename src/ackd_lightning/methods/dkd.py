@@ -73,6 +73,8 @@ class DKD(Method):
         ACKDError: for a temperature that is not positive or a negative warm-up.
     """
 
+    teacher_logits_suffice = True
+
     def __init__(
         self,
         *,

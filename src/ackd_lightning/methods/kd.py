@@ -25,6 +25,8 @@ class KD(Method):
         ACKDError: for a temperature that is not positive.
     """
 
+    teacher_logits_suffice = True
+
     def __init__(self, *, temperature: float = 4.0, weight_ce: float = 0.1, weight_kd: float = 0.9) -> None:
         super().__init__()
         if temperature <= 0:

@@ -129,6 +129,8 @@ class SharedClassifiers(nn.Module):
 class HeadedNetwork(nn.Module):
     """A backbone with another head: its own classifier is taken out.
 
+    It maps images to logits and can teach methods that read logits; its stages are not named for others.
+
     Args:
         backbone: whose stages are known; copied.
         head: reads its last feature map.

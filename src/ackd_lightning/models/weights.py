@@ -18,6 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.heads import HeadedNetwork
 
 STUDENT_PREFIX = "student.backbone."
 """What the target learner's keys start with in our own Lightning checkpoints."""
@@ -45,13 +46,38 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, name: str | 
     Raises:
         ACKDError: no such file, not a weights file, objects other than tensors in it, or keys or shapes that differ.
     """
+    tensors, metadata = fitting_tensors(model, path, name=name)
+    model.load_state_dict(tensors, strict=True)
+    return metadata
+
+
+def fitting_tensors(
+    model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a local file that fit ``model``, which may be on the meta device and stays as it is.
+
+    Args:
+        model: the network.
+        path: the file.
+        name: what error messages call the network; its class where not given.
+
+    Returns:
+        Tensors by the network's own keys, and what the file says about itself.
+
+    Raises:
+        ACKDError: as ``load_weights``.
+    """
     file = _local_file(path)
     tensors, metadata = _read(file)
+    if "head" in metadata and not isinstance(model, HeadedNetwork):
+        what, whose = metadata.get("model", "a network"), metadata.get("method", "its method")
+        raise ACKDError(
+            f"{file} holds {what} with the head that {whose} gave it; build it with ackd_lightning.load_student"
+        )
     own = model.state_dict()
     tensors = _without_prefixes(tensors, own)
     check_fit(tensors, own, file, name or type(model).__name__)
-    model.load_state_dict(tensors, strict=True)
-    return metadata
+    return tensors, metadata
 
 
 def save_weights(

@@ -223,7 +223,7 @@ class RunSummary(L.Callback):
         method = type(module.method).__name__
         print(
             f"{method}: student {self._student_name(module)}{learners} "
-            f"({count_parameters(module.student):,} parameters in training), files in {self.folder}",
+            f"({module.training_parameters():,} parameters in training), files in {self.folder}",
             flush=True,
         )
         if module.method.layers and module.teacher_spec is not None:
@@ -290,11 +290,12 @@ class RunSummary(L.Callback):
             "shown": stage,
             "last": self.last,
             "best": self.best,
-            "training_parameters": count_parameters(module.student),
+            "training_parameters": module.training_parameters(),
             "parameters": count_parameters(kept),
             "multiply_adds": multiply_adds(kept, module.input_size),
             "plain_parameters": count_parameters(module.student.plain()),
             "learners": list(module.student.specs),
+            "learner_parameters": [count_parameters(each) for each in module.student.branches],
             "precision": str(trainer.precision),
             "device": device_name(module),
             "versions": versions(),
@@ -316,13 +317,22 @@ class RunSummary(L.Callback):
         self.finished = (summary, files)
 
     @staticmethod
+    def _size(learner: str, summary: dict[str, Any]) -> str:
+        """Parameters of a network that can be taken out; of others nothing is shown."""
+        if not learner:
+            return f"{summary['parameters']:,}"
+        number = int(learner.removeprefix("aux")) if learner.startswith("aux") else -1
+        is_peer = number >= 0 and peer_name(summary["learners"][number], summary["student"]) is not None
+        return f"{summary['learner_parameters'][number]:,}" if is_peer else ""
+
+    @staticmethod
     def _label(learner: str, summary: dict[str, Any]) -> str:
         """How a network is called in the table."""
         if not learner:
             return f"target {summary['student']}"
         number = int(learner.removeprefix("aux")) if learner.startswith("aux") else -1
         name = peer_name(summary["learners"][number], summary["student"]) if number >= 0 else None
-        return f"{learner} ({name})" if name else learner
+        return f"{learner} ({name}, learner {number + 1})" if name else learner
 
     def show(self) -> None:
         """Print accuracies of every network, last and best, and where the files are; nothing before the fit's end."""
@@ -345,7 +355,7 @@ class RunSummary(L.Callback):
         for key in sorted(keys, key=lambda key: (key.count("_"), key)):
             learner = key.removeprefix(f"{stage}/").removesuffix("acc").rstrip("_")
             label = self._label(learner, summary)
-            size = "" if learner else f"{summary['parameters']:,}"
+            size = self._size(learner, summary)
             table.add_row(label, percent(summary["last"], key), percent(summary["best"], key), size)
         Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100).print(table)
         best_epoch = summary["best"].get("epoch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
@@ -23,6 +24,7 @@ from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.taps import probe
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training.cache import TeacherCache, view_key
 from ackd_lightning.training.evaluation import Evaluation
 from ackd_lightning.training.finite import ON_NAN, FiniteGuard, OnNan, SkippingModule, check_weights
 from ackd_lightning.training.health import TEACHER_GATES, HealthMonitor, TeacherGate
@@ -59,6 +61,7 @@ class DistillationModule(SkippingModule):
         teacher_gate: before the first step the teacher is tested on validation data; ``stop`` ends a run whose
             teacher is near chance or far below what its file says, ``warn`` goes on, ``off`` does not look.
         teacher_bf16: run the teacher in bfloat16.
+        teacher_cache: folder of ``ackd cache`` with the teacher's logits for every view; the teacher is not run then.
         on_nan: what a loss that is not finite does: ``stop`` ends the run before such a step reaches a checkpoint,
             ``skip`` leaves the step out and counts it (``train/skipped``).
         channels_last: lay out images and convolutions with the channels last, which most hardware prefers; results
@@ -94,6 +97,7 @@ class DistillationModule(SkippingModule):
         gradient_clip_val: float | None = None,
         teacher_gate: str = "stop",
         teacher_bf16: bool = False,
+        teacher_cache: str | None = None,
         on_nan: OnNan = "stop",
         channels_last: bool = False,
         compile: bool = False,  # noqa: A002  # torch's word for it
@@ -125,6 +129,7 @@ class DistillationModule(SkippingModule):
         self.milestones, self.lr_decay, self.warmup_epochs = tuple(milestones), lr_decay, warmup_epochs
         self.clip_norm, self.gate = gradient_clip_val, teacher_gate
         self.guard = FiniteGuard(on_nan)
+        self.teacher_cache, self.cache = teacher_cache, cast("TeacherCache | None", None)
         self.channels_last, self.compiles = channels_last, compile
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if seed is None else seed
 
@@ -228,10 +233,23 @@ class DistillationModule(SkippingModule):
                 )
             self.method.set_targets(torch.as_tensor(targets), self.seed)
         self._speed_up()
+        self._open_cache()
         if self.method.takes_teachers or self._method_sizes() != before:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
+
+    def _open_cache(self) -> None:
+        """Read the teacher's logits from a cache, when there is one."""
+        if self.teacher_cache is None:
+            return
+        data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
+        if not isinstance(data, ImageDataModule) or not epochs or epochs < 1:
+            raise ACKDError(
+                "teacher_cache is for this package's data modules and a fixed trainer.max_epochs; leave it out"
+            )
+        key = view_key(self, data, str(self.trainer.precision))
+        self.cache = TeacherCache(Path(self.teacher_cache), key, epochs)
 
     def _speed_up(self) -> None:
         """Memory layout and compilation, as the constructor was told."""
@@ -257,7 +275,8 @@ class DistillationModule(SkippingModule):
         if self.method.makes_examples:
             from ackd_lightning.training.examples import ExamplePictures  # draws, and needs matplotlib for it
 
-            callbacks += [] if any(isinstance(each, ExamplePictures) for each in own) else [ExamplePictures()]
+            asked = any(isinstance(each, ExamplePictures) for each in own)
+            callbacks += [ExamplePictures()] if self.trainer.loggers and not asked else []  # else: no folder of a run
         return callbacks
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -305,9 +324,15 @@ class DistillationModule(SkippingModule):
         Args:
             batch: images.
         """
+        if self.cache is not None:
+            return self.student(batch.image), self.cache.read(self.current_epoch, batch.index)
         runs = self.teacher is not None and not self.method.takes_teachers
         teacher = cast(FrozenTeacher, self.teacher)(batch.image) if runs else None
         return self.student(batch.image), teacher
+
+    def training_parameters(self) -> int:
+        """Parameters that learn: of the student with its learners, and of the method."""
+        return sum(each.numel() for each in self.parameters() if each.requires_grad)
 
     def kept_network(self) -> nn.Module:
         """The network that is left in the end: the plain backbone, with the head that the method gives it."""

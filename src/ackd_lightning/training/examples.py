@@ -137,18 +137,28 @@ class ExamplePictures(L.Callback):
                 raise ACKDError(f"{name} is {value} in ExamplePictures; it must be 1 or more")
         self.every_n_epochs, self.count = every_n_epochs, count
         self.folder: Path | None = None
+        self.drawn = 0  # epochs done when the last picture was drawn
         self._batch: Batch | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn the folder of the run, in all processes: asking for it makes them talk to each other."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "examples"
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs in order to draw when the whole run would."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self.drawn = int(state_dict["drawn"])
+
     def _is_due(self, trainer: L.Trainer) -> bool:
         if self.folder is None or not trainer.is_global_zero or trainer.sanity_checking or is_dry(trainer):
             return False
         done = trainer.current_epoch + 1
         fits = trainer.state.fn == TrainerFn.FITTING
-        return fits and (done % self.every_n_epochs == 0 or done == trainer.max_epochs)
+        # at every n-th epoch, or at the next one that is validated
+        return fits and (done // self.every_n_epochs > self.drawn // self.every_n_epochs or done == trainer.max_epochs)
 
     def on_validation_batch_end(
         self,
@@ -171,9 +181,10 @@ class ExamplePictures(L.Callback):
             return
         module = cast("DistillationModule", pl_module)
         examples = module.method.examples(batch)
+        epoch = trainer.current_epoch + 1
+        self.drawn = epoch
         if examples is None:
             return
-        epoch = trainer.current_epoch + 1
         path = self.folder / f"epoch-{epoch:03d}.png"
         names = getattr(getattr(trainer, "datamodule", None), "class_names", ())
         title = (

@@ -162,7 +162,7 @@ class HealthMonitor(L.Callback):
             self._warn(
                 "spread",
                 f"the learners' features have lost their spread ({float(spread):.3f}, {self.first_spread:.3f} at the "
-                f"start, epoch {trainer.current_epoch}); lower lambda_adv or the learning rate",
+                f"start, epoch {trainer.current_epoch}); lower the learning rate, or the weight of what drives them",
             )
 
     def state_dict(self) -> dict[str, object]:

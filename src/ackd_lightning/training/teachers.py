@@ -72,6 +72,9 @@ class Teachers:
         )
         self.specs: tuple[NetSpec, ...] = tuple(self._spec(number) for number in range(len(given)))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teachers:
+        return self  # as a FrozenTeacher: an EMA copy of the student shares its teachers
+
     def _take_over(self, network: nn.Module) -> FrozenTeacher:
         frozen = network if isinstance(network, FrozenTeacher) else FrozenTeacher(network, bf16=self.bf16)
         frozen.adapt_to(*self.data)
