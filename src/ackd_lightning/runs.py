@@ -50,7 +50,7 @@ class PlannedRun(ACKDCLI):
 
 
 @contextlib.contextmanager
-def _in_our_words() -> Iterator[None]:
+def in_our_words() -> Iterator[None]:
     """Warnings as sentences, chatter off, and our own error out of a chain of others."""
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))  # class paths of one's own files
@@ -82,7 +82,7 @@ def plan(arguments: Sequence[str]) -> PlannedRun:
     Raises:
         ACKDError: for whatever is wrong with them.
     """
-    with _in_our_words():
+    with in_our_words():
         return PlannedRun(arguments)
 
 
@@ -93,5 +93,5 @@ def run(command: str, arguments: Sequence[str]) -> None:
         command: fit, validate, test or predict.
         arguments: behind it.
     """
-    with _in_our_words():
+    with in_our_words():
         ACKDCLI(command, arguments)

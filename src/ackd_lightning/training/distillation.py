@@ -363,7 +363,8 @@ class DistillationModule(SkippingModule):
         size = batch.image.shape[0]
         values = {"train/loss": loss.detach(), **{f"train/{name}": value.detach() for name, value in terms.items()}}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=size)
+        shown = self.trainer.progress_bar_callback is not None  # a bar waits for the number in every step
+        self.log("train/loss_step", loss.detach(), prog_bar=shown, batch_size=size)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of the method on one batch; zero for a batch that is skipped."""

@@ -1,0 +1,309 @@
+"""Our training speed against a plain eager float32 loop of the same networks, in pairs, on an idle machine.
+
+    python benchmarks/speed.py --pairs 5
+
+Every pair is the plain KD loop, then `ackd bench` of KD, ACKD and CRD, each in a fresh process (A B A B over the
+pairs). A pair in which other processes were busy is thrown away and repeated. Any other option is a setting of
+`ackd fit` for our side, such as --trainer.precision bf16-mixed. README.md beside this file explains the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pkgutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ackd_lightning.bench import machine, resident_bytes, spread, watched
+from ackd_lightning.configs import load_configs
+from ackd_lightning.export import write_json
+from ackd_lightning.models.zoo import create_model
+
+RESULTS = Path(__file__).parent / "results"
+TUNED = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+"""glibc keeps freed memory instead of giving it back in every step."""
+LEAST_PLAIN = 200.0
+"""Images per second that the plain KD loop has to reach, on the machine the goals were set on, to stand for peers."""
+
+
+# ---------------------------------------------------------------- the plain loop
+
+
+def plain_loop(
+    method: str,
+    *,
+    teacher: torch.nn.Module | None,
+    student: torch.nn.Module,
+    num_classes: int,
+    size: int,
+    batch_size: int,
+    warmup: int,
+    steps: int,
+) -> float:
+    """Seconds of one step of the usual loop: ready images, float32, nothing fused, averages read in every step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    batches = [
+        (torch.randn(batch_size, 3, size, size).to(device), torch.randint(num_classes, (batch_size,)).to(device))
+        for _ in range(8)
+    ]
+    student.to(device).train()
+    if teacher is not None:
+        with torch.no_grad():  # BatchNorm of fresh weights has to see images once, or the outputs overflow
+            teacher.to(device).train()
+            for _ in range(20):
+                teacher(batches[0][0][:16])
+        teacher.eval()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    loss_sum = top1_sum = top5_sum = seen = 0.0
+    begin = 0.0
+    for step in range(warmup + steps):
+        if step == warmup:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+        image, target = batches[step % len(batches)]
+        logits = student(image)
+        loss = F.cross_entropy(logits, target)
+        if method == "kd":
+            with torch.no_grad():
+                soft = F.softmax(teacher(image) / 4.0, dim=1)
+            distilled = F.kl_div(F.log_softmax(logits / 4.0, dim=1), soft, reduction="sum") * 4.0**2 / batch_size
+            loss = 0.1 * loss + 0.9 * distilled
+        right = logits.topk(5, dim=1).indices == target[:, None]
+        loss_sum += loss.item() * batch_size
+        top1_sum += right[:, 0].float().sum().item()
+        top5_sum += right.any(dim=1).float().sum().item()
+        seen += batch_size
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / steps
+
+
+def plain(request: dict) -> dict:
+    """Measure the plain loop in this process, on the networks of a configuration."""
+    settings = load_configs([request["config"]])[0]
+    names, data = settings["model"]["init_args"], pkgutil.resolve_name(settings["data"]["class_path"])
+    torch.manual_seed(0)
+    seconds = plain_loop(
+        request["method"],
+        teacher=create_model(names["teacher"], data.num_classes) if request["method"] == "kd" else None,
+        student=create_model(names["student"], data.num_classes),
+        num_classes=data.num_classes,
+        size=data.input_size,
+        batch_size=request["batch_size"],
+        warmup=request["warmup"],
+        steps=request["steps"],
+    )
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_bytes()
+    speed = request["batch_size"] / seconds
+    return {"images_per_second": speed, "step_seconds": seconds, "memory_bytes": memory, "machine": machine()}
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def environment(malloc: str) -> dict:
+    """The environment of both sides."""
+    inherited = dict(os.environ)
+    if malloc == "inherit":
+        return inherited
+    without = {key: value for key, value in inherited.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    return without | (TUNED if malloc == "tuned" else {})
+
+
+def run_plain(method: str, options: argparse.Namespace) -> dict:
+    request = {key: getattr(options, key) for key in ("config", "batch_size", "warmup", "steps")}
+    command = [sys.executable, __file__, "--plain", json.dumps({**request, "method": method})]
+    done, load = watched(command, env=environment(options.malloc))
+    if done.returncode:
+        sys.exit(f"the plain loop failed: {done.stderr.strip()}")
+    return {**json.loads(done.stdout.splitlines()[-1]), "load": load}
+
+
+def run_ours(method: str, options: argparse.Namespace, settings: list[str]) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bench.json"
+        command = [sys.executable, "-m", "ackd_lightning", "bench", "--config", options.config, "--methods", method]
+        command += ["--steps", str(options.steps), "--warmup", str(options.warmup), "--runs", "1", "--out", str(out)]
+        command += ["--data.batch_size", str(options.batch_size), *settings]
+        done, load = watched(command, env=environment(options.malloc))
+        if done.returncode:
+            sys.exit(f"ackd bench of {method} failed: {done.stderr.strip()}")
+        result = json.loads(out.read_text())["runs"][0]
+    return {**result, "load": {**load, "busy": load["busy"] or result["load"]["busy"]}}
+
+
+def measure_pair(options: argparse.Namespace, settings: list[str]) -> dict:
+    """Both sides once, the plain loop first."""
+    parts = {f"plain_{method}": run_plain(method, options) for method in options.plain_methods.split(",")}
+    parts |= {method: run_ours(method, options, settings) for method in options.methods.split(",")}
+    unknown = any(each["load"]["busy"] is None for each in parts.values())
+    return {"runs": parts, "busy": any(each["load"]["busy"] for each in parts.values()), "load_known": not unknown}
+
+
+# ---------------------------------------------------------------- goals
+
+
+def ratio(runs: dict, above: tuple[str, str], below: tuple[str, str]) -> float:
+    return runs[above[0]][above[1]] / runs[below[0]][below[1]]
+
+
+GOALS = (
+    # title, names of the runs it needs, number of one pair, ">=" or "<=", limit
+    (
+        "plain KD, images/s (on the machine of the goals)",
+        ("plain_kd",),
+        lambda runs: runs["plain_kd"]["images_per_second"],
+        ">=",
+        LEAST_PLAIN,
+    ),
+    (
+        "KD through the Trainer / plain KD, images/s",
+        ("plain_kd", "kd"),
+        lambda runs: ratio(runs, ("kd", "images_per_second"), ("plain_kd", "images_per_second")),
+        ">=",
+        3.0,
+    ),
+    (
+        "ACKD through the Trainer / plain KD, images/s",
+        ("plain_kd", "ackd"),
+        lambda runs: ratio(runs, ("ackd", "images_per_second"), ("plain_kd", "images_per_second")),
+        ">=",
+        2.0,
+    ),
+    (
+        "CRD through the Trainer / plain KD, images/s",
+        ("plain_kd", "crd"),
+        lambda runs: ratio(runs, ("crd", "images_per_second"), ("plain_kd", "images_per_second")),
+        ">=",
+        4.0 * 84 / 204,
+    ),
+    (
+        "ACKD step / KD step",
+        ("kd", "ackd"),
+        lambda runs: ratio(runs, ("ackd", "step_seconds"), ("kd", "step_seconds")),
+        "<=",
+        1.40,
+    ),
+    (
+        "KD: data and augmentation, share of the step",
+        ("kd",),
+        lambda runs: runs["kd"]["data_share"],
+        "<=",
+        0.03,
+    ),
+    (
+        "KD: Lightning, logging, callbacks above the bare step",
+        ("kd",),
+        lambda runs: runs["kd"]["overhead"],
+        "<=",
+        0.05,
+    ),
+    (
+        "ACKD peak memory / KD peak memory",
+        ("kd", "ackd"),
+        lambda runs: ratio(runs, ("ackd", "memory_bytes"), ("kd", "memory_bytes")),
+        "<=",
+        1.6,
+    ),
+)
+
+
+def judged(pairs: list[dict]) -> list[dict]:
+    """Every goal that these pairs can tell about: median, least and largest over the pairs, and whether it is met."""
+    lines = []
+    for title, needed, number, direction, limit in GOALS:
+        if all(set(needed) <= set(pair["runs"]) for pair in pairs):
+            values = spread([number(pair["runs"]) for pair in pairs])
+            met = values["median"] >= limit if direction == ">=" else values["median"] <= limit
+            lines.append({"goal": title, **values, "wanted": f"{direction} {limit:.3g}", "met": met})
+    return lines
+
+
+def show(pairs: list[dict]) -> None:
+    print(f"\nmedian [least, largest] of {len(pairs)} pairs")
+    for name in pairs[0]["runs"]:
+        values = spread([pair["runs"][name]["images_per_second"] for pair in pairs])
+        print(f"  {name:<10} {values['median']:9,.1f} images/s  [{values['min']:,.1f}, {values['max']:,.1f}]")
+    for line in judged(pairs):
+        numbers = f"{line['median']:8.3f} [{line['min']:.3f}, {line['max']:.3f}]"
+        print(f"  {line['goal']:<56} {numbers:<28} {line['wanted']:<8} {'met' if line['met'] else 'MISSED'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="undisturbed pairs that are wanted")
+    parser.add_argument("--attempts", type=int, default=None, help="pairs that are tried at most; default: three each")
+    parser.add_argument("--config", default="cifar100_resnet110_resnet20.yaml")
+    parser.add_argument("--methods", default="kd,ackd,crd", help="of our side")
+    parser.add_argument("--plain-methods", default="kd", help="of the plain loop: kd, ce, or kd,ce")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument(
+        "--malloc",
+        choices=["glibc", "tuned", "inherit"],
+        default="glibc",
+        help="C allocator of both sides: its defaults, memory kept between steps, or what the environment says",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="raw numbers; default: benchmarks/results/speed-TIME.json"
+    )
+    parser.add_argument("--plain", default=None, help=argparse.SUPPRESS)  # the fresh process of the plain loop
+    options, settings = parser.parse_known_args()
+    if options.plain is not None:
+        print(json.dumps(plain(json.loads(options.plain))))
+        return
+    if min(options.pairs, options.steps, options.warmup, options.batch_size) < 1:
+        parser.error("--pairs, --steps, --warmup and --batch-size must be 1 or more")
+    if unknown := set(options.plain_methods.split(",")) - {"kd", "ce"}:
+        parser.error(f"--plain-methods has {', '.join(sorted(unknown))}; the plain loop knows kd and ce")
+    kept: list[dict] = []
+    rejected: list[dict] = []
+    attempts = options.attempts or 3 * options.pairs
+    for attempt in range(attempts):
+        pair = measure_pair(options, settings)
+        (rejected if pair["busy"] else kept).append(pair)
+        speeds = ", ".join(f"{name} {each['images_per_second']:,.1f}" for name, each in pair["runs"].items())
+        verdict = "REJECTED, other processes were busy" if pair["busy"] else f"pair {len(kept)} of {options.pairs}"
+        print(f"[{attempt + 1}] {speeds} images/s: {verdict}", flush=True)
+        if len(kept) == options.pairs:
+            break
+    out = options.out or RESULTS / f"speed-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    chosen = {key: value for key, value in vars(options).items() if key not in ("out", "plain")}
+    report = {
+        "options": chosen,
+        "settings": settings,
+        "malloc_environment": TUNED if options.malloc == "tuned" else options.malloc,
+        "goals": judged(kept) if kept else [],
+        "pairs": kept,
+        "rejected": rejected,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(report, out)
+    if kept:
+        show(kept)
+        if not all(pair["load_known"] for pair in kept):
+            print("this system does not tell what other processes do; see that they do nothing")
+    print(f"C allocator of both sides: {options.malloc}; raw numbers: {out}")
+    if len(kept) < options.pairs:
+        sys.exit(f"only {len(kept)} of {options.pairs} pairs were undisturbed; repeat on an idle machine")
+
+
+if __name__ == "__main__":
+    main()
