@@ -102,9 +102,10 @@ class ATSC(AdversarialMethod):
             ``layer`` (whose weight is then held by no anchor), or ``none``.
         classifier_lr: learning rate of that step (SGD, momentum 0.9, weight decay 5e-4), decayed together with the
             student's; 0.05 in the code, as that of the student.
-        anchor_scope: what is anchored: all ``weights`` of two or more dimensions, the classifier's among them (the
-            code), ``weights_no_classifier`` (what its names say), or ``all`` parameters, BatchNorm's and biases, too.
-            Without ``all``, BatchNorm's scales are free, and the features of both sides can shrink past the anchor.
+        anchor_scope: what is anchored: ``all`` parameters; ``weights`` of two or more dimensions, the classifier's
+            among them (the code); or ``weights_no_classifier`` (what its names say). The default is not the code's on
+            purpose: with BatchNorm's scales free, the features of both sides shrank past the anchor in every
+            measurement of ours, down to a teacher that knows nothing (docs/results.md).
             What the classifiers' step trains is never anchored. A part of the classifier that neither anchor nor step
             reaches is not trained.
         teacher_bn: BatchNorm of the adapting teachers normalises by the batch (``train``, the code) or by its running
@@ -130,7 +131,7 @@ class ATSC(AdversarialMethod):
         weight_anchor: float = 1.0,
         classifier_update: Literal["bias", "layer", "none"] = "bias",
         classifier_lr: float = 0.05,
-        anchor_scope: Literal["weights", "weights_no_classifier", "all"] = "weights",
+        anchor_scope: Literal["weights", "weights_no_classifier", "all"] = "all",
         teacher_bn: Literal["train", "eval"] = "train",
         adapt_teacher: bool = True,
         factor: int = 2,
