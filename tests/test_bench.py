@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ackd_lightning import bench as bench_module
+from ackd_lightning import runs
 from ackd_lightning.bench import (
     PARTS,
     BareLoop,
@@ -33,7 +34,6 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branchy import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.runs import in_our_words
 from ackd_lightning.training import DistillationModule
 
 BATCH, WARMUP, STEPS = 6, 1, 2
@@ -59,7 +59,7 @@ def _small_matrices(monkeypatch, tmp_path):
 @pytest.fixture
 def in_our_words():
     """As `measure` has it: without warnings of Lightning and jsonargparse that are none of ours."""
-    with in_our_words():
+    with runs.in_our_words():
         yield
 
 
