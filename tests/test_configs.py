@@ -150,8 +150,8 @@ def test_an_include_cycle_is_named(tmp_path, second):
 
 
 def test_a_missing_fragment_is_named_with_the_known_ones(tmp_path):
-    top = write(tmp_path / "top.yaml", "include: [methods/akcd]\n")
-    with pytest.raises(ACKDError, match=r"'methods/akcd', which does not exist; did you mean 'methods/ackd'"):
+    top = write(tmp_path / "top.yaml", "include: [methods/ackdd]\n")
+    with pytest.raises(ACKDError, match=r"'methods/ackdd', which does not exist; did you mean 'methods/ackd'"):
         read_config(top)
 
 

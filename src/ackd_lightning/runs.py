@@ -12,7 +12,11 @@ from pathlib import Path
 from ackd_lightning.arguments import deepest
 from ackd_lightning.lightning_cli import ACKDCLI
 
-_CHATTY = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")  # tips, device lists, seeds
+_CHATTY = (
+    "lightning.pytorch.utilities.rank_zero",  # tips, device lists
+    "lightning.fabric.utilities.seed",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",  # how it reads an argument of its own
+)
 _NOT_OURS = (
     ".*LeafSpec.*",  # torch 2.15 deprecates what Lightning 2.6.6 calls
     ".*smaller than the logging interval.*",  # epoch means are logged whatever the interval

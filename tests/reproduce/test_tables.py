@@ -32,7 +32,10 @@ class TestMistakes:
             ({"metric": ["acc"]}, "own.yaml has no key 'metric'; did you mean 'metrics'"),
             ({"metrics": ["top1"]}, "own.yaml has the metric 'top1'; known are acc, acc_top5"),
             ({"rows": {"kdd": {}}}, "row 'kdd' of own.yaml has the method 'kdd', which does not exist; .*'kd'"),
-            ({"rows": {"r": {"method": "akcd"}}}, "row 'r' .* method 'akcd', which does not exist; did you mean 'ackd"),
+            (
+                {"rows": {"r": {"method": "ackdd"}}},
+                "row 'r' .* method 'ackdd', which does not exist; did you mean 'ackd",
+            ),
             ({"rows": {"kd": {"sets": {}}}}, "row 'kd' of own.yaml has no key 'sets'; did you mean 'set'"),
             ({"rows": {"kd": {"teacher": "uncle"}}}, "teacher 'uncle'; it must be one of teacher, early_stopped, assi"),
             ({"pairs": {"p": {**HERE, "paper": {"kd": "70.1"}}}}, "pair 'p' .* figure '70.1' for 'kd'; write a number"),

@@ -69,6 +69,7 @@ def module(method: str) -> DistillationModule:
     torch.manual_seed(0)
     teacher = create_model("resnet8", 10)
     options: dict[str, Any] = {"lr": 0.05, "milestones": [1, 2], "teacher_gate": "off", "input_size": 16, "seed": 0}
+    options |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     if method == "ackd":
         return ACKDModule(network(), 10, teacher=teacher, method=ACKD(discriminator_lr=0.05), **options)
     games = {

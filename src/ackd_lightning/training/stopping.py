@@ -130,6 +130,6 @@ class StopSafely(Checkpoint):
             number = int(trainer.strategy.reduce(asked, reduce_op="max"))
         if not number:
             return
-        trainer.save_checkpoint(self.checkpoint, weights_only=False)  # optimizers, too
+        trainer.save_checkpoint(self.checkpoint)
         place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
         raise RunStoppedError(number, f"received; stopped in {place}, kept in {self.checkpoint}; {self.advice}")
