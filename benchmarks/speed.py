@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ackd_lightning.bench import machine, resident_bytes, spread, watched
+from ackd_lightning.bench.command import spread
+from ackd_lightning.bench.machine import machine, resident_bytes, watched
 from ackd_lightning.configs import load_configs
 from ackd_lightning.export import write_json
 from ackd_lightning.models.zoo import create_model

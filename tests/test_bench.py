@@ -14,20 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ackd_lightning import bench as bench_module
 from ackd_lightning import runs
-from ackd_lightning.bench import (
-    PARTS,
-    BareLoop,
-    BenchRun,
-    SyntheticDataModule,
-    matrix_peak,
-    measure,
-    resident_bytes,
-    spread,
-    summarised,
-    watched,
-)
+from ackd_lightning.bench import command, machine, standins
+from ackd_lightning.bench.command import spread, summarised
+from ackd_lightning.bench.machine import matrix_peak, matrix_type, resident_bytes, watched
+from ackd_lightning.bench.measuring import PARTS, BareLoop, BenchRun, Clock, answer, measure
+from ackd_lightning.bench.standins import SyntheticDataModule, fresh_network, usable
 from ackd_lightning.cli import main
 from ackd_lightning.data import CIFAR100DataModule, DigitsDataModule
 from ackd_lightning.errors import ACKDError
@@ -52,7 +44,8 @@ def limits(steps: int) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _small_matrices(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_module, "_MATRIX", {"cpu": 32, "cuda": 32})
+    for kind in machine.MATRIX:
+        monkeypatch.setitem(machine.MATRIX, kind, 32)
     monkeypatch.chdir(tmp_path)
 
 
@@ -143,7 +136,7 @@ def test_the_bare_loop_trains_exactly_as_the_trainer_does(method, tmp_path, in_o
     else:
         for number in range(3):
             run.model.on_train_batch_start(None, number)
-            loop.step(bench_module.Clock(loop.device, running=False))
+            loop.step(Clock(loop.device, running=False))
     bare = run.model.state_dict()
     names = [name for name, value in bare.items() if value.is_floating_point() and not name.startswith("evaluation")]
     assert any(not torch.equal(rewound[name], bare[name]) for name in names)
@@ -229,17 +222,17 @@ def test_the_largest_memory_is_at_least_that_of_now():
     ],
 )
 def test_the_matrix_has_the_precision_of_the_run(precision, dtype):
-    assert bench_module._matrix_type(precision) == dtype
+    assert matrix_type(precision) == dtype
 
 
 # ---------------------------------------------------------------- stand-ins
 
 
 def test_missing_data_are_replaced_by_as_many_random_images_without_a_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_module, "_LARGEST", 2**22)
+    monkeypatch.setattr(standins, "_LARGEST", 2**22)
     notes: list[str] = []
     missing = CIFAR100DataModule(tmp_path, batch_size=16, num_workers=0)
-    data = bench_module._usable(missing, notes)
+    data = usable(missing, notes)
     assert isinstance(data, SyntheticDataModule)
     assert data.num_train_samples == 50_000
     assert (data.num_classes, data.input_size, data.batch_size) == (100, 32, 16)
@@ -256,12 +249,12 @@ def test_missing_data_are_replaced_by_as_many_random_images_without_a_download(t
 
 def test_data_that_are_there_are_used():
     digits, notes = DigitsDataModule(batch_size=4), list[str]()
-    assert bench_module._usable(digits, notes) is digits
+    assert usable(digits, notes) is digits
     assert notes == []
 
 
 def test_a_network_with_fresh_weights_has_outputs_of_usual_size():
-    network = bench_module._fresh_network("resnet56", 10, 16, {})
+    network = fresh_network("resnet56", 10, 16, {})
     assert not network.training
     largest = network(torch.randn(4, 3, 16, 16)).abs().max()
     untouched = create_model("resnet56", 10).eval()(torch.randn(4, 3, 16, 16)).abs().max()
@@ -274,12 +267,12 @@ def test_a_network_with_fresh_weights_has_outputs_of_usual_size():
 
 def test_load_of_others_is_what_the_machine_did_without_us(monkeypatch):
     told = iter([(100.0, 4), (103.0, 4)])
-    monkeypatch.setattr(bench_module, "_cpu_seconds", lambda: next(told))
+    monkeypatch.setattr(machine, "_cpu_seconds", lambda: next(told))
     moments = iter([10.0, 20.0])
-    monkeypatch.setattr(bench_module.time, "monotonic", lambda: next(moments))
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(moments))
     own = iter([(1.0, 0.0, 2.0, 0.0, 0.0), (1.5, 0.0, 3.5, 0.0, 0.0)])
-    monkeypatch.setattr(bench_module.os, "times", lambda: next(own))
-    monkeypatch.setattr(bench_module.subprocess, "run", lambda command, **options: command)
+    monkeypatch.setattr(machine.os, "times", lambda: next(own))
+    monkeypatch.setattr(machine.subprocess, "run", lambda command, **options: command)
     done, load = watched(["command"])
     assert done == ["command"]
     assert load == {"seconds": 10.0, "cores": 4, "own_cores": 0.2, "other_cores": pytest.approx(0.1), "busy": False}
@@ -288,25 +281,25 @@ def test_load_of_others_is_what_the_machine_did_without_us(monkeypatch):
 @pytest.mark.parametrize(("others", "busy"), [(0.19, False), (0.21, True), (-1.0, False)])
 def test_one_core_in_twenty_may_be_busy(others, busy, monkeypatch):
     told = iter([(0.0, 4), (100 * others, 4)])
-    monkeypatch.setattr(bench_module, "_cpu_seconds", lambda: next(told))
+    monkeypatch.setattr(machine, "_cpu_seconds", lambda: next(told))
     moments = iter([0.0, 100.0])
-    monkeypatch.setattr(bench_module.time, "monotonic", lambda: next(moments))
-    monkeypatch.setattr(bench_module.os, "times", lambda: (0.0,) * 5)
-    monkeypatch.setattr(bench_module.subprocess, "run", lambda command, **options: command)
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(moments))
+    monkeypatch.setattr(machine.os, "times", lambda: (0.0,) * 5)
+    monkeypatch.setattr(machine.subprocess, "run", lambda command, **options: command)
     load = watched(["command"])[1]
     assert load["busy"] is busy
     assert load["other_cores"] == pytest.approx(max(0.0, others))
 
 
 def test_a_system_that_tells_nothing_is_not_called_idle(monkeypatch):
-    monkeypatch.setattr(bench_module, "_cpu_seconds", lambda: None)
+    monkeypatch.setattr(machine, "_cpu_seconds", lambda: None)
     done, load = watched([sys.executable, "-c", "print(1)"])
     assert done.stdout == "1\n"
     assert (load["busy"], load["other_cores"]) == (None, None)
 
 
 def made_up(value: float, *, busy: bool | None = False) -> dict:
-    result = dict.fromkeys(bench_module._SPREAD, value)
+    result = dict.fromkeys(command._SPREAD, value)
     load = {"busy": busy, "other_cores": 1.5 if busy else 0.0, "cores": 2}
     counts = {"teacher": 3, "student": 1, "in_training": 2}
     return {**result, "parts": dict.fromkeys(PARTS, value), "multiply_adds": counts, "load": load, "notes": []}
@@ -321,10 +314,10 @@ def test_medians_leave_disturbed_runs_out():
 
 
 def test_a_busy_machine_and_a_silent_one_are_told():
-    text = " ".join(bench_module._warnings({"runs": [made_up(1), made_up(1, busy=True)]}))
+    text = " ".join(command._warnings({"runs": [made_up(1), made_up(1, busy=True)]}))
     assert "busy in 1 of 2 runs (other processes used up to 1.50 of 2 cores)" in text
-    assert "does not tell" in bench_module._warnings({"runs": [made_up(1, busy=None)]})[0]
-    assert bench_module._warnings({"runs": [made_up(1)]}) == []
+    assert "does not tell" in command._warnings({"runs": [made_up(1, busy=None)]})[0]
+    assert command._warnings({"runs": [made_up(1)]}) == []
 
 
 # ---------------------------------------------------------------- command line
@@ -355,11 +348,11 @@ def test_methods_are_measured_in_turn(monkeypatch, capsys):
         run = {**made_up(1.0), "method": "KD", "device": "cpu", "precision": "32-true", "memory_kind": "resident"}
         return {**run, "batch_size": 4, "steps": steps, "machine": facts}
 
-    monkeypatch.setattr(bench_module, "_measured", measured)
-    report = bench_module.bench(["digits_resnet20_resnet8"], methods=["kd", "ackd"], runs=2, out="-")
+    monkeypatch.setattr(command, "_measured", measured)
+    report = command.bench(["digits_resnet20_resnet8"], methods=["kd", "ackd"], runs=2, out="-")
     assert asked == ["kd", "ackd", "kd", "ackd"]
     assert json.loads(capsys.readouterr().out) == report
-    assert list(bench_module.bench(["digits_resnet20_resnet8"], runs=1)["methods"]) == ["kd"]  # its own name
+    assert list(command.bench(["digits_resnet20_resnet8"], runs=1)["methods"]) == ["kd"]  # its own name
     assert "1,000.0" in capsys.readouterr().out
 
 
@@ -386,11 +379,11 @@ def test_bad_arguments_give_one_sentence_and_code_2(given, sentence, capsys, tmp
 
 
 def test_the_sentence_of_a_bad_setting_comes_out_of_the_measuring_process(monkeypatch, capsys, tmp_path):
-    def in_this_process(command, **options):
-        code = bench_module._inside(command[-1])
-        return subprocess.CompletedProcess(command, code, "", ""), {}
+    def in_this_process(words, **options):
+        code = answer(words[-1])
+        return subprocess.CompletedProcess(words, code, "", ""), {}
 
-    monkeypatch.setattr(bench_module, "watched", in_this_process)
+    monkeypatch.setattr(command, "watched", in_this_process)
     assert main(["bench", "--config", "digits_resnet20_resnet8", "--model.lr", "-1"]) == 2
     error = capsys.readouterr().err
     assert "lr -1" in error
@@ -399,7 +392,7 @@ def test_the_sentence_of_a_bad_setting_comes_out_of_the_measuring_process(monkey
 
 def test_a_measuring_process_that_dies_is_no_mistake_of_the_user(monkeypatch, capsys):
     dead = subprocess.CompletedProcess([], -9, "", "one\nkilled for memory\n")
-    monkeypatch.setattr(bench_module, "watched", lambda command: (dead, {}))
+    monkeypatch.setattr(command, "watched", lambda command: (dead, {}))
     assert main(["bench", "--config", "digits_resnet20_resnet8"]) == 1
     assert "ended with code -9: killed for memory" in capsys.readouterr().err
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ackd_lightning.keyed import keyed_bits, keyed_integers, keyed_uniform, mix
+from ackd_lightning.keyed import keyed_bits, keyed_integers, keyed_uniform, mix, seed_device
 
 
 def test_tensor_hash_equals_the_integer_hash():
@@ -33,3 +33,15 @@ def test_keyed_numbers_are_uniform():
     assert abs(values.mean().item() - 0.5) < 5 * (1 / 12 / 90_000) ** 0.5
     neighbours = torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1]
     assert abs(neighbours.item()) < 5 / 300
+
+
+def test_the_device_s_generator_is_seeded_without_a_trace_of_the_stack(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", asked.append)
+    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("seeds every device"))
+    seed_device(7, torch.device("cpu"))
+    first = torch.rand(3)
+    assert asked == []
+    seed_device(7, torch.device("cuda"))
+    assert asked == [7]
+    assert torch.equal(torch.rand(3), first)

@@ -162,7 +162,7 @@ def _run(arguments: Sequence[str]) -> None:
 
         cache(others, out=chosen.out, estimate=chosen.estimate)
     elif chosen.command == "bench":
-        from ackd_lightning.bench import bench
+        from ackd_lightning.bench.command import bench
 
         bench(
             chosen.config,

@@ -59,7 +59,7 @@ from ackd_lightning.training.callbacks import (
     checkpoints,
 )
 from ackd_lightning.training.distillation import DistillationModule
-from ackd_lightning.training.fast import fast_settings
+from ackd_lightning.training.fast import fast_settings, keep_freed_memory
 from ackd_lightning.training.health import DiskRoom
 from ackd_lightning.training.loggers import SafeWandbLogger, offline
 from ackd_lightning.training.stopping import StopSafely, WholeCheckpoints
@@ -323,9 +323,12 @@ class ACKDCLI(LightningCLI):
                 "use --model.gradient_clip_val"
             )
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise ACKDError(refused_by_trainer(error, inspect.signature(L.Trainer).parameters)) from error
+        if fit and isinstance(trainer.accelerator, CPUAccelerator):
+            keep_freed_memory()
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Look at what can be known to fail, then carry it out."""

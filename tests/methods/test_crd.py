@@ -107,7 +107,7 @@ def test_the_method_does_what_the_golden_does_in_order(monkeypatch):
     logits = torch.zeros(8, CLASSES)
     for call, (f_s, f_t) in enumerate([(given["rs_pool"], given["rt_pool"]), (given["crd_fs2"], given["crd_ft2"])], 1):
         negatives = given[f"crd_contrast_idx{call}"][:, 1:]
-        monkeypatch.setattr(method, "negatives_for", lambda index, target, negatives=negatives: negatives)
+        monkeypatch.setattr(method.sampler, "forward", lambda index, target, step, negatives=negatives: negatives)
         scene = NetOutput(logits, (), f_s), NetOutput(logits, (), f_t), batch_of(given[f"crd_idx{call}"], targets)
         assert method(*scene)["crd"].item() == pytest.approx(golden[f"crd_call{call}.loss"], rel=2e-4)
         method.observe(*scene)
@@ -146,7 +146,7 @@ def test_default_weights_are_the_benchmark_s_and_all_are_arguments():
 def test_negatives_are_all_other_classes_evenly(targets):
     method = method_for(targets, negatives=20000)
     everyone = torch.arange(len(targets))
-    negatives = method.negatives_for(everyone, targets)
+    negatives = method.sampler(everyone, targets, method.steps)
     for image, row in enumerate(negatives):
         others = (targets != targets[image]).nonzero()[:, 0]
         counts = torch.bincount(row, minlength=len(targets))
@@ -160,12 +160,12 @@ def test_negatives_are_all_other_classes_evenly(targets):
 def test_negatives_depend_on_step_image_and_position_alone():
     method = method_for(negatives=50)
     index = torch.tensor([3, 17, 5, 30])
-    drawn = method.negatives_for(index, TARGETS[index])
-    assert torch.equal(drawn, method.negatives_for(index, TARGETS[index]))
-    assert torch.equal(drawn[2:], method.negatives_for(index[2:], TARGETS[index[2:]]))
+    drawn = method.sampler(index, TARGETS[index], method.steps)
+    assert torch.equal(drawn, method.sampler(index, TARGETS[index], method.steps))
+    assert torch.equal(drawn[2:], method.sampler(index[2:], TARGETS[index[2:]], method.steps))
     assert len({tuple(row) for row in drawn.tolist()}) == 4
     method.steps += 1
-    assert (drawn != method.negatives_for(index, TARGETS[index])).float().mean() > 0.8
+    assert (drawn != method.sampler(index, TARGETS[index], method.steps)).float().mean() > 0.8
 
 
 def test_a_training_set_as_large_as_cifar_100():
@@ -275,6 +275,25 @@ def test_it_reaches_the_student_and_both_heads_and_nothing_of_the_teacher():
     for name, parameter in method.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("dense", [0, 64], ids=["gathered rows", "all rows"])
+def test_the_gradient_is_that_of_the_equation_whatever_happens_to_the_memory(monkeypatch, dense):
+    monkeypatch.setattr(crd, "_DENSE", dense)
+    memory, samples = unit(torch.randn(40, 8)), torch.randint(0, 40, (IMAGES, 17))
+    embeddings = [unit(torch.randn(IMAGES, 8)).requires_grad_() for _ in range(2)]
+    options = {"student_normaliser": 30.0, "teacher_normaliser": torch.tensor(40.0)}
+    other = unit(torch.randn(40, 8))
+    loss = crd_loss(*embeddings, other, memory, samples, temperature=0.2, **options)
+    slow = sum(
+        crd.nce_loss((kept[samples] @ each[:, :, None])[..., 0] / 0.2, normaliser=constant, rows=40)
+        for each, kept, constant in zip(embeddings, (memory, other), (30.0, 40.0), strict=True)
+    )
+    expected = torch.autograd.grad(3 * slow, embeddings)
+    memory.zero_()
+    other.zero_()
+    torch.testing.assert_close(loss, slow)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, embeddings), expected)
 
 
 def test_lengths_of_embeddings_do_not_matter_to_the_contrast():

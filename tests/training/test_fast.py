@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -130,3 +135,40 @@ def test_the_flag_is_short_for_settings_and_given_ones_stay(monkeypatch, tmp_pat
     slow = plan(words).settings()
     assert slow["trainer"]["precision"] is None
     assert slow["model"]["init_args"]["compile"] is False
+
+
+FAULTS = """
+import resource, torch
+from ackd_lightning.training.fast import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        bytearray(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+assert keep_freed_memory()
+faults()
+print(usual, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the C library glibc, on Linux")
+def test_no_page_of_freed_memory_is_fetched_again():
+    hidden = ("MALLOC_", "GLIBC_TUNABLES")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=clean, capture_output=True, text=True, check=True)
+    usual, kept = map(int, done.stdout.split())
+    assert kept < 0.05 * usual
+
+
+@pytest.mark.parametrize("own", [("MALLOC_TOP_PAD_", "0"), ("GLIBC_TUNABLES", "glibc.malloc.top_pad=0")])
+def test_the_allocator_settings_of_the_environment_stay(monkeypatch, own):
+    monkeypatch.setenv(*own)
+    assert not fast.keep_freed_memory()
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(fast.platform, "libc_ver", lambda: ("", ""))
+    assert not fast.keep_freed_memory()

@@ -24,11 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
-from ackd_lightning.keyed import keyed_bits, mix
+from ackd_lightning.keyed import mix
 from ackd_lightning.methods.base import Method
+from ackd_lightning.models.negatives import NegativeSampler
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 _STREAM = 0x435244  # keeps the draws apart from others with equal keys
@@ -50,12 +52,11 @@ def contrast_scores(embedding: Tensor, memory: Tensor, samples: Tensor, *, tempe
     Returns:
         ``B x (1 + K)`` float32.
     """
-    embedding, memory = embedding.float(), memory.detach().float()
+    embedding, memory = embedding.float() / temperature, memory.detach().float()
     with torch.autocast(embedding.device.type, enabled=False):
-        # Both save a copy of the memory for the backward pass, because rows move before it.
         if memory.shape[0] <= _DENSE * samples.shape[1]:
-            return (embedding @ (memory / temperature).T).gather(1, samples)
-        return torch.bmm(memory[samples], embedding[:, :, None] / temperature)[:, :, 0]
+            return (embedding @ memory.T).gather(1, samples)
+        return torch.bmm(memory[samples], embedding[:, :, None])[:, :, 0]
 
 
 def normaliser(scores: Tensor, *, rows: int) -> Tensor:
@@ -89,6 +90,37 @@ def nce_loss(scores: Tensor, *, normaliser: Tensor | float, rows: int) -> Tensor
     return -(F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(dim=1)).mean()
 
 
+class _Contrast(torch.autograd.Function):
+    """One direction of the loss. Its gradient is computed at once, while the memory is as it was.
+
+    So nothing of the size of the memory or of the samples is kept for the backward pass, and the memory's rows may
+    move before it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embedding: Tensor,
+        memory: Tensor,
+        samples: Tensor,
+        temperature: float,
+        normaliser: Tensor | float,
+    ) -> Tensor:
+        with torch.enable_grad(), torch.autocast(embedding.device.type, enabled=False):
+            own = embedding.detach().float().requires_grad_()
+            scores = contrast_scores(own, memory, samples, temperature=temperature)
+            loss = nce_loss(scores, normaliser=normaliser, rows=memory.shape[0])
+            (gradient,) = torch.autograd.grad(loss, own)
+        ctx.save_for_backward(gradient.to(embedding.dtype))
+        return loss.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (own,) = ctx.saved_tensors
+        return gradient * own, None, None, None, None
+
+
 def crd_loss(
     student_embedding: Tensor,
     teacher_embedding: Tensor,
@@ -102,7 +134,8 @@ def crd_loss(
 ) -> Tensor:
     """Contrastive loss of CRD: the student against the teacher's memory, plus the reverse.
 
-    The gradient flows into both embeddings (the teacher's head learns, too), not into the memories.
+    The gradient flows into both embeddings (the teacher's head learns, too), not into the memories. It is computed
+    at once, so the memories may be changed before the backward pass; there is no second derivative.
 
     Args:
         student_embedding: ``B x D`` of unit length.
@@ -117,12 +150,9 @@ def crd_loss(
     Returns:
         Scalar float32 in nats, averaged over the batch.
     """
-    rows = teacher_memory.shape[0]
-    ours = contrast_scores(student_embedding, teacher_memory, samples, temperature=temperature)
-    theirs = contrast_scores(teacher_embedding, student_memory, samples, temperature=temperature)
-    return nce_loss(ours, normaliser=student_normaliser, rows=rows) + nce_loss(
-        theirs, normaliser=teacher_normaliser, rows=rows
-    )
+    ours: Tensor = _Contrast.apply(student_embedding, teacher_memory, samples, temperature, student_normaliser)
+    theirs: Tensor = _Contrast.apply(teacher_embedding, student_memory, samples, temperature, teacher_normaliser)
+    return ours + theirs
 
 
 def moved_rows(memory: Tensor, index: Tensor, embedding: Tensor, *, momentum: float) -> Tensor:
@@ -179,6 +209,7 @@ class CRD(Method):
 
     needs_targets = True
     equal_buffers = ("memory_student", "memory_teacher")
+    worth_compiling = ("sampler",)
 
     def __init__(
         self,
@@ -201,24 +232,19 @@ class CRD(Method):
                 raise ACKDError(f"{name} is {count} in method CRD; it must be 1 or more")
         if not 0 <= momentum < 1:
             raise ACKDError(f"momentum is {momentum} in method CRD; it must be 0 or more and below 1")
-        self.embedding_size, self.negatives = embedding_size, negatives
+        self.embedding_size = embedding_size
         self.temperature, self.momentum, self.kd_temperature = temperature, momentum, kd_temperature
         self.weight_ce, self.weight_kd, self.weight_crd = weight_ce, weight_kd, weight_crd
         self.memory_student: Tensor
         self.memory_teacher: Tensor
         self.normalisers: Tensor
         self.steps: Tensor
-        self.by_class: Tensor
-        self.class_start: Tensor
-        self.class_count: Tensor
-        self.targets: Tensor
         for name in ("memory_student", "memory_teacher"):
             self.register_buffer(name, torch.zeros(0, embedding_size))
         self.register_buffer("normalisers", torch.full((2,), -1.0))  # of the student's and the teacher's scores
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        for name in ("by_class", "class_start", "class_count", "targets"):
-            self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
-        self._first_step, self.seed = True, 0
+        self.sampler = NegativeSampler(negatives, stream=_STREAM)
+        self._first_step = True
 
     def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
         """Make both heads.
@@ -252,23 +278,13 @@ class CRD(Method):
         Raises:
             ACKDError: for images of fewer than two classes, which have no negatives.
         """
-        device, self.seed = self.steps.device, seed
-        targets = targets.to("cpu", torch.int64)
-        counts = torch.bincount(targets)
-        if int((counts > 0).sum()) < 2:
-            raise ACKDError(
-                f"all {len(targets)} training images are of one class, and method CRD contrasts images of different "
-                "classes; train on two classes or more"
-            )
-        self.targets, self.class_count = targets.to(device), counts.to(device)
-        self.by_class = targets.argsort(stable=True).to(device)
-        self.class_start = (counts.cumsum(0) - counts).to(device)
+        self.sampler.set_targets(targets, seed)
         if len(self.memory_student) != len(targets):
             generator = torch.Generator().manual_seed(mix(_STREAM, seed))  # equal in all processes
             bound = 1 / math.sqrt(self.embedding_size / 3)
             for name in ("memory_student", "memory_teacher"):
                 rows = torch.empty(len(targets), self.embedding_size).uniform_(-bound, bound, generator=generator)
-                setattr(self, name, rows.to(device))
+                setattr(self, name, rows.to(self.steps.device))
             self.normalisers.fill_(-1.0)
             self.steps.zero_()
         self._first_step = True
@@ -277,43 +293,27 @@ class CRD(Method):
         """Take the number of images from the checkpoint: without a fit nobody else knows it."""
         stored = state_dict.get(f"{prefix}memory_student")
         if isinstance(stored, Tensor) and len(stored) != len(self.memory_student):
-            if len(self.targets):
+            if known := len(self.sampler.targets):
                 raise ACKDError(
                     f"the checkpoint keeps {len(stored)} training images for method CRD and the data have "
-                    f"{len(self.targets)}; go on with the data that it was trained on"
+                    f"{known}; go on with the data that it was trained on"
                 )
             for name in ("memory_student", "memory_teacher"):
                 setattr(self, name, getattr(self, name).new_zeros(len(stored), self.embedding_size))
         self._first_step = True
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def negatives_for(self, index: Tensor, target: Tensor) -> Tensor:
-        """Images of other classes, for this step: a function of the step, the image and the position alone.
-
-        Args:
-            index: ``B`` int64.
-            target: ``B`` int64, their classes.
-
-        Returns:
-            ``B x K`` int64 indices.
-        """
-        position = torch.arange(self.negatives, device=index.device)
-        bits = keyed_bits(_STREAM, self.seed, self.steps, index[:, None], position[None, :])
-        own = self.class_count[target][:, None]
-        place = ((bits >> 31) * (len(self.by_class) - own)) >> 32  # 32 random bits times the choices, without bias
-        place = place + own * (place >= self.class_start[target][:, None])  # step over the own class
-        return self.by_class[place]
-
     def _check(self, batch: Batch) -> None:
-        if not len(self.targets):
+        targets = self.sampler.targets
+        if not len(targets):
             raise ACKDError("method CRD does not know the training images yet; call set_targets with their classes")
-        low, high, rows = int(batch.index.min()), int(batch.index.max()), len(self.targets)
+        low, high, rows = int(batch.index.min()), int(batch.index.max()), len(targets)
         if low < 0 or high >= rows:
             raise ACKDError(
                 f"batch.index goes from {low} to {high} and method CRD keeps {rows} training images; the data must "
                 "give (image, target, index) with the image's position in the training set"
             )
-        if not torch.equal(self.targets[batch.index], batch.target):
+        if not torch.equal(targets[batch.index], batch.target):
             raise ACKDError(
                 "batch.index does not fit batch.target in method CRD: the class of an image differs from the one that "
                 "`train_targets` has for its index; both must count the same training set"
@@ -338,18 +338,21 @@ class CRD(Method):
             )
         return ours, theirs
 
-    def _scores(self, student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        samples = torch.cat([batch.index[:, None], self.negatives_for(batch.index, batch.target)], dim=1)
-        return (
-            contrast_scores(student, self.memory_teacher, samples, temperature=self.temperature),
-            contrast_scores(teacher, self.memory_student, samples, temperature=self.temperature),
-        )
+    def _samples(self, batch: Batch) -> Tensor:
+        """Every image itself, then its negatives."""
+        negatives: Tensor = self.sampler(batch.index, batch.target, self.steps)
+        return torch.cat([batch.index[:, None], negatives], dim=1)
 
-    def _normalisers(self, scores: tuple[Tensor, Tensor]) -> Tensor:
+    @torch.no_grad()
+    def _normalisers(self, student: Tensor, teacher: Tensor, samples: Tensor) -> Tensor:
         """Both Z: those of the first step; before it, of this batch over all processes."""
         if not self._first_step or bool((self.normalisers > 0).all()):
             return self.normalisers.float()
         rows = len(self.memory_student)
+        scores = (
+            contrast_scores(student, self.memory_teacher, samples, temperature=self.temperature),
+            contrast_scores(teacher, self.memory_student, samples, temperature=self.temperature),
+        )
         return whole_batch(torch.stack([normaliser(each, rows=rows) for each in scores])[None]).mean(dim=0)
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
@@ -361,16 +364,21 @@ class CRD(Method):
         assert teacher is not None
         if self._first_step:
             self._check(batch)
-        scores = self._scores(*self._embed(student, teacher), batch)
-        rows = len(self.memory_student)
-        losses = [
-            nce_loss(each, normaliser=constant, rows=rows)
-            for each, constant in zip(scores, self._normalisers(scores), strict=True)
-        ]
+        embeddings, samples = self._embed(student, teacher), self._samples(batch)
+        constants = self._normalisers(*embeddings, samples)
+        contrast = crd_loss(
+            *embeddings,
+            self.memory_student,
+            self.memory_teacher,
+            samples,
+            temperature=self.temperature,
+            student_normaliser=constants[0],
+            teacher_normaliser=constants[1],
+        )
         return {
             "ce": cross_entropy(student.logits, batch.target),
             "kd": kd_loss(student.logits, teacher.logits, temperature=self.kd_temperature),
-            "crd": torch.stack(losses).sum(),
+            "crd": contrast,
         }
 
     @torch.no_grad()
@@ -386,7 +394,7 @@ class CRD(Method):
         embeddings = self._embed(student, teacher)
         if self._first_step:
             self._check(batch)
-            self.normalisers.copy_(self._normalisers(self._scores(*embeddings, batch)))
+            self.normalisers.copy_(self._normalisers(*embeddings, self._samples(batch)))
             self._first_step = False
         index = whole_batch(batch.index)
         for memory, embedding in zip((self.memory_student, self.memory_teacher), embeddings, strict=True):

@@ -16,7 +16,7 @@ class Discriminators(nn.Module):
     """One stack of 1x1 convolutions with ReLU per learner: D_i says whether a feature comes from learner i.
 
     Widths C, C/2, C/4, 1; no normalisation, no ReLU on the logit (specs A25, A26, A29: the paper says only "a simple
-    stack of 1x1 Conv with ReLU").
+    stack of 1x1 Conv with ReLU"). All learners' features go through all of them in one product for each layer.
 
     Args:
         count: M, number of learners.
@@ -49,8 +49,17 @@ class Discriminators(nn.Module):
             ``M x M x N`` float32 logits: entry ``[i, j]`` is what D_i says of learner j's features, N = B·H·W.
         """
         maps = [F.adaptive_avg_pool2d(each, 1) for each in features] if self.inputs == "pooled" else list(features)
-        joined = torch.cat(maps)
-        return torch.stack([net(joined).float().reshape(len(maps), -1) for net in self.nets])
+        rows = torch.cat(maps).permute(0, 2, 3, 1).flatten(0, 2)
+        nets = [[each for each in net.modules() if isinstance(each, nn.Conv2d)] for net in self.nets]
+        first, *others = zip(*nets, strict=True)
+        weight = torch.cat([each.weight.flatten(1) for each in first])
+        hidden = F.linear(rows, weight, torch.cat([each.bias for each in first]))  # all read the same maps
+        hidden = hidden.view(len(rows), len(first), -1).transpose(0, 1)
+        for layers in others:
+            weight = torch.stack([each.weight.flatten(1).T for each in layers])
+            bias = torch.stack([each.bias for each in layers])[:, None]
+            hidden = torch.baddbmm(bias, F.relu(hidden), weight)
+        return hidden.float().reshape(len(first), len(maps), -1)
 
 
 def _own_and_others(table: Tensor) -> tuple[Tensor, Tensor]:

@@ -161,7 +161,7 @@ class AdversarialModule(DistillationModule):
             if self.skips({player: loss, **self._sums(student)}, before):
                 return
             self._player_step(parameters, loss, optimizer)
-            self.log_dict(values, on_step=False, on_epoch=True, batch_size=batch.image.shape[0], sync_dist=True)
+            self.means.add(values, batch.image.shape[0])
         with frozen(parameter for parameters in players.values() for parameter in parameters):
             terms = self.method(student, teacher, batch)
             loss = self.weighted_loss(terms)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ackd_lightning._version import __version__
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.keyed import mix
+from ackd_lightning.keyed import mix, seed_device
 from ackd_lightning.methods.base import AdversarialMethod, Method, describe, from_description
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.models.branchy import BranchyStudent
@@ -28,6 +28,7 @@ from ackd_lightning.training.cache import TeacherCache, view_key
 from ackd_lightning.training.evaluation import Evaluation
 from ackd_lightning.training.finite import ON_NAN, FiniteGuard, OnNan, SkippingModule, check_weights
 from ackd_lightning.training.health import TEACHER_GATES, HealthMonitor, TeacherGate
+from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.recipe import check_recipe, stepped
 from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import Batch, NetOutput, NetSpec, read_batch
@@ -164,7 +165,7 @@ class DistillationModule(SkippingModule):
             self.save_hyperparameters({"method": describe(self.method)})
         # read by torch's DistributedDataParallel
         self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name in self.method.equal_buffers]
-        self.evaluation = Evaluation(self.spec)
+        self.evaluation, self.means = Evaluation(self.spec), TermMeans()
         self._finish()
 
     def _finish(self) -> None:
@@ -282,7 +283,7 @@ class DistillationModule(SkippingModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the networks' own noise by (seed, epoch, batch, rank), so that a resumed run draws the same."""
         self.method.set_epoch(self.current_epoch)  # here and not at an epoch's start, which a resumed run skips
-        torch.manual_seed(mix(self.seed, self.current_epoch, batch_idx, self.global_rank))
+        seed_device(mix(self.seed, self.current_epoch, batch_idx, self.global_rank), self.device)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip by norm, after mixed precision has unscaled."""
@@ -361,10 +362,22 @@ class DistillationModule(SkippingModule):
             batch: gives the batch size.
         """
         size = batch.image.shape[0]
-        values = {"train/loss": loss.detach(), **{f"train/{name}": value.detach() for name, value in terms.items()}}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        shown = self.trainer.progress_bar_callback is not None  # a bar waits for the number in every step
-        self.log("train/loss_step", loss.detach(), prog_bar=shown, batch_size=size)
+        self.means.add({"train/loss": loss, **{f"train/{name}": value for name, value in terms.items()}}, size)
+        trainer = self.trainer
+        shown = trainer.progress_bar_callback is not None  # a bar waits for the number in every step
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        if shown or trainer.fast_dev_run or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log("train/loss_step", loss.detach(), prog_bar=shown, batch_size=size)
+
+    def on_train_start(self) -> None:
+        """Forget what an earlier fit has left of an epoch."""
+        self.means.reset()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means of the epoch."""
+        super().on_train_epoch_end()
+        self.log_dict(dict(self.means.compute()))
+        self.means.reset()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of the method on one batch; zero for a batch that is skipped."""

@@ -1,0 +1,357 @@
+"""One measurement, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ackd_lightning.bench.machine import MATRIX, machine, matrix_peak, matrix_type, resident_bytes, wait
+from ackd_lightning.bench.standins import give_weights, usable
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.export import write_json
+from ackd_lightning.lightning_cli import ACKDCLI
+from ackd_lightning.methods.base import AdversarialMethod
+from ackd_lightning.models.zoo.complexity import multiply_adds
+from ackd_lightning.runs import in_our_words
+from ackd_lightning.training.adversarial import frozen
+from ackd_lightning.training.callbacks import RunCheckpoint
+from ackd_lightning.training.distillation import DistillationModule
+
+PARTS = {
+    "data": "data: loader, augmentation",
+    "teacher": "teacher forward",
+    "student": "student forward",
+    "players": "players' steps",
+    "terms": "terms of the loss",
+    "backward": "backward",
+    "optimizer": "optimiser",
+    "other": "rest",
+}
+"""Parts of the step that the stopwatch tells apart, with their names on the screen."""
+
+
+class BenchRun(ACKDCLI):
+    """A fit that is built as ever, but for checkpoints, and not carried out.
+
+    Args:
+        arguments: behind ``ackd fit``.
+        folder: for all that it writes.
+    """
+
+    def __init__(self, arguments: Sequence[str], folder: Path) -> None:
+        self.place, self.notes = folder, list[str]()
+        super().__init__("fit", arguments)
+
+    def before_instantiate_classes(self) -> None:
+        """Name the folder."""
+        self.folder = self.place / "runs" / "bench" / "run"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Put in what stands in for missing data and teachers, and leave checkpoints out."""
+        give_weights(self.model, self.place, self.notes)
+        self.datamodule = usable(self.datamodule, self.notes)
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        trainer.callbacks[:] = [each for each in trainer.callbacks if not isinstance(each, RunCheckpoint)]
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+class Clock:
+    """A stopwatch for parts of a step; on a GPU it waits for each part's end.
+
+    Args:
+        device: that computes.
+        running: False for a clock that measures nothing and costs nothing.
+    """
+
+    def __init__(self, device: torch.device, *, running: bool) -> None:
+        self.device, self.running = device, running
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what happens inside to a part.
+
+        Args:
+            name: key of ``PARTS``.
+        """
+        if not self.running:
+            yield
+            return
+        begin = time.perf_counter()
+        yield
+        wait(self.device)
+        self.seconds[name] += time.perf_counter() - begin
+
+
+class Timed(nn.Module):
+    """A network with a stopwatch around its forward pass; what is inside, compiled or not, stays as it is.
+
+    Args:
+        network: to be timed.
+        clock: that measures.
+        part: of the clock.
+    """
+
+    def __init__(self, network: nn.Module, clock: Clock, part: str) -> None:
+        super().__init__()
+        self.network, self.clock, self.part_name = network, clock, part
+
+    def forward(self, image: Tensor) -> Any:
+        """Output of the network."""
+        with self.clock.part(self.part_name):
+            return self.network(image)
+
+
+class BareLoop:
+    """The steps of a run without Lightning: the same loader, networks, terms, players and optimizers.
+
+    Args:
+        run: whose fit has ended, so that everything is set up.
+    """
+
+    def __init__(self, run: BenchRun) -> None:
+        self.run, self.trainer = run, run.trainer
+        self.device = run.trainer.strategy.root_device
+        self.module: DistillationModule = run.model.to(self.device)
+        self.players: dict[str, list[nn.Parameter]] = {}
+        made: Any = self.module.configure_optimizers()
+        every = made[0] if isinstance(made, tuple) else [made["optimizer"]]
+        self.optimizer: torch.optim.Optimizer = every[0]
+        if isinstance(self.module.method, AdversarialMethod):
+            self.players = self.module.method.players()
+        self.optimizers: dict[str, torch.optim.Optimizer] = dict(zip(self.players, every[1:], strict=True))
+        self.raw = self._endless(run.datamodule.train_dataloader())
+
+    @staticmethod
+    def _endless(loader: Any) -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+
+    def step(self, clock: Clock) -> None:
+        """One step: batch, forward passes, players' steps, terms, backward, optimizer.
+
+        Args:
+            clock: around the parts.
+        """
+        module, method = self.module, self.module.method
+        with clock.part("data"):
+            batch = module.as_batch(self.trainer.strategy.batch_to_device(next(self.raw)))
+        with self.trainer.precision_plugin.forward_context():
+            student, teacher = module.outputs(batch)
+            for player, optimizer in self.optimizers.items():
+                assert isinstance(method, AdversarialMethod)
+                with clock.part("players"):
+                    turn = method.player_loss(player, student, teacher, batch)
+                    if turn is not None:
+                        optimizer.zero_grad()
+                        self._backward(turn[0])
+                        optimizer.step()
+            with frozen(parameter for parameters in self.players.values() for parameter in parameters):
+                with clock.part("terms"):
+                    loss = module.weighted_loss(method(student, teacher, batch))
+                with clock.part("backward"):
+                    self.optimizer.zero_grad()
+                    self._backward(loss)
+            with torch.no_grad(), clock.part("terms"):
+                method.observe(student, teacher, batch)
+        with clock.part("optimizer"):
+            module.on_before_optimizer_step(self.optimizer)
+            self.optimizer.step()
+
+    def seconds(self, steps: int, *, warmup: int) -> float:
+        """Seconds of one step.
+
+        Args:
+            steps: that are measured.
+            warmup: steps before them.
+        """
+        clock = Clock(self.device, running=False)
+        for _ in range(warmup):
+            self.step(clock)
+        wait(self.device)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.step(clock)
+        wait(self.device)
+        return (time.perf_counter() - begin) / steps
+
+    def split(self, steps: int) -> dict[str, float]:
+        """Seconds of every part of one step.
+
+        Args:
+            steps: that are measured.
+        """
+        clock = Clock(self.device, running=True)
+        student, teachers = self.module.student, self.module.teachers.frozen
+        self.module.student = Timed(student, clock, "student")  # type: ignore[assignment]  # for the time being
+        self.module.teachers.frozen = tuple(Timed(each, clock, "teacher") for each in teachers)  # type: ignore[misc]
+        try:
+            wait(self.device)
+            begin = time.perf_counter()
+            for _ in range(steps):
+                self.step(clock)
+            total = time.perf_counter() - begin
+        finally:
+            self.module.student, self.module.teachers.frozen = student, teachers
+        clock.seconds["other"] = max(0.0, total - sum(clock.seconds.values()))
+        return {name: value / steps for name, value in clock.seconds.items()}
+
+
+def _graphs() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    loaded = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds, and changes nothing if it is not used
+    return int(loaded.counters["stats"]["unique_graphs"]) if loaded else 0
+
+
+def _through_trainer(run: BenchRun, *, warmup: int, steps: int) -> tuple[float, dict[str, int]]:
+    """Seconds of one step inside a fit: from the start of a step to the start of the one that comes ``steps`` later.
+
+    Also the graphs that were compiled before the timed steps and in them.
+    """
+    trainer, module = run.trainer, run.model
+    device, starts, graphs = trainer.strategy.root_device, list[float](), list[int]()
+    inner: Callable[[Any, int], None] = module.on_train_batch_start
+
+    def at_start(batch: Any, batch_idx: int) -> None:
+        if len(starts) in (warmup, warmup + steps):
+            wait(device)
+            graphs.append(_graphs())
+        starts.append(time.perf_counter())
+        inner(batch, batch_idx)
+
+    module.on_train_batch_start = at_start
+    try:
+        trainer.fit(module, datamodule=run.datamodule)
+    finally:
+        del module.on_train_batch_start
+    if len(starts) <= warmup + steps:
+        raise ACKDError(
+            f"the fit ended after {len(starts)} of {warmup + steps + 1} steps; leave out the settings that shorten it"
+        )
+    seconds = (starts[warmup + steps] - starts[warmup]) / steps
+    return seconds, {"before": graphs[0], "timed": graphs[1] - graphs[0]}
+
+
+def _middle_epoch(run: BenchRun, *, steps: int) -> int:
+    """Let the fit begin in the middle of its schedule, where the warm-ups of methods are over."""
+    loop = run.trainer.fit_loop
+    if loop.max_epochs is None or loop.max_epochs < 1:
+        return 0
+    epoch = loop.max_epochs // 2
+    loop.max_epochs = max(loop.max_epochs, epoch + steps)  # an epoch of few images may have a single step
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(loop.epoch_progress.current, name, epoch)
+    return epoch
+
+
+def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, Any]:
+    """Measure one run in this process.
+
+    Args:
+        arguments: behind ``ackd fit``.
+        warmup: steps before those that are timed.
+        steps: that are timed, of each kind.
+
+    Returns:
+        Plain data: seconds, images per second, bytes, multiply-adds, and what they were measured on.
+
+    Raises:
+        ACKDError: for whatever is wrong with the arguments.
+    """
+    length = warmup + steps + 1
+    limits = {"max_steps": length, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    fixed = [part for key, value in limits.items() for part in (f"--trainer.{key}", str(value))]
+    with tempfile.TemporaryDirectory(prefix="ackd-bench-") as folder, in_our_words():
+        run = BenchRun(["--trainer.devices", "1", *arguments, *fixed, "--publish", "null"], Path(folder))
+        if run.trainer.world_size > 1:
+            raise ACKDError("ackd bench measures a single device; leave --trainer.devices and num_nodes out")
+        run.model.load_teacher()
+        device = run.trainer.strategy.root_device
+        epoch = _middle_epoch(run, steps=length)
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        memory_before = torch.cuda.memory_allocated(device) if on_gpu else resident_bytes()
+        step_seconds, graphs = _through_trainer(run, warmup=warmup, steps=steps)
+        memory = torch.cuda.max_memory_allocated(device) if on_gpu else resident_bytes()
+        loop = BareLoop(run)
+        bare_seconds = loop.seconds(steps, warmup=warmup)
+        parts = loop.split(steps)
+        graphs["bare_loop"] = _graphs() - sum(graphs.values())
+    module, precision, batch_size = loop.module, str(run.trainer.precision), run.datamodule.batch_size
+    size = module.input_size
+    counts = {
+        "teacher": sum(multiply_adds(each.network, each.input_size or size) for each in module.teachers.frozen),
+        "student": multiply_adds(module.kept_network(), size),
+        "in_training": multiply_adds(module.student, size),
+    }
+    images_per_second = batch_size / step_seconds
+    peak = matrix_peak(device, matrix_type(precision), side=MATRIX["cuda" if on_gpu else "cpu"])
+    from_cache = module.cache is not None  # then the teacher is not run
+    operations = 2 * ((0 if from_cache else counts["teacher"]) + 3 * counts["in_training"])
+    if graphs["timed"]:
+        run.notes.append(
+            f"WARNING: networks were compiled again in the timed steps ({graphs['timed']} graphs); raise --warmup"
+        )
+    return {
+        "method": type(module.method).__name__,
+        "data": type(run.datamodule).__name__,
+        "notes": run.notes,
+        "device": str(device),
+        "precision": precision,
+        "batch_size": batch_size,
+        "warmup": warmup,
+        "steps": steps,
+        "epoch": epoch,
+        "images_per_second": images_per_second,
+        "step_seconds": step_seconds,
+        "bare_images_per_second": batch_size / bare_seconds,
+        "bare_step_seconds": bare_seconds,
+        "overhead": step_seconds / bare_seconds - 1,
+        "parts": parts,
+        "data_share": parts["data"] / sum(parts.values()),
+        "memory_kind": "allocated on the GPU" if on_gpu else "resident",
+        "memory_bytes": memory,
+        "memory_before_bytes": memory_before,
+        "compiled_graphs": graphs,
+        "teacher_from_cache": from_cache,
+        "multiply_adds": counts,
+        "operations_per_image": operations,
+        "matrix_peak": peak,
+        "matrix_share": operations * images_per_second / peak,
+        "machine": machine(),
+    }
+
+
+def answer(request: str) -> int:
+    """What the fresh process does: measure, and write the numbers or the one sentence of an error to a file.
+
+    Args:
+        request: JSON with ``arguments``, ``warmup`` and ``steps`` for ``measure``, and the file's name, ``out``.
+
+    Returns:
+        Code with which the process ends.
+    """
+    asked = json.loads(request)
+    try:
+        result = measure(asked["arguments"], warmup=asked["warmup"], steps=asked["steps"])
+    except ACKDError as error:
+        result = {"error": str(error)}
+    write_json(result, Path(asked["out"]))
+    return 2 if "error" in result else 0

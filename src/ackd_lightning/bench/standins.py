@@ -1,0 +1,103 @@
+"""What stands in for data and teachers that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ackd_lightning.data.base import ImageDataModule, Part
+from ackd_lightning.data.download import DownloadedDataModule
+from ackd_lightning.data.images import Pixels
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.weights import save_weights
+from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training.distillation import DistillationModule
+
+_UNKNOWN_IMAGES = 10_000
+"""Synthetic images in place of data whose number is not known before they are there."""
+_LARGEST = 2**30
+"""Bytes of synthetic images; from there on they overlap in memory."""
+
+
+class SyntheticDataModule(ImageDataModule):
+    """Random images in the shape, number and batches of other data, which need not be there.
+
+    Args:
+        data: whose place is taken; nothing is held out for validation.
+    """
+
+    def __init__(self, data: ImageDataModule) -> None:
+        super().__init__(
+            data.root,
+            batch_size=data.batch_size,
+            eval_batch_size=data.eval_batch_size,
+            val_fraction=0,
+            train_fraction=data.train_fraction,
+            max_per_class=data.max_per_class,
+            num_workers=data.num_workers,
+            seed=data.seed,
+            cache=False,
+        )
+        self.num_classes, self.mean, self.std = data.num_classes, data.mean, data.std
+        self.input_size, self.augment = data.input_size, data.augment
+        self.images = type(data).published_train_images or _UNKNOWN_IMAGES
+
+    def _fetch(self) -> None:
+        """Nothing to fetch."""
+
+    def _load(self, part: Part) -> Pixels:
+        count = self.images if part == "train" else self.eval_batch_size
+        shape = (3, self.input_size, self.input_size)
+        size = 3 * self.input_size**2
+        apart = max(1, min(size, _LARGEST // count))  # below the size, images share bytes
+        pixels = torch.randint(0, 256, (apart * (count - 1) + size,), dtype=torch.uint8)
+        images = pixels.as_strided((count, *shape), (apart, self.input_size**2, self.input_size, 1))
+        names = tuple(f"class {number}" for number in range(self.num_classes))
+        return Pixels(names, images, torch.arange(count) % self.num_classes)
+
+
+def usable(data: ImageDataModule, notes: list[str]) -> ImageDataModule:
+    """The data when they are there, else random images; nothing is downloaded."""
+    if isinstance(data, DownloadedDataModule):
+        data.download = False
+    try:
+        data.setup()
+    except (ACKDError, OSError) as error:
+        made = SyntheticDataModule(data)
+        made.setup()
+        side = made.input_size
+        notes.append(
+            f"{made.num_train_samples:,} random images of {side} x {side} in memory in place of "
+            f"{type(data).__name__} ({error})"
+        )
+        return made
+    return data
+
+
+@torch.no_grad()
+def fresh_network(name: str, num_classes: int, size: int, options: Mapping[str, Any]) -> nn.Module:
+    """A network with fresh weights whose BatchNorm knows its inputs, so that its outputs are of usual size."""
+    network = create_model(name, num_classes, **options)
+    layers = [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]
+    before = [each.momentum for each in layers]
+    for layer in layers:
+        layer.momentum = 1.0
+    network.train()(torch.randn(16, 3, size, size))
+    for layer, momentum in zip(layers, before, strict=True):
+        layer.momentum = momentum
+    return network.eval()
+
+
+def give_weights(module: DistillationModule, folder: Path, notes: list[str]) -> None:
+    """Write fresh weights for every teacher whose file is not there."""
+    teachers = module.teachers
+    for number, name in enumerate(each for each in teachers.given if isinstance(each, str)):
+        file = teachers.files.get(number)
+        if file is None or not Path(file).is_file():
+            network = fresh_network(name, module.num_classes, module.input_size, teachers.options)
+            teachers.files[number] = str(save_weights(network, folder / f"teacher{number}.safetensors"))
+            notes.append(f"teacher {name} has fresh weights ({file or 'no weight file'} is not there)")

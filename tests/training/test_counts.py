@@ -1,0 +1,254 @@
+"""What a step must not do, counted: wait for the device to tell a number, or compile a network again."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import sys
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ackd_lightning
+from ackd_lightning import AdversarialModule, DistillationModule
+from ackd_lightning.configs import config_folder, read_config
+from ackd_lightning.functional import cross_entropy
+from ackd_lightning.methods import ACKD, CE, AdversarialMethod, Method
+from ackd_lightning.methods.base import from_description
+from training.helpers import CLASSES, SIZE, Blobs, IndexedBlobs, TinyNet, trainer
+
+FRAGMENTS = sorted((config_folder() / "methods").glob("*.yaml"))
+OURS, TORCH = Path(ackd_lightning.__file__).parent, Path(torch.__file__).parent
+READING = {
+    "_local_scalar_dense",  # item(), bool(), int(), float(), and whatever torch itself asks in this way
+    "item",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+}
+"""Operators whose answer, or whose result's size, the host has to know before it can go on."""
+CROSSING = {"tolist", "cpu", "numpy", "tensor", "from_numpy"}
+"""Functions that carry values between host and device; on a CPU no operator shows them."""
+KNOWN = {
+    # The loss is judged before its backward pass on a CPU alone: a GPU copies it without waiting, and judges it later.
+    ("training/finite.py", "_which", "tolist"),
+    # Adam counts its steps in a tensor that stays on the host.
+    ("torch/optim/adam.py", "_single_tensor_adam", "_local_scalar_dense"),
+}
+"""Reads that no GPU waits for: file, function, what is called."""
+WATCHED = (1, 2)
+"""Batches that are looked at: the second and the third. In a fit's first step a method may check what it is given."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------- nothing waits for the device
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait, by place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        self.operators, self.counting = 0, True
+
+    def note(self, what: str) -> None:
+        """Add what was called, at the innermost place in our files or in an optimizer of torch."""
+        frame = sys._getframe(1)
+        while self.counting:
+            path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+            if path.is_relative_to(OURS):
+                self.found[path.relative_to(OURS).as_posix(), name, what] += 1
+                return
+            if path.is_relative_to(TORCH / "optim") and name.startswith(("_single_", "_multi_", "_fused_")):
+                self.found[path.relative_to(TORCH.parent).as_posix(), name, what] += 1
+                return
+            assert frame.f_back is not None
+            frame = frame.f_back
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.operators += 1
+        if name in READING or (name == "repeat_interleave" and (kwargs or {}).get("output_size") is None):
+            self.note(name)
+        elif name in ("index", "index_put", "index_put_") and any(
+            each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]
+        ):
+            self.note(f"{name} with a mask")
+        return func(*args, **(kwargs or {}))
+
+
+class Crossings(TorchFunctionMode):
+    """Adds what goes from host to device or back, which a CPU does without an operator."""
+
+    def __init__(self, reads: Reads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in CROSSING or (name == "as_tensor" and not isinstance(args[0], torch.Tensor)):
+            self.reads.note(name)
+        # With a known number of classes torch looks at the labels on a CPU alone; a GPU checks while it computes.
+        checked = name == "one_hot" and {*args[1:], *kwargs.values()} - {-1}
+        counting, self.reads.counting = self.reads.counting, self.reads.counting and not checked
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.reads.counting = counting
+
+
+class Watch(L.Callback):
+    """Looks at some steps, from the hooks at their start to those at their end."""
+
+    def __init__(self) -> None:
+        self.reads, self.steps, self.modes = Reads(), 0, contextlib.ExitStack()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx in WATCHED:
+            self.steps += 1
+            self.modes.enter_context(self.reads)
+            self.modes.enter_context(Crossings(self.reads))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.modes.close()
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.modes.close()
+
+
+def module(method: Method, **options) -> DistillationModule:
+    torch.manual_seed(0)
+    kind = AdversarialModule if isinstance(method, AdversarialMethod) else DistillationModule
+    arguments = {"input_size": SIZE, "teacher_gate": "off", "lr": 0.01, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    teacher = TinyNet(8) if method.needs_teacher else None
+    return kind(TinyNet(), CLASSES, method=method, teacher=teacher, **arguments, **options)
+
+
+def reads_of(method: Method, folder: Path, *, epoch: int = 0) -> set[tuple[str, str, str]]:
+    """What makes the host wait in four steps of a fit that begins in an epoch out of 100."""
+    watch = Watch()
+    run = trainer(
+        callbacks=[watch],
+        logger=CSVLogger(folder),
+        max_epochs=100,
+        max_steps=4,
+        limit_val_batches=0,
+        log_every_n_steps=1000,
+    )
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(run.fit_loop.epoch_progress.current, name, epoch)
+    with pytest.warns(UserWarning, match="log_every_n_steps"):
+        run.fit(module(method), datamodule=IndexedBlobs())
+    assert watch.steps == len(WATCHED)
+    assert watch.reads.operators > 100
+    return set(watch.reads.found)
+
+
+@pytest.mark.parametrize("epoch", [0, 50], ids=["first epoch", "middle"])
+@pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)
+def test_no_step_waits_for_the_device(path, epoch, tmp_path):
+    found = reads_of(from_description(read_config(path)["model"]["init_args"]["method"]), tmp_path, epoch=epoch)
+    assert ("training/finite.py", "_which", "tolist") in found  # so the watch sees
+    assert found - KNOWN == set()
+
+
+class Asking(CE):
+    """Cross-entropy that asks the device for something in every step."""
+
+    def __init__(self, ask) -> None:
+        super().__init__()
+        self.ask = ask
+
+    def forward(self, student, teacher, batch):
+        self.ask(student.logits.detach(), batch.target)
+        return {"ce": cross_entropy(student.logits, batch.target)}
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'method' removed from hparams")  # a lambda goes into no checkpoint
+@pytest.mark.parametrize(
+    ("ask", "what"),
+    [
+        (lambda logits, target: logits.sum().item(), "_local_scalar_dense"),
+        (lambda logits, target: bool(logits.sum() > 0), "_local_scalar_dense"),
+        (lambda logits, target: [0, 1][target.clamp(max=1)[0]], "_local_scalar_dense"),
+        (lambda logits, target: nn.functional.one_hot(target), "_local_scalar_dense"),
+        (lambda logits, target: torch.equal(target, target), "equal"),
+        (lambda logits, target: logits[logits > 0], "index with a mask"),
+        (lambda logits, target: logits.masked_select(logits > 0), "masked_select"),
+        (lambda logits, target: target.unique(), "_unique2"),
+        (lambda logits, target: target.repeat_interleave(target), "repeat_interleave"),
+        (lambda logits, target: logits.tolist(), "tolist"),
+        (lambda logits, target: logits.cpu(), "cpu"),
+        (lambda logits, target: logits * torch.tensor([2.0], device=logits.device), "tensor"),
+    ],
+)
+def test_the_watch_sees_what_waits(ask, what, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "OURS", Path(__file__).parent)  # here, the method is in this file
+    found = reads_of(Asking(ask), tmp_path)
+    assert what in {called for file, _, called in found if file == Path(__file__).name}
+
+
+# ---------------------------------------------------------------- networks are compiled once
+
+
+class Graphs(L.Callback):
+    """Graphs that torch's compiler has made: when the second epoch begins, and in the end."""
+
+    def __init__(self) -> None:
+        from torch._dynamo.utils import counters  # takes seconds
+
+        self.so_far = counters["stats"]
+        self.before, self.counts = self.so_far["unique_graphs"], list[int]()
+
+    def _count(self) -> None:
+        self.counts.append(self.so_far["unique_graphs"] - self.before)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self._count()
+
+    def on_fit_end(self, trainer, pl_module):
+        self._count()
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Torch's compiler without the code generation, which takes a minute and does not change what is compiled."""
+    inner = nn.Module.compile
+
+    def without_code(self, *arguments, **options):
+        inner(self, *arguments, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", without_code)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
+def test_the_second_epoch_and_its_validation_compile_nothing(compiler):
+    graphs = Graphs()
+    trainer(callbacks=[graphs], max_epochs=2).fit(module(ACKD(), compile=True), datamodule=Blobs(count=16))
+    first, last = graphs.counts
+    assert first > 0
+    assert last == first
