@@ -13,8 +13,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from ackd_lightning.data import DigitsDataModule, ImageFolderDataModule, RawBatch
-from ackd_lightning.data.augment import crop_flip, normalise
+from ackd_lightning.data import DigitsDataModule, ImageDataModule, ImageFolderDataModule
+from ackd_lightning.data.augment import Keys, crop_flip, normalise
+from ackd_lightning.data.images import FileImages, HeldImages, TensorImages
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.types import Batch
 
@@ -32,7 +33,7 @@ def data(folder, **options):
 
 def epoch(loader, number):
     loader.sampler.set_epoch(number)
-    return [RawBatch(*(field.clone() for field in batch)) for batch in loader]
+    return list(loader)
 
 
 def test_sizes_and_counts(folder):
@@ -231,7 +232,8 @@ class Net(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         assert type(batch) is Batch
-        self.seen.append((self.current_epoch, batch.index.tolist(), batch.image.sum().item()))
+        pixels = hash(batch.image.cpu().numpy().tobytes())
+        self.seen.append((self.current_epoch, batch.index.tolist(), batch.target.tolist(), pixels))
         return torch.nn.functional.cross_entropy(self.layer(batch.image.flatten(1)), batch.target)
 
     def validation_step(self, batch, batch_idx):
@@ -274,16 +276,42 @@ def trainer(*callbacks, **options):
     )
 
 
+@pytest.fixture
+def hold(monkeypatch):
+    """Let the device hold the images; the names of the parts that were copied to it are noted."""
+    copied = []
+
+    def switch():
+        inner = ImageDataModule._gather
+        monkeypatch.setattr(ImageDataModule, "_hold", lambda self, size: True)
+
+        def noting(self, keys):
+            before = self._held.get(keys.part)
+            batch = inner(self, keys)
+            if self._held[keys.part] is not before:
+                copied.append(keys.part)
+            return batch
+
+        monkeypatch.setattr(ImageDataModule, "_gather", noting)
+        return copied
+
+    return switch
+
+
 def digits(**options):
     return DigitsDataModule(**{"batch_size": 32, "max_per_class": 17, "seed": 1, **options})  # 5 batches an epoch
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the second run saves nothing
-@pytest.mark.parametrize(("every", "workers"), [(4, 0), (4, 2), (5, 2), (None, 0)])
-def test_a_resumed_run_sees_what_an_uninterrupted_one_does(tmp_path, every, workers):
+@pytest.mark.parametrize(
+    ("every", "workers", "held"), [(4, 0, False), (4, 2, False), (5, 2, False), (None, 0, False), (4, 2, True)]
+)
+def test_a_resumed_run_sees_what_an_uninterrupted_one_does(tmp_path, hold, every, workers, held):
     whole = Net()
     trainer().fit(whole, digits())
     assert len(whole.seen) == 15
+    if held:
+        hold()
     assert whole.seen[0][1] != whole.seen[5][1]
     saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=every)
     first = Net()
@@ -297,7 +325,10 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(tmp_path, every, work
     assert first.seen[:step] + second.seen == whole.seen
 
 
-def test_every_stage_runs():
+@pytest.mark.parametrize("held", [False, True])
+def test_every_stage_runs(hold, held):
+    if held:
+        hold()
     module, net, run = digits(), Net(), trainer(max_epochs=1)
     run.fit(net, module)
     assert net.evaluated == list(range(126))
@@ -308,8 +339,11 @@ def test_every_stage_runs():
     assert torch.cat(predicted).tolist() == list(range(539))
 
 
-def test_overfitting_a_batch_runs():
+@pytest.mark.parametrize("held", [False, True])
+def test_overfitting_a_batch_runs(hold, held):
     net = Net()
+    if held:
+        hold()
     with pytest.warns(UserWarning, match="You requested to overfit"):
         trainer(overfit_batches=1, max_epochs=2).fit(net, digits())
     assert net.seen[0][1:] == net.seen[1][1:]
@@ -327,7 +361,7 @@ class Net(L.LightningModule):
         super().__init__()
         self.layer, self.seen, self.evaluated = torch.nn.Linear(768, 10), [], []
     def training_step(self, batch, batch_idx):
-        self.seen.append(batch.index.tolist())
+        self.seen.append(list(zip(batch.index.tolist(), batch.target.tolist(), batch.image.sum((1, 2, 3)).tolist())))
         return torch.nn.functional.cross_entropy(self.layer(batch.image.flatten(1)), batch.target)
     def validation_step(self, batch, batch_idx):
         self.evaluated += batch.index.tolist()
@@ -336,6 +370,7 @@ class Net(L.LightningModule):
     def on_fit_end(self):
         torch.save({"seen": self.seen, "evaluated": self.evaluated}, Path(sys.argv[1]) / f"{self.global_rank}.pt")
 
+DigitsDataModule._hold = lambda self, size: self.trainer.global_rank == 1  # each process decides on its own
 trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, num_sanity_val_steps=0,
                     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
 trainer.fit(Net(), DigitsDataModule(batch_size=32, max_per_class=17, seed=1, val_fraction=0.1))
@@ -343,8 +378,8 @@ trainer.fit(Net(), DigitsDataModule(batch_size=32, max_per_class=17, seed=1, val
 
 
 def test_two_processes_share_the_batch_and_repeat_nothing(tmp_path):
-    whole = Net()
-    trainer(max_epochs=1).fit(whole, digits())
+    module = digits()
+    alone = [module.on_after_batch_transfer(raw, 0) for raw in epoch(module.train_dataloader(), 0)]
     script = tmp_path / "two.py"
     script.write_text(SCRIPT, encoding="utf-8")
     done = subprocess.run(
@@ -359,7 +394,9 @@ def test_two_processes_share_the_batch_and_repeat_nothing(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for step in range(5):
         together = ranks[0]["seen"][step] + ranks[1]["seen"][step]
-        assert sorted(together) == sorted(whole.seen[step][1])
+        batch = alone[step]
+        sums = batch.image.sum((1, 2, 3)).tolist()
+        assert sorted(together) == sorted(zip(batch.index.tolist(), batch.target.tolist(), sums, strict=True))
     assert sorted(ranks[0]["evaluated"] + ranks[1]["evaluated"]) == list(range(126))
 
 
@@ -368,6 +405,7 @@ class Processes:
 
     def __init__(self, world_size, epoch=0):
         self.world_size, self.global_rank = world_size, 0
+        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
         current = SimpleNamespace(processed=epoch)
         self.fit_loop = SimpleNamespace(epoch_progress=SimpleNamespace(current=current))
 
@@ -390,3 +428,116 @@ def test_more_processes_than_images_are_refused(folder):
     module.trainer = Processes(9)
     with pytest.raises(ACKDError, match="the val part holds 8 images for 9 processes"):
         module.val_dataloader()
+
+
+# ------------------------------------------------------------------------------------- images held by the device
+
+
+def every_batch(module):
+    """All loaders' batches as networks get them, and those of another training epoch."""
+    raw = epoch(module.train_dataloader(), 3) + epoch(module.train_dataloader(), 4)
+    for loader in (module.val_dataloader(), module.test_dataloader(), module.predict_dataloader()):
+        raw += list(loader)
+    return raw, [module.on_after_batch_transfer(batch, 0) for batch in raw]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"val_fraction": 0}, {"train_fraction": 0.5}, {"num_workers": 2}], ids=lambda each: str(each)
+)
+def test_held_images_make_the_same_batches(folder, hold, monkeypatch, options):
+    usual = every_batch(data(folder, **options))[1]
+    monkeypatch.setattr("ackd_lightning.data.base._COPY", 7)  # several copies, and an odd one at the end
+    copied = hold()
+    module = data(folder, **options)
+    raw, batches = every_batch(module)
+    assert {type(batch) for batch in raw} == {Keys}
+    assert copied == ["train", "val", "test"]  # each once
+    assert [len(module._held[part][0]) for part in copied] == [len(module._rows[part][1]) for part in copied]
+    for mine, theirs in zip(batches, usual, strict=True):
+        assert type(mine) is Batch
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_only_keys_leave_the_loader_of_held_images(folder, hold):
+    hold()
+    module = data(folder, num_workers=2)
+    loader = module.train_dataloader()
+    assert (loader.num_workers, loader.pin_memory) == (0, False)
+    keys = epoch(loader, 5)[0]
+    assert (keys.part, keys.epoch.tolist()) == ("train", [5] * 8)
+    assert next(iter(module.test_dataloader())).epoch.tolist() == [-1] * 5
+
+
+def test_a_run_holds_images_until_it_ends(hold):
+    copied = hold()
+    net, module = Net(), digits()
+    run = trainer(max_epochs=2)
+    run.fit(net, module)
+    assert copied == ["train", "val"]
+    assert module._held == {}
+    run.test(net, module)
+    assert copied == ["train", "val", "test"]
+    assert module._held == {}
+
+
+def test_held_images_follow_the_device_of_the_batch(folder, hold):
+    copied = hold()
+    module = data(folder)
+    keys = next(iter(module.test_dataloader()))
+    module.on_after_batch_transfer(Keys("test", keys.index.to("meta"), keys.epoch), 0)
+    assert module._held["test"][0].device.type == "meta"
+    here = module.on_after_batch_transfer(keys, 0)
+    assert copied == ["test", "test"]
+    usual = data(folder)
+    assert torch.equal(
+        here.image, usual.on_after_batch_transfer(usual._dataset("test").__getitems__([*range(5)]), 0).image
+    )
+
+
+def on_device(name):
+    found = Processes(1)
+    found.strategy.root_device = torch.device(name)
+    return found
+
+
+def test_a_gpu_holds_what_takes_a_quarter_of_its_free_memory(folder, monkeypatch):
+    asked = []
+    size = 24 * 3 * 32 * 32
+    free = [4 * size]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked.append(str(device)), (free[0], 10**12))[1])
+    module = data(folder)
+    module.trainer = on_device("cuda:1")
+    assert isinstance(module.train_dataloader().dataset, HeldImages)
+    assert asked == ["cuda:1"]
+    free[0] -= 1
+    assert isinstance(module.train_dataloader().dataset, TensorImages)
+    assert isinstance(module.val_dataloader().dataset, HeldImages)  # a smaller part
+
+
+@pytest.mark.parametrize("name", ["cpu", "mps", None])
+def test_elsewhere_batches_are_gathered_in_host_memory(folder, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("asked"))
+    module = data(folder, num_workers=1)
+    module.trainer = None if name is None else on_device(name)
+    loader = module.train_dataloader()
+    assert isinstance(loader.dataset, TensorImages)
+    assert loader.num_workers == 1
+
+
+def test_files_are_never_held(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("asked"))
+    module = data(folder, image_size=72)
+    module.trainer = on_device("cuda")
+    assert isinstance(module.train_dataloader().dataset, FileImages)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_a_gpu_sees_the_same_either_way(hold, monkeypatch):
+    held, sent = Net(), Net()
+    copied = hold()
+    trainer(accelerator="gpu").fit(held, digits())
+    assert copied == ["train", "val"]
+    monkeypatch.setattr(ImageDataModule, "_hold", lambda self, size: False)
+    trainer(accelerator="gpu").fit(sent, digits())
+    assert held.seen == sent.seen
+    assert held.evaluated == sent.evaluated

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from ackd_lightning.data.images import (
     FileImages,
@@ -18,11 +19,14 @@ from ackd_lightning.data.images import (
     decode,
     fingerprint,
     fit_square,
+    random_crop,
     read_image,
     require_same_classes,
     scan_class_folders,
 )
+from ackd_lightning.data.sampling import STREAM_TRANSFORM
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.keyed import mix
 
 
 def test_scan_sorts_and_passes_over_other_files(tmp_path, write_classes):
@@ -260,6 +264,42 @@ def test_tensor_images_gather_rows_and_keep_positions():
     assert dataset[(5, 1)].image[0, 0, 0, 0].item() == 4
 
 
+def test_random_crops_are_spread_like_those_of_torchvision():
+    width, height, count = 90, 60, 3000
+    mine = [random_crop(width, height, seed) for seed in range(count)]
+    transform = v2.RandomResizedCrop(1)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    theirs = [transform.make_params([torch.zeros(3, height, width)]) for _ in range(count)]
+    torch.set_rng_state(state)
+
+    def described(left, top, wide, tall):
+        share, ratio = wide * tall / (width * height), (wide / tall).log()
+        return torch.stack([share, ratio, left / (width - wide + 1), top / (height - tall + 1)], dim=1)
+
+    boxes = torch.tensor([box for box, _ in mine]).double()
+    drawn = torch.tensor([[each[key] for key in ("left", "top", "width", "height")] for each in theirs]).double()
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).double()
+    crops = described(boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+    quantiles = [torch.quantile(each, levels, dim=0) for each in (crops, described(*drawn.T))]
+    torch.testing.assert_close(*quantiles, rtol=0, atol=0.04)
+    assert abs(sum(mirror for _, mirror in mine) / count - 0.5) < 0.03
+    assert [*boxes.amin(dim=0)[:2].tolist(), *boxes.amax(dim=0)[2:].tolist()] == [0, 0, width, height]
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((1, 1), (0, 0, 1, 1)),
+        ((1000, 1), (499, 0, 500, 1)),
+        ((9, 1000), (0, 494, 9, 506)),
+        ((1000, 9), (494, 0, 506, 9)),
+    ],
+)
+def test_random_crop_of_an_image_that_no_crop_fits_is_its_centre(size, box):
+    assert {random_crop(*size, seed)[0] for seed in range(5)} == {box}
+
+
 @pytest.fixture
 def file_images(tmp_path, write_classes):
     write_classes(tmp_path, {"a": 4}, size=(60, 40))
@@ -278,6 +318,24 @@ def test_file_images_are_keyed_and_leave_the_generator_alone(file_images):
     torch.rand(3)
     assert torch.equal(file_images.__getitems__([(0, 1), (0, 0)]).image, first.image.flip(0))
     assert not torch.equal(file_images.__getitems__([(1, 0)]).image[0], first.image[0])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_file_images_are_random_resized_crops(tmp_path, write_classes, suffix):
+    write_classes(tmp_path, {"a": 12}, size=(60, 40), suffix=suffix)
+    files = scan_class_folders(tmp_path)
+    dataset = FileImages(files.paths, files.targets, torch.arange(12).flip(0), size=28, seed=7)
+    batch = dataset.__getitems__([(2, index) for index in range(12)])
+    mirrored = 0
+    for index, image in enumerate(batch.image):
+        box, mirror = random_crop(60, 40, mix(7, 2, index, STREAM_TRANSFORM))
+        cut = read_image(files.paths[11 - index]).crop(box).resize((28, 28), Image.Resampling.BILINEAR)
+        expected = np.array(cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else cut).transpose(2, 0, 1)
+        apart = np.abs(image.numpy().astype(int) - expected)
+        assert apart.max() <= 1  # torch and PIL round differently
+        mirrored += mirror
+    assert 0 < mirrored < 12
+    assert batch.image.is_contiguous()
 
 
 def test_file_images_evaluate_the_centre(file_images):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ackd_lightning.data.sampling import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP
 from ackd_lightning.keyed import keyed_bits, keyed_integers
+
+Part = Literal["train", "val", "test"]
 
 
 class RawBatch(NamedTuple):
@@ -25,6 +27,20 @@ class RawBatch(NamedTuple):
 
     image: Tensor
     target: Tensor
+    index: Tensor  # type: ignore[assignment]  # the tuple's own method of that name is not needed
+    epoch: Tensor
+
+
+class Keys(NamedTuple):
+    """One batch as it leaves a loader where the device holds the images: what to gather them by.
+
+    Attributes:
+        part: which part is read.
+        index: ``B`` int64 positions in that part.
+        epoch: ``B`` int64, as in `RawBatch`.
+    """
+
+    part: Part
     index: Tensor  # type: ignore[assignment]  # the tuple's own method of that name is not needed
     epoch: Tensor
 
@@ -79,4 +95,4 @@ def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     """Turn uint8 pixels into ``(pixel / 255 - mean) / std`` per channel (float32, same shape)."""
     scale = torch.tensor([1.0 / (255.0 * s) for s in std], device=image.device)
     offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=image.device)
-    return image.to(torch.float32) * scale[:, None, None] - offset[:, None, None]
+    return image.to(torch.float32).mul_(scale[:, None, None]).sub_(offset[:, None, None])

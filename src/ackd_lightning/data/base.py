@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 
-from ackd_lightning.data.augment import RawBatch, crop_flip, normalise
+from ackd_lightning.data.augment import Keys, RawBatch, crop_flip, normalise
+from ackd_lightning.data.augment import Part as Part  # data sets take it from here
 from ackd_lightning.data.images import (
     FileImages,
     Files,
+    HeldImages,
     Pixels,
     TensorImages,
     cached,
@@ -30,7 +32,6 @@ from ackd_lightning.data.sampling import EpochSampler, ImageLoader, ResumableLoa
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.types import Batch
 
-Part = Literal["train", "val", "test"]
 Source = Files | Pixels
 
 # The common defaults, here once for the constructors of all data modules.
@@ -42,12 +43,23 @@ VAL_FRACTION = 0.1
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_HELD_SHARE = 0.25
+"""Share of a GPU's free memory that the images of one part may take."""
+_COPY = 4096
+"""Images that go to the device at once, so that host memory never holds a second copy of all."""
+
 
 class ImageDataModule(L.LightningDataModule):
     """Images and class indices for training, validation and test.
 
     A `training_step` receives a [`Batch`][ackd_lightning.types.Batch]: augmented and normalised float images on the
     training device, class indices, and positions in the training part. Works in any Lightning project.
+
+    Images are augmented and normalised on the device, a batch at a time. Those of a small set are decoded once into one
+    uint8 tensor. When the trainer runs on a GPU (CUDA or ROCm) and a part takes at most a quarter of the memory that is
+    free there when its loader is made, the part is kept on the GPU until the run ends, each process on its own, and the
+    loader hands out only the keys to gather by. Otherwise a batch is gathered in host memory and copied. Large images
+    are decoded and cropped by worker processes and copied as uint8. The batches are the same every way.
 
     Validation is a stratified share of the training set, chosen by a hash of the index: it does not depend on the seed
     of the run. With ``val_fraction=0`` (the protocol of the papers) nothing is held out and `val_dataloader` reads the
@@ -125,6 +137,7 @@ class ImageDataModule(L.LightningDataModule):
         self.cache = cache
         self._sources: dict[Part, Source] = {}
         self._rows: dict[Part, tuple[Source, Tensor]] = {}
+        self._held: dict[Part, tuple[Tensor, Tensor]] = {}
         place = self._class_place()
         if place is not None and (there := class_folders(place)):
             self.num_classes = len(there)
@@ -260,13 +273,7 @@ class ImageDataModule(L.LightningDataModule):
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             sampler.set_epoch(progress.processed)
         return ResumableLoader(
-            dataset,
-            batch_size=self.batch_size // world,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=as_is,
-            pin_memory=torch.cuda.is_available(),
-            drop_last=True,
+            dataset, batch_size=self.batch_size // world, sampler=sampler, drop_last=True, **self._options(dataset)
         )
 
     def val_dataloader(self) -> ImageLoader:
@@ -292,33 +299,64 @@ class ImageDataModule(L.LightningDataModule):
                 )
             # Lightning's own would repeat samples to make the ranks even, and so count some of them twice.
             sampler = UnrepeatedDistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
-        return ImageLoader(
-            dataset,
-            batch_size=self.eval_batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=as_is,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return ImageLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._options(dataset))
+
+    def _options(self, dataset: TensorImages | FileImages | HeldImages) -> dict[str, Any]:
+        """What all loaders share; keys are no work for other processes, and too few to pin."""
+        if isinstance(dataset, HeldImages):
+            return {"collate_fn": as_is}
+        return {"num_workers": self.num_workers, "collate_fn": as_is, "pin_memory": torch.cuda.is_available()}
 
     def _world(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _dataset(self, part: Part) -> TensorImages | FileImages:
+    def _dataset(self, part: Part) -> TensorImages | FileImages | HeldImages:
         if not self._rows:
             self.setup()
         source, rows = self._rows[part]
         if isinstance(source, Pixels):
+            if self._hold(len(rows) * source.images[0].nbytes):
+                return HeldImages(part, len(rows))
             return TensorImages(source.images, source.targets, rows)
         return FileImages(source.paths, source.targets, rows, size=self.input_size, seed=self.run_seed)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment and normalise on the device; anything but a `RawBatch` passes through.
+    # --------------------------------------------------------------------------------------------------- the device
+
+    def _hold(self, size: int) -> bool:
+        """Whether the trainer's device is to hold ``size`` bytes of images, rather than be sent them by the batch."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return device.type == "cuda" and size <= _HELD_SHARE * torch.cuda.mem_get_info(device)[0]
+
+    def _gather(self, keys: Keys) -> RawBatch:
+        """Look up a batch in the part's images and targets on the keys' device, which are copied there at first."""
+        device = keys.index.device
+        if keys.part not in self._held or self._held[keys.part][0].device != device:
+            source, rows = self._rows[keys.part]
+            assert isinstance(source, Pixels)
+            images = torch.empty(len(rows), *source.images.shape[1:], dtype=torch.uint8, device=device)
+            for start in range(0, len(rows), _COPY):
+                images[start : start + _COPY] = source.images[rows[start : start + _COPY]]
+            self._held[keys.part] = images, source.targets[rows].to(device)
+        images, targets = self._held[keys.part]
+        return RawBatch(images[keys.index], targets[keys.index], keys.index, keys.epoch)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Free what the device holds.
 
         Args:
-            batch: what the loader gave, on the device.
+            stage: Lightning's stage, not looked at.
+        """
+        self._held.clear()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment and normalise on the device, after gathering there what it holds.
+
+        Args:
+            batch: what the loader gave, on the device; anything but `RawBatch` and `Keys` passes through.
             dataloader_idx: not looked at.
         """
+        if isinstance(batch, Keys):
+            batch = self._gather(batch)
         if not isinstance(batch, RawBatch):
             return batch
         image = batch.image

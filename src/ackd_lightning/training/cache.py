@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ackd_lightning.training.distillation import DistillationModule
 
 KEY_FILE = "key.json"
+_VIEWS = 2
+"""Raised whenever the same keys draw other views than before (2: crops of image files)."""
 
 
 def view_key(module: DistillationModule, data: ImageDataModule, precision: str) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def view_key(module: DistillationModule, data: ImageDataModule, precision: str) 
         "mean": list(data.mean),
         "std": list(data.std),
         "augment": data.augment,
+        "views": _VIEWS,
         "seed of the data": data.run_seed,
         "batch_size": data.batch_size,
         "precision": f"{precision}{', teacher bf16' if module.teacher.bf16 else ''}",

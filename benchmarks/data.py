@@ -1,0 +1,229 @@
+"""Our data pipelines against torchvision's usual ones, in pairs, on an idle machine: images per second, on the CPU.
+
+    python benchmarks/data.py --pairs 5
+
+Every pair is each side once, in a fresh process (A B A B over the pairs): images of 32 x 32 in memory, then JPEG files
+of about 500 x 375 that become 224 x 224. All sides end at the float batch that a network gets. A pair in which other
+processes were busy is thrown away and repeated. README.md beside this file explains the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from ackd_lightning.bench.command import spread
+from ackd_lightning.bench.machine import machine, watched
+from ackd_lightning.bench.standins import SyntheticDataModule
+from ackd_lightning.data import CIFAR100DataModule, ImageDataModule, ImageFolderDataModule
+from ackd_lightning.export import write_json
+
+RESULTS = Path(__file__).parent / "results"
+MEMORY_BATCH, FILE_BATCH = 128, 64
+LINKS = 4
+"""Names of each file, so that an epoch is long and the folder small."""
+DETAIL = ((4, 45.0), (16, 25.0), (64, 15.0), (250, 10.0))
+"""Cells across an image and strength, in grey levels, of the noise it is made of."""
+
+
+# ---------------------------------------------------------------- images
+
+
+def write_images(root: Path, count: int) -> None:
+    """Write smooth random JPEGs: ``train`` with ``count`` names for a quarter as many files, and a few in ``test``."""
+    draw = np.random.default_rng(0)
+    for number in range(-8, count // LINKS):
+        width, height = (500, 375) if number % 4 else (375, 500)
+        pixels = np.full((height, width, 3), 128.0)
+        for (cells, strength), channel in itertools.product(DETAIL, range(3)):
+            noise = draw.normal(0, strength, (cells * height // width, cells)).astype(np.float32)
+            pixels[..., channel] += np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
+        folder = root / ("train" if number >= 0 else "test") / f"class{number % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        first = folder / f"{number + 8:05d}-0.jpg"
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(first, quality=90)
+        for link in range(1, LINKS if number >= 0 else 1):
+            first.with_name(f"{number + 8:05d}-{link}.jpg").hardlink_to(first)
+
+
+class Pictures(Dataset):
+    """Images in memory that become PIL images one by one, as torchvision's CIFAR data sets hold them."""
+
+    def __init__(self, count: int, transform: Callable) -> None:
+        self.data = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        self.targets = [number % 100 for number in range(count)]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
+
+
+# ---------------------------------------------------------------- sides
+
+
+def usual(crop: Callable, data: ImageDataModule) -> Callable:
+    """The usual chain of torchvision's transforms."""
+    flip = transforms.RandomHorizontalFlip()
+    return transforms.Compose([crop, flip, transforms.ToTensor(), transforms.Normalize(data.mean, data.std)])
+
+
+def ours(data: ImageDataModule) -> Iterable:
+    """Batches as a training step gets them."""
+    return (data.on_after_batch_transfer(raw, 0) for raw in data.train_dataloader())
+
+
+def loaded(dataset: Dataset, batch_size: int, workers: int) -> Iterable:
+    return DataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=workers, drop_last=True)
+
+
+def small() -> ImageDataModule:
+    """Random images in memory in the number of CIFAR-100's."""
+    return SyntheticDataModule(CIFAR100DataModule(batch_size=MEMORY_BATCH, val_fraction=0))
+
+
+def large(root: Path) -> ImageDataModule:
+    return ImageFolderDataModule(root, image_size=224, batch_size=FILE_BATCH, val_fraction=0, num_workers=2)
+
+
+def small_usual(workers: int) -> Iterable:
+    data = small()
+    crop = transforms.RandomCrop(data.input_size, padding=4)
+    return loaded(Pictures(data.images, usual(crop, data)), MEMORY_BATCH, workers)
+
+
+def large_usual(root: Path) -> Iterable:
+    data = large(root)
+    crop = transforms.RandomResizedCrop(data.input_size)
+    return loaded(ImageFolder(root / "train", usual(crop, data)), FILE_BATCH, data.num_workers)
+
+
+SIDES = {
+    "memory, ours": lambda root: ours(small()),
+    "memory, torchvision": lambda root: small_usual(0),
+    "memory, torchvision, 2 workers": lambda root: small_usual(2),
+    "files, ours, 2 workers": lambda root: ours(large(root)),
+    "files, torchvision, 2 workers": large_usual,
+}
+RATIOS = (
+    ("memory, ours", "memory, torchvision"),
+    ("memory, ours", "memory, torchvision, 2 workers"),
+    ("files, ours, 2 workers", "files, torchvision, 2 workers"),
+)
+
+
+def side(request: dict) -> dict:
+    """Run an epoch of one side in this process; its first batches, while workers start, are not timed."""
+    batches = iter(SIDES[request["side"]](Path(request["root"])))
+    for _ in range(request["warmup"]):
+        next(batches)
+    begin, images = time.perf_counter(), 0
+    for image, *_ in batches:
+        images += len(image)
+    seconds = time.perf_counter() - begin
+    assert image.dtype == torch.float32
+    return {"images_per_second": images / seconds, "images": images, "seconds": seconds, "machine": machine()}
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def measure_pair(options: argparse.Namespace, root: Path) -> dict:
+    """Every side once."""
+    runs = {}
+    for name in SIDES:
+        request = {"side": name, "root": str(root), "warmup": options.warmup}
+        done, load = watched([sys.executable, __file__, "--side", json.dumps(request)])
+        if done.returncode:
+            sys.exit(f"{name} failed: {done.stderr.strip()}")
+        runs[name] = {**json.loads(done.stdout.splitlines()[-1]), "load": load}
+    unknown = any(each["load"]["busy"] is None for each in runs.values())
+    return {"runs": runs, "busy": any(each["load"]["busy"] for each in runs.values()), "load_known": not unknown}
+
+
+def ratios(pairs: list[dict]) -> list[dict]:
+    """Our images per second by those of torchvision, over the pairs."""
+    lines = []
+    for mine, theirs in RATIOS:
+        speeds = [[pair["runs"][name]["images_per_second"] for name in (mine, theirs)] for pair in pairs]
+        lines.append({"ratio": f"{mine} / {theirs}", **spread([above / below for above, below in speeds])})
+    return lines
+
+
+def show(pairs: list[dict]) -> None:
+    print(f"\nmedian [least, largest] of {len(pairs)} pairs")
+    for name in SIDES:
+        values = spread([pair["runs"][name]["images_per_second"] for pair in pairs])
+        print(f"  {name:<56} {values['median']:9,.0f} images/s  [{values['min']:,.0f}, {values['max']:,.0f}]")
+    for line in ratios(pairs):
+        print(f"  {line['ratio']:<56} {line['median']:9.2f}           [{line['min']:.2f}, {line['max']:.2f}]")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="undisturbed pairs that are wanted")
+    parser.add_argument("--attempts", type=int, default=None, help="pairs that are tried at most; default: three each")
+    parser.add_argument("--images", type=int, default=1600, help=f"names of JPEGs, {LINKS} of each file")
+    parser.add_argument("--warmup", type=int, default=4, help="batches of every run that are not timed")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="raw numbers; default: benchmarks/results/data-TIME.json"
+    )
+    parser.add_argument("--side", default=None, help=argparse.SUPPRESS)  # the fresh process of one side
+    options = parser.parse_args()
+    if options.side is not None:
+        print(json.dumps(side(json.loads(options.side))))
+        return
+    if options.pairs < 1 or options.warmup < 1:
+        parser.error("--pairs and --warmup must be 1 or more")
+    if options.images < (options.warmup + 4) * FILE_BATCH:
+        parser.error(f"--images must be {(options.warmup + 4) * FILE_BATCH} or more, for {options.warmup} + 4 batches")
+    kept: list[dict] = []
+    rejected: list[dict] = []
+    with tempfile.TemporaryDirectory(prefix="ackd-data-") as folder:
+        write_images(Path(folder), options.images)
+        sizes = [path.stat().st_size for path in Path(folder).glob("train/*/*-0.jpg")]
+        for attempt in range(options.attempts or 3 * options.pairs):
+            pair = measure_pair(options, Path(folder))
+            (rejected if pair["busy"] else kept).append(pair)
+            speeds = ", ".join(f"{each['images_per_second']:,.0f}" for each in pair["runs"].values())
+            verdict = "REJECTED, other processes were busy" if pair["busy"] else f"pair {len(kept)} of {options.pairs}"
+            print(f"[{attempt + 1}] {speeds} images/s: {verdict}", flush=True)
+            if len(kept) == options.pairs:
+                break
+    out = options.out or RESULTS / f"data-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    report = {
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "side")},
+        "mean_file_bytes": sum(sizes) / len(sizes),
+        "ratios": ratios(kept) if kept else [],
+        "pairs": kept,
+        "rejected": rejected,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(report, out)
+    if not kept:
+        print("\nNO PAIR WAS UNDISTURBED: these numbers mean little")
+    show(kept or rejected)
+    if not all(pair["load_known"] for pair in kept):
+        print("this system does not tell what other processes do; see that they do nothing")
+    print(f"raw numbers: {out}")
+    if len(kept) < options.pairs:
+        sys.exit(f"only {len(kept)} of {options.pairs} pairs were undisturbed; repeat on an idle machine")
+
+
+if __name__ == "__main__":
+    main()
