@@ -29,6 +29,7 @@ RANK = {
     "resuming": 5,
     "checks": 5,
     "reports": 6,
+    "options": 6,
     "lightning_cli": 7,
     "runs": 8,
     "bench": 9,

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as L
 import yaml
@@ -24,7 +24,6 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.arguments import (
-    FROM_DATA,
     Given,
     check_shape,
     deepest,
@@ -48,6 +47,7 @@ from ackd_lightning.configs import find_config, load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.export import run_folder, write_json
+from ackd_lightning.options import add_options, spell_out
 from ackd_lightning.reports import read_summary
 from ackd_lightning.resuming import changed_settings, hold, resume_auto, resume_from
 from ackd_lightning.training.callbacks import (
@@ -59,7 +59,7 @@ from ackd_lightning.training.callbacks import (
     checkpoints,
 )
 from ackd_lightning.training.distillation import DistillationModule
-from ackd_lightning.training.fast import fast_settings, keep_freed_memory
+from ackd_lightning.training.fast import keep_freed_memory
 from ackd_lightning.training.health import DiskRoom
 from ackd_lightning.training.loggers import SafeWandbLogger, offline
 from ackd_lightning.training.stopping import StopSafely, WholeCheckpoints
@@ -131,50 +131,7 @@ class ACKDCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of ours, and what the data tells the model."""
-        for name in FROM_DATA:
-            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-        parser.add_argument("--name", type=str | None, default=None, help="name of the run; a time stamp when left out")
-        parser.add_argument("--runs_dir", type=str, default="runs", help="runs are written to RUNS_DIR/CONFIG/NAME")
-        parser.add_argument(
-            "--resume",
-            type=str | None,
-            default=None,
-            metavar="auto|PATH",
-            help="go on with the newest unfinished run of this configuration (of this --name, if given), or with PATH",
-        )
-        parser.add_argument(
-            "--publish",
-            type=str | None,
-            default=None,
-            help="folder that also gets the weights, as CONFIG.safetensors (teacher configurations set it)",
-        )
-        parser.add_argument(
-            "--wandb",
-            type=str | None,
-            nargs="?",
-            const="ackd-lightning",
-            default=None,
-            metavar="PROJECT",
-            help="log to Weights & Biases; offline when no key is known",
-        )
-        parser.add_argument("--output", type=str, default="predictions.csv", help="file of `ackd predict`")
-        parser.add_argument(
-            "--test", action="store_true", help="test the last and the best checkpoint when the fit has ended"
-        )
-        parser.add_argument(
-            "--on_nan",
-            type=Literal["stop", "skip"] | None,
-            default=None,
-            help="what a loss that is not finite does: end the run, or skip the step and count it; "
-            "short for --model.on_nan, stop when left out",
-        )
-        parser.add_argument(
-            "--fast",
-            action="store_true",
-            help="the fast settings: bfloat16 where the hardware has it, channels last, compiled networks; short for "
-            "--trainer.precision bf16-mixed --model.channels_last true --model.compile true",
-        )
-        parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, into the run's folder")
+        add_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse ours, whatever stands in sys.argv; nothing that is named there has been called yet."""
@@ -182,19 +139,7 @@ class ACKDCLI(LightningCLI):
         settings = self.config[self.command]
         check_classes(vars(settings), _ROOTS, L.Trainer)
         check_numbers(settings.as_dict())
-        if settings.on_nan is not None:  # a short name, kept at the place it stands for
-            if "on_nan" not in settings.model.get("init_args", {}):
-                raise ACKDError(f"--on_nan is unknown to {settings.model.class_path}; leave it out")
-            settings.model.init_args.on_nan, settings.on_nan = settings.on_nan, None
-        if settings.fast:
-            settings.fast = False
-            for name, value in fast_settings(str(settings.trainer.accelerator)).items():
-                section, _, key = name.rpartition(".")
-                place = settings.trainer if section == "trainer" else settings.model.init_args
-                if key not in place:
-                    raise ACKDError(f"--fast is unknown to {settings.model.class_path}; leave it out")
-                if place[key] in (None, False):  # what is given stays
-                    place[key] = value
+        spell_out(settings)
 
     def _parse_ckpt_path(self) -> None:
         """Explicit settings win over those in a checkpoint (Lightning lets the checkpoint win)."""

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from ackd_lightning.data import DigitsDataModule, ImageDataModule, ImageFolderDataModule
 from ackd_lightning.data.augment import Keys, crop_flip, normalise
-from ackd_lightning.data.images import FileImages, HeldImages, TensorImages
+from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.types import Batch
 

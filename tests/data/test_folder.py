@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ackd_lightning.data import ImageFolderDataModule
-from ackd_lightning.data.images import FileImages, TensorImages
+from ackd_lightning.data.datasets import FileImages, TensorImages
 from ackd_lightning.errors import ACKDError
 
 

@@ -9,17 +9,15 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from ackd_lightning.data.datasets import FileImages, TensorImages, random_crop
 from ackd_lightning.data.images import (
-    FileImages,
     Pixels,
-    TensorImages,
     cached,
     check_files,
     check_image_file,
     decode,
     fingerprint,
     fit_square,
-    random_crop,
     read_image,
     require_same_classes,
     scan_class_folders,

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from ackd_lightning.data.augment import Keys, RawBatch, crop_flip, normalise
 from ackd_lightning.data.augment import Part as Part  # data sets take it from here
+from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
 from ackd_lightning.data.images import (
-    FileImages,
     Files,
-    HeldImages,
     Pixels,
-    TensorImages,
     cached,
     check_files,
     class_folders,

@@ -1,10 +1,9 @@
-"""Reading images from disk: class folders, decoding, the cache of decoded pixels, and the kinds of dataset."""
+"""Reading images from disk: class folders, decoding, the cache of decoded pixels."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import pickle
 import sys
@@ -14,25 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
-from ackd_lightning.data.augment import Keys, Part, RawBatch
-from ackd_lightning.data.sampling import STREAM_TRANSFORM
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.keyed import mix
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +34,6 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm",
 _BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 _CACHE_FORMAT = 1
-_CROP_AREA = (0.08, 1.0)
-_CROP_LOG_RATIO = math.log(4 / 3)
 _WITH_PROGRESS = 2000  # images from which on decoding shows a bar
 
 
@@ -196,40 +186,6 @@ def _array(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image, dtype=np.uint8)
 
 
-def random_crop(width: int, height: int, seed: int) -> tuple[tuple[int, int, int, int], bool]:
-    """Choose a random resized crop as `torchvision.transforms.v2.RandomResizedCrop` does, and whether to mirror it.
-
-    Between 0.08 and all of the area, sides between 3:4 and 4:3. What does not fit into the image is drawn again; after
-    ten times it is the largest part of such a shape in the centre.
-
-    Args:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        seed: of the draw; nothing else goes into it.
-
-    Returns:
-        Left, upper, right and lower edge of the crop, and whether it is mirrored (half of the time).
-    """
-    draw = Random(seed)
-    mirror = draw.random() < 0.5
-    for _ in range(10):
-        side = math.sqrt(width * height * draw.uniform(*_CROP_AREA))
-        stretch = math.exp(draw.uniform(-_CROP_LOG_RATIO, _CROP_LOG_RATIO) / 2)
-        wide, tall = round(side * stretch), round(side / stretch)
-        if 0 < wide <= width and 0 < tall <= height:
-            left, top = int(draw.random() * (width - wide + 1)), int(draw.random() * (height - tall + 1))
-            break
-    else:
-        wide, tall = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        left, top = (width - wide) // 2, (height - tall) // 2
-    return (left, top, left + wide, top + tall), mirror
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """Copy an RGB image to ``3 x H x W`` uint8 (colours innermost in memory)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def run_over(paths: Sequence[Path], work: Callable[[int], None], what: str) -> None:
     """Call ``work(position)`` for every file on a few threads, with a progress bar for many files on a terminal."""
     show = len(paths) >= _WITH_PROGRESS and sys.stderr.isatty() and on_first_process()
@@ -376,115 +332,3 @@ def check_files(files: Files, cache: Path | None) -> None:
     run_over(files.paths, lambda position: check_image_file(files.paths[position]), f"checking {files.root.name}")
     if cache is not None:
         _save_cache(cache, {"fingerprint": mark})
-
-
-# --------------------------------------------------------------------------------------------------------- datasets
-
-Key = tuple[int, int]
-
-
-def _as_keys(keys: Sequence[int | Key]) -> tuple[Tensor, Tensor]:
-    """Split sampler keys, ``(epoch, index)`` in training and ``index`` in evaluation, into two ``B`` tensors."""
-    pairs = [key if isinstance(key, tuple) else (-1, key) for key in keys]
-    both = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
-    return both[:, 0].contiguous(), both[:, 1].contiguous()
-
-
-class TensorImages(Dataset[RawBatch]):
-    """Images in memory; a whole batch is gathered at once.
-
-    Args:
-        images: ``M x 3 x S x S`` uint8.
-        targets: ``M`` int64.
-        rows: ``N`` positions in ``images`` that make up this part; the sample's index is the position in ``rows``.
-    """
-
-    def __init__(self, images: Tensor, targets: Tensor, rows: Tensor) -> None:
-        self.images = images
-        self.targets = targets
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, keys: Sequence[int | Key]) -> RawBatch:
-        epoch, index = _as_keys(keys)
-        rows = self.rows[index]
-        return RawBatch(self.images[rows], self.targets[rows], index, epoch)
-
-    def __getitem__(self, key: int | Key) -> RawBatch:
-        return self.__getitems__([key])
-
-
-class HeldImages(Dataset[Keys]):
-    """Images that the training device holds; a batch is the keys to gather them by.
-
-    Args:
-        part: which part of the data.
-        count: ``N``, images of the part.
-    """
-
-    def __init__(self, part: Part, count: int) -> None:
-        self.part: Part = part
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitems__(self, keys: Sequence[int | Key]) -> Keys:
-        epoch, index = _as_keys(keys)
-        return Keys(self.part, index, epoch)
-
-    def __getitem__(self, key: int | Key) -> Keys:
-        return self.__getitems__([key])
-
-
-class FileImages(Dataset[RawBatch]):
-    """Images that are decoded when they are asked for, in worker processes if there are any.
-
-    Training (keys with an epoch): random resized crop and mirror image, drawn by (seed, epoch, index). The crop is
-    resized bilinearly with antialiasing by torch on uint8, which is faster than PIL; some pixels differ from PIL's, by
-    one grey level. Evaluation: shorter side to 8/7 of the size, centre cut out, by PIL. Either way nothing is left to
-    augment, so ``epoch`` is -1 in the batch.
-
-    Args:
-        paths: ``M`` image files.
-        targets: ``M`` int64.
-        rows: ``N`` positions in ``paths`` that make up this part; the sample's index is the position in ``rows``.
-        size: side of the square that comes out, in pixels.
-        seed: seed of the run.
-    """
-
-    def __init__(self, paths: Sequence[Path], targets: Tensor, rows: Tensor, *, size: int, seed: int) -> None:
-        # One array of bytes instead of a list: a worker that touches a list's reference counts copies its memory.
-        self.paths = np.array([os.fsencode(path) for path in paths])
-        self.targets = targets
-        self.rows = rows
-        self.size = size
-        self.seed = seed
-        self.eval_transform = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _image(self, row: int, epoch: int, index: int) -> Tensor:
-        path = Path(os.fsdecode(bytes(self.paths[row])))
-        if epoch < 0:
-            return _pixels(self.eval_transform(read_image(path)))
-        image = read_image(path)
-        box, mirror = random_crop(*image.size, mix(self.seed, epoch, index, STREAM_TRANSFORM))
-        crop = _pixels(image.crop(box))[None]
-        resized = F.interpolate(crop, size=(self.size, self.size), mode="bilinear", antialias=True)[0]
-        return resized.flip(2) if mirror else resized
-
-    def __getitems__(self, keys: Sequence[int | Key]) -> RawBatch:
-        epoch, index = _as_keys(keys)
-        rows = self.rows[index]
-        images = torch.empty(len(rows), 3, self.size, self.size, dtype=torch.uint8)
-        each = zip(images, rows.tolist(), epoch.tolist(), index.tolist(), strict=True)
-        for image, *key in each:
-            image.copy_(self._image(*key))
-        return RawBatch(images, self.targets[rows], index, torch.full_like(index, -1))
-
-    def __getitem__(self, key: int | Key) -> RawBatch:
-        return self.__getitems__([key])
