@@ -34,6 +34,11 @@ TUNED = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 """glibc keeps freed memory instead of giving it back in every step."""
+ALLOCATOR = {
+    "glibc": "as it comes; `ackd fit` keeps freed memory by itself, the plain loop does not",
+    "tuned": "keeps freed memory on both sides",
+    "inherit": "as the environment says",
+}
 LEAST_PLAIN = 200.0
 """Images per second that the plain KD loop has to reach, on the machine the goals were set on, to stand for peers."""
 
@@ -260,7 +265,8 @@ def main() -> None:
         "--malloc",
         choices=["glibc", "tuned", "inherit"],
         default="glibc",
-        help="C allocator of both sides: its defaults, memory kept between steps, or what the environment says",
+        help="C allocator: glibc's defaults, of which ours keeps freed memory by itself; memory kept on both sides; or "
+        "what the environment says",
     )
     parser.add_argument(
         "--out", type=Path, default=None, help="raw numbers; default: benchmarks/results/speed-TIME.json"
@@ -301,7 +307,7 @@ def main() -> None:
         show(kept)
         if not all(pair["load_known"] for pair in kept):
             print("this system does not tell what other processes do; see that they do nothing")
-    print(f"C allocator of both sides: {options.malloc}; raw numbers: {out}")
+    print(f"C allocator: {ALLOCATOR[options.malloc]}; raw numbers: {out}")
     if len(kept) < options.pairs:
         sys.exit(f"only {len(kept)} of {options.pairs} pairs were undisturbed; repeat on an idle machine")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ackd_lightning._version import __version__
-from ackd_lightning.errors import ACKDError, RunFinishedError, RunStoppedError, near_matches
+from ackd_lightning.errors import ACKDError, RunFinishedError, RunsFailedError, RunStoppedError, near_matches
 
 _LIGHTNING = {
     "fit": "train a student or a teacher: ackd fit --config cifar100_resnet110_resnet20.yaml",
@@ -196,6 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ACKDError):
             print(f"ackd: {error}", file=sys.stderr)
             return 2
+        if isinstance(error, RunsFailedError):
+            print(f"ackd: {error}", file=sys.stderr)
+            return 1
         first = (str(error).splitlines() or [""])[0]
         print(f"ackd: {type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)", file=sys.stderr)
         return 1

@@ -18,6 +18,10 @@ class NonFiniteError(RuntimeError):
     """The loss or the weights of a run are no longer finite numbers; the last finite checkpoint is kept."""
 
 
+class RunsFailedError(RuntimeError):
+    """Some runs of a table failed; the others went on, and the table is written all the same."""
+
+
 class RunFinishedError(ACKDError):
     """The run that was to go on has ended already: nothing to do, and no failure."""
 

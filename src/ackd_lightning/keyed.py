@@ -50,9 +50,12 @@ def seed_device(seed: int, device: torch.device) -> None:
         seed: from `mix`.
         device: of the networks.
     """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
     torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def keyed_bits(*keys: int | Tensor) -> Tensor:

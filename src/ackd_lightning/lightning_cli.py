@@ -271,8 +271,7 @@ class ACKDCLI(LightningCLI):
             trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise ACKDError(refused_by_trainer(error, inspect.signature(L.Trainer).parameters)) from error
-        if fit and isinstance(trainer.accelerator, CPUAccelerator):
-            keep_freed_memory()
+        self.keeps_memory = fit and isinstance(trainer.accelerator, CPUAccelerator) and keep_freed_memory()
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

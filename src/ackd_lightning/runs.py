@@ -49,6 +49,10 @@ class PlannedRun(ACKDCLI):
         config = self.parser.instantiate_classes(self.config)
         self.datamodule, self.model = self._get(config, "data"), self._get(config, "model")
 
+    def forget_networks(self) -> None:
+        """Free the memory of the networks; data module and settings stay."""
+        del self.model
+
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run."""
 

@@ -138,36 +138,6 @@ def test_default_weights_are_the_benchmark_s_and_all_are_arguments():
 # ---------------------------------------------------------------- negatives
 
 
-@pytest.mark.parametrize(
-    "targets",
-    [TARGETS, torch.tensor([0] * 30 + [1] + [3] * 2), torch.tensor([2, 0, 0, 0, 5, 0])],
-    ids=["even", "singleton and empty class", "mixed order"],
-)
-def test_negatives_are_all_other_classes_evenly(targets):
-    method = method_for(targets, negatives=20000)
-    everyone = torch.arange(len(targets))
-    negatives = method.sampler(everyone, targets, method.steps)
-    for image, row in enumerate(negatives):
-        others = (targets != targets[image]).nonzero()[:, 0]
-        counts = torch.bincount(row, minlength=len(targets))
-        assert counts[targets == targets[image]].sum() == 0
-        expected = 20000 / len(others)
-        chi_square = ((counts[others] - expected) ** 2 / expected).sum().item()
-        freedom = len(others) - 1
-        assert chi_square < freedom + 5 * math.sqrt(2 * freedom) + 12
-
-
-def test_negatives_depend_on_step_image_and_position_alone():
-    method = method_for(negatives=50)
-    index = torch.tensor([3, 17, 5, 30])
-    drawn = method.sampler(index, TARGETS[index], method.steps)
-    assert torch.equal(drawn, method.sampler(index, TARGETS[index], method.steps))
-    assert torch.equal(drawn[2:], method.sampler(index[2:], TARGETS[index[2:]], method.steps))
-    assert len({tuple(row) for row in drawn.tolist()}) == 4
-    method.steps += 1
-    assert (drawn != method.sampler(index, TARGETS[index], method.steps)).float().mean() > 0.8
-
-
 def test_a_training_set_as_large_as_cifar_100():
     targets = torch.arange(50000) % 100
     method = CRD(negatives=16384)
@@ -294,6 +264,30 @@ def test_the_gradient_is_that_of_the_equation_whatever_happens_to_the_memory(mon
     other.zero_()
     torch.testing.assert_close(loss, slow)
     torch.testing.assert_close(torch.autograd.grad(3 * loss, embeddings), expected)
+
+
+def test_without_a_gradient_the_value_is_the_same_and_nothing_is_kept():
+    memory, samples = unit(torch.randn(40, 8)), torch.randint(0, 40, (IMAGES, 17))
+    embeddings = [unit(torch.randn(IMAGES, 8)).requires_grad_() for _ in range(2)]
+    options = {"temperature": 0.2, "student_normaliser": 30.0, "teacher_normaliser": 40.0}
+    value = crd_loss(*embeddings, memory, memory, samples, **options).item()
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without:
+            loss = crd_loss(*embeddings, memory, memory, samples, **options)
+        assert loss.item() == value
+        assert not loss.requires_grad
+
+
+def test_a_small_gradient_of_half_precision_survives_until_it_is_scaled():
+    memory, samples = unit(torch.randn(40, 8)), torch.randint(0, 40, (IMAGES, 3))
+    embedding = unit(torch.randn(IMAGES, 8)).half().requires_grad_()
+    options = {"temperature": 1e4, "student_normaliser": 30.0, "teacher_normaliser": 40.0}
+    loss = crd_loss(embedding, unit(torch.randn(IMAGES, 8)), memory, memory, samples, **options)
+    (scaled,) = torch.autograd.grad(2.0**16 * loss, embedding, retain_graph=True)
+    (plain,) = torch.autograd.grad(loss, embedding)
+    assert plain.abs().max() < 1e-4
+    assert (scaled != 0).all()
+    assert scaled.dtype is torch.float16
 
 
 def test_lengths_of_embeddings_do_not_matter_to_the_contrast():

@@ -21,6 +21,7 @@ def make_job(folder: Path, *arguments: str, needs: tuple[Job, ...] = (), **field
         folder=folder,
         needs=tuple(each.folder for each in needs),
         planned=None,
+        networks=None,
         **given,
     )
 

@@ -170,6 +170,7 @@ def test_one_run_fails_and_another_goes_on_to_its_end(again, capfd):
     assert failed.removeprefix("failed: ") in shown.err
     assert "the same command repeats them" in shown.err
     assert "Traceback" not in shown.err + shown.out
+    assert "Error:" not in shown.err  # a sentence, not a crash
     table = rows(again)
     assert table["takd"]["ours, last"] == "failed"
     assert (table["student alone"]["n"], table["teacher"]["n"]) == ("1", "1")
@@ -203,9 +204,9 @@ class TestDryRun:
         ]
         assert all((line[1], line[2]) == ("to do", "2") for line in listed)
         assert all(line[3].endswith(" s") and int(line[4]) > 0 for line in listed)
-        assert [line[5] for line in listed] == ["seed0", "assistant-resnet14-seed0", "takd-seed0", "ce-seed0"]
+        assert [line[5] for line in listed] == [run.removeprefix("out/runs/") for run in RUNS]
         assert "4 runs to do, one after the other about " in shown
-        assert " GB of checkpoints" in shown
+        assert " MB of checkpoints" in shown
         assert list(here.iterdir()) == []
 
     def test_of_what_is_there(self, again, capfd):
@@ -224,9 +225,14 @@ class TestDryRun:
         for line in capfd.readouterr().out.splitlines():
             if line.startswith(("│ teacher", "│ assistant")):
                 *_, size, name, _ = (cell.strip() for cell in line.split("│"))
-                (folder,) = (again / "out/runs").glob(f"*/{name}")
-                real = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-                assert int(size) == pytest.approx(real, rel=0.25)
+                real = sum(path.stat().st_size for path in (again / "out/runs" / name).rglob("*") if path.is_file())
+                assert int(size) == pytest.approx(real / 1e6, rel=0.25)
+
+    def test_memories_of_the_training_images_are_counted(self, here, capfd):
+        assert main([*COMMAND, "--methods", "kd,crd", "--dry-run"]) == 0
+        lines = [line.split("│") for line in capfd.readouterr().out.splitlines() if line.startswith("│")]
+        size = {line[1].split(":")[1].split(",")[0].strip(): int(line[5]) for line in lines if ":" in line[1]}
+        assert size["crd"] - size["kd"] >= 1257 * 1024 / 1e6 - 1  # images of the digits, two rows of 128 numbers each
 
     def test_of_all_tables(self, here, monkeypatch, capfd):
         pairs = {PAIR: {"config": PAIR}}
@@ -236,7 +242,7 @@ class TestDryRun:
         assert main(["reproduce", "all", "--seeds", "3,7", *SHORT, "--dry-run"]) == 0
         shown = capfd.readouterr().out
         assert "table8, table9: 7 runs" in shown  # the teacher, and three methods with two seeds
-        names = [line.split("│")[6].strip() for line in shown.splitlines() if line.startswith("│")]
+        names = [line.split("│")[6].strip().split("/")[1] for line in shown.splitlines() if line.startswith("│")]
         assert names == ["seed0", "ce-seed3", "ce-seed7", "kd-seed3", "kd-seed7", "dkd-seed3", "dkd-seed7"]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import digest, save_weights
@@ -51,6 +52,21 @@ def second(tmp_path_factory):
         return plan(read_table("table2"), methods=methods, pairs=["resnet110_resnet20"], seeds=(0, 1))[1]
     finally:
         os.chdir(before)
+
+
+def test_networks_are_not_kept_and_what_estimates_need_of_them_is():
+    _, jobs = plan(read_table("table2", "smoke"), methods=["ce", "crd", "pskd", "kd"], overrides=SHORT)
+    known = {job.row: job.networks for job in jobs}
+    for job in jobs:
+        assert not any(isinstance(each, nn.Module) for each in vars(job.planned).values())
+    assert (known["kd"].student, known["kd"].teacher) == ("resnet8 ()", "resnet20")
+    assert (known["ce"].teacher, known["kd"].input_size, known["kd"].num_classes) == (None, 32, 10)
+    plain = sum(each.numel() for each in create_model("resnet8", 10).parameters())
+    assert (known["kd"].trained, known["kd"].kept) == (plain, plain)
+    assert known["crd"].trained == plain + 2 * (64 * 128 + 128)
+    assert known["crd"].bytes_per_image == 2 * 128 * 4  # two memories
+    assert known["pskd"].bytes_per_image >= 10 * 2  # a distribution over the classes
+    assert known["kd"].bytes_per_image == 0
 
 
 class TestTable2:
@@ -98,7 +114,8 @@ class TestTable2:
             assert job.planned.folder.parent == job.folder.parent
 
     def test_methods(self, second):
-        names = [type(job.planned.model.method).__name__ for job in second]
+        chosen = [job.planned.settings()["model"]["init_args"]["method"]["class_path"] for job in second]
+        names = [path.rpartition(".")[2] for path in chosen]
         assert names == ["CE", "CE", "KD", "CE", "CE", *["KD"] * 6, "ACKD", "ACKD"]
 
     def test_hash_tells_experiments_and_not_seeds(self, second):

@@ -150,6 +150,14 @@ class TestTeacher:
         expected = shown or ["80.00", "not run", "-", "0", "-"]
         assert cells(content_of(table_of(tmp_path), weights=weights))["acc", "teacher"] == expected
 
+    def test_that_was_given_and_measured_by_a_run_that_it_taught(self, tmp_path):
+        weights = save_weights({"w": torch.zeros(1)}, tmp_path / "t.safetensors", {"val_acc": "0.9"})
+        runs = [record(finished(tmp_path, name, row=name, curve=[0.5])) for name in ("eskd", "kd")]
+        runs[0]["teacher_acc"], runs[1]["teacher_acc"] = 0.6, 0.77  # eskd learns from another teacher
+        table = table_of(tmp_path, rows={"eskd": {}, "kd": {}})
+        assert cells(content_of(table, runs, weights=weights))["acc", "teacher"][1] == "77.00"
+        assert cells(content_of(table, runs[:1], weights=weights))["acc", "teacher"][1] == "not run"
+
     def test_that_was_given_in_a_file_without_metadata(self, tmp_path):
         weights = tmp_path / "t.pth"
         weights.write_bytes(b"never read")
@@ -157,6 +165,11 @@ class TestTeacher:
 
 
 class TestNote:
+    def test_says_which_teachers_were_not_trained_here(self, tmp_path):
+        assert "not trained here" not in note(table_of(tmp_path), [])
+        text = note(table_of(tmp_path), [], given=[Path("weights/t.safetensors")])
+        assert "Teachers that were given, not trained here: weights/t.safetensors." in text
+
     def test_names_what_a_number_depends_on(self, tmp_path):
         runs = [
             record(finished(tmp_path, "a", last=0.5, best=0.6)),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from ackd_lightning import create_model, save_weights
 from ackd_lightning.cli import main
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.training import cache
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
 EPOCHS = 3
@@ -128,6 +129,12 @@ def test_a_cache_of_something_else_is_refused_before_anything_is_written(more, w
     assert fit("never", "--model.teacher_cache", "kept", *more) == 2
     assert words in capsys.readouterr().err
     assert not list(Path("runs").glob("*/never"))
+
+
+def test_a_cache_of_views_that_are_drawn_otherwise_now_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(cache, "_VIEWS", cache._VIEWS + 1)
+    assert fit("never", "--model.teacher_cache", "kept") == 2
+    assert f"views '{cache._VIEWS - 1}' and this run has '{cache._VIEWS}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,9 @@ class Crossings(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name in CROSSING or (name == "as_tensor" and not isinstance(args[0], torch.Tensor)):
+        moved = name == "to" and any(isinstance(each, (str, torch.device)) for each in (*args[1:], *kwargs.values()))
+        made = name == "as_tensor" and not isinstance(args[0], torch.Tensor)
+        if name in CROSSING or moved or made:
             self.reads.note(name)
         # With a known number of classes torch looks at the labels on a CPU alone; a GPU checks while it computes.
         checked = name == "one_hot" and {*args[1:], *kwargs.values()} - {-1}

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -13,7 +14,8 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
-from ackd_lightning import ACKD, KD, DistillationModule
+from ackd_lightning import ACKD, KD, DistillationModule, lightning_cli
+from ackd_lightning.cli import main
 from ackd_lightning.runs import plan
 from ackd_lightning.training import fast
 from ackd_lightning.training.fast import fast_settings, has_bfloat16
@@ -163,10 +165,28 @@ def test_no_page_of_freed_memory_is_fetched_again():
     assert kept < 0.05 * usual
 
 
+@pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
+@pytest.mark.parametrize(("command", "times"), [("fit", 1), ("validate", 0)])
+def test_a_fit_on_a_cpu_keeps_freed_memory(monkeypatch, tmp_path, command, times):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(lightning_cli, "keep_freed_memory", lambda: asked.append(1) or True)
+    words = ["--config", "digits_resnet8.yaml", "--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
+    main([command, *words, *(["--ckpt_path", "none.ckpt"] if command == "validate" else [])])
+    assert len(asked) == times
+
+
 @pytest.mark.parametrize("own", [("MALLOC_TOP_PAD_", "0"), ("GLIBC_TUNABLES", "glibc.malloc.top_pad=0")])
 def test_the_allocator_settings_of_the_environment_stay(monkeypatch, own):
     monkeypatch.setenv(*own)
     assert not fast.keep_freed_memory()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the C library glibc, on Linux")
+def test_other_settings_of_the_allocator_are_no_reason(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    monkeypatch.setattr(fast.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *_: 1))
+    assert fast.keep_freed_memory()
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 
+import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from ackd_lightning import DistillationModule
+from ackd_lightning import ACKD, DistillationModule
+from ackd_lightning.training.callbacks import EpochLine
 from ackd_lightning.training.means import TermMeans
-from training.helpers import CLASSES, SIZE, Blobs, TinyNet, module, trainer
+from training.helpers import CLASSES, SIZE, Blobs, TinyNet, largest_difference, module, state, trainer
 
 
 def scalars(**values):
@@ -60,17 +63,15 @@ class Counting(DistillationModule):
 
     def on_train_start(self):
         super().on_train_start()
-        self.losses, self.calls = [], 0
+        self.losses, self.asked = [], collections.Counter()
 
     def log_terms(self, loss, terms, batch):
         self.losses.append((self.current_epoch, float(loss.detach()), len(batch.target)))
-        before = self.calls
         super().log_terms(loss, terms, batch)
-        self.in_steps = getattr(self, "in_steps", 0) + self.calls - before
 
-    def log(self, *arguments, **options):
-        self.calls += 1
-        super().log(*arguments, **options)
+    def log(self, name, *arguments, **options):
+        self.asked[name] += name.startswith("train/")
+        super().log(name, *arguments, **options)
 
 
 @pytest.mark.parametrize(("every", "expected"), [(3, 2), (1, 8)])
@@ -79,7 +80,7 @@ def test_lightning_is_asked_in_the_steps_that_are_written_and_at_the_epoch_s_end
     logger = CSVLogger(tmp_path)
     fitting = trainer(logger=logger, log_every_n_steps=every, max_epochs=2, limit_train_batches=4)
     fitting.fit(net, datamodule=Blobs())
-    assert net.in_steps == expected
+    assert +net.asked == {"train/loss_step": expected, "train/loss": 2, "train/ce": 2}
     with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     steps = [row["train/loss_step"] for row in rows if row.get("train/loss_step")]
@@ -99,6 +100,65 @@ def test_players_values_are_means_of_the_epoch_too(tmp_path):
     assert 0 <= float(last["disc/acc"]) <= 1
     assert float(last["disc/loss"]) > 0
     assert float(last["train/ce_aux"]) > 0
+
+
+def test_nothing_to_count_is_no_count():
+    means = TermMeans()
+    means.add({}, 4)
+    assert means.compute() == {}
+    means.add({"loss": torch.tensor([3.0])}, 4)  # a number in whatever shape
+    assert means.compute()["loss"].shape == ()
+
+
+class Quiet(ACKD):
+    """A player that logs nothing."""
+
+    def player_loss(self, *arguments):
+        return super().player_loss(*arguments)[0], {}
+
+
+def test_a_player_that_logs_nothing_stops_nobody():
+    net, other = module(Quiet()), module(ACKD())
+    for each in (net, other):
+        trainer(max_epochs=1).fit(each, datamodule=Blobs())
+    assert largest_difference(state(net), state(other)) == 0
+
+
+class Reader(L.Callback):
+    """What a callback finds at an epoch's end."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.found.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def test_callbacks_find_the_mean_of_the_epoch_that_has_just_ended():
+    net, reader = Counting(TinyNet(), CLASSES, input_size=SIZE), Reader()
+    trainer(max_epochs=3, limit_train_batches=4, callbacks=[reader]).fit(net, datamodule=Blobs())
+    for epoch, found in enumerate(reader.found):
+        losses = [value for number, value, _ in net.losses if number == epoch]
+        assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert len(set(reader.found)) == 3
+
+
+def test_an_epoch_that_is_cut_short_has_its_own_mean(capsys):
+    net = Counting(TinyNet(), CLASSES, input_size=SIZE)
+    fitting = trainer(max_epochs=3, max_steps=6, limit_train_batches=4, callbacks=[EpochLine()])
+    fitting.fit(net, datamodule=Blobs())
+    last = [value for number, value, _ in net.losses if number == 1]
+    assert len(last) == 2
+    expected = sum(last) / 2
+    assert float(fitting.callback_metrics["train/loss"]) == pytest.approx(expected, rel=1e-5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 2")]
+    assert f"loss {expected:.3f}" in lines[0]
+
+
+def test_steps_are_not_logged_when_lightning_is_told_so():
+    net = Counting(TinyNet(), CLASSES, input_size=SIZE)
+    trainer(max_epochs=1, log_every_n_steps=0).fit(net, datamodule=Blobs())
+    assert +net.asked == {"train/loss": 1, "train/ce": 1}
 
 
 def test_an_interrupted_epoch_leaves_nothing_to_the_next_fit():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ackd_lightning.bench.machine import watched
@@ -88,7 +89,7 @@ def _table(report: Mapping[str, Any]) -> Table:
     where = first["machine"]["gpu"] if first["device"].startswith("cuda") else first["machine"]["cpu"]
     table = Table(
         caption=f"{report['config']}, batch {first['batch_size']}, {first['precision']}, {where}, "
-        f"{first['machine']['threads']} threads; median [least, largest] of runs of {first['steps']} steps"
+        f"{first['machine']['threads']} threads; {escape('median [least, largest]')} of runs of {first['steps']} steps"
     )
     table.add_column("")
     methods: Mapping[str, Any] = report["methods"]

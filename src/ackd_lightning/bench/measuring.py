@@ -330,6 +330,7 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
         "memory_bytes": memory,
         "memory_before_bytes": memory_before,
         "compiled_graphs": graphs,
+        "freed_memory_kept": run.keeps_memory,
         "teacher_from_cache": from_cache,
         "multiply_adds": counts,
         "operations_per_image": operations,

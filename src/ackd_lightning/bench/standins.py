@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ackd_lightning.data.base import ImageDataModule, Part
+from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.download import DownloadedDataModule
 from ackd_lightning.data.images import Pixels
+from ackd_lightning.data.sampling import Part
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model

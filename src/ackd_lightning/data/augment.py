@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ackd_lightning.data.sampling import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP
+from ackd_lightning.data.sampling import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP, Part
 from ackd_lightning.keyed import keyed_bits, keyed_integers
-
-Part = Literal["train", "val", "test"]
 
 
 class RawBatch(NamedTuple):
@@ -95,4 +93,4 @@ def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     """Turn uint8 pixels into ``(pixel / 255 - mean) / std`` per channel (float32, same shape)."""
     scale = torch.tensor([1.0 / (255.0 * s) for s in std], device=image.device)
     offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=image.device)
-    return image.to(torch.float32).mul_(scale[:, None, None]).sub_(offset[:, None, None])
+    return image.to(torch.float32, copy=True).mul_(scale[:, None, None]).sub_(offset[:, None, None])

@@ -14,7 +14,6 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 
 from ackd_lightning.data.augment import Keys, RawBatch, crop_flip, normalise
-from ackd_lightning.data.augment import Part as Part  # data sets take it from here
 from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
 from ackd_lightning.data.images import (
     Files,
@@ -26,7 +25,15 @@ from ackd_lightning.data.images import (
     fingerprint,
     require_same_classes,
 )
-from ackd_lightning.data.sampling import EpochSampler, ImageLoader, ResumableLoader, as_is, stratified_split, subset
+from ackd_lightning.data.sampling import (
+    EpochSampler,
+    ImageLoader,
+    Part,
+    ResumableLoader,
+    as_is,
+    stratified_split,
+    subset,
+)
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.types import Batch
 

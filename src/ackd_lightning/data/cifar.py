@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ackd_lightning.data.base import Part
 from ackd_lightning.data.download import Archive, DownloadedDataModule
 from ackd_lightning.data.images import Pixels, cached, fingerprint
+from ackd_lightning.data.sampling import Part
 from ackd_lightning.errors import ACKDError
 
 _MEMBERS = ("train", "test", "meta")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ackd_lightning.data.base import BATCH_SIZE, EVAL_BATCH_SIZE, ROOT, Part
+from ackd_lightning.data.base import BATCH_SIZE, EVAL_BATCH_SIZE, ROOT
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
 from ackd_lightning.data.images import Pixels, scan_class_folders
+from ackd_lightning.data.sampling import Part
 from ackd_lightning.errors import ACKDError
 
 _FOLDERS: dict[Part, str] = {"train": "train", "val": "valid", "test": "test"}

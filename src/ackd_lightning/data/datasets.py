@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from ackd_lightning.data.augment import Keys, Part, RawBatch
+from ackd_lightning.data.augment import Keys, RawBatch
 from ackd_lightning.data.images import read_image
-from ackd_lightning.data.sampling import STREAM_TRANSFORM
+from ackd_lightning.data.sampling import STREAM_TRANSFORM, Part
 from ackd_lightning.keyed import mix
 
 _CROP_AREA = (0.08, 1.0)

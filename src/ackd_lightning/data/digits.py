@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from ackd_lightning.data.base import BATCH_SIZE, EVAL_BATCH_SIZE, VAL_FRACTION, ImageDataModule, Part
+from ackd_lightning.data.base import BATCH_SIZE, EVAL_BATCH_SIZE, VAL_FRACTION, ImageDataModule
 from ackd_lightning.data.images import Pixels
-from ackd_lightning.data.sampling import stratified_split
+from ackd_lightning.data.sampling import Part, stratified_split
 
 _TEST_SHARE = 0.3
 _TEST_SPLIT_SEED = 1  # not the one of the validation split, which is taken out of what remains

@@ -13,11 +13,10 @@ from ackd_lightning.data.base import (
     IMAGENET_STD,
     VAL_FRACTION,
     ImageDataModule,
-    Part,
     Source,
 )
 from ackd_lightning.data.images import Files, class_folders, require_same_classes, scan_class_folders
-from ackd_lightning.data.sampling import stratified_split
+from ackd_lightning.data.sampling import Part, stratified_split
 from ackd_lightning.errors import ACKDError
 
 _TEST_NAMES = ("test", "val", "valid", "validation")

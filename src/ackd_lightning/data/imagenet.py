@@ -11,9 +11,9 @@ from ackd_lightning.data.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageDataModule,
-    Part,
 )
 from ackd_lightning.data.images import Files, class_folders, image_files, scan_class_folders
+from ackd_lightning.data.sampling import Part
 from ackd_lightning.errors import ACKDError
 
 _LAYOUT = (

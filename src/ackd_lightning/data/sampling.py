@@ -6,7 +6,7 @@ Nothing here keeps random state: every number is keyed by (seed, epoch, index, s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.keyed import keyed_bits, mix
+
+Part = Literal["train", "val", "test"]
 
 # Streams keep apart the numbers that one sample needs.
 STREAM_SPLIT = 101

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ackd_lightning.data.base import IMAGENET_MEAN, IMAGENET_STD, Part
+from ackd_lightning.data.base import IMAGENET_MEAN, IMAGENET_STD
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
 from ackd_lightning.data.images import Files, Pixels, class_folders, image_files, scan_class_folders
+from ackd_lightning.data.sampling import Part
 from ackd_lightning.errors import ACKDError
 
 _ANNOTATIONS = "val_annotations.txt"

@@ -7,7 +7,8 @@ The student learns where the teacher's features are strong, whatever channels th
 
 As in the benchmark the squared difference is a mean over images and positions, hence the large weight. The benchmark
 leaves out stages of the longer network; here every stage has a partner. The last feature is the one that pooling sees:
-for WRN after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution, where the benchmark reads before them.
+for WRN after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution, where the benchmark reads before them:
+one rule, what pooling sees, serves networks that the benchmark does not have.
 """
 
 from __future__ import annotations

@@ -269,9 +269,10 @@ class AdversarialMethod(Method):
     def player_loss(
         self, player: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Loss of a player and numbers to log; None when the player sits this step out (in all processes).
+        """Loss of a player and numbers to log by name; None when the player sits this step out (in all processes).
 
-        Gradients may reach that player's parameters only.
+        Gradients may reach that player's parameters only. The numbers are tensors on the batch's device; there may be
+        none.
 
         Args:
             player: its name.

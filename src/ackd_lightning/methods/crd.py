@@ -90,8 +90,17 @@ def nce_loss(scores: Tensor, *, normaliser: Tensor | float, rows: int) -> Tensor
     return -(F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(dim=1)).mean()
 
 
+def _contrast(
+    embedding: Tensor, memory: Tensor, samples: Tensor, temperature: float, normaliser: Tensor | float
+) -> Tensor:
+    """One direction of the loss."""
+    with torch.autocast(embedding.device.type, enabled=False):
+        scores = contrast_scores(embedding, memory, samples, temperature=temperature)
+        return nce_loss(scores, normaliser=normaliser, rows=memory.shape[0])
+
+
 class _Contrast(torch.autograd.Function):
-    """One direction of the loss. Its gradient is computed at once, while the memory is as it was.
+    """One direction of the loss, whose gradient is computed at once, while the memory is as it was.
 
     So nothing of the size of the memory or of the samples is kept for the backward pass, and the memory's rows may
     move before it.
@@ -106,19 +115,18 @@ class _Contrast(torch.autograd.Function):
         temperature: float,
         normaliser: Tensor | float,
     ) -> Tensor:
-        with torch.enable_grad(), torch.autocast(embedding.device.type, enabled=False):
+        with torch.enable_grad():
             own = embedding.detach().float().requires_grad_()
-            scores = contrast_scores(own, memory, samples, temperature=temperature)
-            loss = nce_loss(scores, normaliser=normaliser, rows=memory.shape[0])
-            (gradient,) = torch.autograd.grad(loss, own)
-        ctx.save_for_backward(gradient.to(embedding.dtype))
+            loss = _contrast(own, memory, samples, temperature, normaliser)
+            ctx.save_for_backward(*torch.autograd.grad(loss, own))
+        ctx.dtype = embedding.dtype
         return loss.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (own,) = ctx.saved_tensors
-        return gradient * own, None, None, None, None
+        return (gradient * own).to(ctx.dtype), None, None, None, None
 
 
 def crd_loss(
@@ -150,8 +158,10 @@ def crd_loss(
     Returns:
         Scalar float32 in nats, averaged over the batch.
     """
-    ours: Tensor = _Contrast.apply(student_embedding, teacher_memory, samples, temperature, student_normaliser)
-    theirs: Tensor = _Contrast.apply(teacher_embedding, student_memory, samples, temperature, teacher_normaliser)
+    learns = torch.is_grad_enabled() and (student_embedding.requires_grad or teacher_embedding.requires_grad)
+    contrast = _Contrast.apply if learns else _contrast
+    ours: Tensor = contrast(student_embedding, teacher_memory, samples, temperature, student_normaliser)
+    theirs: Tensor = contrast(teacher_embedding, student_memory, samples, temperature, teacher_normaliser)
     return ours + theirs
 
 
@@ -208,7 +218,10 @@ class CRD(Method):
     """
 
     needs_targets = True
-    equal_buffers = ("memory_student", "memory_teacher")
+    equal_buffers = (
+        *("memory_student", "memory_teacher"),
+        *(f"sampler.{name}" for name in NegativeSampler.TABLES),
+    )
     worth_compiling = ("sampler",)
 
     def __init__(

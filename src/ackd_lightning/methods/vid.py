@@ -12,7 +12,8 @@ The constant of the Gaussian is left out, so the term can be negative. As in the
 convolutions with ReLU between them and as many channels as the teacher, the term is a mean over images, channels and
 positions, and the weight decay of the optimizer holds for everything that is learnt here. The benchmark leaves out
 stages of the longer network; here every stage has a partner. The last feature is the one that pooling sees: for WRN
-after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution, where the benchmark reads before them.
+after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution, where the benchmark reads before them:
+one rule, what pooling sees, serves networks that the benchmark does not have.
 """
 
 from __future__ import annotations

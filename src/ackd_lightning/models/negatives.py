@@ -21,6 +21,8 @@ class NegativeSampler(nn.Module):
         stream: keeps the draws apart from others with equal keys.
     """
 
+    TABLES = ("targets", "by_class", "class_start", "class_count")
+    """Buffers, equal in all processes and in no checkpoint."""
     targets: Tensor
     by_class: Tensor
     class_start: Tensor
@@ -29,7 +31,7 @@ class NegativeSampler(nn.Module):
     def __init__(self, count: int, *, stream: int) -> None:
         super().__init__()
         self.count, self.stream, self.seed = count, stream, 0
-        for name in ("by_class", "class_start", "class_count", "targets"):
+        for name in self.TABLES:
             self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
 
     def set_targets(self, targets: Tensor, seed: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, RunsFailedError
 from ackd_lightning.reproduce.estimate import Stopwatch, megabytes
 from ackd_lightning.reproduce.planning import Job, Planner, check_unchanged, needs_teacher, unchanged
 from ackd_lightning.reproduce.proxies import proxy_lines
@@ -33,10 +33,6 @@ from ackd_lightning.reproduce.running import Runner
 from ackd_lightning.reproduce.tables import Pair, Row, TableSpec, choose, read_table, table_names
 
 _MOST_SEEDS = 1000
-
-
-class RunsFailedError(RuntimeError):
-    """Some runs failed; the table is written all the same."""
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
@@ -107,14 +103,19 @@ def _print_plan(title: str, jobs: Sequence[Job]) -> None:
             unknown += seconds is None
             total, size = total + (seconds or 0.0), size + megabytes(job)
         about = "data missing" if seconds is None else _duration(seconds)
-        table.add_row(job.title, job.state(), str(job.epochs), about, f"{megabytes(job):.0f}", str(job.folder.name))
+        place = "/".join(job.folder.parts[-2:])
+        table.add_row(job.title, job.state(), str(job.epochs), about, f"{megabytes(job):.0f}", place)
     Console(width=None if Console().is_terminal else 140).print(table)
     left = sum(not job.finished for job in jobs)
     more = f", {unknown} of unknown length (their data are not there)" if unknown else ""
     print(
-        f"{left} runs to do, one after the other about {_duration(total)} on {watch.device.type}{more}, "
-        f"{size / 1000:.2f} GB of checkpoints; data sets and the methods' own arithmetic are not counted"
+        f"{left} runs to do, one after the other about {_duration(total)} on {watch.device.type} as busy as it is now"
+        f"{more}, {_size(size)} of checkpoints; data sets and the methods' own arithmetic are not counted"
     )
+
+
+def _size(megabytes: float) -> str:
+    return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1000:.2f} GB"
 
 
 def _duration(seconds: float) -> str:
@@ -258,7 +259,8 @@ def _report(
     folder.mkdir(parents=True, exist_ok=True)
     records = [record(job) for job in jobs if job.finished]
     write_records(records, planner.out / "results.json")
-    text = note(table, records)
+    given = [planner.given_weights(pair) for pair in pairs]
+    text = note(table, records, given=[path for path in given if path is not None])
     if table.proxies:
         content: list[Line] = proxy_lines(table, pairs, rows, [job for job in jobs if job.finished], planner)
     else:

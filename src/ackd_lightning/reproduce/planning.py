@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ackd_lightning.configs import experiment_settings, find_config, load_configs
@@ -19,9 +20,63 @@ from ackd_lightning.reports import read_summary
 from ackd_lightning.reproduce.tables import Pair, Row, TableSpec, TeacherKind
 from ackd_lightning.runs import PlannedRun
 from ackd_lightning.runs import plan as plan_fit
+from ackd_lightning.training.distillation import DistillationModule
 
 _TEACHER_SEED = 0
 """One teacher and one assistant serve all seeds of the students."""
+
+
+_SAMPLE = 64
+"""Images with which a method's memory of the training set is measured."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What an estimate has to know of a run's networks, which themselves are not kept: a plan may have hundreds.
+
+    Attributes:
+        student: name, learners included.
+        teacher: name; None for a method without one.
+        input_size: side of the images.
+        num_classes: K.
+        trained: parameters that are trained.
+        kept: parameters of the plain student.
+        bytes_per_image: what the method remembers of every training image.
+    """
+
+    student: str
+    teacher: str | None
+    input_size: int
+    num_classes: int
+    trained: int
+    kept: int
+    bytes_per_image: float
+
+    @classmethod
+    def of(cls, module: DistillationModule) -> Networks:
+        """Read them off a module, whose method gets a small memory in passing.
+
+        Args:
+            module: as planned.
+        """
+        method, names = module.method, module.hparams
+
+        def size() -> int:
+            return sum(each.nbytes for each in method.state_dict().values())
+
+        trained = sum(each.numel() for each in (*module.student.parameters(), *method.parameters()))
+        before = size()
+        if method.needs_targets:
+            method.set_targets(torch.arange(_SAMPLE) % module.num_classes)
+        return cls(
+            student=f"{names['student']} {module.student.specs}",
+            teacher=str(names["teacher"]) if method.needs_teacher else None,
+            input_size=module.input_size,
+            num_classes=module.num_classes,
+            trained=trained,
+            kept=sum(each.numel() for each in module.student.plain().parameters()),
+            bytes_per_image=(size() - before) / _SAMPLE,
+        )
 
 
 @dataclass(frozen=True)
@@ -38,7 +93,8 @@ class Job:
         folder: of the run.
         needs: folders of the runs whose networks it learns from.
         settings: dotted settings that make the experiment, the seed left out.
-        planned: the run as it was read, for estimates.
+        planned: the run as it was read, without its networks.
+        networks: what is known of them.
         source: the weight file that it learns from; None without a teacher.
     """
 
@@ -52,6 +108,7 @@ class Job:
     needs: tuple[Path, ...]
     settings: dict[str, Any]
     planned: PlannedRun
+    networks: Networks
     source: Path | None = None
 
     @property
@@ -198,14 +255,14 @@ class Planner:
         fixed = [part for config in configs for part in ("--config", config)]
         fixed += ["--runs_dir", str(self.out / "runs"), "--publish", "null"]
         fixed += [*as_arguments({**self.table.settings, **settings}), *self.overrides]
-        planned: PlannedRun | None = None
-        experiment: dict[str, Any] = {}
-        for seed in seeds:
-            own = [*fixed, "--seed_everything", str(seed), "--name", f"{name}-seed{seed}" if name else f"seed{seed}"]
-            if planned is None:
-                planned = plan_fit(own)
-                experiment = {**experiment_settings(planned.settings()), "learns from": learns_from}
-            folder = planned.folder.with_name(own[-1])
+        names = [f"{name}-seed{seed}" if name else f"seed{seed}" for seed in seeds]
+        planned = plan_fit([*fixed, "--seed_everything", str(seeds[0]), "--name", names[0]])
+        networks = Networks.of(planned.model)
+        planned.forget_networks()
+        experiment = {**experiment_settings(planned.settings()), "learns from": learns_from}
+        for seed, run_name in zip(seeds, names, strict=True):
+            own = [*fixed, "--seed_everything", str(seed), "--name", run_name]
+            folder = planned.folder.with_name(run_name)
             there = self.jobs.get(folder)
             if there and (there.settings != experiment or (kind == "student" and there.pair != pair.name)):
                 raise ACKDError(
@@ -225,6 +282,7 @@ class Planner:
                     source=source,
                     settings=experiment,
                     planned=planned,
+                    networks=networks,
                 )
             jobs.append(self.jobs[folder])
         return jobs

@@ -25,13 +25,12 @@ def _test_batches(job: Job, device: torch.device) -> Iterator[Batch]:
     data.prepare_data()
     data.setup()
     for raw in data.test_dataloader():
-        moved = type(raw)(*(part.to(device) for part in raw))
-        yield data.on_after_batch_transfer(moved, 0)
+        yield data.on_after_batch_transfer(data.transfer_batch_to_device(raw, device, 0), 0)
 
 
 def _network(name: str, weights: str, job: Job, options: dict[str, Any] | None) -> FrozenTeacher:
-    module, data = job.planned.model, job.planned.datamodule
-    network = FrozenTeacher.from_name(name, module.num_classes, weights=weights, options=options)
+    data = job.planned.datamodule
+    network = FrozenTeacher.from_name(name, job.networks.num_classes, weights=weights, options=options)
     network.adapt_to(data.mean, data.std, data.input_size)
     return network
 

@@ -208,7 +208,7 @@ def teacher_logits(
     assert module.teacher is not None
     half = precision == "bf16-mixed"
     for raw in loader:
-        moved = type(raw)(*(each.to(device, non_blocking=True) for each in raw))
+        moved = data.transfer_batch_to_device(raw, device, 0)
         batch = module.as_batch(data.on_after_batch_transfer(moved, 0))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
             scores = module.teacher(batch.image).logits

@@ -163,16 +163,16 @@ class EpochLine(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the line."""
-        means = cast("DistillationModule", pl_module).means.compute()  # by every process
+        cut_short = cast("DistillationModule", pl_module).means.compute()  # by every process; not logged yet
         if not trainer.is_global_zero:
             return
-        values = trainer.callback_metrics
+        values = {**trainer.callback_metrics, **cut_short}
         done = trainer.current_epoch - self.first + 1
         elapsed = time.monotonic() - self.started
         total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{total}" if total else "")]
-        if "train/loss" in means:
-            parts.append(f"loss {float(means['train/loss']):.3f}")
+        if "train/loss" in values:
+            parts.append(f"loss {float(values['train/loss']):.3f}")
         for stage in ("val", "test"):
             for learner in ("", "ensemble_"):
                 if f"{stage}/{learner}acc" in values:

@@ -354,7 +354,7 @@ class DistillationModule(SkippingModule):
         return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
 
     def log_terms(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Batch) -> None:
-        """Log the loss and every unweighted term: means over the epoch, the loss of each step besides.
+        """Log the loss and every unweighted term: means over the epoch, besides the loss of steps that loggers write.
 
         Args:
             loss: weighted sum.
@@ -365,19 +365,25 @@ class DistillationModule(SkippingModule):
         self.means.add({"train/loss": loss, **{f"train/{name}": value for name, value in terms.items()}}, size)
         trainer = self.trainer
         shown = trainer.progress_bar_callback is not None  # a bar waits for the number in every step
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
-        if shown or trainer.fast_dev_run or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if shown or trainer.fast_dev_run or trainer._logger_connector.should_update_logs:  # type: ignore[attr-defined]
             self.log("train/loss_step", loss.detach(), prog_bar=shown, batch_size=size)
+        if trainer.is_last_batch:
+            self._log_means()
+
+    def _log_means(self) -> None:
+        """Log the means of an epoch; every process has to call it."""
+        means = dict(self.means.compute())
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        self.means.reset()
 
     def on_train_start(self) -> None:
         """Forget what an earlier fit has left of an epoch."""
         self.means.reset()
 
     def on_train_epoch_end(self) -> None:
-        """Log the means of the epoch."""
+        """Log the means of an epoch that was cut short."""
         super().on_train_epoch_end()
-        self.log_dict(dict(self.means.compute()))
-        self.means.reset()
+        self._log_means()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of the method on one batch; zero for a batch that is skipped."""

@@ -13,6 +13,7 @@ import torch
 
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 2**28}
 """M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: no block of its own from the system, none back, and 256 MB at a time."""
+_OWN = ("mmap_max", "mmap_threshold", "trim_threshold", "top_pad")
 _HALF = ("avx512_bf16", "amx_bf16", "bf16")  # flags of x86 and of Arm
 
 
@@ -58,14 +59,16 @@ def keep_freed_memory() -> bool:
     """Let the C allocator of Linux keep freed memory for the next step instead of giving it back to the system.
 
     All tensors of a training step on the CPU die at its end. By default glibc returns their memory and gets it again,
-    page by page, in the next step; that can take a third of the step. The process stays as large as it was at most.
-    Nothing is changed where the environment has settings of its own (``MALLOC_...``, ``GLIBC_TUNABLES``).
+    page by page, in the next step; that can take a third of the step. From here on the process stays about as large as
+    it was at most. Nothing is changed where the environment sets one of these things itself
+    (``MALLOC_TOP_PAD_`` and its like, ``GLIBC_TUNABLES``).
 
     Returns:
         Whether the allocator took the settings; False with other C libraries.
     """
-    own = any(key.startswith("MALLOC_") for key in os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if own or platform.libc_ver()[0] != "glibc":
+    named = {f"MALLOC_{name.upper()}_" for name in _OWN} & set(os.environ)
+    tuned = any(f"glibc.malloc.{name}" in os.environ.get("GLIBC_TUNABLES", "") for name in _OWN)
+    if named or tuned or platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
     taken = [library.mallopt(option, value) for option, value in _MALLOPT.items()]
