@@ -13,6 +13,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import digest, save_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.reproduce.command import _plan
+from ackd_lightning.reproduce.estimate import megabytes, train_images
 from ackd_lightning.reproduce.planning import Planner, as_arguments, check_unchanged, unchanged
 from ackd_lightning.reproduce.tables import choose, read_table, table_names
 from reproduce.helpers import PAIR, SHORT, make_job, own_table, write_run
@@ -60,13 +61,20 @@ def test_networks_are_not_kept_and_what_estimates_need_of_them_is():
     for job in jobs:
         assert not any(isinstance(each, nn.Module) for each in vars(job.planned).values())
     assert (known["kd"].student, known["kd"].teacher) == ("resnet8 ()", "resnet20")
-    assert (known["ce"].teacher, known["kd"].input_size, known["kd"].num_classes) == (None, 32, 10)
+    assert (known["ce"].teacher, known["kd"].input_size, known["kd"].num_classes) == (None, 16, 10)
     plain = sum(each.numel() for each in create_model("resnet8", 10).parameters())
     assert (known["kd"].trained, known["kd"].kept) == (plain, plain)
     assert known["crd"].trained == plain + 2 * (64 * 128 + 128)
     assert known["crd"].bytes_per_image == 2 * 128 * 4  # two memories
     assert known["pskd"].bytes_per_image >= 10 * 2  # a distribution over the classes
     assert known["kd"].bytes_per_image == 0
+    by_row = {job.row: job for job in jobs}
+    images = train_images(by_row["crd"].planned.datamodule)
+    assert images > 100
+    heads, memories = 8 * 2 * (64 * 128 + 128), images * 1024
+    assert megabytes(by_row["crd"]) - megabytes(by_row["kd"]) == pytest.approx(
+        2 * (heads + memories) / 1e6
+    )  # last and best
 
 
 class TestTable2:

@@ -1,0 +1,97 @@
+"""What was tried for speed and not kept, since it gains nothing that the noise does not hide.
+
+    python benchmarks/not_kept.py
+
+The teacher's forward pass in bfloat16 with the channels last: as it is, with its BatchNorm folded into the
+convolutions, compiled, compiled with frozen weights. One step of SGD over the student: torch's three ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ackd_lightning.bench.machine import cpu_model
+from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training.fast import keep_freed_memory
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """The same function with every BatchNorm behind a convolution inside that convolution."""
+    graph = fx.symbolic_trace(network)
+    for node in list(graph.graph.nodes):
+        if node.op != "call_module" or not isinstance(graph.get_submodule(node.target), nn.BatchNorm2d):
+            continue
+        (before,) = node.args
+        if before.op == "call_module" and isinstance(graph.get_submodule(before.target), nn.Conv2d):
+            fused = fuse_conv_bn_eval(graph.get_submodule(before.target), graph.get_submodule(node.target))
+            parent, _, name = before.target.rpartition(".")
+            setattr(graph.get_submodule(parent), name, fused)
+            node.replace_all_uses_with(before)
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def measured(ways: dict[str, Callable[[], object]], repeats: int) -> None:
+    """Print median, least and largest of every way, which take turns."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(repeats + 3):
+        for name, call in ways.items():
+            begin = time.perf_counter()
+            call()
+            if number >= 3:
+                times[name].append(1e3 * (time.perf_counter() - begin))
+    for name, values in times.items():
+        print(f"  {name:<34} {statistics.median(values):8.2f} ms  [{min(values):.2f}, {max(values):.2f}]")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=64)
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.manual_seed(0)
+    images = torch.randn(options.batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    teacher = create_model("resnet110", 100)
+    with torch.no_grad():
+        for _ in range(20):
+            teacher.train()(images[:16])  # BatchNorm of fresh weights has to see images once
+    plain = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    networks = {"as it is": plain, "BatchNorm folded": folded(copy.deepcopy(plain))}
+    for name, arguments in (("compiled", {}), ("compiled, weights frozen", {"options": {"freezing": True}})):
+        networks[name] = copy.deepcopy(plain)
+        networks[name].compile(dynamic=False, **arguments)
+
+    def forward(network: nn.Module) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return network(images)
+
+    print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {options.batch_size}")
+    print("resnet110, forward, bfloat16")
+    measured({name: lambda each=each: forward(each) for name, each in networks.items()}, options.repeats)
+    exact = plain(images)
+    for name, network in networks.items():
+        error = float((forward(network).float() - exact).norm() / exact.norm())
+        print(f"  {name:<34} {error:8.2%} from float32")
+    print("SGD over resnet20, one step")
+    steps = {}
+    for name in ("foreach", "fused", "for loop"):
+        student = create_model("resnet20", 100)
+        for parameter in student.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        way = {name: True} if name != "for loop" else {"foreach": False}
+        steps[name] = torch.optim.SGD(student.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4, **way).step
+    measured(steps, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
