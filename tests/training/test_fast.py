@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
-from ackd_lightning import ACKD, KD, DistillationModule, lightning_cli
+from ackd_lightning import ACKD, KD, DistillationModule, create_model, lightning_cli
 from ackd_lightning.cli import main
 from ackd_lightning.runs import plan
 from ackd_lightning.training import fast
@@ -71,6 +71,19 @@ def test_student_teacher_and_discriminators_are_compiled_once(compiled):
     assert [id(each) for each in compiled] == [id(net.student), id(net.teacher), id(net.method.discriminators)]
     assert list(net.state_dict()) == keys
     assert largest_difference(state(net), state(other)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(("compile_it", "expected"), [(True, True), (False, False)])
+def test_a_compiled_teacher_is_folded_and_counted_as_it_was(compiled, compile_it, expected):
+    teacher = create_model("resnet8", CLASSES)
+    size = sum(each.numel() for each in teacher.parameters())
+    net = DistillationModule(
+        TinyNet(), CLASSES, method=KD(), teacher=teacher, input_size=SIZE, teacher_gate="off", compile=compile_it
+    )
+    trainer(fast_dev_run=True).fit(net, datamodule=Blobs())
+    assert (net.teacher.folded is not None) == expected
+    assert sum(each.numel() for each in net.teacher.network.parameters()) == size
 
 
 def test_without_discriminators_there_are_none_to_compile(compiled):

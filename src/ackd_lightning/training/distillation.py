@@ -67,8 +67,9 @@ class DistillationModule(SkippingModule):
             ``skip`` leaves the step out and counts it (``train/skipped``).
         channels_last: lay out images and convolutions with the channels last, which most hardware prefers; results
             differ by rounding only.
-        compile: compile student, teachers and discriminators (``torch.nn.Module.compile``) when a fit begins; the first
-            steps take a minute or so, state dicts keep their keys, results differ by rounding only.
+        compile: compile student, teachers and discriminators (``torch.nn.Module.compile``) when a fit begins, BatchNorm
+            of frozen teachers folded into their convolutions; the first steps take a minute or so, state dicts keep
+            their keys, results differ by rounding only.
         seed: of the noise inside the networks (dropout); None: the seed of ``seed_everything``, or
             of ``torch.manual_seed``.
 
@@ -255,6 +256,9 @@ class DistillationModule(SkippingModule):
     def _speed_up(self) -> None:
         """Memory layout and compilation, as the constructor was told."""
         networks: list[nn.Module] = [self.student, self.method, *self.teachers.frozen]
+        if self.compiles and not self.method.takes_teachers:
+            for teacher in self.teachers.frozen:
+                teacher.fold(self.input_size)
         if self.channels_last:
             for network in networks:
                 network.to(memory_format=torch.channels_last)
