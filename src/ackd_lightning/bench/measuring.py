@@ -225,7 +225,7 @@ def _through_trainer(run: BenchRun, *, warmup: int, steps: int) -> tuple[float, 
     Also the graphs that were compiled before the timed steps and in them.
     """
     trainer, module = run.trainer, run.model
-    device, starts, graphs = trainer.strategy.root_device, list[float](), list[int]()
+    device, starts, graphs = trainer.strategy.root_device, list[float](), [_graphs()]
     inner: Callable[[Any, int], None] = module.on_train_batch_start
 
     def at_start(batch: Any, batch_idx: int) -> None:
@@ -245,7 +245,7 @@ def _through_trainer(run: BenchRun, *, warmup: int, steps: int) -> tuple[float, 
             f"the fit ended after {len(starts)} of {warmup + steps + 1} steps; leave out the settings that shorten it"
         )
     seconds = (starts[warmup + steps] - starts[warmup]) / steps
-    return seconds, {"before": graphs[0], "timed": graphs[1] - graphs[0]}
+    return seconds, {"before": graphs[1] - graphs[0], "timed": graphs[2] - graphs[1]}
 
 
 def _middle_epoch(run: BenchRun, *, steps: int) -> int:
@@ -290,10 +290,10 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
         memory_before = torch.cuda.memory_allocated(device) if on_gpu else resident_bytes()
         step_seconds, graphs = _through_trainer(run, warmup=warmup, steps=steps)
         memory = torch.cuda.max_memory_allocated(device) if on_gpu else resident_bytes()
-        loop = BareLoop(run)
+        loop, made = BareLoop(run), _graphs()
         bare_seconds = loop.seconds(steps, warmup=warmup)
         parts = loop.split(steps)
-        graphs["bare_loop"] = _graphs() - sum(graphs.values())
+        graphs["bare_loop"] = _graphs() - made
     module, precision, batch_size = loop.module, str(run.trainer.precision), run.datamodule.batch_size
     size = module.input_size
     counts = {

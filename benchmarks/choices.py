@@ -1,9 +1,10 @@
-"""What was tried for speed and not kept, since it gains nothing that the noise does not hide.
+"""Ways of doing the same thing that were compared for speed.
 
-    python benchmarks/not_kept.py
+    python benchmarks/choices.py
 
 The teacher's forward pass in bfloat16 with the channels last: as it is, with its BatchNorm folded into the
-convolutions, compiled, compiled with frozen weights. One step of SGD over the student: torch's three ways.
+convolutions, compiled, both (what --fast does), and compiled with frozen weights. One step of SGD over the student:
+torch's three ways.
 """
 
 from __future__ import annotations
@@ -15,29 +16,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import nn
 
 from ackd_lightning.bench.machine import cpu_model
+from ackd_lightning.models.folding import folded
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.fast import keep_freed_memory
-
-
-def folded(network: nn.Module) -> nn.Module:
-    """The same function with every BatchNorm behind a convolution inside that convolution."""
-    graph = fx.symbolic_trace(network)
-    for node in list(graph.graph.nodes):
-        if node.op != "call_module" or not isinstance(graph.get_submodule(node.target), nn.BatchNorm2d):
-            continue
-        (before,) = node.args
-        if before.op == "call_module" and isinstance(graph.get_submodule(before.target), nn.Conv2d):
-            fused = fuse_conv_bn_eval(graph.get_submodule(before.target), graph.get_submodule(node.target))
-            parent, _, name = before.target.rpartition(".")
-            setattr(graph.get_submodule(parent), name, fused)
-            node.replace_all_uses_with(before)
-            graph.graph.erase_node(node)
-    graph.recompile()
-    return graph
 
 
 def measured(ways: dict[str, Callable[[], object]], repeats: int) -> None:
@@ -66,9 +50,15 @@ def main() -> None:
         for _ in range(20):
             teacher.train()(images[:16])  # BatchNorm of fresh weights has to see images once
     plain = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    networks = {"as it is": plain, "BatchNorm folded": folded(copy.deepcopy(plain))}
-    for name, arguments in (("compiled", {}), ("compiled, weights frozen", {"options": {"freezing": True}})):
-        networks[name] = copy.deepcopy(plain)
+    inside = folded(plain, lambda network: [network(images[:2])])
+    assert isinstance(inside, nn.Module)
+    networks = {"as it is": plain, "BatchNorm folded": inside}
+    for name, network, arguments in (
+        ("compiled", plain, {}),
+        ("BatchNorm folded, compiled", inside, {}),
+        ("compiled, weights frozen", plain, {"options": {"freezing": True}}),
+    ):
+        networks[name] = copy.deepcopy(network)
         networks[name].compile(dynamic=False, **arguments)
 
     def forward(network: nn.Module) -> torch.Tensor:
