@@ -21,7 +21,7 @@ from torch import nn
 from ackd_lightning.bench.machine import cpu_model
 from ackd_lightning.models.folding import folded
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.training.fast import keep_freed_memory
+from ackd_lightning.training.speed import keep_freed_memory
 
 
 def measured(ways: dict[str, Callable[[], object]], repeats: int) -> None:

@@ -29,7 +29,7 @@ from ackd_lightning.bench.command import spread
 from ackd_lightning.bench.machine import machine, watched
 from ackd_lightning.bench.standins import SyntheticDataModule
 from ackd_lightning.data import CIFAR100DataModule, ImageDataModule, ImageFolderDataModule
-from ackd_lightning.export import write_json
+from ackd_lightning.runs.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY_BATCH, FILE_BATCH = 128, 64

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from ackd_lightning import ACKDModule
-from ackd_lightning.export import read_checkpoint
+from ackd_lightning.runs.files import read_checkpoint
 
 
 def norm(value: torch.Tensor, parameters: list[torch.nn.Parameter]) -> float:

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 
 from ackd_lightning.bench.command import spread
 from ackd_lightning.bench.machine import machine, resident_bytes, watched
-from ackd_lightning.configs import load_configs
-from ackd_lightning.export import write_json
+from ackd_lightning.config.files import load_configs
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.runs.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 TUNED = {

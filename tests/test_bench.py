@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ackd_lightning import runs
 from ackd_lightning.bench import command, machine, standins
 from ackd_lightning.bench.command import spread, summarised
 from ackd_lightning.bench.machine import matrix_peak, matrix_type, resident_bytes, watched
@@ -23,7 +22,8 @@ from ackd_lightning.bench.standins import SyntheticDataModule, fresh_network, us
 from ackd_lightning.cli import main
 from ackd_lightning.data import CIFAR100DataModule, DigitsDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.branchy import BranchyStudent
+from ackd_lightning.launch import execute as runs
+from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training import DistillationModule

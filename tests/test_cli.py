@@ -20,12 +20,12 @@ from PIL import Image
 
 from ackd_lightning import create_model
 from ackd_lightning.cli import main
-from ackd_lightning.configs import config_folder as folder_of_configs
-from ackd_lightning.configs import method_names, packaged_names, read_config
+from ackd_lightning.commands.compare import group_runs
+from ackd_lightning.config.files import config_folder as folder_of_configs
+from ackd_lightning.config.files import method_names, packaged_names, read_config
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.images import Pixels
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
-from ackd_lightning.reports import group_runs
 
 QUICK = [
     "--data.max_per_class",

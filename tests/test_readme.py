@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from ackd_lightning.cli import _parser, main
-from ackd_lightning.configs import config_folder, find_config, load_configs
+from ackd_lightning.config.files import config_folder, find_config, load_configs
 from ackd_lightning.methods.base import from_description
-from ackd_lightning.models.branchy import BranchyStudent
+from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import Batch
 

@@ -18,13 +18,13 @@ import lightning.pytorch as L
 import pytest
 import yaml
 
-from ackd_lightning.classes import check_classes, declared
+from ackd_lightning.callbacks.wandb import SafeWandbLogger, offline
 from ackd_lightning.cli import main
+from ackd_lightning.config.class_paths import check_classes, declared
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.download import extract
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.training.distillation import DistillationModule
-from ackd_lightning.training.loggers import SafeWandbLogger, offline
+from ackd_lightning.training.module import DistillationModule
 
 SOURCE = Path(__file__).parents[1] / "src" / "ackd_lightning"
 QUICK = ["fit", "--config", "digits_resnet20.yaml", "--publish", "null", "--data.max_per_class", "4"]

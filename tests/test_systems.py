@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from ackd_lightning import AdversarialModule, create_model, load_student, load_weights, save_weights
 from ackd_lightning.cli import main
+from ackd_lightning.commands.compare import compare
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import count_parameters
-from ackd_lightning.reports import compare
 
 QUICK = ["--trainer.max_epochs", "2", "--model.milestones", "[1]", "--data.max_per_class", "4", "--data.batch_size"]
 QUICK += ["20", "--trainer.enable_progress_bar", "false", "--model.teacher_gate", "off"]

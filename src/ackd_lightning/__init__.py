@@ -18,12 +18,12 @@ if TYPE_CHECKING:
         TinyImageNetDataModule,
     )
     from ackd_lightning.errors import ACKDError
-    from ackd_lightning.export import load_student
     from ackd_lightning.methods import ACKD, CE, KD, AdversarialMethod, Method
-    from ackd_lightning.models.branchy import BranchyStudent
+    from ackd_lightning.models.student import BranchyStudent
     from ackd_lightning.models.teacher import FrozenTeacher
     from ackd_lightning.models.weights import load_weights, save_weights
     from ackd_lightning.models.zoo import create_model
+    from ackd_lightning.runs.export import load_student
     from ackd_lightning.training import ACKDModule, AdversarialModule, DistillationModule
     from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -38,9 +38,9 @@ _HOMES = {
         "TinyImageNetDataModule",
     ),
     "errors": ("ACKDError",),
-    "export": ("load_student",),
+    "runs.export": ("load_student",),
     "methods": ("ACKD", "CE", "KD", "AdversarialMethod", "Method"),
-    "models.branchy": ("BranchyStudent",),
+    "models.student": ("BranchyStudent",),
     "models.teacher": ("FrozenTeacher",),
     "models.weights": ("load_weights", "save_weights"),
     "models.zoo": ("create_model",),

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _configs(part: str) -> None:
-    from ackd_lightning.configs import describe_config, method_names, packaged_names
+    from ackd_lightning.config.files import describe_config, method_names, packaged_names
 
     print("runs (ackd fit --config NAME):")
     width = max(map(len, packaged_names()))
@@ -115,7 +115,7 @@ def _names(text: str) -> list[str]:
 
 def _run(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] in _LIGHTNING:
-        from ackd_lightning.runs import run
+        from ackd_lightning.launch.execute import run
 
         return run(arguments[0], arguments[1:])
     parser = _parser()
@@ -130,21 +130,21 @@ def _run(arguments: Sequence[str]) -> None:
     if chosen.command == "configs":
         _configs(chosen.filter)
     elif chosen.command == "export":
-        from ackd_lightning.reports import export_command
+        from ackd_lightning.commands.export import export_command
 
         export_command(
             chosen.run, which=chosen.which, out=chosen.out, overwrite=chosen.overwrite, learner=chosen.learner
         )
     elif chosen.command == "compare":
-        from ackd_lightning.reports import compare_command
+        from ackd_lightning.commands.compare import compare_command
 
         compare_command(chosen.runs, chosen.figure)
     elif chosen.command == "demo":
-        from ackd_lightning.demo import demo
+        from ackd_lightning.commands.demo import demo
 
         demo(chosen.out, seeds=chosen.seeds, epochs=chosen.epochs)
     elif chosen.command == "reproduce":
-        from ackd_lightning.reproduce import reproduce
+        from ackd_lightning.commands.reproduce import reproduce
 
         reproduce(
             chosen.table,
@@ -158,7 +158,7 @@ def _run(arguments: Sequence[str]) -> None:
             overrides=others,
         )
     elif chosen.command == "cache":
-        from ackd_lightning.caching import cache
+        from ackd_lightning.commands.cache import cache
 
         cache(others, out=chosen.out, estimate=chosen.estimate)
     elif chosen.command == "bench":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -132,3 +133,17 @@ def whole_batch(shard: Tensor) -> Tensor:
         return shard
     gathered: Tensor = _Gather.apply(shard.contiguous())
     return gathered
+
+
+def weighted_logits(weights: Tensor, logits: Sequence[Tensor]) -> Tensor:
+    r"""Logits of the learning group, \(z = \sum_k a^{(k)} z^{(k)}\) (Eq. 3).
+
+    Args:
+        weights: ``B x M``.
+        logits: M tensors ``B x K``.
+
+    Returns:
+        ``B x K`` float32.
+    """
+    stacked = torch.stack([each.float() for each in logits], dim=1)
+    return (weights.float().unsqueeze(2) * stacked).sum(dim=1)  # no matmul: autocast would round it to half precision

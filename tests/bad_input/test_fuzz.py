@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from ackd_lightning import create_model
 from ackd_lightning.cli import main
-from ackd_lightning.configs import load_configs
+from ackd_lightning.config.files import load_configs
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import load_weights, save_weights
 

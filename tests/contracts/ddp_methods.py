@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ackd_lightning.configs import config_folder, read_config
+from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.functional import cross_entropy, whole_batch
 from ackd_lightning.methods import AdversarialMethod, Method
 from ackd_lightning.methods.base import from_description
-from ackd_lightning.models.branchy import BranchyStudent
-from ackd_lightning.models.taps import probe
+from ackd_lightning.models.features import probe
+from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch, NetOutput
 from training.helpers import CLASSES, SIZE, TinyNet

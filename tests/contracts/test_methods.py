@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.configs import config_folder, read_config
+from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods import AdversarialMethod, Method
 from ackd_lightning.methods.base import describe, from_description
-from ackd_lightning.models.branchy import BranchyStudent
-from ackd_lightning.models.taps import probe
+from ackd_lightning.models.features import probe
+from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import Batch, NetOutput

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ackd_lightning.configs import config_folder
+from ackd_lightning.config.files import config_folder
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"

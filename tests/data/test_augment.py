@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ackd_lightning.data.augment import RawBatch, crop_flip, normalise, shift_and_flip
 from ackd_lightning.data.sampling import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP
-from ackd_lightning.keyed import mix
+from ackd_lightning.random import mix
 
 
 def batch(count=40, size=(10, 10), epoch=3, generator=None):

@@ -24,7 +24,7 @@ from ackd_lightning.data.images import (
 )
 from ackd_lightning.data.sampling import STREAM_TRANSFORM
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.keyed import mix
+from ackd_lightning.random import mix
 
 
 def test_scan_sorts_and_passes_over_other_files(tmp_path, write_classes):

@@ -11,7 +11,7 @@ from ackd_lightning.data.sampling import (
     subset,
 )
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.keyed import mix
+from ackd_lightning.random import mix
 
 TARGETS = torch.tensor([0] * 40 + [1] * 25 + [2] * 1 + [4] * 10)[torch.randperm(76, generator=torch.manual_seed(1))]
 

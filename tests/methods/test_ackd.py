@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.configs import find_config, read_config
+from ackd_lightning.config.files import find_config, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD
 from ackd_lightning.methods.base import from_description
-from ackd_lightning.models.branchy import BranchyStudent
-from ackd_lightning.models.taps import probe
+from ackd_lightning.models.features import probe
+from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import Batch, NetSpec
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ackd_lightning.configs import config_folder, read_config
+from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.acn import (
     ACN,
@@ -20,10 +20,10 @@ from ackd_lightning.methods.acn import (
     mutual_loss,
     statistics_kept,
 )
+from ackd_lightning.methods.acn_networks import Generator, image_noise
 from ackd_lightning.methods.base import describe
-from ackd_lightning.models.branchy import BranchyStudent
-from ackd_lightning.models.generator import Generator, image_noise
-from ackd_lightning.models.taps import probe
+from ackd_lightning.models.features import probe
+from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.types import Batch
 from training.helpers import CLASSES, SIZE, TinyNet
 

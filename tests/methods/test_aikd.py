@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ackd_lightning.configs import config_folder, read_config
+from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.keyed import mix
 from ackd_lightning.methods import aikd
 from ackd_lightning.methods.aikd import AIKD, PredictionDiscriminator, gradient_penalty, soft_cross_entropy
-from ackd_lightning.models.branchy import BranchyStudent
-from ackd_lightning.models.taps import probe
+from ackd_lightning.models.features import probe
+from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.random import mix
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 from training.helpers import CLASSES, SIZE, TinyNet, largest_difference, state
 

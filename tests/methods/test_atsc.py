@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ackd_lightning.configs import config_folder, read_config
+from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.atsc import ATSC, anchor_distance, feature_distance
 from ackd_lightning.methods.base import describe, from_description
-from ackd_lightning.models.branchy import BranchyStudent
+from ackd_lightning.models.features import StagePlan, probe, staged_forward
 from ackd_lightning.models.heads import HeadedNetwork, with_head
-from ackd_lightning.models.taps import StagePlan, probe, staged_forward
+from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import Batch

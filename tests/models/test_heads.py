@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.features import plan_for, staged_forward
 from ackd_lightning.models.heads import HeadedNetwork, Projector, SharedClassifiers, with_head
-from ackd_lightning.models.taps import plan_for, staged_forward
 from ackd_lightning.models.zoo import create_model
 
 CLASSES, SIDE = 5, 16

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.taps import StagePlan
+from ackd_lightning.models.features import StagePlan
 from ackd_lightning.models.zoo import count_parameters, create_model, list_models, multiply_adds
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ackd_lightning import ACKD, ACKDModule, AdversarialMethod, AdversarialModule
-from ackd_lightning.models.taps import StagePlan
+from ackd_lightning.models.features import StagePlan
 
 SIZE = 8
 CLASSES = 4

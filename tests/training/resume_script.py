@@ -15,12 +15,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ackd_lightning import ACKDModule, AdversarialModule, DigitsDataModule, DistillationModule
+from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
+from ackd_lightning.callbacks.stopping import StopSafely
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import RunStoppedError
 from ackd_lightning.methods import ACKD, ACN, AIKD, ATSC, CRD, ONE
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.training.callbacks import checkpoints
-from ackd_lightning.training.stopping import StopSafely, WholeCheckpoints
 from training.helpers import state
 
 EPOCHS, BATCH, PER_CLASS = 3, 16, 8  # 5 steps an epoch

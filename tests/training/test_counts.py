@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ackd_lightning
 from ackd_lightning import AdversarialModule, DistillationModule
-from ackd_lightning.configs import config_folder, read_config
+from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods import ACKD, CE, AdversarialMethod, Method
 from ackd_lightning.methods.base import from_description

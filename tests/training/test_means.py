@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from ackd_lightning import ACKD, DistillationModule
-from ackd_lightning.training.callbacks import EpochLine
+from ackd_lightning.callbacks.progress import EpochLine
 from ackd_lightning.training.means import TermMeans
 from training.helpers import CLASSES, SIZE, Blobs, TinyNet, largest_difference, module, state, trainer
 

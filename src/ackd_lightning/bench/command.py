@@ -17,10 +17,10 @@ from rich.table import Table
 
 from ackd_lightning.bench.machine import watched
 from ackd_lightning.bench.measuring import PARTS
-from ackd_lightning.checks import check_writable
-from ackd_lightning.configs import load_configs
+from ackd_lightning.config.files import load_configs
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.export import write_json
+from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.runs.files import write_json
 
 _SPREAD = (
     "images_per_second",

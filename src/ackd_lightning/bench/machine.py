@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ackd_lightning.training.callbacks import versions
+from ackd_lightning.runs.versions import versions
 
 BUSY = 0.05
 """Share of the machine's cores that other processes may use before a run counts as disturbed."""

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from ackd_lightning.bench.machine import MATRIX, machine, matrix_peak, matrix_type, resident_bytes, wait
 from ackd_lightning.bench.standins import give_weights, usable
+from ackd_lightning.callbacks.checkpoints import RunCheckpoint
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.export import write_json
-from ackd_lightning.lightning_cli import ACKDCLI
+from ackd_lightning.launch.execute import in_our_words
+from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.methods.base import AdversarialMethod
 from ackd_lightning.models.zoo.complexity import multiply_adds
-from ackd_lightning.runs import in_our_words
-from ackd_lightning.training.adversarial import frozen
-from ackd_lightning.training.callbacks import RunCheckpoint
-from ackd_lightning.training.distillation import DistillationModule
+from ackd_lightning.runs.files import write_json
+from ackd_lightning.training.manual import frozen
+from ackd_lightning.training.module import DistillationModule
 
 PARTS = {
     "data": "data: loader, augmentation",

@@ -16,7 +16,7 @@ from ackd_lightning.data.sampling import Part
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.training.distillation import DistillationModule
+from ackd_lightning.training.module import DistillationModule
 
 _UNKNOWN_IMAGES = 10_000
 """Synthetic images in place of data whose number is not known before they are there."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ackd_lightning.data.sampling import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP, Part
-from ackd_lightning.keyed import keyed_bits, keyed_integers
+from ackd_lightning.random import keyed_bits, keyed_integers
 
 
 class RawBatch(NamedTuple):

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from ackd_lightning.data.augment import Keys, RawBatch
 from ackd_lightning.data.images import read_image
 from ackd_lightning.data.sampling import STREAM_TRANSFORM, Part
-from ackd_lightning.keyed import mix
+from ackd_lightning.random import mix
 
 _CROP_AREA = (0.08, 1.0)
 _CROP_LOG_RATIO = math.log(4 / 3)

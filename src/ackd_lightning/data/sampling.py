@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.keyed import keyed_bits, mix
+from ackd_lightning.random import keyed_bits, mix
 
 Part = Literal["train", "val", "test"]
 

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.functional import KLDirection, cross_entropy, kl_divergence
-from ackd_lightning.methods.base import AdversarialMethod
-from ackd_lightning.models.attention import AttentionInput, LearnerAttention, weighted_logits
-from ackd_lightning.models.discriminators import (
+from ackd_lightning.functional import KLDirection, cross_entropy, kl_divergence, weighted_logits
+from ackd_lightning.methods.ackd_attention import AttentionInput, LearnerAttention
+from ackd_lightning.methods.ackd_discriminators import (
     DiscriminatorInput,
     Discriminators,
     adversarial_value,
     discriminator_accuracy,
 )
+from ackd_lightning.methods.base import AdversarialMethod
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 

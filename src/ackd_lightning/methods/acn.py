@@ -7,7 +7,7 @@ that keep the examples good and the training stable, *Weakly Residual Connection
 **Every equation, architecture and number below is ours.**
 
 With \(p_i = \mathrm{softmax}(z_i)\) of classifier i, \(\tilde x\) an image made out of x
-([`Generator`][ackd_lightning.models.generator.Generator]) and sg a stopped gradient:
+([`Generator`][ackd_lightning.methods.acn_networks.Generator]) and sg a stopped gradient:
 
 * divergence, \(J(x) = H(\bar p) - \frac1n \sum_i H(p_i)\) with \(\bar p = \frac1n \sum_i p_i\), from 0 to \(\log n\)
 * adversarial phase, the discriminator D:
@@ -43,14 +43,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss
-from ackd_lightning.methods.base import AdversarialMethod, Examples
-from ackd_lightning.models.generator import (
+from ackd_lightning.methods.acn_networks import (
     RESIDUAL_CONNECTIONS,
     Generator,
     ImageDiscriminator,
     ResidualConnection,
     image_noise,
 )
+from ackd_lightning.methods.base import AdversarialMethod, Examples
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
-from ackd_lightning.keyed import keyed_uniform
 from ackd_lightning.methods.base import AdversarialMethod
+from ackd_lightning.random import keyed_uniform
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 _STREAM = 0x41494B44  # keeps the draws apart from others with equal keys

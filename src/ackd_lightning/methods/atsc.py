@@ -37,10 +37,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kl_divergence
 from ackd_lightning.methods.base import AdversarialMethod
-from ackd_lightning.models.branchy import BranchyStudent
+from ackd_lightning.methods.pairing import same_size
+from ackd_lightning.models.features import plan_for
 from ackd_lightning.models.heads import SharedClassifiers
-from ackd_lightning.models.pairing import same_size
-from ackd_lightning.models.taps import plan_for
+from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher, Teacher
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 

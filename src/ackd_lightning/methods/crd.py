@@ -28,9 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
-from ackd_lightning.keyed import mix
 from ackd_lightning.methods.base import Method
-from ackd_lightning.models.negatives import NegativeSampler
+from ackd_lightning.methods.crd_negatives import NegativeSampler
+from ackd_lightning.random import mix
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 _STREAM = 0x435244  # keeps the draws apart from others with equal keys

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.base import Method
-from ackd_lightning.models.pairing import pair_stages, same_size
+from ackd_lightning.methods.pairing import pair_stages, same_size
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 

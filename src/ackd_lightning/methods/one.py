@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
+from ackd_lightning.functional import cross_entropy, kd_loss, weighted_logits, whole_batch
 from ackd_lightning.methods.base import Method
-from ackd_lightning.models.attention import weighted_logits
-from ackd_lightning.models.taps import pooled
+from ackd_lightning.models.features import pooled
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 

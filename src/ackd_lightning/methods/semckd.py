@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
 from ackd_lightning.methods.base import Method
-from ackd_lightning.models.pairing import same_size
+from ackd_lightning.methods.pairing import same_size
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 

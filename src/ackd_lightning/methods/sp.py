@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ackd_lightning.functional import cross_entropy, whole_batch
 from ackd_lightning.methods.base import Method
-from ackd_lightning.models.pairing import pair_stages
+from ackd_lightning.methods.pairing import pair_stages
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 

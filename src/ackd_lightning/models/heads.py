@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.taps import plan_for, pooled, staged_forward
+from ackd_lightning.models.features import plan_for, pooled, staged_forward
 
 AVERAGES = ("logits", "probabilities")
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.features import plan_for, staged_forward
 from ackd_lightning.models.folding import folded
-from ackd_lightning.models.taps import plan_for, staged_forward
 from ackd_lightning.models.weights import load_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import NetOutput

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from ackd_lightning.analysis.cka import LearnerStatistics
 from ackd_lightning.functional import cross_entropy
+from ackd_lightning.metrics.cka import LearnerStatistics
 from ackd_lightning.types import NetOutput, NetSpec
 
 if TYPE_CHECKING:
-    from ackd_lightning.training.distillation import DistillationModule
+    from ackd_lightning.training.module import DistillationModule
 
 
 class Evaluation(nn.Module):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ackd_lightning.callbacks.health import check_teacher
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.taps import probe
+from ackd_lightning.models.features import probe
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.weights import digest
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.training.health import check_teacher
 from ackd_lightning.types import NetSpec
 
 GivenTeacher = str | nn.Module

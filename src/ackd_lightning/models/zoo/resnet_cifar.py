@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ackd_lightning.models.taps import StagePlan, pooled
+from ackd_lightning.models.features import StagePlan, pooled
 from ackd_lightning.models.zoo._layers import conv1x1, conv3x3, init_convolutions
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.models.taps import StagePlan, pooled
+from ackd_lightning.models.features import StagePlan, pooled
 from ackd_lightning.models.zoo._layers import conv1x1, conv3x3
 
 _GROUPS = 3

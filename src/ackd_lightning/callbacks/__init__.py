@@ -1,0 +1,1 @@
+"""Lightning callbacks and loggers of a run; nothing here changes what is learned."""

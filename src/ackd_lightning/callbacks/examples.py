@@ -1,0 +1,196 @@
+"""Pictures of the images that a method makes: a grid in a PNG file every few epochs, and in Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ackd_lightning.callbacks.health import is_dry
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods.base import Examples
+from ackd_lightning.types import Batch
+
+if TYPE_CHECKING:
+    from ackd_lightning.callbacks.protocol import TrainingModule
+
+_CELL = 1.7  # inches
+_LINE = 0.125  # inches of a line of text
+_DPI = 100
+_LONGEST = 18  # letters of a class name
+
+
+def _pixels(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """Undo the normalisation.
+
+    Args:
+        image: ``B x C x H x W``.
+        mean: per channel; None when it is not known: the images are then stretched between their extremes.
+        std: as ``mean``.
+
+    Returns:
+        ``B x H x W x 3`` float32 on the CPU, from 0 to 1.
+    """
+    image = image.detach().float().cpu()
+    if mean and std:
+        centre, scale = (torch.tensor(each).view(1, -1, 1, 1) for each in (mean, std))
+        image = image * scale + centre
+    else:
+        low, high = image.min(), image.max()
+        image = (image - low) / (high - low).clamp_min(1e-6)
+    image = image.clamp(0, 1)[:, :3]
+    return (image if image.shape[1] == 3 else image[:, :1].expand(-1, 3, -1, -1)).permute(0, 2, 3, 1)
+
+
+def draw_examples(
+    examples: Examples,
+    path: Path,
+    *,
+    title: str = "",
+    names: Sequence[str] = (),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> None:
+    """Draw a column for every image: original, what was made of it, their difference, and every network's answers.
+
+    An answer is written once when it is the same to the image and to what was made, and with an arrow when it is not.
+    The difference is scaled so that the largest change in the picture is black or white; the factor stands beside it.
+
+    Args:
+        examples: of a method.
+        path: of the PNG file; its folder is made.
+        title: above the grid.
+        names: of the classes; empty: numbers are shown.
+        mean: how images were normalised, per channel; None when it is not known.
+        std: as ``mean``.
+    """
+    count = len(examples.target)
+    both = _pixels(torch.cat([examples.original, examples.made]), mean, std)
+    original, made = both[:count], both[count:]
+    change = made - original
+    largest = float(change.abs().max())
+    scale = 0.5 / largest if largest > 0 else 1.0
+    rows = (
+        ("image", original),
+        ("generated", made),
+        (f"difference\n(x {scale:.2g})", (0.5 + scale * change).clamp(0, 1)),
+    )
+
+    def named(number: int) -> str:
+        name = names[number] if number < len(names) else str(number)
+        return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+
+    lines = 1 + 3 * len(examples.predictions)
+    margin, above, below = 1.0, 0.4, 0.2 + _LINE * lines  # inches around the grid
+    width, height = margin + count * _CELL, above + len(rows) * _CELL + below
+    figure = Figure(figsize=(width, height), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    figure.text(0.5, 1 - above / 2 / height, title, fontsize=10, ha="center", va="center")
+    for row, (label, images) in enumerate(rows):
+        bottom = height - above - (row + 1) * _CELL
+        figure.text(margin / 2 / width, (bottom + _CELL / 2) / height, label, fontsize=9, ha="center", va="center")
+        for column in range(count):
+            place = ((margin + column * _CELL) / width, bottom / height, 0.95 * _CELL / width, 0.95 * _CELL / height)
+            axes = figure.add_axes(place)
+            axes.set_axis_off()
+            axes.imshow(images[column].numpy(), interpolation="nearest", vmin=0, vmax=1)
+    for column in range(count):
+        answers = [f"label: {named(int(examples.target[column]))}"]
+        for network, (before, after) in examples.predictions.items():
+            first, second = named(int(before[column])), named(int(after[column]))
+            answers += ["", f"{network}:", first if first == second else f"{first} → {second}"]
+        centre = (margin + (column + 0.475) * _CELL) / width
+        figure.text(
+            centre, (below - 0.05) / height, "\n".join(answers), fontsize=7, ha="center", va="top", parse_math=False
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+class ExamplePictures(L.Callback):
+    """Draws the images that a method makes of the first validation images, every few epochs and after the last one.
+
+    ``examples/epoch-NNN.png`` in the folder of the run, epochs counted from 1, and ``examples`` in Weights & Biases.
+    The first process draws; nothing is drawn in a dry run, in the sanity check, or while the method makes nothing.
+    Neither random numbers nor the networks' modes and statistics are touched.
+
+    Args:
+        every_n_epochs: between pictures.
+        count: images in a picture, at most.
+
+    Raises:
+        ACKDError: for numbers below 1.
+    """
+
+    def __init__(self, *, every_n_epochs: int = 5, count: int = 8) -> None:
+        super().__init__()
+        for name, value in (("every_n_epochs", every_n_epochs), ("count", count)):
+            if value < 1:
+                raise ACKDError(f"{name} is {value} in ExamplePictures; it must be 1 or more")
+        self.every_n_epochs, self.count = every_n_epochs, count
+        self.folder: Path | None = None
+        self.drawn = 0  # epochs done when the last picture was drawn
+        self._batch: Batch | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Learn the folder of the run, in all processes: asking for it makes them talk to each other."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "examples"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs in order to draw when the whole run would."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self.drawn = int(state_dict["drawn"])
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        if self.folder is None or not trainer.is_global_zero or trainer.sanity_checking or is_dry(trainer):
+            return False
+        done = trainer.current_epoch + 1
+        fits = trainer.state.fn == TrainerFn.FITTING
+        # at every n-th epoch, or at the next one that is validated
+        return fits and (done // self.every_n_epochs > self.drawn // self.every_n_epochs or done == trainer.max_epochs)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Remember the first images."""
+        if batch_idx == 0 and dataloader_idx == 0 and self._is_due(trainer):
+            first = cast("TrainingModule", pl_module).as_batch(batch)
+            self._batch = Batch(*(each[: self.count].clone() for each in first))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the picture."""
+        batch, self._batch = self._batch, None
+        if batch is None or self.folder is None:
+            return
+        module = cast("TrainingModule", pl_module)
+        examples = module.method.examples(batch)
+        epoch = trainer.current_epoch + 1
+        self.drawn = epoch
+        if examples is None:
+            return
+        path = self.folder / f"epoch-{epoch:03d}.png"
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", ())
+        title = (
+            f"epoch {epoch}: what {type(module.method).__name__} makes of validation images, and the answers to both"
+        )
+        draw_examples(examples, path, title=title, names=names, mean=module.mean, std=module.std)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(key="examples", images=[str(path)], step=trainer.global_step)

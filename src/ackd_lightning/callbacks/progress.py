@@ -1,0 +1,46 @@
+"""One line an epoch where there is no progress bar."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, cast
+
+import lightning.pytorch as L
+
+if TYPE_CHECKING:
+    from ackd_lightning.callbacks.protocol import TrainingModule
+
+
+class EpochLine(L.Callback):
+    """One line an epoch for logs and terminals without a progress bar: losses, accuracy, time left."""
+
+    def __init__(self) -> None:
+        self.started = 0.0
+        self.first = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.started, self.first = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line."""
+        cut_short = cast("TrainingModule", pl_module).means.compute()  # by every process; not logged yet
+        if not trainer.is_global_zero:
+            return
+        values = {**trainer.callback_metrics, **cut_short}
+        done = trainer.current_epoch - self.first + 1
+        elapsed = time.monotonic() - self.started
+        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{total}" if total else "")]
+        if "train/loss" in values:
+            parts.append(f"loss {float(values['train/loss']):.3f}")
+        for stage in ("val", "test"):
+            for learner in ("", "ensemble_"):
+                if f"{stage}/{learner}acc" in values:
+                    label = f"{stage} {learner.rstrip('_') + ' ' if learner else ''}acc"
+                    parts.append(f"{label} {float(values[f'{stage}/{learner}acc']):.2%}")
+        parts.append(f"{elapsed / done:.1f} s/epoch")
+        if total:
+            left = (total - trainer.current_epoch - 1) * elapsed / done
+            parts.append(f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left")
+        print("  ".join(parts), flush=True)

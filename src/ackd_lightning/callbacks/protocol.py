@@ -1,0 +1,67 @@
+"""What a callback may ask of a training module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ackd_lightning.methods.base import Method
+from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.types import Batch, NetSpec
+
+
+class _Teachers(Protocol):
+    @property
+    def frozen(self) -> tuple[FrozenTeacher, ...]: ...
+
+
+class _Means(Protocol):
+    def compute(self) -> dict[str, Tensor]: ...
+
+
+class _Guard(Protocol):
+    skipped: int
+
+
+class TrainingModule(Protocol):
+    """A `DistillationModule`, as far as callbacks know it; they stand below the training modules."""
+
+    student: BranchyStudent
+    method: Method
+    spec: NetSpec
+    teachers: _Teachers
+    means: _Means
+    guard: _Guard
+    num_classes: int
+    input_size: int
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+
+    @property
+    def hparams(self) -> Any:
+        """Arguments of its constructor, as plain data."""
+
+    @property
+    def teacher_spec(self) -> NetSpec | None:
+        """Shapes of the first teacher."""
+
+    def as_batch(self, batch: Any) -> Batch:
+        """Read a batch of any data module."""
+
+    def kept_network(self) -> nn.Module:
+        """The network that is left after training."""
+
+    def training_parameters(self) -> int:
+        """Number of parameters that learn."""
+
+    def looks_at_test(self) -> bool:
+        """Whether validation reads the test set."""

@@ -1,0 +1,89 @@
+"""``ackd cache``: run a teacher once over every view of a training, for all runs that see the same views."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.execute import plan
+from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.training.module import DistillationModule
+from ackd_lightning.training.teacher_cache import epoch_file, fill, teacher_logits, view_key
+
+_TIMED = 3  # batches behind one for warm-up
+_PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
+    """Write a cache, or say what it would take.
+
+    Args:
+        arguments: of the `ackd fit` that is to read it.
+        out: folder of the cache.
+        estimate: measure a few batches, print disk and time, and write nothing.
+
+    Raises:
+        ACKDError: for settings that a cache is of no use to.
+    """
+    planned = plan(arguments)
+    module, data, folder = planned.model, planned.datamodule, Path(out)
+    precision = str(planned.option("trainer.precision") or "32-true")
+    epochs = planned.option("trainer.max_epochs")
+    if precision not in _PRECISIONS:
+        raise ACKDError(f"trainer.precision is {precision}; `ackd cache` knows {', '.join(_PRECISIONS)}")
+    if not epochs or epochs < 1:
+        raise ACKDError(f"trainer.max_epochs is {epochs}; a cache is for a number of epochs, so set it")
+    if not module.method.needs_teacher:
+        raise ACKDError(
+            f"method {type(module.method).__name__} has no teacher whose logits could be kept; choose another"
+        )
+    if not estimate:
+        check_writable(folder, "--out")
+    module.load_teacher()
+    data.prepare_data()
+    data.setup()
+    accelerator = str(planned.option("trainer.accelerator"))
+    module.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    images = view_key(module, data, precision)["images"]
+    if estimate:
+        _print_estimate(module, data, epochs=epochs, precision=precision, images=images)
+        return
+    started, done = time.monotonic(), 0
+    for epoch, path in fill(folder, module, data, epochs=epochs, precision=precision):
+        if path is None:
+            continue
+        done += 1
+        each = (time.monotonic() - started) / done
+        left = sum(not epoch_file(folder, later).is_file() for later in range(epoch + 1, epochs))
+        print(f"epoch {epoch + 1}/{epochs}  {each:.1f} s/epoch  {_clock(left * each)} left", flush=True)
+    size = sum(epoch_file(folder, epoch).stat().st_size for epoch in range(epochs))
+    print(
+        f"{folder}: {epochs} epochs, {size / 1e6:,.1f} MB; use it with --model.teacher_cache {folder} and the same "
+        "settings"
+    )
+
+
+def _print_estimate(
+    module: DistillationModule, data: ImageDataModule, *, epochs: int, precision: str, images: int
+) -> None:
+    steps = teacher_logits(module, data, epoch=0, precision=precision)
+    next(steps)
+    started, seen = time.monotonic(), 0
+    with torch.no_grad():
+        for _, scores in zip(range(_TIMED), steps, strict=False):
+            seen += len(scores)
+    seconds = (time.monotonic() - started) / max(seen, 1) * images * epochs
+    size = images * epochs * module.num_classes * (2 if precision == "bf16-mixed" else 4)
+    print(
+        f"{images:,} images x {epochs} epochs x {module.num_classes} classes: {size / 1e6:,.1f} MB on disk; the "
+        f"teacher takes {_clock(seconds)} of every run on {module.device.type}, which each run that reads it saves"
+    )
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}"

@@ -1,0 +1,214 @@
+"""What is read off finished runs: ``ackd export`` and ``ackd compare``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ackd_lightning.config.experiment import experiment_settings
+from ackd_lightning.config.files import read_yaml
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.runs.export import peer_name
+from ackd_lightning.runs.files import find_runs, read_summary
+
+_FIGURES = (".png", ".pdf", ".svg")
+
+
+def mean_and_std(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation of shares, in percent.
+
+    Args:
+        values: in [0, 1].
+
+    Example:
+        >>> mean_and_std([0.5, 0.6]), mean_and_std([0.5]), mean_and_std([])
+        ('55.00 ± 7.07', '50.00', '-')
+    """
+    if not values:
+        return "-"
+    text = f"{100 * statistics.fmean(values):.2f}"
+    return text if len(values) < 2 else f"{text} ± {100 * statistics.stdev(values):.2f}"
+
+
+def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
+    """Runs that differ in nothing but their seed, by name; the name tells settings that set it apart.
+
+    Args:
+        places: as ``find_runs`` takes them.
+
+    Raises:
+        ACKDError: when two runs of a group have the same seed, so that they are no repetitions.
+    """
+    settings: dict[Path, dict[str, str]] = {}
+    configs: dict[str, list[Path]] = defaultdict(list)
+    for run in find_runs(places):
+        content = read_yaml(run / "config.yaml")
+        if not isinstance(content, dict):
+            raise ACKDError(f"{run / 'config.yaml'} holds no settings; restore it, or remove the run's folder")
+        settings[run] = {key: json.dumps(value) for key, value in experiment_settings(content, places=True).items()}
+        configs[read_summary(run)["config"]].append(run)
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for config, runs in configs.items():
+        keys = sorted({key for run in runs for key in settings[run]})
+        differing = [key for key in keys if len({settings[run].get(key) for run in runs}) > 1]
+        for run in runs:
+            apart = ", ".join(f"{key.rsplit('.', 1)[-1]}={settings[run].get(key, '-')}" for key in differing)
+            groups[f"{config} ({apart})" if apart else config].append(run)
+    for name, runs in groups.items():
+        seeds = [read_summary(run)["seed"] for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise ACKDError(
+                f"runs {', '.join(map(str, runs))} of {name} have seeds {seeds}: some are the same experiment twice; "
+                "name only one of each"
+            )
+    return groups
+
+
+def compare(places: Sequence[str | Path]) -> Table:
+    """One row for each configuration: accuracies as mean and standard deviation over its runs.
+
+    Args:
+        places: as ``find_runs`` takes them.
+    """
+    groups = {name: [read_summary(run) for run in runs] for name, runs in group_runs(places).items()}
+    looks_at_test = any(each["shown"] == "test" for runs in groups.values() for each in runs)
+    table = Table(title="accuracy in %, mean ± standard deviation over runs (n)")
+    for column in ("configuration", "method", "student", "n", "val last", "val best", "test last", "test best"):
+        table.add_column(column, justify="left" if column in ("configuration", "method", "student") else "right")
+    table.add_column("parameters", justify="right")
+    for config, runs in groups.items():
+
+        def known(place: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
+            return mean_and_std([each[place][key] for each in runs if key in each.get(place, {})])
+
+        def tested(which: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
+            values = [each.get("test", {}).get(which, {}).get(key) for each in runs]
+            if which == "last":  # a run without validation data has looked at the test set in its last epoch
+                values = [v if v is not None else each["last"].get(key) for v, each in zip(values, runs, strict=True)]
+            return mean_and_std([value for value in values if value is not None])
+
+        first = runs[0]
+        peers = [peer_name(spec, first["student"]) for spec in first.get("learners", [])]
+        networks = [("", first["student"]), *((f"aux{number}_", name) for number, name in enumerate(peers) if name)]
+        for learner, name in networks:
+            table.add_row(
+                "" if learner else config,
+                "" if learner else first["method"],
+                f"{name} (learner {_number(learner) + 1})" if learner else name,
+                str(len(runs)),
+                known("last", f"val/{learner}acc"),
+                known("best", f"val/{learner}acc"),
+                tested("last", f"test/{learner}acc"),
+                tested("best", f"test/{learner}acc"),
+                _size(first, learner),
+            )
+    table.caption = "best = epoch with the best validation accuracy" + (
+        "; without validation data nothing is selected" if looks_at_test else ""
+    )
+    return table
+
+
+def _number(learner: str) -> int:
+    """Number of a learner, from 0, of a key such as ``aux0_``."""
+    return int(learner.removeprefix("aux").rstrip("_"))
+
+
+def _size(summary: dict[str, Any], learner: str) -> str:
+    """Parameters of the network that is kept, or of a peer."""
+    if learner:
+        return f"{summary['learner_parameters'][_number(learner)]:,}" if "learner_parameters" in summary else ""
+    plain = summary.get("plain_parameters", summary["parameters"])
+    more = "" if plain == summary["parameters"] else f" (with a head; plain {plain:,})"
+    return f"{summary['parameters']:,}{more}"
+
+
+def curves(run: Path, metric: str = "acc") -> tuple[list[int], list[float], str]:
+    """Validation accuracy of a run by epoch, from its ``metrics.csv``.
+
+    Args:
+        run: its folder.
+        metric: ``acc`` or ``acc_top5``.
+
+    Returns:
+        Epochs from 1, accuracies in percent, and which data they are of.
+    """
+    stage = read_summary(run)["shown"]
+    epochs: list[int] = []
+    values: list[float] = []
+    path = run / "metrics.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                value = row.get(f"{stage}/{metric}")
+                if value and not math.isnan(float(value)):
+                    epochs.append(int(row["epoch"]) + 1)
+                    values.append(100 * float(value))
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ACKDError(f"{path} cannot be read ({str(error)[:120]}); remove it to go without its curve") from error
+    return epochs, values, stage
+
+
+def draw_curves(places: Sequence[str | Path], target: Path) -> None:
+    """Draw accuracy by epoch: one colour for each configuration, thin lines for runs, a thick one for their mean.
+
+    Args:
+        places: as ``find_runs`` takes them.
+        target: PNG file.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = group_runs(places)
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    stages: set[str] = set()
+    for number, (config, runs) in enumerate(groups.items()):
+        color = f"C{number % 10}"
+        lines = [curves(run) for run in runs if (run / "metrics.csv").is_file()]
+        if not lines:
+            print(f"{config}: no metrics.csv, so no curve")
+            continue
+        stages |= {stage for _, _, stage in lines}
+        for epochs, values, _ in lines if len(lines) > 1 else []:
+            axes.plot(epochs, values, color=color, linewidth=0.6, alpha=0.4)
+        shared = sorted(set.intersection(*(set(epochs) for epochs, _, _ in lines)))
+        by_epoch = [dict(zip(epochs, values, strict=True)) for epochs, values, _ in lines]
+        means = [statistics.fmean(each[epoch] for each in by_epoch) for epoch in shared]
+        axes.plot(shared, means, color=color, linewidth=2, label=f"{config} (n={len(lines)})")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"{' / '.join(sorted(stages))} accuracy in %")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+def compare_command(places: Sequence[str], figure: str) -> None:
+    """Print the table and draw the curves.
+
+    Args:
+        places: as ``find_runs`` takes them.
+        figure: PNG file.
+    """
+    target = Path(figure)
+    if target.suffix.lower() not in _FIGURES or target.is_dir():
+        raise ACKDError(f"--figure is {figure}; name a file that ends in {', '.join(_FIGURES)}")
+    table = compare(places)
+    check_writable(target.parent, "the folder of --figure,")
+    for run in find_runs(places):
+        curves(run) if (run / "metrics.csv").is_file() else None  # before anything is printed
+    Console(width=None if Console().is_terminal else 140).print(table)
+    draw_curves(places, Path(figure))
+    print(f"curves: {figure}")

@@ -1,0 +1,83 @@
+"""``ackd demo``: the whole path on data that needs no download, in minutes on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from ackd_lightning.commands.compare import compare, draw_curves
+from ackd_lightning.commands.export import export_command
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.execute import run
+from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.runs.files import read_summary
+
+TEACHER = "digits_resnet20"
+PAIR = "digits_resnet20_resnet8"
+METHODS = ("ce", "kd", "ackd")
+PER_CLASS = 12
+"""Training images of each digit that a student sees: so few that it is visibly behind a teacher that saw them all."""
+EPOCHS = {"teacher": 15, "student": 60}
+"""An epoch of the teacher has nine times the images."""
+
+
+def _one(command: str, arguments: list[str], log: Path) -> None:
+    with log.open("a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
+        run(command, arguments)
+
+
+def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> None:
+    """Train a teacher, then a student alone, with KD and with ACKD; test, compare, draw, export.
+
+    Args:
+        out: folder for runs, log, figure and student.
+        seeds: students of each method.
+        epochs: of every run; None: 15 for the teacher, 60 for students.
+
+    Raises:
+        ACKDError: when the folder holds an earlier demo, or ``seeds`` is not positive.
+    """
+    if seeds < 1:
+        raise ACKDError(f"--seeds is {seeds}; use 1 or more")
+    if epochs is not None and epochs < 1:
+        raise ACKDError(f"--epochs is {epochs}; use 1 or more, or leave it out")
+    folder = Path(out)
+    if (folder / "runs").exists():
+        raise ACKDError(f"{folder} holds an earlier demo; remove it or choose another --out")
+    check_writable(folder, "--out")
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    started = time.monotonic()
+    weights = folder / "weights"
+    shared = ["--runs_dir", str(folder / "runs"), "--trainer.enable_progress_bar", "false"]
+    few = ["--data.max_per_class", str(PER_CLASS), "--data.batch_size", "16", "--trainer.check_val_every_n_epoch", "2"]
+    if epochs is not None:
+        shared += ["--model.teacher_gate", "warn"]
+    print(f"digits: the teacher sees all training images, students {10 * PER_CLASS} of them", flush=True)
+    print(f"every line is one run, its full output is in {log}", flush=True)
+
+    plan = [(TEACHER, "", 0)] + [(PAIR, method, seed) for seed in range(seeds) for method in METHODS]
+    for number, (config, method, seed) in enumerate(plan, start=1):
+        begin = time.monotonic()
+        configs = ["--config", config, *(["--config", method] if method else ["--publish", str(weights)])]
+        length = epochs or EPOCHS["student" if method else "teacher"]
+        own = [*few, "--model.teacher_weights", str(weights / f"{TEACHER}.safetensors")] if method else []
+        own += ["--trainer.max_epochs", str(length), "--model.milestones", f"[{length // 2}, {length * 4 // 5}]"]
+        name = f"seed{seed}"
+        _one("fit", [*configs, "--name", name, "--seed_everything", str(seed), *shared, *own], log)
+        place = folder / "runs" / (f"{config}+{method}" if method else config) / name
+        _one("test", [str(place), "--trainer.enable_progress_bar", "false"], log)
+        accuracy = read_summary(place)["test"]["last"]["test/acc"]
+        what = f"student resnet8, {method}, seed {seed}" if method else "teacher resnet20"
+        seconds = time.monotonic() - begin
+        print(f"[{number}/{len(plan)}] {what}: test accuracy {accuracy:.2%} ({seconds:.0f} s)", flush=True)
+
+    runs = [folder / "runs"]
+    Console(width=None if Console().is_terminal else 140).print(compare(runs))
+    draw_curves(runs, folder / "curves.png")
+    student = folder / "student.safetensors"
+    export_command(str(folder / "runs" / f"{PAIR}+ackd" / "seed0"), which="last", out=str(student), overwrite=False)
+    print(f"figure {folder / 'curves.png'}, ACKD student {student}, {time.monotonic() - started:.0f} s in all")

@@ -1,0 +1,51 @@
+"""``ackd export``: the plain student of a run as a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
+from ackd_lightning.runs.export import export_student
+from ackd_lightning.runs.files import Which, find_checkpoint, read_summary, run_folder
+
+
+def export_command(run: str, *, which: Which, out: str | None, overwrite: bool, learner: int = 0) -> None:
+    """Write the target learner alone, or a peer of it, and say what it costs.
+
+    Args:
+        run: folder or checkpoint.
+        which: checkpoint of a folder.
+        learner: 0 for the target learner, from 1 for a peer.
+        out: the file; None: beside the run's other files.
+        overwrite: replace a file that is there.
+    """
+    checkpoint = find_checkpoint(run, which)
+    folder = run_folder(checkpoint)
+    target = Path(out) if out else folder / f"student{learner or ''}-{checkpoint.stem}.safetensors"
+    if target.suffix != ".safetensors" or target.is_dir():
+        raise ACKDError(f"--out is {target}; a .safetensors file is written, so name a file that ends in .safetensors")
+    summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
+    values = summary.get(checkpoint.stem, {})
+    ending = f"/aux{learner - 1}_acc" if learner else "/acc"
+    facts = {f"{key.split('/')[0]}_acc": f"{value:.6f}" for key, value in values.items() if key.endswith(ending)}
+    check_writable(target.parent, "the folder of --out,")
+    extra = {**facts, "weights": f"{checkpoint.stem} epoch"}
+    exported = export_student(checkpoint, target, learner=learner, extra=extra, overwrite=overwrite)
+    print(f"{target}: logits as in training, largest difference {exported.largest_difference:.1g}")
+    table = Table()
+    for column in ("network", "parameters", "multiply-adds"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    adds = multiply_adds(exported.network, exported.input_size)
+    if teacher := summary.get("teacher"):
+        table.add_row(f"teacher {teacher['model']}", f"{teacher['parameters']:,}", f"{teacher['multiply_adds']:,}")
+    if "training_parameters" in summary:
+        table.add_row("all that was trained", f"{summary['training_parameters']:,}", "")
+    if exported.plain_parameters != count_parameters(exported.network):
+        table.add_row("student with its own classifier", f"{exported.plain_parameters:,}", "")
+    table.add_row("exported student", f"{count_parameters(exported.network):,}", f"{adds:,}")
+    Console(width=100).print(table)

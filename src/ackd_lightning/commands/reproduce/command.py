@@ -1,0 +1,280 @@
+"""``ackd reproduce TABLE``: plan, run what is missing, write the table."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ackd_lightning.commands.reproduce.estimate import Stopwatch, megabytes
+from ackd_lightning.commands.reproduce.planning import Job, Planner, check_unchanged, needs_teacher, unchanged
+from ackd_lightning.commands.reproduce.proxies import proxy_lines
+from ackd_lightning.commands.reproduce.results import (
+    COLUMNS,
+    METRIC_NAMES,
+    Line,
+    lines,
+    note,
+    record,
+    write_records,
+    write_tables,
+)
+from ackd_lightning.commands.reproduce.running import Runner
+from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec, choose, read_table, table_names
+from ackd_lightning.errors import ACKDError, RunsFailedError
+
+_MOST_SEEDS = 1000
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Seeds of ``--seeds``: a number of them, or a list.
+
+    Args:
+        text: ``3`` for 0, 1, 2; ``0,5`` for these two.
+
+    Raises:
+        ACKDError: when it is neither, or empty.
+
+    Example:
+        >>> read_seeds("3"), read_seeds("0,5")
+        ((0, 1, 2), (0, 5))
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ACKDError(f"--seeds is {text!r}; write how many (3), or a list of them (0,5)")
+    numbers = tuple(dict.fromkeys(int(part) for part in parts))
+    if len(parts) > 1:
+        return numbers
+    if not 1 <= numbers[0] <= _MOST_SEEDS:
+        raise ACKDError(f"--seeds is {text}; use 1 or more, up to {_MOST_SEEDS}")
+    return tuple(range(numbers[0]))
+
+
+def _devices(workers: int | None) -> list[str | None]:
+    """One entry for each run at a time: the GPUs, or the machine as it is."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if workers is not None and workers < 1:
+        raise ACKDError(f"--workers is {workers}; use 1 or more")
+    if workers == 1 or (found < 2 and workers is None):
+        return [None]
+    if not found:
+        return [None] * (workers or 1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers and names of GPUs as the children will read them
+    names = visible.split(",") if visible else [str(number) for number in range(found)]
+    return [names[number % found] for number in range(workers or found)]
+
+
+_OURS = {"seed_everything": "use --seeds", "runs_dir": "use --out"}
+_OURS |= dict.fromkeys(("name", "ckpt_path", "resume"), "leave it out")
+_OPTIONS = ("pair", "methods", "seeds", "out", "preset", "dry-run", "workers")
+_OURS["model.teacher_weights"] = "put the file where the pair's configuration names it"
+
+
+def _refuse_ours(overrides: Sequence[str]) -> None:
+    """Settings that every run gets from its plan would be overwritten without a word."""
+    for part in overrides:
+        name = part.removeprefix("--").partition("=")[0]
+        if part.startswith("--") and name in _OURS:
+            raise ACKDError(f"--{name} is set by `ackd reproduce` for every run; {_OURS[name]}")
+        near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.8)
+        if part.startswith("--") and near:
+            raise ACKDError(f"`ackd reproduce` has no option --{name}; did you mean --{near[0]}?")
+
+
+def _print_plan(title: str, jobs: Sequence[Job]) -> None:
+    """Every run with an estimate; nothing is trained."""
+    watch = Stopwatch()
+    table = Table(title=f"{title}: {len(jobs)} runs")
+    for column in ("run", "state", "epochs", "about", "MB", "folder"):
+        table.add_column(column, justify="right" if column in ("epochs", "about", "MB") else "left", overflow="fold")
+    total, size, unknown = 0.0, 0.0, 0
+    for job in jobs:
+        seconds = watch.job(job)
+        if not job.finished:
+            unknown += seconds is None
+            total, size = total + (seconds or 0.0), size + megabytes(job)
+        about = "data missing" if seconds is None else _duration(seconds)
+        place = "/".join(job.folder.parts[-2:])
+        table.add_row(job.title, job.state(), str(job.epochs), about, f"{megabytes(job):.0f}", place)
+    Console(width=None if Console().is_terminal else 140).print(table)
+    left = sum(not job.finished for job in jobs)
+    more = f", {unknown} of unknown length (their data are not there)" if unknown else ""
+    print(
+        f"{left} runs to do, one after the other about {_duration(total)} on {watch.device.type} as busy as it is now"
+        f"{more}, {_size(size)} of checkpoints; data sets and the methods' own arithmetic are not counted"
+    )
+
+
+def _size(megabytes: float) -> str:
+    return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1000:.2f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _fetch_data(jobs: Sequence[Job]) -> None:
+    """Download and check data once, before several processes would do it at the same time."""
+    seen: set[str] = set()
+    for job in jobs:
+        key = json.dumps(job.planned.settings()["data"], sort_keys=True)
+        if key not in seen and not job.finished:
+            seen.add(key)
+            job.planned.datamodule.prepare_data()
+
+
+def _plan(
+    table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], seeds: Sequence[int], planner: Planner
+) -> list[Job]:
+    if any(needs_teacher(row) and row.teacher != "itself" for row in rows):
+        for pair in pairs:
+            if planner.given_weights(pair) is None:
+                planner.teacher(pair)
+    for row in rows:  # pairs inside rows: seeds of a method side by side in the list
+        for pair in pairs:
+            planner.add(pair, row, seeds)
+    order = {"teacher": 0, "early_stopped": 1, "assistant": 2, "student": 3}
+    jobs = sorted(planner.jobs.values(), key=lambda job: order[job.kind])
+    for job in jobs:
+        check_unchanged(job)
+    return jobs
+
+
+def reproduce(
+    name: str,
+    *,
+    pairs: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: str = "3",
+    out: str | None = None,
+    preset: str | None = None,
+    dry_run: bool = False,
+    workers: int | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Carry out the runs of one table, or of all, and write it.
+
+    Args:
+        name: ``table1`` .. ``table7``, ``all``, or a file of the same form as ``configs/tables/table2.yaml``.
+        pairs: which; empty: all of the table.
+        methods: rows of the table or fragments of ``configs/methods``; empty: all rows.
+        seeds: how many, or a list.
+        out: folder; None: ``reproduce/NAME``.
+        preset: ``smoke`` for the same rows on digits in minutes.
+        dry_run: print the runs with estimates and stop.
+        workers: runs at a time; None: one per GPU.
+        overrides: settings of ``ackd fit`` for every run.
+
+    Raises:
+        ACKDError: before any training, when something does not fit.
+        RunsFailedError: at the end, when runs failed.
+    """
+    chosen_seeds, devices = read_seeds(seeds), _devices(workers)
+    _refuse_ours(overrides)
+    names = table_names() if name == "all" else [name]
+    work: list[tuple[TableSpec, Path, list[Pair], list[Row], Planner, list[Job]]] = []
+    for each in names:
+        table = read_table(each, preset)
+        folder = Path(out or "reproduce") / (table.name if out is None or name == "all" else "")
+        some_pairs, rows = choose(table, pairs, methods)
+        planner = Planner(table, folder if name != "all" else folder.parent, overrides)
+        work.append((table, folder, some_pairs, rows, planner, _plan(table, some_pairs, rows, chosen_seeds, planner)))
+    everything = {job.folder: job for *_, jobs in work for job in jobs}
+    if dry_run:
+        _print_plan(", ".join(table.name for table, *_ in work), list(everything.values()))
+        return
+    started = time.monotonic()
+    if len(devices) > 1:
+        _fetch_data(list(everything.values()))
+    done = sum(job.finished for job in everything.values())
+    place = work[0][4].out
+    print(f"{len(everything)} runs, {done} of them finished, files in {place}", flush=True)
+    ending = [number for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number is not None]
+    previous = {number: signal.signal(number, _terminated) for number in ending}
+    try:
+        failed = Runner(place / "logs", devices).run_all(list(everything.values()))
+    except (KeyboardInterrupt, SystemExit):
+        print("interrupted; the same command goes on where it stopped", flush=True)
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for table, folder, some_pairs, rows, planner, jobs in work:
+        shown = [*jobs, *_earlier(table, some_pairs, rows, chosen_seeds, planner)]
+        _report(table, folder, some_pairs, rows, planner, shown, failed)
+    print(f"{len(everything)} runs in {_duration(time.monotonic() - started)}")
+    if failed:
+        reasons = "; ".join(f"{everything[folder].title}: {reason}" for folder, reason in failed.items())
+        raise RunsFailedError(
+            f"{len(failed)} of {len(everything)} runs failed ({reasons}); the same command repeats them"
+        )
+
+
+def _terminated(number: int, _: object) -> None:
+    """SIGTERM and a closed terminal end the children, too."""
+    raise SystemExit(128 + number)
+
+
+def _earlier(
+    table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], seeds: Sequence[int], planner: Planner
+) -> list[Job]:
+    """The teachers and the table's other rows that an earlier call with the same settings has finished."""
+    found: list[Job] = []
+    for pair in pairs:
+        if planner.given_weights(pair) is None and planner.known_teacher(pair) is None:
+            with contextlib.suppress(ACKDError):  # a pair without a teacher, for students alone
+                job = planner.teacher(pair)
+                found += [job] if job.finished and unchanged(job) else []
+    for row in table.rows.values():
+        if row in rows or not any(planner.out.glob(f"runs/*/{row.name}-seed*/summary.json")):
+            continue
+        for pair in pairs:
+            with contextlib.suppress(ACKDError):  # a pair that cannot have this row
+                found += [job for job in planner.add(pair, row, seeds) if job.finished and unchanged(job)]
+    return found
+
+
+def _report(
+    table: TableSpec,
+    folder: Path,
+    pairs: Sequence[Pair],
+    rows: Sequence[Row],
+    planner: Planner,
+    jobs: Sequence[Job],
+    failed: dict[Path, str],
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [record(job) for job in jobs if job.finished]
+    write_records(records, planner.out / "results.json")
+    given = [planner.given_weights(pair) for pair in pairs]
+    text = note(table, records, given=[path for path in given if path is not None])
+    if table.proxies:
+        content: list[Line] = proxy_lines(table, pairs, rows, [job for job in jobs if job.finished], planner)
+    else:
+        reasons = {(job.pair, job.row): failed[job.folder] for job in jobs if job.folder in failed}
+        content = lines(table, pairs, rows, records, planner, reasons)
+    files = write_tables(table, content, folder, text)
+    for pair in dict.fromkeys(line.pair for line in content):
+        for metric in dict.fromkeys(line.metric for line in content):
+            shown = Table(title=f"{table.title}: {pair}, {METRIC_NAMES[metric]}")
+            for column in COLUMNS:
+                shown.add_column(column, justify="left" if column == "row" else "right")
+            for line in content:
+                if (line.pair, line.metric) == (pair, metric):
+                    shown.add_row(*line.cells())
+            Console(width=None if Console().is_terminal else 120).print(shown)
+    print(text)
+    print(", ".join(map(str, [*files, planner.out / "results.json"])))

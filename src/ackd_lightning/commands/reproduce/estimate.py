@@ -1,0 +1,103 @@
+"""How long runs will take and how much they will write, roughly, without training."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+
+from ackd_lightning.commands.reproduce.planning import Job
+from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.execute import plan
+from ackd_lightning.models.zoo import create_model
+
+_OVERHEAD = 1.3
+"""Data, the method's own arithmetic, optimizer and evaluation on top of the networks; measured between 1.1 and 1.5."""
+
+_PASSES = 3
+
+
+def train_images(data: ImageDataModule) -> int | None:
+    """Images of one epoch; None when the data are not there and their number is not known beforehand.
+
+    Args:
+        data: not set up yet.
+    """
+    total = type(data).published_train_images
+    if total is None:
+        try:
+            data.setup()
+        except (ACKDError, OSError):
+            return None
+        return data.num_train_samples
+    kept = total * (1 - data.val_fraction) * data.train_fraction
+    return int(kept if data.max_per_class is None else min(kept, data.max_per_class * data.num_classes))
+
+
+class Stopwatch:
+    """Times networks on this machine, each once."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.known: dict[tuple[str, int, bool], float] = {}
+
+    def seconds(self, make: Callable[[], torch.nn.Module], name: str, size: int, *, train: bool) -> float:
+        """Seconds for one image: forward, and backward when it trains.
+
+        Args:
+            make: builds the network, which maps images to a tensor or a ``NetOutput``.
+            name: equal for equal networks.
+            size: side of the images.
+            train: with backward pass.
+        """
+        key = (name, size, train)
+        if key not in self.known:
+            count = 64 if self.device.type == "cuda" else max(2, min(16, 16 * 32**2 // size**2))
+            image = torch.randn(count, 3, size, size, device=self.device)
+            network = make().to(self.device).train(train)
+            times = []
+            for _ in range(1 + _PASSES):  # the first is warm-up
+                begin = time.perf_counter()
+                with torch.set_grad_enabled(train):
+                    output = network(image)
+                    logits = output if isinstance(output, torch.Tensor) else output.logits
+                    branches = [] if isinstance(output, torch.Tensor) else [each.logits for each in output.branches]
+                    if train:
+                        torch.stack([each.float().sum() for each in (logits, *branches)]).sum().backward()  # type: ignore[no-untyped-call]
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append((time.perf_counter() - begin) / count)
+            self.known[key] = min(times[1:])  # what else the machine does makes a pass longer, never shorter
+        return self.known[key]
+
+    def job(self, job: Job) -> float | None:
+        """Seconds that a run takes, roughly.
+
+        Args:
+            job: planned.
+        """
+        images = train_images(job.planned.datamodule)
+        if images is None:
+            return None
+        networks, size = job.networks, job.networks.input_size
+        each = self.seconds(lambda: plan(job.arguments).model.student, networks.student, size, train=True)
+        if networks.teacher is not None:
+            name, options = networks.teacher, job.settings.get("model.teacher_options") or {}
+            make = functools.partial(create_model, name, networks.num_classes, **options)
+            each += self.seconds(make, name, size, train=False)
+        return each * images * job.epochs * _OVERHEAD
+
+
+def megabytes(job: Job) -> float:
+    """Size of a run's files in MB: checkpoints (weights, momentum, memories of the training images) and the student.
+
+    Args:
+        job: planned.
+    """
+    data, networks = job.planned.datamodule, job.networks
+    kept = 1 if data.val_is_test else 2
+    memory = networks.bytes_per_image * (train_images(data) or 0) if networks.bytes_per_image else 0.0
+    return (kept * (8 * networks.trained + memory) + 4 * networks.kept) / 1e6

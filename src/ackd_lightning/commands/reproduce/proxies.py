@@ -1,0 +1,113 @@
+"""Table 1: how much of the teacher its proxies keep, measured on finished runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ackd_lightning.commands.reproduce.planning import Job, Planner
+from ackd_lightning.commands.reproduce.results import Line
+from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec
+from ackd_lightning.metrics.proxies import proxy_measurements
+from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.weights import digest
+from ackd_lightning.runs.files import write_json
+from ackd_lightning.types import Batch
+
+_FILE = "proxies.json"
+
+
+def _test_batches(job: Job, device: torch.device) -> Iterator[Batch]:
+    data = job.planned.datamodule
+    data.prepare_data()
+    data.setup()
+    for raw in data.test_dataloader():
+        yield data.on_after_batch_transfer(data.transfer_batch_to_device(raw, device, 0), 0)
+
+
+def _network(name: str, weights: str, job: Job, options: dict[str, Any] | None) -> FrozenTeacher:
+    data = job.planned.datamodule
+    network = FrozenTeacher.from_name(name, job.networks.num_classes, weights=weights, options=options)
+    network.adapt_to(data.mean, data.std, data.input_size)
+    return network
+
+
+def measure(job: Job, teacher: tuple[str, str]) -> dict[str, float]:
+    """Measurements of one student, its proxy and the teacher on the test set; kept beside the run.
+
+    Args:
+        job: finished run of a student that learnt from a proxy.
+        teacher: model name and weight file.
+    """
+    kept = job.folder / _FILE
+    model = job.planned.settings()["model"]["init_args"]
+    files = (teacher[1], model["teacher_weights"], str(job.student_file))
+    networks = [digest(file) for file in files]
+    if kept.is_file():
+        content = json.loads(kept.read_text(encoding="utf-8"))
+        if content["networks"] == networks:
+            values: dict[str, float] = content["values"]
+            return values
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    values = proxy_measurements(
+        _network(*teacher, job, model["teacher_options"]).to(device),
+        _network(model["teacher"], model["teacher_weights"], job, model["teacher_options"]).to(device),
+        _network(model["student"], str(job.student_file), job, model["student_options"]).to(device),
+        _test_batches(job, device),
+    )
+    write_json({"networks": networks, "values": values}, kept)
+    return values
+
+
+def proxy_lines(
+    table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], jobs: Sequence[Job], planner: Planner
+) -> list[Line]:
+    """A line for every measurement of every proxy.
+
+    Args:
+        table: the paper's figures.
+        pairs: that were asked for.
+        rows: that were asked for.
+        jobs: finished runs.
+        planner: knows the teachers.
+    """
+    result: list[Line] = []
+    for pair in pairs:
+        for row in {row.name: row for row in (*table.rows.values(), *rows)}.values():
+            students = [job for job in jobs if (job.pair, job.row, job.kind) == (pair.name, row.name, "student")]
+            if not all(job.settings["learns from"] for job in students):
+                continue  # a student alone has no proxy
+            measured = [measure(job, planner.teacher_file(pair)) for job in students]
+            for key in _MEASURES:
+                paper = (pair.paper.get(row.name) or {}).get(key)
+                kind = key.split("_")[0]
+                result.append(
+                    Line(
+                        pair.name,
+                        row.name,
+                        f"{row.label}: {_MEASURES[key]}",
+                        "proxy" if kind == "acc" else kind,
+                        paper,
+                        tuple(each[key] for each in measured),
+                        (),
+                        decimals=2 if kind == "acc" else 4,
+                    )
+                )
+    return result
+
+
+_MEASURES = {
+    "acc_teacher": "Acc(T)",
+    "acc_proxy": "Acc(P)",
+    "acc_student": "Acc(S)",
+    "acc_gap": "AccGap(T, P)",
+    "cka_teacher_proxy": "CKA(T, P)",
+    "cka_proxy_student": "CKA(P, S)",
+    "cka_teacher_student": "CKA(T, S)",
+    "kl_teacher_proxy": "KL(T, P)",
+    "kl_proxy_student": "KL(P, S)",
+    "kl_teacher_student": "KL(T, S)",
+}

@@ -1,0 +1,201 @@
+"""Carries out runs in processes of their own: finished ones are skipped, interrupted ones go on, failures are kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO
+
+from ackd_lightning.commands.reproduce.planning import Job
+from ackd_lightning.runs.files import read_summary
+
+_PROGRESS = re.compile(r"^epoch \d+")
+_EVERY = 15.0
+"""Seconds between two lines of progress of one run."""
+_PATIENCE = 300.0
+"""Seconds that a run may take to stop: a step or a validation, and a checkpoint."""
+
+
+class Runner:
+    """Runs jobs when what they need is there, one on each device.
+
+    Args:
+        logs: folder for the runs' full output.
+        devices: values of CUDA_VISIBLE_DEVICES, one per job at a time; [None]: one job, all devices as they are.
+    """
+
+    def __init__(self, logs: Path, devices: Sequence[str | None]) -> None:
+        self.logs = logs
+        self.devices: SimpleQueue[str | None] = SimpleQueue()
+        for device in devices:
+            self.devices.put(device)
+        self.workers = len(devices)
+        self.children: set[subprocess.Popen[str]] = set()
+        self.lock = threading.Lock()
+        self.stopping = False
+        self.total = self.started = 0
+
+    def run_all(self, jobs: Sequence[Job]) -> dict[Path, str]:
+        """Carry out what is not finished.
+
+        Args:
+            jobs: teachers before what learns from them.
+
+        Returns:
+            What went wrong, by folder of the run.
+        """
+        waiting = {job.folder: job for job in jobs if not (job.finished and self._tested(job))}
+        self.total = len(waiting)
+        failed: dict[Path, str] = {}
+        running: dict[Future[str | None], Job] = {}
+        with ThreadPoolExecutor(max_workers=self.workers) as pool:
+            try:
+                while waiting or running:
+                    self._start(waiting, running, failed, pool)
+                    if not running:
+                        break
+                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        job = running.pop(done)
+                        reason = self._reason(done)
+                        if reason:
+                            failed[job.folder] = reason
+                            print(f"failed: {job.title}: {reason}", flush=True)
+            except (KeyboardInterrupt, SystemExit):
+                self._stop()
+                raise
+        return failed
+
+    @staticmethod
+    def _reason(done: Future[str | None]) -> str | None:
+        """Reason of a failure; one of our own, such as a full disk, is one, too, and must not end the other runs."""
+        error = done.exception()
+        return done.result() if error is None else f"{type(error).__name__}: {error}"
+
+    def _start(
+        self,
+        waiting: dict[Path, Job],
+        running: dict[Future[str | None], Job],
+        failed: dict[Path, str],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        for folder, job in list(waiting.items()):
+            if lost := [need for need in job.needs if need in failed]:
+                failed[folder] = f"not run, because {lost[0]} failed"
+                print(f"{job.title}: {failed[folder]}", flush=True)
+                del waiting[folder]
+            elif len(running) < self.workers and not any(
+                need in waiting or any(need == each.folder for each in running.values()) for need in job.needs
+            ):
+                running[pool.submit(self._carry_out, job)] = job
+                del waiting[folder]
+
+    @staticmethod
+    def _tested(job: Job) -> bool:
+        summary = read_summary(job.folder)
+        tested = set(summary.get("test", {}))
+        if summary["shown"] == "test":  # then nothing was selected, and the last epoch is what counts
+            return summary["last"].get("epoch") == summary["epochs"] or "last" in tested
+        return set(_checkpoints(job)) <= tested
+
+    def _carry_out(self, job: Job) -> str | None:
+        """Fit and test; return the reason of a failure."""
+        device = self.devices.get()
+        with self.lock:
+            self.started += 1
+            number = self.started
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            log = self.logs / f"{job.folder.parent.name}-{job.folder.name}.log"
+            begin = time.monotonic()
+            resumed = ["--resume", str(job.folder)] if job.checkpoint else []
+            label = f"[{number}/{self.total}] {job.title}"
+            print(f"{label}: {'goes on' if resumed else 'starts'}", flush=True)
+            if not job.finished:
+                reason = self._process(["fit", *job.arguments, "--test", *resumed], log, device, label)
+                if reason is None and not job.finished:
+                    reason = "ended without a summary.json"
+                if reason:
+                    return f"{reason} (output in {log})"
+            if not self._tested(job):
+                for which in _checkpoints(job):
+                    reason = self._process(["test", str(job.folder), "--which", which], log, device, label)
+                    if reason:
+                        return f"{reason} (output in {log})"
+            print(f"{label}: {_accuracy(job)} ({time.monotonic() - begin:.0f} s)", flush=True)
+            return None
+        finally:
+            self.devices.put(device)
+
+    def _process(self, arguments: list[str], log: Path, device: str | None, label: str) -> str | None:
+        environment = {key: value for key, value in os.environ.items() if key not in ("ACKD_RUN_NAME", "ACKD_RESUMED")}
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        command = [sys.executable, "-m", "ackd_lightning", *arguments, "--trainer.enable_progress_bar", "false"]
+        with log.open("a", encoding="utf-8") as stream:
+            with self.lock:  # _stop sees every child, or none is started after it
+                if self.stopping:
+                    return "interrupted"
+                child = subprocess.Popen(
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C reaches it through _stop alone, once
+                )
+                self.children.add(child)
+            assert child.stdout is not None
+            with child.stdout:
+                last = self._relay(child.stdout, stream, label)
+            code = child.wait()
+            with self.lock:
+                self.children.discard(child)
+        if code < 0:  # the last line would be one of progress
+            return f"killed by {signal.Signals(-code).name}"
+        return None if code == 0 else last or f"exit code {code}"
+
+    def _relay(self, source: IO[str], stream: IO[str], label: str) -> str:
+        """Copy a run's output to its log and a line of progress now and then to the screen; return its last line."""
+        shown, last = time.monotonic(), ""
+        for line in source:
+            stream.write(line)
+            stream.flush()
+            last = line.strip().removeprefix("ackd: ") or last
+            if _PROGRESS.match(line) and time.monotonic() - shown > _EVERY:
+                shown = time.monotonic()
+                print(f"{label}: {line.strip()}", flush=True)
+        return last
+
+    def _stop(self) -> None:
+        """End the children and wait for them."""
+        with self.lock:
+            self.stopping = True
+            children = list(self.children)
+        for child in children:
+            child.terminate()  # SIGINT is ignored by what a shell started in the background
+        for child in children:
+            try:
+                child.wait(timeout=_PATIENCE)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)  # with the processes that it has started
+
+
+def _checkpoints(job: Job) -> list[str]:
+    """Which checkpoints of a run are tested."""
+    return [name for name in ("last", "best") if (job.folder / "checkpoints" / f"{name}.ckpt").is_file()]
+
+
+def _accuracy(job: Job) -> str:
+    summary = read_summary(job.folder)
+    values = summary.get("test", {}).get("last") or summary["last"]
+    return f"test accuracy {values['test/acc']:.2%}" if "test/acc" in values else "done"

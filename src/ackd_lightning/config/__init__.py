@@ -1,0 +1,1 @@
+"""Configuration files: find, include, merge, and which classes they may name; nothing of Lightning."""

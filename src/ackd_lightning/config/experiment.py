@@ -1,0 +1,43 @@
+"""Which settings make an experiment, and which only say where and how it is shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_NOT_THE_EXPERIMENT = {
+    "seed_everything",
+    "name",
+    "runs_dir",
+    "publish",
+    "wandb",
+    "tensorboard",
+    "ckpt_path",
+    "output",
+    "test",
+    "resume",
+    "on_nan",
+}
+
+
+_SHOW = {"trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"}
+
+
+_PLACES = {"data.root", "data.url", "data.download", "data.cache", "model.teacher_weights", "model.teacher_cache"}
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict) or (not settings and prefix):
+        return {prefix.rstrip("."): settings}
+    return {key: value for name, each in settings.items() for key, value in _flat(each, f"{prefix}{name}.").items()}
+
+
+def experiment_settings(config: dict[str, Any], *, places: bool = False) -> dict[str, Any]:
+    """What makes an experiment, by dotted name: a run's settings without seed, name and display.
+
+    Args:
+        config: content of a run's ``config.yaml``.
+        places: keep where data and teacher lie.
+    """
+    content = {key: value for key, value in config.items() if key not in _NOT_THE_EXPERIMENT}
+    flat = {key.replace(".init_args", ""): value for key, value in _flat(content).items()}
+    return {key: value for key, value in flat.items() if key not in _SHOW and (places or key not in _PLACES)}

@@ -1,0 +1,205 @@
+"""Configurations: packaged ones are found by name from any folder, and fragments are put together before parsing."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ackd_lightning.errors import ACKDError, near_matches
+
+_INCLUDE = "include"
+_DEEPEST, _MOST = 50, 100_000
+"""Levels and values of a YAML file; aliases of aliases count as often as they stand for something."""
+_METHODS = "methods"
+
+
+@cache
+def config_folder() -> Path:
+    """Folder of the packaged configurations: inside an installed wheel, or the repository's ``configs/``."""
+    package = Path(str(files("ackd_lightning")))
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parents[1] / "configs"
+
+
+@cache
+def packaged_names() -> tuple[str, ...]:
+    """File names of the runs that are shipped, without the fragments."""
+    return tuple(sorted(path.name for path in config_folder().glob("*.yaml")))
+
+
+@cache
+def method_names() -> tuple[str, ...]:
+    """File names of the method fragments, for a second ``--config``."""
+    return tuple(sorted(path.name for path in (config_folder() / _METHODS).glob("*.yaml")))
+
+
+def describe_config(name: str) -> str:
+    """First comment line of a packaged configuration.
+
+    Args:
+        name: file name, of a run or a method.
+    """
+    path = find_config(name)
+    with path.open(encoding="utf-8") as lines:
+        return next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")
+
+
+def find_config(value: str) -> Path:
+    """Resolve what stands behind ``--config``: a path first, then a packaged run, then a method fragment.
+
+    Args:
+        value: a path or a name; ``.yaml`` may be left out of a name.
+
+    Raises:
+        ACKDError: with the near matches, when nothing is found.
+    """
+    path = Path(value)
+    if path.is_file():
+        return path
+    name = value if path.suffix in (".yaml", ".yml") else f"{value}.yaml"
+    for folder in (config_folder(), config_folder() / _METHODS):
+        if (folder / name).is_file():
+            return folder / name
+    known = (*packaged_names(), *method_names())
+    hint = near_matches(name, known)
+    if not hint.startswith("did you"):
+        hint = "`ackd configs` lists the packaged ones"
+    raise ACKDError(f"--config {value}: no such file and no packaged configuration of that name; {hint}")
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Lay one configuration over another: mappings merge, everything else is replaced.
+
+    Where ``over`` names another ``class_path``, the arguments of the old class go, except those of the training module
+    (``model``), which all training modules share.
+
+    Args:
+        base: below.
+        over: above.
+    """
+    return _merge(base, over, keep=frozenset({("model",)}), path=())
+
+
+def _merge(
+    base: dict[str, Any], over: dict[str, Any], *, keep: frozenset[tuple[str, ...]], path: tuple[str, ...]
+) -> dict[str, Any]:
+    result = copy.deepcopy(base)
+    # the last part alone: ackd_lightning.ACKD and ackd_lightning.methods.ACKD are one class
+    classes = [str(each["class_path"]).rpartition(".")[2] for each in (base, over) if "class_path" in each]
+    other_class = len(classes) == 2 and classes[0] != classes[1]
+    if other_class and path not in keep:
+        result = {}
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            result[key] = _merge(below, value, keep=keep, path=(*path, key))
+        else:
+            result[key] = copy.deepcopy(value)
+    if "class_path" in result:  # first, where a reader looks for it
+        result = {"class_path": result["class_path"], **result}
+    return result
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of plain data: mappings, lists, text, numbers.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ACKDError: when it cannot be read, is not YAML, or holds anything else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ACKDError(f"{path} cannot be read ({error.strerror}); check its path and permissions") from error
+    except Exception as error:  # PyYAML passes on whatever its constructors of numbers and dates raise
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise ACKDError(
+            f"{path}{place} is not YAML ({first}); mend it, or print a good one with --print_config"
+        ) from None
+    _check_plain(content, path)
+    return content
+
+
+def _check_plain(content: Any, path: Path) -> None:
+    """Refuse what JSON cannot hold, and what grows without end through aliases."""
+    waiting, seen = [(content, 0)], 0
+    while waiting:
+        value, level = waiting.pop()
+        seen += 1
+        if level > _DEEPEST or seen > _MOST:
+            raise ACKDError(f"{path} is nested too deeply or without end; take aliases (&, *) out of it")
+        if isinstance(value, dict):
+            waiting += [(each, level + 1) for pair in value.items() for each in pair]
+        elif isinstance(value, list):
+            waiting += [(each, level + 1) for each in value]
+        elif not isinstance(value, str | int | float | None):
+            kind = "date" if isinstance(value, datetime.date) else type(value).__name__
+            raise ACKDError(f"{path} holds the {kind} {str(value)[:40]!r}; put it in quotes, or write a number")
+
+
+def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML file and the fragments in its ``include`` list, which lie below it.
+
+    Args:
+        path: of the file; fragments are named relative to it, or to the packaged folder.
+
+    Raises:
+        ACKDError: when it is no YAML mapping, or a fragment is missing or includes itself.
+    """
+    if path.resolve() in _seen:
+        raise ACKDError(f"{path} includes itself by way of {_seen[-1]}; take it out of `include`")
+    content = read_yaml(path)
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ACKDError(f"{path} holds a {type(content).__name__}, not settings; write `key: value` lines")
+    result: dict[str, Any] = {}
+    included = content.pop(_INCLUDE, None) or []
+    if not isinstance(included, list):
+        raise ACKDError(f"`include` of {path} is {included!r}, not a list; write include: [{included}]")
+    for name in included:
+        candidates = [path.parent / f"{name}.yaml", config_folder() / f"{name}.yaml"]
+        found = next((each for each in candidates if each.is_file()), None)
+        if found is None:
+            raise ACKDError(f"{path} includes {name!r}, which does not exist; {near_matches(str(name), _fragments())}")
+        result = merge(result, read_config(found, (*_seen, path.resolve())))
+    return merge(result, content)
+
+
+def _fragments() -> Iterator[str]:
+    folder = config_folder()
+    for path in folder.glob("*/*.yaml"):
+        yield str(path.relative_to(folder).with_suffix(""))
+
+
+def load_configs(values: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Read what stands behind every ``--config``, each laid over those before it.
+
+    Args:
+        values: paths or names.
+
+    Returns:
+        The settings, and a name for the run: the file stems joined by ``+``.
+    """
+    paths = [find_config(value) for value in values]
+    result: dict[str, Any] = {}
+    for path in paths:
+        result = merge(result, read_config(path))
+    return result, "+".join(_run_name(path) for path in paths)
+
+
+def _run_name(path: Path) -> str:
+    """Stem of a configuration; for the ``config.yaml`` of a run, what that run was made from."""
+    of_a_run = path.name == "config.yaml" and (path.parent / "checkpoints").is_dir()
+    return path.resolve().parents[1].name if of_a_run else path.stem

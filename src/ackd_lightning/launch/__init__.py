@@ -1,0 +1,1 @@
+"""From a command line to settings to a Trainer; no training logic."""

@@ -1,0 +1,53 @@
+"""Attention over auxiliary learners (ACKD, Eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ackd_lightning.models.features import pooled
+
+AttentionInput = Literal["pooled", "flattened", "scaled"]
+
+
+class LearnerAttention(nn.Module):
+    r"""Weighs M learners per sample: \(x = g(\mathrm{Concat}(h^{(1)}, …)),\ a = \mathrm{softmax}(\mathrm{MLP}(x))\).
+
+    Args:
+        shapes: ``(C, H, W)`` of each learner's feature map.
+        inputs: g. ``flattened`` is the paper's text; ``pooled`` averages over H and W first; ``scaled`` is the
+            flattened map divided by H·W, so that x has the size that pooling gives.
+        hidden: width of the MLP's hidden layer (not in the paper).
+
+    Note:
+        In a first measurement the flattened input at the student's learning rate put all weight on one learner
+        within an epoch; see ``attention/entropy`` in the log.
+    """
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, int, int]], *, inputs: AttentionInput = "pooled", hidden: int = 128
+    ) -> None:
+        super().__init__()
+        self.inputs = inputs
+        width = sum(C if inputs == "pooled" else C * H * W for C, H, W in shapes)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, len(shapes)))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Attention weights of every learner for every image.
+
+        Args:
+            features: M maps ``B x C x H x W``; the gradient flows into them.
+
+        Returns:
+            ``B x M`` float32, rows sum to 1.
+        """
+        if self.inputs == "pooled":
+            joined = torch.cat([pooled(feature) for feature in features], dim=1)
+        else:
+            scale = 1.0 if self.inputs == "flattened" else 1.0 / features[0][0, 0].numel()
+            joined = torch.cat([feature.flatten(1) * scale for feature in features], dim=1)
+        weights: Tensor = self.mlp(joined).float().softmax(dim=1)
+        return weights

@@ -1,5 +1,0 @@
-"""``ackd reproduce``: the runs behind a table of the paper, carried out once, and the table."""
-
-from ackd_lightning.reproduce.command import reproduce
-
-__all__ = ["reproduce"]

@@ -1,0 +1,1 @@
+"""A run's folder: find, read, write, export, resume; nothing that trains."""

@@ -1,0 +1,55 @@
+"""Versions and hardware that a result depends on."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torchvision
+
+from ackd_lightning._version import __version__
+
+
+@functools.cache
+def commit() -> str | None:
+    """The git commit of this package's source, ``+`` behind it when files were changed; None where there is none."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", __file__):
+            return None  # installed somewhere below another project's repository
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    source = commit()
+    return {
+        "ackd_lightning": __version__,
+        **({"commit": source} if source else {}),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "lightning": version("lightning"),
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the hardware.
+
+    Args:
+        device: Device of a training.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)

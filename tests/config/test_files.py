@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ackd_lightning.config.files import (
+    config_folder,
+    describe_config,
+    find_config,
+    load_configs,
+    merge,
+    method_names,
+    packaged_names,
+    read_config,
+)
+from ackd_lightning.errors import ACKDError
+
+NAME = "digits_resnet20_resnet8.yaml"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_path_wins_over_a_packaged_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(NAME) == config_folder() / NAME
+    write(tmp_path / NAME, "seed_everything: 3\n")
+    assert find_config(NAME).resolve() == tmp_path / NAME
+    assert read_config(find_config(NAME)) == {"seed_everything": 3}
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ("digits_resnet20_resnet8", NAME),
+        (NAME, NAME),
+        ("ackd_literal", "methods/ackd_literal.yaml"),
+        ("kd.yaml", "methods/kd.yaml"),
+    ],
+)
+def test_runs_and_methods_are_found_by_name_with_or_without_suffix(value, where):
+    assert find_config(value) == config_folder() / where
+
+
+@pytest.mark.parametrize(
+    ("value", "near"),
+    [
+        ("digits_resnet20_resnet9.yaml", NAME),
+        ("ackd_litteral", "ackd_literal.yaml"),
+        ("cifar100_resnet11O", "resnet110"),
+    ],
+)
+def test_an_unknown_name_gets_near_matches(value, near):
+    with pytest.raises(ACKDError, match="no such file") as caught:
+        find_config(value)
+    assert near in str(caught.value)
+    assert value in str(caught.value)
+    assert "did you mean" in str(caught.value)
+
+
+def test_a_name_that_is_like_none_points_at_the_list():
+    with pytest.raises(ACKDError, match="`ackd configs` lists"):
+        find_config("0000/1111/2222")
+
+
+def test_packaged_configurations_are_found_from_another_folder(tmp_path):
+    code = (
+        "from ackd_lightning.config.files import *;"
+        f"print(load_configs(['{NAME[:-5]}', 'kd'])[1]); print(len(packaged_names()), len(method_names()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == [f"{NAME[:-5]}+kd", str(len(packaged_names())), str(len(method_names()))]
+
+
+def test_names_are_those_of_the_files_and_every_one_has_a_description():
+    assert NAME in packaged_names()
+    assert {"ackd.yaml", "ackd_literal.yaml", "ce.yaml", "kd.yaml"} <= set(method_names())
+    assert not set(packaged_names()) & set(method_names())
+    for name in (*packaged_names(), *method_names()):
+        assert describe_config(name)
+        assert not describe_config(name).startswith("#")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(config_folder().rglob("*.yaml")), ids=lambda path: str(path.relative_to(config_folder()))
+)
+def test_every_packaged_file_reads_with_its_includes(path):
+    content = read_config(path)
+    assert content
+    assert "include" not in content
+
+
+def test_a_packaged_run_holds_what_its_fragments_say():
+    content = read_config(find_config(NAME))
+    assert content["model"]["class_path"] == "ackd_lightning.ACKDModule"
+    assert content["model"]["init_args"]["student"] == "resnet8"
+    assert content["model"]["init_args"]["method"]["class_path"] == "ackd_lightning.methods.ACKD"
+    assert "class_path" in content["data"]
+
+
+def test_includes_are_laid_in_order_and_the_file_itself_comes_last(tmp_path):
+    write(tmp_path / "low.yaml", "a: low\nb: low\nc: low\nd: {x: low, y: low}\n")
+    write(tmp_path / "high.yaml", "b: high\nc: high\nd: {y: high}\n")
+    top = write(tmp_path / "top.yaml", "include: [low, high]\nc: top\n")
+    assert read_config(top) == {"a": "low", "b": "high", "c": "top", "d": {"x": "low", "y": "high"}}
+
+
+def test_includes_nest_and_are_relative_to_the_file_that_names_them(tmp_path):
+    write(tmp_path / "parts/deep/last.yaml", "a: 1\n")
+    write(tmp_path / "parts/first.yaml", "include: [deep/last]\nb: 2\n")
+    top = write(tmp_path / "top.yaml", "include: [parts/first]\n")
+    assert read_config(top) == {"a": 1, "b": 2}
+
+
+def test_a_fragment_beside_the_file_wins_over_a_packaged_one(tmp_path):
+    top = write(tmp_path / "top.yaml", "include: [methods/kd]\n")
+    assert read_config(top) == read_config(config_folder() / "methods/kd.yaml")
+    write(tmp_path / "methods/kd.yaml", "mine: true\n")
+    assert read_config(top) == {"mine": True}
+
+
+def test_the_same_fragment_twice_is_no_cycle(tmp_path):
+    write(tmp_path / "base.yaml", "a: 1\n")
+    write(tmp_path / "one.yaml", "include: [base]\n")
+    write(tmp_path / "two.yaml", "include: [base]\n")
+    assert read_config(write(tmp_path / "top.yaml", "include: [one, two]\n")) == {"a": 1}
+
+
+def test_an_empty_file_is_no_settings(tmp_path):
+    assert read_config(write(tmp_path / "empty.yaml", "# nothing\n")) == {}
+    assert read_config(write(tmp_path / "none.yaml", "include:\na: 1\n")) == {"a": 1}
+
+
+@pytest.mark.parametrize("second", ["include: [first]\n", "include: [../configs/first]\n", "include: [second]\n"])
+def test_an_include_cycle_is_named(tmp_path, second):
+    folder = tmp_path / "configs"
+    first = write(folder / "first.yaml", "include: [second]\n")
+    write(folder / "second.yaml", second)
+    with pytest.raises(ACKDError, match="includes itself"):
+        read_config(first)
+
+
+def test_a_missing_fragment_is_named_with_the_known_ones(tmp_path):
+    top = write(tmp_path / "top.yaml", "include: [methods/ackdd]\n")
+    with pytest.raises(ACKDError, match=r"'methods/ackdd', which does not exist; did you mean 'methods/ackd'"):
+        read_config(top)
+
+
+@pytest.mark.parametrize("included", ["methods/ackd", "{a: 1}", "3"])
+def test_an_include_that_is_no_list_is_refused(tmp_path, included):
+    with pytest.raises(ACKDError, match="not a list"):
+        read_config(write(tmp_path / "top.yaml", f"include: {included}\n"))
+
+
+def test_what_is_not_yaml_is_refused_with_its_line(tmp_path):
+    with pytest.raises(ACKDError, match=r"bad.yaml, line 2 is not YAML"):
+        read_config(write(tmp_path / "bad.yaml", "a: 1\nb: : 2\n"))
+
+
+def test_bytes_that_are_not_text_are_refused(tmp_path):
+    (tmp_path / "weights.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ACKDError, match=r"weights.yaml is not YAML"):
+        read_config(tmp_path / "weights.yaml")
+
+
+def test_no_code_is_run_by_yaml(tmp_path):
+    with pytest.raises(ACKDError, match="is not YAML"):
+        read_config(write(tmp_path / "evil.yaml", f"a: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n"))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(("text", "kind"), [("[1, 2]\n", "list"), ("hello\n", "str"), ("3\n", "int")])
+def test_what_is_no_mapping_is_refused(tmp_path, text, kind):
+    with pytest.raises(ACKDError, match=f"holds a {kind}, not settings"):
+        read_config(write(tmp_path / "odd.yaml", text))
+
+
+def test_merging_joins_mappings_replaces_the_rest_and_changes_neither_side():
+    base = {"a": {"x": 1, "y": [1, 2]}, "b": 1, "c": {"z": 1}}
+    over = {"a": {"y": [3]}, "b": {"now": "a mapping"}, "c": None}
+    copies = yaml.safe_load(yaml.safe_dump([base, over]))
+    merged = merge(base, over)
+    assert merged == {"a": {"x": 1, "y": [3]}, "b": {"now": "a mapping"}, "c": None}
+    merged["a"]["y"].append(4)
+    merged["b"]["now"] = "changed"
+    assert [base, over] == copies
+
+
+def test_another_class_drops_the_old_arguments():
+    base = {"class_path": "A", "init_args": {"x": 1}}
+    assert merge({"data": base}, {"data": {"class_path": "B"}}) == {"data": {"class_path": "B"}}
+    new = {"class_path": "B", "init_args": {"y": 2}}
+    assert merge({"data": base}, {"data": new}) == {"data": new}
+    same = {"class_path": "A", "init_args": {"y": 2}}
+    assert merge({"data": base}, {"data": same})["data"]["init_args"] == {"x": 1, "y": 2}
+    assert merge({"data": base}, {"data": {"init_args": {"y": 2}}})["data"]["init_args"] == {"x": 1, "y": 2}
+
+
+def test_another_training_module_keeps_the_shared_arguments_but_not_the_methods():
+    method = {"class_path": "ACKD", "init_args": {"temperature": 2.0}}
+    base = {"model": {"class_path": "Adversarial", "init_args": {"student": "resnet8", "method": method}}}
+    over = {"model": {"class_path": "Distillation", "init_args": {"method": {"class_path": "KD"}}}}
+    assert merge(base, over) == {
+        "model": {"class_path": "Distillation", "init_args": {"student": "resnet8", "method": {"class_path": "KD"}}}
+    }
+
+
+def test_a_method_swaps_the_method_of_a_run_and_keeps_the_rest():
+    run, _ = load_configs([NAME])
+    swapped, name = load_configs([NAME, "kd"])
+    assert name == "digits_resnet20_resnet8+kd"
+    assert swapped["model"]["class_path"] == "ackd_lightning.DistillationModule"
+    assert swapped["model"]["init_args"].pop("method") == {"class_path": "ackd_lightning.methods.KD"}
+    run["model"]["init_args"].pop("method")
+    assert swapped["model"]["init_args"] == run["model"]["init_args"]
+    assert {key: value for key, value in swapped.items() if key != "model"} == {
+        key: value for key, value in run.items() if key != "model"
+    }
+
+
+def test_later_files_win_and_the_run_is_named_by_all(tmp_path):
+    first = write(tmp_path / "one.yaml", "a: 1\nb: 1\n")
+    second = write(tmp_path / "two.yml", "b: 2\n")
+    assert load_configs([str(first), str(second)]) == ({"a": 1, "b": 2}, "one+two")
+    assert load_configs([str(second), str(first)]) == ({"a": 1, "b": 1}, "two+one")
+    assert load_configs([]) == ({}, "")

@@ -1,0 +1,250 @@
+"""``ackd fit --resume``: which run goes on, from which checkpoint, and what is said when none does."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ackd_lightning.cli import main
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "digits_resnet20.yaml"
+SHORT = ["--data.max_per_class", "4", "--data.batch_size", "20", "--publish", "null", "--trainer.max_epochs", "2"]
+FIT = ["fit", "--config", CONFIG, *SHORT]
+RUNS = Path("runs") / "digits_resnet20"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run ``a``."""
+    place = tmp_path_factory.mktemp("finished")
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        assert main([*FIT, "--name", "a"]) == 0
+    finally:
+        os.chdir(before)
+    return place
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch):
+    """A copy of it, entered."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def unfinished(name: str = "a") -> Path:
+    """Make a run look as if it had been killed after its last checkpoint."""
+    run = RUNS / name
+    (run / "summary.json").unlink()
+    (run / "student.safetensors").unlink()
+    return run
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("value", ["auto", str(RUNS / "a"), str(RUNS / "a" / "checkpoints" / "last.ckpt")])
+def test_an_unfinished_run_goes_on_to_the_end_of_an_uninterrupted_one(place, capsys, value):
+    assert main([*FIT, "--name", "whole", "--trainer.max_epochs", "3"]) == 0
+    run = unfinished()
+    capsys.readouterr()
+    assert main([*FIT, "--resume", value, "--trainer.max_epochs", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert f"going on with {run / 'checkpoints' / 'last.ckpt'}" in shown
+    assert "settings that differ from the run's start: trainer.max_epochs 2 -> 3" in shown
+    whole, again = state(RUNS / "whole"), state(run)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 3
+    assert sorted(each.name for each in RUNS.iterdir()) == ["a", "whole"]
+
+
+@pytest.mark.parametrize("value", ["auto", str(RUNS / "a")])
+def test_a_finished_run_says_so(place, capsys, value):
+    assert main([*FIT, "--resume", value]) == 0
+    shown = capsys.readouterr().out
+    assert f"run {RUNS / 'a'} is finished (2 epochs); leave --resume out" in shown
+    assert [each.name for each in RUNS.iterdir()] == ["a"]
+
+
+def test_auto_with_a_name_starts_that_run_and_leaves_others_alone(place, capsys):
+    """What a job script needs: the same line starts the run and goes on with it."""
+    unfinished()
+    before = (RUNS / "a" / "checkpoints" / "last.ckpt").read_bytes()
+    assert main([*FIT, "--resume", "auto", "--name", "b"]) == 0
+    assert (RUNS / "b" / "summary.json").is_file()
+    assert (RUNS / "a" / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_auto_takes_the_newest_unfinished_run(place, capsys):
+    shutil.copytree(unfinished(), RUNS / "older")
+    shutil.copytree(RUNS / "a", RUNS / "newest")
+    for number, name in enumerate(("older", "a", "newest")):
+        for each in (RUNS / name / "checkpoints").iterdir():
+            os.utime(each, (1_700_000_000 + number, 1_700_000_000 + number))
+    assert main([*FIT, "--resume", "auto", "--trainer.max_epochs", "3"]) == 0
+    assert (RUNS / "newest" / "summary.json").is_file()
+    assert not (RUNS / "a" / "summary.json").exists()
+
+
+def test_auto_leaves_runs_with_another_seed_alone(place, capsys):
+    """An array of jobs, one for each seed, must not go on with each other's runs."""
+    before = (unfinished() / "checkpoints" / "last.ckpt").read_bytes()
+    assert main([*FIT, "--resume", "auto", "--seed_everything", "1"]) == 0
+    assert len(list(RUNS.iterdir())) == 2
+    assert (RUNS / "a" / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_another_seed_is_refused(place, capsys):
+    run = unfinished()
+    assert main([*FIT, "--resume", str(run), "--seed_everything", "1"]) == 2
+    assert "has --seed_everything 0 and not 1" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_train_one_run(place, capsys):
+    run = unfinished()
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    with (run / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert main([*FIT, "--resume", "auto"]) == 2
+    assert "is being trained by another process" in capsys.readouterr().err
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_a_checkpoint_outside_a_run_is_refused(place, capsys):
+    shutil.copy(unfinished() / "checkpoints" / "last.ckpt", "elsewhere.ckpt")
+    assert main([*FIT, "--resume", "elsewhere.ckpt"]) == 2
+    assert "elsewhere.ckpt is in no run's checkpoints/" in capsys.readouterr().err
+
+
+def test_last_is_measured_when_the_fit_ends_between_two_validations(place):
+    """Without validation data a run's figure is that of its last weights."""
+    without = ["--data.val_fraction", "0", "--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2"]
+    assert main([*FIT, "--name", "between", *without, "--test"]) == 0
+    summary = json.loads((RUNS / "between" / "summary.json").read_text())
+    assert (summary["epochs"], summary["last"]["epoch"]) == (3, 2.0)
+    assert "test/acc" in summary["test"]["last"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+    os.utime(path, None)  # the newest
+
+
+def test_auto_passes_over_a_cut_off_checkpoint_and_says_so(place, capsys):
+    run = unfinished()
+    shutil.copy(run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt")
+    cut(run / "checkpoints" / "last.ckpt")
+    assert main([*FIT, "--resume", "auto", "--trainer.max_epochs", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "going on with runs/digits_resnet20/a/checkpoints/best.ckpt" in shown
+    assert "last.ckpt cannot be read as a checkpoint" in shown
+
+
+def test_a_named_checkpoint_that_is_cut_off_is_refused_with_a_better_one(place, capsys):
+    last = unfinished() / "checkpoints" / "last.ckpt"
+    cut(last)
+    assert main([*FIT, "--resume", str(last)]) == 2
+    shown = capsys.readouterr().err
+    assert "last.ckpt cannot be read as a checkpoint" in shown
+    assert "such as --resume runs/digits_resnet20/a/checkpoints/best.ckpt" in shown
+
+
+def test_a_foreign_checkpoint_is_refused(place, capsys):
+    torch.save({"epoch": 3, "state_dict": {}}, "other.ckpt")
+    assert main([*FIT, "--resume", "other.ckpt"]) == 2
+    assert "other.ckpt is no checkpoint of ackd-lightning" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--resume", "gone"], "gone is neither a run folder nor a checkpoint"),
+        (["--resume", "auto", "--ckpt_path", "x.ckpt"], "--resume and --ckpt_path both name a checkpoint"),
+    ],
+)
+def test_what_cannot_go_on_is_said_in_one_sentence(place, capsys, more, words):
+    assert main([*FIT, *more]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_real_run_that_is_killed_twice_ends_like_one_that_is_not():
+    """SIGKILL and SIGTERM at random moments; ``--times 20`` of the same script is the long version."""
+    script = ROOT / "benchmarks" / "kill_and_resume.py"
+    seed = str(int.from_bytes(os.urandom(2), "big"))
+    done = subprocess.run(
+        [sys.executable, str(script), "--times", "1", "--seed", seed],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.stdout.endswith("1 of 1\n"), f"--seed {seed}: {done.stdout}{done.stderr}"
+
+
+def test_two_machines_by_torchrun(place):
+    """Two launchers on this machine stand in for two machines."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch += ["--master-addr", "localhost", "--master-port", str(port)]
+    fit = ["-m", "ackd_lightning", *FIT, "--name", "nodes", "--trainer.accelerator", "cpu"]
+    fit += ["--trainer.devices", "1", "--trainer.num_nodes", "2", "--trainer.strategy", "ddp"]
+    children = [
+        subprocess.Popen(
+            [*launch, "--node-rank", str(rank), *fit],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        for rank in range(2)
+    ]
+    try:
+        shown = [child.communicate(timeout=200)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0], shown[0][-2000:] + shown[1][-2000:]
+    summary = json.loads((RUNS / "nodes" / "summary.json").read_text())
+    assert summary["steps"] == 4
+    one, two = state(RUNS / "a"), state(RUNS / "nodes")
+    learnt = [key for key in one if key.endswith("fc.weight")]
+    assert learnt
+    assert all(torch.isfinite(two[key]).all() for key in learnt)
+
+
+def test_two_processes_predict_into_one_file(place):
+    """The file of one process, line by line: every image once, in order."""
+    assert main(["predict", str(RUNS / "a"), "--output", "one.csv", "--trainer.enable_progress_bar", "false"]) == 0
+    two = ["predict", str(RUNS / "a"), "--output", "two.csv", "--trainer.enable_progress_bar", "false"]
+    two += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ackd_lightning", *two],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, other = (list(csv.DictReader(Path(name).read_text().splitlines())) for name in ("one.csv", "two.csv"))
+    keys = ("index", "target", "prediction")
+    assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in other]
+    for row, again in zip(one, other, strict=True):
+        assert float(row["probability"]) == pytest.approx(float(again["probability"]), abs=1e-5)

@@ -1,0 +1,339 @@
+"""A loss that is not finite is stopped with its term and rate, or skipped and counted; checkpoints stay finite."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+
+from ackd_lightning import ACKD, KD, ACKDError, ACKDModule, DistillationModule
+from ackd_lightning.cli import main
+from ackd_lightning.errors import NonFiniteError
+from ackd_lightning.training.nonfinite import remedies
+from training.helpers import CLASSES, SIZE, Blobs, TinyNet, largest_difference, state, trainer
+
+skipping = pytest.mark.filterwarnings("ignore:the loss is not finite in epoch.*")
+
+
+class Broken(KD):
+    """KD whose own term is not finite in chosen steps; the bad number is in the gradient, too."""
+
+    def __init__(self, *, at: tuple[int, ...] = (5,), value: float = float("nan")) -> None:
+        super().__init__()
+        self.at, self.value, self.calls = at, value, 0
+
+    def forward(self, student, teacher, batch):
+        terms = super().forward(student, teacher, batch)
+        self.calls += self.training
+        return {**terms, "kd": terms["kd"] * self.value} if self.calls in self.at and self.training else terms
+
+
+class BrokenACKD(ACKD):
+    calls = 0
+    at: tuple[int, ...] = (5,)
+
+    def forward(self, student, teacher, batch):
+        terms = super().forward(student, teacher, batch)
+        type(self).calls += 1
+        return {**terms, "ce": terms["ce"] * float("nan")} if type(self).calls in self.at else terms
+
+
+class BadImages(Blobs):
+    """Blobs with one image that is not a number, in global batch ``bad`` of every epoch."""
+
+    bad = 3
+
+    def _data(self, seed, count):
+        data = super()._data(seed, count)
+        if seed == 0:
+            data.tensors[0][self.global_batch * self.bad, 0, 0, 0] = float("nan")
+        return data
+
+
+def build(method=None, *, adversarial=False, **options):
+    torch.manual_seed(0)
+    teacher, student = TinyNet(8), TinyNet()
+    cls = ACKDModule if adversarial else DistillationModule
+    usual = {"lr": 0.05, "milestones": [9], "teacher_gate": "off", "input_size": SIZE}
+    return cls(student, CLASSES, teacher=teacher, method=method, **{**usual, **options})
+
+
+def finite(tensors):
+    return all(torch.isfinite(each).all() for each in tensors.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_stop_names_step_term_and_rate_before_the_weights_change(value):
+    net = build(Broken(at=(5,), value=value))
+    weights = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *_):
+            weights.append(state(net.student.plain().fc))
+
+    run = trainer(callbacks=[Watch()])
+    with pytest.raises(NonFiniteError) as caught:
+        run.fit(net, datamodule=Blobs())
+    sentence = str(caught.value)
+    for part in ("step 5 (epoch 1)", f"kd = {value}", "learning rate 0.05", "--model.lr", "warmup", "--on_nan skip"):
+        assert part in sentence
+    assert "ce =" not in sentence
+    assert "loss =" not in sentence
+    assert "\n" not in sentence
+    assert len(weights) == 4
+    assert largest_difference(weights[-1], state(net.student.plain().fc)) == 0.0
+
+
+def test_an_infinite_weighted_loss_of_finite_terms_is_named_by_itself():
+    net = build(Broken(at=(1,), value=1e20))
+    net.method.weight_kd = 1e30
+    with pytest.raises(NonFiniteError, match="loss = inf"):
+        trainer().fit(net, datamodule=Blobs())
+
+
+def test_adversarial_stop_is_before_the_learner_step():
+    BrokenACKD.calls = 0
+    net = build(BrokenACKD(), adversarial=True)
+    with pytest.raises(NonFiniteError, match=r"step 5 \(epoch 1\): ce = nan"):
+        trainer().fit(net, datamodule=Blobs())
+    assert finite(state(net.student))
+    assert finite(state(net.method))
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_bad_pixels_stop_before_anything_is_learnt_from_them(adversarial):
+    net = build(adversarial=adversarial, **({} if adversarial else {"method": KD()}))
+    with pytest.raises(NonFiniteError, match=r"step 4 \(epoch 1\): .*learning rate 0.05"):
+        trainer().fit(net, datamodule=BadImages())
+    assert finite({name: each.detach() for name, each in net.named_parameters()})
+
+
+def test_the_last_finite_checkpoint_stays(tmp_path):
+    """Blobs has 8 batches an epoch: step 13 is in the second."""
+    saver = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    run = trainer(max_epochs=3, enable_checkpointing=True, callbacks=[saver])
+    with pytest.raises(NonFiniteError, match=r"step 13 \(epoch 2\)"):
+        run.fit(build(Broken(at=(13,))), datamodule=Blobs())
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert (kept["epoch"], kept["global_step"]) == (0, 8)
+    assert finite(kept["state_dict"])
+
+
+@pytest.mark.parametrize("poison", ["parameter", "statistics"])
+def test_weights_that_are_not_finite_are_never_written(tmp_path, poison):
+    """A finite loss may have a gradient that is not: then the weights tell, when they are to be written."""
+
+    class Poison(L.Callback):
+        def on_train_batch_end(self, run, net, outputs, batch, batch_idx):
+            if run.global_step == 16:
+                tensor = (
+                    net.student.plain().fc.weight if poison == "parameter" else net.student.plain().one[1].running_var
+                )
+                tensor.data.view(-1)[1] = float("inf")
+
+    saver = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    run = trainer(max_epochs=2, limit_val_batches=0, enable_checkpointing=True, callbacks=[Poison(), saver])
+    with pytest.raises(NonFiniteError, match=r"not finite after epoch 2 .* no checkpoint was written"):
+        run.fit(build(KD()), datamodule=Blobs())
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["epoch"] == 0
+    assert finite(kept["state_dict"])
+
+
+def half_precision() -> tuple[dict[str, list[MixedPrecision]], torch.amp.GradScaler]:
+    """Trainer options for a loss scale as on a GPU; on the CPU Lightning turns 16-mixed into bfloat16."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}, scaler
+
+
+@skipping
+@pytest.mark.parametrize("half", [False, True], ids=["32-true", "16-mixed"])
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_skip_is_as_if_the_step_had_not_been(adversarial, half):
+    """The same as a run without that batch: weights, BatchNorm, discriminators, momentum, and the loss scale."""
+
+    class Without(BadImages):
+        def train_dataloader(self):
+            data = self._data(0, self.count)
+            keep = [each for each in range(self.count) if each // self.global_batch != self.bad]
+            kept = torch.utils.data.Subset(data, keep)
+            return torch.utils.data.DataLoader(kept, batch_size=self.global_batch)
+
+    method = (lambda: ACKD(discriminator_lr=0.1)) if adversarial else KD
+    (options, scaler), (other, scaler_without) = half_precision(), half_precision()
+    skipped = build(method(), adversarial=adversarial, on_nan="skip")
+    run = trainer(max_epochs=2, **(options if half else {}))
+    run.fit(skipped, datamodule=BadImages())
+    assert float(run.callback_metrics["train/skipped"]) == 2.0
+    left_out = build(method(), adversarial=adversarial)
+    trainer(max_epochs=2, **(other if half else {})).fit(left_out, datamodule=Without())
+    assert scaler.get_scale() == scaler_without.get_scale()
+    assert (scaler.get_scale() > 2.0**10) is half  # it has grown, so it has been used
+    assert largest_difference(state(left_out), state(skipped)) == 0.0
+    assert torch.isfinite(run.callback_metrics["train/loss"])
+
+
+@skipping
+def test_a_bad_learner_loss_skips_the_learners():
+    BrokenACKD.calls = 0
+    net = build(BrokenACKD(), adversarial=True, on_nan="skip")
+    run = trainer(max_epochs=1)
+    run.fit(net, datamodule=Blobs())
+    assert (net.guard.skipped, run.global_step) == (1, 7)
+    assert finite(state(net))
+
+
+def test_skipped_steps_are_told_with_their_term():
+    with pytest.warns(UserWarning, match="the loss is not finite") as caught:
+        trainer(max_epochs=1).fit(build(Broken(at=(2, 3, 4, 5, 6)), on_nan="skip"), datamodule=Blobs())
+    told = [str(each.message) for each in caught if "the loss is not finite" in str(each.message)]
+    assert len(told) == 3
+    assert "epoch 1 (kd = nan, learning rate 0.05), so this step is skipped, 1 in all" in told[0]
+    assert told[2].endswith("later ones are counted without a word")
+
+
+@skipping
+def test_an_epoch_of_skipped_steps_ends_the_run():
+    net = build(Broken(at=tuple(range(9, 100))), on_nan="skip")
+    with pytest.raises(NonFiniteError, match="none of the 8 steps of epoch 2"):
+        trainer(max_epochs=5).fit(net, datamodule=Blobs())
+
+
+@skipping
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_the_count_goes_on_in_a_resumed_run(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    first = trainer(max_epochs=1, enable_checkpointing=True, callbacks=[saver])
+    first.fit(build(Broken(at=(2, 4)), on_nan="skip"), datamodule=Blobs())
+    net = build(Broken(at=(1,)), on_nan="skip")
+    trainer(max_epochs=2, enable_checkpointing=True, callbacks=[saver]).fit(
+        net, datamodule=Blobs(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+    )
+    assert net.guard.skipped == 3
+
+
+def test_remedies_fit_the_run():
+    net = build(KD(), warmup_epochs=3, gradient_clip_val=1.0)
+    net.trainer = trainer()
+    assert remedies(net) == "lower --model.lr (it is 0.05)"
+
+
+def test_other_words_are_refused():
+    with pytest.raises(ACKDError, match="on_nan is 'ignore'; it must be one of stop, skip"):
+        build(KD(), on_nan="ignore")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_on_a_gpu_the_error_comes_before_a_checkpoint(tmp_path, adversarial):
+    saver = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    run = trainer(max_epochs=3, accelerator="cuda", enable_checkpointing=True, callbacks=[saver])
+    BrokenACKD.calls, BrokenACKD.at = 0, (16,)
+    method = BrokenACKD() if adversarial else Broken(at=(16,))
+    try:
+        with pytest.raises(NonFiniteError, match=r"step 16 \(epoch 2\)"):
+            run.fit(build(method, adversarial=adversarial), datamodule=Blobs())
+    finally:
+        BrokenACKD.at = (5,)
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["epoch"] == 0
+    assert finite(kept["state_dict"])
+
+
+DDP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from training.test_nonfinite import BadImages, build
+from training.helpers import trainer
+from ackd_lightning import KD
+for adversarial in (False, True):
+    torch.manual_seed(0)
+    net = build(None if adversarial else KD(), adversarial=adversarial, on_nan="skip")
+    run = trainer(max_epochs=2, devices=2, strategy="ddp")
+    run.fit(net, datamodule=BadImages())
+    every = torch.cat([each.detach().double().flatten() for each in net.state_dict().values()])
+    both = run.strategy.all_gather(every)
+    assert net.guard.skipped == 2, net.guard.skipped
+    assert bool(torch.isfinite(every).all())
+    assert float((both[0] - both[1]).abs().max()) == 0.0 or adversarial, "weights differ"
+    if run.is_global_zero:
+        print("fine", adversarial, flush=True)
+"""
+
+
+def test_all_processes_skip_what_one_must_skip(tmp_path):
+    """The bad image is in one process's part of the batch; without agreement the other would wait for ever."""
+    (tmp_path / "script.py").write_text(DDP)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(Path(__file__).parents[1])],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("fine") == 2
+
+
+FIT = ["fit", "--config", "digits_resnet20.yaml", "--publish", "null", "--name", "n", "--data.max_per_class", "4"]
+FIT += ["--data.batch_size", "20", "--trainer.max_epochs", "2", "--model.milestones", "[1]"]
+FIT += ["--trainer.enable_progress_bar", "false"]
+OWN = """
+from ackd_lightning import CE
+
+class Odd(CE):
+    calls = 0
+
+    def forward(self, student, teacher, batch):
+        terms = super().forward(student, teacher, batch)
+        if self.training:
+            self.calls += 1
+        return {"ce": terms["ce"] * (float("nan") if self.training and self.calls == 3 else 1.0)}
+"""
+
+
+@pytest.fixture
+def odd(tmp_path, monkeypatch):
+    """Two steps an epoch; the third is bad."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "odd_method", raising=False)
+    Path("odd_method.py").write_text(OWN)
+    Path("odd.yaml").write_text("model: {init_args: {method: {class_path: odd_method.Odd}}}\n")
+    return [*FIT, "--config", "odd.yaml"]
+
+
+def test_the_command_stops_with_code_1_and_a_finite_checkpoint(odd, capsys):
+    assert main(odd) == 1
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 3 (epoch 2): ce = nan, learning rate" in shown
+    run = Path("runs/digits_resnet20+odd/n")
+    kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["epoch"] == 0
+    assert finite(kept["state_dict"])
+
+
+@pytest.mark.parametrize("flag", [["--on_nan", "skip"], ["--model.on_nan", "skip"], ["--on_nan=skip"]])
+def test_the_command_skips_and_counts(odd, flag, capsys):
+    with pytest.warns(UserWarning, match="so this step is skipped, 1 in all"):
+        assert main([*odd, *flag]) == 0
+    run = Path("runs/digits_resnet20+odd/n")
+    assert json.loads((run / "summary.json").read_text())["skipped_steps"] == 1
+    assert "1 steps were skipped" in capsys.readouterr().out
+    assert "on_nan: skip" in (run / "config.yaml").read_text()
+    assert "train/skipped" in (run / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_the_command_refuses_other_words(odd, capsys):
+    assert main([*odd, "--on_nan", "maybe"]) == 2
+    assert "on_nan is 'maybe'; it must be 'stop', 'skip'" in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""Fast settings: the same method with other rounding, every network compiled once."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+
+from ackd_lightning import ACKD, KD, DistillationModule, create_model
+from ackd_lightning.cli import main
+from ackd_lightning.launch import lightning as lightning_cli
+from ackd_lightning.launch.execute import plan
+from ackd_lightning.training import speed as fast
+from ackd_lightning.training.speed import fast_settings, has_bfloat16
+from training.helpers import CLASSES, SIZE, Blobs, TinyNet, largest_difference, module, state, trainer
+
+
+class Layout(L.Callback):
+    """Whether the images that the student gets, and its convolutions, have their channels last."""
+
+    def __init__(self) -> None:
+        self.seen: set[bool] = set()
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.student.register_forward_pre_hook(lambda _, inputs: self.seen.add(self._last(inputs[0])))
+        pl_module.student.plain().one[0].register_forward_pre_hook(
+            lambda layer, _: self.seen.add(self._last(layer.weight))
+        )
+
+    @staticmethod
+    def _last(tensor):
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_layout_changes_nothing_but_rounding(channels_last):
+    layout, other = Layout(), module(norm=False)
+    net = module(norm=False, channels_last=channels_last)
+    trainer(callbacks=[layout]).fit(net, datamodule=Blobs())
+    trainer().fit(other, datamodule=Blobs())
+    assert layout.seen == {channels_last}
+    assert largest_difference(state(net), state(other)) < 1e-5
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Modules in the order in which they were compiled; without the code generation, which takes a minute."""
+    found, compile_module = [], nn.Module.compile
+
+    def record(self, *arguments, **options):
+        found.append(self)
+        compile_module(self, *arguments, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", record)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
+def test_student_teacher_and_discriminators_are_compiled_once(compiled):
+    net, other = module(compile=True, norm=False), module(norm=False)
+    keys = list(net.state_dict())
+    trainer(callbacks=[EMAWeightAveraging(decay=0.5)]).fit(net, datamodule=Blobs())
+    trainer(callbacks=[EMAWeightAveraging(decay=0.5)]).fit(other, datamodule=Blobs())
+    assert [id(each) for each in compiled] == [id(net.student), id(net.teacher), id(net.method.discriminators)]
+    assert list(net.state_dict()) == keys
+    assert largest_difference(state(net), state(other)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(("compile_it", "expected"), [(True, True), (False, False)])
+def test_a_compiled_teacher_is_folded_and_counted_as_it_was(compiled, compile_it, expected):
+    teacher = create_model("resnet8", CLASSES)
+    size = sum(each.numel() for each in teacher.parameters())
+    net = DistillationModule(
+        TinyNet(), CLASSES, method=KD(), teacher=teacher, input_size=SIZE, teacher_gate="off", compile=compile_it
+    )
+    trainer(fast_dev_run=True).fit(net, datamodule=Blobs())
+    assert (net.teacher.folded is not None) == expected
+    assert sum(each.numel() for each in net.teacher.network.parameters()) == size
+
+
+def test_without_discriminators_there_are_none_to_compile(compiled):
+    net = module(ACKD(adversarial="off"), compile=True)
+    trainer(fast_dev_run=True).fit(net, datamodule=Blobs())
+    assert len(compiled) == 2
+    plain = DistillationModule(TinyNet(), CLASSES, method=KD(), teacher=TinyNet(8), input_size=SIZE, teacher_gate="off")
+    trainer(fast_dev_run=True).fit(plain, datamodule=Blobs())
+    assert len(compiled) == 2  # not asked for
+
+
+@pytest.mark.filterwarnings("ignore:--fast goes on")
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_settings_are_what_the_machine_has(monkeypatch, bfloat16, compiler):
+    monkeypatch.setattr(fast, "has_bfloat16", lambda _: bfloat16)
+    monkeypatch.setattr(fast.shutil, "which", lambda _: "/usr/bin/g++" if compiler else None)
+    assert fast_settings("cpu") == {
+        "model.channels_last": True,
+        **({"trainer.precision": "bf16-mixed"} if bfloat16 else {}),
+        **({"model.compile": True} if compiler else {}),
+    }
+
+
+def test_what_a_machine_lacks_is_said(monkeypatch):
+    monkeypatch.setattr(fast, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr(fast.shutil, "which", lambda _: None)
+    with pytest.warns(UserWarning, match="--fast goes on") as told:
+        fast_settings("cpu")
+    said = [str(each.message) for each in told]
+    assert any("float32" in each for each in said)
+    assert any("C++ compiler" in each for each in said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags : fpu avx512_bf16 sse", True),
+        ("flags : fpu amx_bf16", True),
+        ("flags : fpu avx2 bf16x", False),
+        ("", False),
+    ],
+)
+def test_the_processor_is_asked(monkeypatch, tmp_path, flags, expected):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor : 0\n{flags}\n")
+    monkeypatch.setattr(fast, "Path", lambda _: info)
+    assert has_bfloat16("cpu") is expected
+    info.unlink()
+    assert has_bfloat16("cpu") is False
+
+
+@pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
+def test_the_flag_is_short_for_settings_and_given_ones_stay(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fast, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(fast.shutil, "which", lambda _: "/usr/bin/g++")
+    words = ["--config", "digits_resnet20.yaml", "--name", "x"]
+    settings = plan([*words, "--fast"]).settings()
+    assert settings["trainer"]["precision"] == "bf16-mixed"
+    assert (settings["model"]["init_args"]["channels_last"], settings["model"]["init_args"]["compile"]) == (True, True)
+    assert settings["fast"] is False  # kept at the places that it stands for
+    assert plan([*words, "--fast", "--trainer.precision", "32-true"]).settings()["trainer"]["precision"] == "32-true"
+    slow = plan(words).settings()
+    assert slow["trainer"]["precision"] is None
+    assert slow["model"]["init_args"]["compile"] is False
+
+
+FAULTS = """
+import resource, torch
+from ackd_lightning.training.speed import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        bytearray(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+assert keep_freed_memory()
+faults()
+print(usual, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the C library glibc, on Linux")
+def test_no_page_of_freed_memory_is_fetched_again():
+    hidden = ("MALLOC_", "GLIBC_TUNABLES")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=clean, capture_output=True, text=True, check=True)
+    usual, kept = map(int, done.stdout.split())
+    assert kept < 0.05 * usual
+
+
+@pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
+@pytest.mark.parametrize(("command", "times"), [("fit", 1), ("validate", 0)])
+def test_a_fit_on_a_cpu_keeps_freed_memory(monkeypatch, tmp_path, command, times):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(lightning_cli, "keep_freed_memory", lambda: asked.append(1) or True)
+    words = ["--config", "digits_resnet8.yaml", "--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
+    main([command, *words, *(["--ckpt_path", "none.ckpt"] if command == "validate" else [])])
+    assert len(asked) == times
+
+
+@pytest.mark.parametrize("own", [("MALLOC_TOP_PAD_", "0"), ("GLIBC_TUNABLES", "glibc.malloc.top_pad=0")])
+def test_the_allocator_settings_of_the_environment_stay(monkeypatch, own):
+    monkeypatch.setenv(*own)
+    assert not fast.keep_freed_memory()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the C library glibc, on Linux")
+def test_other_settings_of_the_allocator_are_no_reason(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    monkeypatch.setattr(fast.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *_: 1))
+    assert fast.keep_freed_memory()
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(fast.platform, "libc_ver", lambda: ("", ""))
+    assert not fast.keep_freed_memory()
