@@ -16,6 +16,7 @@ RANK = {
     "errors": 0,
     "random": 0,
     "types": 1,
+    "validation": 1,
     "functional": 1,
     "config": 1,
     "models": 2,
@@ -31,7 +32,7 @@ RANK = {
     "cli": 10,
     "__main__": 11,
 }
-DATA_MAY_USE = {"data", "types", "errors", "random"}
+DATA_MAY_USE = {"data", "types", "errors", "random", "validation"}
 LIGHTNING_IN = {"data", "training", "callbacks", "launch"}
 METRICS_IN = {"metrics", "training", "callbacks"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

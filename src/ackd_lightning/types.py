@@ -1,4 +1,4 @@
-"""The whole contract between data, networks, methods and training."""
+"""Plain types that data, networks, methods and training exchange: `Batch`, `NetOutput`, `NetSpec`, `DataInfo`."""
 
 from __future__ import annotations
 
@@ -27,48 +27,68 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NetOutput:
-    """What one forward pass of a network hands to a method.
+    """Output of one forward pass of a network.
 
     Attributes:
-        logits: ``B x K`` class scores before softmax.
-        features: ``F_0 .. F_S``: output of the stem, then of each stage. The last one is the map that global
-            pooling sees (so it includes a final BatchNorm and ReLU where the architecture has them).
-        embedding: ``B x D`` pooled last feature, the input of the classifier.
-        branches: one output per auxiliary learner; its ``features`` holds its last feature map only.
+        logits: ``B x K`` class scores before the softmax.
+        features: ``F_0 .. F_S``: output of the stem and of each stage, each ``B x C x H x W``. The last one is the map
+            that global pooling reads, after a final BatchNorm and ReLU where the architecture has them. None for a
+            network whose stages are unknown.
+        embedding: ``B x D`` pooled last feature map, the input of the classifier; None where it is unknown.
+        branches: One output per auxiliary learner; its ``features`` holds its last feature map alone.
     """
 
     logits: Tensor
-    features: tuple[Tensor, ...]
-    embedding: Tensor
+    features: tuple[Tensor, ...] | None = None
+    embedding: Tensor | None = None
     branches: tuple[NetOutput, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NetSpec:
-    """Shapes of a [`NetOutput`][] for one image, known before anything is trained.
+    """Shapes of a `NetOutput` for one image, known before training.
 
     Attributes:
         num_classes: K.
-        features: ``(C, H, W)`` of each entry of `NetOutput.features`.
-        embedding: D.
-        branches: the auxiliary learners' shapes.
+        features: ``(C, H, W)`` of each entry of `NetOutput.features`; None for a network whose stages are unknown.
+        embedding: D; None where it is unknown.
+        branches: Shapes of the auxiliary learners.
     """
 
     num_classes: int
-    features: tuple[tuple[int, int, int], ...]
-    embedding: int
+    features: tuple[tuple[int, int, int], ...] | None = None
+    embedding: int | None = None
     branches: tuple[NetSpec, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DataInfo:
+    """What a training module has to know about its data.
+
+    Attributes:
+        num_classes: K.
+        input_size: Height and width of the images in pixels.
+        mean: Mean of each channel that the images were normalised with, of pixels in 0 to 1; None when unknown.
+        std: Standard deviation of each channel, as ``mean``.
+        class_names: Name of each class in the order of the targets; None when unknown.
+    """
+
+    num_classes: int
+    input_size: int = 32
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def read_batch(batch: Any, input_size: int) -> Batch:
     """Read ``(image, target)`` or ``(image, target, index)``.
 
     Args:
-        batch: from any data module.
-        input_size: side in pixels that the images must have.
+        batch: Batch of any data module.
+        input_size: Height and width in pixels that the images must have.
 
     Raises:
-        ACKDError: when it is neither, or the images have another size.
+        ACKDError: If the batch has another form, or the images another size.
     """
     if isinstance(batch, Batch):
         result = batch
