@@ -278,7 +278,9 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
     with tempfile.TemporaryDirectory(prefix="ackd-bench-") as folder, in_our_words():
         run = BenchRun(["--trainer.devices", "1", *arguments, *fixed, "--publish", "null"], Path(folder))
         if run.trainer.world_size > 1:
-            raise ACKDError(f"the benchmark measures one device, not {run.trainer.world_size}; leave out --trainer.devices and num_nodes")
+            raise ACKDError(
+                f"the benchmark measures one device, not {run.trainer.world_size}; leave out devices and num_nodes"
+            )
         run.model.load_teacher()
         device = run.trainer.strategy.root_device
         epoch = _middle_epoch(run, steps=length)
@@ -336,4 +338,3 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
         "matrix_share": operations * images_per_second / peak,
         "machine": machine(),
     }
-
