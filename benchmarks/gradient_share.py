@@ -46,7 +46,7 @@ def main(run: Path) -> None:
         backbone = module.student.backbone
         parts = [[p for n in sorted(names) for p in backbone.get_submodule(n).parameters()] for names in (shared, own)]
         print(
-            f"{run}, {moment}: value, weight, gradient norm on the trunk below all branches, on the student's last stage"
+            f"{run}, {moment}: value, weight, gradient norms on the common trunk and the student's last stage"
         )
         for name, value in terms.items():
             trunk, target = (norm(value, part) if value.requires_grad else 0.0 for part in parts)
