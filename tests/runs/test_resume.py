@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.cli import main
 from ackd_lightning.launch.preflight import check_checkpoint
+from ackd_lightning.runs.claim import claim
 from ackd_lightning.runs.resume import resume_auto
 from ackd_lightning.training.module import DistillationModule
 
@@ -245,6 +247,14 @@ def test_a_checkpoint_is_read_once_before_it_is_loaded(place, monkeypatch):
     assert read == ["last.ckpt"]
 
 
+def test_only_the_first_process_claims_the_folder(place, monkeypatch):
+    """With torchrun every process reads the same command line; the others must not be refused."""
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with claim(RUNS, "b"):  # by the first process
+        assert main([*FIT, "--name", "b", "--trainer.max_epochs", "1"]) == 0
+
+
+@pytest.mark.slow
 def test_two_machines_by_torchrun(place):
     """Two launchers on this machine act as two machines."""
     with socket.socket() as probe:
@@ -278,6 +288,7 @@ def test_two_machines_by_torchrun(place):
     assert all(torch.isfinite(two[key]).all() for key in learnt)
 
 
+@pytest.mark.slow  # tests/callbacks/test_predictions.py has the part that joins the rows of both
 def test_two_processes_predict_into_one_file(place):
     """The file of one process, line by line: every image once, in order."""
     assert main(["predict", str(RUNS / "a"), "--output", "one.csv", "--trainer.enable_progress_bar", "false"]) == 0
