@@ -18,8 +18,9 @@ from ackd_lightning.runs.files import read_checkpoint
 from ackd_lightning.validation import Range
 
 _COUNT, _FROM_0, _ABOVE_0 = Range(1), Range(0), Range(0, open_low=True)
+_LARGEST_SEED = 2**32 - 1
 _RANGES = {
-    "seed_everything": Range(0, 2**32 - 1),
+    "seed_everything": Range(0, _LARGEST_SEED),
     "trainer.max_epochs": _COUNT,  # Lightning divides by some of these, and trains nothing with others
     "trainer.max_steps": _COUNT,
     "trainer.accumulate_grad_batches": _COUNT,
@@ -50,7 +51,8 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
     for place, value in _numbers(settings, ""):
         allowed = _RANGES.get(place, Range())
         if value not in allowed and (place, value) not in _UNLIMITED:
-            raise ACKDError(f"setting {place} is {value}; it must be {allowed}")
+            words = f"a whole number from 0 to {_LARGEST_SEED}" if place == "seed_everything" else allowed
+            raise ACKDError(f"setting {place} is {value}; it must be {words}")
 
 
 def _numbers(value: Any, place: str) -> Iterator[tuple[str, int | float]]:
