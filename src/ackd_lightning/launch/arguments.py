@@ -116,29 +116,29 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
     return others
 
 
-def set_length(scheduler: Any, *, epochs: int | None, steps: int, warmup: int, interval: str) -> None:
-    """Fill in the length of a scheduler that was not stated: the epochs of the fit without its warm-up.
+def set_length(scheduler: Any, *, epochs: int | None, steps: int, interval: str) -> None:
+    """Fill in the length of a scheduler that was not stated: the epochs of the fit.
 
     Args:
         scheduler: Parsed ``model.lr_scheduler``; changed in place.
         epochs: ``trainer.max_epochs``.
         steps: ``trainer.max_steps``.
-        warmup: ``model.recipe.warmup_epochs``.
         interval: ``model.recipe.interval``; with ``"step"`` the training module fills it in.
 
     Raises:
-        ACKDError: When the fit has no number of epochs.
+        ACKDError: When the length of the fit is not known.
     """
     name = _LENGTHS.get(_last_part(scheduler))
-    if name is None or scheduler[_INIT].get(name) != 0 or interval == "step":
+    if name is None or scheduler[_INIT].get(name) != 0 or (interval == "step" and name != "total_steps"):
         return
     if epochs is None and steps == -1:
         epochs = 1000  # Lightning's own default
-    if epochs is None or epochs < 1:
+    if epochs is None or epochs < 1 or interval == "step":
         raise ACKDError(
-            f"model.lr_scheduler.{name} is the number of epochs and trainer.max_epochs is {epochs}; set one of them"
+            f"model.lr_scheduler.{name} is not set and the length of the fit is not known (trainer.max_epochs is "
+            f"{epochs}, model.recipe.interval is {interval}); set it"
         )
-    scheduler[_INIT][name] = max(1, epochs - warmup)
+    scheduler[_INIT][name] = epochs
 
 
 def _holder(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str]:

@@ -23,7 +23,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
-from ackd_lightning.callbacks.disk import DiskRoom
+from ackd_lightning.callbacks.disk import DiskSpaceCheck
 from ackd_lightning.callbacks.metrics_csv import CurvesFile
 from ackd_lightning.callbacks.predictions import PredictionFile
 from ackd_lightning.callbacks.progress import EpochLine
@@ -40,10 +40,10 @@ from ackd_lightning.launch.preflight import (
     check_processes,
     check_world,
     check_writable,
-    nothing_left,
 )
+from ackd_lightning.runs.claim import Claim, claim
 from ackd_lightning.runs.files import read_summary, run_folder, write_json
-from ackd_lightning.runs.resume import changed_settings, hold, resume_auto, resume_from
+from ackd_lightning.runs.resume import changed_settings, resume_auto, resume_from
 from ackd_lightning.training.speed import keep_freed_memory
 
 _RUN_NAME = "ACKD_RUN_NAME"
@@ -71,6 +71,7 @@ class Execution:
 
     Attributes:
         folder: Folder of the run.
+        claim: Claim of the folder; None where nothing is written to it.
         trainer: Trainer, after ``make_trainer``.
     """
 
@@ -79,6 +80,8 @@ class Execution:
     def __init__(self, cli: ACKDCLI) -> None:
         self.cli, self.option, self.fit = cli, cli.option, cli.command == "fit"
         self.folder = cli.folder
+        self.claim: Claim | None = None
+        self._content: dict[str, Any] | None = None  # of the checkpoint that is resumed, until it was checked
         self.dry = bool(cli.option("trainer.fast_dev_run"))
         weights_dir = cli.option("weights_dir")
         self.published = Path(weights_dir) / f"{cli.config_name}.safetensors" if weights_dir else None
@@ -86,28 +89,20 @@ class Execution:
     def run(self) -> None:
         """Build everything, check what can be known to fail, and run.
 
+        The run's folder is removed after a mistake in the input that shows before the first step.
+
         Raises:
             ACKDError: For whatever is wrong with the input.
         """
         L.seed_everything(self.option("seed_everything"), workers=True)
-        self.choose_folder()
-        self.cli.build()
-        self.make_trainer()
-        cpu = isinstance(self.trainer.accelerator, CPUAccelerator)
-        check_processes("cpu" if cpu else "other", self.trainer.num_devices)
-        if self.fit:
-            check_world(self.cli.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
-        checkpoint = self.option("ckpt_path")
-        if checkpoint:
-            check_checkpoint(Path(checkpoint), self.cli.model)
-            run = run_folder(Path(checkpoint))
-            if self.cli.command == "test" and (run / "summary.json").is_file():
-                read_summary(run)
-        with nothing_left(self.folder, steps=lambda: self.trainer.global_step), contextlib.ExitStack() as claims:
+        try:
+            self.choose_folder()
+            self.cli.build()
+            self.make_trainer()
+            self._check()
+            checkpoint = self.option("ckpt_path")
             if self.fit:
                 self.cli.model.load_teacher()  # a missing file fails before anything is written
-                if self.trainer.is_global_zero and not self.dry:
-                    claims.enter_context(hold(self.folder) or contextlib.nullcontext())
                 self.trainer.fit(self.cli.model, datamodule=self.cli.datamodule, ckpt_path=checkpoint)
                 self._after_fit()
             else:
@@ -115,6 +110,27 @@ class Execution:
                 command(self.cli.model, datamodule=self.cli.datamodule, ckpt_path=checkpoint)
                 if self.cli.command == "test":
                     self._after_test(Path(checkpoint))
+        except Exception as error:
+            started = hasattr(self, "trainer") and self.trainer.global_step > 0
+            if self.claim is not None and not started and isinstance(first_cause(error), ACKDError):
+                self.claim.discard()
+            raise
+        finally:
+            if self.claim is not None:
+                self.claim.release()
+
+    def _check(self) -> None:
+        """Check processes, batch size and checkpoint."""
+        cpu = isinstance(self.trainer.accelerator, CPUAccelerator)
+        check_processes("cpu" if cpu else "other", self.trainer.num_devices)
+        if self.fit:
+            check_world(self.cli.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
+        if checkpoint := self.option("ckpt_path"):
+            check_checkpoint(Path(checkpoint), self.cli.model, self._content)
+            self._content = None
+            run = run_folder(Path(checkpoint))
+            if self.cli.command == "test" and (run / "summary.json").is_file():
+                read_summary(run)
 
     # ---------------------------------------------------------------- folder
 
@@ -136,7 +152,7 @@ class Execution:
         if not self.fit:
             self._check_evaluation()
         elif not (self.dry or launched_by_us or _rank() != 0):
-            self._check_free()
+            self._claim_folder()
 
     def _check_evaluation(self) -> None:
         command, output = self.cli.command, self.option("output")
@@ -147,20 +163,20 @@ class Execution:
                 raise ACKDError(f"--output {output} exists; choose another file")
             check_writable(Path(output).parent, "the folder of --output,")
 
-    def _check_free(self) -> None:
+    def _claim_folder(self) -> None:
         resumed = self.option("ckpt_path")
         if resumed and not Path(resumed).is_file():
             raise ACKDError(f"--ckpt_path {resumed} does not exist; name a checkpoint that `ackd fit` wrote")
-        own = resumed and self.folder.resolve() in Path(resumed).resolve().parents
-        taken = (self.folder / "summary.json").exists() or any(self.folder.glob("checkpoints/*.ckpt"))
-        if taken and not own:
-            raise ACKDError(f"run {self.folder} exists; choose another --name, or remove the folder")
+        own = bool(resumed) and self.folder.resolve() in Path(resumed).resolve().parents
+        named = own or self.option("name")
+        self.claim = claim(self.folder.parent, self.folder.name if named else None, resume=own)
+        self.cli.folder = self.folder = self.claim.folder
+        os.environ[_RUN_NAME] = self.folder.name
         if self.published is not None and self.published.exists() and not own:
             raise ACKDError(
                 f"weights {self.published} exist and this run would replace them; move them, or choose another "
                 "--weights_dir"
             )
-        check_writable(self.folder, "the run's folder, below --runs_dir,")
         if self.published is not None:
             check_writable(self.published.parent, "--weights_dir")
 
@@ -179,7 +195,7 @@ class Execution:
             return
         os.environ[_RESUMED] = str(found.checkpoint)  # as the name, for the processes that Lightning starts
         os.environ[_RUN_NAME] = found.folder.name
-        self.folder = found.folder
+        self.folder, self._content = found.folder, found.content
         self.cli.config.ckpt_path = str(found.checkpoint)
         if _rank() == 0 and not launched_by_us:
             print(f"resuming from {found.checkpoint}" + (f"; {found.note}" if found.note else ""), flush=True)
@@ -234,7 +250,7 @@ class Execution:
         return self.trainer
 
     def _fit_callbacks(self) -> list[L.Callback]:
-        self.summary = RunSummary(self.folder, config=self.cli.config_name, publish=self.published)
+        self.summary = RunSummary(self.folder, config=self.cli.config_name, copy_to=self.published)
         if self.dry:
             return [self.summary]
         advice = f"the same command with --resume {self.folder} resumes the run"
@@ -242,7 +258,7 @@ class Execution:
             *checkpoints(self.folder / "checkpoints", select=not self.cli.datamodule.val_is_test),
             self.summary,
             StopSafely(self.folder / "checkpoints" / "last.ckpt", advice=advice),
-            DiskRoom(self.folder, copies=2 if self.published else 1),
+            DiskSpaceCheck(self.folder, copies=2 if self.published else 1),
             RunConfig(self.cli.parser, self.cli.config, folder=self.folder),
         ]
 

@@ -15,7 +15,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import set_length
 from ackd_lightning.launch.messages import RefusedError
 from ackd_lightning.models.features import plan_for
-from ackd_lightning.models.student import default_branches
+from ackd_lightning.models.branches import default_branches
 from ackd_lightning.models.teacher import TeacherConfig
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.module import DistillationModule
@@ -135,16 +135,10 @@ def spell_out(settings: Any) -> None:
         for name, value in fast_settings(str(trainer.accelerator)).items():
             if settings[name] in (None, False):  # a value that is given stays
                 settings[name] = value
-    recipe = model.recipe
-    set_length(
-        model.lr_scheduler,
-        epochs=trainer.max_epochs,
-        steps=trainer.max_steps,
-        warmup=recipe.warmup_epochs,
-        interval=recipe.interval,
-    )
+    interval = model.recipe.interval if model.recipe is not None else "epoch"
+    set_length(model.lr_scheduler, epochs=trainer.max_epochs, steps=trainer.max_steps, interval=interval)
     arguments = model.method.get("init_args") if model.method is not None else None
     if arguments is not None and arguments.get("branches", ()) is None and isinstance(model.student, str):
         with contextlib.suppress(ACKDError), torch.device("meta"):  # a wrong name is reported by the constructor
-            network = create_model(model.student, 10, **(model.student_options or {}))
-            arguments.branches = list(default_branches(plan_for(network)))
+            plan = plan_for(create_model(model.student, 10, **(model.student_options or {})))
+            arguments.branches = list(default_branches(plan)) if plan is not None else None
