@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as L
@@ -19,6 +20,7 @@ from ackd_lightning.models.branches import default_branches
 from ackd_lightning.models.teacher import TeacherConfig
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.module import DistillationModule
+from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.training.speed import fast_settings
 
 COMMANDS = {
@@ -68,6 +70,7 @@ def make_parser(command: str) -> Parser:
     parser.link_arguments("data.info", "model.data", apply_on="instantiate")
     # the recipe comes from configs/recipes/sgd.yaml: another class would inherit the arguments of a default here
     parser.set_defaults({"trainer.enable_model_summary": False, "model.optimizer": None, "model.lr_scheduler": None})
+    parser.set_defaults({"model.recipe": asdict(Recipe())})
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to start from or to evaluate")
     if command == "fit":
         _add_fit_options(parser)
@@ -135,7 +138,7 @@ def spell_out(settings: Any) -> None:
         for name, value in fast_settings(str(trainer.accelerator)).items():
             if settings[name] in (None, False):  # a value that is given stays
                 settings[name] = value
-    interval = model.recipe.interval if model.recipe is not None else "epoch"
+    interval = "epoch" if model.recipe is None else model.recipe.interval
     set_length(model.lr_scheduler, epochs=trainer.max_epochs, steps=trainer.max_steps, interval=interval)
     arguments = model.method.get("init_args") if model.method is not None else None
     if arguments is not None and arguments.get("branches", ()) is None and isinstance(model.student, str):
