@@ -117,7 +117,7 @@ def test_a_run_in_bfloat16_is_kept_in_bfloat16():
     assert largest_difference(first, second) == 0.0
 
 
-@pytest.mark.filterwarnings("ignore:.*in the end of the epoch.*")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_continues_with_it(tmp_path, without):
     saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
     fitted(kept="kept", run={"max_epochs": 1, "enable_checkpointing": True, "callbacks": [saver]})
