@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,6 +79,23 @@ class DataInfo:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Images and what a method generated from them.
+
+    Attributes:
+        original: ``B x C x H x W``, as the networks read them.
+        made: Generated images of the same shape.
+        predictions: ``2 x B`` int64 by name of the network: classes of the originals and of the generated images.
+        target: ``B`` int64.
+    """
+
+    original: Tensor
+    made: Tensor
+    predictions: Mapping[str, Tensor]
+    target: Tensor
 
 
 def read_batch(batch: Any, input_size: int) -> Batch:

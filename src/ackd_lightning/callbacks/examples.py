@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ackd_lightning.callbacks.health import is_dry
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods.base import Examples
-from ackd_lightning.types import Batch
+from ackd_lightning.types import Batch, Examples
 
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
@@ -190,7 +189,7 @@ class ExamplePictures(L.Callback):
         title = (
             f"epoch {epoch}: what {type(module.method).__name__} makes of validation images, and the answers to both"
         )
-        draw_examples(examples, path, title=title, names=names, mean=module.mean, std=module.std)
+        draw_examples(examples, path, title=title, names=names, mean=module.data.mean, std=module.data.std)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(key="examples", images=[str(path)], step=trainer.global_step)

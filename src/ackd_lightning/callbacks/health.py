@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
     from ackd_lightning.models.teacher import FrozenTeacher
 
-TEACHER_GATES = ("stop", "warn", "off")
 
 
 def is_dry(trainer: L.Trainer) -> bool:
@@ -30,26 +29,6 @@ def is_dry(trainer: L.Trainer) -> bool:
         trainer: of the run.
     """
     return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def check_teacher(name: str, weights: str | None) -> str:
-    """Return the path of the teacher's weight file, or say how to make it.
-
-    Args:
-        name: of the teacher's model.
-        weights: path from the configuration.
-
-    Raises:
-        ACKDError: when no file is named or it does not exist.
-    """
-    if weights is None:
-        raise ACKDError(f"teacher {name!r} has no weight file; set teacher_weights to its .safetensors file")
-    if not Path(weights).is_file():
-        config = f"{Path(weights).stem}.yaml"
-        known = config in packaged_names()
-        remedy = f"train it with `ackd fit --config {config}`" if known else "set teacher_weights to an existing file"
-        raise ACKDError(f"teacher weights {weights} do not exist; {remedy}")
-    return weights
 
 
 class TeacherGate(L.Callback):
@@ -71,12 +50,12 @@ class TeacherGate(L.Callback):
         if trainer.val_dataloaders is None:
             return
         for number, teacher in enumerate(module.teachers.frozen):
-            self._examine(trainer, module, teacher, str(number) if number else "")
+            self._examine(trainer, module, teacher, str(number + 1) if number else "")
 
     @torch.no_grad()
     def _examine(self, trainer: L.Trainer, module: TrainingModule, teacher: FrozenTeacher, suffix: str) -> None:
         loaders = trainer.val_dataloaders
-        accuracy = MulticlassAccuracy(module.num_classes, average="micro").to(module.device)
+        accuracy = MulticlassAccuracy(module.data.num_classes, average="micro").to(module.device)
         seen = 0
         every = loaders if isinstance(loaders, (list, tuple)) else [loaders]
         for raw in itertools.chain(*every):
@@ -90,15 +69,15 @@ class TeacherGate(L.Callback):
         name = teacher.metadata.get("model", type(teacher.network).__name__)
         if trainer.is_global_zero:
             print(f"teacher {name}: accuracy {measured:.2%} on this run's {stage} data", flush=True)
-        key = f"teacher{suffix}/test_acc" if module.looks_at_test() else f"teacher{suffix}/val_acc"
+        key = f"{'test' if module.looks_at_test() else 'val'}/teacher{suffix}_acc"
         for logger in trainer.loggers:
             logger.log_metrics({key: measured}, step=trainer.global_step)
-        problem = self.judge(measured, module.num_classes, teacher.metadata, seen)
+        problem = self.judge(measured, module.data.num_classes, teacher.metadata, seen)
         if problem is None:
             return
         sentence = f"teacher {name} {problem}; check its weight file, normalisation and class order"
         if self.stop:
-            raise ACKDError(f"{sentence}, or pass --model.teacher_gate warn")
+            raise ACKDError(f"{sentence}, or pass --model.teacher.gate warn")
         rank_zero_warn(sentence)
 
     @staticmethod
@@ -145,7 +124,7 @@ class HealthMonitor(L.Callback):
             return
         values = trainer.callback_metrics
         learners = len(cast("TrainingModule", pl_module).spec.branches)
-        entropy, spread = values.get("attention/entropy"), values.get("learners/spread")
+        entropy, spread = values.get("val/attention_entropy"), values.get("val/learners_feature_std")
         if entropy is not None and learners > 1 and float(entropy) < self.least_entropy * math.log(learners):
             self._warn(
                 "attention",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
-from ackd_lightning.types import Batch, NetSpec
+from ackd_lightning.types import Batch, DataInfo, NetSpec
 
 
 class _Teachers(Protocol):
@@ -36,10 +35,7 @@ class TrainingModule(Protocol):
     teachers: _Teachers
     means: _Means
     guard: _Guard
-    num_classes: int
-    input_size: int
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
+    data: DataInfo
     seed: int
 
     @property

@@ -131,7 +131,7 @@ class RunSummary(L.Callback):
             "best": self.best,
             "training_parameters": module.training_parameters(),
             "parameters": count_parameters(kept),
-            "multiply_adds": multiply_adds(kept, module.input_size),
+            "multiply_adds": multiply_adds(kept, module.data.input_size),
             "plain_parameters": count_parameters(module.student.plain()),
             "learners": list(module.student.specs),
             "learner_parameters": [count_parameters(each) for each in module.student.branches],
@@ -140,7 +140,7 @@ class RunSummary(L.Callback):
             "versions": versions(),
         }
         if module.teachers.frozen:
-            summary["teacher"], *others = [_teacher_facts(each, module.input_size) for each in module.teachers.frozen]
+            summary["teacher"], *others = [_teacher_facts(each, module.data.input_size) for each in module.teachers.frozen]
             summary |= {"other_teachers": others} if others else {}
         files = {"settings": "config.yaml", "curves": "metrics.csv", "checkpoints": "checkpoints"}
         last = self.folder / "checkpoints" / "last.ckpt"

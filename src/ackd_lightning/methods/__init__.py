@@ -1,11 +1,11 @@
-"""Distillation methods: one file is one paper."""
+"""Distillation methods, one paper per file, with the networks that only this paper uses; nothing of Lightning."""
 
 from ackd_lightning.methods.ackd import ACKD
 from ackd_lightning.methods.acn import ACN
 from ackd_lightning.methods.aikd import AIKD
 from ackd_lightning.methods.at import AT
 from ackd_lightning.methods.atsc import ATSC
-from ackd_lightning.methods.base import AdversarialMethod, Method
+from ackd_lightning.methods.base import FitInfo, Method, Networks
 from ackd_lightning.methods.cc import CC
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.crd import CRD
@@ -18,6 +18,7 @@ from ackd_lightning.methods.reviewkd import ReviewKD
 from ackd_lightning.methods.rkd import RKD
 from ackd_lightning.methods.semckd import SemCKD
 from ackd_lightning.methods.sp import SP
+from ackd_lightning.methods.sum import Sum
 from ackd_lightning.methods.vid import VID
 
 __all__ = [
@@ -36,9 +37,11 @@ __all__ = [
     "RKD",
     "SP",
     "VID",
-    "AdversarialMethod",
+    "FitInfo",
     "FitNet",
     "Method",
+    "Networks",
     "ReviewKD",
     "SemCKD",
+    "Sum",
 ]

@@ -12,10 +12,11 @@ docstring names the choice. What the typeset equations say to the letter is the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import KLDirection, cross_entropy, kl_divergence, weighted_logits
@@ -26,11 +27,13 @@ from ackd_lightning.methods.ackd_discriminators import (
     adversarial_value,
     discriminator_accuracy,
 )
-from ackd_lightning.methods.base import AdversarialMethod
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.methods.base import Method, Networks, features_of, required
+from ackd_lightning.methods.warmup import linear_warmup
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive, Range
 
 
-class ACKD(AdversarialMethod):
+class ACKD(Method):
     """Adversarial collaborative knowledge distillation. Target learner: kept. Auxiliary learners: dropped at the end.
 
     Args:
@@ -65,48 +68,35 @@ class ACKD(AdversarialMethod):
         ACKDError: for values that contradict each other.
     """
 
-    teacher_logits_suffice = True
+    teacher = "logits"
 
     def __init__(
         self,
         *,
         branches: Sequence[str] | None = None,
-        temperature: float = 4.0,
+        temperature: Positive = 4.0,
         scale_temperature: bool = True,
         direction_aux: KLDirection = "forward",
         direction_target: KLDirection = "forward",
         teach: Literal["ensemble", "learners", "both"] = "ensemble",
         detach_group: bool = True,
         attention: Literal["pooled", "flattened", "scaled", "off"] = "pooled",
-        attention_hidden: int = 128,
-        attention_lr_scale: float = 0.1,
+        attention_hidden: Annotated[int, Range(1, 65536)] = 128,
+        attention_lr_scale: NonNegative = 0.1,
         adversarial: Literal["fool", "diversify", "off"] = "fool",
         adversarial_form: Literal["minimax", "non_saturating"] = "minimax",
-        adversarial_warmup_epochs: int = 0,
+        adversarial_warmup_epochs: NonNegativeInt = 0,
         discriminator_inputs: DiscriminatorInput = "map",
         discriminator_optimizer: Literal["sgd", "adam"] = "sgd",
-        discriminator_lr: float = 1e-3,
-        lambda_kd_aux: float = 1.0,
-        lambda_kd_target: float = 1.0,
-        lambda_adv: float = 1.0,
-        lambda_ce: float = 1.0,
-        lambda_ce_aux: float = 1.0,
-        lambda_direct: float = 0.0,
+        discriminator_lr: Positive = 1e-3,
+        lambda_kd_aux: NonNegative = 1.0,
+        lambda_kd_target: NonNegative = 1.0,
+        lambda_adv: NonNegative = 1.0,
+        lambda_ce: NonNegative = 1.0,
+        lambda_ce_aux: NonNegative = 1.0,
+        lambda_direct: NonNegative = 0.0,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ACKDError(f"temperature is {temperature} in method ACKD; it must be above 0")
-        if (
-            not 1 <= attention_hidden <= 65536
-            or attention_lr_scale < 0
-            or adversarial_warmup_epochs < 0
-            or discriminator_lr <= 0
-        ):
-            raise ACKDError(
-                f"attention_hidden {attention_hidden}, attention_lr_scale {attention_lr_scale}, "
-                f"adversarial_warmup_epochs {adversarial_warmup_epochs}, discriminator_lr {discriminator_lr} in method "
-                "ACKD: the first must be from 1 to 65536, the last above 0, the others 0 or more"
-            )
         if branches is not None and len(branches) == 0:
             raise ACKDError("branches is empty in method ACKD; name at least one, such as D3B1, or leave it out")
         if branches is not None and len(branches) == 1 and adversarial != "off":
@@ -120,17 +110,18 @@ class ACKD(AdversarialMethod):
                 "set attention to off, or teach to both"
             )
         self.branches = None if branches is None else tuple(branches)
-        self.worth_compiling = () if adversarial == "off" else ("discriminators",)
+        self.compile_modules = () if adversarial == "off" else ("discriminators",)
         self.temperature, self.scale_temperature = temperature, scale_temperature
         self.direction_aux, self.direction_target = direction_aux, direction_target
         self.teach, self.detach_group = teach, detach_group
         self.attention_inputs = attention
-        self.attention_hidden, self.attention_lr_scale = attention_hidden, attention_lr_scale
+        self.attention_hidden, self.lr_scales = attention_hidden, {"attention": attention_lr_scale}
         self.adversarial, self.adversarial_form = adversarial, adversarial_form
         self.adversarial_warmup_epochs = adversarial_warmup_epochs
         self.discriminator_inputs = discriminator_inputs
         self.optimizer_name, self.discriminator_lr = discriminator_optimizer, discriminator_lr
-        self.lambdas = {
+        self.lambda_adv = lambda_adv
+        self.loss_weights = {
             "ce": lambda_ce,
             "ce_aux": lambda_ce_aux,
             "kd_aux": lambda_kd_aux,
@@ -138,21 +129,21 @@ class ACKD(AdversarialMethod):
             "kd_direct": lambda_direct,
             "adv": lambda_adv,
         }
-        self.adversarial_ramp = 1.0
         self.attention: nn.Module = nn.Identity()
         self.discriminators: nn.Module = nn.Identity()
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Make the attention MLP and one discriminator per auxiliary learner.
 
         Args:
-            student: shapes of the branchy student.
-            teacher: shapes of the teacher.
+            networks: Shapes and structures of student and teachers.
 
         Raises:
             ACKDError: when the student has too few learners.
         """
-        shapes = [branch.features[-1] for branch in student.branches]
+        shapes = [
+            required(each.features, "features", "auxiliary learner", "ACKD")[-1] for each in networks.student.branches
+        ]
         if not shapes or (len(shapes) < 2 and self.adversarial != "off"):
             raise ACKDError(
                 f"method ACKD needs {'one branch' if self.adversarial == 'off' else 'two branches'} or more and the "
@@ -170,12 +161,7 @@ class ACKD(AdversarialMethod):
         Args:
             epoch: from 0.
         """
-        steps = self.adversarial_warmup_epochs
-        self.adversarial_ramp = min(1.0, epoch / steps) if steps else 1.0
-
-    def weights(self) -> dict[str, float]:
-        """Lambda of every term (Eq. 7)."""
-        return {**self.lambdas, "adv": self.lambdas["adv"] * self.adversarial_ramp}
+        self.loss_weights["adv"] = self.lambda_adv * linear_warmup(epoch, self.adversarial_warmup_epochs, first=0)
 
     def attention_weights(self, student: NetOutput) -> Tensor:
         """Attention weights of Eq. 3; equal ones when attention is off.
@@ -187,7 +173,7 @@ class ACKD(AdversarialMethod):
             ``B x M`` float32, rows sum to 1.
         """
         if isinstance(self.attention, LearnerAttention):
-            weights: Tensor = self.attention([branch.features[-1] for branch in student.branches])
+            weights: Tensor = self.attention([features_of(branch)[-1] for branch in student.branches])
             return weights
         count = len(student.branches)
         return torch.full((student.logits.shape[0], count), 1.0 / count, device=student.logits.device)
@@ -247,47 +233,40 @@ class ACKD(AdversarialMethod):
     def _learners_loss(self, student: NetOutput) -> Tensor:
         if self.adversarial == "off":
             return torch.zeros((), device=student.logits.device)
-        logits: Tensor = self.discriminators([branch.features[-1] for branch in student.branches])
+        logits: Tensor = self.discriminators([features_of(branch)[-1] for branch in student.branches])
         if self.adversarial == "diversify":
             return -adversarial_value(logits)
         if self.adversarial_form == "non_saturating":
             return -adversarial_value(logits, flipped=True)
         return adversarial_value(logits)
 
-    def players(self) -> dict[str, list[nn.Parameter]]:
-        """The discriminators; nobody with ``adversarial="off"``."""
-        own = list(self.discriminators.parameters())
-        return {"discriminators": own} if own else {}
+    def auxiliary_optimizers(self) -> dict[str, Optimizer]:
+        """Return the discriminators' optimizer, SGD with momentum or Adam; none with ``adversarial="off"``."""
+        parameters = list(self.discriminators.parameters())
+        if not parameters:
+            return {}
+        if self.optimizer_name == "adam":
+            return {"discriminators": torch.optim.Adam(parameters, lr=self.discriminator_lr, betas=(0.5, 0.999))}
+        sgd = torch.optim.SGD(parameters, lr=self.discriminator_lr, momentum=0.9, weight_decay=5e-4)
+        return {"discriminators": sgd}
 
-    def player_loss(
-        self, player: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
+    def auxiliary_loss(
+        self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminators' side of Eq. 4 and 5: they maximise L_ad on detached features.
 
         Args:
-            player: ``discriminators``.
-            student: of this batch.
-            teacher: not used.
-            batch: not used.
+            name: ``discriminators``.
+            student: Output of the student.
+            teacher: Not used.
+            batch: Not used.
 
         Returns:
-            ``-L_ad`` and the log entries ``disc/loss`` and ``disc/acc``.
+            ``-L_ad`` and the values ``disc_loss`` and ``disc_acc``.
         """
-        logits: Tensor = self.discriminators([branch.features[-1].detach() for branch in student.branches])
+        logits: Tensor = self.discriminators([features_of(branch)[-1].detach() for branch in student.branches])
         loss = -adversarial_value(logits)
-        return loss, {"disc/loss": loss.detach(), "disc/acc": discriminator_accuracy(logits.detach())}
-
-    def player_optimizer(self, player: str) -> torch.optim.Optimizer:
-        """SGD with momentum, or Adam, as the constructor was told; arguments as in the base class."""
-        parameters = self.discriminators.parameters()
-        if self.optimizer_name == "adam":
-            return torch.optim.Adam(parameters, lr=self.discriminator_lr, betas=(0.5, 0.999))
-        return torch.optim.SGD(parameters, lr=self.discriminator_lr, momentum=0.9, weight_decay=5e-4)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The attention MLP at its own learning rate."""
-        own = list(self.attention.parameters())
-        return [{"name": "attention", "params": own, "lr_scale": self.attention_lr_scale}] if own else []
+        return loss, {"disc_loss": loss.detach(), "disc_acc": discriminator_accuracy(logits.detach())}
 
     def statistics(self, student: NetOutput) -> dict[str, Tensor]:
         """Mean attention weight of every learner and the entropy of the weights in nats.
@@ -297,5 +276,5 @@ class ACKD(AdversarialMethod):
         """
         weights = self.attention_weights(student)
         entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=1).mean()
-        shares = {f"attention/weight_aux{number}": share for number, share in enumerate(weights.mean(dim=0))}
-        return {**shares, "attention/entropy": entropy}
+        shares = {f"attention_weight_aux{number}": share for number, share in enumerate(weights.mean(dim=0), start=1)}
+        return {**shares, "attention_entropy": entropy}

@@ -35,24 +35,25 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss
 from ackd_lightning.methods.acn_networks import (
-    RESIDUAL_CONNECTIONS,
     Generator,
     ImageDiscriminator,
     ResidualConnection,
     image_noise,
 )
-from ackd_lightning.methods.base import AdversarialMethod, Examples
-from ackd_lightning.models.teacher import FrozenTeacher
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.methods.base import FitInfo, Method, Networks
+from ackd_lightning.types import Batch, Examples, NetOutput
+from ackd_lightning.validation import Fraction, NonNegative, NonNegativeInt, Positive, Range
 
 _WARMUP = 10  # epochs
 _WIDEST = 1024
@@ -164,7 +165,7 @@ def statistics_kept(network: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
-class ACN(AdversarialMethod):
+class ACN(Method):
     """Classifiers that teach each other, also on images that a generator makes for them to disagree on.
 
     Classifier 1 is the student, the others its peers. Any of them can be exported. All defaults are our choice.
@@ -194,81 +195,55 @@ class ACN(AdversarialMethod):
         ACKDError: for a value that is out of its range.
     """
 
-    needs_teacher = False
+    teacher = "none"
 
     def __init__(
         self,
         *,
         classifiers: Sequence[str] = ("peer",),
-        temperature: float = 3.0,
-        weight_ce: float = 1.0,
-        weight_ce_aux: float = 1.0,
-        weight_mutual: float = 1.0,
-        weight_generated: float = 1.0,
-        weight_gan: float = 0.1,
-        weight_divergence: float = 1.0,
-        weight_label: float = 1.0,
-        rho: float = 0.5,
+        temperature: Positive = 3.0,
+        weight_ce: NonNegative = 1.0,
+        weight_ce_aux: NonNegative = 1.0,
+        weight_mutual: NonNegative = 1.0,
+        weight_generated: NonNegative = 1.0,
+        weight_gan: NonNegative = 0.1,
+        weight_divergence: NonNegative = 1.0,
+        weight_label: NonNegative = 1.0,
+        rho: Fraction = 0.5,
         residual: ResidualConnection = "convex",
-        cap: float = 0.5,
-        margin: float | None = 1.0,
-        warmup_epochs: int | None = None,
-        generator_width: int = 32,
-        adversary_lr: float = 2e-4,
+        cap: Annotated[float, Range(0, 1, open_low=True)] = 0.5,
+        margin: NonNegative | None = 1.0,
+        warmup_epochs: NonNegativeInt | None = None,
+        generator_width: Annotated[int, Range(1, _WIDEST)] = 32,
+        adversary_lr: Positive = 2e-4,
     ) -> None:
         super().__init__()
-        if isinstance(classifiers, str) or not classifiers:
-            raise ACKDError(
-                f"classifiers is {classifiers!r} in method ACN; give a list of at least one, such as ['peer']"
-            )
-        for name, value in (("temperature", temperature), ("adversary_lr", adversary_lr)):
-            if not 0 < value < math.inf:
-                raise ACKDError(f"{name} is {value} in method ACN; it must be above 0")
-        for name, value in (
-            ("weight_ce", weight_ce),
-            ("weight_ce_aux", weight_ce_aux),
-            ("weight_mutual", weight_mutual),
-            ("weight_generated", weight_generated),
-            ("weight_gan", weight_gan),
-            ("weight_divergence", weight_divergence),
-            ("weight_label", weight_label),
-            ("margin", 0.0 if margin is None else margin),
-        ):
-            if not 0 <= value < math.inf:
-                raise ACKDError(f"{name} is {value} in method ACN; it must be 0 or more")
-        if warmup_epochs is not None and (not isinstance(warmup_epochs, int) or warmup_epochs < 0):
-            raise ACKDError(f"warmup_epochs is {warmup_epochs} in method ACN; it must be a whole number, 0 or more")
+        if not classifiers:
+            raise ACKDError("classifiers is empty in method ACN; give a list of at least one, such as ['peer']")
         for name in classifiers:
             if re.match(r"D\d|last$", name):
                 raise ACKDError(
                     f"classifiers names {name!r} in method ACN, a branch of the student; name whole networks, such as "
                     "peer"
                 )
-        if residual not in RESIDUAL_CONNECTIONS:
-            raise ACKDError(
-                f"residual is {residual!r} in method ACN; it must be one of {', '.join(RESIDUAL_CONNECTIONS)}"
-            )
-        if not 0 <= rho <= 1 or (residual == "learned" and rho in (0, 1)):
-            raise ACKDError(
-                f"rho is {rho} in method ACN; it must be from 0 to 1, and neither of them with residual=learned"
-            )
-        if not 0 < cap <= 1:
-            raise ACKDError(f"cap is {cap} in method ACN; it must be above 0 and at most 1, a share of log n")
-        if not 1 <= generator_width <= _WIDEST:
-            raise ACKDError(f"generator_width is {generator_width} in method ACN; it must be from 1 to {_WIDEST}")
+        if residual == "learned" and rho in (0, 1):
+            raise ACKDError(f"rho is {rho} in method ACN with residual=learned; it must be above 0 and below 1")
         self.branches = tuple(classifiers)
         self.temperature = temperature
-        self.weight_ce, self.weight_ce_aux = weight_ce, weight_ce_aux
-        self.weight_mutual, self.weight_generated = weight_mutual, weight_generated
+        self.loss_weights = {
+            "ce": weight_ce,
+            "ce_aux": weight_ce_aux,
+            "mutual": weight_mutual,
+            "generated": weight_generated,
+        }
         self.weight_gan, self.weight_divergence, self.weight_label = weight_gan, weight_divergence, weight_label
         self.rho, self.cap, self.margin = rho, cap, margin
         self.given_warmup = warmup_epochs
         self.warmup_epochs = _WARMUP if warmup_epochs is None else warmup_epochs
         self.residual: ResidualConnection = residual
         self.generator_width, self.adversary_lr = generator_width, adversary_lr
-        self.makes_examples = weight_generated > 0
+        self.generates = weight_generated > 0
         self.epoch = 0
-        self.range: tuple[tuple[float, ...], tuple[float, ...]] = ((-1.0,) * 3, (1.0,) * 3)
         self.knows_range = False
         self._made: tuple[Tensor, Tensor] | None = None  # images and what was made of them, between two players' steps
         self.generator: Generator | None = None
@@ -278,51 +253,35 @@ class ACN(AdversarialMethod):
 
     # ---------------------------------------------------------------- before the fit
 
-    def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
-        """Take the classifiers, which are run on generated images.
+    def build(self, networks: Networks) -> None:
+        """Create generator and discriminator where they are needed.
 
         Args:
-            student: maps images to a ``NetOutput`` with all n classifiers.
-            teachers: none.
-        """
-        self.keep_outside("classifier_nets", student)
-
-    def set_range(self, low: Sequence[float], high: Sequence[float]) -> None:
-        """Take the range that generated images shall have.
-
-        Args:
-            low: of black, per channel.
-            high: of white.
-        """
-        self.range, self.knows_range = (tuple(low), tuple(high)), True
-
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
-        """Make generator and discriminator, where they are needed.
-
-        Args:
-            student: shapes of the classifiers.
-            teacher: not used.
+            networks: The student's network is run on generated images, which keep the range of its inputs.
 
         Raises:
-            ACKDError: when the student has no peer.
+            ACKDError: If the student has no peer.
         """
+        student = networks.student
+        self.keep_outside("classifier_nets", networks.student_network)
+        self.knows_range = networks.pixel_range is not None
         if not student.branches:
             raise ACKDError(
                 "method ACN needs two classifiers or more and the student has no peer; name one in `classifiers`"
             )
-        if not self.makes_examples:
+        if not self.generates:
             return
-        low, high = self.range
+        low, high = networks.pixel_range or ((-1.0,) * 3, (1.0,) * 3)
         width = self.generator_width
         self.generator = Generator(low, high, width=width, residual=self.residual, rho=self.rho)
         if self.weight_gan:
             self.image_discriminator = ImageDiscriminator(len(low), width=width)
 
-    def adopt(self, teachers: Sequence[FrozenTeacher]) -> None:
-        """There are no teachers; say so when a fit begins without the range of its images.
+    def begin_fit(self, fit: FitInfo) -> None:
+        """Fit the default warm-up to a short training, and warn about what would not work as expected.
 
         Args:
-            teachers: none.
+            fit: Its number of epochs is read.
         """
         if self.generator is not None and not self.knows_range:
             warnings.warn(
@@ -330,16 +289,12 @@ class ACN(AdversarialMethod):
                 "data to the module",
                 stacklevel=2,
             )
-
-    def set_total_epochs(self, epochs: int) -> None:
-        """Fit the default warm-up to a short training, and say so when there would be nothing but warm-up.
-
-        Args:
-            epochs: E.
-        """
+        epochs = fit.epochs
+        if epochs is None:
+            return
         if self.given_warmup is None:
             self.warmup_epochs = min(_WARMUP, epochs // 4)
-        elif self.makes_examples and self.warmup_epochs >= epochs:
+        elif self.generates and self.warmup_epochs >= epochs:
             warnings.warn(
                 f"method ACN makes no images: warmup_epochs is {self.warmup_epochs} of {epochs} epochs; lower it",
                 stacklevel=2,
@@ -380,19 +335,12 @@ class ACN(AdversarialMethod):
 
     def _classifiers(self) -> nn.Module:
         if self.classifier_nets is None:
-            raise ACKDError("method ACN runs the classifiers on generated images; call `attach` with the student")
+            raise ACKDError(
+                "method ACN runs the classifiers on generated images; call `build` with the student's network"
+            )
         return self.classifier_nets
 
     # ---------------------------------------------------------------- co-distillation phase
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce``, ``ce_aux``, ``mutual`` and ``generated``."""
-        return {
-            "ce": self.weight_ce,
-            "ce_aux": self.weight_ce_aux,
-            "mutual": self.weight_mutual,
-            "generated": self.weight_generated,
-        }
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce``, ``ce_aux``, ``mutual`` and ``generated``; arguments as in the base class.
@@ -422,33 +370,29 @@ class ACN(AdversarialMethod):
 
     # ---------------------------------------------------------------- adversarial phase
 
-    def players(self) -> dict[str, list[nn.Parameter]]:
-        """Discriminator, then generator; none when no images are generated."""
+    def auxiliary_optimizers(self) -> dict[str, Optimizer]:
+        """Return Adam for discriminator and generator, in this order; none when no images are generated."""
         networks = {"image_discriminator": self.image_discriminator, "generator": self.generator}
-        return {name: list(network.parameters()) for name, network in networks.items() if network is not None}
+        return {
+            name: torch.optim.Adam(network.parameters(), lr=self.adversary_lr, betas=(0.5, 0.999))
+            for name, network in networks.items()
+            if network is not None
+        }
 
-    def player_optimizer(self, player: str) -> torch.optim.Optimizer:
-        """Adam with the betas of many generative adversarial networks.
-
-        Args:
-            player: ``image_discriminator`` or ``generator``.
-        """
-        return torch.optim.Adam(self.players()[player], lr=self.adversary_lr, betas=(0.5, 0.999))
-
-    def player_loss(
-        self, player: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
+    def auxiliary_loss(
+        self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Loss of the discriminator or the generator; None in warm-up.
 
         Args:
-            player: ``image_discriminator`` or ``generator``.
-            student: not used; the classifiers are run on generated images.
-            teacher: not used.
-            batch: images, targets and indices.
+            name: ``image_discriminator`` or ``generator``.
+            student: Not used; the classifiers are run on generated images.
+            teacher: Not used.
+            batch: Images, targets and indices.
         """
         if not self.is_searching:
             return None
-        return self._generator_loss(batch) if player == "generator" else self._discriminator_loss(batch)
+        return self._generator_loss(batch) if name == "generator" else self._discriminator_loss(batch)
 
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.image_discriminator is not None
@@ -457,7 +401,7 @@ class ACN(AdversarialMethod):
         real, fake = self.image_discriminator(torch.cat([batch.image, made.detach()])).chunk(2)
         loss = F.softplus(-real).mean() + F.softplus(fake).mean()
         accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-        return loss, {"disc/loss": loss.detach(), "disc/acc": accuracy}
+        return loss, {"disc_loss": loss.detach(), "disc_acc": accuracy}
 
     def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.generator is not None
@@ -475,14 +419,14 @@ class ACN(AdversarialMethod):
         if opinion is not None:
             loss = loss + self.weight_gan * F.softplus(-opinion).mean()
         values = {
-            "generator/loss": loss.detach(),
-            "generator/js": divergence.detach().mean(),
-            "generator/divergence": disagreement(logits),
-            "generator/label_consistency": (mean.argmax(dim=1) == batch.target).float().mean(),
-            "generator/change": (made.detach() - batch.image).abs().float().mean(),
+            "generator_loss": loss.detach(),
+            "generator_js": divergence.detach().mean(),
+            "generator_divergence": disagreement(logits),
+            "generator_label_consistency": (mean.argmax(dim=1) == batch.target).float().mean(),
+            "generator_change": (made.detach() - batch.image).abs().float().mean(),
         }
         if self.residual == "learned":
-            values["generator/rho"] = self.generator.rho.detach()
+            values["generator_rho"] = self.generator.rho.detach()
         return loss, values
 
     # ---------------------------------------------------------------- validation
@@ -505,7 +449,7 @@ class ACN(AdversarialMethod):
             student: output with peers.
         """
         logits = all_logits(student)
-        return {"divergence/js": js_divergence(logits).mean(), "divergence/rate": disagreement(logits)}
+        return {"divergence_js": js_divergence(logits).mean(), "divergence_rate": disagreement(logits)}
 
     @torch.no_grad()
     def examples(self, batch: Batch) -> Examples | None:

@@ -24,19 +24,20 @@ of the loss this is PS-KD (config ``pskd``), with \(\alpha_T = 0\) besides it is
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
-from ackd_lightning.methods.base import AdversarialMethod
+from ackd_lightning.methods.base import FitInfo, Method, Networks
 from ackd_lightning.random import keyed_uniform
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import Fraction, NonNegative, Positive, Range
 
 _STREAM = 0x41494B44  # keeps the draws apart from others with equal keys
 
@@ -113,7 +114,7 @@ def _linear(layer: nn.Module, value: Tensor) -> Tensor:
     return F.linear(value, layer.weight.float(), layer.bias.float())
 
 
-class AIKD(AdversarialMethod):
+class AIKD(Method):
     """Self-distillation from a pretrained network, from the epoch before, and through a discriminator.
 
     The teacher is the pretrained network: the student's own architecture, trained before with cross-entropy. (Any
@@ -143,53 +144,31 @@ class AIKD(AdversarialMethod):
         ACKDError: for a value that is out of its range.
     """
 
-    equal_buffers = ("epoch_begun", "table")
-
-    teacher_logits_suffice = True
+    replicated_buffers = ("epoch_begun", "table")
 
     def __init__(
         self,
         *,
         previous: Literal["snapshot", "table"] = "snapshot",
-        weight_ce: float = 1.0,
-        weight_progressive: float = 0.8,
-        weight_det: float = 1.0,
-        weight_adv: float = 0.1,
-        temperature: float = 4.0,
+        weight_ce: NonNegative = 1.0,
+        weight_progressive: Fraction = 0.8,
+        weight_det: NonNegative = 1.0,
+        weight_adv: NonNegative = 0.1,
+        temperature: Positive = 4.0,
         adversarial_form: Literal["gan", "wgan_gp"] = "gan",
-        gradient_penalty: float = 10.0,
+        gradient_penalty: NonNegative = 10.0,
         discriminator_inputs: Literal["probabilities", "logits"] = "probabilities",
-        discriminator_hidden: int = 256,
-        discriminator_lr: float = 1e-4,
+        discriminator_hidden: Annotated[int, Range(1, 65536)] = 256,
+        discriminator_lr: Positive = 1e-4,
     ) -> None:
         super().__init__()
-        for name, value, choices in (
-            ("previous", previous, ("snapshot", "table")),
-            ("adversarial_form", adversarial_form, ("gan", "wgan_gp")),
-            ("discriminator_inputs", discriminator_inputs, ("probabilities", "logits")),
-        ):
-            if value not in choices:
-                raise ACKDError(f"{name} is {value!r} in method AIKD; it must be {choices[0]} or {choices[1]}")
-        for name, number, right, remedy in (
-            ("weight_ce", weight_ce, 0 <= weight_ce < math.inf, "0 or more"),
-            ("weight_progressive", weight_progressive, 0 <= weight_progressive <= 1, "from 0 to 1"),
-            ("weight_det", weight_det, 0 <= weight_det < math.inf, "0 or more"),
-            ("weight_adv", weight_adv, 0 <= weight_adv < math.inf, "0 or more"),
-            ("temperature", temperature, 0 < temperature < math.inf, "above 0"),
-            ("gradient_penalty", gradient_penalty, 0 <= gradient_penalty < math.inf, "0 or more"),
-            ("discriminator_hidden", discriminator_hidden, 1 <= discriminator_hidden <= 65536, "from 1 to 65536"),
-            ("discriminator_lr", discriminator_lr, 0 < discriminator_lr < math.inf, "above 0"),
-        ):
-            if not right:
-                raise ACKDError(f"{name} is {number} in method AIKD; it must be {remedy}")
         self.previous = previous
         self.weight_ce, self.weight_progressive = weight_ce, weight_progressive
         self.weight_det, self.weight_adv = weight_det, weight_adv
         self.temperature, self.adversarial_form, self.gamma = temperature, adversarial_form, gradient_penalty
         self.discriminator_inputs, self.discriminator_hidden = discriminator_inputs, discriminator_hidden
         self.discriminator_lr = discriminator_lr
-        self.needs_teacher = weight_det > 0 or weight_adv > 0
-        self.needs_targets = previous == "table" and weight_progressive > 0
+        self.teacher = "logits" if weight_det > 0 or weight_adv > 0 else "none"
         self.student: nn.Module | None
         self.keep_outside("student", None)
         self.snapshot: nn.Module | None = None
@@ -197,24 +176,22 @@ class AIKD(AdversarialMethod):
         self.epoch_begun: Tensor
         self.register_buffer("epoch_begun", torch.zeros((), dtype=torch.int64))
         self.table: Tensor | None
-        self.register_buffer("table", torch.zeros(0, 0) if self.needs_targets else None)
+        self.register_buffer("table", torch.zeros(0, 0) if previous == "table" and weight_progressive > 0 else None)
         self.epoch = 0  # what epoch_begun says, without waiting for a GPU
         self.total_epochs: int | None = None
         self._targets, self._checked = torch.zeros(0, dtype=torch.int64), False
+        self._weigh()
 
-    def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
-        """Copy the student where a copy is what the epoch before is known by; arguments as in the base class."""
-        if self.previous == "snapshot" and self.weight_progressive > 0:
-            self.keep_outside("student", student)
-            self.snapshot = copy.deepcopy(student).requires_grad_(False).eval()
-
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
-        """Make the discriminator.
+    def build(self, networks: Networks) -> None:
+        """Copy the student, where the copy stands for the epoch before, and create the discriminator.
 
         Args:
-            student: its classes are those of the discriminator and the table.
-            teacher: not used.
+            networks: The student's network is copied; its classes are those of the discriminator and the table.
         """
+        student = networks.student
+        if self.previous == "snapshot" and self.weight_progressive > 0 and networks.student_network is not None:
+            self.keep_outside("student", networks.student_network)
+            self.snapshot = copy.deepcopy(networks.student_network).requires_grad_(False).eval()
         if self.table is not None:
             self.table = self.table.new_zeros(len(self.table), student.num_classes)
         if self.weight_adv > 0:
@@ -229,13 +206,19 @@ class AIKD(AdversarialMethod):
 
     # ---------------------------------------------------------------- the epoch before
 
-    def set_total_epochs(self, epochs: int) -> None:
-        """Take the length over which alpha grows.
+    def begin_fit(self, fit: FitInfo) -> None:
+        """Take the length over which alpha grows, and create the table; keep one for as many images.
 
         Args:
-            epochs: E, at least 1.
+            fit: Its number of epochs is read, and its targets where there is a table.
         """
-        self.total_epochs = epochs
+        self.total_epochs = fit.epochs or self.total_epochs
+        if self.table is None:
+            return
+        targets = fit.required_targets(self)
+        self._targets, self._checked = targets.to("cpu", torch.int64), False
+        if len(self.table) != len(targets):
+            self.table = self.table.new_zeros(len(targets), self.table.shape[1])
 
     @torch.no_grad()
     def set_epoch(self, epoch: int) -> None:
@@ -253,6 +236,7 @@ class AIKD(AdversarialMethod):
                 "is; limit the training by trainer.max_epochs, or set weight_progressive to 0"
             )
         if epoch == self.epoch:
+            self._weigh()
             return
         if epoch == 0 and self.table is not None:
             self.table.zero_()
@@ -262,17 +246,7 @@ class AIKD(AdversarialMethod):
                 mine.copy_(theirs)
         self.epoch_begun.fill_(epoch)
         self.epoch = epoch
-
-    def set_targets(self, targets: Tensor, seed: int = 0) -> None:
-        """Make the table; one of as many images as these is kept.
-
-        Args:
-            targets: ``N`` int64 by ``Batch.index``.
-            seed: not used.
-        """
-        self._targets, self._checked = targets.to("cpu", torch.int64), False
-        if self.table is not None and len(self.table) != len(targets):
-            self.table = self.table.new_zeros(len(targets), self.table.shape[1])
+        self._weigh()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take the number of images from the checkpoint when nobody has told it, and the epoch that it was made in."""
@@ -290,7 +264,7 @@ class AIKD(AdversarialMethod):
     def _check(self, batch: Batch) -> None:
         rows = len(self._targets)
         if not rows:
-            raise ACKDError("method AIKD does not know the training images yet; call set_targets with their classes")
+            raise ACKDError("method AIKD does not know the training images yet; call begin_fit with their targets")
         index, target = batch.index.cpu(), batch.target.cpu()
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= rows:
@@ -323,12 +297,12 @@ class AIKD(AdversarialMethod):
             labels = F.one_hot(batch.target, rows.shape[1]).float()
             return torch.where(rows.sum(dim=1, keepdim=True) > 0, rows, labels)
         if self.snapshot is None:
-            raise ACKDError("method AIKD has no student to copy; call attach with it before build")
+            raise ACKDError("method AIKD has no student to copy; call build with its network")
         output: NetOutput = self.snapshot(batch.image)
         return output.logits.float().softmax(dim=1)
 
     @torch.no_grad()
-    def observe(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
+    def update(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
         """Write the rows of the whole batch into the table; arguments as in the base class.
 
         An image that stands in the batch twice leaves its last prediction.
@@ -350,10 +324,10 @@ class AIKD(AdversarialMethod):
         """Share of the epoch before in this epoch's targets: alpha_t, from alpha_T / E to alpha_T."""
         return self.weight_progressive * min(1.0, (self.epoch + 1) / (self.total_epochs or 1))
 
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce``, ``progressive``, ``det`` and ``adv`` in this epoch."""
+    def _weigh(self) -> None:
+        """Set the weights of this epoch."""
         alpha = self.alpha()
-        return {
+        self.loss_weights = {
             "ce": self.weight_ce * (1 - alpha),
             "progressive": self.weight_ce * alpha,
             "det": self.weight_det,
@@ -367,7 +341,7 @@ class AIKD(AdversarialMethod):
         network nor the student of the epoch before.
 
         Raises:
-            ACKDError: when there is a table and ``set_targets`` was not called, or indices do not fit.
+            ACKDError: when there is a table and ``begin_fit`` was not called, or indices do not fit.
         """
         ce = cross_entropy(student.logits, batch.target)
         nothing = torch.zeros((), device=student.logits.device)
@@ -394,23 +368,26 @@ class AIKD(AdversarialMethod):
         logits = output.logits.float()
         return logits if self.discriminator_inputs == "logits" else logits.softmax(dim=1)
 
-    def players(self) -> dict[str, list[nn.Parameter]]:
-        """The discriminator, unless ``adv`` has no weight."""
-        return {} if self.discriminator is None else {"discriminator": list(self.discriminator.parameters())}
+    def auxiliary_optimizers(self) -> dict[str, Optimizer]:
+        """Return the discriminator's Adam with betas 0.5 and 0.999; none when ``adv`` has no weight."""
+        if self.discriminator is None:
+            return {}
+        parameters = self.discriminator.parameters()
+        return {"discriminator": torch.optim.Adam(parameters, lr=self.discriminator_lr, betas=(0.5, 0.999))}
 
-    def player_loss(
-        self, player: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
+    def auxiliary_loss(
+        self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's side: the pretrained network's predictions are real, the student's are not.
 
         Args:
-            player: the discriminator.
+            name: ``discriminator``.
             student: detached here.
             teacher: the pretrained network's output.
             batch: its indices are keys of where a gradient penalty is measured.
 
         Returns:
-            The loss, and the log entries ``disc/loss`` and ``disc/acc``: share of right answers, one half is guessing.
+            The loss, and the log entries ``disc_loss`` and ``disc_acc``: share of right answers, one half is guessing.
             (A critic of ``wgan_gp`` has no zero of its own: its answers are cut in the middle between both means.)
         """
         assert self.discriminator is not None
@@ -426,20 +403,12 @@ class AIKD(AdversarialMethod):
             if self.gamma > 0:
                 loss = loss + self.gamma * gradient_penalty(self.discriminator, real, fake, self._shares(batch))
         right = 0.5 * ((of_real > middle).float().mean() + (of_fake <= middle).float().mean())
-        return loss, {"disc/loss": loss.detach(), "disc/acc": right}
+        return loss, {"disc_loss": loss.detach(), "disc_acc": right}
 
     def _shares(self, batch: Batch) -> Tensor:
         """A number for every image, by epoch and index; by the step's generator where the index is not known."""
         drawn = torch.rand(len(batch.index), device=batch.index.device)
         return torch.where(batch.index >= 0, keyed_uniform(_STREAM, self.epoch, batch.index), drawn)
-
-    def player_optimizer(self, player: str) -> torch.optim.Optimizer:
-        """Adam with betas 0.5 and 0.999.
-
-        Args:
-            player: the discriminator.
-        """
-        return torch.optim.Adam(self.players()[player], lr=self.discriminator_lr, betas=(0.5, 0.999))
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods.base import Method
-from ackd_lightning.methods.pairing import pair_stages, same_size
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.methods.base import Method, Networks
+from ackd_lightning.methods.pairing import layer_features, pair_stages, same_size
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative
 
 
 def attention_map(feature: Tensor) -> Tensor:
@@ -74,34 +75,26 @@ class AT(Method):
         weight_at: weight of the distance; 1000 there.
     """
 
-    def __init__(self, *, weight_ce: float = 1.0, weight_at: float = 1000.0) -> None:
+    def __init__(self, *, weight_ce: NonNegative = 1.0, weight_at: NonNegative = 1000.0) -> None:
         super().__init__()
-        self.weight_ce, self.weight_at = weight_ce, weight_at
+        self.loss_weights = {"ce": weight_ce, "at": weight_at}
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Pair the stages.
 
         Args:
-            student: shapes of the student.
-            teacher: shapes of the teacher.
+            networks: Shapes of student and teacher.
 
         Raises:
             ACKDError: when the stages of a network are not known.
         """
-        assert teacher is not None
+        student, teacher = networks.student, networks.teacher
         self.layers = pair_stages(student, teacher, method="AT")
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce`` and ``at``."""
-        return {"ce": self.weight_ce, "at": self.weight_at}
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce`` and ``at``; arguments as in the base class."""
         assert teacher is not None
         return {
             "ce": cross_entropy(student.logits, batch.target),
-            "at": at_loss(
-                [student.features[ours] for ours, _ in self.layers],
-                [teacher.features[theirs] for _, theirs in self.layers],
-            ),
+            "at": at_loss(*layer_features(self.layers, student, teacher)),
         }

@@ -25,7 +25,6 @@ trained, and keeps neither projector nor the classifier as it has become.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -33,23 +32,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kl_divergence
-from ackd_lightning.methods.base import AdversarialMethod
+from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of, features_of, required
 from ackd_lightning.methods.pairing import same_size
 from ackd_lightning.models.features import plan_for
 from ackd_lightning.models.heads import SharedClassifiers
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher, Teacher
-from ackd_lightning.types import Batch, NetOutput, NetSpec
-
-_CHOICES = {
-    "classifier_update": ("bias", "layer", "none"),
-    "anchor_scope": ("weights", "weights_no_classifier", "all"),
-    "teacher_bn": ("train", "eval"),
-    "average": ("logits", "probabilities"),
-}
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, Positive, PositiveInt
 
 
 def feature_distance(projected: Tensor, feature: Tensor) -> Tensor:
@@ -83,7 +77,7 @@ def anchor_distance(parameters: Sequence[Tensor], start: Tensor) -> Tensor:
     return (start.detach().float() - now).square().sum()
 
 
-class ATSC(AdversarialMethod):
+class ATSC(Method):
     """A teacher, or several, that adapt themselves to the student and lend it their classifiers.
 
     The adapting teachers are copies and a part of the method: they are trained by the student's optimizer, and they
@@ -95,9 +89,8 @@ class ATSC(AdversarialMethod):
             gradient reaches the teachers, too.
         temperature: tau of that distillation.
         weight_features: b, weight of the distance between projected and teacher's features; 1 in the code.
-        weight_anchor: w, weight of the anchor; 1 for CIFAR-100 and 10 for ImageNet in the code. ``inf``: the teachers
-            do not move, as with ``adapt_teacher=False``. SGD is stable while the learning rate times 2 w is below
-            2 (1 + momentum).
+        weight_anchor: w, weight of the anchor; 1 for CIFAR-100 and 10 for ImageNet in the code. SGD is
+            stable while the learning rate times 2 w is below 2 (1 + momentum).
         classifier_update: what the step of the teachers' classifiers trains: the ``bias`` (the code), the whole
             ``layer`` (whose weight is then held by no anchor), or ``none``.
         classifier_lr: learning rate of that step (SGD, momentum 0.9, weight decay 5e-4), decayed together with the
@@ -119,48 +112,38 @@ class ATSC(AdversarialMethod):
         ACKDError: for values out of range.
     """
 
-    takes_teachers = True
+    teacher = "own"
 
     def __init__(
         self,
         *,
-        weight_ce: float = 0.0,
-        weight_kd: float = 0.0,
-        temperature: float = 4.0,
-        weight_features: float = 1.0,
-        weight_anchor: float = 1.0,
+        weight_ce: NonNegative = 0.0,
+        weight_kd: NonNegative = 0.0,
+        temperature: Positive = 4.0,
+        weight_features: NonNegative = 1.0,
+        weight_anchor: NonNegative = 1.0,
         classifier_update: Literal["bias", "layer", "none"] = "bias",
-        classifier_lr: float = 0.05,
+        classifier_lr: Positive = 0.05,
         anchor_scope: Literal["weights", "weights_no_classifier", "all"] = "all",
         teacher_bn: Literal["train", "eval"] = "train",
         adapt_teacher: bool = True,
-        factor: int = 2,
+        factor: PositiveInt = 2,
         average: Literal["logits", "probabilities"] = "logits",
     ) -> None:
         super().__init__()
-        for name, value in (("weight_ce", weight_ce), ("weight_kd", weight_kd), ("weight_features", weight_features)):
-            if not 0 <= value < math.inf:
-                raise ACKDError(f"{name} is {value} in method ATSC; it must be 0 or more")
-        for name, value in (("temperature", temperature), ("classifier_lr", classifier_lr)):
-            if not 0 < value < math.inf:
-                raise ACKDError(f"{name} is {value} in method ATSC; it must be above 0")
-        if not weight_anchor >= 0:
-            raise ACKDError(f"weight_anchor is {weight_anchor} in method ATSC; it must be 0 or more")
-        if factor < 1:
-            raise ACKDError(f"factor is {factor} in method ATSC; it must be 1 or more")
-        chosen: tuple[str, ...] = (classifier_update, anchor_scope, teacher_bn, average)
-        for (name, known), choice in zip(_CHOICES.items(), chosen, strict=True):
-            if choice not in known:
-                raise ACKDError(f"{name} is {choice!r} in method ATSC; it must be one of {', '.join(known)}")
-        self.adapts = adapt_teacher and weight_anchor != math.inf
+        self.adapts = adapt_teacher
         self.temperature, self.classifier_lr = temperature, classifier_lr
-        self.weight_ce, self.weight_kd, self.weight_features = weight_ce, weight_kd, weight_features
+        self.weight_ce, self.weight_kd = weight_ce, weight_kd
         self.weight_anchor = weight_anchor if self.adapts else 0.0
+        self.loss_weights = {
+            "ce": weight_ce,
+            "kd": weight_kd,
+            "features": weight_features,
+            "anchor": self.weight_anchor,
+        }
         self.classifier_update, self.anchor_scope, self.teacher_bn = classifier_update, anchor_scope, teacher_bn
         self.factor, self.average = factor, average
-        self.networks = ("head", "teachers") if self.adapts else ("head",)
         self.teachers = nn.ModuleList()  # those that adapt
-        self.count = 0
         self.fixed: tuple[FrozenTeacher, ...]
         self.keep_outside("fixed", ())
         self.adopted = False
@@ -168,23 +151,41 @@ class ATSC(AdversarialMethod):
 
     # ---------------------------------------------------------------- networks
 
-    def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
-        """Copy the teachers, when they are to adapt.
+    def build(self, networks: Networks) -> None:
+        """Copy the teachers when they adapt, and create a projector for each in front of its classifier.
 
         The student's own classifier, which is not kept, is frozen when no term trains it.
 
         Args:
-            student: its classifier is looked for.
-            teachers: structures of the teachers' networks.
+            networks: The student's last stage is projected; the teachers' classifiers are shared.
 
         Raises:
-            ACKDError: for a teacher whose stages are not known, or whose classifier is no linear layer with a bias.
+            ACKDError: If the stages of a network are unknown, or a teacher's classifier is not a linear layer with a
+                bias.
         """
+        student, specs = networks.student, networks.teachers
+        ours = required(student.features, "features", "student", "ATSC")
+        theirs = [required(spec.features, "features", "teacher", "ATSC") for spec in specs]
+        self._copy_teachers(networks.student_network, networks.teacher_networks)
+        self.head = SharedClassifiers(
+            ours[-1][0],
+            [features[-1] for features in theirs],
+            student.num_classes,
+            factor=self.factor,
+            average=self.average,
+        )
+        if self.adapts:
+            self.head.classifiers = nn.ModuleList(_classifier(each.network) for each in self._adapting())
+        else:
+            self.head.classifiers.requires_grad_(False)
+        if len(specs) == 1:
+            self.layers = ((len(ours) - 1, len(theirs[0]) - 1),)
+
+    def _copy_teachers(self, student: nn.Module | None, teachers: Sequence[nn.Module]) -> None:
         for network in teachers:
             _classifier(network)
         if isinstance(student, BranchyStudent) and student.plan is not None and not (self.weight_ce or self.weight_kd):
             student.plain().get_submodule(student.plan.classifier).requires_grad_(False)
-        self.count = len(teachers)
         if not self.adapts:
             return
         self.teachers.extend(Teacher(_trainable_copy(network)) for network in teachers)
@@ -195,48 +196,16 @@ class ATSC(AdversarialMethod):
                 parameter.requires_grad_(id(parameter) in held)
             size = sum(parameter.numel() for parameter in anchored.values())
             self.register_buffer(f"start_{number}", torch.zeros(size), persistent=False)
-        self.equal_buffers = tuple(f"start_{number}" for number in range(self.count))
+        self.replicated_buffers = tuple(f"start_{number}" for number in range(len(teachers)))
         self.train(self.training)
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
-        """Make a projector for every teacher, in front of its classifier.
-
-        Args:
-            student: its last stage is projected.
-            teacher: the first teacher; all are in ``teacher_specs`` when there are several.
-
-        Raises:
-            ACKDError: when the stages of a network are not known.
-        """
-        specs = self.teacher_specs or ((teacher,) if teacher is not None else ())
-        for role, spec in (("student", student), *(("teacher", spec) for spec in specs)):
-            if len(spec.features) < 2:
-                raise _unknown_stages(role)
-        if not specs or len(specs) != self.count:
-            raise ACKDError(
-                f"method ATSC was attached to {self.count} teachers and is built for {len(specs)}; call attach with "
-                "the teachers' networks first, and set teacher_specs to the shapes of all of them"
-            )
-        self.head = SharedClassifiers(
-            student.features[-1][0],
-            [spec.features[-1] for spec in specs],
-            student.num_classes,
-            factor=self.factor,
-            average=self.average,
-        )
-        if self.adapts:
-            self.head.classifiers = nn.ModuleList(_classifier(each.network) for each in self._adapting())
-        else:
-            self.head.classifiers.requires_grad_(False)
-        if len(specs) == 1:
-            self.layers = ((len(student.features) - 1, len(specs[0].features) - 1),)
-
-    def adopt(self, teachers: Sequence[FrozenTeacher]) -> None:
+    def begin_fit(self, fit: FitInfo) -> None:
         """Take the teachers' normalisation, their weights as the anchor, and as a start unless they have learnt since.
 
         Args:
-            teachers: in the order of ``attach``.
+            fit: Its teachers are read.
         """
+        teachers = fit.teachers
         if self.adapts:
             for number, (own, given) in enumerate(zip(self._adapting(), teachers, strict=True)):
                 learnt = copy.deepcopy(own.network.state_dict())
@@ -298,15 +267,6 @@ class ATSC(AdversarialMethod):
 
     # ---------------------------------------------------------------- learners
 
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce``, ``kd``, ``features`` and ``anchor``."""
-        return {
-            "ce": self.weight_ce,
-            "kd": self.weight_kd,
-            "features": self.weight_features,
-            "anchor": self.weight_anchor,
-        }
-
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce``, ``kd``, ``features`` and ``anchor``, each a mean over the teachers, which are run here.
 
@@ -323,8 +283,8 @@ class ATSC(AdversarialMethod):
         self._check_adopted()
         running: Sequence[nn.Module] = self._adapting() if self.adapts else self.fixed
         outputs: list[NetOutput] = [each(batch.image) for each in running]
-        projected = self._head().project(student.features[-1])
-        distances = [feature_distance(ours, out.features[-1]) for ours, out in zip(projected, outputs, strict=True)]
+        projected = self._head().project(features_of(student)[-1])
+        distances = [feature_distance(ours, features_of(out)[-1]) for ours, out in zip(projected, outputs, strict=True)]
         divergences = [
             kl_divergence(student.logits, out.logits, temperature=self.temperature)
             for out in (outputs if self.weight_kd else ())
@@ -343,13 +303,18 @@ class ATSC(AdversarialMethod):
 
     # ---------------------------------------------------------------- classifiers
 
-    def players(self) -> dict[str, list[nn.Parameter]]:
-        """``classifier``: what its step trains, of all teachers; none with fixed teachers."""
-        parameters = [parameter for teacher in self._adapting() for parameter in self._updated(teacher)]
-        return {"classifier": parameters} if parameters else {}
+    def auxiliary_optimizers(self) -> dict[str, Optimizer]:
+        """Return SGD with momentum 0.9 and weight decay 5e-4, as in the released code, for what trains the classifiers.
 
-    def player_loss(
-        self, player: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
+        There is none with fixed teachers.
+        """
+        parameters = [parameter for teacher in self._adapting() for parameter in self._updated(teacher)]
+        if not parameters:
+            return {}
+        return {"classifier": torch.optim.SGD(parameters, lr=self.classifier_lr, momentum=0.9, weight_decay=5e-4)}
+
+    def auxiliary_loss(
+        self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the teachers, which reaches their classifiers only.
 
@@ -357,52 +322,40 @@ class ATSC(AdversarialMethod):
         of their BatchNorm move twice in every step.
 
         Args:
-            player: ``classifier``.
-            student: not used.
-            teacher: not used.
-            batch: images and targets.
+            name: ``classifier``.
+            student: Not used.
+            teacher: Not used.
+            batch: Images and targets.
 
         Returns:
-            Mean over the teachers, float32; log entries ``teacher/loss``, ``teacher/acc`` and ``teacher/spread``, the
-            standard deviation of the pooled features over the images of this batch: it tells when they collapse.
+            Mean over the teachers, float32, and the values ``teacher_loss``, ``teacher_acc`` and
+            ``teacher_feature_std``, the standard deviation of the pooled features over the images of this batch, which tells when they
+            collapse.
         """
         self._check_adopted()
-        losses, shares, spreads = [], [], []
+        losses, shares, deviations = [], [], []
         for own in self._adapting():
             with torch.no_grad():
-                embedding = own(batch.image).embedding
+                embedding = embedding_of(own(batch.image))
             classifier = _classifier(own.network)
             weight = classifier.weight if self.classifier_update == "layer" else classifier.weight.detach()
             logits = F.linear(embedding, weight, classifier.bias)
             losses.append(cross_entropy(logits, batch.target))
             shares.append((logits.detach().argmax(dim=1) == batch.target).float().mean())
-            spreads.append(embedding.float().std(dim=0, correction=0).mean())
+            deviations.append(embedding.float().std(dim=0, correction=0).mean())
         torch.clear_autocast_cache()  # of weights that were cast without gradient: older torch would use them again
         loss = torch.stack(losses).mean()
         return loss, {
-            "teacher/loss": loss.detach(),
-            "teacher/acc": torch.stack(shares).mean(),
-            "teacher/spread": torch.stack(spreads).mean(),
+            "teacher_loss": loss.detach(),
+            "teacher_acc": torch.stack(shares).mean(),
+            "teacher_feature_std": torch.stack(deviations).mean(),
         }
-
-    def player_optimizer(self, player: str) -> torch.optim.Optimizer:
-        """SGD with momentum 0.9 and weight decay 5e-4, as in the released code.
-
-        Args:
-            player: ``classifier``.
-        """
-        return torch.optim.SGD(self.players()[player], lr=self.classifier_lr, momentum=0.9, weight_decay=5e-4)
 
     def _check_adopted(self) -> None:
         if not self.adopted:
-            raise ACKDError("method ATSC has no weights of its teachers yet; call adopt before the first step")
-
-
-def _unknown_stages(role: str) -> ACKDError:
-    return ACKDError(
-        f"method ATSC compares features and the stages of the {role} are not known; give the network an attribute "
-        "`stage_plan`, or choose a method that compares logits, such as KD"
-    )
+            raise ACKDError(
+                "method ATSC has no weights of its teachers yet; call begin_fit with them before the first step"
+            )
 
 
 def _classifier(network: nn.Module) -> nn.Linear:
@@ -416,7 +369,7 @@ def _classifier(network: nn.Module) -> nn.Linear:
     """
     plan = plan_for(network)
     if plan is None:
-        raise _unknown_stages("teacher")
+        raise ACKDError(f"the stages of the teacher {type(network).__name__} are unknown; give it a `stage_plan`")
     found = network.get_submodule(plan.classifier)
     while isinstance(found, nn.Sequential) and len(found) == 1:
         found = found[0]

@@ -1,320 +1,305 @@
-"""What a distillation method is: a module that turns two networks' outputs into named, unweighted terms."""
+"""The contract of a distillation method: a module that turns the outputs of networks into named, unweighted terms."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.heads import SharedClassifiers
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.validation import check_arguments
 
-Teacher = TypeVar("Teacher")
+TeacherAccess = Literal["none", "logits", "output", "own"]
 
 
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """Images and what a method has made of them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Networks:
+    """The networks of a training, as a method sees them in ``build``.
 
     Attributes:
-        original: ``B x C x H x W`` as the networks get them.
-        made: of equal shape.
-        predictions: by name of the network, ``2 x B`` int64: its answers to the originals and to what was made.
-        target: ``B`` int64.
+        student: Shapes of the student and its auxiliary learners.
+        teachers: Shapes of every teacher.
+        student_network: The student, which maps images to a `NetOutput`.
+        teacher_networks: Structures of the teachers. Their weights may be missing (meta device); the teachers with
+            their weights come in ``begin_fit``.
+        pixel_range: Values of black and of white after normalisation, per channel; None when the normalisation is
+            unknown.
     """
 
-    original: Tensor
-    made: Tensor
-    predictions: Mapping[str, Tensor]
-    target: Tensor
+    student: NetSpec
+    teachers: tuple[NetSpec, ...] = ()
+    student_network: nn.Module | None = None
+    teacher_networks: tuple[nn.Module, ...] = ()
+    pixel_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    @property
+    def teacher(self) -> NetSpec:
+        """Shapes of the first teacher.
+
+        Raises:
+            ACKDError: Without a teacher.
+        """
+        if not self.teachers:
+            raise ACKDError("the method reads a teacher and there is none; pass `teacher` to the training module")
+        return self.teachers[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitInfo:
+    """Facts about a fit that starts, as a method sees them in ``begin_fit``.
+
+    Attributes:
+        epochs: Number of epochs; None when the fit is not limited by epochs.
+        batch_size: Global batch size over all processes; None when the data module does not have it.
+        targets: ``N`` int64 class of every training image by ``Batch.index``; None when the data module does not have
+            them.
+        seed: Seed of the run.
+        teachers: The teachers with their weights.
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    targets: Tensor | None = None
+    seed: int = 0
+    teachers: tuple[FrozenTeacher, ...] = ()
+
+    def required_targets(self, method: Method) -> Tensor:
+        """Return the targets for a method that cannot work without them.
+
+        Args:
+            method: The method that needs them, for the message.
+
+        Raises:
+            ACKDError: If the data module does not have them.
+        """
+        if self.targets is None:
+            raise ACKDError(
+                f"method {type(method).__name__} keeps a row for every training image; give the data module an "
+                "attribute `train_targets`, the class of every image by its index, and batches with that index"
+            )
+        return self.targets
 
 
 class Method(nn.Module):
-    """A distillation method. One file, one class, and it works in every loop of this package.
+    """Base class of all methods. One file, one class.
 
-    A sub-class documents its equations, takes its weights as constructor arguments, and writes ``forward``. What it
-    learns itself (projectors, memories) is made in ``build``, when the shapes of both networks are known.
+    A sub-class takes typed, keyword-only arguments, sets ``loss_weights`` in its constructor and writes ``forward``.
+    The training module calls the hooks in this order: ``build`` once, when the networks exist; ``begin_fit`` when a
+    fit starts, before a checkpoint is restored; then for every batch ``set_epoch``, ``auxiliary_loss`` of each
+    auxiliary optimizer, ``forward``, and after the backward pass ``update``.
+
+    Arguments of the constructor are checked against their annotations (`Literal` choices, and ranges such as
+    ``ackd_lightning.validation.Positive``) in Python and on the command line alike.
 
     Attributes:
-        needs_teacher: whether the method has a teacher.
-        needs_targets: whether the method must know the class of every training image (``set_targets``).
-        takes_teachers: whether the method runs the teachers itself (``adopt``), copies of its own for example: then
-            ``forward`` is handed no output of a teacher, and there may be several teachers.
-        teacher_logits_suffice: whether ``forward`` reads nothing of the teacher but its logits, so that they may come
-            from a cache.
-        branches: auxiliary learners that the student has to grow: specs, empty for none, None for the paper's two.
-        layers: pairs (n of the student's F_n, n of the teacher's) whose features are compared; shown at the start.
-        networks: names of sub-modules that are networks trained beside the student: like the student's own, the
-            running statistics of their BatchNorm move in every forward pass.
-        worth_compiling: names of sub-modules that cost something in every step and are called as modules.
-        makes_examples: whether ``examples`` has something to show.
-        teacher_specs: shapes of all teachers, set before ``build``.
-        head: what stands between the student's features and the predictions when it is no longer the student's own
-            classifier; kept with the student and exported with it.
-        equal_buffers: names of buffers that the method itself keeps equal in all processes: DDP need not send them.
+        teacher: What the method reads of the teacher: ``none``, its ``logits``, its whole ``output`` with features, or
+            ``own`` for a method that runs its teachers itself; it may have several, and ``forward`` gets None.
+        loss_weights: Weight of every term that ``forward`` returns. The loss is their weighted sum. May change in
+            ``set_epoch``.
+        branches: Auxiliary learners of the student: ``DnBm`` branches, ``last``, ``peer`` or names of models; empty
+            for none, None for the two of the ACKD paper.
+        layers: Pairs (n, m) of the student's F_n and the teacher's F_m that are compared; printed when a fit starts.
+        head: Replaces the student's own classifier in predictions and in the export.
+        lr_scales: Learning rate of a sub-module's parameters relative to the student's, by name of the sub-module.
+        compile_modules: Names of sub-modules that are worth compiling.
+        replicated_buffers: Names of buffers that the method itself keeps equal in all processes, so that DDP does not
+            have to broadcast them.
     """
 
-    needs_teacher: bool = True
-    needs_targets: bool = False
-    takes_teachers: bool = False
-    teacher_logits_suffice: bool = False
-    makes_examples: bool = False
-    networks: tuple[str, ...] = ()
-    worth_compiling: tuple[str, ...] = ()
-    teacher_specs: tuple[NetSpec, ...] = ()
-    head: SharedClassifiers | None
-    layers: tuple[tuple[int, int], ...] = ()
-    equal_buffers: tuple[str, ...] = ()
+    teacher: TeacherAccess = "output"
+    loss_weights: dict[str, float]
     branches: tuple[str, ...] | None = ()
+    layers: tuple[tuple[int, int], ...] = ()
+    head: SharedClassifiers | None
+    lr_scales: Mapping[str, float] = {}
+    compile_modules: tuple[str, ...] = ()
+    replicated_buffers: tuple[str, ...] = ()
     init_args: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
-        """Remember the constructor's arguments, so that a checkpoint can name the method in plain data."""
+        """Check the constructor's arguments and keep them, so that a checkpoint can name the method in plain data."""
         method = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs).arguments
-        object.__setattr__(method, "init_args", {key: value for key, value in bound.items() if key != "self"})
+        given = {key: value for key, value in bound.items() if key != "self"}
+        check_arguments(cls, given)
+        object.__setattr__(method, "init_args", given)
         return method
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = None  # not in the class, where it would hide a sub-module of that name
+        self.head = None  # in the class it would hide a sub-module of that name
+        self.loss_weights = {}
 
-    def keep_outside(self, name: str, value: Any) -> None:
-        """Set an attribute that is no sub-module: in no state, no optimizer, not moved along.
+    # ---------------------------------------------------------------- hooks
 
-        Args:
-            name: of the attribute.
-            value: a network that belongs to somebody else.
-        """
-        object.__setattr__(self, name, value)
-
-    def choose_teachers(self, given: Sequence[Teacher]) -> Sequence[Teacher]:
-        """The teachers that the method needs: none for a method that needs none, whatever is given.
+    def build(self, networks: Networks) -> None:
+        """Create what depends on the networks, such as projectors.
 
         Args:
-            given: names or networks.
-
-        Raises:
-            ACKDError: for none where one is needed, and for several where one is.
-        """
-        name = type(self).__name__
-        if not self.needs_teacher:
-            return ()
-        if not given:
-            raise ACKDError(
-                f"method {name} needs a teacher and `teacher` is empty; name a model and its weight file, or pass a "
-                "network"
-            )
-        if len(given) > 1 and not self.takes_teachers:
-            raise ACKDError(f"method {name} learns from one teacher and `teacher` names {len(given)}; name one of them")
-        return given
-
-    def attach(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
-        """Take the networks themselves, once, before ``build``; for methods that run or copy them.
-
-        Args:
-            student: maps images to a ``NetOutput`` with all learners; hold it with ``keep_outside``.
-            teachers: structures of the teachers' networks, whose weights may be missing (on the meta device): those
-                come with ``adopt``.
+            networks: Shapes and structures of student and teachers.
         """
 
-    def adopt(self, teachers: Sequence[FrozenTeacher]) -> None:
-        """Take the teachers with their weights, when a fit begins and before a checkpoint is restored.
+    def begin_fit(self, fit: FitInfo) -> None:
+        """Create what depends on the data and the length of the training, such as memories.
 
         Args:
-            teachers: in the order of ``attach``.
-        """
-
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
-        """Make what depends on shapes; called once, before optimizers and checkpoints.
-
-        Args:
-            student: shapes of the student, its branches included.
-            teacher: shapes of the teacher, None without one.
-        """
-
-    def set_range(self, low: Sequence[float], high: Sequence[float]) -> None:
-        """Take the smallest and the largest value of an image, per channel, as the data normalise it.
-
-        Called in the training module's constructor, before ``build``, when the normalisation is known.
-
-        Args:
-            low: of black.
-            high: of white.
-        """
-
-    def set_total_epochs(self, epochs: int) -> None:
-        """Take the length of the training, when a fit begins and before a checkpoint is restored.
-
-        Called when it is limited by a number of epochs.
-
-        Args:
-            epochs: E, at least 1.
+            fit: Facts about the fit.
         """
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the method the epoch, before every batch, for warm-ups and for what changes once an epoch.
+        """Change what depends on the epoch. Called before every batch.
 
         Args:
-            epoch: from 0.
+            epoch: Number of the epoch, from 0.
         """
-
-    def set_targets(self, targets: Tensor, seed: int = 0) -> None:
-        """Take the class of every training image, when a fit begins and before a checkpoint is restored.
-
-        Called when ``needs_targets`` is set.
-
-        Args:
-            targets: ``N`` int64 by ``Batch.index``.
-            seed: of the run, for what the method draws.
-        """
-
-    def set_batch_size(self, size: int) -> None:
-        """Take the global batch size, when a fit begins and before optimizers and checkpoints.
-
-        Called when the data module has an attribute ``batch_size``: images of one step in all processes together.
-
-        Args:
-            size: of every training batch.
-        """
-
-    def observe(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
-        """Update memories, after ``forward`` of every training step and without gradient.
-
-        ``forward`` itself changes nothing, so a term can be computed twice.
-
-        Args:
-            student: the outputs that ``forward`` had.
-            teacher: as there.
-            batch: as there.
-        """
-
-    def weights(self) -> dict[str, float]:
-        """Weight of every term that ``forward`` returns; the loss is their weighted sum."""
-        raise NotImplementedError(f"{type(self).__name__} has no method `weights`")
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Unweighted terms of the loss, each a scalar.
+        """Return unweighted scalar terms by name, without changing the method.
 
         Args:
-            student: of this batch, with gradient.
-            teacher: of this batch, without gradient; None for a method without a teacher.
-            batch: the images with targets and indices.
+            student: Output of the student.
+            teacher: Output of the teacher; None for ``teacher = "none"`` and ``"own"``. With ``"logits"`` its features
+                may be None.
+            batch: Images, targets and indices.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method `forward`")
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The method's own trainable parameters as optimizer groups; ``lr_scale`` multiplies the learning rate."""
-        own = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [{"name": "method", "params": own, "lr_scale": 1.0}] if own else []
-
-    def prediction(self, student: NetOutput) -> Tensor:
-        """Logits ``B x K`` of the network that is kept: through ``head`` where there is one.
+    def update(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
+        """Update memories after the backward pass of a training step, without gradient.
 
         Args:
-            student: of the images.
+            student: Output that ``forward`` read.
+            teacher: Output that ``forward`` read.
+            batch: Images, targets and indices.
         """
-        if self.head is None:
-            return student.logits
-        logits: Tensor = self.head(student.features[-1])
-        return logits
+
+    def auxiliary_optimizers(self) -> dict[str, Optimizer]:
+        """Return the optimizers of parameters with training steps of their own, in the order of these steps.
+
+        Discriminators and generators are such parameters. Each has a step in every batch before the student's, and is
+        frozen in the student's step. The names are those of the logged learning rates, ``lr/NAME``.
+        """
+        return {}
+
+    def auxiliary_loss(
+        self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Return the loss of one auxiliary optimizer's step and values to log, or None for no step (in all processes).
+
+        Gradients may reach the parameters of that optimizer only. Values are logged as ``train/KEY``.
+
+        Args:
+            name: Name of the optimizer.
+            student: Output of the student, with the graph of the student's step: detach it.
+            teacher: Output of the teacher, as in ``forward``.
+            batch: Images, targets and indices.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method `auxiliary_loss`")
+
+    # ---------------------------------------------------------------- optional, for evaluation
 
     def ensemble(self, student: NetOutput) -> Tensor | None:
-        """Logits ``B x K`` of the group of learners, for validation; None where there is no group.
+        """Return logits ``B x K`` of the method's own group of learners, or None without one.
 
         Args:
-            student: output with branches.
+            student: Output of the student.
         """
         return None
 
     def statistics(self, student: NetOutput) -> dict[str, Tensor]:
-        """Numbers worth logging on validation data, without gradient: name (with its ``/``) to scalar.
+        """Return scalars to log on validation data, as ``val/KEY``.
 
         Args:
-            student: of the images.
+            student: Output of the student.
         """
         return {}
 
-    def examples(self, batch: Batch) -> Examples | None:
-        """Images that the method has made of a batch's, to be looked at; None for a method that makes none.
+    # ---------------------------------------------------------------- helpers
+
+    def keep_outside(self, name: str, value: Any) -> None:
+        """Set an attribute that is not a sub-module: not in the state dict, no optimizer, and not moved.
 
         Args:
-            batch: of validation data.
+            name: Name of the attribute.
+            value: Usually a network that somebody else owns.
         """
-        return None
+        object.__setattr__(self, name, value)
 
-
-class AdversarialMethod(Method):
-    """A method with further players: parameters that are trained in steps of their own, by their own optimizers.
-
-    In every batch the student is run once; then the players' steps are made, in the order of ``players``, and the
-    learners' step comes last, with the players' parameters frozen. Discriminators are such players, a generator is
-    another; a player may also be a single tensor of a network whose rest learns in the learners' step.
-    """
-
-    def players(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by player, in the order of their steps; empty when the game is switched off.
-
-        The name is shown with the learning rate (``lr-NAME``).
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no method `players`")
-
-    def player_loss(
-        self, player: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Loss of a player and numbers to log by name; None when the player sits this step out (in all processes).
-
-        Gradients may reach that player's parameters only. The numbers are tensors on the batch's device; there may be
-        none.
-
-        Args:
-            player: its name.
-            student: of this batch, with the graph that the learners' step goes back through: to be detached.
-            teacher: of this batch.
-            batch: images and targets.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no method `player_loss`")
-
-    def player_optimizer(self, player: str) -> torch.optim.Optimizer:
-        """The optimizer of a player's parameters.
-
-        Args:
-            player: its name.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no method `player_optimizer`")
+    def auxiliary_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of every auxiliary optimizer by its name."""
+        return {
+            name: [each for group in optimizer.param_groups for each in group["params"]]
+            for name, optimizer in self.auxiliary_optimizers().items()
+        }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The method's own parameters, the players' left out."""
-        players = {id(parameter) for parameters in self.players().values() for parameter in parameters}
-        own = [each for each in self.parameters() if each.requires_grad and id(each) not in players]
-        return [{"name": "method", "params": own, "lr_scale": 1.0}] if own else []
+        """Return the parameters that the student's optimizer trains, with ``name`` and ``lr_scale`` of every group."""
+        auxiliary = {id(each) for parameters in self.auxiliary_parameters().values() for each in parameters}
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and id(parameter) not in auxiliary:
+                owner = next((each for each in self.lr_scales if name.startswith(f"{each}.")), "method")
+                groups.setdefault(owner, []).append(parameter)
+        return [
+            {"name": owner, "params": parameters, "lr_scale": self.lr_scales.get(owner, 1.0)}
+            for owner, parameters in groups.items()
+        ]
 
 
 def describe(method: Method) -> dict[str, Any]:
-    """A method as plain data: class path and constructor arguments.
+    """Return a method as plain data: public class path and constructor arguments.
 
     Args:
-        method: to be described.
+        method: Method to describe.
     """
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in method.init_args.items()}
-    return {"class_path": f"{type(method).__module__}.{type(method).__qualname__}", "init_args": plain}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Method):
+            return describe(value)
+        if isinstance(value, (list, tuple)):
+            return [plain(each) for each in value]
+        return value
+
+    return {"class_path": public_path(type(method)), "init_args": {k: plain(v) for k, v in method.init_args.items()}}
+
+
+def public_path(cls: type) -> str:
+    """Return the shortest path below the top-level package at which a class can be imported.
+
+    Args:
+        cls: A class.
+
+    Example:
+        >>> from ackd_lightning.methods.kd import KD
+        >>> public_path(KD)
+        'ackd_lightning.methods.KD'
+    """
+    parts = cls.__module__.split(".")
+    for length in range(2, len(parts)):
+        package = ".".join(parts[:length])
+        if getattr(importlib.import_module(package), cls.__qualname__, None) is cls:
+            return f"{package}.{cls.__qualname__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def from_description(description: Mapping[str, Any]) -> Method:
-    """Build a method from what ``describe`` wrote.
+    """Build a method from what `describe` returned.
 
     Args:
         description: ``class_path`` and ``init_args``.
 
     Raises:
-        ACKDError: when the class path names no ``Method``.
+        ACKDError: If the class path does not name a `Method`.
     """
     path = str(description.get("class_path"))
     try:
@@ -324,5 +309,70 @@ def from_description(description: Mapping[str, Any]) -> Method:
             f"the method {path!r} cannot be imported ({error}); install the package it comes from"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise ACKDError(f"{path!r} is no distillation method; name a sub-class of ackd_lightning.methods.Method")
-    return found(**description.get("init_args", {}))
+        raise ACKDError(f"{path!r} is not a distillation method; name a sub-class of ackd_lightning.methods.Method")
+
+    def built(value: Any) -> Any:
+        if isinstance(value, Mapping) and "class_path" in value:
+            return from_description(value)
+        return [built(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return found(**{key: built(value) for key, value in (description.get("init_args") or {}).items()})
+
+
+def weighted_loss(method: Method, terms: Mapping[str, Tensor]) -> Tensor:
+    """Return the weighted sum of a method's terms.
+
+    Args:
+        method: Method with a weight for every term.
+        terms: Unweighted scalars by name.
+
+    Raises:
+        ACKDError: If a term has no weight.
+    """
+    missing = [name for name in terms if name not in method.loss_weights]
+    if missing:
+        raise ACKDError(
+            f"term {missing[0]!r} of method {type(method).__name__} has no weight; add it to loss_weights, which has "
+            f"{', '.join(method.loss_weights) or 'none'}"
+        )
+    return torch.stack([method.loss_weights[name] * value for name, value in terms.items()]).sum()
+
+
+def required(value: Sequence[Any] | int | Tensor | None, what: str, role: str, method: str) -> Any:
+    """Return features or an embedding that a method compares.
+
+    Args:
+        value: ``features`` or ``embedding`` of a `NetSpec` or a `NetOutput`.
+        what: ``features`` or ``embeddings``.
+        role: ``student`` or ``teacher``.
+        method: Name of the method.
+
+    Raises:
+        ACKDError: If the network does not offer them.
+    """
+    if value is None:
+        raise ACKDError(
+            f"method {method} compares {what} and the stages of the {role} are unknown; give the network an attribute "
+            "`stage_plan`, or choose a method that compares logits, such as KD"
+        )
+    return value
+
+
+def features_of(output: NetOutput) -> tuple[Tensor, ...]:
+    """Return the features of an output whose network is known to offer them (checked in ``build``).
+
+    Args:
+        output: Output of a network.
+    """
+    assert output.features is not None
+    return output.features
+
+
+def embedding_of(output: NetOutput) -> Tensor:
+    """Return the embedding of an output whose network is known to offer it (checked in ``build``).
+
+    Args:
+        output: Output of a network.
+    """
+    assert output.embedding is not None
+    return output.embedding

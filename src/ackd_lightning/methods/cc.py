@@ -12,16 +12,16 @@ trained W and b on either side. What is compared within a batch of B images depe
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, whole_batch
-from ackd_lightning.methods.base import Method
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.methods.base import Method, Networks, embedding_of, required
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, Positive, PositiveInt
 
 CCKernel = Literal["consecutive", "rbf"]
 
@@ -96,48 +96,32 @@ class CC(Method):
         self,
         *,
         kernel: CCKernel = "consecutive",
-        embedding_size: int = 128,
-        gamma: float = 0.4,
-        order: int = 2,
-        weight_ce: float = 1.0,
-        weight_cc: float = 0.02,
+        embedding_size: PositiveInt = 128,
+        gamma: Positive = 0.4,
+        order: PositiveInt = 2,
+        weight_ce: NonNegative = 1.0,
+        weight_cc: NonNegative = 0.02,
     ) -> None:
         super().__init__()
-        if kernel not in get_args(CCKernel):
-            raise ACKDError(f"kernel is {kernel!r} in method CC; it must be one of {', '.join(get_args(CCKernel))}")
-        for name, size in (("embedding_size", embedding_size), ("order", order)):
-            if size < 1:
-                raise ACKDError(f"{name} is {size} in method CC; it must be 1 or more")
-        if gamma <= 0:
-            raise ACKDError(f"gamma is {gamma} in method CC; it must be above 0")
         self.kernel, self.embedding_size, self.gamma, self.order = kernel, embedding_size, gamma, order
-        self.weight_ce, self.weight_cc = weight_ce, weight_cc
+        self.loss_weights = {"ce": weight_ce, "cc": weight_cc}
         self.embed_learner: nn.Module = nn.Identity()
         self.embed_source: nn.Module = nn.Identity()
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Make the two linear embeddings.
 
         Args:
-            student: its pooled feature's width counts.
-            teacher: as there.
+            networks: Shapes of student and teacher.
 
         Raises:
             ACKDError: when a network hands out no pooled feature.
         """
-        assert teacher is not None
-        for role, spec in (("student", student), ("teacher", teacher)):
-            if spec.embedding < 1:
-                raise ACKDError(
-                    f"method CC compares pooled features and the stages of the {role} are not known; "
-                    "give the network an attribute `stage_plan`, or choose a method that compares logits, such as KD"
-                )
-        self.embed_learner = nn.Linear(student.embedding, self.embedding_size)
-        self.embed_source = nn.Linear(teacher.embedding, self.embedding_size)
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce`` and ``cc``."""
-        return {"ce": self.weight_ce, "cc": self.weight_cc}
+        student, teacher = networks.student, networks.teacher
+        ours = required(student.embedding, "embeddings", "student", "CC")
+        theirs = required(teacher.embedding, "embeddings", "teacher", "CC")
+        self.embed_learner = nn.Linear(ours, self.embedding_size)
+        self.embed_source = nn.Linear(theirs, self.embedding_size)
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce`` and ``cc``; arguments as in the base class.
@@ -145,8 +129,8 @@ class CC(Method):
         ``cc`` reaches the student and both embedding layers.
         """
         assert teacher is not None
-        ours = whole_batch(self.embed_learner(student.embedding))
-        theirs = whole_batch(self.embed_source(teacher.embedding.detach()))
+        ours = whole_batch(self.embed_learner(embedding_of(student)))
+        theirs = whole_batch(self.embed_source(embedding_of(teacher).detach()))
         if self.kernel == "rbf":
             congruence = cc_kernel_loss(ours, theirs, gamma=self.gamma, order=self.order)
         else:

@@ -7,6 +7,7 @@ from torch import Tensor
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.base import Method
 from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative
 
 
 class CE(Method):
@@ -16,15 +17,11 @@ class CE(Method):
         weight_ce: weight of the cross-entropy.
     """
 
-    needs_teacher = False
+    teacher = "none"
 
-    def __init__(self, *, weight_ce: float = 1.0) -> None:
+    def __init__(self, *, weight_ce: NonNegative = 1.0) -> None:
         super().__init__()
-        self.weight_ce = weight_ce
-
-    def weights(self) -> dict[str, float]:
-        """Weight of ``ce``."""
-        return {"ce": self.weight_ce}
+        self.loss_weights = {"ce": weight_ce}
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Term ``ce``; arguments as in the base class."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,11 @@ from torch.autograd.function import once_differentiable
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
-from ackd_lightning.methods.base import Method
+from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of, required
 from ackd_lightning.methods.crd_negatives import NegativeSampler
 from ackd_lightning.random import mix
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, Positive, PositiveInt, Range
 
 _STREAM = 0x435244  # keeps the draws apart from others with equal keys
 _DENSE = 64
@@ -195,7 +196,7 @@ def unit(rows: Tensor) -> Tensor:
 class CRD(Method):
     """Cross-entropy plus contrastive representation distillation, and plain distillation when it is given a weight.
 
-    It knows every training image by its ``Batch.index``: ``set_targets`` makes one row for each in two memories, which
+    It knows every training image by its ``Batch.index``: ``begin_fit`` makes one row for each in two memories, which
     are part of a checkpoint. Negatives are images of other classes, drawn with replacement by a hash of (seed, step,
     image, position), so they depend neither on the device nor on the number of processes. (The benchmark draws without
     replacement where there are enough images; K = 16384 of 50,000.) In a multi-process run every process keeps the
@@ -217,37 +218,28 @@ class CRD(Method):
         ACKDError: for arguments out of range.
     """
 
-    needs_targets = True
-    equal_buffers = (
+    replicated_buffers = (
         *("memory_student", "memory_teacher"),
         *(f"sampler.{name}" for name in NegativeSampler.TABLES),
     )
-    worth_compiling = ("sampler",)
+    compile_modules = ("sampler",)
 
     def __init__(
         self,
         *,
-        embedding_size: int = 128,
-        negatives: int = 16384,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
-        kd_temperature: float = 4.0,
-        weight_ce: float = 1.0,
-        weight_kd: float = 0.0,
-        weight_crd: float = 0.8,
+        embedding_size: PositiveInt = 128,
+        negatives: PositiveInt = 16384,
+        temperature: Positive = 0.07,
+        momentum: Annotated[float, Range(0, 1, open_high=True)] = 0.5,
+        kd_temperature: Positive = 4.0,
+        weight_ce: NonNegative = 1.0,
+        weight_kd: NonNegative = 0.0,
+        weight_crd: NonNegative = 0.8,
     ) -> None:
         super().__init__()
-        for name, value in (("temperature", temperature), ("kd_temperature", kd_temperature)):
-            if value <= 0:
-                raise ACKDError(f"{name} is {value} in method CRD; it must be above 0")
-        for name, count in (("embedding_size", embedding_size), ("negatives", negatives)):
-            if count < 1:
-                raise ACKDError(f"{name} is {count} in method CRD; it must be 1 or more")
-        if not 0 <= momentum < 1:
-            raise ACKDError(f"momentum is {momentum} in method CRD; it must be 0 or more and below 1")
         self.embedding_size = embedding_size
         self.temperature, self.momentum, self.kd_temperature = temperature, momentum, kd_temperature
-        self.weight_ce, self.weight_kd, self.weight_crd = weight_ce, weight_kd, weight_crd
+        self.loss_weights = {"ce": weight_ce, "kd": weight_kd, "crd": weight_crd}
         self.memory_student: Tensor
         self.memory_teacher: Tensor
         self.normalisers: Tensor
@@ -259,38 +251,33 @@ class CRD(Method):
         self.sampler = NegativeSampler(negatives, stream=_STREAM)
         self._first_step = True
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Make both heads.
 
         Args:
-            student: its embedding is compared.
-            teacher: as the student.
+            networks: Shapes and structures of student and teachers.
 
         Raises:
             ACKDError: when an embedding is not known.
         """
-        assert teacher is not None
-        for role, spec in (("student", student), ("teacher", teacher)):
-            if not spec.embedding:
-                raise ACKDError(
-                    f"method CRD compares embeddings and that of the {role} is not known; give the network an "
-                    "attribute `stage_plan`, or choose a method that compares logits, such as KD"
-                )
-        self.head_student = nn.Linear(student.embedding, self.embedding_size)
-        self.head_teacher = nn.Linear(teacher.embedding, self.embedding_size)
+        student, teacher = networks.student, networks.teacher
+        ours = required(student.embedding, "embeddings", "student", "CRD")
+        theirs = required(teacher.embedding, "embeddings", "teacher", "CRD")
+        self.head_student = nn.Linear(ours, self.embedding_size)
+        self.head_teacher = nn.Linear(theirs, self.embedding_size)
 
     # ---------------------------------------------------------------- memories
 
-    def set_targets(self, targets: Tensor, seed: int = 0) -> None:
-        """Make both memories and the tables of the classes; memories for as many images as these are kept.
+    def begin_fit(self, fit: FitInfo) -> None:
+        """Create both memories and the tables of the classes; keep memories for as many images.
 
         Args:
-            targets: ``N`` int64 by ``Batch.index``.
-            seed: of the memories and of the negatives.
+            fit: Its targets and its seed are read.
 
         Raises:
             ACKDError: for images of fewer than two classes, which have no negatives.
         """
+        targets, seed = fit.required_targets(self), fit.seed
         self.sampler.set_targets(targets, seed)
         if len(self.memory_student) != len(targets):
             generator = torch.Generator().manual_seed(mix(_STREAM, seed))  # equal in all processes
@@ -319,7 +306,7 @@ class CRD(Method):
     def _check(self, batch: Batch) -> None:
         targets = self.sampler.targets
         if not len(targets):
-            raise ACKDError("method CRD does not know the training images yet; call set_targets with their classes")
+            raise ACKDError("method CRD does not know the training images yet; call begin_fit with their targets")
         low, high, rows = int(batch.index.min()), int(batch.index.max()), len(targets)
         if low < 0 or high >= rows:
             raise ACKDError(
@@ -334,19 +321,15 @@ class CRD(Method):
 
     # ---------------------------------------------------------------- loss
 
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce``, ``kd`` and ``crd``."""
-        return {"ce": self.weight_ce, "kd": self.weight_kd, "crd": self.weight_crd}
-
     def _embed(self, student: NetOutput, teacher: NetOutput) -> tuple[Tensor, Tensor]:
         """Unit embeddings ``B x D`` of both, in float32 under mixed precision, too."""
-        device = student.embedding.device.type
+        device = student.logits.device.type
         with torch.autocast(device, enabled=False):
             ours, theirs = (
                 unit(F.linear(each.float(), head.weight.float(), head.bias.float()))
                 for each, head in (
-                    (student.embedding, self.head_student),
-                    (teacher.embedding.detach(), self.head_teacher),
+                    (embedding_of(student), self.head_student),
+                    (embedding_of(teacher).detach(), self.head_teacher),
                 )
             )
         return ours, theirs
@@ -372,7 +355,7 @@ class CRD(Method):
         """Terms ``ce``, ``kd`` and ``crd``; arguments as in the base class.
 
         Raises:
-            ACKDError: when ``set_targets`` was not called, or indices do not fit.
+            ACKDError: when ``begin_fit`` was not called, or indices do not fit.
         """
         assert teacher is not None
         if self._first_step:
@@ -395,7 +378,7 @@ class CRD(Method):
         }
 
     @torch.no_grad()
-    def observe(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
+    def update(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
         """Keep Z of the first step, move the rows of the whole batch, count the step; arguments as in the base class.
 
         Args:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, whole_batch
 from ackd_lightning.methods.base import Method
 from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, Positive
 
 
 def _correlation(first: Tensor, second: Tensor, *, dim: int) -> Tensor:
@@ -75,26 +75,20 @@ class DIST(Method):
         ACKDError: for a temperature that is not positive.
     """
 
-    teacher_logits_suffice = True
+    teacher = "logits"
 
     def __init__(
         self,
         *,
         beta: float = 1.0,
         gamma: float = 1.0,
-        temperature: float = 4.0,
-        weight_ce: float = 1.0,
-        weight_dist: float = 1.0,
+        temperature: Positive = 4.0,
+        weight_ce: NonNegative = 1.0,
+        weight_dist: NonNegative = 1.0,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ACKDError(f"temperature is {temperature} in method DIST; it must be above 0")
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
-        self.weight_ce, self.weight_dist = weight_ce, weight_dist
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce`` and ``dist``."""
-        return {"ce": self.weight_ce, "dist": self.weight_dist}
+        self.loss_weights = {"ce": weight_ce, "dist": weight_dist}
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce`` and ``dist``, the latter on the global batch; arguments as in the base class."""

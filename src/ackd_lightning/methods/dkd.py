@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.base import Method
+from ackd_lightning.methods.warmup import linear_warmup
 from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive
 
 
 def dkd_loss(
@@ -73,26 +74,22 @@ class DKD(Method):
         ACKDError: for a temperature that is not positive or a negative warm-up.
     """
 
-    teacher_logits_suffice = True
+    teacher = "logits"
 
     def __init__(
         self,
         *,
         alpha: float = 1.0,
         beta: float = 8.0,
-        temperature: float = 4.0,
-        warmup_epochs: int = 20,
-        weight_ce: float = 1.0,
-        weight_dkd: float = 1.0,
+        temperature: Positive = 4.0,
+        warmup_epochs: NonNegativeInt = 20,
+        weight_ce: NonNegative = 1.0,
+        weight_dkd: NonNegative = 1.0,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ACKDError(f"temperature is {temperature} in method DKD; it must be above 0")
-        if warmup_epochs < 0:
-            raise ACKDError(f"warmup_epochs is {warmup_epochs} in method DKD; it must be 0 or more")
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        self.warmup_epochs, self.ramp = warmup_epochs, 1.0
-        self.weight_ce, self.weight_dkd = weight_ce, weight_dkd
+        self.warmup_epochs, self.weight_dkd = warmup_epochs, weight_dkd
+        self.loss_weights = {"ce": weight_ce, "dkd": weight_dkd}
 
     def set_epoch(self, epoch: int) -> None:
         """Grow the weight of ``dkd`` during the warm-up.
@@ -100,11 +97,7 @@ class DKD(Method):
         Args:
             epoch: from 0.
         """
-        self.ramp = min(1.0, (epoch + 1) / self.warmup_epochs) if self.warmup_epochs else 1.0
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce`` and ``dkd`` in this epoch."""
-        return {"ce": self.weight_ce, "dkd": self.weight_dkd * self.ramp}
+        self.loss_weights["dkd"] = self.weight_dkd * linear_warmup(epoch, self.warmup_epochs)
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce`` and ``dkd``; arguments as in the base class."""

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods.base import Method
-from ackd_lightning.methods.pairing import pair_stages, same_size
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.methods.base import Method, Networks
+from ackd_lightning.methods.pairing import layer_features, layer_shapes, pair_stages, same_size
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, PositiveInt
 
 
 def fitnet_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
@@ -64,49 +65,45 @@ class FitNet(Method):
         ACKDError: for a stage below 1.
     """
 
-    def __init__(self, *, hint_stage: int = 2, weight_ce: float = 1.0, weight_hint: float = 100.0) -> None:
+    def __init__(
+        self, *, hint_stage: PositiveInt = 2, weight_ce: NonNegative = 1.0, weight_hint: NonNegative = 100.0
+    ) -> None:
         super().__init__()
-        if hint_stage < 1:
-            raise ACKDError(f"hint_stage is {hint_stage} in method FitNet; stages count from 1")
         self.hint_stage = hint_stage
-        self.weight_ce, self.weight_hint = weight_ce, weight_hint
+        self.loss_weights = {"ce": weight_ce, "hint": weight_hint}
         self.regressor: nn.Module = nn.Identity()
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Find the teacher's partner of the guided stage and make the regressor.
 
         Args:
-            student: shapes of the student.
-            teacher: shapes of the teacher.
+            networks: Shapes of student and teacher.
 
         Raises:
             ACKDError: when the stages of a network are not known or the student has no such stage.
         """
-        assert teacher is not None
-        pairs = [pair for pair in pair_stages(student, teacher, method="FitNet") if pair[0] == self.hint_stage]
+        student, teacher = networks.student, networks.teacher
+        every = pair_stages(student, teacher, method="FitNet")
+        pairs = [pair for pair in every if pair[0] == self.hint_stage]
         if not pairs:
             raise ACKDError(
-                f"hint_stage is {self.hint_stage} in method FitNet and the student has {len(student.features) - 1} "
+                f"hint_stage is {self.hint_stage} in method FitNet and the student has {every[-1][0]} "
                 "stages; choose one of them"
             )
         self.layers = (pairs[-1],)
-        ((ours, theirs),) = self.layers
-        channels = teacher.features[theirs][0]
+        ((ours, theirs),) = layer_shapes(self.layers, student, teacher)
+        channels = theirs[0]
         self.regressor = nn.Sequential(
-            nn.Conv2d(student.features[ours][0], channels, 1, bias=False),
+            nn.Conv2d(ours[0], channels, 1, bias=False),
             nn.BatchNorm2d(channels, track_running_stats=False),
             nn.ReLU(),
         )
 
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce`` and ``hint``."""
-        return {"ce": self.weight_ce, "hint": self.weight_hint}
-
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce`` and ``hint``; arguments as in the base class."""
         assert teacher is not None
-        ((ours, theirs),) = self.layers
-        guided, hint = same_size(student.features[ours], teacher.features[theirs].float())
+        (ours,), (theirs,) = layer_features(self.layers, student, teacher)
+        guided, hint = same_size(ours, theirs.float())
         return {
             "ce": cross_entropy(student.logits, batch.target),
             "hint": fitnet_loss(self.regressor(guided), hint),

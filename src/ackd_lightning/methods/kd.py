@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss
 from ackd_lightning.methods.base import Method
 from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, Positive
 
 
 class KD(Method):
@@ -25,18 +25,14 @@ class KD(Method):
         ACKDError: for a temperature that is not positive.
     """
 
-    teacher_logits_suffice = True
+    teacher = "logits"
 
-    def __init__(self, *, temperature: float = 4.0, weight_ce: float = 0.1, weight_kd: float = 0.9) -> None:
+    def __init__(
+        self, *, temperature: Positive = 4.0, weight_ce: NonNegative = 0.1, weight_kd: NonNegative = 0.9
+    ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ACKDError(f"temperature is {temperature} in method KD; it must be above 0")
         self.temperature = temperature
-        self.weight_ce, self.weight_kd = weight_ce, weight_kd
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce`` and ``kd``."""
-        return {"ce": self.weight_ce, "kd": self.weight_kd}
+        self.loss_weights = {"ce": weight_ce, "kd": weight_kd}
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce`` and ``kd``; arguments as in the base class."""

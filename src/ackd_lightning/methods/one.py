@@ -20,11 +20,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, weighted_logits, whole_batch
-from ackd_lightning.methods.base import Method
+from ackd_lightning.methods.base import Method, Networks, features_of, required
 from ackd_lightning.models.features import pooled
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive, PositiveInt
 
 
 def one_loss(logits: Sequence[Tensor], ensemble_logits: Tensor, *, temperature: float) -> Tensor:
@@ -104,40 +104,38 @@ class ONE(Method):
         ACKDError: for a number that is out of its range.
     """
 
-    needs_teacher = False
+    teacher = "none"
 
     def __init__(
         self,
         *,
-        learners: int = 2,
-        temperature: float = 3.0,
-        ramp_epochs: int = 80,
-        weight_ce: float = 1.0,
-        weight_ce_aux: float = 1.0,
-        weight_ce_ensemble: float = 1.0,
-        weight_one: float = 1.0,
+        learners: PositiveInt = 2,
+        temperature: Positive = 3.0,
+        ramp_epochs: NonNegativeInt = 80,
+        weight_ce: NonNegative = 1.0,
+        weight_ce_aux: NonNegative = 1.0,
+        weight_ce_ensemble: NonNegative = 1.0,
+        weight_one: NonNegative = 1.0,
     ) -> None:
         super().__init__()
-        if learners < 1:
-            raise ACKDError(f"learners is {learners} in method ONE; it must be 1 or more")
-        if temperature <= 0:
-            raise ACKDError(f"temperature is {temperature} in method ONE; it must be above 0")
-        if ramp_epochs < 0:
-            raise ACKDError(f"ramp_epochs is {ramp_epochs} in method ONE; it must be 0 or more")
         self.branches = ("last",) * learners
-        self.temperature, self.ramp_epochs, self.ramp = temperature, ramp_epochs, 1.0
-        self.weight_ce, self.weight_ce_aux = weight_ce, weight_ce_aux
-        self.weight_ce_ensemble, self.weight_one = weight_ce_ensemble, weight_one
+        self.temperature, self.ramp_epochs, self.weight_one = temperature, ramp_epochs, weight_one
+        self.loss_weights = {
+            "ce": weight_ce,
+            "ce_aux": weight_ce_aux,
+            "ce_ensemble": weight_ce_ensemble,
+            "one": weight_one,
+        }
         self.gate: nn.Module = nn.Identity()
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Make the gate.
 
         Args:
-            student: shapes of the student and its learners.
-            teacher: not used.
+            networks: Shapes and structures of student and teachers.
         """
-        self.gate = Gate(student.features[-2][0], 1 + len(student.branches))
+        features = required(networks.student.features, "features", "student", "ONE")
+        self.gate = Gate(features[-2][0], 1 + len(networks.student.branches))
 
     def set_epoch(self, epoch: int) -> None:
         """Grow the weight of ``one``.
@@ -146,16 +144,7 @@ class ONE(Method):
             epoch: from 0.
         """
         missing = max(0.0, 1 - epoch / self.ramp_epochs) if self.ramp_epochs else 0.0
-        self.ramp = math.exp(-5 * missing**2)
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce``, ``ce_aux``, ``ce_ensemble`` and ``one`` in this epoch."""
-        return {
-            "ce": self.weight_ce,
-            "ce_aux": self.weight_ce_aux,
-            "ce_ensemble": self.weight_ce_ensemble,
-            "one": self.weight_one * self.ramp,
-        }
+        self.loss_weights["one"] = self.weight_one * math.exp(-5 * missing**2)
 
     def gate_weights(self, student: NetOutput) -> Tensor:
         """Weight of every learner for every image.
@@ -166,7 +155,7 @@ class ONE(Method):
         Returns:
             ``B x (1 + M)`` float32, the target learner first; rows sum to 1.
         """
-        weights: Tensor = self.gate(student.features[-2])
+        weights: Tensor = self.gate(features_of(student)[-2])
         return weights
 
     def ensemble(self, student: NetOutput) -> Tensor:
@@ -180,10 +169,10 @@ class ONE(Method):
         """
         return weighted_logits(self.gate_weights(student), _all_logits(student))
 
-    def observe(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
+    def update(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
         """Update the gate's running statistics; arguments as in the base class."""
         if isinstance(self.gate, Gate):
-            self.gate.remember(student.features[-2])
+            self.gate.remember(features_of(student)[-2])
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce``, ``ce_aux``, ``ce_ensemble`` and ``one``; arguments as in the base class.
@@ -205,8 +194,8 @@ class ONE(Method):
             student: output with branches.
         """
         target, *others = self.gate_weights(student).mean(dim=0)
-        auxiliary = {f"gate/weight_aux{number}": share for number, share in enumerate(others)}
-        return {"gate/weight_target": target, **auxiliary}
+        auxiliary = {f"gate_weight_aux{number}": share for number, share in enumerate(others, start=1)}
+        return {"gate_weight_target": target, **auxiliary}
 
 
 def _all_logits(student: NetOutput) -> list[Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError
-from ackd_lightning.types import NetSpec
+from ackd_lightning.methods.base import features_of, required
+from ackd_lightning.types import NetOutput, NetSpec
 
 
 def pair_stages(student: NetSpec, teacher: NetSpec, *, method: str) -> tuple[tuple[int, int], ...]:
@@ -26,21 +27,17 @@ def pair_stages(student: NetSpec, teacher: NetSpec, *, method: str) -> tuple[tup
     Raises:
         ACKDError: when a network has no stages that are known.
     """
-    for role, spec in (("student", student), ("teacher", teacher)):
-        if len(spec.features) < 2:
-            raise ACKDError(
-                f"method {method} compares features and the stages of the {role} are not known; "
-                "give the network an attribute `stage_plan`, or choose a method that compares logits, such as KD"
-            )
-    ours, theirs = len(student.features) - 1, len(teacher.features) - 1
+    our_shapes = required(student.features, "features", "student", method)
+    their_shapes = required(teacher.features, "features", "teacher", method)
+    ours, theirs = len(our_shapes) - 1, len(their_shapes) - 1
     if ours == theirs:
         return tuple((stage, stage) for stage in range(1, ours + 1))
-    longer, shorter = (student, teacher) if ours > theirs else (teacher, student)
+    longer, shorter = (our_shapes, their_shapes) if ours > theirs else (their_shapes, our_shapes)
 
     def distance(long: int, short: int) -> float:
-        return abs(math.log2(longer.features[long][1] / shorter.features[short][1]))
+        return abs(math.log2(longer[long][1] / shorter[short][1]))
 
-    last_long, last_short = len(longer.features) - 1, len(shorter.features) - 1
+    last_long, last_short = len(longer) - 1, len(shorter) - 1
     pairs = [(last_long, last_short)]
     for long in range(last_long - 1, 0, -1):
         successor = pairs[-1][1]
@@ -64,3 +61,32 @@ def same_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(  # type: ignore[return-value]
         each if tuple(each.shape[2:]) == size else F.adaptive_avg_pool2d(each, size) for each in (first, second)
     )
+
+
+def layer_shapes(
+    layers: Sequence[tuple[int, int]], student: NetSpec, teacher: NetSpec
+) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
+    """Return the shapes ``(C, H, W)`` of every pair of stages.
+
+    Args:
+        layers: Pairs as `pair_stages` returns them.
+        student: Shapes of the student.
+        teacher: Shapes of the teacher.
+    """
+    assert student.features is not None
+    assert teacher.features is not None
+    return [(student.features[ours], teacher.features[theirs]) for ours, theirs in layers]
+
+
+def layer_features(
+    layers: Sequence[tuple[int, int]], student: NetOutput, teacher: NetOutput
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the student's features and the teacher's features of every pair of stages.
+
+    Args:
+        layers: Pairs as `pair_stages` returns them.
+        student: Output of the student.
+        teacher: Output of the teacher.
+    """
+    ours, theirs = features_of(student), features_of(teacher)
+    return [ours[stage] for stage, _ in layers], [theirs[stage] for _, stage in layers]

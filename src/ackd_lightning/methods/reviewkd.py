@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods.base import Method
-from ackd_lightning.methods.pairing import pair_stages
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.methods.base import Method, Networks, embedding_of, required
+from ackd_lightning.methods.pairing import layer_features, layer_shapes, pair_stages
+from ackd_lightning.methods.warmup import linear_warmup
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, NonNegativeInt, PositiveInt
 
 CONTEXTS = (4, 2, 1)
 WIDEST = 512
@@ -128,37 +130,33 @@ class ReviewKD(Method):
     def __init__(
         self,
         *,
-        warmup_epochs: int = 20,
-        mid_channels: int | None = None,
-        weight_ce: float = 1.0,
-        weight_review: float = 1.0,
+        warmup_epochs: NonNegativeInt = 20,
+        mid_channels: PositiveInt | None = None,
+        weight_ce: NonNegative = 1.0,
+        weight_review: NonNegative = 1.0,
     ) -> None:
         super().__init__()
-        if warmup_epochs < 0:
-            raise ACKDError(f"warmup_epochs is {warmup_epochs} in method ReviewKD; it must be 0 or more")
-        if mid_channels is not None and mid_channels < 1:
-            raise ACKDError(f"mid_channels is {mid_channels} in method ReviewKD; it must be 1 or more, or left out")
         self.warmup_epochs, self.mid_channels = warmup_epochs, mid_channels
-        self.weight_ce, self.weight_review = weight_ce, weight_review
-        self.ramp = 1.0
+        self.weight_review = weight_review
+        self.loss_weights = {"ce": weight_ce, "review": weight_review}
         self.set_epoch(0)
         self.fusions = nn.ModuleList()
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Pair the stages and make a fusion for every pair and for the embeddings.
 
         Args:
-            student: shapes of the student.
-            teacher: shapes of the teacher.
+            networks: Shapes of student and teacher.
 
         Raises:
             ACKDError: when the stages of a network are not known.
         """
-        assert teacher is not None
+        student, teacher = networks.student, networks.teacher
         self.layers = pair_stages(student, teacher, method="ReviewKD")
-        middle = self.mid_channels or min(WIDEST, student.embedding)
-        channels = [(student.features[ours][0], teacher.features[theirs][0]) for ours, theirs in self.layers]
-        channels.append((student.embedding, teacher.embedding))
+        width = required(student.embedding, "embeddings", "student", "ReviewKD")
+        middle = self.mid_channels or min(WIDEST, width)
+        channels = [(ours[0], theirs[0]) for ours, theirs in layer_shapes(self.layers, student, teacher)]
+        channels.append((width, required(teacher.embedding, "embeddings", "teacher", "ReviewKD")))
         self.fusions = nn.ModuleList(
             Fusion(ours, middle, theirs, deepest=level == len(self.layers))
             for level, (ours, theirs) in enumerate(channels)
@@ -170,11 +168,7 @@ class ReviewKD(Method):
         Args:
             epoch: from 0.
         """
-        self.ramp = min(1.0, (epoch + 1) / self.warmup_epochs) if self.warmup_epochs else 1.0
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce`` and ``review``, in this epoch."""
-        return {"ce": self.weight_ce, "review": self.weight_review * self.ramp}
+        self.loss_weights["review"] = self.weight_review * linear_warmup(epoch, self.warmup_epochs)
 
     def review(self, student: NetOutput, teacher: NetOutput) -> tuple[list[Tensor], list[Tensor]]:
         """What the student predicts of the teacher's features, and these.
@@ -186,8 +180,9 @@ class ReviewKD(Method):
         Returns:
             Predictions and targets, each ``B x C x H x W``, from the shallowest level to the embedding's.
         """
-        ours = [student.features[stage] for stage, _ in self.layers] + [student.embedding[:, :, None, None]]
-        theirs = [teacher.features[stage] for _, stage in self.layers] + [teacher.embedding[:, :, None, None]]
+        ours, theirs = layer_features(self.layers, student, teacher)
+        ours = [*ours, embedding_of(student)[:, :, None, None]]
+        theirs = [*theirs, embedding_of(teacher)[:, :, None, None]]
         predictions: list[Tensor] = []
         handed_on: Tensor | None = None
         for fusion, feature, target in zip(reversed(self.fusions), reversed(ours), reversed(theirs), strict=True):

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, whole_batch
-from ackd_lightning.methods.base import Method
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.methods.base import Method, Networks, embedding_of, required
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative
 
 
 def rkd_loss(
@@ -78,38 +78,26 @@ class RKD(Method):
     def __init__(
         self,
         *,
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
-        weight_ce: float = 1.0,
-        weight_rkd: float = 1.0,
+        distance_weight: NonNegative = 25.0,
+        angle_weight: NonNegative = 50.0,
+        weight_ce: NonNegative = 1.0,
+        weight_rkd: NonNegative = 1.0,
     ) -> None:
         super().__init__()
-        for name, weight in (("distance_weight", distance_weight), ("angle_weight", angle_weight)):
-            if weight < 0:
-                raise ACKDError(f"{name} is {weight} in method RKD; it must be 0 or more")
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
-        self.weight_ce, self.weight_rkd = weight_ce, weight_rkd
+        self.loss_weights = {"ce": weight_ce, "rkd": weight_rkd}
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Check that both networks hand out a pooled feature; nothing is made.
 
         Args:
-            student: its pooled feature's width counts.
-            teacher: as there.
+            networks: Shapes of student and teacher.
 
         Raises:
             ACKDError: when one does not.
         """
-        for role, spec in (("student", student), ("teacher", teacher)):
-            if spec is not None and spec.embedding < 1:
-                raise ACKDError(
-                    f"method RKD compares pooled features and the stages of the {role} are not known; "
-                    "give the network an attribute `stage_plan`, or choose a method that compares logits, such as KD"
-                )
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce`` and ``rkd``."""
-        return {"ce": self.weight_ce, "rkd": self.weight_rkd}
+        required(networks.student.embedding, "embeddings", "student", "RKD")
+        required(networks.teacher.embedding, "embeddings", "teacher", "RKD")
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce`` and ``rkd``, the latter on the global batch; arguments as in the base class."""
@@ -117,8 +105,8 @@ class RKD(Method):
         return {
             "ce": cross_entropy(student.logits, batch.target),
             "rkd": rkd_loss(
-                whole_batch(student.embedding),
-                whole_batch(teacher.embedding.detach()),
+                whole_batch(embedding_of(student)),
+                whole_batch(embedding_of(teacher).detach()),
                 distance_weight=self.distance_weight,
                 angle_weight=self.angle_weight,
             ),

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
-from ackd_lightning.methods.base import Method
+from ackd_lightning.methods.base import FitInfo, Method, Networks, features_of, required
 from ackd_lightning.methods.pairing import same_size
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, Positive, PositiveInt
 
 
 def similarities(feature: Tensor) -> Tensor:
@@ -162,59 +163,49 @@ class SemCKD(Method):
     def __init__(
         self,
         *,
-        batch_size: int | None = None,
-        reduction: int = 4,
-        temperature: float = 4.0,
-        weight_ce: float = 1.0,
-        weight_kd: float = 1.0,
-        weight_semckd: float = 400.0,
+        batch_size: PositiveInt | None = None,
+        reduction: PositiveInt = 4,
+        temperature: Positive = 4.0,
+        weight_ce: NonNegative = 1.0,
+        weight_kd: NonNegative = 1.0,
+        weight_semckd: NonNegative = 400.0,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ACKDError(f"temperature is {temperature} in method SemCKD; it must be above 0")
-        if reduction < 1:
-            raise ACKDError(f"reduction is {reduction} in method SemCKD; it must be 1 or more")
         self.given_size, self.reduction, self.temperature = batch_size, reduction, temperature
-        self.weight_ce, self.weight_kd, self.weight_semckd = weight_ce, weight_kd, weight_semckd
+        self.loss_weights = {"ce": weight_ce, "kd": weight_kd, "semckd": weight_semckd}
         self.batch_size = 0  # not known
         self.queries, self.keys, self.projections = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.stages = (0, 0)
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Make the projections of all pairs, and the MLPs when the batch size was given.
 
         Args:
-            student: its stages learn.
-            teacher: its stages are learnt from.
+            networks: Shapes and structures of student and teachers.
 
         Raises:
             ACKDError: when the stages of a network are not known.
         """
-        assert teacher is not None
-        for role, spec in (("student", student), ("teacher", teacher)):
-            if len(spec.features) < 2:
-                raise ACKDError(
-                    f"method SemCKD compares features and the stages of the {role} are not known; give the network an "
-                    "attribute `stage_plan`, or choose a method that compares logits, such as KD"
-                )
-        self.stages = len(student.features) - 1, len(teacher.features) - 1
+        student, teacher = networks.student, networks.teacher
+        ours = required(student.features, "features", "student", "SemCKD")
+        theirs = required(teacher.features, "features", "teacher", "SemCKD")
+        self.stages = len(ours) - 1, len(theirs) - 1
         self.layers = tuple(itertools.product(range(1, self.stages[0] + 1), range(1, self.stages[1] + 1)))
-        self.projections = nn.ModuleList(
-            projection(student.features[ours][0], teacher.features[theirs][0]) for ours, theirs in self.layers
-        )
+        self.projections = nn.ModuleList(projection(ours[first][0], theirs[second][0]) for first, second in self.layers)
         if self.given_size is not None:
             self._make_embeddings(self.given_size)
 
-    def set_batch_size(self, size: int) -> None:
-        """Make the MLPs for the data's batch size, unless the constructor named one.
+    def begin_fit(self, fit: FitInfo) -> None:
+        """Create the MLPs for the data's batch size, unless the constructor named one.
 
         Args:
-            size: images of one step in all processes together.
+            fit: Its batch size is read.
 
         Raises:
             ACKDError: when it is too small, or the MLPs were trained with another one.
         """
-        if self.given_size is not None or size == self.batch_size:
+        size = fit.batch_size
+        if size is None or self.given_size is not None or size == self.batch_size:
             return
         if self.batch_size:
             raise ACKDError(
@@ -247,10 +238,6 @@ class SemCKD(Method):
                 )
             self._make_embeddings(stored.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce``, ``kd`` and ``semckd``."""
-        return {"ce": self.weight_ce, "kd": self.weight_kd, "semckd": self.weight_semckd}
 
     def attention(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """Attention of every image.
@@ -291,7 +278,7 @@ class SemCKD(Method):
             ACKDError: for a batch of another size.
         """
         assert teacher is not None
-        ours, theirs = student.features[1:], teacher.features[1:]
+        ours, theirs = features_of(student)[1:], features_of(teacher)[1:]
         pairs = [same_size(*pair) for pair in itertools.product(ours, theirs)]
         projected = [project(feature) for project, (feature, _) in zip(self.projections, pairs, strict=True)]
         targets = [target for _, target in pairs]

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ackd_lightning.functional import cross_entropy, whole_batch
-from ackd_lightning.methods.base import Method
-from ackd_lightning.methods.pairing import pair_stages
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.methods.base import Method, Networks
+from ackd_lightning.methods.pairing import layer_features, pair_stages
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative
 
 
 def similarities(feature: Tensor) -> Tensor:
@@ -61,32 +62,27 @@ class SP(Method):
         weight_sp: weight of the distance; 3000 there.
     """
 
-    def __init__(self, *, weight_ce: float = 1.0, weight_sp: float = 3000.0) -> None:
+    def __init__(self, *, weight_ce: NonNegative = 1.0, weight_sp: NonNegative = 3000.0) -> None:
         super().__init__()
-        self.weight_ce, self.weight_sp = weight_ce, weight_sp
+        self.loss_weights = {"ce": weight_ce, "sp": weight_sp}
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Find the last stages.
 
         Args:
-            student: shapes of the student.
-            teacher: shapes of the teacher.
+            networks: Shapes of student and teacher.
 
         Raises:
             ACKDError: when the stages of a network are not known.
         """
-        assert teacher is not None
+        student, teacher = networks.student, networks.teacher
         self.layers = pair_stages(student, teacher, method="SP")[-1:]
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce`` and ``sp``."""
-        return {"ce": self.weight_ce, "sp": self.weight_sp}
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce`` and ``sp``; arguments as in the base class."""
         assert teacher is not None
-        ((ours, theirs),) = self.layers
+        (ours,), (theirs,) = layer_features(self.layers, student, teacher)
         return {
             "ce": cross_entropy(student.logits, batch.target),
-            "sp": sp_loss(whole_batch(student.features[ours]), whole_batch(teacher.features[theirs])),
+            "sp": sp_loss(whole_batch(ours), whole_batch(theirs)),
         }

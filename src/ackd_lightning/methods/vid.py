@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,13 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods.base import Method
-from ackd_lightning.methods.pairing import pair_stages, same_size
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.methods.base import Method, Networks
+from ackd_lightning.methods.pairing import layer_features, layer_shapes, pair_stages, same_size
+from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.validation import NonNegative, Range
 
 LEAST_VARIANCE = 1e-5
+Variance = Annotated[float, Range(LEAST_VARIANCE, open_low=True)]
 
 
 def vid_loss(predicted_mean: Tensor, log_scale: Tensor, teacher_feature: Tensor) -> Tensor:
@@ -106,40 +109,33 @@ class VID(Method):
         ACKDError: for a variance of 1e-5 or less.
     """
 
-    def __init__(self, *, init_variance: float = 5.0, weight_ce: float = 1.0, weight_vid: float = 1.0) -> None:
+    def __init__(
+        self, *, init_variance: Variance = 5.0, weight_ce: NonNegative = 1.0, weight_vid: NonNegative = 1.0
+    ) -> None:
         super().__init__()
-        if init_variance <= LEAST_VARIANCE:
-            raise ACKDError(f"init_variance is {init_variance} in method VID; it must be above {LEAST_VARIANCE}")
         self.init_variance = init_variance
-        self.weight_ce, self.weight_vid = weight_ce, weight_vid
+        self.loss_weights = {"ce": weight_ce, "vid": weight_vid}
         self.gaussians = nn.ModuleList()
 
-    def build(self, student: NetSpec, teacher: NetSpec | None) -> None:
+    def build(self, networks: Networks) -> None:
         """Pair the stages and make a distribution for every pair.
 
         Args:
-            student: shapes of the student.
-            teacher: shapes of the teacher.
+            networks: Shapes of student and teacher.
 
         Raises:
             ACKDError: when the stages of a network are not known.
         """
-        assert teacher is not None
+        student, teacher = networks.student, networks.teacher
         self.layers = pair_stages(student, teacher, method="VID")
         self.gaussians = nn.ModuleList(
-            Gaussian(student.features[ours][0], teacher.features[theirs][0], variance=self.init_variance)
-            for ours, theirs in self.layers
+            Gaussian(ours[0], theirs[0], variance=self.init_variance)
+            for ours, theirs in layer_shapes(self.layers, student, teacher)
         )
-
-    def weights(self) -> dict[str, float]:
-        """Weights of ``ce`` and ``vid``."""
-        return {"ce": self.weight_ce, "vid": self.weight_vid}
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce`` and ``vid`` (summed over the pairs); arguments as in the base class."""
         assert teacher is not None
-        losses = [
-            gaussian(student.features[ours], teacher.features[theirs])
-            for gaussian, (ours, theirs) in zip(self.gaussians, self.layers, strict=True)
-        ]
+        features = layer_features(self.layers, student, teacher)
+        losses = [gaussian(ours, theirs) for gaussian, ours, theirs in zip(self.gaussians, *features, strict=True)]
         return {"ce": cross_entropy(student.logits, batch.target), "vid": torch.stack(losses).sum()}

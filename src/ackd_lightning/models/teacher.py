@@ -7,7 +7,8 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from ackd_lightning.models.folding import folded
 from ackd_lightning.models.weights import load_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import NetOutput
+from ackd_lightning.validation import PositiveInt, check_arguments
 
 _LARGEST_INPUT = 4096
 
@@ -80,6 +82,20 @@ class Teacher(nn.Module):
         self.shift: Tensor | None
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
+
+    def set_preprocessing(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: int | None
+    ) -> None:
+        """Replace the normalisation and image size that the network was trained with; None keeps a value.
+
+        Args:
+            mean: Mean of each channel.
+            std: Standard deviation of each channel.
+            input_size: Side in pixels.
+        """
+        own_mean, own_std, own_size = self._own
+        self._own = (tuple(mean) if mean else own_mean, tuple(std) if std else own_std, input_size or own_size)
+        self.input_size = self._own[2]
 
     def take(self, other: Teacher) -> None:
         """Become a copy of another teacher: its weights, its normalisation and its image size.
@@ -265,3 +281,35 @@ class FrozenTeacher(Teacher):
         with torch.autocast(image.device.type, dtype=torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             out = super().forward(image)
         return NetOutput(out.logits.float(), out.features, out.embedding)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherConfig:
+    """A teacher with its weights and its preprocessing.
+
+    Attributes:
+        network: Model name for `create_model`, or a network with its weights.
+        weights: Weight file of a network given by name.
+        options: Options for `create_model`.
+        mean: Mean of each channel that the network was trained with; None for that of the weight file, or the data's.
+        std: Standard deviation of each channel, as ``mean``.
+        input_size: Side in pixels that the network was trained with; None for that of the weight file, or the data's.
+        bf16: Run the forward pass in bfloat16.
+        gate: Test the teacher on validation data before the first step, and ``stop`` the run or ``warn`` when it is
+            near chance or far below what its weight file says; ``off`` for no test.
+        cache: Folder of ``ackd cache`` with the teacher's logits for every augmented view.
+    """
+
+    network: str | nn.Module
+    weights: str | None = None
+    options: dict[str, Any] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    input_size: PositiveInt | None = None
+    bf16: bool = False
+    gate: Literal["stop", "warn", "off"] = "stop"
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_arguments(type(self), {each.name: getattr(self, each.name) for each in fields(self)})

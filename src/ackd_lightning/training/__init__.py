@@ -1,6 +1,6 @@
-"""Lightning modules and callbacks."""
+"""The training module and what it consists of; no command line, no run folders."""
 
-from ackd_lightning.training.manual import ACKDModule, AdversarialModule
-from ackd_lightning.training.module import DistillationModule
+from ackd_lightning.training.module import ACKDModule, DistillationModule
+from ackd_lightning.training.schedule import Recipe
 
-__all__ = ["ACKDModule", "AdversarialModule", "DistillationModule"]
+__all__ = ["ACKDModule", "DistillationModule", "Recipe"]

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
+import lightning.pytorch as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from ackd_lightning.functional import cross_entropy
+from ackd_lightning.methods.base import Method
 from ackd_lightning.metrics.cka import LearnerStatistics
 from ackd_lightning.types import NetOutput, NetSpec
 
-if TYPE_CHECKING:
-    from ackd_lightning.training.module import DistillationModule
-
 
 class Evaluation(nn.Module):
-    """Accuracy of the network that is kept, of each auxiliary learner and of their group; how alike the learners are.
+    """Accuracy of the student, of each auxiliary learner and of their ensemble, and how similar the learners are.
 
     Args:
-        spec: shapes of the student and its learners.
+        spec: Shapes of the student and its auxiliary learners.
+        method: Method, which may define a group of learners of its own.
     """
 
-    def __init__(self, spec: NetSpec) -> None:
+    def __init__(self, spec: NetSpec, method: Method) -> None:
         super().__init__()
         count = len(spec.branches)
-        self.learners = ["", *(f"aux{number}_" for number in range(count)), *(["ensemble_"] if count else [])]
+        own_group = count > 0 and type(method).ensemble is not Method.ensemble
+        self.learners = ["", *(f"aux{number}_" for number in range(1, count + 1))]
+        self.learners += [*(["ensemble_"] if count else []), *(["group_"] if own_group else [])]
         top = min(5, spec.num_classes)
         self.accuracies = nn.ModuleDict(
             {
@@ -36,44 +38,59 @@ class Evaluation(nn.Module):
             }
         )
         widths = {branch.embedding for branch in spec.branches}
-        alike = len(widths) == 1 and 0 not in widths  # features of different networks have no common space
-        self.learner_statistics = LearnerStatistics(count, widths.pop()) if alike else None
+        width = widths.pop() if len(widths) == 1 else None  # embeddings of different networks have no common space
+        self.learner_statistics = LearnerStatistics(count, width) if width is not None else None
+        self._prefix = "val"
 
-    def update(self, module: DistillationModule, batch: Any, prefix: str) -> None:
+    def update(
+        self, module: L.LightningModule, method: Method, student: NetOutput, prediction: Tensor, target: Tensor
+    ) -> None:
         """Measure a batch and log.
 
         Args:
-            module: in evaluation.
-            batch: from any data module.
-            prefix: ``val`` or ``test``.
+            module: Module that logs.
+            method: The method.
+            student: Output of the student.
+            prediction: Logits ``B x K`` of the network that is kept.
+            target: ``B`` int64.
         """
-        batch = module.as_batch(batch)
-        student: NetOutput = module.student(batch.image)
-        prediction = module.method.prediction(student)
-        logits = [prediction, *(branch.logits for branch in student.branches)]
+        prefix = self._prefix
+        learners = [prediction, *(branch.logits for branch in student.branches)]
+        logits = dict(zip(self.learners, learners, strict=False))
         if student.branches:
-            group = module.method.ensemble(student)
-            logits.append(torch.stack(logits[1:]).mean(dim=0) if group is None else group)
-        size = batch.image.shape[0]
-        for learner, scores in zip(self.learners, logits, strict=True):
+            logits["ensemble_"] = torch.stack([each.float() for each in learners]).mean(dim=0)
+            if "group_" in self.learners and (group := method.ensemble(student)) is not None:
+                logits["group_"] = group
+        size = len(target)
+        for learner, scores in logits.items():
             for suffix in ("", "_top5"):
                 metric = cast(MulticlassAccuracy, self.accuracies[f"{learner}acc{suffix}"])
-                metric.update(scores, batch.target)
+                metric.update(scores, target)
                 shown = learner == "" and suffix == ""
                 module.log(f"{prefix}/{learner}acc{suffix}", metric, on_epoch=True, prog_bar=shown, batch_size=size)
-        loss = cross_entropy(prediction, batch.target)
+        loss = cross_entropy(prediction, target)
         module.log(f"{prefix}/loss", loss, on_epoch=True, batch_size=size, sync_dist=True)
         if self.learner_statistics is not None:
-            self.learner_statistics.update([each.embedding for each in student.branches], logits[1:-1])
-        module.log_dict(module.method.statistics(student), on_epoch=True, batch_size=size, sync_dist=True)
+            embeddings = [each.embedding for each in student.branches if each.embedding is not None]
+            self.learner_statistics.update(embeddings, learners[1:])
+        values = {f"{prefix}/{name}": value for name, value in method.statistics(student).items()}
+        module.log_dict(values, on_epoch=True, batch_size=size, sync_dist=True)
 
-    def end(self, module: DistillationModule) -> None:
-        """Log CKA, disagreement and spread of the learners over the whole part.
+    def begin(self, prefix: str) -> None:
+        """Choose the split that logging keys name.
 
         Args:
-            module: in evaluation.
+            prefix: ``val`` or ``test``.
+        """
+        self._prefix = prefix
+
+    def end(self, module: L.LightningModule) -> None:
+        """Log CKA, disagreement and feature std of the learners over the whole split.
+
+        Args:
+            module: Module that logs.
         """
         if self.learner_statistics is not None:
             values = self.learner_statistics.compute()
-            module.log_dict({f"learners/{name}": value for name, value in values.items()}, sync_dist=True)
+            module.log_dict({f"{self._prefix}/learners_{name}": each for name, each in values.items()}, sync_dist=True)
             self.learner_statistics.reset()

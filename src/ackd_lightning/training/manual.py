@@ -1,38 +1,38 @@
-"""Steps of the other players, then the learners' step: the only file that knows about manual optimisation.
+"""Training steps of a method with several optimizers: the only file that knows about manual optimization.
 
-Every oddity here answers a measured trap: stepping two optimizers through Lightning doubles ``global_step``; a second
-backward breaks DDP's reducer; manual optimisation switches off DDP's buffer broadcast; raw optimizer steps ignore the
-loss scale of 16-bit training. The tests name them one by one.
+Every oddity here answers a measured trap: stepping two optimizers through Lightning counts ``global_step`` twice; a
+second backward pass breaks DDP's reducer; manual optimization switches off DDP's buffer broadcast; raw optimizer steps
+ignore the loss scale of 16-bit training. The tests name them one by one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods.ackd import ACKD
-from ackd_lightning.methods.base import AdversarialMethod, Method
-from ackd_lightning.training.module import DistillationModule
-from ackd_lightning.types import NetOutput
+from ackd_lightning.methods.base import Method, weighted_loss
+from ackd_lightning.training.means import TermMeans
+from ackd_lightning.training.nonfinite import SkippingModule
+from ackd_lightning.training.schedule import step_scheduler
+from ackd_lightning.types import Batch, NetOutput
 
 
 @contextlib.contextmanager
 def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """No gradient for parameters inside the block; gradients still flow through what is computed with them.
+    """Compute no gradient for parameters inside the block; gradients still flow through what uses them.
 
     Args:
-        parameters: all trainable.
+        parameters: Trainable parameters.
     """
     held = list(parameters)
     for parameter in held:
@@ -44,71 +44,101 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class AdversarialModule(DistillationModule):
-    """Trains a student beside further players: one student forward, a step of every player, a learners' step.
+class ManualSteps(SkippingModule):
+    """Steps of the auxiliary optimizers, then the student's step, after one forward pass of the student.
 
-    Only learners' steps count in ``global_step``, so ``max_steps``, ``every_n_train_steps``, ``fast_dev_run`` and
-    weight averaging mean what they mean elsewhere. The constructor is that of [`DistillationModule`][].
+    Only the student's steps count in ``global_step``, so ``max_steps``, ``every_n_train_steps``, ``fast_dev_run`` and
+    weight averaging mean what they mean elsewhere. A method without auxiliary optimizers is trained by automatic
+    optimization, and nothing here is used.
+
+    Attributes:
+        method: The method.
+        means: Means of what a step logs.
+        auxiliary: Parameters of every auxiliary optimizer by its name; empty for automatic optimization.
     """
 
-    def _finish(self) -> None:
+    method: Method
+    means: TermMeans
+    auxiliary: dict[str, list[nn.Parameter]]
+
+    def outputs(self, batch: Batch) -> tuple[NetOutput, NetOutput | None]:
+        """Run teacher and student once.
+
+        Args:
+            batch: Images.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method `outputs`")
+
+    def log_terms(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Batch) -> None:
+        """Log the loss and every unweighted term.
+
+        Args:
+            loss: Weighted sum.
+            terms: Unweighted terms.
+            batch: Batch of the step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method `log_terms`")
+
+    def use_manual_optimization(self) -> None:
+        """Switch to manual optimization and keep the auxiliary parameters out of DDP's buckets."""
         self.automatic_optimization = False
-        players = {id(parameter) for parameters in self.game.players().values() for parameter in parameters}
-        # read by torch's DistributedDataParallel: the players' gradients are reduced here, not by its buckets
+        auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
+        # read by torch's DistributedDataParallel: these gradients are reduced here, not by its buckets
         self._ddp_params_and_buffers_to_ignore += [
-            name for name, each in self.named_parameters() if id(each) in players
+            name for name, each in self.named_parameters() if id(each) in auxiliary
         ]
 
-    def _check_method(self, method: Method) -> None:
-        if not isinstance(method, AdversarialMethod):
-            raise ACKDError(f"method {type(method).__name__} has no discriminators; train it with DistillationModule")
+    _ddp_params_and_buffers_to_ignore: list[str]
 
-    @property
-    def game(self) -> AdversarialMethod:
-        """The method, which is known to have players."""
-        return cast(AdversarialMethod, self.method)
+    def update_memories(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
+        """Let the method update its memories, in the precision of the forward pass.
 
-    def _optimizers(self) -> tuple[LightningOptimizer, list[LightningOptimizer]]:
-        found = self.optimizers()
-        return (found[0], found[1:]) if isinstance(found, list) else (found, [])
+        Args:
+            student: Output of the student.
+            teacher: Output of the teacher.
+            batch: Batch of the step.
+        """
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            self.method.update(student, teacher, batch)
 
     # ---------------------------------------------------------------- hooks
 
     def on_fit_start(self) -> None:
-        """Start all processes with the same players: DDP does not send parameters that it ignores."""
+        """Start all processes with the same auxiliary parameters, which DDP does not broadcast."""
         if dist.is_available() and dist.is_initialized():
-            for parameters in self.game.players().values():
+            for parameters in self.auxiliary.values():
                 for parameter in parameters:
                     dist.broadcast(parameter.data, 0)
 
-    def _rearm_buffer_sync(self) -> None:
-        """Ask DDP to send BatchNorm's buffers again: in manual optimisation Lightning leaves that switched off."""
+    def rearm_buffer_broadcast(self) -> None:
+        """Let DDP broadcast BatchNorm's buffers again, which Lightning switches off in manual optimization."""
         wrapped = self.trainer.strategy.model
-        if isinstance(wrapped, DistributedDataParallel):
+        if not self.automatic_optimization and isinstance(wrapped, DistributedDataParallel):
             wrapped.require_forward_param_sync = True
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keyed noise, and BatchNorm buffers equal on all processes."""
-        self._rearm_buffer_sync()
-        super().on_train_batch_start(batch, batch_idx)
-
     def on_validation_start(self) -> None:
-        """BatchNorm buffers equal on all processes."""
-        self._rearm_buffer_sync()
+        """Make BatchNorm buffers equal in all processes."""
+        self.rearm_buffer_broadcast()
+
+    def _step_schedulers(self, interval: str) -> None:
+        """Step the schedules of an interval, which Lightning does not do in manual optimization."""
+        with warnings.catch_warnings():  # an optimizer without steps in its first epochs has a schedule all the same
+            warnings.filterwarnings("ignore", ".*before `optimizer.step\\(\\)`.*")
+            for config in self.trainer.lr_scheduler_configs:
+                if config.interval == interval:
+                    metric = self.trainer.callback_metrics.get(str(config.monitor))
+                    step_scheduler(cast("Any", config.scheduler), metric)
 
     def on_train_epoch_end(self) -> None:
-        """Step both schedules: Lightning does not in manual optimisation. Runs before checkpoints are written."""
+        """Step schedules by epoch. Runs before checkpoints are written."""
         super().on_train_epoch_end()
-        schedulers = self.lr_schedulers()
-        with warnings.catch_warnings():  # a player that sits out its first epochs has a schedule all the same
-            warnings.filterwarnings("ignore", ".*before `optimizer.step\\(\\)`.*")
-            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-                cast(torch.optim.lr_scheduler.LRScheduler, scheduler).step()
+        if not self.automatic_optimization:
+            self._step_schedulers("epoch")
 
     # ---------------------------------------------------------------- steps
 
     def _backward(self, loss: Tensor) -> None:
-        """Backward outside autocast, as in automatic optimisation.
+        """Run the backward pass outside autocast, as in automatic optimization.
 
         Lightning runs ``training_step`` under autocast, and a backward pass there would round what was computed in
         float32 on purpose.
@@ -116,14 +146,8 @@ class AdversarialModule(DistillationModule):
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 
-    def _player_step(self, parameters: Sequence[nn.Parameter], loss: Tensor, optimizer: LightningOptimizer) -> None:
-        """Backward, reduce over processes, step; not counted in ``global_step``.
-
-        Args:
-            parameters: the player's.
-            loss: which reaches nobody else.
-            optimizer: of the player.
-        """
+    def _auxiliary_step(self, parameters: Sequence[nn.Parameter], loss: Tensor, optimizer: LightningOptimizer) -> None:
+        """Backward pass, mean over processes, optimizer step that ``global_step`` does not count."""
         strategy = self.trainer.strategy
         parallel = isinstance(strategy, ParallelStrategy)
         optimizer.zero_grad()
@@ -141,65 +165,44 @@ class AdversarialModule(DistillationModule):
         strategy.optimizer_step(optimizer.optimizer, lambda: None)
 
     def _sums(self, student: NetOutput) -> dict[str, Tensor]:
-        """Sums of the learners' logits, which tell before the players learn that the learners cannot."""
+        """Sums of all learners' logits, which show before an auxiliary step that the student's step cannot be taken."""
         logits = {"logits": student.logits}
-        logits.update({f"logits_aux{number}": branch.logits for number, branch in enumerate(student.branches)})
+        logits.update({f"logits_aux{number}": each.logits for number, each in enumerate(student.branches, start=1)})
         return {name: scores.detach().float().sum() for name, scores in logits.items()}
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        """One student forward; backward and step of every player; backward and step of the learners."""
-        batch = self.as_batch(batch)
-        learner_optimizer, optimizers = self._optimizers()
+    def manual_step(self, batch: Batch) -> None:
+        """Train on one batch: a student forward, a step of every auxiliary optimizer, a step of the student.
+
+        Args:
+            batch: Images, targets and indices.
+        """
+        found = self.optimizers()
+        optimizer, *others = found if isinstance(found, list) else [found]
+        if len(others) != len(self.auxiliary):
+            raise ACKDError(
+                f"{type(self).__name__}.configure_optimizers returns {len(others) + 1} optimizers and method "
+                f"{type(self.method).__name__} has one for the student and {len(self.auxiliary)} of its own; return "
+                "the student's optimizer alone, and the method's are added"
+            )
         before = self.statistics_before()
         student, teacher = self.outputs(batch)
-        players = self.game.players()
-        for (player, parameters), optimizer in zip(players.items(), optimizers, strict=True):
-            turn = self.game.player_loss(player, student, teacher, batch)
-            if turn is None:
+        for (name, parameters), auxiliary in zip(self.auxiliary.items(), others, strict=True):
+            result = self.method.auxiliary_loss(name, student, teacher, batch)
+            if result is None:
                 continue
-            loss, values = turn
-            if self.skips({player: loss, **self._sums(student)}, before):
+            loss, values = result
+            if self.skips({name: loss, **self._sums(student)}, before):
                 return
-            self._player_step(parameters, loss, optimizer)
-            self.means.add(values, batch.image.shape[0])
-        with frozen(parameter for parameters in players.values() for parameter in parameters):
+            self._auxiliary_step(parameters, loss, auxiliary)
+            self.means.add({f"train/{key}": value for key, value in values.items()}, batch.image.shape[0])
+        with frozen(parameter for parameters in self.auxiliary.values() for parameter in parameters):
             terms = self.method(student, teacher, batch)
-            loss = self.weighted_loss(terms)
+            loss = weighted_loss(self.method, terms)
             if self.skips({**terms, "loss": loss}, before):
                 return
-            learner_optimizer.zero_grad()
+            optimizer.zero_grad()
             self._backward(loss)
-        with torch.no_grad():
-            self.method.observe(student, teacher, batch)
-        learner_optimizer.step()
+        self.update_memories(student, teacher, batch)
+        optimizer.step()
+        self._step_schedulers("step")
         self.log_terms(loss, terms, batch)
-
-    # ---------------------------------------------------------------- optimizers
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD over student and method, and the method's optimizer of each player, on the same schedule."""
-        optimizer = torch.optim.SGD(
-            list(self.learner_groups()), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-        )
-        optimizers: list[tuple[str, torch.optim.Optimizer]] = [("lr", optimizer)]
-        optimizers += [(f"lr-{player}", self.game.player_optimizer(player)) for player in self.game.players()]
-        schedulers: list[Any] = [{"scheduler": self.make_scheduler(each), "name": name} for name, each in optimizers]
-        return [each for _, each in optimizers], schedulers
-
-
-class ACKDModule(AdversarialModule):
-    """Adversarial collaborative knowledge distillation, ready for any Lightning project.
-
-    ``method`` is an [`ACKD`][ackd_lightning.methods.ACKD], whose arguments are the paper's hyperparameters; None gives
-    the paper's two auxiliary learners and all weights 1. The constructor is that of [`DistillationModule`][].
-
-    Example:
-        >>> from ackd_lightning.models.zoo import create_model
-        >>> module = ACKDModule("resnet8", 10, teacher=create_model("resnet14", 10), milestones=[10, 15])
-        >>> module.student.specs
-        ('D3B1', 'D2B2')
-    """
-
-    def default_method(self) -> Method:
-        """ACKD with the paper's learners and weights."""
-        return ACKD()

@@ -1,23 +1,28 @@
-"""The loop of every method without opponents: one optimizer, automatic optimisation."""
+"""The training module: a student, a method and frozen teachers in one `LightningModule`."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from ackd_lightning._version import __version__
-from ackd_lightning.callbacks.health import TEACHER_GATES, HealthMonitor, TeacherGate
+from ackd_lightning.callbacks.health import HealthMonitor, TeacherGate
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods.base import AdversarialMethod, Method, describe, from_description
+from ackd_lightning.methods.ackd import ACKD
+from ackd_lightning.methods.base import FitInfo, Method, Networks, describe, from_description, weighted_loss
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.models.features import probe
 from ackd_lightning.models.heads import HeadedNetwork
@@ -25,162 +30,185 @@ from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.random import mix, seed_device
+from ackd_lightning.runs.export import Exported, write_student
 from ackd_lightning.training.evaluation import Evaluation
+from ackd_lightning.training.manual import ManualSteps
 from ackd_lightning.training.means import TermMeans
-from ackd_lightning.training.nonfinite import ON_NAN, FiniteGuard, OnNan, SkippingModule, check_weights
-from ackd_lightning.training.schedule import check_recipe, stepped
+from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite, check_weights
+from ackd_lightning.training.schedule import (
+    OptimizerFactory,
+    Recipe,
+    SchedulerFactory,
+    build_scheduler,
+    describe_factory,
+    reads_metric,
+    scale_learning_rates,
+    without_decay,
+)
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
-from ackd_lightning.training.teachers import Teachers
-from ackd_lightning.types import Batch, NetOutput, NetSpec, read_batch
+from ackd_lightning.training.teachers import GivenTeacher, Teachers, as_configs, chosen, describe_teachers
+from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec, read_batch
+from ackd_lightning.validation import check_arguments
 
 
-class DistillationModule(SkippingModule):
-    """Trains a student with a method: plain training, KD, and every method that has no discriminators.
+class DistillationModule(ManualSteps):
+    """Train a student with a distillation method.
 
-    Batches are ``(image, target)`` or ``(image, target, index)``, images already normalised.
+    Batches are ``(image, target)`` or ``(image, target, index)`` with normalised images. A method with optimizers of
+    its own is trained by manual optimization, every other by automatic optimization.
 
     Args:
-        student: name for ``create_model``, or a network.
-        num_classes: K.
-        method: the distillation method; None: plain training.
-        teacher: name, network or ``FrozenTeacher``, or a list of them for methods that learn from several; None for
-            methods without one.
-        teacher_weights: weight file of a teacher given by name; a list for a list.
-        student_options: for ``create_model``.
-        teacher_options: for ``create_model``; of a single teacher.
-        input_size: side of the images in pixels.
-        mean: per channel, how images were normalised; lets the teacher convert them and is written into exports.
-        std: as ``mean``.
-        lr: learning rate of SGD.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        milestones: epochs after which the learning rate is multiplied by ``lr_decay``.
-        lr_decay: factor at each milestone.
-        warmup_epochs: epochs over which the learning rate grows linearly to ``lr``; 0 for none.
-        gradient_clip_val: largest norm of the gradient; None: not clipped. (Trainer's own argument works in automatic
-            optimisation only.)
-        teacher_gate: before the first step the teacher is tested on validation data; ``stop`` ends a run whose
-            teacher is near chance or far below what its file says, ``warn`` goes on, ``off`` does not look.
-        teacher_bf16: run the teacher in bfloat16.
-        teacher_cache: folder of ``ackd cache`` with the teacher's logits for every view; the teacher is not run then.
-        on_nan: what a loss that is not finite does: ``stop`` ends the run before such a step reaches a checkpoint,
-            ``skip`` leaves the step out and counts it (``train/skipped``).
-        channels_last: lay out images and convolutions with the channels last, which most hardware prefers; results
+        student: Model name for `create_model`, or a network.
+        method: Distillation method; None for plain training.
+        teacher: Model name, network, `FrozenTeacher` or `TeacherConfig`; a list of these for methods that learn from
+            several teachers; None for methods without one.
+        data: Classes, image size and normalisation of the data. None is allowed for a student that is a network: then
+            its classes are counted, images have 32 x 32 pixels, and their normalisation is unknown.
+        student_options: Options of a student given by name, for `create_model`.
+        optimizer: Function of parameter groups that returns the student's optimizer. Default: SGD with learning rate
+            0.1, momentum 0.9 and weight decay 5e-4, as in the ACKD paper.
+        lr_scheduler: Function of an optimizer that returns its learning rate schedule, for the student's optimizer and
+            those of the method. Default: times 0.1 after epochs 100 and 150. None for a constant learning rate. A
+            ``CosineAnnealingLR`` with ``T_max`` 0 is as long as the fit.
+        recipe: Interval of the schedule, warm-up, gradient clipping, and which parameters have weight decay.
+        on_nonfinite: How to handle a non-finite loss: ``stop`` ends the run before such a step reaches a checkpoint,
+            ``skip`` skips the step and counts it (``train/skipped``).
+        channels_last: Lay out images and convolutions with channels last, which most hardware prefers. Results differ
+            by rounding only.
+        compile: Compile student, teachers and discriminators when a fit starts, with BatchNorm of frozen teachers fused
+            into their convolutions. The first steps take about a minute, state dicts keep their keys, and results
             differ by rounding only.
-        compile: compile student, teachers and discriminators (``torch.nn.Module.compile``) when a fit begins, BatchNorm
-            of frozen teachers folded into their convolutions; the first steps take a minute or so, state dicts keep
-            their keys, results differ by rounding only.
-        seed: of the noise inside the networks (dropout); None: the seed of ``seed_everything``, or
-            of ``torch.manual_seed``.
+        seed: Seed of noise inside the networks (dropout); None for that of ``seed_everything`` or
+            ``torch.manual_seed``.
 
     Raises:
-        ACKDError: for names, branches and options that do not fit.
+        ACKDError: If arguments do not go together.
+
+    Example:
+        >>> from ackd_lightning.methods import KD
+        >>> module = DistillationModule("resnet8", method=KD(), teacher="resnet14", data=DataInfo(num_classes=10))
+        >>> module.data.input_size
+        32
     """
 
     def __init__(
         self,
         student: str | nn.Module,
-        num_classes: int,
         *,
         method: Method | None = None,
-        teacher: Sequence[str | nn.Module] | str | nn.Module | None = None,
-        teacher_weights: Sequence[str] | str | None = None,
+        teacher: GivenTeacher | Sequence[GivenTeacher] | None = None,
+        data: DataInfo | None = None,
         student_options: dict[str, Any] | None = None,
-        teacher_options: dict[str, Any] | None = None,
-        input_size: int = 32,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        milestones: Sequence[int] = (100, 150),
-        lr_decay: float = 0.1,
-        warmup_epochs: int = 0,
-        gradient_clip_val: float | None = None,
-        teacher_gate: str = "stop",
-        teacher_bf16: bool = False,
-        teacher_cache: str | None = None,
-        on_nan: OnNan = "stop",
+        optimizer: OptimizerFactory = lambda groups: SGD(groups, lr=0.1, momentum=0.9, weight_decay=5e-4),
+        lr_scheduler: SchedulerFactory | None = lambda optimizer: MultiStepLR(optimizer, milestones=[100, 150]),
+        recipe: Recipe | None = None,
+        on_nonfinite: OnNonFinite = "stop",
         channels_last: bool = False,
         compile: bool = False,  # noqa: A002  # torch's word for it
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        given = [teacher] if isinstance(teacher, (str, nn.Module)) else list(teacher or ())
-        modules: dict[str, Sequence[object]] = {"student": [student], "method": [method], "teacher": given}
-        ignore = [name for name, values in modules.items() if any(isinstance(each, nn.Module) for each in values)]
-        self.save_hyperparameters(ignore=ignore)
-        if teacher_gate not in TEACHER_GATES:
-            raise ACKDError(f"teacher_gate is {teacher_gate!r}; it must be one of {', '.join(TEACHER_GATES)}")
-        if on_nan not in ON_NAN:
-            raise ACKDError(f"on_nan is {on_nan!r}; it must be one of {', '.join(ON_NAN)}")
-        if isinstance(student, nn.Module) and any(each is student for each in given):
-            raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
-        check_recipe(
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            milestones=milestones,
-            lr_decay=lr_decay,
-            warmup_epochs=warmup_epochs,
-            gradient_clip_val=gradient_clip_val,
+        flags = {"on_nonfinite": on_nonfinite, "channels_last": channels_last, "compile": compile, "seed": seed}
+        check_arguments(DistillationModule, flags)
+        # a checkpoint holds plain data, which comes back here
+        self.recipe = Recipe(**recipe) if isinstance(recipe, Mapping) else recipe or Recipe()
+        given_data = DataInfo(**data) if isinstance(data, Mapping) else data
+        self.optimizer_factory = _factory(optimizer)
+        self.scheduler_factory = _constant if lr_scheduler is None else _factory(lr_scheduler)
+        self.method: Method = (
+            from_description(method) if isinstance(method, Mapping) else method or self.default_method()
         )
-        self.num_classes, self.input_size = num_classes, input_size
-        self.mean, self.std = (tuple(mean) if mean else None), (tuple(std) if std else None)
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.milestones, self.lr_decay, self.warmup_epochs = tuple(milestones), lr_decay, warmup_epochs
-        self.clip_norm, self.gate = gradient_clip_val, teacher_gate
-        self.guard = FiniteGuard(on_nan)
-        self.teacher_cache, self.cache = teacher_cache, cast("TeacherCache | None", None)
+        self.guard, self.means = NonFiniteGuard(on_nonfinite), TermMeans()
         self.channels_last, self.compiles = channels_last, compile
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if seed is None else seed
+        configs = chosen(as_configs(teacher), self.method)
+        if any(each.network is student for each in configs):
+            raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
 
-        described: object = method  # a checkpoint hands over what `describe` wrote
-        resolved = from_description(described) if isinstance(described, Mapping) else (method or self.default_method())
-        self._check_method(resolved)
-        backbone = (
-            create_model(student, num_classes, **(student_options or {})) if isinstance(student, str) else student
-        )
-        self.student = BranchyStudent(backbone, resolved.branches, num_classes=num_classes)
-        self.method: Method = resolved
-        self.spec: NetSpec = probe(self.student, input_size)
-        if self.spec.num_classes != num_classes:
+        if isinstance(student, str):
+            if given_data is None:
+                raise ACKDError(
+                    f"the student is named {student!r} and its number of classes is unknown; pass data=DataInfo(...)"
+                )
+            backbone = create_model(student, given_data.num_classes, **(student_options or {}))
+        else:
+            backbone = student
+        size = 32 if given_data is None else given_data.input_size
+        classes = None if given_data is None else given_data.num_classes
+        self.student = BranchyStudent(backbone, self.method.branches, num_classes=classes)
+        self.spec: NetSpec = probe(self.student, size)
+        self.data = given_data or DataInfo(self.spec.num_classes, size)
+        if self.spec.num_classes != self.data.num_classes:
             raise ACKDError(
-                f"the student has {self.spec.num_classes} classes and num_classes is {num_classes}; make them equal"
+                f"the student has {self.spec.num_classes} classes and the data have {self.data.num_classes}; make them "
+                "equal"
             )
-        self.teachers = Teachers(
-            self.method.choose_teachers(given),
-            weights=teacher_weights,
-            options=teacher_options or {},
-            num_classes=num_classes,
-            bf16=teacher_bf16,
-            data=(self.mean, self.std, input_size),
+        self.teachers = Teachers(configs, self.data)
+        networks = Networks(
+            student=self.spec,
+            teachers=self.teachers.specs,
+            student_network=self.student,
+            teacher_networks=self.teachers.structures,
+            pixel_range=self._pixel_range(),
         )
-        if self.mean and self.std:
-            pairs = list(zip(self.mean, self.std, strict=True))
-            self.method.set_range([-mean / std for mean, std in pairs], [(1 - mean) / std for mean, std in pairs])
-        self.method.teacher_specs = self.teachers.specs
-        self.method.attach(self.student, self.teachers.structures)
-        self.method.build(self.spec, self.teacher_spec)
-        if "method" not in self.hparams or not isinstance(self.hparams["method"], Mapping):
-            self.save_hyperparameters({"method": describe(self.method)})
+        self.method.build(networks)
+        self.auxiliary = self.method.auxiliary_parameters()
         # read by torch's DistributedDataParallel
-        self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name in self.method.equal_buffers]
-        self.evaluation, self.means = Evaluation(self.spec), TermMeans()
-        self._finish()
+        self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name in self.method.replicated_buffers]
+        if self.auxiliary:
+            self.use_manual_optimization()
+        self.evaluation = Evaluation(self.spec, self.method)
+        self.cache = cast("TeacherCache | None", None)
+        self._last: tuple[NetOutput, NetOutput | None, Batch] | None = None
+        self.save_hyperparameters(
+            {
+                "student": student if isinstance(student, str) else None,
+                "student_options": student_options,
+                "method": describe(self.method),
+                "teacher": describe_teachers(configs),
+                "data": {key: list(each) if isinstance(each, tuple) else each for key, each in asdict(self.data).items()},
+                "optimizer": describe_factory(optimizer),
+                "lr_scheduler": describe_factory(lr_scheduler),
+                "recipe": asdict(self.recipe),
+                **flags,
+            }
+        )
+        for name in ("student", "optimizer", "lr_scheduler"):
+            if self.hparams[name] is None:
+                self.hparams.pop(name)  # a network, or a function: not plain data
 
-    def _finish(self) -> None:
-        """Last step of the constructor, for sub-classes that keep its arguments."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let an overridden ``configure_optimizers`` return the student's optimizer alone."""
+        super().__init_subclass__(**kwargs)
+        if (own := cls.__dict__.get("configure_optimizers")) is not None:
+            cls.configure_optimizers = _with_method_optimizers(own)  # type: ignore[method-assign]
+
+    @classmethod
+    def from_data(cls, data: L.LightningDataModule, student: str | nn.Module, **arguments: Any) -> DistillationModule:
+        """Build a module for the classes, image size and normalisation of a data module.
+
+        Args:
+            data: Data module with an attribute ``info`` (`DataInfo`), as all of this package.
+            student: Model name or network.
+            arguments: Further arguments of the constructor.
+
+        Raises:
+            ACKDError: If the data module has no ``info``.
+        """
+        info = getattr(data, "info", None)
+        if not isinstance(info, DataInfo):
+            raise ACKDError(f"{type(data).__name__} has no attribute `info`; pass data=DataInfo(...) to the constructor")
+        return cls(student, data=info, **arguments)
 
     def default_method(self) -> Method:
-        """The method of a module that was given none."""
+        """Return the method of a module that was given none."""
         return CE()
 
-    def _check_method(self, method: Method) -> None:
-        if isinstance(method, AdversarialMethod):
-            raise ACKDError(
-                f"method {type(method).__name__} has discriminators; train it with AdversarialModule or ACKDModule"
-            )
+    def _pixel_range(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        if self.data.mean is None or self.data.std is None:
+            return None
+        pairs = list(zip(self.data.mean, self.data.std, strict=True))
+        return tuple(-mean / std for mean, std in pairs), tuple((1 - mean) / std for mean, std in pairs)
 
     # ---------------------------------------------------------------- teacher
 
@@ -191,14 +219,14 @@ class DistillationModule(SkippingModule):
 
     @property
     def teacher_spec(self) -> NetSpec | None:
-        """Shapes of the first teacher."""
+        """Shapes of the first teacher; None without one."""
         return self.teachers.specs[0] if self.teachers.specs else None
 
     def load_teacher(self) -> None:
-        """Load teachers given by name; nothing to do when they are there or not needed.
+        """Load teachers given by name. Nothing happens when they are loaded or not needed.
 
         Raises:
-            ACKDError: when a weight file is missing or does not fit.
+            ACKDError: If a weight file is missing or does not fit.
         """
         self.teachers.load()
 
@@ -210,60 +238,56 @@ class DistillationModule(SkippingModule):
     # ---------------------------------------------------------------- hooks
 
     def setup(self, stage: str) -> None:
-        """Load the teachers and tell the method what it asks of them and of the data, when a fit begins.
-
-        Raises:
-            ACKDError: when the method has to know the class of every training image and the data do not tell.
-        """
+        """Load the teachers and tell the method about the fit."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        if names and self.data.class_names is None:
+            self.data = replace(self.data, class_names=tuple(names))
         if stage != "fit":
             return
         self.load_teacher()
         before = self._method_sizes()
-        self.method.adopt(self.teachers.frozen)
-        epochs = self.trainer.max_epochs
-        if epochs is not None and epochs > 0:
-            self.method.set_total_epochs(epochs)
-        data = getattr(self.trainer, "datamodule", None)
-        if (batch_size := getattr(data, "batch_size", None)) is not None:
-            self.method.set_batch_size(batch_size)
-        if self.method.needs_targets:
-            targets = getattr(data, "train_targets", None)
-            if targets is None:
-                raise ACKDError(
-                    f"method {type(self.method).__name__} keeps a row for every training image; give the data module "
-                    "an attribute `train_targets`, the class of every image by its index, and batches with that index"
-                )
-            self.method.set_targets(torch.as_tensor(targets), self.seed)
+        data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
+        targets = getattr(data, "train_targets", None)
+        self.method.begin_fit(
+            FitInfo(
+                epochs=epochs if epochs is not None and epochs > 0 else None,
+                batch_size=getattr(data, "batch_size", None),
+                targets=None if targets is None else torch.as_tensor(targets),
+                seed=self.seed,
+                teachers=self.teachers.frozen,
+            )
+        )
         self._speed_up()
         self._open_cache()
-        if self.method.takes_teachers or self._method_sizes() != before:
+        if self.method.teacher == "own" or self._method_sizes() != before:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
 
     def _open_cache(self) -> None:
-        """Read the teacher's logits from a cache, when there is one."""
-        if self.teacher_cache is None:
+        """Open the cache of the teacher's logits, where one is named."""
+        folder = next((each.cache for each in self.teachers.configs if each.cache is not None), None)
+        if folder is None:
             return
         data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
         if not isinstance(data, ImageDataModule) or not epochs or epochs < 1:
             raise ACKDError(
-                "teacher_cache is for this package's data modules and a fixed trainer.max_epochs; leave it out"
+                f"teacher.cache is {folder} and works with this package's data modules and a fixed trainer.max_epochs "
+                "only; leave it out"
             )
-        key = view_key(self, data, str(self.trainer.precision))
-        self.cache = TeacherCache(Path(self.teacher_cache), key, epochs)
+        self.cache = TeacherCache(Path(folder), view_key(self, data, str(self.trainer.precision)), epochs)
 
     def _speed_up(self) -> None:
-        """Memory layout and compilation, as the constructor was told."""
+        """Change memory layout and compile."""
         networks: list[nn.Module] = [self.student, self.method, *self.teachers.frozen]
-        if self.compiles and not self.method.takes_teachers:
+        if self.compiles and self.method.teacher != "own":
             for teacher in self.teachers.frozen:
-                teacher.fold(self.input_size)
+                teacher.fuse(self.data.input_size)
         if self.channels_last:
             for network in networks:
                 network.to(memory_format=torch.channels_last)
         if self.compiles:
-            parts = [self.method.get_submodule(name) for name in self.method.worth_compiling]
+            parts = [self.method.get_submodule(name) for name in self.method.compile_modules]
             for network in (self.student, *self.teachers.frozen, *parts):
                 network.compile(dynamic=False)
 
@@ -271,14 +295,15 @@ class DistillationModule(SkippingModule):
         return {name: tensor.shape for name, tensor in self.method.state_dict().items()}
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Teacher gate and alarms travel with the module into any Trainer."""
+        """Return the teacher gate and the alarms, which come with the module into any Trainer."""
         own: list[L.Callback] = getattr(self._trainer, "callbacks", [])
         watched = any(isinstance(each, HealthMonitor) for each in own)
         callbacks: list[L.Callback] = [HealthMonitor()] if self.spec.branches and not watched else []
-        if self.method.needs_teacher and self.gate != "off":
-            callbacks.append(TeacherGate(stop=self.gate == "stop"))
-        if self.method.makes_examples:
-            from ackd_lightning.callbacks.examples import ExamplePictures  # draws, and needs matplotlib for it
+        gates = {each.gate for each in self.teachers.configs} - {"off"}
+        if gates:
+            callbacks.append(TeacherGate(stop="stop" in gates))
+        if hasattr(self.method, "examples"):
+            from ackd_lightning.callbacks.examples import ExamplePictures  # needs matplotlib
 
             asked = any(isinstance(each, ExamplePictures) for each in own)
             callbacks += [ExamplePictures()] if self.trainer.loggers and not asked else []  # else: no folder of a run
@@ -286,19 +311,20 @@ class DistillationModule(SkippingModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the networks' own noise by (seed, epoch, batch, rank), so that a resumed run draws the same."""
+        self.rearm_buffer_broadcast()
         self.method.set_epoch(self.current_epoch)  # here and not at an epoch's start, which a resumed run skips
         seed_device(mix(self.seed, self.current_epoch, batch_idx, self.global_rank), self.device)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip by norm, after mixed precision has unscaled."""
-        if self.clip_norm is not None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip gradients by norm, after mixed precision has unscaled them."""
+        if self.recipe.gradient_clip_val is not None:
             parameters = [each for group in optimizer.param_groups for each in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.gradient_clip_val)
 
     # ---------------------------------------------------------------- steps
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits of the network that is kept: the target learner, with the head that its method gives it.
+        """Return logits of the network that is kept: the student with the head that its method gives it.
 
         Args:
             image: ``B x C x H x W``.
@@ -306,64 +332,83 @@ class DistillationModule(SkippingModule):
         Returns:
             ``B x K``.
         """
-        output: NetOutput = self.student(image)
-        return self.method.prediction(output)
+        return self.prediction(self.student(image))
+
+    def prediction(self, student: NetOutput) -> Tensor:
+        """Return logits ``B x K`` of the network that is kept.
+
+        Args:
+            student: Output of the student.
+        """
+        if self.method.head is None:
+            return student.logits
+        assert student.features is not None
+        logits: Tensor = self.method.head(student.features[-1])
+        return logits
 
     def as_batch(self, batch: Any) -> Batch:
         """Read ``(image, target)`` or ``(image, target, index)``.
 
         Args:
-            batch: from any data module.
+            batch: Batch of any data module.
 
         Raises:
-            ACKDError: when it is neither, or the images have another size than the module was built for.
+            ACKDError: If it is neither, or the images have another size than the module was built for.
         """
-        result = read_batch(batch, self.input_size)
+        result = read_batch(batch, self.data.input_size)
         if not self.channels_last:
             return result
         return result._replace(image=result.image.contiguous(memory_format=torch.channels_last))
 
     def outputs(self, batch: Batch) -> tuple[NetOutput, NetOutput | None]:
-        """One forward pass of teacher and student; no output of a teacher for a method that runs the teachers itself.
+        """Run teacher and student once; a method that runs its teachers itself gets None.
 
         Args:
-            batch: images.
+            batch: Images.
         """
         if self.cache is not None:
             return self.student(batch.image), self.cache.read(self.current_epoch, batch.index)
-        runs = self.teacher is not None and not self.method.takes_teachers
+        runs = self.teacher is not None and self.method.teacher != "own"
         teacher = cast(FrozenTeacher, self.teacher)(batch.image) if runs else None
         return self.student(batch.image), teacher
 
     def training_parameters(self) -> int:
-        """Parameters that learn: of the student with its learners, and of the method."""
+        """Return the number of parameters that learn, of the student with its learners and of the method."""
         return sum(each.numel() for each in self.parameters() if each.requires_grad)
 
     def kept_network(self) -> nn.Module:
-        """The network that is left in the end: the plain backbone, with the head that the method gives it."""
+        """Return the network that is left after training: the plain student, with the head that the method gives it."""
         head = self.method.head
         return self.student.plain() if head is None else HeadedNetwork(self.student.plain(), head)
 
+    def save_student(self, path: str | Path, *, overwrite: bool = False) -> Exported:
+        """Write the student as a file that describes itself, as ``ackd export`` does.
+
+        Args:
+            path: ``.safetensors`` file.
+            overwrite: Replace an existing file.
+
+        Raises:
+            ACKDError: If the file exists, or the logits of the written network differ.
+        """
+        checkpoint = {
+            "ackd_lightning": self.metadata(),
+            "hyper_parameters": dict(self.hparams),
+            "state_dict": self.state_dict(),
+        }
+        return write_student(checkpoint, Path(path), network=self.kept_network(), overwrite=overwrite)
+
     def networks_in_training(self) -> tuple[nn.Module, ...]:
-        """Student and method."""
+        """Return student and method."""
         return self.student, self.method
 
-    def weighted_loss(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Weighted sum of a method's terms.
-
-        Args:
-            terms: unweighted scalars by name.
-        """
-        weights = self.method.weights()
-        return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-
     def log_terms(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Batch) -> None:
-        """Log the loss and every unweighted term: means over the epoch, besides the loss of steps that loggers write.
+        """Log means over the epoch of the loss and every unweighted term, and the loss of steps that loggers write.
 
         Args:
-            loss: weighted sum.
-            terms: unweighted.
-            batch: gives the batch size.
+            loss: Weighted sum.
+            terms: Unweighted terms.
+            batch: Batch of the step.
         """
         size = batch.image.shape[0]
         self.means.add({"train/loss": loss, **{f"train/{name}": value for name, value in terms.items()}}, size)
@@ -381,51 +426,82 @@ class DistillationModule(SkippingModule):
         self.means.reset()
 
     def on_train_start(self) -> None:
-        """Forget what an earlier fit has left of an epoch."""
+        """Discard what an earlier fit has left of an epoch, and warn about a learning rate scale that is not applied."""
         self.means.reset()
+        scales = {name: scale for name, scale in self.method.lr_scales.items() if scale != 1.0}
+        overridden = type(self).configure_optimizers is not DistillationModule.configure_optimizers
+        rates = {group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        if scales and overridden and len(rates) == 1:
+            name, scale = next(iter(scales.items()))
+            rank_zero_warn(
+                f"method {type(self.method).__name__} trains {name} at {scale} times the learning rate, and "
+                f"{type(self).__name__}.configure_optimizers does not; call self.scale_learning_rates(optimizer) there"
+            )
 
     def on_train_epoch_end(self) -> None:
         """Log the means of an epoch that was cut short."""
         super().on_train_epoch_end()
         self._log_means()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of the method on one batch; zero for a batch that is skipped."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Train on one batch.
+
+        Returns:
+            The weighted loss, 0 for a skipped batch; None with manual optimization.
+        """
         batch = self.as_batch(batch)
+        if not self.automatic_optimization:
+            self.manual_step(batch)
+            return None
         before = self.statistics_before()
         student, teacher = self.outputs(batch)
         terms = self.method(student, teacher, batch)
-        loss = self.weighted_loss(terms)
+        loss = weighted_loss(self.method, terms)
         if self.skips({**terms, "loss": loss}, before):
-            return torch.zeros_like(loss)  # of no backward pass: Lightning refuses None with several processes
-        with torch.no_grad():
-            self.method.observe(student, teacher, batch)
+            return torch.zeros_like(loss)  # without a backward pass: Lightning refuses None with several processes
+        self._last = student, teacher, batch
         self.log_terms(loss, terms, batch)
         return loss
 
+    def on_after_backward(self) -> None:
+        """Update the method's memories."""
+        if self._last is not None and self.automatic_optimization:
+            self.update_memories(*self._last)
+            self._last = None
+
     def looks_at_test(self) -> bool:
-        """True when the data has no validation part, so that the fit's evaluation shows test data."""
+        """Return whether the data have no validation part, so that validation reads the test set."""
         data = getattr(self.trainer, "datamodule", None)
         return isinstance(data, ImageDataModule) and data.val_is_test
 
+    def on_validation_epoch_start(self) -> None:
+        """Choose the split that logging keys name."""
+        self.evaluation.begin("test" if self.looks_at_test() else "val")
+
+    def on_test_epoch_start(self) -> None:
+        """Choose the split that logging keys name."""
+        self.evaluation.begin("test")
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Accuracy of the target learner, each auxiliary learner and the ensemble."""
-        self.evaluation.update(self, batch, "test" if self.looks_at_test() else "val")
+        """Measure the student, each auxiliary learner and their ensemble on a batch."""
+        batch = self.as_batch(batch)
+        student: NetOutput = self.student(batch.image)
+        self.evaluation.update(self, self.method, student, self.prediction(student), batch.target)
 
     def on_validation_epoch_end(self) -> None:
-        """Log CKA, disagreement and spread of the learners."""
+        """Log how similar the learners are."""
         self.evaluation.end(self)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """As validation, on test data."""
-        self.evaluation.update(self, batch, "test")
+        """Measure on a batch of test data."""
+        self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Log CKA, disagreement and spread of the learners."""
+        """Log how similar the learners are."""
         self.evaluation.end(self)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Class, its probability, target and index of every image.
+        """Return class, its probability, target and index of every image.
 
         Returns:
             Four tensors of length B.
@@ -436,56 +512,152 @@ class DistillationModule(SkippingModule):
 
     # ---------------------------------------------------------------- optimizer
 
-    def learner_groups(self) -> Iterator[dict[str, Any]]:
-        """Parameter groups of student and method, learning rates set."""
-        yield {"name": "student", "params": list(self.student.parameters()), "lr": self.lr}
-        for group in self.method.parameter_groups():
-            scale = group.pop("lr_scale", 1.0)
-            yield {**group, "lr": self.lr * scale}
+    def learner_groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups of student and method, without learning rates.
 
-    def make_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Steps of ``lr_decay`` at the milestones after a linear warm-up, one step an epoch.
+        For an overridden ``configure_optimizers``: ``AdamW(self.learner_groups(), lr=1e-3)`` trains at 1e-3.
+        """
+        groups = [{"name": "student", "params": list(self.student.parameters())}]
+        groups += [{"name": each["name"], "params": each["params"]} for each in self.method.parameter_groups()]
+        return groups if self.recipe.decay_norm_and_bias else without_decay(groups)
+
+    def scale_learning_rates(self, optimizer: Optimizer) -> None:
+        """Multiply the learning rates of groups that the method trains more slowly or faster than the student.
 
         Args:
-            optimizer: whose learning rates follow.
+            optimizer: Optimizer of `learner_groups`, without a schedule yet.
         """
-        return stepped(optimizer, self.milestones, lr_decay=self.lr_decay, warmup_epochs=self.warmup_epochs)
+        scales = {id(each): group["lr_scale"] for group in self.method.parameter_groups() for each in group["params"]}
+        scale_learning_rates(optimizer, scales)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD over student and method, learning rate stepped once an epoch."""
-        optimizer = torch.optim.SGD(
-            list(self.learner_groups()), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+    def _schedule(self, optimizer: Optimizer, name: str) -> dict[str, Any]:
+        """Build a learning rate schedule in Lightning's form."""
+        epochs = self.trainer.max_epochs
+        epochs = epochs if epochs is not None and epochs > 0 else None
+        steps = 1
+        if self.recipe.interval == "step":
+            steps = -(-int(self.trainer.estimated_stepping_batches) // max(1, epochs or 1))
+        scheduler = build_scheduler(
+            self.scheduler_factory, optimizer, self.recipe, steps_per_epoch=steps, epochs=epochs
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "name": "lr"}}
+        found = {"scheduler": scheduler, "name": name, "interval": self.recipe.interval}
+        return {**found, "monitor": "val/loss"} if reads_metric(scheduler) else found
+
+    def configure_optimizers(self) -> Any:
+        """Build the student's optimizer, those of the method, and their schedules."""
+        optimizer = self.optimizer_factory(self.learner_groups())
+        self.scale_learning_rates(optimizer)
+        return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr")])
+
+    def add_method_optimizers(
+        self, optimizers: list[Optimizer], schedules: list[Any]
+    ) -> tuple[list[Optimizer], list[Any]]:
+        """Add the optimizers of the method, on the schedule of the module.
+
+        Args:
+            optimizers: The student's optimizer.
+            schedules: Its schedule in Lightning's form; may be empty.
+        """
+        own = self.method.auxiliary_optimizers()
+        return (
+            [*optimizers, *own.values()],
+            [*schedules, *(self._schedule(each, f"lr/{name}") for name, each in own.items())],
+        )
 
     # ---------------------------------------------------------------- checkpoint
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an export needs, as plain data; weights that are not finite are not written.
-
-        Raises:
-            NonFiniteError: naming what is not finite.
-        """
-        self.guard.flush(self)
-        state: Mapping[str, Tensor] = checkpoint.get("state_dict", {})
-        parameters = (name for name, _ in self.named_parameters())
-        check_weights(self, state, {*parameters, *(name for name in state if name.startswith("student."))})
-        data = getattr(self.trainer, "datamodule", None)
-        checkpoint["ackd_lightning"] = {
+    def metadata(self) -> dict[str, Any]:
+        """Return what an export needs to know, as plain data."""
+        data = getattr(self._trainer, "datamodule", None)
+        return {
             "version": __version__,
-            "num_classes": self.num_classes,
-            "input_size": self.input_size,
-            "mean": list(self.mean) if self.mean else None,
-            "std": list(self.std) if self.std else None,
+            "num_classes": self.data.num_classes,
+            "input_size": self.data.input_size,
+            "mean": list(self.data.mean) if self.data.mean else None,
+            "std": list(self.data.std) if self.data.std else None,
+            "class_names": list(self.data.class_names) if self.data.class_names else None,
             "data": type(data).__name__ if data is not None else None,
             "method": type(self.method).__name__,
             "seed": self.seed,
-            "epoch": self.current_epoch + 1,
+            "epoch": self.current_epoch + 1 if self._trainer is not None else 0,
             "skipped": self.guard.skipped,
             "head": None if self.method.head is None else self.method.head.description(),
             "learners": list(self.student.specs),
         }
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what an export needs; non-finite weights are not written.
+
+        Raises:
+            NonFiniteError: Naming what is not finite.
+        """
+        self.guard.flush(self)
+        state: Mapping[str, Tensor] = checkpoint.get("state_dict", {})
+        parameters = (name for name, _ in self.named_parameters())
+        check_weights(self, state, {*parameters, *(name for name in state if name.startswith("student."))})
+        checkpoint["ackd_lightning"] = self.metadata()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting skipped steps."""
+        """Restore the count of skipped steps."""
         self.guard.skipped = checkpoint.get("ackd_lightning", {}).get("skipped", 0)
+
+
+class ACKDModule(DistillationModule):
+    """Adversarial collaborative knowledge distillation, ready for any Lightning project.
+
+    A `DistillationModule` whose default method is `ACKD` with the paper's two auxiliary learners and all weights 1.
+
+    Example:
+        >>> from ackd_lightning.models.zoo import create_model
+        >>> module = ACKDModule(create_model("resnet8", 10), teacher=create_model("resnet14", 10))
+        >>> module.student.specs
+        ('D3B1', 'D2B2')
+    """
+
+    def default_method(self) -> Method:
+        """Return ACKD with the paper's learners and weights."""
+        return ACKD()
+
+
+def _constant(optimizer: Optimizer) -> LRScheduler:
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _factory(given: Any) -> Any:
+    """Factory of an optimizer or a schedule: as it is given, or from the plain data of a checkpoint."""
+    if not isinstance(given, Mapping):
+        return given
+    module, _, name = str(given["class_path"]).rpartition(".")
+    if module not in ("torch.optim", "torch.optim.lr_scheduler"):
+        raise ACKDError(f"the checkpoint was trained with {given['class_path']}; pass that optimizer or schedule again")
+    home = torch.optim if module == "torch.optim" else torch.optim.lr_scheduler
+    return functools.partial(getattr(home, name), **given["init_args"])
+
+
+def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Complete what an overridden ``configure_optimizers`` returns with the optimizers of the method."""
+
+    @functools.wraps(own)
+    def configure_optimizers(self: DistillationModule) -> Any:
+        result = own(self)
+        if not self.auxiliary:
+            return result
+        optimizers, schedules = _parts(result)
+        auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
+        held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+        return result if auxiliary & held else self.add_method_optimizers(optimizers, schedules)
+
+    return configure_optimizers
+
+
+def _parts(result: Any) -> tuple[list[Optimizer], list[Any]]:
+    """Split one of Lightning's forms of optimizers and schedules into two lists."""
+    if isinstance(result, Optimizer):
+        return [result], []
+    if isinstance(result, Mapping):
+        schedule = result.get("lr_scheduler")
+        return [result["optimizer"]], [] if schedule is None else [schedule]
+    if isinstance(result, (list, tuple)) and len(result) == 2 and isinstance(result[0], (list, tuple)):
+        return list(result[0]), list(result[1])
+    pairs = [_parts(each) for each in result]
+    return [each for found, _ in pairs for each in found], [each for _, found in pairs for each in found]

@@ -1,4 +1,4 @@
-"""A loss that is no finite number: found before it reaches a checkpoint, told with its term and a remedy."""
+"""Non-finite losses: found before they reach a checkpoint, and reported with their term and a remedy."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ackd_lightning.errors import NonFiniteError
 
-OnNan = Literal["stop", "skip"]
-ON_NAN = ("stop", "skip")
-_TOLD = 3  # steps that are named one by one
+OnNonFinite = Literal["stop", "skip"]
+_TOLD = 3  # skipped steps that are reported one by one
 
 
 @dataclass
 class _Step:
-    """Values of one step on their way from the device."""
+    """Values of one step that are being copied from the device."""
 
     names: tuple[str, ...]
     values: Tensor
@@ -32,41 +31,41 @@ class _Step:
     place: str
 
 
-class FiniteGuard:
-    """Judges the loss of every training step.
+class NonFiniteGuard:
+    """Check the loss of every training step.
 
-    ``stop``: on a CPU the step is judged before its backward pass. On a GPU its values are copied without waiting, and
-    judged when the next step begins, and before a checkpoint is written; so no step waits for the device, the error is
-    one step late, and no checkpoint holds weights from behind the step. ``skip``: every step is judged before its
-    backward pass, which waits for the device; processes agree, and all of them skip a step that one of them must skip.
+    ``stop``: On a CPU a step is checked before its backward pass. On a GPU its values are copied without waiting and
+    checked when the next step begins and before a checkpoint is written. So no step waits for the device, the error
+    comes one step late, and no checkpoint holds weights from after the step. ``skip``: Every step is checked before
+    its backward pass, which waits for the device. All processes skip a step that one of them must skip.
 
     Args:
-        on_nan: what a loss that is not finite does.
+        on_nonfinite: How to handle a non-finite loss: end the run, or skip the step.
     """
 
-    def __init__(self, on_nan: OnNan) -> None:
-        self.on_nan = on_nan
-        self.skipping = False  # the step that is being made
+    def __init__(self, on_nonfinite: OnNonFinite) -> None:
+        self.on_nonfinite = on_nonfinite
+        self.skipping = False  # the current step
         self.skipped = 0
         self.skipped_in_epoch = 0
         self.finite_in_epoch = 0
         self._waiting: list[_Step] = []
 
     def must_skip(self, module: L.LightningModule, values: Mapping[str, Tensor]) -> bool:
-        """Judge the loss terms of a step.
+        """Check the loss terms of a step.
 
         Args:
-            module: in training.
-            values: unweighted scalars by name.
+            module: Module in training.
+            values: Unweighted scalars by name.
 
         Returns:
-            Whether the step is left out; always False with ``stop``.
+            Whether to skip the step; always False with ``stop``.
 
         Raises:
-            NonFiniteError: with ``stop``, for this step or, on a GPU, the one before.
+            NonFiniteError: With ``stop``, for this step or, on a GPU, for the step before.
         """
         joined = torch.stack([value.detach().float() for value in values.values()])
-        if self.on_nan == "skip":
+        if self.on_nonfinite == "skip":
             self.skipping = self._skip(module, tuple(values), joined)
             return self.skipping
         place = f"step {module.global_step + 1:,} (epoch {module.current_epoch + 1})"
@@ -83,13 +82,13 @@ class FiniteGuard:
         return False
 
     def flush(self, module: L.LightningModule) -> None:
-        """Judge steps whose values are still on their way.
+        """Check steps whose values are still being copied from the device.
 
         Args:
-            module: in training.
+            module: Module in training.
 
         Raises:
-            NonFiniteError: naming step, term, learning rate and remedies.
+            NonFiniteError: Naming step, term, learning rate and remedies.
         """
         steps, self._waiting = self._waiting, []
         for step in steps:
@@ -98,8 +97,7 @@ class FiniteGuard:
             if (bad := _which(step.names, step.values)) is not None:
                 raise NonFiniteError(
                     f"the loss is not finite in {step.place}: {bad}, learning rate {learning_rate(module):.3g}; "
-                    f"{remedies(module)}; checkpoints that are there are finite, and --on_nan skip leaves such steps "
-                    "out"
+                    f"{remedies(module)}; existing checkpoints are finite, and --on_nonfinite skip skips such steps"
                 )
 
     def _skip(self, module: L.LightningModule, names: tuple[str, ...], values: Tensor) -> bool:
@@ -107,13 +105,13 @@ class FiniteGuard:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if not int(bad):
-            self.finite_in_epoch += "loss" in names  # the last judgement of a step
+            self.finite_in_epoch += "loss" in names  # the last check of a step
             return False
         self.skipped += 1
         self.skipped_in_epoch += 1
         if self.skipped <= _TOLD:
             found = _which(names, values) or "in another process"
-            last = "; later ones are counted without a word" if self.skipped == _TOLD else ""
+            last = "; later ones are only counted" if self.skipped == _TOLD else ""
             rank_zero_warn(
                 f"the loss is not finite in epoch {module.current_epoch + 1} ({found}, learning rate "
                 f"{learning_rate(module):.3g}), so this step is skipped, {self.skipped} in all{last}"
@@ -121,13 +119,13 @@ class FiniteGuard:
         return True
 
     def end_epoch(self, module: L.LightningModule) -> None:
-        """Judge the last step, and an epoch of which nothing was left.
+        """Check the last step, and refuse an epoch whose steps were all skipped.
 
         Args:
-            module: in training.
+            module: Module in training.
 
         Raises:
-            NonFiniteError: when no step of the epoch was carried out.
+            NonFiniteError: If every step of the epoch was skipped.
         """
         self.flush(module)
         finite, skipped = self.finite_in_epoch, self.skipped_in_epoch
@@ -135,37 +133,38 @@ class FiniteGuard:
         if skipped and not finite:
             raise NonFiniteError(
                 f"the loss was finite in none of the {skipped} steps of epoch {module.current_epoch + 1}, learning "
-                f"rate {learning_rate(module):.3g}; {remedies(module)}; checkpoints that are there are finite"
+                f"rate {learning_rate(module):.3g}; {remedies(module)}; existing checkpoints are finite"
             )
 
 
 def _which(names: tuple[str, ...], values: Tensor) -> str | None:
-    """The terms that are not finite with their values; None when all are."""
+    """Return the non-finite terms with their values, or None when all are finite."""
     numbers = zip(names, values.tolist(), strict=True)
     bad = [f"{name} = {value}" for name, value in numbers if not math.isfinite(value)]
     return ", ".join(bad[:-1] if len(bad) > 1 and bad[-1].startswith("loss =") else bad) or None
 
 
 def learning_rate(module: L.LightningModule) -> float:
-    """Learning rate of the first parameter group.
+    """Return the learning rate of the first parameter group.
 
     Args:
-        module: in training.
+        module: Module in training.
     """
     return float(module.trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def remedies(module: L.LightningModule) -> str:
-    """What to change after a loss that was not finite, in the order in which to try it.
+    """Return what to change after a non-finite loss, in the order in which to try it.
 
     Args:
-        module: in training.
+        module: Module in training.
     """
-    advice = [f"lower --model.lr (it is {getattr(module, 'lr', math.nan):.3g})"]
-    if not getattr(module, "warmup_epochs", 1):
-        advice.append("start slowly with --model.warmup_epochs 5")
-    if getattr(module, "clip_norm", 1) is None:
-        advice.append("clip with --model.gradient_clip_val 5")
+    advice = [f"lower --model.optimizer.lr (it is {learning_rate(module):.3g} now)"]
+    recipe = getattr(module, "recipe", None)
+    if recipe is not None and not recipe.warmup_epochs:
+        advice.append("start slowly with --model.recipe.warmup_epochs 5")
+    if recipe is not None and recipe.gradient_clip_val is None:
+        advice.append("clip with --model.recipe.gradient_clip_val 5")
     plugin = module.trainer.precision_plugin
     if isinstance(plugin, MixedPrecision) and plugin.precision == "16-mixed":
         advice.insert(0, "train in --trainer.precision bf16-mixed instead of 16-mixed")
@@ -173,15 +172,15 @@ def remedies(module: L.LightningModule) -> str:
 
 
 def check_weights(module: L.LightningModule, state: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Refuse to write weights that are not finite.
+    """Refuse to write non-finite weights.
 
     Args:
-        module: in training.
-        state: a state dict.
-        names: the entries that have to be finite.
+        module: Module in training.
+        state: State dict.
+        names: Entries that must be finite.
 
     Raises:
-        NonFiniteError: naming one of them.
+        NonFiniteError: Naming one of them.
     """
     chosen = {name: state[name] for name in names if name in state and state[name].is_floating_point()}
     if not chosen:
@@ -197,42 +196,42 @@ def check_weights(module: L.LightningModule, state: Mapping[str, Tensor], names:
 
 
 def batchnorm_statistics(*modules: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Buffers of BatchNorm and copies of them, to be written back after a forward pass that is not to count.
+    """Return buffers of BatchNorm and copies of them, to undo a forward pass.
 
     Args:
-        modules: whose layers are looked through.
+        modules: Modules whose layers are searched.
     """
     layers = [each for module in modules for each in module.modules() if isinstance(each, _NormBase)]
     return [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
 class SkippingModule(L.LightningModule):
-    """A module some of whose steps are left out, with all that such a step has changed.
+    """A module that can skip a step and undo what the step has changed.
 
     Attributes:
-        guard: judges the losses; set by the sub-class.
+        guard: Checks the losses; set by the sub-class.
     """
 
-    guard: FiniteGuard
+    guard: NonFiniteGuard
 
     def networks_in_training(self) -> Iterable[nn.Module]:
-        """Those whose BatchNorm a forward pass changes."""
+        """Return the networks whose BatchNorm a forward pass changes."""
         raise NotImplementedError(f"{type(self).__name__} has no method `networks_in_training`")
 
     def statistics_before(self) -> list[tuple[Tensor, Tensor]]:
-        """What a forward pass changes and a skipped step must not: BatchNorm's buffers, and copies of them."""
-        return batchnorm_statistics(*self.networks_in_training()) if self.guard.on_nan == "skip" else []
+        """Return what a forward pass changes and a skipped step must restore: BatchNorm's buffers, and copies of them."""
+        return batchnorm_statistics(*self.networks_in_training()) if self.guard.on_nonfinite == "skip" else []
 
     @torch.no_grad()
     def skips(self, values: Mapping[str, Tensor], before: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        """Judge a step; with ``on_nan="skip"`` say whether it is left out, and take back what it changed.
+        """Check a step; with ``on_nonfinite="skip"`` return whether to skip it, and undo what it changed.
 
         Args:
-            values: unweighted scalars by name.
-            before: as ``statistics_before`` gave it.
+            values: Unweighted scalars by name.
+            before: Buffers as ``statistics_before`` returned them.
 
         Raises:
-            NonFiniteError: with ``on_nan="stop"``, when one of them is not finite.
+            NonFiniteError: With ``on_nonfinite="stop"``, if a value is not finite.
         """
         if not self.guard.must_skip(self, values):
             return False
@@ -241,15 +240,15 @@ class SkippingModule(L.LightningModule):
         return True
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Backward pass, but for a step that is skipped."""
+        """Run the backward pass, except for a skipped step."""
         if not self.guard.skipping:
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Optimizer step, but for a step that is skipped; its loss is known before, then."""
-        if self.guard.on_nan == "stop" or optimizer_closure is None:
+        """Step the optimizer, except for a skipped step."""
+        if self.guard.on_nonfinite == "stop" or optimizer_closure is None:
             return super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         loss = optimizer_closure()
         if not self.guard.skipping:
@@ -257,7 +256,7 @@ class SkippingModule(L.LightningModule):
         return None
 
     def on_train_epoch_end(self) -> None:
-        """Judge the epoch's last step, and log how many were skipped."""
+        """Check the epoch's last step, and log how many steps were skipped."""
         self.guard.end_epoch(self)
-        if self.guard.on_nan == "skip":
+        if self.guard.on_nonfinite == "skip":
             self.log("train/skipped", float(self.guard.skipped))

@@ -1,56 +1,204 @@
-"""Learning rate and its schedule."""
+"""Optimizers, learning rate schedules and warm-up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.validation import NonNegativeInt, Positive, check_arguments
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+_LENGTHS = {"CosineAnnealingLR": "T_max", "PolynomialLR": "total_iters"}
+"""Attributes that hold the length of a schedule; 0 stands for the length of the fit."""
 
 
-def check_recipe(
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    milestones: Sequence[int],
-    lr_decay: float,
-    warmup_epochs: int,
-    gradient_clip_val: float | None,
-) -> None:
-    """Refuse numbers that no training can have; arguments as in ``DistillationModule``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What a training recipe says besides optimizer and schedule.
 
-    Raises:
-        ACKDError: naming them.
+    Attributes:
+        interval: Step the learning rate schedule after every ``epoch`` or after every ``step``.
+        warmup_epochs: Epochs over which the learning rate grows linearly to that of the schedule; 0 for none.
+        gradient_clip_val: Largest norm of the gradient; None for no clipping. (The Trainer's own argument works in
+            automatic optimization only.)
+        decay_norm_and_bias: Apply weight decay to parameters with fewer than two dimensions (norms and biases), too.
     """
-    if lr <= 0 or momentum < 0 or weight_decay < 0:
-        raise ACKDError(
-            f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}: lr must be above 0, the others 0 or more"
-        )
-    if momentum >= 1 or lr_decay <= 0 or warmup_epochs < 0 or any(each < 0 for each in milestones):
-        raise ACKDError(
-            f"momentum {momentum}, lr_decay {lr_decay}, warmup_epochs {warmup_epochs}, milestones "
-            f"{list(milestones)}: momentum must be below 1, lr_decay above 0, the others 0 or more"
-        )
-    if gradient_clip_val is not None and gradient_clip_val <= 0:
-        raise ACKDError(f"gradient_clip_val is {gradient_clip_val}; it must be above 0, or left out for no clipping")
+
+    interval: Literal["epoch", "step"] = "epoch"
+    warmup_epochs: NonNegativeInt = 0
+    gradient_clip_val: Positive | None = None
+    decay_norm_and_bias: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_arguments(type(self), {each.name: getattr(self, each.name) for each in fields(self)})
 
 
-def stepped(
-    optimizer: torch.optim.Optimizer, milestones: Sequence[int], *, lr_decay: float, warmup_epochs: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Learning rate that is multiplied at milestones, after a linear warm-up; one step an epoch.
+class WarmUp(LRScheduler):
+    """Multiply the learning rates of any schedule by a factor that grows linearly to 1.
+
+    The factor is 1 / (n + 1) at the start of a warm-up of n steps of the schedule, and 1 after it.
 
     Args:
-        optimizer: whose learning rates follow.
-        milestones: epochs.
-        lr_decay: factor at each.
-        warmup_epochs: 0 for none.
+        scheduler: Schedule, which is stepped by this one.
+        steps: Length n of the warm-up in steps of the schedule, at least 1.
     """
-    steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), gamma=lr_decay)
-    if not warmup_epochs:
-        return steps
-    start = 1.0 / (warmup_epochs + 1)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=warmup_epochs)
-    return torch.optim.lr_scheduler.ChainedScheduler([steps, warmup], optimizer)
+
+    def __init__(self, scheduler: LRScheduler, steps: int) -> None:
+        self.optimizer = scheduler.optimizer
+        self.scheduler, self.steps, self.count = scheduler, steps, 0
+        self.unscaled = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._scale()
+
+    def _scale(self) -> None:
+        factor = min(1.0, (self.count + 1) / (self.steps + 1))
+        for group, lr in zip(self.optimizer.param_groups, self.unscaled, strict=True):
+            group["lr"] = lr * factor
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, metrics: Any = None) -> None:  # type: ignore[override]  # a metric instead of an epoch
+        """Step the schedule and the warm-up.
+
+        Args:
+            metrics: Value that a schedule on a plateau reads.
+        """
+        for group, lr in zip(self.optimizer.param_groups, self.unscaled, strict=True):
+            group["lr"] = lr
+        step_scheduler(self.scheduler, metrics)
+        self.unscaled = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.count += 1
+        self._scale()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of schedule and warm-up."""
+        return {"scheduler": self.scheduler.state_dict(), "count": self.count, "unscaled": list(self.unscaled)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Args:
+            state_dict: State of schedule and warm-up.
+        """
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        self.count, self.unscaled = state_dict["count"], list(state_dict["unscaled"])
+        self._scale()
+
+
+def step_scheduler(scheduler: LRScheduler, metric: Any = None) -> None:
+    """Step a schedule, with a metric where it reads one.
+
+    Args:
+        scheduler: Schedule.
+        metric: Value of the monitored metric.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        if metric is not None:
+            scheduler.step(metric)
+    elif isinstance(scheduler, WarmUp):
+        scheduler.step(metric)
+    else:
+        scheduler.step()
+
+
+def reads_metric(scheduler: LRScheduler) -> bool:
+    """Return whether a schedule reads a metric.
+
+    Args:
+        scheduler: Schedule, perhaps with a warm-up around it.
+    """
+    return isinstance(scheduler.scheduler if isinstance(scheduler, WarmUp) else scheduler, ReduceLROnPlateau)
+
+
+def build_scheduler(
+    factory: SchedulerFactory, optimizer: Optimizer, recipe: Recipe, *, steps_per_epoch: int, epochs: int | None
+) -> LRScheduler:
+    """Build a schedule with its warm-up.
+
+    Args:
+        factory: Builds the schedule of an optimizer.
+        optimizer: Optimizer whose learning rates follow.
+        recipe: Interval and warm-up.
+        steps_per_epoch: Optimizer steps in an epoch; read with ``interval="step"`` only.
+        epochs: Epochs of the fit; None when it is not limited by epochs.
+
+    Raises:
+        ACKDError: If the schedule must be as long as the fit and that is not known.
+    """
+    scheduler = factory(optimizer)
+    per_epoch = steps_per_epoch if recipe.interval == "step" else 1
+    name = _LENGTHS.get(type(scheduler).__name__)
+    if name is not None and getattr(scheduler, name) == 0:
+        if epochs is None:
+            raise ACKDError(
+                f"{name} of {type(scheduler).__name__} is 0, the length of the fit, and trainer.max_epochs is not set; "
+                "set one of them"
+            )
+        setattr(scheduler, name, max(1, epochs * per_epoch))
+    return WarmUp(scheduler, recipe.warmup_epochs * per_epoch) if recipe.warmup_epochs else scheduler
+
+
+def without_decay(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Split parameter groups so that norms and biases have no weight decay.
+
+    Args:
+        groups: Parameter groups with ``params`` and ``name``.
+    """
+    result: list[dict[str, Any]] = []
+    for group in groups:
+        flat = [each for each in group["params"] if each.ndim < 2]
+        other = [each for each in group["params"] if each.ndim >= 2]
+        if other:
+            result.append({**group, "params": other})
+        if flat:
+            result.append({**group, "params": flat, "name": f"{group['name']}_no_decay", "weight_decay": 0.0})
+    return result
+
+
+def scale_learning_rates(optimizer: Optimizer, scales: Mapping[int, float]) -> None:
+    """Multiply the learning rate of parameter groups.
+
+    Args:
+        optimizer: Optimizer without a schedule yet.
+        scales: Factor by the ``id`` of a group's first parameter.
+    """
+    for group in optimizer.param_groups:
+        factor = scales.get(id(group["params"][0]), 1.0) if group["params"] else 1.0
+        if factor != 1.0:
+            group["lr"] = group["lr"] * factor
+
+
+def describe_factory(factory: Any) -> dict[str, Any] | None:
+    """Return a factory of optimizers or schedules as plain data, or None where it is not a class with arguments.
+
+    Args:
+        factory: A class, or a `functools.partial` of one.
+
+    Example:
+        >>> describe_factory(functools.partial(torch.optim.SGD, lr=0.1))
+        {'class_path': 'torch.optim.SGD', 'init_args': {'lr': 0.1}}
+    """
+    arguments: dict[str, Any] = {}
+    found = factory
+    if isinstance(factory, functools.partial):
+        arguments = {key: value for key, value in factory.keywords.items() if _is_plain(value)}
+        found = next((each for each in (factory.func, *reversed(factory.args)) if isinstance(each, type)), None)
+    if not isinstance(found, type):
+        return None
+    home = "torch.optim.lr_scheduler" if issubclass(found, LRScheduler) else "torch.optim"
+    public = getattr(torch.optim.lr_scheduler if issubclass(found, LRScheduler) else torch.optim, found.__name__, None)
+    path = f"{home}.{found.__name__}" if public is found else f"{found.__module__}.{found.__qualname__}"
+    return {"class_path": path, "init_args": arguments}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(each) for each in value)
+    return isinstance(value, (bool, int, float, str, type(None)))

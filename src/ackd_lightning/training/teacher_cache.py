@@ -6,28 +6,26 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ackd_lightning.callbacks.protocol import TrainingModule
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.sampling import EpochSampler
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.files import write_json
 from ackd_lightning.types import NetOutput
 
-if TYPE_CHECKING:
-    from ackd_lightning.training.module import DistillationModule
-
 KEY_FILE = "key.json"
 _VIEWS = 2
 """Raised whenever the same keys draw other views than before (2: crops of image files)."""
 
 
-def view_key(module: DistillationModule, data: ImageDataModule, precision: str) -> dict[str, Any]:
+def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> dict[str, Any]:
     """What a teacher's logits for the views of a training depend on, as plain data.
 
     Args:
@@ -39,13 +37,13 @@ def view_key(module: DistillationModule, data: ImageDataModule, precision: str) 
         ACKDError: for a method that reads more of the teacher than its logits, or learns from none or several.
     """
     name = type(module.method).__name__
-    if module.method.takes_teachers or not module.method.teacher_logits_suffice:
-        raise ACKDError(f"method {name} does not learn from a teacher's logits alone; leave teacher_cache out")
-    assert module.teacher is not None
+    if module.method.teacher != "logits":
+        raise ACKDError(f"method {name} does not learn from a teacher's logits alone; leave teacher.cache out")
+    (teacher,) = module.teachers.frozen
     targets = data.train_targets
     return {
-        "teacher": module.teacher.metadata.get("sha256"),
-        "model": module.teacher.metadata.get("model"),
+        "teacher": teacher.metadata.get("sha256"),
+        "model": teacher.metadata.get("model"),
         "data": type(data).__name__,
         "images": len(targets),
         "targets": hashlib.sha256(targets.numpy().tobytes()).hexdigest(),
@@ -56,7 +54,7 @@ def view_key(module: DistillationModule, data: ImageDataModule, precision: str) 
         "views": _VIEWS,
         "seed of the data": data.run_seed,
         "batch_size": data.batch_size,
-        "precision": f"{precision}{', teacher bf16' if module.teacher.bf16 else ''}",
+        "precision": f"{precision}{', teacher bf16' if teacher.bf16 else ''}",
     }
 
 
@@ -88,7 +86,7 @@ class TeacherCache:
         missing = [epoch for epoch in range(epochs) if not epoch_file(folder, epoch).is_file()]
         if missing:
             raise ACKDError(
-                f"teacher_cache {folder} lacks epoch {missing[0] + 1} of {epochs}; let `ackd cache` with the same "
+                f"teacher.cache {folder} lacks epoch {missing[0] + 1} of {epochs}; let `ackd cache` with the same "
                 "settings finish it"
             )
         self._epoch = -1
@@ -115,7 +113,7 @@ class TeacherCache:
                 ) from error
             self._epoch = epoch
         logits = self._logits[index].float()
-        return NetOutput(logits, (), logits.new_empty(len(logits), 0))
+        return NetOutput(logits)
 
 
 def check_key(folder: Path, key: dict[str, Any]) -> None:
@@ -132,7 +130,7 @@ def check_key(folder: Path, key: dict[str, Any]) -> None:
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ACKDError(f"teacher_cache {folder} is no cache (no {KEY_FILE}); `ackd cache` makes one") from None
+        raise ACKDError(f"teacher.cache {folder} is no cache (no {KEY_FILE}); `ackd cache` makes one") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ACKDError(
             f"{path} cannot be read ({str(error)[:100]}); remove the folder, `ackd cache` makes it"
@@ -141,14 +139,14 @@ def check_key(folder: Path, key: dict[str, Any]) -> None:
         found = there.get(name) if isinstance(there, dict) else None
         if found != value:
             raise ACKDError(
-                f"teacher_cache {folder} was made with {name} {str(found)[:40]!r} and this run has "
+                f"teacher.cache {folder} was made with {name} {str(found)[:40]!r} and this run has "
                 f"{str(value)[:40]!r}; give it its own cache"
             )
 
 
 @torch.no_grad()
 def fill(
-    folder: Path, module: DistillationModule, data: ImageDataModule, *, epochs: int, precision: str
+    folder: Path, module: TrainingModule, data: ImageDataModule, *, epochs: int, precision: str
 ) -> Iterator[tuple[int, Path | None]]:
     """Write the epochs that are missing, one file each; every file is there whole or not at all.
 
@@ -178,7 +176,7 @@ def fill(
         if path.is_file():
             yield epoch, None
             continue
-        logits = torch.full((key["images"], module.num_classes), torch.nan)
+        logits = torch.full((key["images"], module.data.num_classes), torch.nan)
         for index, scores in teacher_logits(module, data, epoch=epoch, precision=precision):
             logits[index] = scores
         half = logits.bfloat16()
@@ -190,7 +188,7 @@ def fill(
 
 
 def teacher_logits(
-    module: DistillationModule, data: ImageDataModule, *, epoch: int, precision: str
+    module: TrainingModule, data: ImageDataModule, *, epoch: int, precision: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The teacher's logits for the batches of an epoch.
 
@@ -205,11 +203,11 @@ def teacher_logits(
     """
     loader, device = data.train_dataloader(), module.device
     cast(EpochSampler, loader.sampler).set_epoch(epoch)
-    assert module.teacher is not None
+    (teacher,) = module.teachers.frozen
     half = precision == "bf16-mixed"
     for raw in loader:
         moved = data.transfer_batch_to_device(raw, device, 0)
         batch = module.as_batch(data.on_after_batch_transfer(moved, 0))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            scores = module.teacher(batch.image).logits
+            scores = teacher(batch.image).logits
         yield batch.index.cpu(), scores.float().cpu()

@@ -2,132 +2,194 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.callbacks.health import check_teacher
+from ackd_lightning.config.files import packaged_names
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods.base import Method
 from ackd_lightning.models.features import probe
-from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.teacher import FrozenTeacher, TeacherConfig
 from ackd_lightning.models.weights import digest
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import NetSpec
+from ackd_lightning.types import DataInfo, NetSpec
 
-GivenTeacher = str | nn.Module
+GivenTeacher = str | nn.Module | TeacherConfig
+
+
+def as_configs(
+    given: GivenTeacher | Mapping[str, Any] | Sequence[GivenTeacher | Mapping[str, Any]] | None,
+) -> tuple[TeacherConfig, ...]:
+    """Return every given teacher as a `TeacherConfig`.
+
+    Args:
+        given: Names, networks, configurations or their plain data; one, several, or None.
+    """
+    if given is None:
+        return ()
+    every = [given] if isinstance(given, (str, nn.Module, TeacherConfig, Mapping)) else list(given)
+    return tuple(
+        each
+        if isinstance(each, TeacherConfig)
+        else TeacherConfig(**each)
+        if isinstance(each, Mapping)
+        else TeacherConfig(network=each)
+        for each in every
+    )
+
+
+def chosen(configs: Sequence[TeacherConfig], method: Method) -> Sequence[TeacherConfig]:
+    """Return the teachers that a method reads: none for a method without a teacher, whatever is given.
+
+    Args:
+        configs: Teachers that were given.
+        method: Method to train.
+
+    Raises:
+        ACKDError: If the method needs a teacher and there is none, or there are several and it reads one.
+    """
+    name = type(method).__name__
+    if method.teacher == "none":
+        return ()
+    if not configs:
+        raise ACKDError(
+            f"method {name} needs a teacher and `teacher` is empty; name a model and its weight file, or pass a network"
+        )
+    if len(configs) > 1 and method.teacher != "own":
+        raise ACKDError(f"method {name} learns from one teacher and `teacher` names {len(configs)}; name one of them")
+    return configs
+
+
+def weight_file(config: TeacherConfig) -> str:
+    """Return the path of a teacher's weight file, or say how to make it.
+
+    Args:
+        config: Teacher given by name.
+
+    Raises:
+        ACKDError: If no file is named or it does not exist.
+    """
+    if config.weights is None:
+        raise ACKDError(f"teacher {config.network!r} has no weight file; set teacher.weights to its .safetensors file")
+    if not Path(config.weights).is_file():
+        name = f"{Path(config.weights).stem}.yaml"
+        known = name in packaged_names()
+        remedy = f"train it with `ackd fit --config {name}`" if known else "set teacher.weights to an existing file"
+        raise ACKDError(f"teacher weights {config.weights} do not exist; {remedy}")
+    return config.weights
 
 
 class Teachers:
-    """One teacher or several, each a name with a weight file or a network.
+    """The teachers of a training module.
 
-    A given network is taken over at once; a named one is on the meta device until ``load``.
+    A given network is copied at once; a named one stays on the meta device until `load`.
 
     Args:
-        given: names, networks or ``FrozenTeacher``s.
-        weights: weight files of the named ones, in their order; a single one for a single teacher.
-        options: for ``create_model``; of a single teacher only.
-        num_classes: K.
-        bf16: run them in bfloat16.
-        data: how images come: mean, std (None when unknown) and side in pixels.
+        configs: The teachers.
+        data: Classes, image size and normalisation of the data.
 
     Raises:
-        ACKDError: for a teacher of other classes, and for lists that do not fit each other.
+        ACKDError: If a teacher has other classes than the data.
     """
 
-    def __init__(
-        self,
-        given: Sequence[GivenTeacher],
-        *,
-        weights: Sequence[str] | str | None,
-        options: Mapping[str, Any],
-        num_classes: int,
-        bf16: bool,
-        data: tuple[Sequence[float] | None, Sequence[float] | None, int],
-    ) -> None:
-        named = [each for each in given if isinstance(each, str)]
-        if options and len(given) > 1:
-            raise ACKDError(
-                f"teacher_options are for one teacher and `teacher` names {len(given)}; name networks that need none"
-            )
-        files = [weights] if isinstance(weights, str) else list(weights or ())
-        if len(files) != len(named) and len(named) > 1:
-            raise ACKDError(
-                f"`teacher` names {len(named)} networks and teacher_weights {len(files)} files; name one file each, "
-                "in the same order"
-            )
-        self.num_classes, self.bf16, self.data, self.options = num_classes, bf16, data, dict(options)
-        self.given = tuple(given)
-        self.files = dict(enumerate(files))
-        self.frozen: tuple[FrozenTeacher, ...] = ()
+    def __init__(self, configs: Sequence[TeacherConfig], data: DataInfo) -> None:
+        self.configs, self.data = tuple(configs), data
         self._device = torch.device("cpu")
-        own = [self._take_over(each) for each in given if not isinstance(each, str)]
-        self._networks = own
-        if not named:
-            self.frozen = tuple(own)
-        structures = iter(own)
+        self._given = {
+            number: self._adapted(each) for number, each in enumerate(configs) if not isinstance(each.network, str)
+        }
+        self.frozen: tuple[FrozenTeacher, ...] = ()
+        if len(self._given) == len(configs):
+            self.frozen = tuple(self._given.values())
         self.structures: tuple[nn.Module, ...] = tuple(
-            self._on_meta(each) if isinstance(each, str) else next(structures).network for each in given
+            self._given[number].network if number in self._given else self._on_meta(each)
+            for number, each in enumerate(configs)
         )
-        self.specs: tuple[NetSpec, ...] = tuple(self._spec(number) for number in range(len(given)))
+        self.specs: tuple[NetSpec, ...] = tuple(self._spec(number) for number in range(len(configs)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teachers:
-        return self  # as a FrozenTeacher: an EMA copy of the student shares its teachers
+        return self  # as a FrozenTeacher: an averaged copy of the student shares its teachers
 
-    def _take_over(self, network: nn.Module) -> FrozenTeacher:
-        frozen = network if isinstance(network, FrozenTeacher) else FrozenTeacher(network, bf16=self.bf16)
-        frozen.adapt_to(*self.data)
+    def __iter__(self) -> Iterator[FrozenTeacher]:
+        return iter(self.frozen)
+
+    def _adapted(self, config: TeacherConfig) -> FrozenTeacher:
+        """Frozen teacher of a given network, told how the data are normalised."""
+        network = config.network
+        assert isinstance(network, nn.Module)
+        own = {"mean": config.mean, "std": config.std, "input_size": config.input_size}
+        frozen = network if isinstance(network, FrozenTeacher) else FrozenTeacher(network, bf16=config.bf16, **own)
+        frozen.adapt_to(self.data.mean, self.data.std, self.data.input_size)
         return frozen
 
-    def _on_meta(self, name: str) -> nn.Module:
+    def _on_meta(self, config: TeacherConfig) -> nn.Module:
         with torch.device("meta"):
-            return create_model(name, self.num_classes, **self.options)
+            return create_model(str(config.network), self.data.num_classes, **(config.options or {}))
 
     def _spec(self, number: int) -> NetSpec:
-        given = self.given[number]
-        size = self.data[2]
-        if not isinstance(given, str):
-            place = sum(not isinstance(each, str) for each in self.given[:number])
-            size = self._networks[place].input_size or size
-        spec = probe(self.structures[number], size)
-        if spec.num_classes != self.num_classes:
+        size = self._given[number].input_size if number in self._given else self.configs[number].input_size
+        spec = probe(self.structures[number], size or self.data.input_size)
+        if spec.num_classes != self.data.num_classes:
             raise ACKDError(
-                f"the teacher has {spec.num_classes} classes and num_classes is {self.num_classes}; "
-                "choose a teacher of the same classes"
+                f"the teacher has {spec.num_classes} classes and the data have {self.data.num_classes}; choose a "
+                "teacher of the same classes"
             )
         return spec
 
     def load(self) -> None:
-        """Load what was given by name; nothing to do when all are there.
+        """Load the teachers given by name. Nothing happens when all are loaded.
 
         Raises:
-            ACKDError: when a weight file is missing or does not fit.
+            ACKDError: If a weight file is missing or does not fit.
         """
-        if len(self.frozen) == len(self.given):
+        if len(self.frozen) == len(self.configs):
             return
-        frozen, own, named = [], iter(self._networks), 0
-        for given in self.given:
-            if not isinstance(given, str):
-                frozen.append(next(own))
-                continue
-            weights = check_teacher(given, self.files.get(named))
-            named += 1
-            teacher = FrozenTeacher.from_name(
-                given, self.num_classes, weights=weights, options=self.options, bf16=self.bf16
-            )
-            teacher.adapt_to(*self.data)
-            teacher.metadata["sha256"] = digest(weights)
-            frozen.append(teacher)
+        frozen = [
+            self._given[number] if number in self._given else self._loaded(config)
+            for number, config in enumerate(self.configs)
+        ]
         self.frozen = tuple(each.to(self._device) for each in frozen)
+
+    def _loaded(self, config: TeacherConfig) -> FrozenTeacher:
+        weights, name = weight_file(config), str(config.network)
+        teacher = FrozenTeacher.from_name(
+            name, self.data.num_classes, weights=weights, options=config.options, bf16=config.bf16
+        )
+        if config.mean is not None or config.std is not None or config.input_size is not None:
+            teacher.set_preprocessing(config.mean, config.std, config.input_size)
+        teacher.adapt_to(self.data.mean, self.data.std, self.data.input_size)
+        teacher.metadata["sha256"] = digest(weights)
+        return teacher
 
     def apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
         """Move the teachers as torch moves a module.
 
         Args:
-            fn: what is done to every tensor.
-            recurse: as torch's own.
+            fn: Function of every tensor.
+            recurse: Argument of torch's own method.
         """
         self._device = fn(torch.empty(0)).device
-        for each in self.frozen or self._networks:
+        for each in self.frozen or self._given.values():
             each._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def describe_teachers(configs: Sequence[TeacherConfig]) -> list[dict[str, Any]] | None:
+    """Return teachers given by name as plain data for a checkpoint, or None when one is a network.
+
+    Args:
+        configs: The teachers.
+    """
+    if any(not isinstance(each.network, str) for each in configs):
+        return None
+    names = ("network", "weights", "options", "mean", "std", "input_size", "bf16", "gate", "cache")
+    listed = [replace(each, mean=_listed(each.mean), std=_listed(each.std)) for each in configs]
+    return [{name: getattr(each, name) for name in names} for each in listed]
+
+
+def _listed(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else list(values)
