@@ -18,14 +18,14 @@ if TYPE_CHECKING:
         TinyImageNetDataModule,
     )
     from ackd_lightning.errors import ACKDError
-    from ackd_lightning.methods import ACKD, CE, KD, AdversarialMethod, Method
+    from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
     from ackd_lightning.models.student import BranchyStudent
-    from ackd_lightning.models.teacher import FrozenTeacher
+    from ackd_lightning.models.teacher import FrozenTeacher, TeacherConfig
     from ackd_lightning.models.weights import load_weights, save_weights
     from ackd_lightning.models.zoo import create_model
     from ackd_lightning.runs.export import load_student
-    from ackd_lightning.training import ACKDModule, AdversarialModule, DistillationModule
-    from ackd_lightning.types import Batch, NetOutput, NetSpec
+    from ackd_lightning.training import ACKDModule, DistillationModule, Recipe
+    from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 
 _HOMES = {
     "data": (
@@ -39,13 +39,13 @@ _HOMES = {
     ),
     "errors": ("ACKDError",),
     "runs.export": ("load_student",),
-    "methods": ("ACKD", "CE", "KD", "AdversarialMethod", "Method"),
+    "methods": ("ACKD", "CE", "KD", "FitInfo", "Method", "Networks", "Sum"),
     "models.student": ("BranchyStudent",),
-    "models.teacher": ("FrozenTeacher",),
+    "models.teacher": ("FrozenTeacher", "TeacherConfig"),
     "models.weights": ("load_weights", "save_weights"),
     "models.zoo": ("create_model",),
-    "training": ("ACKDModule", "AdversarialModule", "DistillationModule"),
-    "types": ("Batch", "NetOutput", "NetSpec"),
+    "training": ("ACKDModule", "DistillationModule", "Recipe"),
+    "types": ("Batch", "DataInfo", "NetOutput", "NetSpec"),
 }
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -55,14 +55,14 @@ __all__ = [
     "KD",
     "ACKDError",
     "ACKDModule",
-    "AdversarialMethod",
-    "AdversarialModule",
     "Batch",
     "BranchyStudent",
     "CIFAR100DataModule",
     "CINIC10DataModule",
+    "DataInfo",
     "DigitsDataModule",
     "DistillationModule",
+    "FitInfo",
     "FrozenTeacher",
     "ImageDataModule",
     "ImageFolderDataModule",
@@ -70,6 +70,10 @@ __all__ = [
     "Method",
     "NetOutput",
     "NetSpec",
+    "Networks",
+    "Recipe",
+    "Sum",
+    "TeacherConfig",
     "TinyImageNetDataModule",
     "__version__",
     "create_model",

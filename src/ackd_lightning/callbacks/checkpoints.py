@@ -1,30 +1,23 @@
-"""Checkpoints of a run, written whole or not at all."""
+"""Checkpoints of a run, each written whole or not at all."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-
-if TYPE_CHECKING:
-    pass
-
-
-import contextlib
-import io
-import os
-import secrets
-
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from ackd_lightning.runs.files import whole_file
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A checkpoint of a run whose folder may have been moved: the best so far is known there, too."""
+    """Checkpoint callback that still knows its best checkpoint after the run's folder was moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint says of earlier ones, with their new places; not when they stayed elsewhere."""
+        """Restore the state, with the new place of earlier checkpoints if they were moved with the folder."""
         old, new = str(state_dict["dirpath"]), str(self.dirpath)
 
         def moved(value: Any) -> Any:
@@ -33,16 +26,17 @@ class RunCheckpoint(ModelCheckpoint):
         if not Path(moved(state_dict["best_model_path"])).is_file():
             super().load_state_dict(state_dict)
             return
-        kept = {moved(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**{key: moved(each) for key, each in state_dict.items()}, "best_k_models": kept})
+        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**{key: moved(each) for key, each in state_dict.items()}, "best_k_models": best})
 
 
 def checkpoints(folder: Path, *, select: bool) -> list[ModelCheckpoint]:
-    """Checkpoints of a run: the last epoch, and the one with the best validation accuracy.
+    """Return the checkpoint callbacks of a run: the last epoch, and the one with the best validation accuracy.
 
     Args:
-        folder: of the checkpoints.
-        select: False when the run looks at test data, on which nothing may be selected: then only the last is kept.
+        folder: Folder of the checkpoints.
+        select: Whether to keep the best epoch, too. False for a run that is evaluated on test data, on which nothing
+            may be selected.
     """
     last = RunCheckpoint(
         folder, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
@@ -56,38 +50,32 @@ def checkpoints(folder: Path, *, select: bool) -> list[ModelCheckpoint]:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint under a hidden name, waits until it is on the disk, and then gives it its name.
+    """Checkpoint plugin that writes a file whole or not at all.
 
     A killed process or a full disk leaves the checkpoint that was there before.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write.
+        """Write a checkpoint.
 
         Args:
-            checkpoint: plain data and tensors.
-            path: of the file; missing folders are made.
-            storage_options: not used, None.
+            checkpoint: Plain data and tensors.
+            path: File to write. Missing folders are made.
+            storage_options: Not used; None.
 
         Raises:
-            OSError: when it cannot be written, with a sentence that names the file and what is left.
+            OSError: If it cannot be written; the sentence names the file and the checkpoint that is left.
         """
         target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        buffer = io.BytesIO()
+        buffer = io.BytesIO()  # torch's own writer does not raise OSError
         torch.save(checkpoint, buffer)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as stream:
-                stream.write(buffer.getbuffer())
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(target)
+            with whole_file(target) as partial:
+                partial.write_bytes(buffer.getbuffer())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            left = f"the one before it is still there ({target})" if target.is_file() else "none was written before"
+            left = "the previous one is kept" if target.is_file() else "there is no previous one"
             reason = error.strerror or str(error)
             raise OSError(
-                error.errno, f"checkpoint {target} could not be written ({reason}) and {left}; make room and go on"
+                error.errno,
+                f"checkpoint {target} could not be written ({reason}), and {left}; free disk space and resume the run",
             ) from error

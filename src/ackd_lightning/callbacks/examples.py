@@ -1,4 +1,4 @@
-"""Pictures of the images that a method makes: a grid in a PNG file every few epochs, and in Weights & Biases."""
+"""Draw the images that a method generates: a grid in a PNG file every few epochs, and in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ackd_lightning.callbacks.health import is_dry
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.types import Batch, Examples
+from ackd_lightning.validation import PositiveInt, checked
 
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
 
-_CELL = 1.7  # inches
-_LINE = 0.125  # inches of a line of text
+_CELL = 1.7  # side of an image and its margin in inches
+_LINE = 0.125  # height of a line of text in inches
 _DPI = 100
-_LONGEST = 18  # letters of a class name
+_MAX_NAME = 18  # characters of a class name
 
 
 def _pixels(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
-    """Undo the normalisation.
+    """Undo the normalisation of images.
 
     Args:
-        image: ``B x C x H x W``.
-        mean: per channel; None when it is not known: the images are then stretched between their extremes.
-        std: as ``mean``.
+        image: Normalised images, ``B x C x H x W``.
+        mean: Mean of each channel. If it is None, the images are scaled so that their extremes are 0 and 1.
+        std: Standard deviation of each channel, as ``mean``.
 
     Returns:
-        ``B x H x W x 3`` float32 on the CPU, from 0 to 1.
+        Images from 0 to 1, ``B x H x W x 3`` float32 on the CPU.
     """
     image = image.detach().float().cpu()
     if mean and std:
@@ -58,18 +58,18 @@ def draw_examples(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> None:
-    """Draw a column for every image: original, what was made of it, their difference, and every network's answers.
+    """Draw a column for each image: original, generated image, their difference, and the predictions for both.
 
-    An answer is written once when it is the same to the image and to what was made, and with an arrow when it is not.
-    The difference is scaled so that the largest change in the picture is black or white; the factor stands beside it.
+    A network's prediction is written once if it is the same for both images, and with an arrow if it differs. The
+    difference is scaled so that the largest change in the picture is black or white; its label shows the factor.
 
     Args:
-        examples: of a method.
-        path: of the PNG file; its folder is made.
-        title: above the grid.
-        names: of the classes; empty: numbers are shown.
-        mean: how images were normalised, per channel; None when it is not known.
-        std: as ``mean``.
+        examples: Images of a method.
+        path: PNG file to write. Missing folders are made.
+        title: Text above the grid.
+        names: Name of each class; if empty, class indices are shown.
+        mean: Mean of each channel that the images were normalised with; None when unknown.
+        std: Standard deviation of each channel, as ``mean``.
     """
     count = len(examples.target)
     both = _pixels(torch.cat([examples.original, examples.made]), mean, std)
@@ -85,7 +85,7 @@ def draw_examples(
 
     def named(number: int) -> str:
         name = names[number] if number < len(names) else str(number)
-        return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+        return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
 
     lines = 1 + 3 * len(examples.predictions)
     margin, above, below = 1.0, 0.4, 0.2 + _LINE * lines  # inches around the grid
@@ -115,48 +115,46 @@ def draw_examples(
 
 
 class ExamplePictures(L.Callback):
-    """Draws the images that a method makes of the first validation images, every few epochs and after the last one.
+    """Draw what a method generates from the first validation images, every few epochs and after the last one.
 
-    ``examples/epoch-NNN.png`` in the folder of the run, epochs counted from 1, and ``examples`` in Weights & Biases.
-    The first process draws; nothing is drawn in a dry run, in the sanity check, or while the method makes nothing.
-    Neither random numbers nor the networks' modes and statistics are touched.
+    The pictures are ``examples/epoch-NNN.png`` in the folder of the run, with epochs counted from 1, and ``examples``
+    in Weights & Biases. The first process draws. Nothing is drawn under ``fast_dev_run``, in the sanity check, or
+    while the method generates nothing. Random numbers, and the networks' modes and statistics, are left unchanged.
 
     Args:
-        every_n_epochs: between pictures.
-        count: images in a picture, at most.
+        every_n_epochs: Number of epochs between two pictures.
+        count: Largest number of images in a picture.
 
     Raises:
-        ACKDError: for numbers below 1.
+        ACKDError: If a number is below 1.
     """
 
-    def __init__(self, *, every_n_epochs: int = 5, count: int = 8) -> None:
+    @checked
+    def __init__(self, *, every_n_epochs: PositiveInt = 5, count: PositiveInt = 8) -> None:
         super().__init__()
-        for name, value in (("every_n_epochs", every_n_epochs), ("count", count)):
-            if value < 1:
-                raise ACKDError(f"{name} is {value} in ExamplePictures; it must be 1 or more")
         self.every_n_epochs, self.count = every_n_epochs, count
         self.folder: Path | None = None
-        self.drawn = 0  # epochs done when the last picture was drawn
+        self.drawn = 0  # number of finished epochs when the last picture was drawn
         self._batch: Batch | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Learn the folder of the run, in all processes: asking for it makes them talk to each other."""
+        """Find the folder of the run, in every process, as ``log_dir`` is a collective call."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "examples"
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs in order to draw when the whole run would."""
+        """Return what a resumed run needs in order to draw at the same epochs as an uninterrupted one."""
         return {"drawn": self.drawn}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave."""
+        """Restore the result of `state_dict`."""
         self.drawn = int(state_dict["drawn"])
 
     def _is_due(self, trainer: L.Trainer) -> bool:
-        if self.folder is None or not trainer.is_global_zero or trainer.sanity_checking or is_dry(trainer):
+        if self.folder is None or not trainer.is_global_zero or trainer.sanity_checking or is_fast_dev_run(trainer):
             return False
         done = trainer.current_epoch + 1
         fits = trainer.state.fn == TrainerFn.FITTING
-        # at every n-th epoch, or at the next one that is validated
+        # every n-th epoch, or the next one with validation
         return fits and (done // self.every_n_epochs > self.drawn // self.every_n_epochs or done == trainer.max_epochs)
 
     def on_validation_batch_end(
@@ -168,7 +166,7 @@ class ExamplePictures(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Remember the first images."""
+        """Keep the first images."""
         if batch_idx == 0 and dataloader_idx == 0 and self._is_due(trainer):
             first = cast("TrainingModule", pl_module).as_batch(batch)
             self._batch = Batch(*(each[: self.count].clone() for each in first))
@@ -179,16 +177,15 @@ class ExamplePictures(L.Callback):
         if batch is None or self.folder is None:
             return
         module = cast("TrainingModule", pl_module)
-        examples = module.method.examples(batch)
+        examples = cast("Any", module.method).examples(batch)
         epoch = trainer.current_epoch + 1
         self.drawn = epoch
         if examples is None:
             return
         path = self.folder / f"epoch-{epoch:03d}.png"
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", ())
-        title = (
-            f"epoch {epoch}: what {type(module.method).__name__} makes of validation images, and the answers to both"
-        )
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
+        method = type(module.method).__name__
+        title = f"epoch {epoch}: validation images, what {method} generates from them, and the predictions for both"
         draw_examples(examples, path, title=title, names=names, mean=module.data.mean, std=module.data.std)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

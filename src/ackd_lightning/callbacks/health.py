@@ -1,11 +1,9 @@
-"""Alarms: a teacher that knows nothing, attention or features that collapse, a disk that is too small."""
+"""Warnings about a run: a teacher near chance, attention that collapses, features that lose their variation."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as L
@@ -13,47 +11,47 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics.classification import MulticlassAccuracy
 
-from ackd_lightning.config.files import packaged_names
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.validation import Fraction, checked
 
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
     from ackd_lightning.models.teacher import FrozenTeacher
 
 
-
-def is_dry(trainer: L.Trainer) -> bool:
-    """True under ``fast_dev_run``, which only tries the wiring.
+def is_fast_dev_run(trainer: L.Trainer) -> bool:
+    """Return whether the run is a ``fast_dev_run``, which only tries a few batches and writes nothing.
 
     Args:
-        trainer: of the run.
+        trainer: Trainer of the run.
     """
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 class TeacherGate(L.Callback):
-    """Test the teacher on validation data before the first step.
+    """Measure the accuracy of every teacher on validation data before the first step.
 
     Args:
-        stop: end the run when the teacher is near chance or far below what its file says; else warn.
+        stop: Whether a teacher near chance, or far below the accuracy that its file states, ends the run. If False,
+            there is a warning.
     """
 
     def __init__(self, *, stop: bool = True) -> None:
         self.stop = stop
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure, print, log, judge every teacher."""
+        """Measure, print, log and judge every teacher."""
         module = cast("TrainingModule", pl_module)
-        if is_dry(trainer) or not trainer.enable_validation:
+        if is_fast_dev_run(trainer) or not trainer.enable_validation:
             return
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         if trainer.val_dataloaders is None:
             return
-        for number, teacher in enumerate(module.teachers.frozen):
-            self._examine(trainer, module, teacher, str(number + 1) if number else "")
+        for number, teacher in enumerate(module.teachers.frozen, start=1):
+            self._examine(trainer, module, teacher, str(number) if number > 1 else "")
 
     @torch.no_grad()
-    def _examine(self, trainer: L.Trainer, module: TrainingModule, teacher: FrozenTeacher, suffix: str) -> None:
+    def _examine(self, trainer: L.Trainer, module: TrainingModule, teacher: FrozenTeacher, number: str) -> None:
         loaders = trainer.val_dataloaders
         accuracy = MulticlassAccuracy(module.data.num_classes, average="micro").to(module.device)
         seen = 0
@@ -63,15 +61,14 @@ class TeacherGate(L.Callback):
             with trainer.precision_plugin.forward_context():
                 accuracy.update(teacher(batch.image).logits, batch.target)
             seen += batch.target.numel()
-        stage = "test" if module.looks_at_test() else "validation"
+        split, data = ("test", "test") if module.looks_at_test() else ("val", "validation")
         measured = float(accuracy.compute())
         teacher.metadata["measured_acc"] = f"{measured:.6f}"
         name = teacher.metadata.get("model", type(teacher.network).__name__)
         if trainer.is_global_zero:
-            print(f"teacher {name}: accuracy {measured:.2%} on this run's {stage} data", flush=True)
-        key = f"{'test' if module.looks_at_test() else 'val'}/teacher{suffix}_acc"
+            print(f"teacher {name}: accuracy {measured:.2%} on this run's {data} data", flush=True)
         for logger in trainer.loggers:
-            logger.log_metrics({key: measured}, step=trainer.global_step)
+            logger.log_metrics({f"{split}/teacher{number}_acc": measured}, step=trainer.global_step)
         problem = self.judge(measured, module.data.num_classes, teacher.metadata, seen)
         if problem is None:
             return
@@ -82,13 +79,13 @@ class TeacherGate(L.Callback):
 
     @staticmethod
     def judge(measured: float, num_classes: int, metadata: dict[str, str], seen: int) -> str | None:
-        """Say what is wrong with a teacher's accuracy, None when nothing is.
+        """Describe what is wrong with a teacher's accuracy; None when nothing is.
 
         Args:
-            measured: accuracy in [0, 1].
+            measured: Accuracy in [0, 1].
             num_classes: K.
-            metadata: of the weight file.
-            seen: number of images; few images widen the tolerance.
+            metadata: Metadata of the weight file.
+            seen: Number of images. The fewer they are, the further the accuracy may be below the stated one.
         """
         chance = 1.0 / num_classes
         if measured < chance + 0.05 * (1.0 - chance):
@@ -101,16 +98,19 @@ class TeacherGate(L.Callback):
 
 
 class HealthMonitor(L.Callback):
-    """Warn, once each, when attention picks a single learner or the learners' features lose their spread.
+    """Warn once if attention selects a single learner, and once if the learners' features stop varying over images.
 
     Args:
-        least_entropy: of the attention weights, as a share of the largest possible (log M).
-        least_spread: of the learners' features, as a share of what the first validation saw.
+        least_entropy: Smallest entropy of the attention weights that is not reported, as a share of the largest
+            possible one (the logarithm of the number of auxiliary learners).
+        least_feature_std: Smallest standard deviation of the learners' features that is not reported, as a share of
+            that of the first validation.
     """
 
-    def __init__(self, *, least_entropy: float = 0.05, least_spread: float = 0.35) -> None:
-        self.least_entropy, self.least_spread = least_entropy, least_spread
-        self.first_spread: float | None = None
+    @checked
+    def __init__(self, *, least_entropy: Fraction = 0.05, least_feature_std: Fraction = 0.35) -> None:
+        self.least_entropy, self.least_feature_std = least_entropy, least_feature_std
+        self.first_feature_std: float | None = None
         self.warned: set[str] = set()
 
     def _warn(self, key: str, sentence: str) -> None:
@@ -120,49 +120,36 @@ class HealthMonitor(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare what this validation logged with the limits."""
-        if trainer.sanity_checking or is_dry(trainer):
+        if trainer.sanity_checking or is_fast_dev_run(trainer):
             return
-        values = trainer.callback_metrics
-        learners = len(cast("TrainingModule", pl_module).spec.branches)
-        entropy, spread = values.get("val/attention_entropy"), values.get("val/learners_feature_std")
+        module, values = cast("TrainingModule", pl_module), trainer.callback_metrics
+        split, learners = "test" if module.looks_at_test() else "val", len(module.spec.branches)
+        entropy = values.get(f"{split}/attention_entropy")
+        feature_std = values.get(f"{split}/learners_feature_std")
+        epoch = trainer.current_epoch + 1
         if entropy is not None and learners > 1 and float(entropy) < self.least_entropy * math.log(learners):
             self._warn(
                 "attention",
                 f"attention has collapsed onto one learner (entropy {float(entropy):.3f} of {math.log(learners):.3f} "
-                f"nats in epoch {trainer.current_epoch}); lower attention_lr_scale, or set attention to off",
+                f"nats in epoch {epoch}); lower attention_lr_scale, or set attention to off",
             )
-        if spread is None:
+        if feature_std is None:
             return
-        if self.first_spread is None:
-            self.first_spread = float(spread)
-        elif float(spread) < self.least_spread * self.first_spread:
+        if self.first_feature_std is None:
+            self.first_feature_std = float(feature_std)
+        elif float(feature_std) < self.least_feature_std * self.first_feature_std:
             self._warn(
-                "spread",
-                f"the learners' features have lost their spread ({float(spread):.3f}, {self.first_spread:.3f} at the "
-                f"start, epoch {trainer.current_epoch}); lower the learning rate, or the weight of what drives them",
+                "feature_std",
+                f"the learners' features vary little over images (standard deviation {float(feature_std):.3f} in epoch "
+                f"{epoch}, {self.first_feature_std:.3f} at the start); lower the learning rate or the loss weights",
             )
 
     def state_dict(self) -> dict[str, object]:
-        """What a resumed run needs in order not to warn twice."""
-        return {"first_spread": self.first_spread, "warned": sorted(self.warned)}
+        """Return what a resumed run needs in order not to warn twice."""
+        return {"first_feature_std": self.first_feature_std, "warned": sorted(self.warned)}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Restore what ``state_dict`` gave."""
-        first, warned = state_dict["first_spread"], state_dict["warned"]
-        self.first_spread = first if isinstance(first, float) else None
+        """Restore the result of `state_dict`."""
+        first, warned = state_dict["first_feature_std"], state_dict["warned"]
+        self.first_feature_std = first if isinstance(first, float) else None
         self.warned = {str(each) for each in warned} if isinstance(warned, list) else set()
-
-
-def checkpoint_bytes(module: L.LightningModule, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Size of a checkpoint: the weights, and what the optimizers remember of each.
-
-    Args:
-        module: whose state dict is written.
-        optimizers: SGD with momentum remembers one number for each parameter, Adam two, SGD without momentum none.
-    """
-    size = sum(each.numel() * each.element_size() for each in module.state_dict().values() if torch.is_tensor(each))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            memories = 2 if "betas" in group else int(bool(group.get("momentum")))
-            size += memories * sum(each.numel() * each.element_size() for each in group["params"])
-    return size

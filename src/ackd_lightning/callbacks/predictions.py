@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-if TYPE_CHECKING:
-    pass
+from ackd_lightning.runs.files import whole_file
 
 
 class PredictionFile(BasePredictionWriter):
-    """``ackd predict``: one line of CSV an image, in the order of the images, however many processes there are.
+    """Write one line of CSV for each image, in the order of the images, for any number of processes.
 
     Args:
-        path: of the CSV file.
+        path: File to write.
     """
 
     COLUMNS = ("index", "target", "prediction", "probability")
@@ -40,8 +39,7 @@ class PredictionFile(BasePredictionWriter):
             if not trainer.is_global_zero:
                 return
             rows = sorted(row for part in parts for row in part)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="", encoding="utf-8") as stream:
+        with whole_file(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(self.COLUMNS)
             writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""One line an epoch where there is no progress bar."""
+"""One line of output for each epoch, for terminals and logs without a progress bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class EpochLine(L.Callback):
-    """One line an epoch for logs and terminals without a progress bar: losses, accuracy, time left."""
+    """Print loss, accuracy and the time left after each epoch."""
 
     def __init__(self) -> None:
         self.started = 0.0
@@ -24,10 +24,10 @@ class EpochLine(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the line."""
-        cut_short = cast("TrainingModule", pl_module).means.compute()  # by every process; not logged yet
+        unlogged = cast("TrainingModule", pl_module).means.compute()  # of every process, so before the return
         if not trainer.is_global_zero:
             return
-        values = {**trainer.callback_metrics, **cut_short}
+        values = {**trainer.callback_metrics, **unlogged}
         done = trainer.current_epoch - self.first + 1
         elapsed = time.monotonic() - self.started
         total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
@@ -35,10 +35,10 @@ class EpochLine(L.Callback):
         if "train/loss" in values:
             parts.append(f"loss {float(values['train/loss']):.3f}")
         for stage in ("val", "test"):
-            for learner in ("", "ensemble_"):
-                if f"{stage}/{learner}acc" in values:
-                    label = f"{stage} {learner.rstrip('_') + ' ' if learner else ''}acc"
-                    parts.append(f"{label} {float(values[f'{stage}/{learner}acc']):.2%}")
+            for network in ("", "ensemble_"):
+                if f"{stage}/{network}acc" in values:
+                    label = f"{stage} {network.rstrip('_') + ' ' if network else ''}acc"
+                    parts.append(f"{label} {float(values[f'{stage}/{network}acc']):.2%}")
         parts.append(f"{elapsed / done:.1f} s/epoch")
         if total:
             left = (total - trainer.current_epoch - 1) * elapsed / done

@@ -32,11 +32,20 @@ class TrainingModule(Protocol):
     student: BranchyStudent
     method: Method
     spec: NetSpec
-    teachers: _Teachers
-    means: _Means
-    guard: _Guard
     data: DataInfo
     seed: int
+
+    @property
+    def teachers(self) -> _Teachers:
+        """The teachers."""
+
+    @property
+    def means(self) -> _Means:
+        """Means of what a training step logs."""
+
+    @property
+    def guard(self) -> _Guard:
+        """Counts skipped steps."""
 
     @property
     def device(self) -> torch.device:

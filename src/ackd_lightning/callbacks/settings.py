@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as L
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-if TYPE_CHECKING:
-    pass
+from ackd_lightning.runs.files import whole_file
 
 
 class RunConfig(SaveConfigCallback):
-    """The resolved settings of a run: ``config.yaml`` in its folder, and into every logger."""
+    """Write the resolved settings of a run to ``config.yaml`` in its folder and to every logger.
+
+    Args:
+        parser: Parser of the command line.
+        config: Settings that it returned.
+        folder: Folder of the run.
+    """
 
     def __init__(self, parser: Any, config: Any, *, folder: Path) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
         self.folder = folder
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write once, on the first process, when a fit starts."""
+        """Write the settings when a fit starts; called once, in the first process."""
         text = self.parser.dump(self.config, skip_none=False)
         if stage == "fit":
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+            with whole_file(self.folder / "config.yaml") as partial:
+                partial.write_text(text, encoding="utf-8")
             for logger in trainer.loggers:
                 if not isinstance(logger, CSVLogger):
                     logger.log_hyperparams({"cli": yaml.safe_load(text)})

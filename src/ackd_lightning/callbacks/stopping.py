@@ -1,4 +1,4 @@
-"""Stopping and writing without loss: signals wait for a safe place, checkpoints appear whole or not at all."""
+"""Stop a fit without loss: signals wait for the end of a step, and a checkpoint is saved there."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ SIGNALS = tuple(
 
 
 class StopSafely(Checkpoint):
-    """Ctrl-C, SIGTERM and SIGUSR1 end a fit behind a whole training step or epoch, with a checkpoint.
+    """Stop a fit on Ctrl-C, SIGTERM or SIGUSR1 after a whole training step or epoch, and save a checkpoint.
 
-    Never between a discriminator step and its learner step, and never inside validation: a run that goes on from the
-    checkpoint ends with the weights of an uninterrupted one. All processes stop behind the same step, also when only
-    one of them got the signal. A second Ctrl-C ends the run at once, without a checkpoint.
+    A fit never stops between an auxiliary optimizer's step and the student's step, and never during validation: a run
+    that is resumed from the checkpoint ends with the weights of an uninterrupted one. All processes stop after the
+    same step, even if only one of them got the signal. A second Ctrl-C ends the run at once, without a checkpoint.
 
     Args:
-        checkpoint: the file to write.
-        advice: how to go on, for the last line.
+        checkpoint: File to write.
+        advice: How to resume the run, for the last line of output.
     """
 
     def __init__(self, checkpoint: Path, *, advice: str) -> None:
         self.checkpoint, self.advice = checkpoint, advice
         self.received = 0
-        self.before: dict[int, Handler] = {}
+        self.previous: dict[int, Handler] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals from Lightning, whose handlers write and communicate in the middle of a step."""
-        if trainer.is_global_zero:  # what a killed writer left
+        """Replace the signal handlers; Lightning's own save and communicate in the middle of a step."""
+        if trainer.is_global_zero:  # files that a killed process did not finish
             for partial in self.checkpoint.parent.glob(".*.ckpt.*.tmp"):
                 partial.unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            self.previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
@@ -53,32 +53,32 @@ class StopSafely(Checkpoint):
         if not self.received:
             self.received = number
             if number == signal.SIGINT:
-                os.write(2, b"\nstopping behind this step, with a checkpoint; Ctrl-C again stops at once\n")
+                os.write(2, b"\nstopping after this step and saving a checkpoint; press Ctrl-C again to quit now\n")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signals back."""
-        self._give_back()
+        """Restore the previous signal handlers."""
+        self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._give_back()
+        """Restore the previous signal handlers."""
+        self._restore()
 
-    def _give_back(self) -> None:
-        for number, handler in self.before.items():
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
-        self.before = {}
+        self.previous = {}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop behind a step; where validation or the end of the epoch follows, later."""
+        """Stop after a step, unless validation or the end of the epoch follows, which is waited for."""
         validation_follows = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
-        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0  # gradients are in no checkpoint
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0  # no checkpoint has gradients
         if not validation_follows and not accumulating:
             self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop behind an epoch."""
+        """Stop after an epoch."""
         self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
@@ -90,4 +90,4 @@ class StopSafely(Checkpoint):
             return
         trainer.save_checkpoint(self.checkpoint)
         place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
-        raise RunStoppedError(number, f"received; stopped in {place}, kept in {self.checkpoint}; {self.advice}")
+        raise RunStoppedError(number, f"received; stopped in {place}, saved {self.checkpoint}; {self.advice}")

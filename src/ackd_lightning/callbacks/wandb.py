@@ -1,4 +1,4 @@
-"""Weights & Biases that cannot end a run."""
+"""Log to Weights & Biases in a way that cannot end a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 
 class SafeWandbLogger(WandbLogger):
-    """Logs to Weights & Biases until that fails, then says so once and logs nothing more; training goes on.
+    """Log to Weights & Biases until that fails; then warn once and log nothing more, while training continues.
 
     The constructor is that of ``WandbLogger``.
     """
@@ -27,17 +27,17 @@ class SafeWandbLogger(WandbLogger):
             return
         try:
             action(*arguments)
-        except Exception as error:  # network, disk, service, a bug of its own: none is worth a run
+        except Exception as error:  # network, disk, service, a bug in the client: no reason to end a run
             self.failed = True
             reason = (str(error).splitlines() or [""])[0][:200]
             rank_zero_warn(
-                f"Weights & Biases failed ({type(error).__name__}: {reason}); the run goes on without it, and every "
-                "number is in metrics.csv"
+                f"Weights & Biases failed ({type(error).__name__}: {reason}); the run continues without it, and "
+                "metrics.csv has every number"
             )
 
     @property
     def experiment(self) -> Any:
-        """The run of Weights & Biases; after a failure, something that takes every call and does nothing."""
+        """Run of Weights & Biases; after a failure, an object that accepts every call and does nothing."""
         found: list[Any] = []
         self._try(lambda: found.append(super(SafeWandbLogger, self).experiment))
         return found[0] if found else DummyLogger().experiment
@@ -47,8 +47,8 @@ class SafeWandbLogger(WandbLogger):
         """Log numbers.
 
         Args:
-            metrics: by name.
-            step: of training.
+            metrics: Values by name.
+            step: Training step.
         """
         self._try(super().log_metrics, metrics, step)
 
@@ -57,42 +57,42 @@ class SafeWandbLogger(WandbLogger):
         """Log settings.
 
         Args:
-            params: by name.
+            params: Values by name.
         """
         self._try(super().log_hyperparams, params)
 
     @rank_zero_only
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log pictures.
+        """Log images.
 
         Args:
-            key: their name.
-            images: arrays or paths.
-            step: of training.
-            kwargs: as ``WandbLogger`` takes them.
+            key: Name of the images.
+            images: Arrays or paths.
+            step: Training step.
+            kwargs: Further arguments of ``WandbLogger.log_image``.
         """
         self._try(lambda: super(SafeWandbLogger, self).log_image(key, images, step, **kwargs))
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Upload a checkpoint when asked to.
+        """Upload a checkpoint if the logger was asked to.
 
         Args:
-            checkpoint_callback: that has written.
+            checkpoint_callback: Callback that has saved it.
         """
         self._try(super().after_save_checkpoint, checkpoint_callback)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the fit.
+        """Finish the run.
 
         Args:
-            status: how it ended.
+            status: How the fit ended.
         """
         self._try(super().finalize, status)
 
 
 def offline() -> bool:
-    """True when Weights & Biases has no key: then it logs to disk and never asks."""
+    """Return whether Weights & Biases logs to the disk: it was told to, or has no key and must not ask for one."""
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("offline", "dryrun", "disabled"):
         return mode != "disabled"

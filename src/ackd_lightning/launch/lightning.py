@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
-from ackd_lightning.callbacks.disk import DiskRoom
+from ackd_lightning.callbacks.disk import DiskSpaceCheck
 from ackd_lightning.callbacks.metrics_csv import CurvesFile
 from ackd_lightning.callbacks.predictions import PredictionFile
 from ackd_lightning.callbacks.progress import EpochLine
@@ -54,10 +54,10 @@ from ackd_lightning.launch.preflight import (
     check_processes,
     check_world,
     check_writable,
-    nothing_left,
 )
+from ackd_lightning.runs.claim import Claim, claim
 from ackd_lightning.runs.files import read_summary, run_folder, write_json
-from ackd_lightning.runs.resume import changed_settings, hold, resume_auto, resume_from
+from ackd_lightning.runs.resume import changed_settings, resume_auto, resume_from
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.speed import keep_freed_memory
 
@@ -104,7 +104,9 @@ class ACKDCLI(LightningCLI):
         check_shape(settings, Parser.given)
         Parser.known = check_classes(settings, _ROOTS, L.Trainer)
         self.folder = Path()
-        with tempfile.TemporaryDirectory(prefix="ackd-") as folder:
+        self.claim: Claim | None = None
+        self.content: dict[str, Any] | None = None  # of the checkpoint that is resumed, until it was checked
+        with self._folder_kept_if_used(), tempfile.TemporaryDirectory(prefix="ackd-") as folder:
             merged = Path(folder) / "settings.yaml"
             merged.write_text(json.dumps(settings), encoding="utf-8")
             super().__init__(
@@ -119,6 +121,20 @@ class ACKDCLI(LightningCLI):
                 trainer_defaults={"enable_model_summary": False},
                 args=[command, *(["--config", str(merged)] if configs else []), *rest],
             )
+
+    @contextlib.contextmanager
+    def _folder_kept_if_used(self) -> Iterator[None]:
+        """Release the run's folder at the end, and remove it after a mistake in the input before the first step."""
+        try:
+            yield
+        except Exception as error:
+            started = getattr(self, "trainer", None) is not None and self.trainer.global_step > 0
+            if self.claim is not None and not started and deepest(error) is not None:
+                self.claim.discard()
+            raise
+        finally:
+            if self.claim is not None:
+                self.claim.release()
 
     # ---------------------------------------------------------------- parsing
 
@@ -175,16 +191,16 @@ class ACKDCLI(LightningCLI):
         resumed = self.option("ckpt_path")
         if resumed and not Path(resumed).is_file():
             raise ACKDError(f"--ckpt_path {resumed} does not exist; name a checkpoint that `ackd fit` wrote")
-        own = resumed and self.folder.resolve() in Path(resumed).resolve().parents
-        taken = (self.folder / "summary.json").exists() or any(self.folder.glob("checkpoints/*.ckpt"))
-        if taken and not own:
-            raise ACKDError(f"run {self.folder} exists; choose another --name, or remove the folder")
+        own = bool(resumed) and self.folder.resolve() in Path(resumed).resolve().parents
+        name = self.folder.name if own or self.option("name") else None
+        self.claim = claim(self.folder.parent, name, resume=own)
+        self.folder = self.claim.folder
+        os.environ[_RUN_NAME] = self.folder.name
         target = self.publish_path()
         if target is not None and target.exists() and not own:
             raise ACKDError(
                 f"weights {target} exist and this run would replace them; move them, or pass --publish OTHER_FOLDER"
             )
-        check_writable(self.folder, "the run's folder, below --runs_dir,")
         if target is not None:
             check_writable(target.parent, "--publish")
 
@@ -204,7 +220,7 @@ class ACKDCLI(LightningCLI):
             return
         os.environ[_RESUMED] = str(found.checkpoint)  # as the name, for the processes that Lightning starts
         os.environ[_RUN_NAME] = found.folder.name
-        self.folder = found.folder
+        self.folder, self.content = found.folder, found.content
         self.config[self.subcommand].ckpt_path = str(found.checkpoint)
         if _rank() == 0 and not launched_by_us:
             print(f"going on with {found.checkpoint}" + (f"; {found.note}" if found.note else ""), flush=True)
@@ -244,13 +260,13 @@ class ACKDCLI(LightningCLI):
         if fit:
             select = not (isinstance(self.datamodule, ImageDataModule) and self.datamodule.val_is_test)
             callbacks += [] if dry else checkpoints(self.folder / "checkpoints", select=select)
-            self.summary = RunSummary(self.folder, config=self.config_name, publish=self.publish_path())
+            self.summary = RunSummary(self.folder, config=self.config_name, copy_to=self.publish_path())
             callbacks.append(self.summary)
             if not dry:
                 last = self.folder / "checkpoints" / "last.ckpt"
                 advice = f"the same command with --resume {self.folder} goes on"
                 callbacks.append(StopSafely(last, advice=advice))
-                callbacks.append(DiskRoom(self.folder, copies=2 if self.publish_path() else 1))
+                callbacks.append(DiskSpaceCheck(self.folder, copies=2 if self.publish_path() else 1))
                 kwargs["plugins"] = self._plugins()
             if kwargs.get("logger"):
                 callbacks.append(LearningRateMonitor(logging_interval="epoch"))
@@ -279,15 +295,12 @@ class ACKDCLI(LightningCLI):
             check_world(self.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
         checkpoint = self.option("ckpt_path")
         if checkpoint:
-            check_checkpoint(Path(checkpoint), self.model)
+            check_checkpoint(Path(checkpoint), self.model, self.content)
+            self.content = None
             summary = run_folder(Path(checkpoint)) / "summary.json"
             if subcommand == "test" and summary.is_file():
                 read_summary(summary.parent)
-        with (
-            nothing_left(self.folder, steps=lambda: self.trainer.global_step),
-            contextlib.ExitStack() as self.claims,  # the run's folder is given free, however it ends
-        ):
-            super()._run_subcommand(subcommand)
+        super()._run_subcommand(subcommand)
 
     def _plugins(self) -> list[Any]:
         """The plugins of the settings, and ours that writes checkpoints, unless they bring one."""
@@ -313,10 +326,8 @@ class ACKDCLI(LightningCLI):
     # ---------------------------------------------------------------- running
 
     def before_fit(self) -> None:
-        """A missing teacher ends the run before anything is written; then the folder is this process's own."""
+        """A missing teacher ends the run before anything is written."""
         self.model.load_teacher()
-        if self.trainer.is_global_zero and not self.option("trainer.fast_dev_run"):
-            self.claims.enter_context(hold(self.folder) or contextlib.nullcontext())
 
     def after_fit(self) -> None:
         """Print the summary, when the progress bar is gone, and test when asked to."""

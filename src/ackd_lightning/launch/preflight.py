@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,26 +111,6 @@ def _missing(folder: Path) -> list[Path]:
     return [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
 
 
-@contextlib.contextmanager
-def nothing_left(folder: Path, *, steps: Callable[[], int]) -> Iterator[None]:
-    """A mistake in the input that shows before the first step leaves no folder of a run behind.
-
-    Args:
-        folder: of the run.
-        steps: gives the number of steps that were taken.
-    """
-    made = _missing(folder)
-    try:
-        yield
-    except ACKDError:
-        if folder in made and steps() == 0 and not any(folder.rglob("*.ckpt")):
-            shutil.rmtree(folder, ignore_errors=True)
-            for each in made[1:]:
-                with contextlib.suppress(OSError):
-                    each.rmdir()
-        raise
-
-
 def check_world(batch_size: int, world_size: int) -> None:
     """Refuse a global batch that does not divide.
 
@@ -166,17 +145,18 @@ def check_processes(accelerator: str, devices: int) -> None:
         )
 
 
-def check_checkpoint(path: Path, module: nn.Module) -> None:
+def check_checkpoint(path: Path, module: nn.Module, content: Mapping[str, Any] | None = None) -> None:
     """Compare a checkpoint with the networks that the settings build.
 
     Args:
         path: of the checkpoint.
         module: that it will be loaded into.
+        content: What `read_checkpoint` returned for it; None to read it here.
 
     Raises:
         ACKDError: when it cannot be read, or was made with other networks.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = content or read_checkpoint(path)
     hparams = checkpoint.get("hyper_parameters", {})
     there, here = (_what(each) for each in (hparams, getattr(module, "hparams", {})))
     problem: ACKDError | None = None

@@ -329,8 +329,8 @@ class ATSC(Method):
 
         Returns:
             Mean over the teachers, float32, and the values ``teacher_loss``, ``teacher_acc`` and
-            ``teacher_feature_std``, the standard deviation of the pooled features over the images of this batch, which tells when they
-            collapse.
+            ``teacher_feature_std``, the standard deviation of the pooled features over the images of this batch, which
+            tells when they collapse.
         """
         self._check_adopted()
         losses, shares, deviations = [], [], []

@@ -239,7 +239,7 @@ class FrozenTeacher(Teacher):
         super().requires_grad_(False)
         return self
 
-    def fold(self, input_size: int) -> bool:
+    def fuse(self, input_size: int) -> bool:
         """Run a copy of the network from now on whose BatchNorms are inside its convolutions; other rounding, faster.
 
         Args:

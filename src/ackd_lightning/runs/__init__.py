@@ -1,1 +1,1 @@
-"""A run's folder: find, read, write, export, resume; nothing that trains."""
+"""The folder of a run: claim, find, read, write, export, resume; nothing that trains."""

@@ -1,4 +1,4 @@
-"""Take the target learner out of a training run: a plain network in a file, checked before it is kept."""
+"""Export networks of a training run: each a plain network in a file that is checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,21 @@ from ackd_lightning.models.weights import (
 )
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.complexity import count_parameters
-from ackd_lightning.runs.files import read_checkpoint
+from ackd_lightning.runs.files import read_checkpoint, whole_file
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A student that was written.
+    """A network that was exported.
 
     Attributes:
-        path: of the file.
-        largest_difference: between logits of the trained network and of the file's, on a random batch.
-        network: the reloaded network.
-        input_size: side of its images in pixels.
-        plain_parameters: of the backbone with its own classifier; those of the network unless it has another head.
+        path: File with its weights.
+        largest_difference: Largest absolute difference between the logits of the trained network and of the network
+            in the file, on a batch of random images.
+        network: Network that was loaded from the file.
+        input_size: Height and width of its images in pixels.
+        plain_parameters: Number of parameters of the backbone with its own classifier; the same as those of
+            ``network`` unless that has the head of a method.
     """
 
     path: Path
@@ -48,11 +50,11 @@ class Exported:
 
 
 def peer_name(spec: str, student: str) -> str | None:
-    """Model name of an auxiliary learner that is a whole network; None for one that grows out of the student.
+    """Return the model name of an auxiliary learner that is a whole network; None for a branch of the student.
 
     Args:
-        spec: as ``BranchyStudent.specs`` has it.
-        student: model name of the target learner.
+        spec: Entry of ``BranchyStudent.specs``.
+        student: Model name of the student.
     """
     if re.match(r"D\d", spec):
         return None
@@ -60,8 +62,8 @@ def peer_name(spec: str, student: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """A network that can be taken out of a checkpoint: how to build it, and its tensors."""
+class _Source:
+    """A network in a checkpoint: how to build it, and its tensors."""
 
     name: str
     options: dict[str, Any]
@@ -76,39 +78,36 @@ class _Kept:
         return with_head(self.plain(), self.head).eval()
 
 
-def _kept(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Kept:
-    """The target learner (0) with its head, or a peer (from 1).
+def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
+    """Find the student (learner 0) with its head, or a peer (learners from 1).
 
     Raises:
-        ACKDError: when there is no such learner, or it is no network of its own.
+        ACKDError: If there is no such learner, or it is a branch and not a network of its own.
     """
-    facts, hparams, state = (
-        checkpoint["ackd_lightning"],
-        checkpoint.get("hyper_parameters", {}),
-        checkpoint["state_dict"],
-    )
+    metadata, state = checkpoint["ackd_lightning"], checkpoint["state_dict"]
+    hparams = checkpoint.get("hyper_parameters", {})
     name, options = hparams.get("student"), hparams.get("student_options") or {}
     if not isinstance(name, str):
         raise ACKDError(
             f"{path} was trained with a network of your own, not one by name; in Python, save it with "
-            "save_weights(module.kept_network(), path)"
+            "module.save_student(path)"
         )
 
     def below(prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
-    classes, specs = facts["num_classes"], facts.get("learners") or []
+    classes, specs = metadata["num_classes"], metadata.get("learners") or []
     if learner:
         found = peer_name(specs[learner - 1], name) if 0 < learner <= len(specs) else None
         if found is None:
             peers = [str(number) for number, spec in enumerate(specs, start=1) if peer_name(spec, name)]
             remedy = f"use one of {', '.join(['0', *peers])}" if peers else "it has no peers, so leave it out"
-            raise ACKDError(f"--learner is {learner} and {path} has no such network of its own; {remedy}")
+            raise ACKDError(f"--learner is {learner}, which is not a network of its own in {path}; {remedy}")
         own = options if specs[learner - 1] == "peer" else {}
-        return _Kept(found, own, classes, None, below(f"student.branches.{learner - 1}.network."))
-    head, plain = facts.get("head"), below(STUDENT_PREFIX)
+        return _Source(found, own, classes, None, below(f"student.branches.{learner - 1}.network."))
+    head, plain = metadata.get("head"), below(STUDENT_PREFIX)
     if head is None:
-        return _Kept(name, options, classes, None, plain)
+        return _Source(name, options, classes, None, plain)
     with torch.device("meta"):
         try:
             headed = HeadedNetwork(create_model(name, classes, **options), SharedClassifiers(**head))
@@ -118,24 +117,25 @@ def _kept(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Kept:
     own_classifier = f"{headed.plan.classifier}."
     body = {f"backbone.{key}": value for key, value in plain.items() if not key.startswith(own_classifier)}
     whole = {**body, **{f"head.{key}": value for key, value in below("method.head.").items()}}
-    return _Kept(name, options, classes, head, whole)
+    return _Source(name, options, classes, head, whole)
 
 
-def _plain_metadata(checkpoint: Mapping[str, Any], kept: _Kept, extra: Mapping[str, str] | None) -> dict[str, str]:
-    """What a weight file says of itself: everything that a later run with it as a teacher needs."""
-    facts = checkpoint["ackd_lightning"]
+def _plain_metadata(checkpoint: Mapping[str, Any], source: _Source, extra: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the metadata of a weight file: everything that a later run with it as a teacher needs."""
+    metadata = checkpoint["ackd_lightning"]
     values = {
-        "model": kept.name,
-        "model_options": kept.options or None,
-        "head": kept.head,
-        "num_classes": facts["num_classes"],
-        "input_size": facts["input_size"],
-        "mean": facts["mean"],
-        "std": facts["std"],
-        "data": facts["data"],
-        "method": facts["method"],
-        "seed": facts["seed"],
-        "epochs": facts["epoch"],
+        "model": source.name,
+        "model_options": source.options or None,
+        "head": source.head,
+        "num_classes": metadata["num_classes"],
+        "class_names": metadata.get("class_names"),
+        "input_size": metadata["input_size"],
+        "mean": metadata["mean"],
+        "std": metadata["std"],
+        "data": metadata["data"],
+        "method": metadata["method"],
+        "seed": metadata["seed"],
+        "epochs": metadata["epoch"],
         "ackd_lightning": __version__,
         "torch": torch.__version__,
     }
@@ -151,70 +151,111 @@ def export_student(
     extra: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a network of a checkpoint as ``.safetensors``: with the plain network's own keys where it has no head.
+    """Write a network of a checkpoint as ``.safetensors``, with the plain network's own keys unless it has a head.
 
-    The file is read back into a fresh network and its logits are compared with the trained network's on a batch; only
-    then does it get its name.
+    The file is read back into a fresh network, whose logits are compared with the trained network's on a batch of
+    random images; only then does it get its name.
 
     Args:
-        checkpoint_path: of a run.
-        target: where it goes.
-        learner: 0 for the target learner, from 1 for a peer.
-        extra: more metadata.
-        overwrite: replace a file that is there.
+        checkpoint_path: Checkpoint of a run.
+        target: File to write.
+        learner: Number of the learner: 0 for the student, from 1 for a peer.
+        extra: Further metadata.
+        overwrite: Whether to replace a file that exists.
 
     Raises:
-        ACKDError: when the file exists, the checkpoint is not ours, or logits differ.
+        ACKDError: If the file exists, the checkpoint was not written by this package, or the logits differ.
     """
     if target.exists() and not overwrite:
         raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
     checkpoint = read_checkpoint(checkpoint_path)
-    facts, kept = checkpoint["ackd_lightning"], _kept(checkpoint, checkpoint_path, learner)
+    return write_student(checkpoint, target, origin=checkpoint_path, learner=learner, extra=extra)
+
+
+def write_student(
+    checkpoint: Mapping[str, Any],
+    target: Path,
+    *,
+    origin: Path = Path("this module"),
+    learner: int = 0,
+    extra: Mapping[str, str] | None = None,
+) -> Exported:
+    """Write a network of a checkpoint in memory; `export_student` says how.
+
+    Args:
+        checkpoint: Content of a checkpoint of this package.
+        target: File to write; replaced if it exists.
+        origin: Where the content comes from, for messages.
+        learner: Number of the learner: 0 for the student, from 1 for a peer.
+        extra: Further metadata.
+
+    Raises:
+        ACKDError: If the network is not one that `create_model` builds, or the logits differ.
+    """
+    size, source = checkpoint["ackd_lightning"]["input_size"], _source(checkpoint, origin, learner)
     with torch.device("meta"):  # before anything of the stated size is allocated
-        check_fit(kept.state, kept.fresh().state_dict(), checkpoint_path, kept.name)
-    trained = kept.fresh()
-    trained.load_state_dict(kept.state)
-    partial = target.with_name(f".{target.name}.unchecked.safetensors")
+        check_fit(source.state, source.fresh().state_dict(), origin, source.name)
+    trained = source.fresh()
+    trained.load_state_dict(source.state)
     try:
-        save_weights(kept.state, partial, _plain_metadata(checkpoint, kept, extra))
-    except ACKDError as error:
-        raise ACKDError(str(error).replace(str(partial), str(target))) from error
-    try:
-        reloaded = kept.fresh()
-        load_weights(reloaded, partial)
-        image = torch.randn(4, 3, facts["input_size"], facts["input_size"], generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            difference = float((trained(image) - reloaded(image)).abs().max())
-        if not difference <= 1e-5:
-            raise ACKDError(f"the exported student's logits differ by {difference:.3g}; {target} was not written")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return Exported(target, difference, reloaded, facts["input_size"], count_parameters(kept.plain()))
+        with whole_file(target) as partial:
+            save_weights(source.state, partial, _plain_metadata(checkpoint, source, extra))
+            reloaded = source.fresh()
+            load_weights(reloaded, partial)
+            image = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                difference = float((trained(image) - reloaded(image)).abs().max())
+            if not difference <= 1e-5:
+                raise ACKDError(f"the exported student's logits differ by {difference:.3g}; {target} was not written")
+    except OSError as error:
+        raise ACKDError(
+            f"{target} cannot be written ({error.strerror}); choose a folder with room that you may write in"
+        ) from error
+    return Exported(target, difference, reloaded, size, count_parameters(source.plain()))
 
 
 def load_student(path: str | Path) -> nn.Module:
     """Build the network that a file of ``ackd export`` or of a run describes, with its weights, in evaluation mode.
 
+    The network gets an attribute ``class_names``: a tuple of text in the order of its logits, or None if the file
+    does not name the classes.
+
     Args:
-        path: of a ``.safetensors`` file that names its model.
+        path: ``.safetensors`` file that names its model.
 
     Raises:
-        ACKDError: when the file does not say what it holds, or does not hold it.
+        ACKDError: If the file does not state which network it has, or does not have it.
     """
-    facts = read_metadata(path)
+    metadata = read_metadata(path)
     try:
-        name, classes = facts["model"], int(facts["num_classes"])
-        options, head = json.loads(facts.get("model_options", "{}")), json.loads(facts.get("head", "null"))
+        name, classes = metadata["model"], int(metadata["num_classes"])
+        options, head = json.loads(metadata.get("model_options", "{}")), json.loads(metadata.get("head", "null"))
         with torch.device("meta"):  # before anything of the stated size is allocated
             ghost = with_head(create_model(name, classes, **options), head)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, ACKDError):
             raise
         raise ACKDError(
-            f"{path} does not say which network it holds; build it with create_model and use load_weights"
+            f"{path} does not state which network it has; build it with create_model and use load_weights"
         ) from error
+    names = _class_names(metadata, classes, path)
     tensors, _ = fitting_tensors(ghost, path, name=name)
     network = with_head(create_model(name, classes, **options), head)
     network.load_state_dict(tensors)
+    cast("Any", network).class_names = names
     return network.eval()
+
+
+def _class_names(metadata: Mapping[str, str], classes: int, path: str | Path) -> tuple[str, ...] | None:
+    """Read the class names of a weight file; None if it has none."""
+    try:
+        names = json.loads(metadata.get("class_names", "null"))
+    except (ValueError, RecursionError):
+        names = ()
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names) or len(names) != classes:
+        raise ACKDError(
+            f"class_names in the metadata of {path} are not the names of its {classes} classes; export the file again"
+        )
+    return tuple(names)

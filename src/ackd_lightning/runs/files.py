@@ -1,9 +1,12 @@
-"""A run's folder: find it, read its checkpoints and its summary, write files whole."""
+"""Files of a run: find them, read checkpoints and summaries, write every file whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,40 +16,75 @@ from torch import Tensor
 from ackd_lightning.errors import ACKDError
 
 Which = Literal["last", "best"]
-_MOST_CLASSES, _LARGEST_INPUT = 1_000_000, 4096
+_MAX_CLASSES, _MAX_INPUT_SIZE = 1_000_000, 4096
+_REQUIRED = {"num_classes", "input_size", "mean", "std", "data", "method", "seed", "epoch"}
+"""Metadata that every checkpoint has under ``ackd_lightning``."""
 
 
-_FACTS = {"num_classes", "input_size", "mean", "std", "data", "method", "seed", "epoch"}
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all.
+
+    The caller writes to a hidden file in the same folder. When the block ends without an exception, the file is
+    flushed to the disk and replaces ``path`` in one step. A killed process, a full disk or an exception leaves what
+    was at ``path`` before.
+
+    Args:
+        path: File to write. Missing folders are made.
+
+    Yields:
+        Path of the hidden file.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> target = Path(folder.name) / "notes" / "first.txt"
+        >>> with whole_file(target) as partial:
+        ...     characters = partial.write_text("whole")
+        >>> target.read_text(), len(list(target.parent.iterdir()))
+        ('whole', 1)
+        >>> folder.cleanup()
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield partial
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write a JSON file that is there whole or not at all.
+    """Write a JSON file whole or not at all.
 
     Args:
-        content: plain data.
-        path: of the file.
+        content: Plain data.
+        path: File to write.
     """
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(path)
+    text = json.dumps(content, indent=1)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
-    """Resolve a run folder or a checkpoint file to a checkpoint file.
+    """Return the checkpoint file that a run folder or a file name stands for.
 
     Args:
-        run: either.
-        which: of a run folder.
+        run: Folder of a run, or a checkpoint file.
+        which: Checkpoint to take from a folder.
 
     Raises:
-        ACKDError: when there is none.
+        ACKDError: If the folder has no such checkpoint, or ``run`` does not exist.
     """
     path = Path(run)
     if path.is_dir():
         found = path / "checkpoints" / f"{which}.ckpt"
         if not found.is_file():
             others = ", ".join(sorted(each.name for each in path.glob("checkpoints/*.ckpt"))) or "none"
-            raise ACKDError(f"{found} does not exist (checkpoints there: {others}); choose another run or --which")
+            raise ACKDError(f"{found} does not exist (its checkpoints: {others}); choose another run or --which")
         return found
     if not path.is_file():
         raise ACKDError(f"{run} is neither a run folder nor a checkpoint; `ackd fit` writes runs to runs/CONFIG/NAME")
@@ -54,22 +92,22 @@ def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """Folder of the run that a checkpoint belongs to.
+    """Return the folder of the run that a checkpoint belongs to.
 
     Args:
-        checkpoint: a file.
+        checkpoint: Checkpoint file.
     """
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint of ours; tensors and plain data only.
+    """Load a checkpoint of this package onto the CPU; tensors and plain data only.
 
     Args:
-        path: of a ``.ckpt`` file.
+        path: Checkpoint file.
 
     Raises:
-        ACKDError: when it is truncated or not ours.
+        ACKDError: If it is truncated, damaged, or was not written by this package.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -78,7 +116,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ACKDError(f"{path} cannot be read as a checkpoint ({reason}); choose another one") from error
     if not isinstance(checkpoint, dict) or "ackd_lightning" not in checkpoint or "state_dict" not in checkpoint:
         raise ACKDError(
-            f"{path} is no checkpoint of ackd-lightning; name a run folder or a .ckpt that `ackd fit` wrote"
+            f"{path} is not a checkpoint of ackd-lightning; name a run folder or a .ckpt that `ackd fit` wrote"
         )
     if (problem := _damage(checkpoint)) is not None:
         raise ACKDError(f"{path} is damaged ({problem}); choose another one")
@@ -86,40 +124,49 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _damage(checkpoint: Mapping[str, Any]) -> str | None:
-    """What is wrong with the parts of a checkpoint that are read here; None for nothing."""
-    state, facts, hparams = (checkpoint.get(key, {}) for key in ("state_dict", "ackd_lightning", "hyper_parameters"))
+    """Describe what is wrong with the parts of a checkpoint that this package reads; None when nothing is."""
+    state, metadata, hparams = (checkpoint.get(key, {}) for key in ("state_dict", "ackd_lightning", "hyper_parameters"))
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         return "its state_dict has no names"
     if not all(isinstance(value, Tensor) for value in state.values()):
-        return "its state_dict holds other things than tensors"
-    if not isinstance(facts, Mapping) or not isinstance(hparams, Mapping):
-        return "its settings are no mappings"
-    missing = _FACTS - set(facts)
-    if missing:
-        return f"it does not say {', '.join(sorted(missing))}"
-    for key, most in (("num_classes", _MOST_CLASSES), ("input_size", _LARGEST_INPUT)):
-        if not isinstance(facts[key], int) or not 1 <= facts[key] <= most:
-            return f"its {key} is {str(facts[key])[:40]}"
-    for place, key, kind in ((hparams, "student_options", dict), (facts, "head", dict), (facts, "learners", list)):
-        if not isinstance(place.get(key) or kind(), kind):
+        return "its state_dict has entries that are not tensors"
+    if not isinstance(metadata, Mapping) or not isinstance(hparams, Mapping):
+        return "its settings are not mappings"
+    if missing := _REQUIRED - set(metadata):
+        return f"it lacks {', '.join(sorted(missing))}"
+    for key, largest in (("num_classes", _MAX_CLASSES), ("input_size", _MAX_INPUT_SIZE)):
+        if not isinstance(metadata[key], int) or not 1 <= metadata[key] <= largest:
+            return f"its {key} is {str(metadata[key])[:40]}"
+    kinds: tuple[tuple[Mapping[str, Any], str, type | tuple[type, ...]], ...] = (
+        (hparams, "student_options", dict),
+        (metadata, "head", dict),
+        (metadata, "learners", list),
+        (metadata, "class_names", (list, tuple)),
+    )
+    for place, key, kind in kinds:
+        if place.get(key) and not isinstance(place[key], kind):
             return f"its {key} is {str(place[key])[:40]}"
-    if not all(isinstance(each, str) for each in facts.get("learners") or []):
-        return "its learners have no names"
+    for key in ("learners", "class_names"):
+        if not all(isinstance(each, str) for each in metadata.get(key) or []):
+            return f"its {key} has an entry that is not text"
+    names = metadata.get("class_names") or []
+    if names and len(names) != metadata["num_classes"]:
+        return f"it has {len(names)} class names and {metadata['num_classes']} classes"
     return None
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """Summary of a finished run.
+    """Read the summary of a finished run.
 
     Args:
-        run: its folder.
+        run: Folder of the run.
 
     Raises:
-        ACKDError: when there is none.
+        ACKDError: If there is none, or it cannot be read.
     """
     path = run / "summary.json"
     if not path.is_file():
-        raise ACKDError(f"{run} holds no finished run (no summary.json); name a folder that `ackd fit` wrote")
+        raise ACKDError(f"{run} has no finished run (no summary.json); name a folder that `ackd fit` wrote")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -131,26 +178,26 @@ def read_summary(run: Path) -> dict[str, Any]:
     ]
     if wrong:
         raise ACKDError(
-            f"{path} is no summary of a run ({wrong[0]} is missing); restore it, or remove the run's folder"
+            f"{path} is not the summary of a run ({wrong[0]} is missing); restore it, or remove the run's folder"
         )
     return dict(summary)
 
 
 def find_runs(places: Sequence[str | Path]) -> list[Path]:
-    """Run folders among or directly below the given ones.
+    """Return the finished runs among the given folders and below them.
 
     Args:
-        places: run folders, or folders of runs.
+        places: Folders of runs, or folders that contain them.
 
     Raises:
-        ACKDError: when a place holds no finished run.
+        ACKDError: If a place is not a folder, or has no finished run.
     """
     runs: list[Path] = []
     for place in map(Path, places):
         if not place.is_dir():
-            raise ACKDError(f"{place} is no folder; name run folders such as runs/CONFIG/NAME")
+            raise ACKDError(f"{place} is not a folder; name run folders such as runs/CONFIG/NAME")
         found = [place] if (place / "summary.json").is_file() else sorted(p.parent for p in place.rglob("summary.json"))
         if not found:
-            raise ACKDError(f"{place} holds no finished run (no summary.json); name a folder that `ackd fit` wrote")
+            raise ACKDError(f"{place} has no finished run (no summary.json); name a folder that `ackd fit` wrote")
         runs += [run for run in found if run not in runs]
     return runs

@@ -1,12 +1,11 @@
-"""``--resume``: which run goes on, and from which checkpoint."""
+"""``--resume``: find the run that is resumed, and the newest checkpoint of it that can be read."""
 
 from __future__ import annotations
 
-import errno
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -15,53 +14,25 @@ from ackd_lightning.errors import ACKDError, RunFinishedError
 from ackd_lightning.runs.files import find_checkpoint, read_checkpoint, run_folder
 
 
-def hold(folder: Path) -> IO[str] | None:
-    """Claim a run's folder for this process, until it ends or closes what is returned.
-
-    Args:
-        folder: of the run; made if it is missing.
-
-    Returns:
-        The file that is locked; None on systems without such locks.
-
-    Raises:
-        ACKDError: when another process trains this run.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    stream = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        stream.close()
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            return None  # some network file systems have no locks
-        raise ACKDError(
-            f"run {folder} is being trained by another process; wait for it, or choose another --name"
-        ) from None
-    return stream
-
-
 @dataclass(frozen=True)
 class Resumed:
-    """A run that goes on.
+    """A run that is resumed.
 
     Attributes:
-        folder: of the run.
-        checkpoint: the newest one that can be read.
-        note: what a user should know; empty for nothing.
+        folder: Folder of the run.
+        checkpoint: Newest checkpoint that can be read.
+        content: What `read_checkpoint` returned for it, so that nobody has to read it again.
+        note: Sentence for the user about checkpoints that cannot be read; empty if all can.
     """
 
     folder: Path
     checkpoint: Path
+    content: dict[str, Any] = field(repr=False, compare=False)
     note: str = ""
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """Checkpoints of a run: the last one, then others by age."""
+    """List the checkpoints of a run: the last one, then the others from new to old."""
 
     def age(path: Path) -> tuple[bool, int]:
         return path.name == "last.ckpt", path.stat().st_mtime_ns
@@ -69,25 +40,24 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoints/*.ckpt"), key=age, reverse=True)
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why a checkpoint cannot be used; None when it can."""
+def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return the content of a checkpoint, or None and what is wrong with it."""
     try:
-        read_checkpoint(path)
+        return read_checkpoint(path), ""
     except ACKDError as error:
-        return str(error)
-    return None
+        return None, str(error)
 
 
-def _readable(folder: Path) -> Resumed:
-    """The newest checkpoint of a run that is whole."""
-    broken: list[str] = []
+def _newest_readable(folder: Path) -> Resumed:
+    """Read checkpoints of a run, the newest first, until one is whole."""
+    problems: list[str] = []
     for path in _newest_first(folder):
-        reason = _unreadable(path)
-        if reason is None:
-            note = f"{broken[0]}; going on from {path.name} instead" if broken else ""
-            return Resumed(folder, path, note)
-        broken.append(reason)
-    raise ACKDError(f"no checkpoint of run {folder} can be read ({broken[0]}); remove the folder and start again")
+        content, problem = _read(path)
+        if content is not None:
+            note = f"{problems[0]}; resuming from {path.name} instead" if problems else ""
+            return Resumed(folder, path, content, note)
+        problems.append(problem)
+    raise ACKDError(f"no checkpoint of run {folder} can be read ({problems[0]}); remove the folder and start again")
 
 
 def _refuse_finished(folder: Path) -> None:
@@ -105,66 +75,67 @@ def _seed_of(folder: Path) -> Any:
 
 
 def resume_auto(place: Path, name: str | None, seed: Any = None) -> Resumed | None:
-    """The newest unfinished run of a configuration.
+    """Find the newest unfinished run of a configuration.
 
     Args:
-        place: folder of the configuration's runs.
-        name: of the run when it was given: then only this one counts.
-        seed: of the run: without a name, runs with another seed do not count.
+        place: Folder of the configuration's runs.
+        name: Name of the run, if it has one: only this run counts then.
+        seed: Seed of the run: without a name, runs with another seed do not count.
 
     Returns:
-        None when there is nothing to go on with, so that the run starts from the beginning.
+        The run, or None if there is nothing to resume, so that the run starts from the beginning.
 
     Raises:
-        RunFinishedError: when the named run, or the only runs that there are, have ended.
-        ACKDError: when no checkpoint of the run can be read.
+        RunFinishedError: If the named run, or every run that counts, is finished.
+        ACKDError: If no checkpoint of the run can be read.
     """
     folders = [place / name] if name else [path for path in place.glob("*") if path.is_dir() and _seed_of(path) == seed]
     with_checkpoint = [(found[0].stat().st_mtime_ns, folder) for folder in folders if (found := _newest_first(folder))]
     unfinished = [each for each in with_checkpoint if not (each[1] / "summary.json").is_file()]
     if unfinished:
-        return _readable(max(unfinished)[1])
+        return _newest_readable(max(unfinished)[1])
     if with_checkpoint:
         _refuse_finished(max(with_checkpoint)[1])
     return None
 
 
 def resume_from(value: str) -> Resumed:
-    """The run behind ``--resume PATH``.
+    """Find the run that ``--resume PATH`` names.
 
     Args:
-        value: a run's folder, or one of its checkpoints.
+        value: Folder of a run, or one of its checkpoints.
 
     Raises:
-        RunFinishedError: when a folder's run has ended.
-        ACKDError: when there is none, or it cannot be read.
+        RunFinishedError: If the run of a folder is finished.
+        ACKDError: If there is no such run, or its checkpoint cannot be read.
     """
     path = Path(value)
     if path.is_dir():
         _refuse_finished(path)
         if not _newest_first(path):
-            find_checkpoint(path)  # says what is there
-        return _readable(path)
+            find_checkpoint(path)  # raises the error that lists what the folder has
+        return _newest_readable(path)
     checkpoint = find_checkpoint(path)
     folder = run_folder(checkpoint)
-    reason = _unreadable(checkpoint)
-    if reason is None:
-        if checkpoint.parent.name != "checkpoints":
-            raise ACKDError(f"{value} is in no run's checkpoints/; name the run, or start a new one with --ckpt_path")
-        return Resumed(folder, checkpoint)
-    others = [path for path in _newest_first(folder) if path != checkpoint and _unreadable(path) is None]
-    raise ACKDError(f"{reason}, such as --resume {others[0]}" if others else reason)
+    content, problem = _read(checkpoint)
+    if content is None:
+        whole = (each for each in _newest_first(folder) if each != checkpoint and _read(each)[0] is not None)
+        other = next(whole, None)
+        raise ACKDError(f"{problem}, such as --resume {other}" if other else problem)
+    if checkpoint.parent.name != "checkpoints":
+        raise ACKDError(f"{value} is not in a run's checkpoints/; name the run, or start a new one with --ckpt_path")
+    return Resumed(folder, checkpoint, content)
 
 
 def changed_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """Settings that differ from those that a run was started with, as ``name before -> after``.
+    """List settings that differ from those that a run was started with, as ``name before -> after``.
 
     Args:
-        folder: of the run.
-        settings: with which it goes on.
+        folder: Folder of the run.
+        settings: Settings that the run is resumed with.
 
     Raises:
-        ACKDError: when the seed differs, so that it would be another run.
+        ACKDError: If the seed differs, so that it would be another run.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -173,7 +144,7 @@ def changed_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
     if before.get("seed_everything") != settings["seed_everything"]:
         raise ACKDError(
             f"run {folder} has --seed_everything {before.get('seed_everything')} and not "
-            f"{settings['seed_everything']}, so it would not go on as it began; give its seed"
+            f"{settings['seed_everything']}, so it would not continue as it began; give its seed"
         )
     there, now = experiment_settings(before), experiment_settings(settings)
     different = [key for key in sorted(there.keys() & now.keys()) if there[key] != now[key]]

@@ -16,7 +16,7 @@ from ackd_lightning._version import __version__
 
 @functools.cache
 def commit() -> str | None:
-    """The git commit of this package's source, ``+`` behind it when files were changed; None where there is none."""
+    """Return the git commit of this package's source, with ``+`` if files were changed; None if it is not known."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -32,7 +32,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Return the versions that a result depends on, by name."""
     source = commit()
     return {
         "ackd_lightning": __version__,

@@ -162,11 +162,13 @@ class DistillationModule(ManualSteps):
         self._last: tuple[NetOutput, NetOutput | None, Batch] | None = None
         self.save_hyperparameters(
             {
-                "student": student if isinstance(student, str) else None,
-                "student_options": student_options,
+                "student": getattr(backbone, "model_name", None),
+                "student_options": getattr(backbone, "model_options", None),
                 "method": describe(self.method),
                 "teacher": describe_teachers(configs),
-                "data": {key: list(each) if isinstance(each, tuple) else each for key, each in asdict(self.data).items()},
+                "data": {
+                    key: list(each) if isinstance(each, tuple) else each for key, each in asdict(self.data).items()
+                },
                 "optimizer": describe_factory(optimizer),
                 "lr_scheduler": describe_factory(lr_scheduler),
                 "recipe": asdict(self.recipe),
@@ -181,7 +183,7 @@ class DistillationModule(ManualSteps):
         """Let an overridden ``configure_optimizers`` return the student's optimizer alone."""
         super().__init_subclass__(**kwargs)
         if (own := cls.__dict__.get("configure_optimizers")) is not None:
-            cls.configure_optimizers = _with_method_optimizers(own)  # type: ignore[method-assign]
+            cls.configure_optimizers = _with_method_optimizers(own)  # type: ignore[method-assign, assignment]
 
     @classmethod
     def from_data(cls, data: L.LightningDataModule, student: str | nn.Module, **arguments: Any) -> DistillationModule:
@@ -197,7 +199,9 @@ class DistillationModule(ManualSteps):
         """
         info = getattr(data, "info", None)
         if not isinstance(info, DataInfo):
-            raise ACKDError(f"{type(data).__name__} has no attribute `info`; pass data=DataInfo(...) to the constructor")
+            raise ACKDError(
+                f"{type(data).__name__} has no attribute `info`; pass data=DataInfo(...) to the constructor"
+            )
         return cls(student, data=info, **arguments)
 
     def default_method(self) -> Method:
@@ -391,12 +395,15 @@ class DistillationModule(ManualSteps):
         Raises:
             ACKDError: If the file exists, or the logits of the written network differ.
         """
+        target = Path(path)
+        if target.exists() and not overwrite:
+            raise ACKDError(f"{target} exists; choose another file or pass overwrite=True")
         checkpoint = {
             "ackd_lightning": self.metadata(),
             "hyper_parameters": dict(self.hparams),
             "state_dict": self.state_dict(),
         }
-        return write_student(checkpoint, Path(path), network=self.kept_network(), overwrite=overwrite)
+        return write_student(checkpoint, target)
 
     def networks_in_training(self) -> tuple[nn.Module, ...]:
         """Return student and method."""
@@ -426,7 +433,7 @@ class DistillationModule(ManualSteps):
         self.means.reset()
 
     def on_train_start(self) -> None:
-        """Discard what an earlier fit has left of an epoch, and warn about a learning rate scale that is not applied."""
+        """Discard what an earlier fit has left, and warn about a learning rate scale that is not applied."""
         self.means.reset()
         scales = {name: scale for name, scale in self.method.lr_scales.items() if scale != 1.0}
         overridden = type(self).configure_optimizers is not DistillationModule.configure_optimizers

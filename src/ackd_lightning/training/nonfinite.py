@@ -219,7 +219,7 @@ class SkippingModule(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} has no method `networks_in_training`")
 
     def statistics_before(self) -> list[tuple[Tensor, Tensor]]:
-        """Return what a forward pass changes and a skipped step must restore: BatchNorm's buffers, and copies of them."""
+        """Return what a skipped step must restore: BatchNorm's buffers, and copies of them."""
         return batchnorm_statistics(*self.networks_in_training()) if self.guard.on_nonfinite == "skip" else []
 
     @torch.no_grad()

@@ -64,7 +64,7 @@ class WarmUp(LRScheduler):
             group["lr"] = lr * factor
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def step(self, metrics: Any = None) -> None:  # type: ignore[override]  # a metric instead of an epoch
+    def step(self, metrics: Any = None) -> None:
         """Step the schedule and the warm-up.
 
         Args:
@@ -192,9 +192,10 @@ def describe_factory(factory: Any) -> dict[str, Any] | None:
         found = next((each for each in (factory.func, *reversed(factory.args)) if isinstance(each, type)), None)
     if not isinstance(found, type):
         return None
-    home = "torch.optim.lr_scheduler" if issubclass(found, LRScheduler) else "torch.optim"
-    public = getattr(torch.optim.lr_scheduler if issubclass(found, LRScheduler) else torch.optim, found.__name__, None)
-    path = f"{home}.{found.__name__}" if public is found else f"{found.__module__}.{found.__qualname__}"
+    cls: type = found
+    home: Any = torch.optim.lr_scheduler if issubclass(cls, LRScheduler) else torch.optim
+    public = getattr(home, cls.__name__, None) is cls
+    path = f"{home.__name__}.{cls.__name__}" if public else f"{cls.__module__}.{cls.__qualname__}"
     return {"class_path": path, "init_args": arguments}
 
 

@@ -122,8 +122,13 @@ class Teachers:
         """Frozen teacher of a given network, told how the data are normalised."""
         network = config.network
         assert isinstance(network, nn.Module)
-        own = {"mean": config.mean, "std": config.std, "input_size": config.input_size}
-        frozen = network if isinstance(network, FrozenTeacher) else FrozenTeacher(network, bf16=config.bf16, **own)
+        frozen = (
+            network
+            if isinstance(network, FrozenTeacher)
+            else FrozenTeacher(
+                network, mean=config.mean, std=config.std, input_size=config.input_size, bf16=config.bf16
+            )
+        )
         frozen.adapt_to(self.data.mean, self.data.std, self.data.input_size)
         return frozen
 

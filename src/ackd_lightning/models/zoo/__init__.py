@@ -79,17 +79,23 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     if name in _CIFAR:
         if options:
             raise ACKDError(f"option {next(iter(options))!r} is unknown: {name!r} takes no options, leave it out")
-        return _CIFAR[name](num_classes)
+        return _named(_CIFAR[name](num_classes), name, options)
     if name.startswith(_TIMM):
-        return _from_timm(name, num_classes, options)
+        return _named(_from_timm(name, num_classes, options), name, options)
     if name in _torchvision_names():
-        return _from_torchvision(name, num_classes, options)
+        return _named(_from_torchvision(name, num_classes, options), name, options)
     known = list_models()
     wanted = name.lower()
     # the names of torchvision are too many to be listed when nothing is near
     near = difflib.get_close_matches(wanted, known, cutoff=0.6)
     hint = near_matches(wanted, known if near else _CIFAR)
     raise ACKDError(f"no network is named {name!r}: {hint} (or a torchvision classification network, or timm:NAME)")
+
+
+def _named(network: nn.Module, name: str, options: dict[str, Any]) -> nn.Module:
+    """Remember how a network was built, so that an exported file can describe it."""
+    network.__dict__.update(model_name=name, model_options=dict(options))
+    return network
 
 
 def list_models() -> list[str]:
