@@ -1,10 +1,10 @@
-"""Ways of doing the same thing that were compared for speed.
+"""Alternative implementations, compared for speed.
 
     python benchmarks/choices.py
 
-The teacher's forward pass in bfloat16 with the channels last: as it is, with its BatchNorm folded into the
-convolutions, compiled, both (what --fast does), and compiled with frozen weights. One step of SGD over the student:
-torch's three ways.
+The teacher's forward pass in bfloat16 with channels last: unchanged, with BatchNorm fused into the convolutions,
+compiled, fused and compiled (what --fast does), and compiled with frozen weights. One step of SGD on the student:
+torch's three implementations.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import time
 from collections.abc import Callable
 
 import torch
+from timing.machine import cpu_model
 from torch import nn
 
-from ackd_lightning.bench.machine import cpu_model
 from ackd_lightning.models.folding import folded
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.speed import keep_freed_memory
 
 
 def measured(ways: dict[str, Callable[[], object]], repeats: int) -> None:
-    """Print median, least and largest of every way, which take turns."""
+    """Print median, minimum and maximum of every alternative, measured in turn."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(repeats + 3):
         for name, call in ways.items():
@@ -48,14 +48,14 @@ def main() -> None:
     teacher = create_model("resnet110", 100)
     with torch.no_grad():
         for _ in range(20):
-            teacher.train()(images[:16])  # BatchNorm of fresh weights has to see images once
+            teacher.train()(images[:16])  # fresh weights need BatchNorm statistics
     plain = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     inside = folded(plain, lambda network: [network(images[:2])])
     assert isinstance(inside, nn.Module)
-    networks = {"as it is": plain, "BatchNorm folded": inside}
+    networks = {"unchanged": plain, "BatchNorm fused": inside}
     for name, network, arguments in (
         ("compiled", plain, {}),
-        ("BatchNorm folded, compiled", inside, {}),
+        ("BatchNorm fused, compiled", inside, {}),
         ("compiled, weights frozen", plain, {"options": {"freezing": True}}),
     ):
         networks[name] = copy.deepcopy(network)

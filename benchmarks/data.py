@@ -1,10 +1,10 @@
-"""Our data pipelines against torchvision's usual ones, in pairs, on an idle machine: images per second, on the CPU.
+"""Images per second of our data pipelines and of torchvision's usual ones, in pairs, on the CPU of an idle machine.
 
     python benchmarks/data.py --pairs 5
 
-Every pair is each side once, in a fresh process (A B A B over the pairs): images of 32 x 32 in memory, then JPEG files
-of about 500 x 375 that become 224 x 224. All sides end at the float batch that a network gets. A pair in which other
-processes were busy is thrown away and repeated. README.md beside this file explains the numbers.
+Every pair runs each side once in a fresh process (A B A B over the pairs): images of 32 x 32 in memory, then JPEG files
+of about 500 x 375 that become 224 x 224. All sides end at the float batch that a network receives. A pair with load of
+other processes is discarded and repeated. README.md in this folder explains the numbers.
 """
 
 from __future__ import annotations
@@ -21,29 +21,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from timing.machine import machine, median_and_range, watched
+from timing.synthetic import SyntheticDataModule
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from ackd_lightning.bench.command import spread
-from ackd_lightning.bench.machine import machine, watched
-from ackd_lightning.bench.standins import SyntheticDataModule
 from ackd_lightning.data import CIFAR100DataModule, ImageDataModule, ImageFolderDataModule
 from ackd_lightning.runs.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY_BATCH, FILE_BATCH = 128, 64
 LINKS = 4
-"""Names of each file, so that an epoch is long and the folder small."""
+"""Number of names of each file: the epoch is long and the folder small."""
 DETAIL = ((4, 45.0), (16, 25.0), (64, 15.0), (250, 10.0))
-"""Cells across an image and strength, in grey levels, of the noise it is made of."""
+"""Noise of an image: cells across the image, strength in grey levels."""
 
 
 # ---------------------------------------------------------------- images
 
 
 def write_images(root: Path, count: int) -> None:
-    """Write smooth random JPEGs: ``train`` with ``count`` names for a quarter as many files, and a few in ``test``."""
+    """Write smooth random JPEGs: ``train`` with ``count`` names of a quarter as many files, and a few in ``test``."""
     draw = np.random.default_rng(0)
     for number in range(-8, count // LINKS):
         width, height = (500, 375) if number % 4 else (375, 500)
@@ -60,7 +59,7 @@ def write_images(root: Path, count: int) -> None:
 
 
 class Pictures(Dataset):
-    """Images in memory that become PIL images one by one, as torchvision's CIFAR data sets hold them."""
+    """Images in memory that become PIL images one by one, as in torchvision's CIFAR data sets."""
 
     def __init__(self, count: int, transform: Callable) -> None:
         self.data = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
@@ -78,13 +77,13 @@ class Pictures(Dataset):
 
 
 def usual(crop: Callable, data: ImageDataModule) -> Callable:
-    """The usual chain of torchvision's transforms."""
+    """Usual transforms of torchvision."""
     flip = transforms.RandomHorizontalFlip()
     return transforms.Compose([crop, flip, transforms.ToTensor(), transforms.Normalize(data.mean, data.std)])
 
 
 def ours(data: ImageDataModule) -> Iterable:
-    """Batches as a training step gets them."""
+    """Batches as a training step receives them."""
     return (data.on_after_batch_transfer(raw, 0) for raw in data.train_dataloader())
 
 
@@ -93,7 +92,7 @@ def loaded(dataset: Dataset, batch_size: int, workers: int) -> Iterable:
 
 
 def small() -> ImageDataModule:
-    """Random images in memory in the number of CIFAR-100's."""
+    """As many random images in memory as CIFAR-100 has."""
     return SyntheticDataModule(CIFAR100DataModule(batch_size=MEMORY_BATCH, val_fraction=0))
 
 
@@ -128,7 +127,7 @@ RATIOS = (
 
 
 def side(request: dict) -> dict:
-    """Run an epoch of one side in this process; its first batches, while workers start, are not timed."""
+    """Run an epoch of one side in this process; the first batches, while workers start, are not timed."""
     batches = iter(SIDES[request["side"]](Path(request["root"])))
     for _ in range(request["warmup"]):
         next(batches)
@@ -157,18 +156,18 @@ def measure_pair(options: argparse.Namespace, root: Path) -> dict:
 
 
 def ratios(pairs: list[dict]) -> list[dict]:
-    """Our images per second by those of torchvision, over the pairs."""
+    """Our images per second divided by those of torchvision, over the pairs."""
     lines = []
     for mine, theirs in RATIOS:
         speeds = [[pair["runs"][name]["images_per_second"] for name in (mine, theirs)] for pair in pairs]
-        lines.append({"ratio": f"{mine} / {theirs}", **spread([above / below for above, below in speeds])})
+        lines.append({"ratio": f"{mine} / {theirs}", **median_and_range([above / below for above, below in speeds])})
     return lines
 
 
 def show(pairs: list[dict]) -> None:
-    print(f"\nmedian [least, largest] of {len(pairs)} pairs")
+    print(f"\nmedian [min, max] of {len(pairs)} pairs")
     for name in SIDES:
-        values = spread([pair["runs"][name]["images_per_second"] for pair in pairs])
+        values = median_and_range([pair["runs"][name]["images_per_second"] for pair in pairs])
         print(f"  {name:<56} {values['median']:9,.0f} images/s  [{values['min']:,.0f}, {values['max']:,.0f}]")
     for line in ratios(pairs):
         print(f"  {line['ratio']:<56} {line['median']:9.2f}           [{line['min']:.2f}, {line['max']:.2f}]")
@@ -176,10 +175,12 @@ def show(pairs: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="undisturbed pairs that are wanted")
-    parser.add_argument("--attempts", type=int, default=None, help="pairs that are tried at most; default: three each")
-    parser.add_argument("--images", type=int, default=1600, help=f"names of JPEGs, {LINKS} of each file")
-    parser.add_argument("--warmup", type=int, default=4, help="batches of every run that are not timed")
+    parser.add_argument("--pairs", type=int, default=5, help="number of undisturbed pairs")
+    parser.add_argument(
+        "--attempts", type=int, default=None, help="largest number of pairs to run; default: 3 x --pairs"
+    )
+    parser.add_argument("--images", type=int, default=1600, help=f"number of JPEG names, {LINKS} per file")
+    parser.add_argument("--warmup", type=int, default=4, help="untimed batches of every run")
     parser.add_argument(
         "--out", type=Path, default=None, help="raw numbers; default: benchmarks/results/data-TIME.json"
     )
@@ -216,10 +217,10 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(report, out)
     if not kept:
-        print("\nNO PAIR WAS UNDISTURBED: these numbers mean little")
+        print("\nNO PAIR WAS UNDISTURBED: do not rely on these numbers")
     show(kept or rejected)
     if not all(pair["load_known"] for pair in kept):
-        print("this system does not tell what other processes do; see that they do nothing")
+        print("the load of other processes is unknown on this system; make sure that the machine is idle")
     print(f"raw numbers: {out}")
     if len(kept) < options.pairs:
         sys.exit(f"only {len(kept)} of {options.pairs} pairs were undisturbed; repeat on an idle machine")

@@ -1,8 +1,8 @@
-"""Norm of each term's gradient on the shared trunk and on the target's last stage, at a run's start and end.
+"""Norm of each term's gradient on the shared trunk and on the student's last stage, at the start and end of a run.
 
     python benchmarks/gradient_share.py runs/CONFIG/NAME
 
-One training batch, gradient of the unweighted terms; weights as in the run are shown beside them.
+One training batch, gradients of the unweighted terms; the weights of the run are printed beside them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(run: Path) -> None:
         backbone = module.student.backbone
         parts = [[p for n in sorted(names) for p in backbone.get_submodule(n).parameters()] for names in (shared, own)]
         print(
-            f"{run}, {moment}: value, weight, gradient norm on the trunk below all branches, on the target's last stage"
+            f"{run}, {moment}: value, weight, gradient norms on the common trunk and the student's last stage"
         )
         for name, value in terms.items():
             trunk, target = (norm(value, part) if value.requires_grad else 0.0 for part in parts)

@@ -1,10 +1,10 @@
-"""Our training speed against a plain eager float32 loop of the same networks, in pairs, on an idle machine.
+"""Our training speed and that of a plain eager float32 loop of the same networks, in pairs, on an idle machine.
 
     python benchmarks/speed.py --pairs 5
 
-Every pair is the plain KD loop, then `ackd bench` of KD, ACKD and CRD, each in a fresh process (A B A B over the
-pairs). A pair in which other processes were busy is thrown away and repeated. Any other option is a setting of
-`ackd fit` for our side, such as --trainer.precision bf16-mixed. README.md beside this file explains the numbers.
+Every pair runs the plain KD loop, then bench.py with KD, ACKD and CRD, each in a fresh process (A B A B over the
+pairs). A pair with load of other processes is discarded and repeated. Any other option is a setting of `ackd fit` for
+our side, such as --trainer.precision bf16-mixed. README.md in this folder explains the numbers.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing.machine import machine, median_and_range, resident_bytes, watched
 
-from ackd_lightning.bench.command import spread
-from ackd_lightning.bench.machine import machine, resident_bytes, watched
 from ackd_lightning.config.files import load_configs
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.runs.files import write_json
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 TUNED = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "268435456",
 }
-"""glibc keeps freed memory instead of giving it back in every step."""
+"""Settings with which glibc keeps freed memory instead of returning it in every step."""
 ALLOCATOR = {
-    "glibc": "as it comes; `ackd fit` keeps freed memory by itself, the plain loop does not",
+    "glibc": "glibc's default; `ackd fit` keeps freed memory by itself, the plain loop does not",
     "tuned": "keeps freed memory on both sides",
-    "inherit": "as the environment says",
+    "inherit": "set by the environment",
 }
 LEAST_PLAIN = 200.0
-"""Images per second that the plain KD loop has to reach, on the machine the goals were set on, to stand for peers."""
+"""Images per second that the plain KD loop must reach on the machine of the goals to be a fair baseline."""
 
 
 # ---------------------------------------------------------------- the plain loop
@@ -57,7 +57,7 @@ def plain_loop(
     warmup: int,
     steps: int,
 ) -> float:
-    """Seconds of one step of the usual loop: ready images, float32, nothing fused, averages read in every step."""
+    """Mean seconds of a step of the usual loop: images in memory, float32, nothing fused, means read in every step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     batches = [
@@ -66,7 +66,7 @@ def plain_loop(
     ]
     student.to(device).train()
     if teacher is not None:
-        with torch.no_grad():  # BatchNorm of fresh weights has to see images once, or the outputs overflow
+        with torch.no_grad():  # without BatchNorm statistics the outputs of fresh weights overflow
             teacher.to(device).train()
             for _ in range(20):
                 teacher(batches[0][0][:16])
@@ -144,18 +144,18 @@ def run_plain(method: str, options: argparse.Namespace) -> dict:
 def run_ours(method: str, options: argparse.Namespace, settings: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json"
-        command = [sys.executable, "-m", "ackd_lightning", "bench", "--config", options.config, "--methods", method]
+        command = [sys.executable, str(HERE / "bench.py"), "--config", options.config, "--methods", method]
         command += ["--steps", str(options.steps), "--warmup", str(options.warmup), "--runs", "1", "--out", str(out)]
         command += ["--data.batch_size", str(options.batch_size), *settings]
         done, load = watched(command, env=environment(options.malloc))
         if done.returncode:
-            sys.exit(f"ackd bench of {method} failed: {done.stderr.strip()}")
+            sys.exit(f"bench.py with {method} failed: {done.stderr.strip()}")
         result = json.loads(out.read_text())["runs"][0]
     return {**result, "load": {**load, "busy": load["busy"] or result["load"]["busy"]}}
 
 
 def measure_pair(options: argparse.Namespace, settings: list[str]) -> dict:
-    """Both sides once, the plain loop first."""
+    """Run both sides once, the plain loop first."""
     parts = {f"plain_{method}": run_plain(method, options) for method in options.plain_methods.split(",")}
     parts |= {method: run_ours(method, options, settings) for method in options.methods.split(",")}
     unknown = any(each["load"]["busy"] is None for each in parts.values())
@@ -170,7 +170,7 @@ def ratio(runs: dict, above: tuple[str, str], below: tuple[str, str]) -> float:
 
 
 GOALS = (
-    # title, names of the runs it needs, number of one pair, ">=" or "<=", limit
+    # title, runs it needs, value of one pair, ">=" or "<=", limit
     (
         "plain KD, images/s (on the machine of the goals)",
         ("plain_kd",),
@@ -231,20 +231,20 @@ GOALS = (
 
 
 def judged(pairs: list[dict]) -> list[dict]:
-    """Every goal that these pairs can tell about: median, least and largest over the pairs, and whether it is met."""
+    """Every goal whose runs were measured: median, minimum and maximum over the pairs, and whether it is met."""
     lines = []
     for title, needed, number, direction, limit in GOALS:
         if all(set(needed) <= set(pair["runs"]) for pair in pairs):
-            values = spread([number(pair["runs"]) for pair in pairs])
+            values = median_and_range([number(pair["runs"]) for pair in pairs])
             met = values["median"] >= limit if direction == ">=" else values["median"] <= limit
             lines.append({"goal": title, **values, "wanted": f"{direction} {limit:.3g}", "met": met})
     return lines
 
 
 def show(pairs: list[dict]) -> None:
-    print(f"\nmedian [least, largest] of {len(pairs)} pairs")
+    print(f"\nmedian [min, max] of {len(pairs)} pairs")
     for name in pairs[0]["runs"]:
-        values = spread([pair["runs"][name]["images_per_second"] for pair in pairs])
+        values = median_and_range([pair["runs"][name]["images_per_second"] for pair in pairs])
         print(f"  {name:<10} {values['median']:9,.1f} images/s  [{values['min']:,.1f}, {values['max']:,.1f}]")
     for line in judged(pairs):
         numbers = f"{line['median']:8.3f} [{line['min']:.3f}, {line['max']:.3f}]"
@@ -253,11 +253,13 @@ def show(pairs: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="undisturbed pairs that are wanted")
-    parser.add_argument("--attempts", type=int, default=None, help="pairs that are tried at most; default: three each")
+    parser.add_argument("--pairs", type=int, default=5, help="number of undisturbed pairs")
+    parser.add_argument(
+        "--attempts", type=int, default=None, help="largest number of pairs to run; default: 3 x --pairs"
+    )
     parser.add_argument("--config", default="cifar100_resnet110_resnet20.yaml")
-    parser.add_argument("--methods", default="kd,ackd,crd", help="of our side")
-    parser.add_argument("--plain-methods", default="kd", help="of the plain loop: kd, ce, or kd,ce")
+    parser.add_argument("--methods", default="kd,ackd,crd", help="methods of our side")
+    parser.add_argument("--plain-methods", default="kd", help="methods of the plain loop: kd, ce, or kd,ce")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
@@ -265,8 +267,8 @@ def main() -> None:
         "--malloc",
         choices=["glibc", "tuned", "inherit"],
         default="glibc",
-        help="C allocator: glibc's defaults, of which ours keeps freed memory by itself; memory kept on both sides; or "
-        "what the environment says",
+        help="C allocator: glibc's defaults (our side keeps freed memory by itself), freed memory kept on both sides, "
+        "or the settings of the environment",
     )
     parser.add_argument(
         "--out", type=Path, default=None, help="raw numbers; default: benchmarks/results/speed-TIME.json"
@@ -279,7 +281,7 @@ def main() -> None:
     if min(options.pairs, options.steps, options.warmup, options.batch_size) < 1:
         parser.error("--pairs, --steps, --warmup and --batch-size must be 1 or more")
     if unknown := set(options.plain_methods.split(",")) - {"kd", "ce"}:
-        parser.error(f"--plain-methods has {', '.join(sorted(unknown))}; the plain loop knows kd and ce")
+        parser.error(f"--plain-methods has {', '.join(sorted(unknown))}; the plain loop has kd and ce")
     kept: list[dict] = []
     rejected: list[dict] = []
     attempts = options.attempts or 3 * options.pairs
@@ -306,7 +308,7 @@ def main() -> None:
     if kept:
         show(kept)
         if not all(pair["load_known"] for pair in kept):
-            print("this system does not tell what other processes do; see that they do nothing")
+            print("the load of other processes is unknown on this system; make sure that the machine is idle")
     print(f"C allocator: {ALLOCATOR[options.malloc]}; raw numbers: {out}")
     if len(kept) < options.pairs:
         sys.exit(f"only {len(kept)} of {options.pairs} pairs were undisturbed; repeat on an idle machine")

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""Exceptions of the package, and the hint for a name that was not found."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from collections.abc import Iterable
 
 
 class ACKDError(ValueError):
-    """A mistake in the input: one sentence that names the value, the place and the remedy.
+    """Wrong input from the user: one sentence with the value, the place and the remedy.
 
-    The command line prints the sentence alone and exits with code 2; a traceback is shown with ``ACKD_DEBUG=1``.
+    The command line prints the sentence alone and exits with code 2; with ``ACKD_DEBUG=1`` it prints a traceback.
     """
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the weights of a run are no longer finite numbers; the last finite checkpoint is kept."""
+    """The loss or the weights of a run are non-finite; the last finite checkpoint is kept."""
 
 
 class RunsFailedError(RuntimeError):
-    """Some runs of a table failed; the others went on, and the table is written all the same."""
+    """Some runs of a table failed; the others were continued, and the table has been written."""
 
 
 class RunFinishedError(ACKDError):
-    """The run that was to go on has ended already: nothing to do, and no failure."""
+    """The run that was to be resumed has already finished, which is not a failure."""
 
 
 class RunStoppedError(SystemExit):
     """A signal ended a fit at a safe place: everything up to there is in the run's last checkpoint.
 
     Attributes:
-        code: 128 and the number of the signal, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
-        sentence: what was kept, and how to go on.
+        code: Exit code 128 plus the number of the signal, as shells use it: 130 for Ctrl-C, 143 for SIGTERM.
+        sentence: What was kept, and how to resume.
     """
 
     def __init__(self, signal_number: int, sentence: str) -> None:
@@ -40,12 +40,16 @@ class RunStoppedError(SystemExit):
 
 
 def near_matches(value: str, known: Iterable[str], *, most: int = 3) -> str:
-    """Return a hint such as ``did you mean 'resnet20'?``, or the known names when nothing is near.
+    """Return a hint such as ``did you mean 'resnet20'?``, or the known names if none is similar.
 
     Args:
-        value: the name that was not found.
-        known: the valid names.
-        most: how many near names to show.
+        value: Name that was not found.
+        known: Valid names.
+        most: Largest number of similar names in the hint.
+
+    Example:
+        >>> near_matches("resnet2O", ["resnet20", "wrn_40_2"])
+        "did you mean 'resnet20'?"
     """
     names = sorted(set(known))
     near = difflib.get_close_matches(value, names, n=most, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Pure losses that two or more methods use: tensors in, scalar out, computed in float32 log space."""
+"""Functions of tensors that several methods use: losses in float32, weighted logits, and the global batch under DDP."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ def kl_divergence(
     direction: KLDirection = "forward",
     scale_temperature: bool = True,
 ) -> Tensor:
-    r"""Divergence between two softened class distributions, mean over the batch.
+    r"""Compute the divergence between two softened class distributions, averaged over the batch.
 
-    With \(p = \mathrm{softmax}(z / \tau)\) of each side (Eq. 1 of the ACKD paper):
+    With \(p = \mathrm{softmax}(z / \tau)\) for each side (Eq. 1 of the ACKD paper):
 
     * ``forward``: \(\tau^2\,\mathrm{KL}(p^t \| p^s)\), the usual distillation loss (Hinton et al. 2015)
     * ``reverse``: \(\tau^2\,\mathrm{KL}(p^s \| p^t)\), Eq. 2 of the ACKD paper as printed
     * ``js``: \(\tau^2\) times the Jensen-Shannon divergence
 
-    The gradient flows into both arguments: detach the one that is a target.
+    The gradient flows into both arguments, so detach the one that is a target.
 
     Args:
-        student_logits: ``B x K``, the side that learns.
-        teacher_logits: ``B x K``, the side that is learnt from.
-        temperature: tau, > 0.
-        direction: which divergence.
-        scale_temperature: multiply by tau squared, so that gradients keep their size when tau changes.
+        student_logits: Logits of the side that learns, ``B x K``.
+        teacher_logits: Logits of the side that is learned from, ``B x K``.
+        temperature: Temperature tau, above 0.
+        direction: Divergence to compute.
+        scale_temperature: Multiply by tau squared, so that gradients keep their size when tau changes.
 
     Returns:
         Scalar float32, in nats.
 
     Raises:
-        ValueError: when ``direction`` is none of the three.
+        ValueError: If ``direction`` is none of the three.
 
     Example:
         >>> z = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -68,14 +68,14 @@ def kl_divergence(
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    r"""Knowledge distillation of Hinton et al. (2015): \(\tau^2\,\mathrm{KL}(p^t \| p^s)\), mean over the batch.
+    r"""Compute the distillation loss of Hinton et al. (2015), \(\tau^2\,\mathrm{KL}(p^t \| p^s)\), batch mean.
 
     No gradient flows into the teacher.
 
     Args:
-        student_logits: ``B x K``.
-        teacher_logits: ``B x K``.
-        temperature: tau, > 0.
+        student_logits: Logits of the student, ``B x K``.
+        teacher_logits: Logits of the teacher, ``B x K``.
+        temperature: Temperature tau, above 0.
 
     Returns:
         Scalar float32, in nats.
@@ -84,11 +84,11 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy with hard labels in float32, mean over the batch.
+    """Compute the cross-entropy with hard labels in float32, averaged over the batch.
 
     Args:
-        logits: ``B x K``.
-        target: ``B`` int64.
+        logits: Logits, ``B x K``.
+        target: Class indices, ``B`` int64.
 
     Returns:
         Scalar float32, in nats.
@@ -97,9 +97,9 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' shards; a shard's gradient is the sum of what every process sends back.
+    """Gather the shards of all processes; the gradient of a shard is the sum over the processes.
 
-    torch's own differentiable gathering is deprecated in 2.15 in favour of one that 2.6 lacks.
+    torch's own differentiable gather is deprecated in 2.15, and 2.6 lacks its successor.
     """
 
     @staticmethod
@@ -117,17 +117,17 @@ class _Gather(torch.autograd.Function):
 
 
 def whole_batch(shard: Tensor) -> Tensor:
-    """The global batch of a multi-process run, with gradient, for losses that compare the images of a batch.
+    """Gather the global batch of a multi-process run, with gradient, for losses that compare the images of a batch.
 
-    Every process computes the same loss on it; the mean of the processes' gradients, which DDP takes, is then the
-    gradient of one process with the whole batch.
+    Every process computes the same loss on it. The average of the gradients over the processes, which DDP computes,
+    is then the gradient of a single process with the whole batch.
 
     Args:
-        shard: ``B x ...``, this process's part, of the same size everywhere.
+        shard: Part of this process, ``B x ...``, of the same shape in every process.
 
     Returns:
-        ``(processes * B) x ...`` in the order that one process would have, since samplers deal images out in turn:
-        first images of all processes, then second ones, and so on. ``shard`` itself in a single process.
+        ``(processes * B) x ...`` in the order of a single process, because samplers deal out images in turn: the first
+        images of all processes, then the second ones, and so on. ``shard`` itself in a single process.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return shard
@@ -136,11 +136,11 @@ def whole_batch(shard: Tensor) -> Tensor:
 
 
 def weighted_logits(weights: Tensor, logits: Sequence[Tensor]) -> Tensor:
-    r"""Logits of the learning group, \(z = \sum_k a^{(k)} z^{(k)}\) (Eq. 3).
+    r"""Compute the weighted mean of the learners' logits, \(z = \sum_k a^{(k)} z^{(k)}\) (Eq. 3 of the ACKD paper).
 
     Args:
-        weights: ``B x M``.
-        logits: M tensors ``B x K``.
+        weights: Weight of each of M learners for each image, ``B x M``.
+        logits: Logits of each learner, M tensors ``B x K``.
 
     Returns:
         ``B x K`` float32.

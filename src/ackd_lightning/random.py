@@ -1,6 +1,6 @@
-"""Keyed random numbers: a number is a hash of what it is for, such as (seed, epoch, index, stream).
+"""Stateless random numbers: each is a hash of its keys, such as (seed, epoch, index, stream).
 
-Nothing here keeps state, so a run does not depend on the number of workers, on the device, or on where it was
+No generator is advanced, so a run depends neither on the number of workers, nor on the device, nor on where it was
 interrupted.
 """
 
@@ -21,12 +21,15 @@ def _signed(value: int) -> int:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's own shift repeats the sign bit)."""
+    """Shift int64 to the right logically; torch's own shift repeats the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix(*keys: int) -> int:
-    """Hash integers to a 63-bit seed (SplitMix64 over the keys, one round each).
+    """Hash integers to a 63-bit seed (SplitMix64, one round per key).
+
+    Args:
+        keys: Integers, such as seed, epoch and index; their order matters.
 
     Example:
         >>> mix(0, 1, 2) == mix(0, 1, 2), mix(0, 1, 2) == mix(0, 2, 1), mix(0) == mix(0, 0)
@@ -42,13 +45,13 @@ def mix(*keys: int) -> int:
 
 
 def seed_device(seed: int, device: torch.device) -> None:
-    """Seed torch's own generators: the CPU's, and that of the device which computes.
+    """Seed torch's own generators of the CPU and of one device.
 
-    ``torch.manual_seed`` seeds all devices, and where one has not been used yet it writes down a stack trace: 2 ms.
+    ``torch.manual_seed`` seeds all devices, and records a stack trace, which takes 2 ms, for each that is unused.
 
     Args:
-        seed: from `mix`.
-        device: of the networks.
+        seed: Seed, as `mix` returns it.
+        device: Device of the networks.
     """
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
@@ -59,10 +62,10 @@ def seed_device(seed: int, device: torch.device) -> None:
 
 
 def keyed_bits(*keys: int | Tensor) -> Tensor:
-    """Hash each sample's keys: `mix` for whole tensors, bit for bit the same on every device.
+    """Hash the keys of each sample: `mix` for tensors, with the same bits on every device.
 
     Args:
-        keys: integers and ``B`` int64 tensors, such as seed, epoch, index, stream; at least one tensor.
+        keys: Integers and ``B`` int64 tensors, such as seed, epoch, index, stream; at least one tensor.
 
     Returns:
         ``B`` int64 in ``[0, 2^63)``.
@@ -78,10 +81,19 @@ def keyed_bits(*keys: int | Tensor) -> Tensor:
 
 
 def keyed_integers(high: int, *keys: int | Tensor) -> Tensor:
-    """Return ``B`` int64 in ``[0, high)``, a function of the keys alone."""
+    """Return ``B`` int64 in ``[0, high)`` that depend only on the keys.
+
+    Args:
+        high: Upper bound, itself excluded.
+        keys: Integers and ``B`` int64 tensors, as for `keyed_bits`.
+    """
     return keyed_bits(*keys) % high
 
 
 def keyed_uniform(*keys: int | Tensor) -> Tensor:
-    """Return ``B`` float32 in ``[0, 1)`` with 24 random bits, a function of the keys alone."""
+    """Return ``B`` float32 in ``[0, 1)`` with 24 random bits that depend only on the keys.
+
+    Args:
+        keys: Integers and ``B`` int64 tensors, as for `keyed_bits`.
+    """
     return (keyed_bits(*keys) >> 39).to(torch.float32) * 2.0**-24

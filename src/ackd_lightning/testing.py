@@ -168,7 +168,7 @@ class Harness:
         outputs = self.outputs(batch)
         with frozen(each for parameters in self.method.auxiliary_parameters().values() for each in parameters):
             loss = weighted_loss(self.method, self.method(*outputs))
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.method.update(*outputs)
         return loss.detach()

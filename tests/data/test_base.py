@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from ackd_lightning.data import DigitsDataModule, ImageDataModule, ImageFolderDataModule
-from ackd_lightning.data.augment import Keys, crop_flip, normalise
 from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
+from ackd_lightning.data.transforms import Keys, crop_flip, normalise
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.types import Batch
 
@@ -177,6 +177,10 @@ def test_bad_data_are_refused_before_training(folder, harm, size):
         ({"eval_batch_size": -1}, "eval_batch_size is -1"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"val_fraction": 1}, "val_fraction is 1"),
+        ({"val_fraction": -0.1}, "val_fraction is -0.1"),
+        ({"val_fraction": 5000}, "val_fraction is 5000"),
+        ({"train_fraction": 1.5}, "train_fraction is 1.5"),
         ({"train_fraction": 0}, "train_fraction is 0"),
         ({"max_per_class": 0}, "max_per_class is 0"),
         ({"batch_size": 25}, "holds 24 images, fewer than one batch of 25: set batch_size to 24 or less"),

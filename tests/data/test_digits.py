@@ -32,7 +32,8 @@ def test_parts_and_constants():
     assert module.num_train_samples == 1797 - 126 - 539
     assert module.num_classes == 10
     assert DigitsDataModule(**module.hparams).hparams == module.hparams
-    source, rows = module._rows["train"]
+    assert module.class_names == tuple("0123456789")
+    source, rows = module._part("train")
     everything = torch.cat([source.images[rows], parts[0]]).float() / 255
     assert abs(everything.mean().item() - module.mean[0]) < 1e-4
     assert abs(everything[:, 0].std().item() - module.std[0]) < 1e-4

@@ -105,7 +105,7 @@ def test_a_part_of_any_kind_ends_in_the_right_file(server, tmp_path, part):
     assert not (tmp_path / "toy.bin.part").exists()
 
 
-def test_giving_up_keeps_the_part_and_says_what_to_do(server, tmp_path):
+def test_giving_up_keeps_the_part_and_names_the_remedy(server, tmp_path):
     server.cut = [5000, 5000, 5000]
     with pytest.raises(
         ACKDError, match=r"could not download Toy from http.*closed after 15,000 of 1,024,000"
@@ -125,7 +125,7 @@ def test_a_wrong_file_is_not_kept(server, tmp_path):
 
 
 @pytest.mark.parametrize("status", [404, 503])
-def test_an_error_of_the_server_is_told(server, tmp_path, status):
+def test_an_error_of_the_server_is_named(server, tmp_path, status):
     server.status = status
     with pytest.raises(ACKDError, match=f"could not download Toy .*HTTP Error {status}"):
         fetch(ARCHIVE, tmp_path, url=server.url)

@@ -65,6 +65,8 @@ def test_size_decides_where_images_live(folder):
         ({"image_size": 4}, "image_size is 4"),
         ({"std": (0.1, 0.0, 0.1)}, r"std is \(0.1, 0.0, 0.1\)"),
         ({"mean": (0.1,)}, "mean has 1 values"),
+        ({"image_size": 5000}, "image_size is 5000"),
+        ({"std": (0.1, 0.1)}, "std has 2 values"),
     ],
 )
 def test_bad_arguments(folder, options, sentence):

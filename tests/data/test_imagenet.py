@@ -28,7 +28,7 @@ def test_layout_and_shapes(imagenet):
     assert module.on_after_batch_transfer(batch, 0).image.dtype == torch.float32
 
 
-def test_number_of_classes_before_the_data_are_there(tmp_path):
+def test_number_of_classes_before_the_data_exist(tmp_path):
     assert ImageNetDataModule(tmp_path).num_classes == 1000
 
 

@@ -10,7 +10,6 @@ from ackd_lightning.data.sampling import (
     stratified_split,
     subset,
 )
-from ackd_lightning.errors import ACKDError
 from ackd_lightning.random import mix
 
 TARGETS = torch.tensor([0] * 40 + [1] * 25 + [2] * 1 + [4] * 10)[torch.randperm(76, generator=torch.manual_seed(1))]
@@ -45,12 +44,6 @@ def test_split_depends_on_the_split_seed_and_not_on_the_global_generator():
     assert not torch.equal(first, stratified_split(TARGETS, 0.25, split_seed=1)[1])
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, 5000])
-def test_split_refuses_what_is_not_a_share(fraction):
-    with pytest.raises(ACKDError, match=f"val_fraction is {fraction}"):
-        stratified_split(TARGETS, fraction)
-
-
 def test_subset_counts_and_nesting():
     indices = torch.arange(4, 76)
     counts = torch.bincount(TARGETS[indices], minlength=5)
@@ -64,15 +57,6 @@ def test_subset_counts_and_nesting():
     ]
     assert set(few.tolist()) < set(half.tolist()) < set(indices.tolist())
     assert torch.equal(subset(indices, TARGETS), indices)
-
-
-@pytest.mark.parametrize(
-    ("fraction", "most", "sentence"),
-    [(0.0, None, "train_fraction is 0.0"), (1.5, None, "train_fraction is 1.5"), (1.0, 0, "max_per_class is 0")],
-)
-def test_subset_refuses_what_is_out_of_range(fraction, most, sentence):
-    with pytest.raises(ACKDError, match=sentence):
-        subset(torch.arange(76), TARGETS, fraction, most)
 
 
 def order(epoch, seed=0, world=1, rank=0, size=10):
@@ -117,7 +101,7 @@ def loader(workers=0):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loader_goes_on_where_its_state_was_taken(workers):
+def test_loader_resumes_where_its_state_was_taken(workers):
     whole = loader()
     whole.sampler.set_epoch(2)
     batches = list(whole)

@@ -161,7 +161,7 @@ def test_download_and_unpack(tiny, tmp_path, monkeypatch):
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
     monkeypatch.setattr(TinyImageNetDataModule, "archive", replace(TinyImageNetDataModule.archive, md5=md5))
     data = module(tmp_path / "data", download=True, url=path.as_uri())
-    assert data.num_classes == 200  # nothing is there yet
+    assert data.num_classes == 200  # nothing exists yet
     data.prepare_data()
     assert data.num_classes == 4
     assert (tmp_path / "data" / "tiny-imagenet-200" / "wnids.txt").exists()

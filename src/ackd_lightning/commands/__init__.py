@@ -1,1 +1,1 @@
-"""One file or folder for each subcommand that is not Lightning's; no command-line parsing."""
+"""Subcommands of ``ackd`` that are not Lightning's, one file or folder each; no command line is parsed here."""

@@ -1,4 +1,4 @@
-"""``ackd cache``: run a teacher once over every view of a training, for all runs that see the same views."""
+"""``ackd cache``: run a teacher once over every augmented view of a training, for all runs with the same views."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.teacher_cache import epoch_file, fill, teacher_logits, view_key
 
-_TIMED = 3  # batches behind one for warm-up
+_TIMED = 3  # batches, after one that is not timed
 _PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
-    """Write a cache, or say what it would take.
+    """Write a cache of the teacher's logits, or estimate its size and duration.
 
     Args:
-        arguments: of the `ackd fit` that is to read it.
-        out: folder of the cache.
-        estimate: measure a few batches, print disk and time, and write nothing.
+        arguments: Command line of the `ackd fit` that will read the cache.
+        out: Folder of the cache.
+        estimate: Whether to time a few batches and print disk space and time, without writing anything.
 
     Raises:
-        ACKDError: for settings that a cache is of no use to.
+        ACKDError: When runs with these settings cannot use a cache.
     """
     planned = plan(arguments)
     module, data, folder = planned.model, planned.datamodule, Path(out)
     precision = str(planned.option("trainer.precision") or "32-true")
     epochs = planned.option("trainer.max_epochs")
     if precision not in _PRECISIONS:
-        raise ACKDError(f"trainer.precision is {precision}; `ackd cache` knows {', '.join(_PRECISIONS)}")
+        raise ACKDError(f"trainer.precision is {precision}; `ackd cache` supports {', '.join(_PRECISIONS)}")
     if not epochs or epochs < 1:
-        raise ACKDError(f"trainer.max_epochs is {epochs}; a cache is for a number of epochs, so set it")
+        raise ACKDError(f"trainer.max_epochs is {epochs}; a cache needs a number of epochs, 1 or more")
     if not module.method.needs_teacher:
         raise ACKDError(
-            f"method {type(module.method).__name__} has no teacher whose logits could be kept; choose another"
+            f"method {type(module.method).__name__} has no teacher whose logits could be cached; choose another method"
         )
     if not estimate:
         check_writable(folder, "--out")
@@ -80,8 +80,8 @@ def _print_estimate(
     seconds = (time.monotonic() - started) / max(seen, 1) * images * epochs
     size = images * epochs * module.num_classes * (2 if precision == "bf16-mixed" else 4)
     print(
-        f"{images:,} images x {epochs} epochs x {module.num_classes} classes: {size / 1e6:,.1f} MB on disk; the "
-        f"teacher takes {_clock(seconds)} of every run on {module.device.type}, which each run that reads it saves"
+        f"{images:,} images x {epochs} epochs x {module.num_classes} classes: {size / 1e6:,.1f} MB on disk; every run "
+        f"that reads the cache saves {_clock(seconds)} of the teacher's time on {module.device.type}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is read off finished runs: ``ackd export`` and ``ackd compare``."""
+"""``ackd compare``: one table and one figure over finished runs."""
 
 from __future__ import annotations
 
@@ -24,37 +24,38 @@ from ackd_lightning.runs.files import find_runs, read_summary
 _FIGURES = (".png", ".pdf", ".svg")
 
 
-def mean_and_std(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation of shares, in percent.
+def mean_and_std(values: Sequence[float], decimals: int = 2) -> str:
+    """Mean and sample standard deviation as text.
 
     Args:
-        values: in [0, 1].
+        values: Numbers in the printed unit.
+        decimals: Number of decimals.
 
     Example:
-        >>> mean_and_std([0.5, 0.6]), mean_and_std([0.5]), mean_and_std([])
+        >>> mean_and_std([50, 60]), mean_and_std([50]), mean_and_std([])
         ('55.00 ± 7.07', '50.00', '-')
     """
     if not values:
         return "-"
-    text = f"{100 * statistics.fmean(values):.2f}"
-    return text if len(values) < 2 else f"{text} ± {100 * statistics.stdev(values):.2f}"
+    text = f"{statistics.fmean(values):.{decimals}f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{decimals}f}"
 
 
 def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
-    """Runs that differ in nothing but their seed, by name; the name tells settings that set it apart.
+    """Group runs that differ only in their seed; the name of a group lists the settings that distinguish it.
 
     Args:
-        places: as ``find_runs`` takes them.
+        places: Run folders, or folders of runs.
 
     Raises:
-        ACKDError: when two runs of a group have the same seed, so that they are no repetitions.
+        ACKDError: When two runs of a group have the same seed, so that they are not repetitions.
     """
     settings: dict[Path, dict[str, str]] = {}
     configs: dict[str, list[Path]] = defaultdict(list)
     for run in find_runs(places):
         content = read_yaml(run / "config.yaml")
         if not isinstance(content, dict):
-            raise ACKDError(f"{run / 'config.yaml'} holds no settings; restore it, or remove the run's folder")
+            raise ACKDError(f"{run / 'config.yaml'} holds no settings; restore it or remove the folder of the run")
         settings[run] = {key: json.dumps(value) for key, value in experiment_settings(content, places=True).items()}
         configs[read_summary(run)["config"]].append(run)
     groups: dict[str, list[Path]] = defaultdict(list)
@@ -68,20 +69,20 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
         seeds = [read_summary(run)["seed"] for run in runs]
         if len(set(seeds)) < len(seeds):
             raise ACKDError(
-                f"runs {', '.join(map(str, runs))} of {name} have seeds {seeds}: some are the same experiment twice; "
-                "name only one of each"
+                f"runs {', '.join(map(str, runs))} of {name} have seeds {seeds}, so some repeat the same experiment; "
+                "name one run per seed"
             )
     return groups
 
 
 def compare(places: Sequence[str | Path]) -> Table:
-    """One row for each configuration: accuracies as mean and standard deviation over its runs.
+    """Build a table with one row per configuration: mean and standard deviation of the accuracies over its runs.
 
     Args:
-        places: as ``find_runs`` takes them.
+        places: Run folders, or folders of runs.
     """
     groups = {name: [read_summary(run) for run in runs] for name, runs in group_runs(places).items()}
-    looks_at_test = any(each["shown"] == "test" for runs in groups.values() for each in runs)
+    without_validation = any(each["shown"] == "test" for runs in groups.values() for each in runs)
     table = Table(title="accuracy in %, mean ± standard deviation over runs (n)")
     for column in ("configuration", "method", "student", "n", "val last", "val best", "test last", "test best"):
         table.add_column(column, justify="left" if column in ("configuration", "method", "student") else "right")
@@ -89,58 +90,54 @@ def compare(places: Sequence[str | Path]) -> Table:
     for config, runs in groups.items():
 
         def known(place: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
-            return mean_and_std([each[place][key] for each in runs if key in each.get(place, {})])
+            return mean_and_std([100 * each[place][key] for each in runs if key in each.get(place, {})])
 
         def tested(which: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
             values = [each.get("test", {}).get(which, {}).get(key) for each in runs]
-            if which == "last":  # a run without validation data has looked at the test set in its last epoch
+            if which == "last":  # a run without validation data measures the test set in its last epoch
                 values = [v if v is not None else each["last"].get(key) for v, each in zip(values, runs, strict=True)]
-            return mean_and_std([value for value in values if value is not None])
+            return mean_and_std([100 * value for value in values if value is not None])
 
         first = runs[0]
         peers = [peer_name(spec, first["student"]) for spec in first.get("learners", [])]
-        networks = [("", first["student"]), *((f"aux{number}_", name) for number, name in enumerate(peers) if name)]
+        networks = [(0, first["student"]), *((number, name) for number, name in enumerate(peers, start=1) if name)]
         for learner, name in networks:
+            key = f"aux{learner - 1}_acc" if learner else "acc"
             table.add_row(
                 "" if learner else config,
                 "" if learner else first["method"],
-                f"{name} (learner {_number(learner) + 1})" if learner else name,
+                f"{name} (learner {learner})" if learner else name,
                 str(len(runs)),
-                known("last", f"val/{learner}acc"),
-                known("best", f"val/{learner}acc"),
-                tested("last", f"test/{learner}acc"),
-                tested("best", f"test/{learner}acc"),
+                known("last", f"val/{key}"),
+                known("best", f"val/{key}"),
+                tested("last", f"test/{key}"),
+                tested("best", f"test/{key}"),
                 _size(first, learner),
             )
     table.caption = "best = epoch with the best validation accuracy" + (
-        "; without validation data nothing is selected" if looks_at_test else ""
+        "; without validation data no epoch is selected" if without_validation else ""
     )
     return table
 
 
-def _number(learner: str) -> int:
-    """Number of a learner, from 0, of a key such as ``aux0_``."""
-    return int(learner.removeprefix("aux").rstrip("_"))
-
-
-def _size(summary: dict[str, Any], learner: str) -> str:
-    """Parameters of the network that is kept, or of a peer."""
+def _size(summary: dict[str, Any], learner: int) -> str:
+    """Parameters of the exported student (learner 0), or of a peer."""
     if learner:
-        return f"{summary['learner_parameters'][_number(learner)]:,}" if "learner_parameters" in summary else ""
+        return f"{summary['learner_parameters'][learner - 1]:,}" if "learner_parameters" in summary else ""
     plain = summary.get("plain_parameters", summary["parameters"])
     more = "" if plain == summary["parameters"] else f" (with a head; plain {plain:,})"
     return f"{summary['parameters']:,}{more}"
 
 
 def curves(run: Path, metric: str = "acc") -> tuple[list[int], list[float], str]:
-    """Validation accuracy of a run by epoch, from its ``metrics.csv``.
+    """Read the validation accuracy of every epoch from the ``metrics.csv`` of a run.
 
     Args:
-        run: its folder.
+        run: Folder of the run.
         metric: ``acc`` or ``acc_top5``.
 
     Returns:
-        Epochs from 1, accuracies in percent, and which data they are of.
+        Epochs from 1, accuracies in percent, and their split: ``val``, or ``test`` without validation data.
     """
     stage = read_summary(run)["shown"]
     epochs: list[int] = []
@@ -154,16 +151,16 @@ def curves(run: Path, metric: str = "acc") -> tuple[list[int], list[float], str]
                     epochs.append(int(row["epoch"]) + 1)
                     values.append(100 * float(value))
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ACKDError(f"{path} cannot be read ({str(error)[:120]}); remove it to go without its curve") from error
+        raise ACKDError(f"{path} cannot be read ({str(error)[:120]}); remove it to leave out its curve") from error
     return epochs, values, stage
 
 
 def draw_curves(places: Sequence[str | Path], target: Path) -> None:
-    """Draw accuracy by epoch: one colour for each configuration, thin lines for runs, a thick one for their mean.
+    """Draw accuracy by epoch: one colour per configuration, thin lines for runs and a thick one for their mean.
 
     Args:
-        places: as ``find_runs`` takes them.
-        target: PNG file.
+        places: Run folders, or folders of runs.
+        target: Image file to write (PNG, PDF or SVG).
     """
     import matplotlib as mpl
 
@@ -177,7 +174,7 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
         color = f"C{number % 10}"
         lines = [curves(run) for run in runs if (run / "metrics.csv").is_file()]
         if not lines:
-            print(f"{config}: no metrics.csv, so no curve")
+            print(f"{config}: no metrics.csv, so no curve is drawn")
             continue
         stages |= {stage for _, _, stage in lines}
         for epochs, values, _ in lines if len(lines) > 1 else []:
@@ -199,8 +196,8 @@ def compare_command(places: Sequence[str], figure: str) -> None:
     """Print the table and draw the curves.
 
     Args:
-        places: as ``find_runs`` takes them.
-        figure: PNG file.
+        places: Run folders, or folders of runs.
+        figure: Image file to write (PNG, PDF or SVG).
     """
     target = Path(figure)
     if target.suffix.lower() not in _FIGURES or target.is_dir():
@@ -208,7 +205,8 @@ def compare_command(places: Sequence[str], figure: str) -> None:
     table = compare(places)
     check_writable(target.parent, "the folder of --figure,")
     for run in find_runs(places):
-        curves(run) if (run / "metrics.csv").is_file() else None  # before anything is printed
+        if (run / "metrics.csv").is_file():
+            curves(run)  # a damaged file is reported before anything is printed
     Console(width=None if Console().is_terminal else 140).print(table)
     draw_curves(places, Path(figure))
     print(f"curves: {figure}")

@@ -1,4 +1,4 @@
-"""``ackd demo``: the whole path on data that needs no download, in minutes on a CPU."""
+"""``ackd demo``: the whole workflow on data that needs no download, in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TEACHER = "digits_resnet20"
 PAIR = "digits_resnet20_resnet8"
 METHODS = ("ce", "kd", "ackd")
 PER_CLASS = 12
-"""Training images of each digit that a student sees: so few that it is visibly behind a teacher that saw them all."""
+"""Training images of each digit for the students: few enough that a student is visibly worse than its teacher."""
 EPOCHS = {"teacher": 15, "student": 60}
-"""An epoch of the teacher has nine times the images."""
+"""Epochs of a run; an epoch of the teacher has nine times as many images."""
 
 
 def _one(command: str, arguments: list[str], log: Path) -> None:
@@ -30,20 +30,19 @@ def _one(command: str, arguments: list[str], log: Path) -> None:
 
 
 def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> None:
-    """Train a teacher, then a student alone, with KD and with ACKD; test, compare, draw, export.
+    """Train a teacher, then students alone, with KD and with ACKD; test, compare, draw and export.
 
     Args:
-        out: folder for runs, log, figure and student.
-        seeds: students of each method.
-        epochs: of every run; None: 15 for the teacher, 60 for students.
+        out: Folder for runs, log, figure and student.
+        seeds: Number of students per method.
+        epochs: Epochs of every run; None: 15 for the teacher, 60 for students.
 
     Raises:
-        ACKDError: when the folder holds an earlier demo, or ``seeds`` is not positive.
+        ACKDError: When the folder holds an earlier demo, or a number is below 1.
     """
-    if seeds < 1:
-        raise ACKDError(f"--seeds is {seeds}; use 1 or more")
-    if epochs is not None and epochs < 1:
-        raise ACKDError(f"--epochs is {epochs}; use 1 or more, or leave it out")
+    for name, value in (("seeds", seeds), ("epochs", epochs)):
+        if value is not None and value < 1:
+            raise ACKDError(f"--{name} is {value}; use 1 or more")
     folder = Path(out)
     if (folder / "runs").exists():
         raise ACKDError(f"{folder} holds an earlier demo; remove it or choose another --out")
@@ -56,8 +55,8 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
     few = ["--data.max_per_class", str(PER_CLASS), "--data.batch_size", "16", "--trainer.check_val_every_n_epoch", "2"]
     if epochs is not None:
         shared += ["--model.teacher_gate", "warn"]
-    print(f"digits: the teacher sees all training images, students {10 * PER_CLASS} of them", flush=True)
-    print(f"every line is one run, its full output is in {log}", flush=True)
+    print(f"digits: all training images for the teacher, {10 * PER_CLASS} of them for the students", flush=True)
+    print(f"one line per run, full output in {log}", flush=True)
 
     plan = [(TEACHER, "", 0)] + [(PAIR, method, seed) for seed in range(seeds) for method in METHODS]
     for number, (config, method, seed) in enumerate(plan, start=1):
@@ -80,4 +79,4 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
     draw_curves(runs, folder / "curves.png")
     student = folder / "student.safetensors"
     export_command(str(folder / "runs" / f"{PAIR}+ackd" / "seed0"), which="last", out=str(student), overwrite=False)
-    print(f"figure {folder / 'curves.png'}, ACKD student {student}, {time.monotonic() - started:.0f} s in all")
+    print(f"figure {folder / 'curves.png'}, ACKD student {student}, {time.monotonic() - started:.0f} s in total")

@@ -1,4 +1,4 @@
-"""``ackd export``: the plain student of a run as a file."""
+"""``ackd export``: write the plain student of a run to a file."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from ackd_lightning.runs.files import Which, find_checkpoint, read_summary, run_
 
 
 def export_command(run: str, *, which: Which, out: str | None, overwrite: bool, learner: int = 0) -> None:
-    """Write the target learner alone, or a peer of it, and say what it costs.
+    """Write the student, or a peer, to a file and print its cost.
 
     Args:
-        run: folder or checkpoint.
-        which: checkpoint of a folder.
-        learner: 0 for the target learner, from 1 for a peer.
-        out: the file; None: beside the run's other files.
-        overwrite: replace a file that is there.
+        run: Run folder or checkpoint.
+        which: Checkpoint of a run folder.
+        out: File to write; None: ``student-WHICH.safetensors`` in the run's folder.
+        overwrite: Whether to replace an existing file.
+        learner: Number of the learner: 0 for the student, from 1 for a peer.
     """
     checkpoint = find_checkpoint(run, which)
     folder = run_folder(checkpoint)
     target = Path(out) if out else folder / f"student{learner or ''}-{checkpoint.stem}.safetensors"
     if target.suffix != ".safetensors" or target.is_dir():
-        raise ACKDError(f"--out is {target}; a .safetensors file is written, so name a file that ends in .safetensors")
+        raise ACKDError(f"--out is {target}; name a file that ends in .safetensors")
     summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
     values = summary.get(checkpoint.stem, {})
     ending = f"/aux{learner - 1}_acc" if learner else "/acc"
-    facts = {f"{key.split('/')[0]}_acc": f"{value:.6f}" for key, value in values.items() if key.endswith(ending)}
+    metadata = {f"{key.split('/')[0]}_acc": f"{value:.6f}" for key, value in values.items() if key.endswith(ending)}
     check_writable(target.parent, "the folder of --out,")
-    extra = {**facts, "weights": f"{checkpoint.stem} epoch"}
+    extra = {**metadata, "weights": f"{checkpoint.stem} epoch"}
     exported = export_student(checkpoint, target, learner=learner, extra=extra, overwrite=overwrite)
     print(f"{target}: logits as in training, largest difference {exported.largest_difference:.1g}")
     table = Table()
@@ -44,7 +44,7 @@ def export_command(run: str, *, which: Which, out: str | None, overwrite: bool, 
     if teacher := summary.get("teacher"):
         table.add_row(f"teacher {teacher['model']}", f"{teacher['parameters']:,}", f"{teacher['multiply_adds']:,}")
     if "training_parameters" in summary:
-        table.add_row("all that was trained", f"{summary['training_parameters']:,}", "")
+        table.add_row("everything that was trained", f"{summary['training_parameters']:,}", "")
     if exported.plain_parameters != count_parameters(exported.network):
         table.add_row("student with its own classifier", f"{exported.plain_parameters:,}", "")
     table.add_row("exported student", f"{count_parameters(exported.network):,}", f"{adds:,}")

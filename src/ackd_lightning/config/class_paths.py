@@ -13,40 +13,43 @@ from ackd_lightning.errors import ACKDError
 _PLAIN = (object, type, type(None), bool, int, float, complex, str, bytes, list, tuple, dict, set, Any)
 
 
-def check_classes(settings: Mapping[str, Any], roots: Mapping[str, type], owner: type) -> set[str]:
-    """Refuse every ``class_path`` that is no sub-class of what its argument is declared to take.
+def check_classes(
+    settings: Mapping[str, Any], classes: Mapping[str, type], arguments_of: Mapping[str, type]
+) -> set[str]:
+    """Refuse every ``class_path`` that is not a sub-class of what its argument is declared to take.
 
     An argument declared ``Any``, a plain container or a function takes no class at all: jsonargparse would build
     whatever is named there. Classes are imported, since their type is not known otherwise; nothing is called.
 
     Args:
-        settings: as read from files, or as parsed.
-        roots: what the settings ``model`` and ``data`` must be.
-        owner: the class whose arguments the setting ``trainer`` holds.
+        settings: Settings as read from files, or as parsed.
+        classes: Sections that name a class, and what it must be a sub-class of.
+        arguments_of: Sections that hold the arguments of a class directly, and that class.
 
     Returns:
         Names of the arguments of every class that the settings name.
 
     Raises:
-        ACKDError: naming the setting and the class.
+        ACKDError: Naming the setting and the class.
     """
     names: set[str] = set()
     for key, value in settings.items():
         value = vars(value) if isinstance(value, argparse.Namespace) else value
-        if key == "trainer" and isinstance(value, Mapping):
+        if key in arguments_of and isinstance(value, Mapping):
+            names |= {*inspect.signature(arguments_of[key]).parameters} if key == "model" else set()
             for name, inner in value.items():
-                names |= _check(inner, declared(owner, name), f"trainer.{name}")
+                names |= _check(inner, declared(arguments_of[key], name), f"{key}.{name}")
         else:
-            names |= _check(value, (roots[key],) if key in roots else (), key)
+            names |= _check(value, (classes[key],) if key in classes else (), key)
     return names
 
 
 def declared(owner: type, name: str) -> tuple[type, ...]:
-    """The classes in the declared type of a constructor's argument; none for plain data.
+    """Return the classes in the declared type of a constructor's argument; none for plain data.
 
     Args:
-        owner: the class, in whose constructor and those above it the argument is looked for.
-        name: of the argument.
+        owner: Class whose constructor, or that of a base class, has the argument.
+        name: Name of the argument.
     """
     for cls in owner.__mro__:
         constructor = cls.__dict__.get("__init__")
@@ -89,16 +92,18 @@ def _check(value: Any, kinds: tuple[type, ...], place: str) -> set[str]:
         names |= _check(value.get("dict_kwargs"), (), place)
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            names |= _check(inner, kinds, f"{place}.{name}")
+            owner = next((kind for kind in kinds if name in inspect.signature(kind).parameters), None)
+            names |= {name} if owner else set()
+            names |= _check(inner, declared(owner, name) if owner else kinds, f"{place}.{name}")
     elif callable(value) and not isinstance(value, type) and type(value).__module__.partition(".")[0] != "jsonargparse":
         shown = getattr(value, "__name__", type(value).__name__)
-        raise ACKDError(f"setting {place} names the function {shown!r}; settings name classes only, so leave it out")
+        raise ACKDError(f"setting {place} names the function {shown!r}; settings may name classes only, so leave it out")
     return names
 
 
 def _resolve(path: str, kinds: tuple[type, ...], place: str) -> type:
     if not kinds:
-        raise ACKDError(f"setting {place} names the class {path!r} and takes plain data; leave class_path out")
+        raise ACKDError(f"setting {place} names the class {path!r} but takes plain data; leave class_path out")
     expected = " or ".join(kind.__qualname__ for kind in kinds)
     if "." not in path:  # jsonargparse looks a bare name up among the sub-classes
         below: list[type] = [each for kind in kinds for each in _below(kind)]

@@ -1,28 +1,13 @@
-"""Which settings make an experiment, and which only say where and how it is shown."""
+"""Which settings make an experiment, and which only state where it is written and how it is shown."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_NOT_THE_EXPERIMENT = {
-    "seed_everything",
-    "name",
-    "runs_dir",
-    "publish",
-    "wandb",
-    "tensorboard",
-    "ckpt_path",
-    "output",
-    "test",
-    "resume",
-    "on_nan",
-}
-
-
+_NOT_THE_EXPERIMENT = {"seed_everything", "name", "runs_dir", "weights_dir", "wandb", "tensorboard", "ckpt_path"}
+_NOT_THE_EXPERIMENT |= {"output", "test", "resume", "on_nonfinite", "fast"}
 _SHOW = {"trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"}
-
-
-_PLACES = {"data.root", "data.url", "data.download", "data.cache", "model.teacher_weights", "model.teacher_cache"}
+_PLACES = {"data.root", "data.url", "data.download", "data.cache", "model.teacher.weights", "model.teacher.cache"}
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -32,11 +17,11 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def experiment_settings(config: dict[str, Any], *, places: bool = False) -> dict[str, Any]:
-    """What makes an experiment, by dotted name: a run's settings without seed, name and display.
+    """Return what makes an experiment by dotted name: a run's settings without seed, name and display.
 
     Args:
-        config: content of a run's ``config.yaml``.
-        places: keep where data and teacher lie.
+        config: Content of a run's ``config.yaml``.
+        places: Whether to keep where the files of data and teacher are.
     """
     content = {key: value for key, value in config.items() if key not in _NOT_THE_EXPERIMENT}
     flat = {key.replace(".init_args", ""): value for key, value in _flat(content).items()}

@@ -1,4 +1,4 @@
-"""Configurations: packaged ones are found by name from any folder, and fragments are put together before parsing."""
+"""Find packaged configurations by name from any folder, and merge fragments before they are parsed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ackd_lightning.errors import ACKDError, near_matches
 
 _INCLUDE = "include"
 _DEEPEST, _MOST = 50, 100_000
-"""Levels and values of a YAML file; aliases of aliases count as often as they stand for something."""
+"""Largest number of levels and of values in a YAML file; an alias counts as often as it is used."""
 _METHODS = "methods"
 
 
 @cache
 def config_folder() -> Path:
-    """Folder of the packaged configurations: inside an installed wheel, or the repository's ``configs/``."""
+    """Return the folder of the packaged configurations: in an installed wheel, or the repository's ``configs/``."""
     package = Path(str(files("ackd_lightning")))
     inside = package / "configs"
     return inside if inside.is_dir() else package.parents[1] / "configs"
@@ -30,21 +30,21 @@ def config_folder() -> Path:
 
 @cache
 def packaged_names() -> tuple[str, ...]:
-    """File names of the runs that are shipped, without the fragments."""
+    """Return the file names of the packaged runs, without the fragments."""
     return tuple(sorted(path.name for path in config_folder().glob("*.yaml")))
 
 
 @cache
 def method_names() -> tuple[str, ...]:
-    """File names of the method fragments, for a second ``--config``."""
+    """Return the file names of the method fragments, for a second ``--config``."""
     return tuple(sorted(path.name for path in (config_folder() / _METHODS).glob("*.yaml")))
 
 
 def describe_config(name: str) -> str:
-    """First comment line of a packaged configuration.
+    """Return the first comment line of a packaged configuration.
 
     Args:
-        name: file name, of a run or a method.
+        name: File name of a run or a method.
     """
     path = find_config(name)
     with path.open(encoding="utf-8") as lines:
@@ -52,13 +52,13 @@ def describe_config(name: str) -> str:
 
 
 def find_config(value: str) -> Path:
-    """Resolve what stands behind ``--config``: a path first, then a packaged run, then a method fragment.
+    """Resolve the value of ``--config``: a path first, then a packaged run, then a method fragment.
 
     Args:
-        value: a path or a name; ``.yaml`` may be left out of a name.
+        value: Path or name; ``.yaml`` may be left out of a name.
 
     Raises:
-        ACKDError: with the near matches, when nothing is found.
+        ACKDError: With near matches, when nothing is found.
     """
     path = Path(value)
     if path.is_file():
@@ -70,38 +70,28 @@ def find_config(value: str) -> Path:
     known = (*packaged_names(), *method_names())
     hint = near_matches(name, known)
     if not hint.startswith("did you"):
-        hint = "`ackd configs` lists the packaged ones"
-    raise ACKDError(f"--config {value}: no such file and no packaged configuration of that name; {hint}")
+        hint = "`ackd configs` lists the packaged configurations"
+    raise ACKDError(f"--config {value}: there is no such file and no packaged configuration of that name; {hint}")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Lay one configuration over another: mappings merge, everything else is replaced.
 
-    Where ``over`` names another ``class_path``, the arguments of the old class go, except those of the training module
-    (``model``), which all training modules share.
+    Where ``over`` names another ``class_path``, the arguments of the old class are dropped.
 
     Args:
-        base: below.
-        over: above.
+        base: Lower configuration.
+        over: Upper configuration.
     """
-    return _merge(base, over, keep=frozenset({("model",)}), path=())
-
-
-def _merge(
-    base: dict[str, Any], over: dict[str, Any], *, keep: frozenset[tuple[str, ...]], path: tuple[str, ...]
-) -> dict[str, Any]:
     result = copy.deepcopy(base)
     # the last part alone: ackd_lightning.ACKD and ackd_lightning.methods.ACKD are one class
-    classes = [str(each["class_path"]).rpartition(".")[2] for each in (base, over) if "class_path" in each]
-    other_class = len(classes) == 2 and classes[0] != classes[1]
-    if other_class and path not in keep:
+    classes = {str(each["class_path"]).rpartition(".")[2] for each in (base, over) if "class_path" in each}
+    if len(classes) == 2:
         result = {}
     for key, value in over.items():
         below = result.get(key)
-        if isinstance(value, dict) and isinstance(below, dict):
-            result[key] = _merge(below, value, keep=keep, path=(*path, key))
-        else:
-            result[key] = copy.deepcopy(value)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        result[key] = merge(below, value) if both else copy.deepcopy(value)
     if "class_path" in result:  # first, where a reader looks for it
         result = {"class_path": result["class_path"], **result}
     return result
@@ -111,10 +101,10 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file of plain data: mappings, lists, text, numbers.
 
     Args:
-        path: of the file.
+        path: YAML file.
 
     Raises:
-        ACKDError: when it cannot be read, is not YAML, or holds anything else.
+        ACKDError: When it cannot be read, is not YAML, or holds anything else.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -125,40 +115,40 @@ def read_yaml(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise ACKDError(
-            f"{path}{place} is not YAML ({first}); mend it, or print a good one with --print_config"
+            f"{path}{place} is not YAML ({first}); correct it, or print a valid one with --print_config"
         ) from None
     _check_plain(content, path)
     return content
 
 
 def _check_plain(content: Any, path: Path) -> None:
-    """Refuse what JSON cannot hold, and what grows without end through aliases."""
+    """Refuse what JSON cannot hold, and endless growth through aliases."""
     waiting, seen = [(content, 0)], 0
     while waiting:
         value, level = waiting.pop()
         seen += 1
         if level > _DEEPEST or seen > _MOST:
-            raise ACKDError(f"{path} is nested too deeply or without end; take aliases (&, *) out of it")
+            raise ACKDError(f"{path} is nested too deeply or endlessly; remove its aliases (&, *)")
         if isinstance(value, dict):
             waiting += [(each, level + 1) for pair in value.items() for each in pair]
         elif isinstance(value, list):
             waiting += [(each, level + 1) for each in value]
         elif not isinstance(value, str | int | float | None):
             kind = "date" if isinstance(value, datetime.date) else type(value).__name__
-            raise ACKDError(f"{path} holds the {kind} {str(value)[:40]!r}; put it in quotes, or write a number")
+            raise ACKDError(f"{path} holds the {kind} {str(value)[:40]!r}; put it in quotes, or use a number")
 
 
 def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML file and the fragments in its ``include`` list, which lie below it.
+    """Read a YAML file, laid over the fragments in its ``include`` list.
 
     Args:
-        path: of the file; fragments are named relative to it, or to the packaged folder.
+        path: YAML file; fragments are named relative to it, or to the packaged folder.
 
     Raises:
-        ACKDError: when it is no YAML mapping, or a fragment is missing or includes itself.
+        ACKDError: When it is not a YAML mapping, or a fragment is missing or includes itself.
     """
     if path.resolve() in _seen:
-        raise ACKDError(f"{path} includes itself by way of {_seen[-1]}; take it out of `include`")
+        raise ACKDError(f"{path} includes itself through {_seen[-1]}; remove it from `include`")
     content = read_yaml(path)
     if content is None:
         content = {}
@@ -184,22 +174,22 @@ def _fragments() -> Iterator[str]:
 
 
 def load_configs(values: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Read what stands behind every ``--config``, each laid over those before it.
+    """Read every configuration, each laid over those before it, and the first over the packaged recipe.
 
     Args:
-        values: paths or names.
+        values: Paths or names, as given to ``--config``.
 
     Returns:
-        The settings, and a name for the run: the file stems joined by ``+``.
+        Settings, and a name for the run: the file stems joined by ``+``.
     """
     paths = [find_config(value) for value in values]
-    result: dict[str, Any] = {}
+    result = read_config(config_folder() / "recipes" / "sgd.yaml")
     for path in paths:
         result = merge(result, read_config(path))
     return result, "+".join(_run_name(path) for path in paths)
 
 
 def _run_name(path: Path) -> str:
-    """Stem of a configuration; for the ``config.yaml`` of a run, what that run was made from."""
+    """Stem of a configuration; for the ``config.yaml`` of a run, the name of the run's own configuration."""
     of_a_run = path.name == "config.yaml" and (path.parent / "checkpoints").is_dir()
     return path.resolve().parents[1].name if of_a_run else path.stem

@@ -1,6 +1,5 @@
-"""Data: one `LightningDataModule` for each data set, all with the same options."""
+"""One data module for each data set, with reading and augmentation of images; networks and losses may not be here."""
 
-from ackd_lightning.data.augment import RawBatch
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.cifar import CIFAR100DataModule
 from ackd_lightning.data.cinic10 import CINIC10DataModule
@@ -8,6 +7,7 @@ from ackd_lightning.data.digits import DigitsDataModule
 from ackd_lightning.data.folder import ImageFolderDataModule
 from ackd_lightning.data.imagenet import ImageNetDataModule
 from ackd_lightning.data.tiny_imagenet import TinyImageNetDataModule
+from ackd_lightning.data.transforms import RawBatch
 
 __all__ = [
     "CIFAR100DataModule",

@@ -1,30 +1,19 @@
-"""What every data module shares: options, splits, loaders, and augmentation on the device."""
+"""`ImageDataModule`: what every data module shares, from options and splits to augmentation on the device."""
 
 from __future__ import annotations
 
-import inspect
 import os
 from abc import abstractmethod
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 
-from ackd_lightning.data.augment import Keys, RawBatch, crop_flip, normalise
+from ackd_lightning.data.arguments import PlainArguments
 from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
-from ackd_lightning.data.images import (
-    Files,
-    Pixels,
-    cached,
-    check_files,
-    class_folders,
-    decode,
-    fingerprint,
-    require_same_classes,
-)
 from ackd_lightning.data.sampling import (
     EpochSampler,
     ImageLoader,
@@ -34,27 +23,19 @@ from ackd_lightning.data.sampling import (
     stratified_split,
     subset,
 )
+from ackd_lightning.data.sources import Pixels, Source, new_positions, reorder, require_same_classes
+from ackd_lightning.data.transforms import Keys, RawBatch, crop_flip, normalise
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.types import Batch
-
-Source = Files | Pixels
-
-# The common defaults, here once for the constructors of all data modules.
-ROOT = "data"
-BATCH_SIZE = 128
-EVAL_BATCH_SIZE = 256
-VAL_FRACTION = 0.1
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from ackd_lightning.types import Batch, DataInfo
+from ackd_lightning.validation import Fraction, NonNegativeInt, PositiveInt, Range, checked
 
 _HELD_SHARE = 0.25
 """Share of a GPU's free memory that the images of one part may take."""
 _COPY = 4096
-"""Images that go to the device at once, so that host memory never holds a second copy of all."""
+"""Number of images that are copied to the device at once, so that host memory never holds a second copy of all."""
 
 
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(PlainArguments):
     """Images and class indices for training, validation and test.
 
     A `training_step` receives a [`Batch`][ackd_lightning.types.Batch]: augmented and normalised float images on the
@@ -62,76 +43,60 @@ class ImageDataModule(L.LightningDataModule):
 
     Images are augmented and normalised on the device, a batch at a time. Those of a small set are decoded once into one
     uint8 tensor. When the trainer runs on a GPU (CUDA or ROCm) and a part takes at most a quarter of the memory that is
-    free there when its loader is made, the part is kept on the GPU until the run ends, each process on its own, and the
-    loader hands out only the keys to gather by. Otherwise a batch is gathered in host memory and copied. Large images
-    are decoded and cropped by worker processes and copied as uint8. The batches are the same every way.
+    free there when its loader is made, every process keeps the part on its GPU until the run ends, and the loader
+    returns only positions. Otherwise a batch is gathered in host memory and copied. Large images are decoded and
+    cropped by worker processes and copied as uint8. The batches are the same every way.
 
     Validation is a stratified share of the training set, chosen by a hash of the index: it does not depend on the seed
     of the run. With ``val_fraction=0`` (the protocol of the papers) nothing is held out and `val_dataloader` reads the
-    test set, so that it can be looked at; `val_is_test` says so, and nothing may be selected on it.
+    test set to show its progress; `val_is_test` is then true, and nothing may be selected on it.
+
+    A subclass sets ``num_classes``, ``mean``, ``std`` and ``input_size`` and writes ``_load``. A constructor of its own
+    takes ``**options`` and passes them on.
 
     Args:
-        root: folder of the data.
-        batch_size: global training batch: each of W processes takes ``batch_size / W``.
-        eval_batch_size: batch of each process in validation, test and prediction.
-        val_fraction: share of the training set that is held out for validation; 0 holds nothing out.
-        train_fraction: share of each class of the training part that is used, for small runs.
-        max_per_class: at most so many training images of each class.
-        num_workers: worker processes of each loader; results do not depend on it.
-        seed: seed of shuffling and augmentation; by default the one of ``seed_everything`` (``PL_GLOBAL_SEED``), or 0.
-        cache: keep decoded images as a file next to the data.
+        batch_size: Global training batch size: each of W processes takes ``batch_size / W``.
+        eval_batch_size: Batch size of each process in validation, test and prediction.
+        val_fraction: Share of the training set that is held out for validation; 0 holds nothing out.
+        train_fraction: Share of each class of the training part that is used, for small runs.
+        max_per_class: Largest number of training images of each class; None uses all.
+        num_workers: Number of worker processes of each loader; results do not depend on it.
+        seed: Seed of shuffling and augmentation; None takes the one of ``seed_everything`` (``PL_GLOBAL_SEED``), or 0.
 
     Attributes:
-        num_classes: number of classes that are there; the data set's full number until its files are found.
-        mean: mean of each colour channel, of pixels in 0 to 1.
-        std: standard deviation of each colour channel.
-        input_size: height and width in pixels.
-        class_names: names of the classes once known, else empty.
-        num_train_samples: images in the training part, known after `setup`.
+        num_classes: Number of classes of the data; the data set's full number until its files are found.
+        mean: Mean of each colour channel, of pixels in 0 to 1.
+        std: Standard deviation of each colour channel, of pixels in 0 to 1.
+        input_size: Height and width in pixels.
+        class_names: Name of each class in the order of the targets; None while unknown.
+        num_train_samples: Number of images in the training part, known after `setup`.
     """
 
     num_classes: int
     published_train_images: ClassVar[int | None] = None
-    """Images of the whole training part; None where that depends on the files."""
+    """Number of images of the whole training part; None where that depends on the files."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     input_size: int
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] | None = None
     num_train_samples: int = 0
 
     augment: Literal["crop_flip", "crop", "none"] = "crop_flip"
     """Augmentation of images in memory: zero-padded crop and mirror image, crop alone, or nothing."""
 
+    @checked
     def __init__(
         self,
-        root: str | Path = ROOT,
         *,
-        batch_size: int = BATCH_SIZE,
-        eval_batch_size: int = EVAL_BATCH_SIZE,
-        val_fraction: float = VAL_FRACTION,
-        train_fraction: float = 1.0,
-        max_per_class: int | None = None,
-        num_workers: int = 0,
+        batch_size: PositiveInt = 128,
+        eval_batch_size: PositiveInt = 256,
+        val_fraction: Fraction = 0.1,
+        train_fraction: Annotated[float, Range(0, 1, open_low=True)] = 1.0,
+        max_per_class: PositiveInt | None = None,
+        num_workers: NonNegativeInt = 0,
         seed: int | None = None,
-        cache: bool = True,
     ) -> None:
         super().__init__()
-        # Plain data only, so that checkpoints load safely; and only what the data set's own constructor takes.
-        known = inspect.signature(type(self)).parameters
-        self.save_hyperparameters(ignore=["root", *({"cache"} - set(known))], logger=False)
-        if "root" in known:
-            self.save_hyperparameters({"root": str(root)}, logger=False)
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise ACKDError(f"{name} is {value}: use {least} or more")
-        nothing = torch.zeros(0, dtype=torch.int64)
-        self._check_val_fraction(val_fraction)
-        subset(nothing, nothing, train_fraction, max_per_class)
-        self.root = Path(root).expanduser()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
@@ -139,19 +104,18 @@ class ImageDataModule(L.LightningDataModule):
         self.max_per_class = max_per_class
         self.num_workers = num_workers
         self.seed = seed
-        self.cache = cache
+        if val_fraction == 1 and not self._own_validation:
+            raise ACKDError(
+                f"val_fraction is {val_fraction} in {type(self).__name__}, which leaves nothing to train on; "
+                "it must be below 1"
+            )
+        self._order: tuple[str, ...] | None = None
         self._sources: dict[Part, Source] = {}
-        self._rows: dict[Part, tuple[Source, Tensor]] = {}
+        self._rows: dict[Part, tuple[Part, Tensor]] = {}
+        """The part that each one is read from, and its positions there."""
         self._held: dict[Part, tuple[Tensor, Tensor]] = {}
-        place = self._class_place()
-        if place is not None and (there := class_folders(place)):
-            self.num_classes = len(there)
 
-    # ------------------------------------------------------------------------------------ what a data set fills in
-
-    def _class_place(self) -> Path | None:
-        """Folder of the training classes' folders, where a subset of them is a valid data set; else None."""
-        return None
+    # ------------------------------------------------------------------------------------- provided by each data set
 
     @abstractmethod
     def _load(self, part: Part) -> Source:
@@ -165,29 +129,15 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def _own_validation(self) -> bool:
-        """Whether a validation part of its own comes with the data set and is used."""
+        """Whether the data set has a validation part of its own and it is used."""
         return False
 
-    def _check_val_fraction(self, val_fraction: float) -> None:
-        """Raise an `ACKDError` for a share that makes no sense here."""
-        stratified_split(torch.zeros(0, dtype=torch.int64), val_fraction)
+    # ------------------------------------------------------------------------------------------------ what is known
 
-    # ------------------------------------------------------------------------------------------- helpers for those
-
-    def _cache_file(self, folder: Path, part: str) -> Path | None:
-        return folder / f"ackd-cache-{part}-{self.input_size}px.pt" if self.cache else None
-
-    def _decoded(self, files: Files, folder: Path, part: Part) -> Pixels:
-        """Decode small images, or take them from the cache in ``folder``."""
-        mark = fingerprint(files.paths, files.root, self.input_size, files.class_names)
-        return cached(self._cache_file(folder, part), mark, lambda: decode(files, self.input_size))
-
-    def _checked(self, files: Files, folder: Path, part: Part) -> Files:
-        """Look for broken files, once."""
-        check_files(files, folder / f"ackd-checked-{part}.pt" if self.cache else None)
-        return files
-
-    # -------------------------------------------------------------------------------------------------- the module
+    @property
+    def info(self) -> DataInfo:
+        """Number of classes, image size, normalisation and class names, as far as they are known."""
+        return DataInfo(self.num_classes, self.input_size, self.mean, self.std, self.class_names)
 
     @property
     def val_is_test(self) -> bool:
@@ -201,9 +151,41 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def train_targets(self) -> Tensor:
-        """``N`` int64 class of every training image by ``Batch.index``; known after ``setup``."""
-        source, rows = self._rows["train"]
+        """``N`` int64 class index of every training image by ``Batch.index``; known after `setup`."""
+        source, rows = self._part("train")
         return source.targets[rows]
+
+    def use_class_order(self, names: Sequence[str]) -> bool:
+        """Give the classes the indices that they have in ``names``, such as those of a trained network.
+
+        Targets and class names of all parts follow, also in loaders that exist already. While the class names are
+        unknown, the order is kept and applied when `setup` reads the data.
+
+        Args:
+            names: All class names of the data in the wanted order.
+
+        Returns:
+            Whether the order of the classes changed; False while the class names are unknown.
+
+        Raises:
+            ACKDError: If the data have other classes; raised by `setup` while the class names are unknown.
+        """
+        order = tuple(names)
+        if self.class_names is None:
+            self._order = order
+            return False
+        positions = new_positions(self.class_names, order)
+        changed = order != self.class_names
+        self._order = self.class_names = order
+        # In place, since the datasets of existing loaders share these tensors.
+        for part, source in self._sources.items():
+            self._sources[part] = replace(source, class_names=order)
+            source.targets.copy_(positions[source.targets])
+        for _, targets in self._held.values():
+            targets.copy_(positions.to(targets.device)[targets])
+        return changed
+
+    # ------------------------------------------------------------------------------------------------ reading, splits
 
     def prepare_data(self) -> None:
         """Fetch, decode and check everything before training starts (one process of each machine)."""
@@ -214,10 +196,10 @@ class ImageDataModule(L.LightningDataModule):
         """Split the data; the same on every process and for every stage.
 
         Args:
-            stage: Lightning's stage, not looked at: all parts are memory-mapped or lists of files.
+            stage: Lightning's stage; ignored, since all parts are memory-mapped or lists of files.
 
         Raises:
-            ACKDError: if the data are not usable, or too few for one batch.
+            ACKDError: If the data are not usable, or too few for one batch.
         """
         if self._rows:
             return
@@ -225,20 +207,22 @@ class ImageDataModule(L.LightningDataModule):
         train, test = self._sources["train"], self._sources["test"]
         everything = torch.arange(len(train.targets))
         test_rows = torch.arange(len(test.targets))
+        val_part: Part
         if self.val_is_test:
-            train_rows, val_source, val_rows = everything, test, test_rows
+            train_rows, val_part, val_rows = everything, "test", test_rows
         elif self._own_validation:
-            val_source = self._sources["val"]
-            train_rows, val_rows = everything, torch.arange(len(val_source.targets))
+            val_part = "val"
+            val_targets = self._sources["val"].targets
+            train_rows, val_rows = everything, torch.arange(len(val_targets))
             if self.val_fraction < 1:
-                val_rows = stratified_split(val_source.targets, self.val_fraction)[1]
+                val_rows = stratified_split(val_targets, self.val_fraction)[1]
         else:
-            val_source = train
+            val_part = "train"
             train_rows, val_rows = stratified_split(train.targets, self.val_fraction)
         if not len(val_rows):
             raise ACKDError(
-                f"val_fraction {self.val_fraction:g} of {len(val_source.targets):,} images leaves none for validation: "
-                "make it larger, or 0 to look at the test set instead"
+                f"val_fraction {self.val_fraction:g} of {len(self._sources[val_part].targets):,} images leaves none "
+                "for validation: make it larger, or 0 to validate on the test set"
             )
         train_rows = subset(train_rows, train.targets, self.train_fraction, self.max_per_class)
         if len(train_rows) < self.batch_size:
@@ -247,24 +231,33 @@ class ImageDataModule(L.LightningDataModule):
                 f"set batch_size to {max(1, len(train_rows))} or less, or use more of the data"
             )
         self.num_train_samples = len(train_rows)
-        self._rows = {"train": (train, train_rows), "val": (val_source, val_rows), "test": (test, test_rows)}
+        self._rows = {"train": ("train", train_rows), "val": (val_part, val_rows), "test": ("test", test_rows)}
 
     def _read_all(self) -> None:
         parts: tuple[Part, ...] = ("train", "val", "test") if self._own_validation else ("train", "test")
         for part in parts:
-            if part not in self._sources:
-                self._sources[part] = self._load(part)
-            source = self._sources[part]
+            if part in self._sources:
+                continue
+            source = self._load(part)
             if not len(source.targets):
-                raise ACKDError(f"the {part} part of {self.root} holds no images: check the path and the download")
-            require_same_classes(self._sources["train"].class_names, source.class_names, "train", part)
+                raise ACKDError(f"the {part} part of {type(self).__name__} holds no images: check the data")
+            train = self._sources.get("train")
+            order = self._order if train is None else train.class_names
+            if train is not None and set(source.class_names) != set(train.class_names):
+                require_same_classes(train.class_names, source.class_names, "train", part)
+            self._sources[part] = reorder(source, source.class_names if order is None else order)
         self.class_names = self._sources["train"].class_names
         self.num_classes = len(self.class_names)
+
+    def _part(self, part: Part) -> tuple[Source, Tensor]:
+        """Return the images that a part is read from, and its positions there."""
+        where, rows = self._rows[part]
+        return self._sources[where], rows
 
     # ------------------------------------------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, without the incomplete last batch, resumable in the middle of an epoch."""
+        """Return the shuffled, resumable loader of the training part; the last incomplete batch is left out."""
         world, rank = self._world()
         if self.batch_size % world:
             raise ACKDError(
@@ -282,15 +275,15 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> ImageLoader:
-        """The validation part in order; the test set when `val_is_test`."""
+        """Return the loader of the validation part in order; of the test set when `val_is_test`."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> ImageLoader:
-        """The test set in order."""
+        """Return the loader of the test set in order."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> ImageLoader:
-        """The test set in order."""
+        """Return the loader of the test set in order."""
         return self._eval_loader("test")
 
     def _eval_loader(self, part: Part) -> ImageLoader:
@@ -302,12 +295,12 @@ class ImageDataModule(L.LightningDataModule):
                 raise ACKDError(
                     f"the {part} part holds {len(dataset)} images for {world} processes: use fewer processes"
                 )
-            # Lightning's own would repeat samples to make the ranks even, and so count some of them twice.
+            # Lightning's own sampler repeats samples until the ranks are even, and so counts some of them twice.
             sampler = UnrepeatedDistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
         return ImageLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._options(dataset))
 
     def _options(self, dataset: TensorImages | FileImages | HeldImages) -> dict[str, Any]:
-        """What all loaders share; keys are no work for other processes, and too few to pin."""
+        """Return the options of a loader; positions need no workers and no pinned memory."""
         if isinstance(dataset, HeldImages):
             return {"collate_fn": as_is}
         return {"num_workers": self.num_workers, "collate_fn": as_is, "pin_memory": torch.cuda.is_available()}
@@ -318,7 +311,7 @@ class ImageDataModule(L.LightningDataModule):
     def _dataset(self, part: Part) -> TensorImages | FileImages | HeldImages:
         if not self._rows:
             self.setup()
-        source, rows = self._rows[part]
+        source, rows = self._part(part)
         if isinstance(source, Pixels):
             if self._hold(len(rows) * source.images[0].nbytes):
                 return HeldImages(part, len(rows))
@@ -328,15 +321,15 @@ class ImageDataModule(L.LightningDataModule):
     # --------------------------------------------------------------------------------------------------- the device
 
     def _hold(self, size: int) -> bool:
-        """Whether the trainer's device is to hold ``size`` bytes of images, rather than be sent them by the batch."""
+        """Whether the trainer's device holds a part of ``size`` bytes, instead of receiving it batch by batch."""
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         return device.type == "cuda" and size <= _HELD_SHARE * torch.cuda.mem_get_info(device)[0]
 
     def _gather(self, keys: Keys) -> RawBatch:
-        """Look up a batch in the part's images and targets on the keys' device, which are copied there at first."""
+        """Look up a batch on the device of its positions; the part is copied there the first time."""
         device = keys.index.device
         if keys.part not in self._held or self._held[keys.part][0].device != device:
-            source, rows = self._rows[keys.part]
+            source, rows = self._part(keys.part)
             assert isinstance(source, Pixels)
             images = torch.empty(len(rows), *source.images.shape[1:], dtype=torch.uint8, device=device)
             for start in range(0, len(rows), _COPY):
@@ -349,26 +342,26 @@ class ImageDataModule(L.LightningDataModule):
         """Free what the device holds.
 
         Args:
-            stage: Lightning's stage, not looked at.
+            stage: Lightning's stage; ignored.
         """
         self._held.clear()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment and normalise on the device, after gathering there what it holds.
+        """Augment and normalise on the device, where a part that it holds is gathered first.
 
         Args:
-            batch: what the loader gave, on the device; anything but `RawBatch` and `Keys` passes through.
-            dataloader_idx: not looked at.
+            batch: Batch of a loader, on the device; anything but `RawBatch` and `Keys` is returned unchanged.
+            dataloader_idx: Number of the loader; ignored.
         """
         if isinstance(batch, Keys):
             batch = self._gather(batch)
         if not isinstance(batch, RawBatch):
             return batch
         image = batch.image
-        # On a GPU, asking whether there is anything to do would cost more than doing it.
+        # On a GPU, waiting for the answer to `any` would cost more than the augmentation.
         if self.augment != "none" and (image.is_cuda or bool((batch.epoch >= 0).any())):
             pad = self.input_size // 8  # 4 pixels at 32, 8 at 64
             image = crop_flip(batch, pad=pad, flip=self.augment == "crop_flip", seed=self.run_seed)
         done = Batch(normalise(image, self.mean, self.std), batch.target, batch.index)
-        # Under true half precision the trainer has converted the batch before it was float: do it now.
+        # Under true half precision the trainer converted the batch while it was still uint8: convert it now.
         return done if self.trainer is None else self.trainer.precision_plugin.convert_input(done)

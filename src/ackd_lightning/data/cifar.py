@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ackd_lightning.data.cache import cached, fingerprint
 from ackd_lightning.data.download import Archive, DownloadedDataModule
-from ackd_lightning.data.images import Pixels, cached, fingerprint
 from ackd_lightning.data.sampling import Part
+from ackd_lightning.data.sources import Pixels
 from ackd_lightning.errors import ACKDError
 
 _MEMBERS = ("train", "test", "meta")
@@ -26,14 +27,14 @@ _MEMBERS = ("train", "test", "meta")
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"the encoding {encoding!r} is not used by CIFAR files")
+        raise pickle.UnpicklingError(f"the encoding {encoding!r} does not occur in CIFAR files")
     return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler for the official files: containers, strings, numbers and NumPy arrays, nothing that runs code."""
+    """Unpickler for the official files: containers, strings, numbers and NumPy arrays, and nothing that runs code."""
 
-    # `_reconstruct` makes an empty array and moved between NumPy 1 and 2; the array itself tells where it is now.
+    # `_reconstruct` makes an empty array; it moved between NumPy 1 and 2, so it is taken from an array.
     _allowed: dict[tuple[str, str], Any] = {  # noqa: RUF012 (read only)
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -52,8 +53,11 @@ class _ArrayUnpickler(pickle.Unpickler):
 def read_arrays(content: bytes) -> dict[str, Any]:
     """Read one official CIFAR pickle without allowing it to run code.
 
+    Args:
+        content: Bytes of the file.
+
     Raises:
-        ACKDError: if the file names anything but arrays and plain containers, or is cut off.
+        ACKDError: If the file names anything but arrays and plain containers, or is cut off.
     """
     try:
         return dict(_ArrayUnpickler(io.BytesIO(content), encoding="latin1").load())
@@ -65,6 +69,7 @@ class CIFAR100DataModule(DownloadedDataModule):
     """CIFAR-100: 50,000 training and 10,000 test images of 32 x 32 in 100 (fine) classes.
 
     Reads the official ``cifar-100-python.tar.gz``, or the folder ``cifar-100-python`` that it unpacks to, in ``root``.
+    Arguments are those of `DownloadedDataModule` and of [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
     """
 
     num_classes = 100

@@ -6,12 +6,13 @@ Source: L. Darlow et al., CINIC-10 Is Not ImageNet or CIFAR-10, 2018; https://do
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from ackd_lightning.data.base import BATCH_SIZE, EVAL_BATCH_SIZE, ROOT
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
-from ackd_lightning.data.images import Pixels, scan_class_folders
 from ackd_lightning.data.sampling import Part
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.data.sources import Pixels, scan_class_folders
+from ackd_lightning.data.stored import ROOT
+from ackd_lightning.validation import Fraction
 
 _FOLDERS: dict[Part, str] = {"train": "train", "val": "valid", "test": "test"}
 
@@ -19,21 +20,14 @@ _FOLDERS: dict[Part, str] = {"train": "train", "val": "valid", "test": "test"}
 class CINIC10DataModule(DownloadedDataModule):
     """CINIC-10: 90,000 images of 32 x 32 each for training, validation and test, in 10 classes.
 
-    Trains on ``train``, validates on ``valid``, tests on ``test``; nothing is held out of the training images.
-    ``val_fraction=0`` is the paper's protocol: ``valid`` is not read and the test set is looked at while training.
+    Trains on ``train``, validates on ``valid`` and tests on ``test``; nothing is held out of the training images. With
+    ``val_fraction=0``, the protocol of the ACKD paper, ``valid`` is not read and validation reads the test set.
 
     Args:
-        root: folder that holds train/, valid/ and test/, or a folder ``cinic-10`` with them, or the archive.
-        batch_size: global training batch: each of W processes takes ``batch_size / W``.
-        eval_batch_size: batch of each process in validation, test and prediction.
-        val_fraction: share of the images in ``valid`` that is used, up to 1; 0 looks at the test set instead.
-        train_fraction: share of each class of the training part that is used, for small runs.
-        max_per_class: at most so many training images of each class.
-        num_workers: worker processes of each loader; results do not depend on it.
-        seed: seed of shuffling and augmentation; by default the one of ``seed_everything``, or 0.
-        download: fetch the archive when the data are not there.
-        url: a mirror (http, https or file) of the official archive; its checksum has to be the same.
-        cache: keep decoded images as a file next to the data.
+        root: Folder that holds train/, valid/ and test/, or a folder ``cinic-10`` with them, or the archive.
+        val_fraction: Share of the images in ``valid`` that is used, up to 1; 0 validates on the test set.
+        options: Arguments of `DownloadedDataModule` and of
+            [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
     """
 
     num_classes = 10
@@ -49,34 +43,8 @@ class CINIC10DataModule(DownloadedDataModule):
         size=687_544_992,
     )
 
-    def __init__(
-        self,
-        root: str | Path = ROOT,
-        *,
-        batch_size: int = BATCH_SIZE,
-        eval_batch_size: int = EVAL_BATCH_SIZE,
-        val_fraction: float = 1.0,
-        train_fraction: float = 1.0,
-        max_per_class: int | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-        download: bool = True,
-        url: str | None = None,
-        cache: bool = True,
-    ) -> None:
-        super().__init__(
-            root,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_fraction=val_fraction,
-            train_fraction=train_fraction,
-            max_per_class=max_per_class,
-            num_workers=num_workers,
-            seed=seed,
-            download=download,
-            url=url,
-            cache=cache,
-        )
+    def __init__(self, root: str | Path = ROOT, *, val_fraction: Fraction = 1.0, **options: Any) -> None:
+        super().__init__(root, val_fraction=val_fraction, **options)
 
     def _class_place(self) -> Path:
         return self._place() / "train"
@@ -84,10 +52,6 @@ class CINIC10DataModule(DownloadedDataModule):
     @property
     def _own_validation(self) -> bool:
         return not self.val_is_test
-
-    def _check_val_fraction(self, val_fraction: float) -> None:
-        if not 0 <= val_fraction <= 1:
-            raise ACKDError(f"val_fraction is {val_fraction}: for CINIC-10 it is a share of `valid`, from 0 to 1")
 
     def _place(self) -> Path:
         for place in (self.root, self.root / "cinic-10", self.root / "CINIC-10"):

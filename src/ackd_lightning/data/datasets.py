@@ -1,12 +1,10 @@
-"""The kinds of dataset: images in memory, on the training device, and in files that are decoded when asked for."""
+"""Datasets of images in host memory, on the training device, and in files that are decoded on demand."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
@@ -16,44 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from ackd_lightning.data.augment import Keys, RawBatch
-from ackd_lightning.data.images import read_image
+from ackd_lightning.data.decoding import read_image
 from ackd_lightning.data.sampling import STREAM_TRANSFORM, Part
+from ackd_lightning.data.transforms import Keys, RawBatch, random_crop
 from ackd_lightning.random import mix
 
-_CROP_AREA = (0.08, 1.0)
-_CROP_LOG_RATIO = math.log(4 / 3)
-
 Key = tuple[int, int]
-
-
-def random_crop(width: int, height: int, seed: int) -> tuple[tuple[int, int, int, int], bool]:
-    """Choose a random resized crop as `torchvision.transforms.v2.RandomResizedCrop` does, and whether to mirror it.
-
-    Between 0.08 and all of the area, sides between 3:4 and 4:3. What does not fit into the image is drawn again; after
-    ten times it is the largest part of such a shape in the centre.
-
-    Args:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        seed: of the draw; nothing else goes into it.
-
-    Returns:
-        Left, upper, right and lower edge of the crop, and whether it is mirrored (half of the time).
-    """
-    draw = Random(seed)
-    mirror = draw.random() < 0.5
-    for _ in range(10):
-        side = math.sqrt(width * height * draw.uniform(*_CROP_AREA))
-        stretch = math.exp(draw.uniform(-_CROP_LOG_RATIO, _CROP_LOG_RATIO) / 2)
-        wide, tall = round(side * stretch), round(side / stretch)
-        if 0 < wide <= width and 0 < tall <= height:
-            left, top = int(draw.random() * (width - wide + 1)), int(draw.random() * (height - tall + 1))
-            break
-    else:
-        wide, tall = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        left, top = (width - wide) // 2, (height - tall) // 2
-    return (left, top, left + wide, top + tall), mirror
+"""Epoch and index of a training sample."""
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -73,8 +40,8 @@ class TensorImages(Dataset[RawBatch]):
 
     Args:
         images: ``M x 3 x S x S`` uint8.
-        targets: ``M`` int64.
-        rows: ``N`` positions in ``images`` that make up this part; the sample's index is the position in ``rows``.
+        targets: ``M`` int64 class indices.
+        rows: ``N`` positions in ``images`` that make up this part; a sample's index is its position in ``rows``.
     """
 
     def __init__(self, images: Tensor, targets: Tensor, rows: Tensor) -> None:
@@ -95,11 +62,11 @@ class TensorImages(Dataset[RawBatch]):
 
 
 class HeldImages(Dataset[Keys]):
-    """Images that the training device holds; a batch is the keys to gather them by.
+    """Images that the training device holds; a batch is only their positions.
 
     Args:
-        part: which part of the data.
-        count: ``N``, images of the part.
+        part: Part of the data.
+        count: ``N``, the number of its images.
     """
 
     def __init__(self, part: Part, count: int) -> None:
@@ -118,23 +85,23 @@ class HeldImages(Dataset[Keys]):
 
 
 class FileImages(Dataset[RawBatch]):
-    """Images that are decoded when they are asked for, in worker processes if there are any.
+    """Images that are decoded on demand, in worker processes if there are any.
 
-    Training (keys with an epoch): random resized crop and mirror image, drawn by (seed, epoch, index). The crop is
-    resized bilinearly with antialiasing by torch on uint8, which is faster than PIL; some pixels differ from PIL's, by
-    one grey level. Evaluation: shorter side to 8/7 of the size, centre cut out, by PIL. Either way nothing is left to
-    augment, so ``epoch`` is -1 in the batch.
+    Training (keys with an epoch): random resized crop and mirror image, which depend only on (seed, epoch, index). The
+    crop is resized bilinearly with antialiasing by torch on uint8, which is faster than PIL; some pixels differ from
+    PIL's by one grey level. Evaluation: shorter side resized to 8/7 of the size, centre crop, by PIL. Nothing is left
+    to augment, so ``epoch`` is -1 in every batch.
 
     Args:
         paths: ``M`` image files.
-        targets: ``M`` int64.
-        rows: ``N`` positions in ``paths`` that make up this part; the sample's index is the position in ``rows``.
-        size: side of the square that comes out, in pixels.
-        seed: seed of the run.
+        targets: ``M`` int64 class indices.
+        rows: ``N`` positions in ``paths`` that make up this part; a sample's index is its position in ``rows``.
+        size: Height and width of the images that are returned, in pixels.
+        seed: Seed of the run.
     """
 
     def __init__(self, paths: Sequence[Path], targets: Tensor, rows: Tensor, *, size: int, seed: int) -> None:
-        # One array of bytes instead of a list: a worker that touches a list's reference counts copies its memory.
+        # An array of bytes, not a list: a worker that changes the reference counts of a list copies its memory.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.targets = targets
         self.rows = rows

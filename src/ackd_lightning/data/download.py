@@ -1,4 +1,4 @@
-"""Fetching archives: verified, resumable, and unpacked in one step or not at all."""
+"""Download of archives: verified, resumable, and unpacked in one step or not at all."""
 
 from __future__ import annotations
 
@@ -12,21 +12,16 @@ import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torchvision.datasets.utils import calculate_md5
 
-from ackd_lightning.data.base import (
-    BATCH_SIZE,
-    EVAL_BATCH_SIZE,
-    ROOT,
-    VAL_FRACTION,
-    ImageDataModule,
-)
-from ackd_lightning.data.images import on_first_process
+from ackd_lightning.data.decoding import on_first_process
+from ackd_lightning.data.stored import ROOT, StoredDataModule
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.validation import checked
 
 _CHUNK = 1 << 18
 _TIMEOUT = 30.0  # seconds without a byte
@@ -36,14 +31,14 @@ _AGENT = "ackd-lightning"
 
 @dataclass(frozen=True)
 class Archive:
-    """An official file.
+    """The official archive of a data set.
 
     Attributes:
-        name: what people call the data set.
-        url: where its makers keep it.
-        filename: name on disk.
-        md5: checksum published with it (it guards against damage; nothing in the archive is executed).
-        size: length in bytes.
+        name: Name of the data set.
+        url: Official address.
+        filename: Name of the file on disk.
+        md5: Published checksum (it guards against damage; nothing in the archive is executed).
+        size: Length in bytes.
     """
 
     name: str
@@ -54,7 +49,7 @@ class Archive:
 
 
 class _InterruptedError(Exception):
-    """The transfer ended early; what has arrived is kept."""
+    """The transfer ended early; the bytes that arrived are kept."""
 
 
 def _progress(what: str) -> Progress:
@@ -63,7 +58,7 @@ def _progress(what: str) -> Progress:
 
 
 def _copy(source: IO[bytes], target: IO[bytes], *, what: str, done: int, total: int | None) -> None:
-    """Copy to the end; raise `_InterruptedError` when fewer bytes come than were announced."""
+    """Copy to the end; raise `_InterruptedError` when fewer bytes arrive than were announced."""
     with _progress(what) as bar:
         task = bar.add_task(what, total=total, completed=done)
         while chunk := source.read(_CHUNK):
@@ -75,7 +70,7 @@ def _copy(source: IO[bytes], target: IO[bytes], *, what: str, done: int, total: 
 
 
 def _transfer(url: str, part: Path, what: str) -> bool:
-    """Fetch ``url`` into ``part``, going on after the bytes that are there if the server can.
+    """Fetch ``url`` into ``part``, resuming after the bytes that exist if the server can.
 
     Returns:
         Whether earlier bytes were kept.
@@ -98,26 +93,26 @@ def _transfer(url: str, part: Path, what: str) -> bool:
             return resumed
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416 and have:  # nothing left to send: complete, or longer than the file
+        if error.code == 416 and have:  # nothing left to send: the part is complete, or too long
             return True
         raise
 
 
 def fetch(archive: Archive, folder: Path, *, url: str | None = None) -> Path:
-    """Download an archive into ``folder`` unless it is there, and verify it.
+    """Download an archive into ``folder`` unless it exists there, and verify it.
 
-    Bytes go to a ``.part`` file that a later call goes on with; the file gets its name only once its checksum is right.
+    Bytes go to a ``.part`` file that a later call resumes; the file gets its name only once its checksum is right.
 
     Args:
-        archive: what to fetch.
-        folder: where to.
-        url: a mirror (http, https or file) instead of the official address.
+        archive: Archive to fetch.
+        folder: Folder for the file.
+        url: Mirror (http, https or file); None takes the official address.
 
     Returns:
         The file.
 
     Raises:
-        ACKDError: if it cannot be had, with what to do instead.
+        ACKDError: If the archive cannot be downloaded.
     """
     path = folder / archive.filename
     if path.exists():
@@ -131,7 +126,7 @@ def fetch(archive: Archive, folder: Path, *, url: str | None = None) -> Path:
     except (OSError, http.client.HTTPException, _InterruptedError) as error:
         reason = str(error) or type(error).__name__
         raise ACKDError(
-            f"could not download {archive.name} from {address} ({reason}): run it again to go on where it stopped, "
+            f"could not download {archive.name} from {address} ({reason}): run it again to resume, "
             f"set url to a mirror, or put the file at {path}"
         ) from None
     return path
@@ -159,11 +154,16 @@ def _fetch(archive: Archive, address: str, path: Path) -> None:
         part.unlink()
         if not resumed:
             raise OSError(f"the file has {size:,} bytes and checksum {found} instead of {archive.md5}")
-        left = max(left, 1)  # old and new bytes may not belong together: once more from the start
+        left = max(left, 1)  # old and new bytes may not belong together: start again once
 
 
 def verify(path: Path, archive: Archive) -> None:
-    """Raise an `ACKDError` unless ``path`` is the official file."""
+    """Raise an `ACKDError` unless a file is the official archive.
+
+    Args:
+        path: The file.
+        archive: Archive that it must be.
+    """
     found = calculate_md5(path)
     if found != archive.md5:
         size = path.stat().st_size
@@ -174,12 +174,16 @@ def verify(path: Path, archive: Archive) -> None:
 
 
 def extract(path: Path, target: Path) -> None:
-    """Unpack a tar or zip archive as the folder ``target``, which appears only once it is complete.
+    """Unpack a tar or zip archive as a folder that appears only once it is complete.
 
-    An archive that holds nothing but one folder becomes that folder.
+    Where the archive holds a single folder, the content of that folder is taken.
+
+    Args:
+        path: Archive.
+        target: Folder to create.
 
     Raises:
-        ACKDError: if the archive is damaged, or would write outside its folder.
+        ACKDError: If the archive is damaged, or would write outside the folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-unpacking-", dir=target.parent))
@@ -211,56 +215,28 @@ def _unpack(path: Path, staging: Path) -> None:
         archive.extractall(staging)
 
 
-class DownloadedDataModule(ImageDataModule):
+class DownloadedDataModule(StoredDataModule):
     """A data set that can be downloaded.
 
     Args:
-        root: folder that the archive is kept in, or that already holds the unpacked data set.
-        batch_size: global training batch: each of W processes takes ``batch_size / W``.
-        eval_batch_size: batch of each process in validation, test and prediction.
-        val_fraction: share that is held out for validation; 0 holds nothing out.
-        train_fraction: share of each class of the training part that is used, for small runs.
-        max_per_class: at most so many training images of each class.
-        num_workers: worker processes of each loader; results do not depend on it.
-        seed: seed of shuffling and augmentation; by default the one of ``seed_everything``, or 0.
-        download: fetch the archive when the data are not there.
-        url: a mirror (http, https or file) of the official archive; its checksum has to be the same.
-        cache: keep decoded images as a file next to the data.
+        root: Folder of the archive or of the unpacked data set.
+        download: Whether to download the archive when the data do not exist.
+        url: Mirror (http, https or file) of the official archive, with the same checksum; None takes the official one.
+        options: Argument ``cache``, and those of [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
     """
 
     archive: Archive
 
+    @checked
     def __init__(
-        self,
-        root: str | Path = ROOT,
-        *,
-        batch_size: int = BATCH_SIZE,
-        eval_batch_size: int = EVAL_BATCH_SIZE,
-        val_fraction: float = VAL_FRACTION,
-        train_fraction: float = 1.0,
-        max_per_class: int | None = None,
-        num_workers: int = 0,
-        seed: int | None = None,
-        download: bool = True,
-        url: str | None = None,
-        cache: bool = True,
+        self, root: str | Path = ROOT, *, download: bool = True, url: str | None = None, **options: Any
     ) -> None:
-        super().__init__(
-            root,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            val_fraction=val_fraction,
-            train_fraction=train_fraction,
-            max_per_class=max_per_class,
-            num_workers=num_workers,
-            seed=seed,
-            cache=cache,
-        )
+        super().__init__(root, **options)
         self.download = download
         self.url = url
 
     def _archive_file(self) -> Path:
-        """Return the verified archive, downloaded if it has to be and may be."""
+        """Return the verified archive, downloaded if necessary and allowed."""
         path = self.root / self.archive.filename
         if not self.download and not path.exists():
             raise ACKDError(

@@ -7,39 +7,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ackd_lightning.data.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageDataModule,
-)
-from ackd_lightning.data.images import Files, class_folders, image_files, scan_class_folders
 from ackd_lightning.data.sampling import Part
+from ackd_lightning.data.sources import Files, class_folders, image_files, scan_class_folders
+from ackd_lightning.data.stored import StoredDataModule
+from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ackd_lightning.errors import ACKDError
 
 _LAYOUT = (
     "lay ImageNet out as train/<wnid>/*.JPEG (unpack each of the 1,000 inner archives of ILSVRC2012_img_train.tar into "
-    "a folder of its name) and val/<wnid>/*.JPEG (sort the 50,000 images by their wnid)"
+    "a folder with its name) and val/<wnid>/*.JPEG (sort the 50,000 images by their wnid)"
 )
 
 
-class ImageNetDataModule(ImageDataModule):
+class ImageNetDataModule(StoredDataModule):
     """ImageNet: 1,281,167 training and 50,000 validation images in 1,000 classes, read by worker processes at 224.
 
-    ``root`` holds ``train`` and ``val``, each with one folder for each class; a subset of the classes will do. Unpack
-    each of the inner archives of ``ILSVRC2012_img_train.tar`` into ``train/<wnid>/`` and sort the images of
+    ``root`` holds ``train`` and ``val``, each with one folder for each class, of all classes or some. Unpack each of
+    the inner archives of ``ILSVRC2012_img_train.tar`` into ``train/<wnid>/`` and sort the images of
     ``ILSVRC2012_img_val.tar`` into ``val/<wnid>/``. Training: random resized crop and mirror image; evaluation: shorter
-    side to 256, centre 224. The test set is ``val``.
-
-    Args:
-        root: folder that holds train/ and val/.
-        batch_size: global training batch: each of W processes takes ``batch_size / W``.
-        eval_batch_size: batch of each process in validation, test and prediction.
-        val_fraction: share of the training set that is held out for validation; 0 holds nothing out.
-        train_fraction: share of each class of the training part that is used, for small runs.
-        max_per_class: at most so many training images of each class.
-        num_workers: worker processes of each loader; results do not depend on it.
-        seed: seed of shuffling and augmentation; by default the one of ``seed_everything``, or 0.
-        cache: remember in ``root`` which files were checked, so that they are checked once.
+    side resized to 256, centre crop of 224. The test set is ``val``. Arguments are ``root``, ``cache``, and those of
+    [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
     """
 
     num_classes = 1000

@@ -1,6 +1,6 @@
-"""Which sample comes when: stratified splits, and loaders that can be resumed.
+"""Stratified splits, the order of the samples, and loaders that can be resumed.
 
-Nothing here keeps random state: every number is keyed by (seed, epoch, index, stream).
+Nothing here keeps random state: every number depends only on (seed, epoch, index, stream).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ackd_lightning.random import keyed_bits, mix
 
 Part = Literal["train", "val", "test"]
 
-# Streams keep apart the numbers that one sample needs.
+# Each stream gives one sample another random number.
 STREAM_SPLIT = 101
 STREAM_SUBSET = 102
 STREAM_SHUFFLE = 103
@@ -28,7 +28,7 @@ STREAM_TRANSFORM = 204
 
 
 def _rank_in_class(targets: Tensor, keys: Tensor) -> Tensor:
-    """Position (``N``, from 0) of each sample among those of its class when the class is sorted by ``keys``."""
+    """Return the rank (``N``, from 0) of each sample in its class when the class is sorted by ``keys``."""
     by_key = torch.argsort(keys, stable=True)
     order = by_key[torch.argsort(targets[by_key], stable=True)]
     _, counts = torch.unique_consecutive(targets[order], return_counts=True)
@@ -54,22 +54,17 @@ def _class_counts(targets: Tensor) -> dict[int, int]:
 def stratified_split(targets: Tensor, fraction: float, *, split_seed: int = 0) -> tuple[Tensor, Tensor]:
     """Split positions into a training part and a held-out part with the same share of every class.
 
-    A class of n samples gives ``round(fraction * n)`` of them, those whose index has the smallest hash, but always
-    keeps one. The split is a function of the targets, the fraction and ``split_seed``, never of a run's seed.
+    Of a class with n samples, the ``round(fraction * n)`` whose index has the smallest hash are held out, but one
+    sample always stays. The split depends on the targets, the fraction and ``split_seed``, never on a run's seed.
 
     Args:
         targets: ``N`` int64 class indices.
-        fraction: held-out share of each class, in ``[0, 1)``.
-        split_seed: another number gives another split.
+        fraction: Held-out share of each class, in ``[0, 1)``.
+        split_seed: Seed of the split.
 
     Returns:
         Sorted positions (int64) of the training part and of the held-out part.
-
-    Raises:
-        ACKDError: if ``fraction`` is outside ``[0, 1)``.
     """
-    if not 0 <= fraction < 1:
-        raise ACKDError(f"val_fraction is {fraction}: it is a share of the images, from 0 up to but not including 1")
     positions = torch.arange(len(targets))
     if not len(targets) or fraction == 0:
         return positions, positions[:0]
@@ -84,20 +79,13 @@ def subset(indices: Tensor, targets: Tensor, train_fraction: float = 1.0, max_pe
 
     Args:
         indices: ``N`` positions to choose from, sorted.
-        targets: class of every position (indexed by ``indices``).
-        train_fraction: share of each class that is kept, at least one sample; in ``(0, 1]``.
-        max_per_class: at most so many of each class.
+        targets: Class index of every position (indexed by ``indices``).
+        train_fraction: Share of each class that is kept, at least one sample; in ``(0, 1]``.
+        max_per_class: Largest number of samples that is kept of each class; None keeps all.
 
     Returns:
         The kept positions, sorted.
-
-    Raises:
-        ACKDError: if a limit is out of its range.
     """
-    if not 0 < train_fraction <= 1:
-        raise ACKDError(f"train_fraction is {train_fraction}: it is a share of the images, above 0 and up to 1")
-    if max_per_class is not None and max_per_class < 1:
-        raise ACKDError(f"max_per_class is {max_per_class}: use 1 or more, or leave it out to keep every image")
     if not len(indices) or (train_fraction == 1 and max_per_class is None):
         return indices
     chosen = targets[indices]
@@ -109,17 +97,17 @@ def subset(indices: Tensor, targets: Tensor, train_fraction: float = 1.0, max_pe
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Shuffle by (seed, epoch) and yield ``(epoch, index)`` keys, so that a dataset knows what to augment by.
+    """Shuffle by (seed, epoch) and yield ``(epoch, index)``, on which a dataset's augmentation depends.
 
-    Being a `DistributedSampler`, it is left alone by Lightning, which calls ``set_epoch``. Every rank takes each
-    ``num_replicas``-th entry of one permutation: the union of the ranks' k-th batches is the k-th global batch of a
-    single process. Samples that do not divide are left out of the epoch, never repeated.
+    Lightning keeps a `DistributedSampler` as it is and calls ``set_epoch``. Every rank takes each ``num_replicas``-th
+    entry of one permutation: the union of the ranks' k-th batches is the k-th global batch of a single process. Samples
+    that do not divide are left out of the epoch, never repeated.
 
     Args:
-        dataset: anything with a length.
-        num_replicas: number of processes.
-        rank: this process.
-        seed: seed of the run.
+        dataset: Object with a length.
+        num_replicas: Number of processes.
+        rank: Number of this process, from 0.
+        seed: Seed of the run.
     """
 
     def __init__(self, dataset: Sized, *, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
@@ -129,12 +117,17 @@ class EpochSampler(DistributedSampler[Any]):
         self._resume: tuple[int, int] = (-1, 0)
 
     def resume_at(self, epoch: int, start: int) -> None:
-        """Leave out the first ``start`` samples of this rank the next time that ``epoch`` is iterated."""
+        """Skip the first samples of this rank the next time that an epoch is iterated.
+
+        Args:
+            epoch: Epoch, from 0.
+            start: Number of samples to skip.
+        """
         self._resume = (epoch, start)
 
     @property
     def start(self) -> int:
-        """Samples of this rank that the next iteration leaves out."""
+        """Number of samples of this rank that the next iteration skips."""
         epoch, start = self._resume
         return start if epoch == self.epoch else 0
 
@@ -148,7 +141,7 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class ImageLoader(DataLoader[Any]):
-    """A `DataLoader` that gives back a worker's `ACKDError` as the sentence it was."""
+    """A `DataLoader` that raises a worker's `ACKDError` with its original sentence alone."""
 
     def __iter__(self) -> Any:
         try:
@@ -157,15 +150,15 @@ class ImageLoader(DataLoader[Any]):
         except ACKDError as error:
             # torch wraps a worker's error: "Caught ACKDError in DataLoader worker process 0." + the traceback.
             sentence = str(error).strip().splitlines()[-1]
-            error.__traceback__ = None  # it would keep the worker processes alive, and so would raising in here
+            error.__traceback__ = None  # it would keep the worker processes alive, as would raising in this block
         raise ACKDError(sentence.removeprefix(f"{ACKDError.__module__}.{ACKDError.__name__}: "))
 
 
 class ResumableLoader(ImageLoader):
-    """A training loader whose place in the epoch is saved and restored (Lightning's ``_Stateful`` protocol).
+    """A training loader whose position in the epoch is saved and restored (Lightning's ``_Stateful`` protocol).
 
-    Its sampler is an `EpochSampler`; with any other (Lightning puts a sequential one in for ``overfit_batches``) it is
-    a plain loader that starts from the beginning. The state counts batches that were handed out, not those that
+    Its sampler is an `EpochSampler`; with any other one (Lightning uses a sequential sampler for ``overfit_batches``)
+    it is a plain loader that starts from the beginning. The state counts batches that were returned, not those that
     workers have prepared ahead.
     """
 
@@ -181,15 +174,19 @@ class ResumableLoader(ImageLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches that were handed out (0 when all of them were)."""
+        """Return the epoch and the number of its batches that were returned (0 after the last one)."""
         return {"epoch": self._epoch, "batches": self._done % max(len(self), 1)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batches in ``state`` when its epoch is iterated next."""
+        """Resume after the batches of a state when its epoch is iterated next.
+
+        Args:
+            state: Result of `state_dict`.
+        """
         if isinstance(self.sampler, EpochSampler):
             self.sampler.resume_at(state["epoch"], state["batches"] * (self.batch_size or 1))
 
 
 def as_is(batch: Sequence[Any]) -> Any:
-    """Collate function for datasets that gather a whole batch at once: hand it on unchanged."""
+    """Return a batch unchanged: the collate function for datasets that gather a whole batch at once."""
     return batch

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ackd_lightning.data.base import IMAGENET_MEAN, IMAGENET_STD
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
-from ackd_lightning.data.images import Files, Pixels, class_folders, image_files, scan_class_folders
 from ackd_lightning.data.sampling import Part
+from ackd_lightning.data.sources import Files, Pixels, class_folders, image_files, scan_class_folders
+from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ackd_lightning.errors import ACKDError
 
 _ANNOTATIONS = "val_annotations.txt"
@@ -21,23 +21,12 @@ _ANNOTATIONS = "val_annotations.txt"
 class TinyImageNetDataModule(DownloadedDataModule):
     """Tiny-ImageNet: 100,000 training and 10,000 validation images of 64 x 64 in 200 classes.
 
-    The test set is the official ``val`` folder (the official test images have no labels), either as it comes, with
-    its labels in ``val_annotations.txt``, or sorted into class folders. A subset of the class folders in ``train`` is
-    a valid data set: where the official ``wnids.txt`` or annotations are there, images of other classes in ``val``
-    are left out.
+    The test set is the official ``val`` folder (the official test images have no labels), either in its original form,
+    with its labels in ``val_annotations.txt``, or sorted into class folders. ``train`` may hold some of the class
+    folders; images of other classes in ``val`` are left out where the official ``wnids.txt`` or annotations exist.
 
-    Args:
-        root: the folder ``tiny-imagenet-200``, or the one that holds it or its archive.
-        batch_size: global training batch: each of W processes takes ``batch_size / W``.
-        eval_batch_size: batch of each process in validation, test and prediction.
-        val_fraction: share of the training set that is held out for validation; 0 holds nothing out.
-        train_fraction: share of each class of the training part that is used, for small runs.
-        max_per_class: at most so many training images of each class.
-        num_workers: worker processes of each loader; results do not depend on it.
-        seed: seed of shuffling and augmentation; by default the one of ``seed_everything``, or 0.
-        download: fetch the archive when the data are not there.
-        url: a mirror (http, https or file) of the official archive; its checksum has to be the same.
-        cache: keep decoded images as a file next to the data.
+    ``root`` is the folder ``tiny-imagenet-200``, or the one that holds it or its archive. Arguments are those of
+    `DownloadedDataModule` and of [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
     """
 
     num_classes = 200
@@ -87,11 +76,11 @@ def annotated(val: Path, class_names: tuple[str, ...]) -> Files:
     """List the images of the official ``val`` folder whose class is in ``class_names``.
 
     Args:
-        val: folder with ``images/`` and ``val_annotations.txt`` (file name and class, separated by tabs).
-        class_names: the classes to keep, in the order of their indices.
+        val: Folder with ``images/`` and ``val_annotations.txt`` (file name and class, separated by tabs).
+        class_names: Names of the classes to list, in the order of their indices.
 
     Raises:
-        ACKDError: if a line cannot be read, an image is missing, or a class has no image.
+        ACKDError: If a line cannot be read, an image is missing, or a class has no image.
     """
     source = val / _ANNOTATIONS
     images = val / "images"

@@ -27,8 +27,9 @@ from ackd_lightning.methods.ackd_discriminators import (
     adversarial_value,
     discriminator_accuracy,
 )
-from ackd_lightning.methods.base import Method, Networks, features_of, required
+from ackd_lightning.methods.base import Method, Networks, features_of
 from ackd_lightning.methods.warmup import linear_warmup
+from ackd_lightning.models.features import require_stages
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive, Range
 
@@ -142,7 +143,7 @@ class ACKD(Method):
             ACKDError: when the student has too few learners.
         """
         shapes = [
-            required(each.features, "features", "auxiliary learner", "ACKD")[-1] for each in networks.student.branches
+            require_stages(each, "the auxiliary learner", "method ACKD")[-1] for each in networks.student.branches
         ]
         if not shapes or (len(shapes) < 2 and self.adversarial != "off"):
             raise ACKDError(

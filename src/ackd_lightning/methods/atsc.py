@@ -36,9 +36,9 @@ from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kl_divergence
-from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of, features_of, required
+from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of, features_of
 from ackd_lightning.methods.pairing import same_size
-from ackd_lightning.models.features import plan_for
+from ackd_lightning.models.features import require_plan, require_stages
 from ackd_lightning.models.heads import SharedClassifiers
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher, Teacher
@@ -164,8 +164,8 @@ class ATSC(Method):
                 bias.
         """
         student, specs = networks.student, networks.teachers
-        ours = required(student.features, "features", "student", "ATSC")
-        theirs = [required(spec.features, "features", "teacher", "ATSC") for spec in specs]
+        ours = require_stages(student, "the student", "method ATSC")
+        theirs = [require_stages(spec, "the teacher", "method ATSC") for spec in specs]
         self._copy_teachers(networks.student_network, networks.teacher_networks)
         self.head = SharedClassifiers(
             ours[-1][0],
@@ -367,9 +367,7 @@ def _classifier(network: nn.Module) -> nn.Linear:
     Raises:
         ACKDError: when it is not known, or no linear layer with a bias.
     """
-    plan = plan_for(network)
-    if plan is None:
-        raise ACKDError(f"the stages of the teacher {type(network).__name__} are unknown; give it a `stage_plan`")
+    plan = require_plan(network, f"the teacher {type(network).__name__}", "method ATSC")
     found = network.get_submodule(plan.classifier)
     while isinstance(found, nn.Sequential) and len(found) == 1:
         found = found[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -336,26 +336,6 @@ def weighted_loss(method: Method, terms: Mapping[str, Tensor]) -> Tensor:
             f"{', '.join(method.loss_weights) or 'none'}"
         )
     return torch.stack([method.loss_weights[name] * value for name, value in terms.items()]).sum()
-
-
-def required(value: Sequence[Any] | int | Tensor | None, what: str, role: str, method: str) -> Any:
-    """Return features or an embedding that a method compares.
-
-    Args:
-        value: ``features`` or ``embedding`` of a `NetSpec` or a `NetOutput`.
-        what: ``features`` or ``embeddings``.
-        role: ``student`` or ``teacher``.
-        method: Name of the method.
-
-    Raises:
-        ACKDError: If the network does not offer them.
-    """
-    if value is None:
-        raise ACKDError(
-            f"method {method} compares {what} and the stages of the {role} are unknown; give the network an attribute "
-            "`stage_plan`, or choose a method that compares logits, such as KD"
-        )
-    return value
 
 
 def features_of(output: NetOutput) -> tuple[Tensor, ...]:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.functional import cross_entropy, whole_batch
-from ackd_lightning.methods.base import Method, Networks, embedding_of, required
+from ackd_lightning.methods.base import Method, Networks, embedding_of
+from ackd_lightning.models.features import require_embedding
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, Positive, PositiveInt
 
@@ -118,8 +119,8 @@ class CC(Method):
             ACKDError: when a network hands out no pooled feature.
         """
         student, teacher = networks.student, networks.teacher
-        ours = required(student.embedding, "embeddings", "student", "CC")
-        theirs = required(teacher.embedding, "embeddings", "teacher", "CC")
+        ours = require_embedding(student, "the student", "method CC")
+        theirs = require_embedding(teacher, "the teacher", "method CC")
         self.embed_learner = nn.Linear(ours, self.embedding_size)
         self.embed_source = nn.Linear(theirs, self.embedding_size)
 

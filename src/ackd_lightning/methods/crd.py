@@ -28,8 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
-from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of, required
+from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of
 from ackd_lightning.methods.crd_negatives import NegativeSampler
+from ackd_lightning.models.features import require_embedding
 from ackd_lightning.random import mix
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, Positive, PositiveInt, Range
@@ -261,8 +262,8 @@ class CRD(Method):
             ACKDError: when an embedding is not known.
         """
         student, teacher = networks.student, networks.teacher
-        ours = required(student.embedding, "embeddings", "student", "CRD")
-        theirs = required(teacher.embedding, "embeddings", "teacher", "CRD")
+        ours = require_embedding(student, "the student", "method CRD")
+        theirs = require_embedding(teacher, "the teacher", "method CRD")
         self.head_student = nn.Linear(ours, self.embedding_size)
         self.head_teacher = nn.Linear(theirs, self.embedding_size)
 

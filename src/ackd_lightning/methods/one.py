@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.functional import cross_entropy, kd_loss, weighted_logits, whole_batch
-from ackd_lightning.methods.base import Method, Networks, features_of, required
-from ackd_lightning.models.features import pooled
+from ackd_lightning.methods.base import Method, Networks, features_of
+from ackd_lightning.models.features import pooled, require_stages
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive, PositiveInt
 
@@ -134,7 +134,7 @@ class ONE(Method):
         Args:
             networks: Shapes and structures of student and teachers.
         """
-        features = required(networks.student.features, "features", "student", "ONE")
+        features = require_stages(networks.student, "the student", "method ONE")
         self.gate = Gate(features[-2][0], 1 + len(networks.student.branches))
 
     def set_epoch(self, epoch: int) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from ackd_lightning.methods.base import features_of, required
+from ackd_lightning.methods.base import features_of
+from ackd_lightning.models.features import require_stages
 from ackd_lightning.types import NetOutput, NetSpec
 
 
@@ -27,8 +28,8 @@ def pair_stages(student: NetSpec, teacher: NetSpec, *, method: str) -> tuple[tup
     Raises:
         ACKDError: when a network has no stages that are known.
     """
-    our_shapes = required(student.features, "features", "student", method)
-    their_shapes = required(teacher.features, "features", "teacher", method)
+    our_shapes = require_stages(student, "the student", f"method {method}")
+    their_shapes = require_stages(teacher, "the teacher", f"method {method}")
     ours, theirs = len(our_shapes) - 1, len(their_shapes) - 1
     if ours == theirs:
         return tuple((stage, stage) for stage in range(1, ours + 1))

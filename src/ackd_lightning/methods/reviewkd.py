@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods.base import Method, Networks, embedding_of, required
+from ackd_lightning.methods.base import Method, Networks, embedding_of
 from ackd_lightning.methods.pairing import layer_features, layer_shapes, pair_stages
 from ackd_lightning.methods.warmup import linear_warmup
+from ackd_lightning.models.features import require_embedding
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, NonNegativeInt, PositiveInt
 
@@ -153,10 +154,10 @@ class ReviewKD(Method):
         """
         student, teacher = networks.student, networks.teacher
         self.layers = pair_stages(student, teacher, method="ReviewKD")
-        width = required(student.embedding, "embeddings", "student", "ReviewKD")
+        width = require_embedding(student, "the student", "method ReviewKD")
         middle = self.mid_channels or min(WIDEST, width)
         channels = [(ours[0], theirs[0]) for ours, theirs in layer_shapes(self.layers, student, teacher)]
-        channels.append((width, required(teacher.embedding, "embeddings", "teacher", "ReviewKD")))
+        channels.append((width, require_embedding(teacher, "the teacher", "method ReviewKD")))
         self.fusions = nn.ModuleList(
             Fusion(ours, middle, theirs, deepest=level == len(self.layers))
             for level, (ours, theirs) in enumerate(channels)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ackd_lightning.functional import cross_entropy, whole_batch
-from ackd_lightning.methods.base import Method, Networks, embedding_of, required
+from ackd_lightning.methods.base import Method, Networks, embedding_of
+from ackd_lightning.models.features import require_embedding
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative
 
@@ -96,8 +97,8 @@ class RKD(Method):
         Raises:
             ACKDError: when one does not.
         """
-        required(networks.student.embedding, "embeddings", "student", "RKD")
-        required(networks.teacher.embedding, "embeddings", "teacher", "RKD")
+        require_embedding(networks.student, "the student", "method RKD")
+        require_embedding(networks.teacher, "the teacher", "method RKD")
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Terms ``ce`` and ``rkd``, the latter on the global batch; arguments as in the base class."""

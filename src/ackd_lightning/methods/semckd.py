@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
-from ackd_lightning.methods.base import FitInfo, Method, Networks, features_of, required
+from ackd_lightning.methods.base import FitInfo, Method, Networks, features_of
 from ackd_lightning.methods.pairing import same_size
+from ackd_lightning.models.features import require_stages
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, Positive, PositiveInt
 
@@ -187,8 +188,8 @@ class SemCKD(Method):
             ACKDError: when the stages of a network are not known.
         """
         student, teacher = networks.student, networks.teacher
-        ours = required(student.features, "features", "student", "SemCKD")
-        theirs = required(teacher.features, "features", "teacher", "SemCKD")
+        ours = require_stages(student, "the student", "method SemCKD")
+        theirs = require_stages(teacher, "the teacher", "method SemCKD")
         self.stages = len(ours) - 1, len(theirs) - 1
         self.layers = tuple(itertools.product(range(1, self.stages[0] + 1), range(1, self.stages[1] + 1)))
         self.projections = nn.ModuleList(projection(ours[first][0], theirs[second][0]) for first, second in self.layers)

@@ -1,1 +1,1 @@
-"""Reads checkpoints and features; trains nothing."""
+"""Measurements of trained networks from their logits and embeddings; no training, and no files are read."""

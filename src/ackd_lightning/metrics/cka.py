@@ -1,4 +1,4 @@
-r"""How alike learners are: linear CKA, disagreement, and the spread of their features.
+r"""Similarity of learners: linear CKA, disagreement, and the standard deviation of their features.
 
 Kornblith et al.: Similarity of Neural Network Representations Revisited, 2019, Eq. 3 with a linear kernel:
 \(\mathrm{CKA}(X, Y) = \|Y_c^T X_c\|_F^2 / (\|X_c^T X_c\|_F \|Y_c^T Y_c\|_F)\) with centred columns.
@@ -14,11 +14,11 @@ from torchmetrics import Metric
 
 
 def linear_cka(first: Tensor, second: Tensor) -> Tensor:
-    """Linear CKA of two sets of features of the same images.
+    """Compute the linear CKA of two sets of features of the same images.
 
     Args:
-        first: ``N x D1``.
-        second: ``N x D2``.
+        first: Features of N images, ``N x D1``.
+        second: Features of the same images, ``N x D2``.
 
     Returns:
         Scalar in [0, 1]; 1 for features equal up to rotation, scale and shift.
@@ -28,26 +28,26 @@ def linear_cka(first: Tensor, second: Tensor) -> Tensor:
 
 
 def cka_of_covariances(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Linear CKA from the covariances of two sets of features, all three up to the same factor.
+    """Compute the linear CKA from the covariances of two sets of features, all three up to the same factor.
 
     Args:
-        cross: ``D1 x D2`` or its transpose, covariance of the two.
-        first: ``D1 x D1``, of the first.
-        second: ``D2 x D2``, of the second.
+        cross: Covariance of the two sets, ``D1 x D2`` or its transpose.
+        first: Covariance of the first set, ``D1 x D1``.
+        second: Covariance of the second set, ``D2 x D2``.
 
     Returns:
-        Scalar in [0, 1]; 0 when a set does not vary.
+        Scalar in [0, 1]; 0 if a set does not vary.
     """
     cka: Tensor = cross.square().sum() / (first.norm() * second.norm()).clamp_min(1e-30)
     return cka
 
 
 class LearnerStatistics(Metric):
-    """Exact CKA, disagreement and spread over a whole data set, from sums that add up over batches and processes.
+    """Exact CKA, disagreement and feature std over a whole data set, from sums over batches and processes.
 
     Args:
-        learners: M >= 1.
-        dim: D, width of the learners' embeddings.
+        learners: Number M of learners, at least 1.
+        dim: Width D of the learners' embeddings.
     """
 
     full_state_update = False
@@ -70,8 +70,8 @@ class LearnerStatistics(Metric):
         """Add a batch.
 
         Args:
-            embeddings: M tensors ``B x D``.
-            logits: M tensors ``B x K``.
+            embeddings: Embedding of each learner, M tensors ``B x D``.
+            logits: Logits of each learner, M tensors ``B x K``.
         """
         features = [each.double() for each in embeddings]
         choices = [each.argmax(dim=1) for each in logits]
@@ -84,11 +84,12 @@ class LearnerStatistics(Metric):
             self.disagreements[number] += (choices[i] != choices[j]).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over pairs of learners.
+        """Average over learners, or over pairs of learners.
 
         Returns:
-            ``spread`` (standard deviation over images of an embedding's entries, mean over entries and learners)
-            and, for two learners or more, ``cka`` and ``disagreement`` (share of images with different answers).
+            ``feature_std``, the standard deviation of an embedding's entries over the images, averaged over entries
+            and learners; for two learners or more also ``cka`` and ``disagreement``, the fraction of images for which
+            the predicted classes of a pair differ.
         """
         mean = self.sums / self.total
 
@@ -97,7 +98,7 @@ class LearnerStatistics(Metric):
 
         own = [centred(number, number, number) for number in range(self.learners)]
         variances = torch.stack([each.diagonal().clamp_min(0.0) for each in own])
-        result = {"spread": variances.sqrt().mean().float()}
+        result = {"feature_std": variances.sqrt().mean().float()}
         if self.pairs:
             values = [
                 cka_of_covariances(centred(self.learners + number, i, j), own[i], own[j])

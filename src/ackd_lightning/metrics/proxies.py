@@ -1,15 +1,15 @@
-r"""What a student's proxy teacher keeps of the teacher: the measurements of Table 1 of the ACKD paper.
+r"""Measurements of a proxy teacher between a teacher and its student: Table 1 of the ACKD paper.
 
 A proxy P stands between a teacher T and a student S: the early-stopped teacher of ESKD or the assistant of TAKD.
-Over a set of images, for the pairs (T, P), (P, S) and (T, S):
+Computed over a set of images, for the pairs (T, P), (P, S) and (T, S):
 
 * \(\mathrm{AccGap}(T, P) = \mathrm{Acc}(T) - \mathrm{Acc}(P)\)
-* CKA, the likeness of representations (Kornblith et al. 2019)
+* CKA, the similarity of representations (Kornblith et al. 2019)
 * \(\mathrm{KL}(X \| Y) = \mathrm{E}_x \sum_k p^X_k \log (p^X_k / p^Y_k)\), the difference of class distributions
 
 The paper leaves open which layer CKA reads and with which kernel, the direction of the divergence, its temperature, and
-the images. Here: linear CKA of the pooled embeddings (the input of the classifier) and KL(first || second) at
-temperature 1 in nats; the images are the caller's, `ackd reproduce` takes the test set.
+the images. Here it is linear CKA of the pooled embeddings (the input of the classifier) and KL(first || second) in nats
+at temperature 1. The caller chooses the images; `ackd reproduce` uses the test set.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.metrics.cka import cka_of_covariances
+from ackd_lightning.models.features import require_embedding
 from ackd_lightning.types import Batch, NetOutput
 
 ROLES = ("teacher", "proxy", "student")
@@ -29,9 +30,9 @@ PAIRS = (("teacher", "proxy"), ("proxy", "student"), ("teacher", "student"))
 
 
 class _Sums:
-    """What the measurements need of all images: sums over batches in float64, of a size that their number leaves alone.
+    """Sums over batches in float64, from which the measurements are computed; their size is that of one image.
 
-    Embeddings are taken relative to their mean in the first batch, so that a large common part costs no digits.
+    Embeddings are taken relative to their mean in the first batch, so that a large common offset costs no precision.
     """
 
     def __init__(self) -> None:
@@ -45,12 +46,13 @@ class _Sums:
         """Add a batch.
 
         Args:
-            outputs: of each role, logits ``B x K`` and embedding ``B x D`` with a D of its own.
-            target: ``B`` int64.
+            outputs: Output of each role, with logits ``B x K`` and an embedding ``B x D`` whose width D may differ.
+            target: Class indices, ``B`` int64.
         """
-        features = torch.cat([outputs[role].embedding.double() for role in ROLES], dim=1)
+        embeddings = [require_embedding(outputs[role], f"the {role}", "CKA").double() for role in ROLES]
+        features = torch.cat(embeddings, dim=1)
         if not self.images:
-            self.widths = [outputs[role].embedding.shape[1] for role in ROLES]
+            self.widths = [each.shape[1] for each in embeddings]
             self.origin = features.mean(dim=0)
             self.total = torch.zeros_like(self.origin)
             self.products = features.new_zeros(features.shape[1], features.shape[1])
@@ -66,7 +68,7 @@ class _Sums:
             self.divergence[first, second] += each.item()
 
     def measurements(self) -> dict[str, float]:
-        """Means over all images."""
+        """Average over all images."""
         share = {role: 100 * self.correct[role] / self.images for role in ROLES}
         result = {f"acc_{role}": share[role] for role in ROLES}
         result["acc_gap"] = share["teacher"] - share["proxy"]
@@ -85,17 +87,18 @@ class _Sums:
 def proxy_measurements(
     teacher: nn.Module, proxy: nn.Module, student: nn.Module, batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """Accuracies, accuracy gap, linear CKA and KL divergence between teacher, proxy and student (Table 1).
+    """Compute accuracies, accuracy gap, linear CKA and KL divergence between teacher, proxy and student (Table 1).
 
     Each network may have its own normalisation, image size and width of embedding: a
     [`FrozenTeacher`][ackd_lightning.models.teacher.FrozenTeacher] converts the images to its own. Memory does not grow
     with the number of images. No gradient is computed.
 
     Args:
-        teacher: in evaluation mode, maps ``B x C x H x W`` to a [`NetOutput`][ackd_lightning.types.NetOutput].
-        proxy: as ``teacher``.
-        student: as ``teacher``.
-        batches: the images to measure on, normalised, on the networks' device.
+        teacher: Network in evaluation mode that maps ``B x C x H x W`` to a
+            [`NetOutput`][ackd_lightning.types.NetOutput].
+        proxy: Proxy of the teacher, as ``teacher``.
+        student: Student, as ``teacher``.
+        batches: Normalised images to measure on, on the networks' device.
 
     Returns:
         ``acc_teacher``, ``acc_proxy`` and ``acc_student`` in percent, ``acc_gap`` = teacher - proxy in points;
@@ -103,20 +106,21 @@ def proxy_measurements(
         and ``teacher_student``.
 
     Raises:
-        ACKDError: when there is no image, a network is in training mode, or the numbers of classes differ.
+        ACKDError: If there are no images, a network is in training mode, its stages are not known, or the numbers of
+            classes differ.
     """
     networks = dict(zip(ROLES, (teacher, proxy, student), strict=True))
     for role, network in networks.items():
         if network.training:
-            raise ACKDError(f"the {role} is in training mode, which changes its outputs; call eval() on it first")
+            raise ACKDError(f"the {role} is in training mode, which changes its outputs; call its eval() first")
     sums = _Sums()
     for batch in batches:
         outputs: dict[str, NetOutput] = {role: network(batch.image) for role, network in networks.items()}
         classes = {role: output.logits.shape[1] for role, output in outputs.items()}
         if len(set(classes.values())) > 1:
             found = ", ".join(f"the {role} has {count}" for role, count in classes.items())
-            raise ACKDError(f"{found} classes; their distributions compare only over the same classes")
+            raise ACKDError(f"{found} classes; choose networks for the same classes")
         sums.add(outputs, batch.target)
     if not sums.images:
-        raise ACKDError("there is no image to measure the proxy on; pass the batches of a test set")
+        raise ACKDError("batches is empty, so the proxy cannot be measured; pass the batches of a test set")
     return sums.measurements()

@@ -1,1 +1,1 @@
-"""Networks: the zoo, frozen teachers, branchy students, attention and discriminators."""
+"""Networks and their weight files: zoo, stages, student, teachers and heads; nothing that only one method uses."""

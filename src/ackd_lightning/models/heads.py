@@ -1,31 +1,32 @@
-"""What a student may get in place of its own classifier: projectors and classifiers of its teachers, kept with it."""
+"""Heads that replace the student's own classifier: projectors and classifiers of its teachers."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import plan_for, pooled, staged_forward
+from ackd_lightning.models.features import pooled, require_plan, require_stages, staged_forward
+from ackd_lightning.validation import PositiveInt, checked
 
-AVERAGES = ("logits", "probabilities")
+Average = Literal["logits", "probabilities"]
 
 
 class Projector(nn.Sequential):
-    """Three convolutions (1x1, 3x3, 1x1), each with BatchNorm and ReLU, from the student's channels to the teacher's.
+    """Three convolutions (1x1, 3x3, 1x1) from the student's channels to the teacher's, each with BatchNorm and ReLU.
 
     Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, 2022, section 3.2.
 
     Args:
-        channels: of the student's feature map.
-        out_channels: of the teacher's.
-        factor: by which the two inner maps are narrower than the teacher's.
+        channels: Channels of the student's feature map.
+        out_channels: Channels of the teacher's feature map.
+        factor: Ratio of ``out_channels`` to the channels of the two inner maps.
     """
 
     def __init__(self, channels: int, out_channels: int, *, factor: int = 2) -> None:
@@ -41,45 +42,41 @@ class Projector(nn.Sequential):
 
 
 class SharedClassifiers(nn.Module):
-    """Predicts with the classifiers of one teacher or several, each behind a projector of its own.
+    """Head that predicts with the classifiers of one or several teachers, each after a projector of its own.
 
     Args:
-        channels: C of the student's last feature map.
-        teachers: ``(C, H, W)`` of every teacher's last feature map.
-        num_classes: K.
-        factor: of the projectors.
-        average: what the mean over several teachers is taken of: ``logits`` or ``probabilities``.
+        channels: Channels C of the student's last feature map.
+        teachers: Shape ``(C, H, W)`` of the last feature map of each teacher.
+        num_classes: Number K of classes.
+        factor: Ratio by which the inner maps of the projectors are narrower than the teacher's.
+        average: Quantity that is averaged over several teachers.
 
     Raises:
-        ACKDError: for a size that is no whole number above 0, no teachers, and an unknown average.
+        ACKDError: If a size is not a whole number above 0, there are no teachers, or the average is unknown.
     """
 
+    @checked
     def __init__(
         self,
-        channels: int,
-        teachers: Sequence[Sequence[int]],
-        num_classes: int,
+        channels: PositiveInt,
+        teachers: Sequence[Sequence[PositiveInt]],
+        num_classes: PositiveInt,
         *,
-        factor: int = 2,
-        average: str = "logits",
+        factor: PositiveInt = 2,
+        average: Average = "logits",
     ) -> None:
         super().__init__()
         self.sizes = tuple(tuple(shape) for shape in teachers)
         if not self.sizes or any(len(shape) != 3 for shape in self.sizes):
-            raise ACKDError(f"teachers of a shared classifier are {self.sizes}; give channels, height, width of each")
-        numbers = [("channels", channels), ("num_classes", num_classes), ("factor", factor)]
-        numbers += [("a size in teachers", size) for shape in self.sizes for size in shape]
-        for name, number in numbers:
-            if type(number) is not int or number < 1:
-                raise ACKDError(f"{name} of a shared classifier is {number!r}; it must be a whole number from 1")
-        if average not in AVERAGES:
-            raise ACKDError(f"average of a shared classifier is {average!r}; it must be one of {', '.join(AVERAGES)}")
+            raise ACKDError(
+                f"teachers is {list(teachers)} in SharedClassifiers; give channels, height and width of each teacher"
+            )
         self.channels, self.num_classes, self.factor, self.average = channels, num_classes, factor, average
         self.projectors = nn.ModuleList(Projector(channels, shape[0], factor=factor) for shape in self.sizes)
         self.classifiers = nn.ModuleList(nn.Linear(shape[0], num_classes) for shape in self.sizes)
 
     def description(self) -> dict[str, Any]:
-        """The constructor's arguments as plain data."""
+        """Return the constructor's arguments as plain data."""
         return {
             "channels": self.channels,
             "teachers": [list(shape) for shape in self.sizes],
@@ -89,13 +86,14 @@ class SharedClassifiers(nn.Module):
         }
 
     def project(self, feature: Tensor) -> list[Tensor]:
-        """The student's feature map in the space of every teacher's.
+        """Map the student's feature map to the space of each teacher.
 
         Args:
-            feature: ``B x C x H x W``, the student's last map; pooled first where the teacher's is smaller.
+            feature: Last feature map of the student, ``B x C x H x W``; pooled first to the teacher's height and
+                width where those are smaller.
 
         Returns:
-            One ``B x C' x H' x W'`` a teacher, H' the smaller of the two heights.
+            One ``B x C' x H' x W'`` per teacher, H' the smaller of the two heights and W' of the two widths.
         """
         projected = []
         for (_, height, width), projector in zip(self.sizes, self.projectors, strict=True):
@@ -105,13 +103,13 @@ class SharedClassifiers(nn.Module):
         return projected
 
     def classify(self, projected: Sequence[Tensor]) -> Tensor:
-        """Mean prediction of the classifiers.
+        """Average the predictions of the classifiers.
 
         Args:
-            projected: as ``project`` gives it.
+            projected: Maps that ``project`` returns.
 
         Returns:
-            ``B x K`` logits; of mean probabilities their logarithm, in float32.
+            Logits ``B x K``; for ``average="probabilities"`` the logarithm of the mean probabilities, in float32.
         """
         logits: list[Tensor] = [net(pooled(each)) for net, each in zip(self.classifiers, projected, strict=True)]
         if len(logits) == 1:
@@ -122,47 +120,42 @@ class SharedClassifiers(nn.Module):
         return each_log.logsumexp(dim=0) - math.log(len(logits))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Logits ``B x K`` of the student's last feature map ``B x C x H x W``."""
+        """Compute logits ``B x K`` from the student's last feature map ``B x C x H x W``."""
         return self.classify(self.project(feature))
 
 
 class HeadedNetwork(nn.Module):
-    """A backbone with another head: its own classifier is taken out.
+    """Backbone with another head in place of its own classifier.
 
-    It maps images to logits and can teach methods that read logits; its stages are not named for others.
+    It maps images to logits and can teach methods that read logits; it does not offer its stages.
 
     Args:
-        backbone: whose stages are known; copied.
-        head: reads its last feature map.
+        backbone: Network whose stages are known; it is copied.
+        head: Head that reads the last feature map.
 
     Raises:
-        ACKDError: when the stages of the backbone are not known.
+        ACKDError: If the stages of the backbone are not known.
     """
 
     def __init__(self, backbone: nn.Module, head: SharedClassifiers) -> None:
         super().__init__()
-        plan = plan_for(backbone)
-        if plan is None:
-            raise ACKDError(
-                f"another head needs to know the stages of {type(backbone).__name__}; give it an attribute "
-                "`stage_plan` (a StagePlan), or choose a network of the zoo or a torchvision ResNet"
-            )
-        self.plan = plan
+        self.plan = require_plan(backbone, type(backbone).__name__, "another head")
         self.backbone = copy.deepcopy(backbone)
-        self.backbone.set_submodule(plan.classifier, nn.Identity())
+        self.backbone.set_submodule(self.plan.classifier, nn.Identity())
         self.head = head
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits ``B x K`` of images ``B x C x H x W``."""
-        logits: Tensor = self.head(staged_forward(self.backbone, self.plan, image).features[-1])
+        """Compute logits ``B x K`` of images ``B x C x H x W``."""
+        output = staged_forward(self.backbone, self.plan, image)
+        logits: Tensor = self.head(require_stages(output, "the backbone", "another head")[-1])
         return logits
 
 
 def with_head(backbone: nn.Module, description: Mapping[str, Any] | None) -> nn.Module:
-    """The network that is kept: a backbone itself, or with a head of fresh weights in place of its classifier.
+    """Return the network that is kept: the backbone itself, or the backbone with a head of fresh weights.
 
     Args:
-        backbone: of fresh weights or trained ones.
-        description: of the head; None for the backbone itself.
+        backbone: Network with fresh or trained weights.
+        description: Description of the head, as ``SharedClassifiers.description`` returns it; None for no other head.
     """
     return backbone if description is None else HeadedNetwork(backbone, SharedClassifiers(**description))

@@ -1,68 +1,104 @@
-"""Teachers: one that cannot be trained, saved or forgotten in training mode, and one that a method may train."""
+"""Teachers: a network that is frozen for good, one that a method may train, and how a configuration names them."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
+import copy
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import plan_for, staged_forward
-from ackd_lightning.models.folding import folded
+from ackd_lightning.models.features import check_plan, image_channels, plan_for, staged_forward
+from ackd_lightning.models.fusion import fused
+from ackd_lightning.models.metadata import LARGEST_INPUT, typed_metadata
 from ackd_lightning.models.weights import load_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import NetOutput
-from ackd_lightning.validation import PositiveInt, check_arguments
+from ackd_lightning.validation import Positive, Range, check_arguments
 
-_LARGEST_INPUT = 4096
+Gate = Literal["stop", "warn", "off"]
 
 
-def _stated(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
-    """What a weight file says of the images and the accuracy of its network, as numbers.
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A teacher with its weights, its preprocessing, and how it is run and checked.
+
+    Args:
+        network: Name for ``create_model`` (such as resnet110), or a network.
+        weights: Weight file of a network that is given by name.
+        options: Options for ``create_model``; none by default.
+        mean: Mean of each channel, of pixels in 0 to 1, that the teacher was trained with. None for the one in the
+            weight file, or else the data's.
+        std: Standard deviation of each channel, as mean.
+        input_size: Height and width in pixels of the images that the teacher was trained with. None for the size in
+            the weight file, or else the data's.
+        bf16: Run the teacher in bfloat16; its weights stay as they are and its logits are returned in float32.
+        gate: Reaction to a teacher whose validation accuracy before the first step is near chance or far below the
+            accuracy in its weight file. "stop" ends the run, "warn" continues it, "off" skips the measurement.
+        cache: Folder of `ackd cache` with the teacher's logits for every augmented view; the teacher is not run then.
 
     Raises:
-        ACKDError: naming the entry that makes no sense.
+        ACKDError: If a value is not allowed, or values contradict each other.
     """
-    found: dict[str, Any] = {}
-    for key, right, remedy in (
-        ("mean", lambda values: len(values) > 0 and all(map(math.isfinite, values)), "a list of numbers"),
-        ("std", lambda values: len(values) > 0 and all(0 < each < math.inf for each in values), "numbers above 0"),
-        ("input_size", lambda value: type(value) is int and 0 < value <= _LARGEST_INPUT, "a whole number of pixels"),
-        ("val_acc", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-        ("test_acc", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    ):
-        if key not in metadata:
-            continue
-        try:
-            found[key] = json.loads(metadata[key])
-            good = right(found[key])
-        except (ValueError, TypeError, RecursionError):
-            good = False
-        if not good:
+
+    network: str | nn.Module
+    weights: str | None = None
+    options: dict[str, Any] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    input_size: Annotated[int, Range(1, LARGEST_INPUT)] | None = None
+    bf16: bool = False
+    gate: Gate = "stop"
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_arguments(type(self), vars(self))
+        given = isinstance(self.network, nn.Module)
+        if not given and not isinstance(self.network, str):
             raise ACKDError(
-                f"{weights} says that its {key} is {metadata[key][:60]!r}; it must be {remedy}, so export it again"
+                f"network is {self.network!r} in TeacherConfig; it must be a name for create_model or a network"
             )
-    if ("mean" in found) != ("std" in found) or len(found.get("mean", [])) != len(found.get("std", [])):
-        raise ACKDError(f"{weights} has mean and std of different lengths; export it again")
-    return found
+        if self.options is not None and not isinstance(self.options, dict):
+            raise ACKDError(
+                f"options is {self.options!r} in TeacherConfig; it must be a dict of create_model's options"
+            )
+        if given and self.weights is not None:
+            raise ACKDError(
+                f"weights is {self.weights!r} in TeacherConfig and the teacher is a network; load the file with "
+                "load_weights first, or give the network by name"
+            )
+        if given and self.options:
+            raise ACKDError(
+                f"options is {self.options!r} in TeacherConfig and the teacher is a network; build it with these "
+                "options, or give it by name"
+            )
+        if len(self.mean or ()) != len(self.std or ()):
+            raise ACKDError(
+                f"mean is {self.mean} and std is {self.std} in TeacherConfig; give both, with one number per channel"
+            )
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, tuple(values) if values else None)
 
 
 class Teacher(nn.Module):
-    """A network fed with its own normalisation and image size, through which gradients flow.
+    """Network that gets images in its own normalisation and size, and through which gradients flow.
 
     Args:
-        network: any network that maps images to logits.
-        mean: per channel, what the network was trained with; None: the data's.
-        std: as ``mean``.
-        input_size: side in pixels the network was trained with; None: the data's.
+        network: Any network that maps images to logits.
+        mean: Mean of each channel that the network was trained with; None for the data's.
+        std: Standard deviation of each channel, as ``mean``.
+        input_size: Height and width in pixels that the network was trained with; None for the data's.
+
+    Raises:
+        ACKDError: If the network's stage plan is wrong.
     """
 
     def __init__(
@@ -77,31 +113,25 @@ class Teacher(nn.Module):
         self.network = network
         self.plan = plan_for(network)
         self._own = (tuple(mean) if mean else None, tuple(std) if std else None, input_size)
+        self._plan_checked = self.plan is None
         self.input_size = input_size
         self.scale: Tensor | None
         self.shift: Tensor | None
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
+        if input_size is not None:
+            self._check_plan(input_size)
 
-    def set_preprocessing(
-        self, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: int | None
-    ) -> None:
-        """Replace the normalisation and image size that the network was trained with; None keeps a value.
-
-        Args:
-            mean: Mean of each channel.
-            std: Standard deviation of each channel.
-            input_size: Side in pixels.
-        """
-        own_mean, own_std, own_size = self._own
-        self._own = (tuple(mean) if mean else own_mean, tuple(std) if std else own_std, input_size or own_size)
-        self.input_size = self._own[2]
+    def _check_plan(self, input_size: int) -> None:
+        if self.plan is not None and not self._plan_checked:
+            check_plan(self.network, self.plan, input_size, image_channels(self.network))
+            self._plan_checked = True
 
     def take(self, other: Teacher) -> None:
-        """Become a copy of another teacher: its weights, its normalisation and its image size.
+        """Copy the weights, the normalisation and the image size of another teacher.
 
         Args:
-            other: of the same architecture.
+            other: Teacher of the same architecture.
         """
         self.network.load_state_dict(other.network.state_dict())
         self.input_size = other.input_size
@@ -111,21 +141,27 @@ class Teacher(nn.Module):
             setattr(self, name, None if value is None else value.clone().to(device))
 
     def adapt_to(self, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: int) -> None:
-        """Tell the teacher how the images it will get were normalised; it converts them to its own.
+        """Set how the images that the teacher will get are normalised, so that it can convert them to its own.
+
+        The network's stage plan is compared with its own forward, unless the constructor has done so.
 
         Args:
-            mean: of the data, per channel; None: unknown, nothing is converted.
-            std: as ``mean``.
-            input_size: side of the data's images in pixels.
+            mean: Mean of each channel of the data. None when unknown: images are not converted.
+            std: Standard deviation of each channel, as ``mean``.
+            input_size: Height and width of the data's images in pixels.
+
+        Raises:
+            ACKDError: If the teacher reads another number of channels, or its stage plan is wrong.
         """
         own_mean, own_std, own_size = self._own
         self.input_size = None if own_size == input_size else own_size
+        self._check_plan(own_size or input_size)
         self.scale = self.shift = None
         if mean is None or std is None or own_mean is None or own_std is None:
             if own_mean is not None and own_std is not None:
                 warnings.warn(
-                    "the teacher has its own normalisation and that of the data is unknown, so images reach it "
-                    "unchanged; pass mean and std of the data to the module",
+                    "the normalisation of the data is unknown, so the teacher gets images without conversion to its "
+                    "own normalisation; pass mean and std of the data to the module",
                     stacklevel=2,
                 )
             return
@@ -133,7 +169,7 @@ class Teacher(nn.Module):
             return
         if len(mean) != len(own_mean):
             raise ACKDError(
-                f"the teacher was trained on images of {len(own_mean)} channels and the data have {len(mean)}; "
+                f"the teacher was trained on images with {len(own_mean)} channels and the data have {len(mean)}; "
                 "choose another teacher"
             )
         device = next((each.device for each in self.network.parameters()), torch.device("cpu"))
@@ -145,13 +181,13 @@ class Teacher(nn.Module):
         self.shift = (data_mean - target_mean) / target_std
 
     def forward(self, image: Tensor) -> NetOutput:
-        """Logits, stage outputs and embedding.
+        """Convert images to the teacher's normalisation and size, and run the network on them.
 
         Args:
-            image: ``B x C x H x W`` as the student gets it.
+            image: Images as the student gets them, ``B x C x H x W``.
 
         Returns:
-            Output of the teacher on its own view of the images.
+            Logits, stage outputs and embedding.
         """
         if self.scale is not None and self.shift is not None:
             image = image * self.scale + self.shift
@@ -162,22 +198,27 @@ class Teacher(nn.Module):
         return staged_forward(self.running(), self.plan, image)
 
     def running(self) -> nn.Module:
-        """The network that is run."""
+        """Return the network that ``forward`` runs."""
         return self.network
 
 
 class FrozenTeacher(Teacher):
-    """A teacher in evaluation mode for ever, without gradient.
+    """Teacher that stays in evaluation mode and computes no gradient.
 
-    Training modules hold it outside their module tree: it is in no checkpoint, no optimizer, no DDP bucket.
+    It holds a copy of the network, so that the one that was passed stays as it is and can be trained. Training modules
+    hold the teacher outside their module tree: it is in no checkpoint, no optimizer and no DDP bucket.
 
     Args:
-        network: any network that maps images to logits.
-        mean: per channel, what the network was trained with; None: the data's.
-        std: as ``mean``.
-        input_size: side in pixels the network was trained with; None: the data's.
-        bf16: run the forward pass in bfloat16 (weights stay as they are, logits come back in float32).
-        metadata: what is known of it; ``test_acc`` or ``val_acc`` (in [0, 1]) feed the teacher gate.
+        network: Any network that maps images to logits.
+        mean: Mean of each channel that the network was trained with; None for the data's.
+        std: Standard deviation of each channel, as ``mean``.
+        input_size: Height and width in pixels that the network was trained with; None for the data's.
+        bf16: Run the forward pass in bfloat16; weights stay as they are and logits are returned in float32.
+        metadata: Text about the network; ``test_acc`` or ``val_acc``, from 0 to 1, is read by the teacher gate.
+        copy_network: Copy the network. False freezes the one that is passed and saves the memory of a copy.
+
+    Raises:
+        ACKDError: If the network's stage plan is wrong.
     """
 
     def __init__(
@@ -189,12 +230,14 @@ class FrozenTeacher(Teacher):
         input_size: int | None = None,
         bf16: bool = False,
         metadata: dict[str, str] | None = None,
+        copy_network: bool = True,
     ) -> None:
-        super().__init__(network.requires_grad_(False).eval(), mean=mean, std=std, input_size=input_size)
+        own = copy.deepcopy(network) if copy_network else network
+        super().__init__(own.requires_grad_(False).eval(), mean=mean, std=std, input_size=input_size)
         self.bf16 = bf16
         self.metadata = dict(metadata or {})
         self.training = False
-        self.folded: nn.Module | None = None
+        self.fused: nn.Module | None = None
 
     @classmethod
     def from_name(
@@ -204,112 +247,90 @@ class FrozenTeacher(Teacher):
         *,
         weights: str,
         options: dict[str, Any] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        input_size: int | None = None,
         bf16: bool = False,
     ) -> FrozenTeacher:
-        """Build a teacher from a model name and a weight file; normalisation and size come from the file's metadata.
+        """Build a teacher from a model name and a weight file.
 
         Args:
-            name: for ``create_model``.
-            num_classes: K.
-            weights: path of a weight file.
-            options: for ``create_model``.
-            bf16: as in the constructor.
+            name: Name for ``create_model``.
+            num_classes: Number K of classes.
+            weights: Weight file.
+            options: Options for ``create_model``.
+            mean: Mean of each channel that the network was trained with; None for the one in the file's metadata.
+            std: Standard deviation of each channel, as ``mean``.
+            input_size: Height and width in pixels that the network was trained with; None for the size in the file's
+                metadata.
+            bf16: Run the forward pass in bfloat16.
 
         Raises:
-            ACKDError: when the file is missing, foreign or does not fit.
+            ACKDError: If the file is missing, is not a weight file, or does not fit the network.
         """
         network = create_model(name, num_classes, **(options or {}))
         metadata = load_weights(network, weights, name=name)
-        stated = _stated(metadata, weights)
+        stated = typed_metadata(metadata, weights)
         return cls(
             network,
-            mean=stated.get("mean"),
-            std=stated.get("std"),
-            input_size=stated.get("input_size"),
+            mean=mean or stated.get("mean"),
+            std=std or stated.get("std"),
+            input_size=input_size or stated.get("input_size"),
             bf16=bf16,
             metadata=metadata,
+            copy_network=False,
         )
 
     def train(self, mode: bool = True) -> FrozenTeacher:
-        """Stay in evaluation mode whatever is asked."""
+        """Stay in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> FrozenTeacher:
-        """Stay frozen whatever is asked."""
+        """Stay frozen, whatever ``requires_grad`` is."""
         super().requires_grad_(False)
         return self
 
     def fuse(self, input_size: int) -> bool:
-        """Run a copy of the network from now on whose BatchNorms are inside its convolutions; other rounding, faster.
+        """Run a copy of the network from now on whose BatchNorms are fused: faster, with different rounding.
 
         Args:
-            input_size: side of the data's images in pixels.
+            input_size: Height and width of the data's images in pixels.
 
         Returns:
-            Whether that is possible; otherwise the network itself is run as before.
+            Whether that is possible; if not, the network itself is run as before.
         """
         side = self.input_size or input_size
-        channels = next((each.shape[1] for each in self.network.parameters() if each.dim() == 4), 3)
-        image = torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(0))
+        image = torch.randn(
+            2, image_channels(self.network), side, side, generator=torch.Generator().manual_seed(0), device="cpu"
+        )
         place = next(self.network.parameters(), image)
         image = image.to(place.device, place.dtype)
 
         def run(network: nn.Module) -> list[Tensor]:
             output = staged_forward(network, self.plan, image)
-            return [output.logits, *output.features, output.embedding]
+            embedding = () if output.embedding is None else (output.embedding,)
+            return [output.logits, *(output.features or ()), *embedding]
 
-        self.folded = folded(self.network, run)
-        return self.folded is not None
+        self.fused = fused(self.network, run)
+        return self.fused is not None
 
     def running(self) -> nn.Module:
-        """The network that is run: the one that was given, or its folded copy."""
-        return self.network if self.folded is None else self.folded
+        """Return the network that ``forward`` runs: the teacher's own, or its fused copy."""
+        return self.network if self.fused is None else self.fused
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self  # it never changes: an EMA copy of the student shares its teacher
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> NetOutput:
-        """Logits, stage outputs and embedding, all without gradient.
+        """Convert images to the teacher's normalisation and size, and run the network without gradient.
 
         Args:
-            image: ``B x C x H x W`` as the student gets it.
+            image: Images as the student gets them, ``B x C x H x W``.
 
         Returns:
-            Output of the teacher on its own view of the images; logits in float32.
+            Logits in float32, stage outputs and embedding.
         """
         with torch.autocast(image.device.type, dtype=torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             out = super().forward(image)
         return NetOutput(out.logits.float(), out.features, out.embedding)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherConfig:
-    """A teacher with its weights and its preprocessing.
-
-    Attributes:
-        network: Model name for `create_model`, or a network with its weights.
-        weights: Weight file of a network given by name.
-        options: Options for `create_model`.
-        mean: Mean of each channel that the network was trained with; None for that of the weight file, or the data's.
-        std: Standard deviation of each channel, as ``mean``.
-        input_size: Side in pixels that the network was trained with; None for that of the weight file, or the data's.
-        bf16: Run the forward pass in bfloat16.
-        gate: Test the teacher on validation data before the first step, and ``stop`` the run or ``warn`` when it is
-            near chance or far below what its weight file says; ``off`` for no test.
-        cache: Folder of ``ackd cache`` with the teacher's logits for every augmented view.
-    """
-
-    network: str | nn.Module
-    weights: str | None = None
-    options: dict[str, Any] | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    input_size: PositiveInt | None = None
-    bf16: bool = False
-    gate: Literal["stop", "warn", "off"] = "stop"
-    cache: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check_arguments(type(self), {each.name: getattr(self, each.name) for each in fields(self)})

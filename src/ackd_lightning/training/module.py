@@ -135,7 +135,7 @@ class DistillationModule(ManualSteps):
             backbone = student
         size = 32 if given_data is None else given_data.input_size
         classes = None if given_data is None else given_data.num_classes
-        self.student = BranchyStudent(backbone, self.method.branches, num_classes=classes)
+        self.student = BranchyStudent(backbone, self.method.branches, num_classes=classes, input_size=size)
         self.spec: NetSpec = probe(self.student, size)
         self.data = given_data or DataInfo(self.spec.num_classes, size)
         if self.spec.num_classes != self.data.num_classes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +162,15 @@ class Teachers:
     def _loaded(self, config: TeacherConfig) -> FrozenTeacher:
         weights, name = weight_file(config), str(config.network)
         teacher = FrozenTeacher.from_name(
-            name, self.data.num_classes, weights=weights, options=config.options, bf16=config.bf16
+            name,
+            self.data.num_classes,
+            weights=weights,
+            options=config.options,
+            mean=config.mean,
+            std=config.std,
+            input_size=config.input_size,
+            bf16=config.bf16,
         )
-        if config.mean is not None or config.std is not None or config.input_size is not None:
-            teacher.set_preprocessing(config.mean, config.std, config.input_size)
         teacher.adapt_to(self.data.mean, self.data.std, self.data.input_size)
         teacher.metadata["sha256"] = digest(weights)
         return teacher
@@ -191,10 +195,7 @@ def describe_teachers(configs: Sequence[TeacherConfig]) -> list[dict[str, Any]] 
     """
     if any(not isinstance(each.network, str) for each in configs):
         return None
-    names = ("network", "weights", "options", "mean", "std", "input_size", "bf16", "gate", "cache")
-    listed = [replace(each, mean=_listed(each.mean), std=_listed(each.std)) for each in configs]
-    return [{name: getattr(each, name) for name in names} for each in listed]
-
-
-def _listed(values: Sequence[float] | None) -> list[float] | None:
-    return None if values is None else list(values)
+    return [
+        {key: list(each) if isinstance(each, tuple) else each for key, each in vars(config).items()}
+        for config in configs
+    ]

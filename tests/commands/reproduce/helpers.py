@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ackd_lightning.commands.reproduce.planning import Job
+from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.commands.reproduce.tables import TableSpec, read_table
 
 PAIR = "digits_resnet20_resnet8"
@@ -14,7 +14,7 @@ SHORT = ["--trainer.max_epochs", "2", "--model.milestones", "[1]"]
 
 
 def make_job(folder: Path, *arguments: str, needs: tuple[Job, ...] = (), **fields: Any) -> Job:
-    """A planned run without the plan behind it."""
+    """A job without a parsed run."""
     given = {"title": folder.name, "pair": PAIR, "row": "kd", "kind": "student", "seed": 0, "settings": {}} | fields
     return Job(
         arguments=("--folder", str(folder), *arguments),
@@ -26,7 +26,7 @@ def make_job(folder: Path, *arguments: str, needs: tuple[Job, ...] = (), **field
     )
 
 
-def write_table(path: Path, *, heading: str = "# A table of one's own", **content: Any) -> Path:
+def write_table(path: Path, *, heading: str = "# An own table", **content: Any) -> Path:
     """A table file; a pair on digits where none is given."""
     content = {"pairs": {PAIR: {"config": PAIR}}, "rows": {"kd": {}}} | content
     path.write_text(f"{heading}\n{yaml.safe_dump(content, sort_keys=False)}", encoding="utf-8")

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from ackd_lightning.commands.reproduce.output import draw, write_records, write_tables
 from ackd_lightning.commands.reproduce.proxies import proxy_lines
-from ackd_lightning.commands.reproduce.results import Line, draw, lines, note, record, write_records, write_tables
+from ackd_lightning.commands.reproduce.results import Line, lines, note, record
 from ackd_lightning.commands.reproduce.tables import Row
 from ackd_lightning.models.weights import digest, save_weights
 from commands.reproduce.helpers import PAIR, make_job, own_table, write_run
 
 VALIDATION = "`best` is the epoch with the highest validation accuracy."
-ON_TEST = "`best` is the highest epoch on the test set itself, so it is too high; nothing else is selected."
+ON_TEST = "`best` is the best epoch on the test set itself and therefore too optimistic; nothing else is selected."
 
 
 def finished(place, name="kd-seed0", *, seed=0, settings=None, row="kd", kind="student", pair=PAIR, **run):
@@ -168,7 +169,7 @@ class TestNote:
     def test_says_which_teachers_were_not_trained_here(self, tmp_path):
         assert "not trained here" not in note(table_of(tmp_path), [])
         text = note(table_of(tmp_path), [], given=[Path("weights/t.safetensors")])
-        assert "Teachers that were given, not trained here: weights/t.safetensors." in text
+        assert "Teachers that were not trained here: weights/t.safetensors." in text
 
     def test_names_what_a_number_depends_on(self, tmp_path):
         runs = [
@@ -188,7 +189,9 @@ class TestNote:
         assert VALIDATION not in text
 
     def test_explains_errors(self, tmp_path):
-        assert "The paper gives errors; shown is 100 minus them." in note(table_of(tmp_path, error=True), [])
+        assert "The paper reports errors; the table shows 100 minus the error." in note(
+            table_of(tmp_path, error=True), []
+        )
         assert "errors" not in note(table_of(tmp_path), [])
 
 
@@ -201,7 +204,7 @@ class TestFiles:
     def test_markdown(self, tmp_path, content):
         markdown, _, _ = write_tables(table_of(tmp_path), content, tmp_path, "What to know.")
         assert markdown.read_text(encoding="utf-8") == (
-            f"# A table of one's own\n\n## {PAIR}, top-1 accuracy in %\n\n"
+            f"# An own table\n\n## {PAIR}, top-1 accuracy in %\n\n"
             "| row | paper | ours, last | ours, best | n | difference |\n|---|---|---|---|---|---|\n"
             "| teacher | 80.00 | not run | - | 0 | - |\n"
             "| student alone | 40.00 | failed | - | 0 | - |\n"

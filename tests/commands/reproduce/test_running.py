@@ -115,7 +115,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(place, capfd):
     assert first[first.index("--resume") + 1] == str(job.folder)
     assert "--resume" not in second
     shown = capfd.readouterr().out
-    assert "[1/2] kd: goes on\n" in shown
+    assert "[1/2] kd: resumes\n" in shown
     assert "[2/2] other: starts\n" in shown
 
 

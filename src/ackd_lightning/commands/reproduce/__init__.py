@@ -1,4 +1,4 @@
-"""``ackd reproduce``: the runs behind a table of the paper, carried out once, and the table."""
+"""``ackd reproduce``: plan the runs of a paper's table, start them, write the table; no run is carried out in here."""
 
 from ackd_lightning.commands.reproduce.command import reproduce
 

@@ -1,4 +1,4 @@
-"""``ackd reproduce TABLE``: plan, run what is missing, write the table."""
+"""``ackd reproduce TABLE``: plan the runs, run the missing ones, write the table."""
 
 from __future__ import annotations
 
@@ -16,18 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning.commands.reproduce.estimate import Stopwatch, megabytes
-from ackd_lightning.commands.reproduce.planning import Job, Planner, check_unchanged, needs_teacher, unchanged
+from ackd_lightning.commands.reproduce.jobs import Job, check_unchanged, unchanged
+from ackd_lightning.commands.reproduce.output import COLUMNS, METRIC_NAMES, write_records, write_tables
+from ackd_lightning.commands.reproduce.planning import Planner, needs_teacher
 from ackd_lightning.commands.reproduce.proxies import proxy_lines
-from ackd_lightning.commands.reproduce.results import (
-    COLUMNS,
-    METRIC_NAMES,
-    Line,
-    lines,
-    note,
-    record,
-    write_records,
-    write_tables,
-)
+from ackd_lightning.commands.reproduce.results import Line, lines, note, record
 from ackd_lightning.commands.reproduce.running import Runner
 from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec, choose, read_table, table_names
 from ackd_lightning.errors import ACKDError, RunsFailedError
@@ -36,13 +29,13 @@ _MOST_SEEDS = 1000
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
-    """Seeds of ``--seeds``: a number of them, or a list.
+    """Parse ``--seeds``: the number of seeds, or a list of them.
 
     Args:
-        text: ``3`` for 0, 1, 2; ``0,5`` for these two.
+        text: Such as ``3``, which means 0, 1, 2; or ``0,5``.
 
     Raises:
-        ACKDError: when it is neither, or empty.
+        ACKDError: When the text is neither.
 
     Example:
         >>> read_seeds("3"), read_seeds("0,5")
@@ -50,17 +43,17 @@ def read_seeds(text: str) -> tuple[int, ...]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ACKDError(f"--seeds is {text!r}; write how many (3), or a list of them (0,5)")
+        raise ACKDError(f"--seeds is {text!r}; use a number of seeds (3) or a list of seeds (0,5)")
     numbers = tuple(dict.fromkeys(int(part) for part in parts))
     if len(parts) > 1:
         return numbers
     if not 1 <= numbers[0] <= _MOST_SEEDS:
-        raise ACKDError(f"--seeds is {text}; use 1 or more, up to {_MOST_SEEDS}")
+        raise ACKDError(f"--seeds is {text}; use 1 to {_MOST_SEEDS}")
     return tuple(range(numbers[0]))
 
 
 def _devices(workers: int | None) -> list[str | None]:
-    """One entry for each run at a time: the GPUs, or the machine as it is."""
+    """One entry per concurrent run: a GPU, or None for the whole machine."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if workers is not None and workers < 1:
         raise ACKDError(f"--workers is {workers}; use 1 or more")
@@ -68,7 +61,7 @@ def _devices(workers: int | None) -> list[str | None]:
         return [None]
     if not found:
         return [None] * (workers or 1)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers and names of GPUs as the children will read them
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers and names of GPUs as child processes read them
     names = visible.split(",") if visible else [str(number) for number in range(found)]
     return [names[number % found] for number in range(workers or found)]
 
@@ -80,7 +73,7 @@ _OURS["model.teacher_weights"] = "put the file where the pair's configuration na
 
 
 def _refuse_ours(overrides: Sequence[str]) -> None:
-    """Settings that every run gets from its plan would be overwritten without a word."""
+    """Refuse settings that would silently replace those of the plan, and misspelled options."""
     for part in overrides:
         name = part.removeprefix("--").partition("=")[0]
         if part.startswith("--") and name in _OURS:
@@ -91,7 +84,7 @@ def _refuse_ours(overrides: Sequence[str]) -> None:
 
 
 def _print_plan(title: str, jobs: Sequence[Job]) -> None:
-    """Every run with an estimate; nothing is trained."""
+    """Print every run with an estimate; nothing is trained."""
     watch = Stopwatch()
     table = Table(title=f"{title}: {len(jobs)} runs")
     for column in ("run", "state", "epochs", "about", "MB", "folder"):
@@ -107,10 +100,10 @@ def _print_plan(title: str, jobs: Sequence[Job]) -> None:
         table.add_row(job.title, job.state(), str(job.epochs), about, f"{megabytes(job):.0f}", place)
     Console(width=None if Console().is_terminal else 140).print(table)
     left = sum(not job.finished for job in jobs)
-    more = f", {unknown} of unknown length (their data are not there)" if unknown else ""
+    more = f", {unknown} of unknown duration (their data are missing)" if unknown else ""
     print(
-        f"{left} runs to do, one after the other about {_duration(total)} on {watch.device.type} as busy as it is now"
-        f"{more}, {_size(size)} of checkpoints; data sets and the methods' own arithmetic are not counted"
+        f"{left} runs to do, about {_duration(total)} one after another on {watch.device.type} at its present load"
+        f"{more}, {_size(size)} of checkpoints; data sets and the computations of the methods are not included"
     )
 
 
@@ -127,7 +120,7 @@ def _duration(seconds: float) -> str:
 
 
 def _fetch_data(jobs: Sequence[Job]) -> None:
-    """Download and check data once, before several processes would do it at the same time."""
+    """Download and check data once, before several processes do it at the same time."""
     seen: set[str] = set()
     for job in jobs:
         key = json.dumps(job.planned.settings()["data"], sort_keys=True)
@@ -143,7 +136,7 @@ def _plan(
         for pair in pairs:
             if planner.given_weights(pair) is None:
                 planner.teacher(pair)
-    for row in rows:  # pairs inside rows: seeds of a method side by side in the list
+    for row in rows:  # the runs of a row follow one another
         for pair in pairs:
             planner.add(pair, row, seeds)
     order = {"teacher": 0, "early_stopped": 1, "assistant": 2, "student": 3}
@@ -165,22 +158,22 @@ def reproduce(
     workers: int | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Carry out the runs of one table, or of all, and write it.
+    """Run what one table, or every table, needs, and write the table.
 
     Args:
         name: ``table1`` .. ``table7``, ``all``, or a file of the same form as ``configs/tables/table2.yaml``.
-        pairs: which; empty: all of the table.
-        methods: rows of the table or fragments of ``configs/methods``; empty: all rows.
-        seeds: how many, or a list.
-        out: folder; None: ``reproduce/NAME``.
-        preset: ``smoke`` for the same rows on digits in minutes.
-        dry_run: print the runs with estimates and stop.
-        workers: runs at a time; None: one per GPU.
-        overrides: settings of ``ackd fit`` for every run.
+        pairs: Names of pairs; empty: all pairs of the table.
+        methods: Rows of the table or fragments of ``configs/methods``; empty: all rows.
+        seeds: Number of seeds, or a list of them.
+        out: Folder for runs and tables; None: ``reproduce/NAME``.
+        preset: ``smoke``: the same rows on digits, in minutes.
+        dry_run: Whether to print the runs with estimates and stop.
+        workers: Number of concurrent runs; None: one per GPU.
+        overrides: Settings of ``ackd fit`` for every run.
 
     Raises:
-        ACKDError: before any training, when something does not fit.
-        RunsFailedError: at the end, when runs failed.
+        ACKDError: When an argument is wrong, before any training.
+        RunsFailedError: When runs failed, after all others have finished.
     """
     chosen_seeds, devices = read_seeds(seeds), _devices(workers)
     _refuse_ours(overrides)
@@ -207,7 +200,7 @@ def reproduce(
     try:
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
     except (KeyboardInterrupt, SystemExit):
-        print("interrupted; the same command goes on where it stopped", flush=True)
+        print("interrupted; the same command continues where it stopped", flush=True)
         raise
     finally:
         for number, handler in previous.items():
@@ -219,30 +212,30 @@ def reproduce(
     if failed:
         reasons = "; ".join(f"{everything[folder].title}: {reason}" for folder, reason in failed.items())
         raise RunsFailedError(
-            f"{len(failed)} of {len(everything)} runs failed ({reasons}); the same command repeats them"
+            f"{len(failed)} of {len(everything)} runs failed ({reasons}); run the same command again to repeat them"
         )
 
 
 def _terminated(number: int, _: object) -> None:
-    """SIGTERM and a closed terminal end the children, too."""
+    """End the child processes on SIGTERM and when the terminal closes."""
     raise SystemExit(128 + number)
 
 
 def _earlier(
     table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], seeds: Sequence[int], planner: Planner
 ) -> list[Job]:
-    """The teachers and the table's other rows that an earlier call with the same settings has finished."""
+    """Finished runs of an earlier call with the same settings: teachers and other rows of the table."""
     found: list[Job] = []
     for pair in pairs:
         if planner.given_weights(pair) is None and planner.known_teacher(pair) is None:
-            with contextlib.suppress(ACKDError):  # a pair without a teacher, for students alone
+            with contextlib.suppress(ACKDError):  # the pair has no teacher, only students alone
                 job = planner.teacher(pair)
                 found += [job] if job.finished and unchanged(job) else []
     for row in table.rows.values():
         if row in rows or not any(planner.out.glob(f"runs/*/{row.name}-seed*/summary.json")):
             continue
         for pair in pairs:
-            with contextlib.suppress(ACKDError):  # a pair that cannot have this row
+            with contextlib.suppress(ACKDError):  # the pair cannot have this row
                 found += [job for job in planner.add(pair, row, seeds) if job.finished and unchanged(job)]
     return found
 

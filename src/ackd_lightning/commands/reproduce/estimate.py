@@ -1,4 +1,4 @@
-"""How long runs will take and how much they will write, roughly, without training."""
+"""Rough estimates of the duration and disk space of runs, without training."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable
 
 import torch
 
-from ackd_lightning.commands.reproduce.planning import Job
+from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import plan
 from ackd_lightning.models.zoo import create_model
 
 _OVERHEAD = 1.3
-"""Data, the method's own arithmetic, optimizer and evaluation on top of the networks; measured between 1.1 and 1.5."""
+"""Factor for data, method, optimizer and evaluation in addition to the networks; measured between 1.1 and 1.5."""
 
 _PASSES = 3
 
 
 def train_images(data: ImageDataModule) -> int | None:
-    """Images of one epoch; None when the data are not there and their number is not known beforehand.
+    """Number of images of an epoch; None when the data are missing and their number is not published.
 
     Args:
-        data: not set up yet.
+        data: Data module before its setup.
     """
     total = type(data).published_train_images
     if total is None:
@@ -38,20 +38,20 @@ def train_images(data: ImageDataModule) -> int | None:
 
 
 class Stopwatch:
-    """Times networks on this machine, each once."""
+    """Times networks on this machine, every network once."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.known: dict[tuple[str, int, bool], float] = {}
 
     def seconds(self, make: Callable[[], torch.nn.Module], name: str, size: int, *, train: bool) -> float:
-        """Seconds for one image: forward, and backward when it trains.
+        """Seconds per image.
 
         Args:
-            make: builds the network, which maps images to a tensor or a ``NetOutput``.
-            name: equal for equal networks.
-            size: side of the images.
-            train: with backward pass.
+            make: Function that builds the network, which returns a tensor or a ``NetOutput``.
+            name: Name, equal for equal networks.
+            size: Side of the images in pixels.
+            train: Whether to include the backward pass.
         """
         key = (name, size, train)
         if key not in self.known:
@@ -70,14 +70,14 @@ class Stopwatch:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 times.append((time.perf_counter() - begin) / count)
-            self.known[key] = min(times[1:])  # what else the machine does makes a pass longer, never shorter
+            self.known[key] = min(times[1:])  # other load makes a pass longer, never shorter
         return self.known[key]
 
     def job(self, job: Job) -> float | None:
-        """Seconds that a run takes, roughly.
+        """Rough duration of a run in seconds; None when its data are missing.
 
         Args:
-            job: planned.
+            job: Planned run.
         """
         images = train_images(job.planned.datamodule)
         if images is None:
@@ -92,10 +92,10 @@ class Stopwatch:
 
 
 def megabytes(job: Job) -> float:
-    """Size of a run's files in MB: checkpoints (weights, momentum, memories of the training images) and the student.
+    """Size of the files of a run in MB: checkpoints (weights, momentum, memories of the method) and the student.
 
     Args:
-        job: planned.
+        job: Planned run.
     """
     data, networks = job.planned.datamodule, job.networks
     kept = 1 if data.val_is_test else 2

@@ -1,4 +1,4 @@
-"""Table 1: how much of the teacher its proxies keep, measured on finished runs."""
+"""Table 1: how much of the teacher its proxies retain, measured on finished runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ackd_lightning.commands.reproduce.planning import Job, Planner
+from ackd_lightning.commands.reproduce.jobs import Job
+from ackd_lightning.commands.reproduce.planning import Planner
 from ackd_lightning.commands.reproduce.results import Line
 from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec
 from ackd_lightning.metrics.proxies import proxy_measurements
@@ -36,11 +37,11 @@ def _network(name: str, weights: str, job: Job, options: dict[str, Any] | None) 
 
 
 def measure(job: Job, teacher: tuple[str, str]) -> dict[str, float]:
-    """Measurements of one student, its proxy and the teacher on the test set; kept beside the run.
+    """Measure a student, its proxy and the teacher on the test set; the values are stored in the folder of the run.
 
     Args:
-        job: finished run of a student that learnt from a proxy.
-        teacher: model name and weight file.
+        job: Finished run of a student that learned from a proxy.
+        teacher: Model name and weight file of the teacher.
     """
     kept = job.folder / _FILE
     model = job.planned.settings()["model"]["init_args"]
@@ -65,14 +66,14 @@ def measure(job: Job, teacher: tuple[str, str]) -> dict[str, float]:
 def proxy_lines(
     table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], jobs: Sequence[Job], planner: Planner
 ) -> list[Line]:
-    """A line for every measurement of every proxy.
+    """Build a line for every measurement of every proxy.
 
     Args:
-        table: the paper's figures.
-        pairs: that were asked for.
-        rows: that were asked for.
-        jobs: finished runs.
-        planner: knows the teachers.
+        table: Table with the figures of the paper.
+        pairs: Requested pairs.
+        rows: Requested rows.
+        jobs: Finished runs.
+        planner: Planner of the table, which knows the teachers.
     """
     result: list[Line] = []
     for pair in pairs:

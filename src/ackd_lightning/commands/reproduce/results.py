@@ -1,39 +1,32 @@
-"""What the runs of a table gave: ``results.json``, and the table as Markdown, CSV and PNG."""
+"""Results of the runs of a table: records, table lines, and the note below the table."""
 
 from __future__ import annotations
 
-import csv
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ackd_lightning.commands.compare import curves
-from ackd_lightning.commands.reproduce.planning import Job, Planner
+from ackd_lightning.commands.compare import curves, mean_and_std
+from ackd_lightning.commands.reproduce.jobs import Job
+from ackd_lightning.commands.reproduce.planning import Planner
 from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec
 from ackd_lightning.models.weights import read_metadata
-from ackd_lightning.runs.files import read_summary, write_json
+from ackd_lightning.runs.files import read_summary
 
 NOT_RUN = "not run"
-METRIC_NAMES = {
-    "acc": "top-1 accuracy in %",
-    "acc_top5": "top-5 accuracy in %",
-    "cka": "linear CKA of the embeddings",
-    "kl": "KL divergence in nats",
-    "proxy": "accuracy and gap in %",
-}
 
 
 def record(job: Job) -> dict[str, Any]:
-    """One finished run as plain data.
+    """Describe a finished run as plain data.
 
     Args:
-        job: finished.
+        job: Finished run.
 
     Returns:
-        Accuracies in [0, 1]: ``last`` is the last epoch's; ``best`` that of the best epoch, chosen on ``best_on``.
+        Settings, versions and accuracies in [0, 1]: ``last`` of the last epoch, ``best`` of the epoch that is best on
+        ``best_on``.
     """
     summary = read_summary(job.folder)
     tested: dict[str, Any] = summary.get("test", {})
@@ -41,7 +34,7 @@ def record(job: Job) -> dict[str, Any]:
     best, best_on = tested.get("best"), "validation"
     if best is None and summary["shown"] == "test":
         best_on = "test"
-        has_curves = (job.folder / "metrics.csv").is_file()  # not with --trainer.logger false
+        has_curves = (job.folder / "metrics.csv").is_file()  # none with --trainer.logger false
         by_metric = {key: curves(job.folder, key)[1] for key in ("acc", "acc_top5") if has_curves}
         best = {f"test/{key}": max(values) / 100 for key, values in by_metric.items() if values}
     versions = summary["versions"]
@@ -75,15 +68,15 @@ class Line:
     """A line of the finished table.
 
     Attributes:
-        pair: its name.
-        row: its name.
-        label: in print.
-        metric: ``acc`` or ``acc_top5``.
-        paper: the paper's figure, in the unit of the table.
-        last: ours in the same unit, a value per seed.
-        best: the same of the best epoch.
-        failed: why runs are missing.
-        decimals: shown.
+        pair: Name of the pair.
+        row: Name of the row.
+        label: Printed name of the row.
+        metric: ``acc``, ``acc_top5``, or a metric of a proxy.
+        paper: Figure of the paper, in the unit of the table; None without one.
+        last: Our values of the last epoch in the same unit, one per seed.
+        best: Our values of the best epoch.
+        failed: Text in place of missing values.
+        decimals: Number of printed decimals.
     """
 
     pair: str
@@ -98,30 +91,21 @@ class Line:
 
     @property
     def difference(self) -> str:
-        """Ours minus the paper's, in points."""
+        """Our mean minus the figure of the paper, in points."""
         if self.paper is None or not self.last:
             return "-"
         return f"{statistics.fmean(self.last) - self.paper:+.{self.decimals}f}"
 
     def cells(self) -> list[str]:
-        """The line as text."""
+        """Cells of the line as text."""
         paper = "-" if self.paper is None else f"{self.paper:.{self.decimals}f}"
-        ours = [self.spread(self.last) if self.last else self.failed or NOT_RUN, self.spread(self.best)]
+        ours = [self.ours, mean_and_std(self.best, self.decimals)]
         return [self.label, paper, *ours, str(len(self.last)), self.difference]
 
-    def spread(self, values: Sequence[float]) -> str:
-        """Mean and sample standard deviation.
-
-        Args:
-            values: one per seed.
-        """
-        if not values:
-            return "-"
-        text = f"{statistics.fmean(values):.{self.decimals}f}"
-        return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{self.decimals}f}"
-
-
-COLUMNS = ["row", "paper", "ours, last", "ours, best", "n", "difference"]
+    @property
+    def ours(self) -> str:
+        """Our values of the last epoch as text."""
+        return mean_and_std(self.last, self.decimals) if self.last else self.failed or NOT_RUN
 
 
 def lines(
@@ -132,15 +116,15 @@ def lines(
     planner: Planner,
     failed: dict[tuple[str, str], str],
 ) -> list[Line]:
-    """Every line of the table, also of rows that were not asked for.
+    """Build every line of the table, including rows that were not requested.
 
     Args:
-        table: the paper's figures.
-        pairs: that were asked for.
-        rows: that were asked for; those of the table that are missing are shown as not run.
-        records: of finished runs.
-        planner: knows teachers that were given as files.
-        failed: reason by pair and row.
+        table: Table with the figures of the paper.
+        pairs: Requested pairs.
+        rows: Requested rows; the other rows of the table are shown as not run.
+        records: Records of finished runs.
+        planner: Planner of the table, which knows the teachers' files.
+        failed: Reasons of failures by pair and row.
     """
     shown = [*table.rows.values(), *(row for row in rows if row.name not in table.rows)]
     result: list[Line] = []
@@ -186,15 +170,15 @@ def _teacher_line(
     last: tuple[float, ...] = ()
     best: tuple[float, ...] = ()
     if weights is not None:
-        says_so = weights.suffix == ".safetensors"  # the one kind of file that has metadata
-        known = read_metadata(weights).get(f"test_{metric}") if says_so else None
+        has_metadata = weights.suffix == ".safetensors"  # other formats have none
+        known = read_metadata(weights).get(f"test_{metric}") if has_metadata else None
         seen = [
             each["teacher_acc"]
             for each in records
             if each["pair"] == pair.name and each["row"] in taught and each["teacher_acc"] is not None
         ]
         if known is None and metric == "acc" and seen:
-            known = seen[0]  # measured by the gate of a run that it taught
+            known = seen[0]  # measured when a run loaded this teacher
         last = (100 * float(known),) if known else ()
     else:
         job = planner.known_teacher(pair)
@@ -206,29 +190,31 @@ def _teacher_line(
 
 
 def note(table: TableSpec, records: Sequence[dict[str, Any]], *, given: Sequence[Path] = ()) -> str:
-    """What a reader of the table has to know.
+    """Write the note below a table: what its numbers are and what they depend on.
 
     Args:
-        table: the table.
-        records: behind it.
-        given: weight files of teachers that were there before.
+        table: Table of the paper.
+        records: Records of its runs.
+        given: Weight files of teachers that were not trained here.
     """
     students = [each for each in records if each["kind"] == "student"]
     epochs = sorted({each["epochs"] for each in students})
     parts = ["Accuracy in % on the test set, mean ± sample standard deviation over n seeds."]
     if table.error:
-        parts.append("The paper gives errors; shown is 100 minus them.")
+        parts.append("The paper reports errors; the table shows 100 minus the error.")
     if table.proxies:
         parts = [
             "Measured on the test set, mean ± sample standard deviation over n seeds: linear CKA of the embeddings, KL "
             "at temperature 1."
         ]
     elif any(each["best_on"] == "test" for each in students):
-        parts.append("`best` is the highest epoch on the test set itself, so it is too high; nothing else is selected.")
+        parts.append(
+            "`best` is the best epoch on the test set itself and therefore too optimistic; nothing else is selected."
+        )
     elif students:
         parts.append("`best` is the epoch with the highest validation accuracy.")
     if given:
-        parts.append(f"Teachers that were given, not trained here: {', '.join(map(str, given))}.")
+        parts.append(f"Teachers that were not trained here: {', '.join(map(str, given))}.")
     if students:
         devices = sorted({each["device"] for each in students})
         versions = sorted({", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in students})
@@ -236,96 +222,6 @@ def note(table: TableSpec, records: Sequence[dict[str, Any]], *, given: Sequence
         precisions = sorted({each["precision"] for each in students})
         parts.append(f"Epochs: {', '.join(map(str, epochs))}. Device: {'; '.join(devices)}, {', '.join(precisions)}.")
         if skipped := sum(each["skipped_steps"] for each in students):
-            parts.append(f"{skipped} steps were skipped, because their loss was not finite.")
+            parts.append(f"{skipped} steps were skipped because of a non-finite loss.")
         parts.append(f"Versions: {'; '.join(versions)}. Commit: {', '.join(commits)}.")
     return " ".join(parts)
-
-
-def write_tables(table: TableSpec, content: Sequence[Line], out: Path, text: str) -> list[Path]:
-    """Write Markdown, CSV and PNG.
-
-    Args:
-        table: the table.
-        content: its lines.
-        out: folder.
-        text: note below the table.
-
-    Returns:
-        The files.
-    """
-    markdown, plain, figure = (out / f"{table.name}.{suffix}" for suffix in ("md", "csv", "png"))
-    parts = [f"# {table.title}", ""]
-    for metric in dict.fromkeys(line.metric for line in content):
-        for pair in dict.fromkeys(line.pair for line in content):
-            own = [line for line in content if (line.pair, line.metric) == (pair, metric)]
-            parts += [f"## {pair}, {METRIC_NAMES[metric]}", ""]
-            parts += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-            parts += [f"| {' | '.join(line.cells())} |" for line in own] + [""]
-    markdown.write_text("\n".join([*parts, text, ""]), encoding="utf-8")
-    with plain.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["pair", "metric", *COLUMNS, "values"])
-        for line in content:
-            values = " ".join(f"{value:.{line.decimals}f}" for value in line.last)
-            writer.writerow([line.pair, line.metric, *line.cells(), values])
-    draw(content, figure)
-    return [markdown, plain, figure]
-
-
-def draw(content: Sequence[Line], target: Path) -> None:
-    """Draw every row as a dot with its seeds, beside the paper's figure.
-
-    Args:
-        content: lines of the table.
-        target: PNG file.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = list(dict.fromkeys((line.pair, line.metric) for line in content))
-    height = 1.2 + 0.3 * len(content) / len(panels)
-    figure, grid = plt.subplots(len(panels), figsize=(8, height * len(panels)), layout="constrained", squeeze=False)
-    for axes, (pair, metric) in zip(grid[:, 0], panels, strict=True):
-        own = [line for line in content if (line.pair, line.metric) == (pair, metric)]
-        for place, line in enumerate(own):
-            if line.paper is not None:
-                axes.plot(line.paper, place, "D", color="0.5", fillstyle="none", label="paper")
-            if line.last:
-                axes.plot(line.last, [place] * len(line.last), ".", color="C0", alpha=0.5, label="ours, one seed")
-                axes.plot(statistics.fmean(line.last), place, "o", color="C0", label="ours, mean of the last epochs")
-            ours = line.spread(line.last) if line.last else line.failed or NOT_RUN
-            axes.annotate(
-                f"{ours}" + (f" (n={len(line.last)})" if line.last else ""),
-                (1.01, place),
-                xycoords=("axes fraction", "data"),
-                va="center",
-                fontsize=8,
-            )
-        axes.set_yticks(range(len(own)), [line.label for line in own])
-        axes.set_ylim(len(own) - 0.5, -0.5)
-        axes.set_title(f"{pair}, {METRIC_NAMES[metric]}", fontsize=10)
-        axes.grid(axis="x", alpha=0.3)
-    by_label: dict[str, Any] = {}
-    for axes in grid[:, 0]:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            by_label.setdefault(label, handle)
-    if by_label:
-        figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
-
-
-def write_records(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write ``results.json``: records of other runs that stand in it are kept as long as these runs are there.
-
-    Args:
-        records: of finished runs.
-        path: the file.
-    """
-    known: dict[str, Any] = {}
-    if path.is_file():
-        known = {each["run"]: each for each in json.loads(path.read_text(encoding="utf-8"))}
-    known |= {each["run"]: each for each in records}
-    write_json([each for run, each in known.items() if (Path(run) / "summary.json").is_file()], path)

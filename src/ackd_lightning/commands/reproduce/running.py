@@ -1,4 +1,4 @@
-"""Carries out runs in processes of their own: finished ones are skipped, interrupted ones go on, failures are kept."""
+"""Runs jobs in separate processes: skips finished ones, resumes interrupted ones, and collects failures."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
-from ackd_lightning.commands.reproduce.planning import Job
+from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.runs.files import read_summary
 
 _PROGRESS = re.compile(r"^epoch \d+")
 _EVERY = 15.0
-"""Seconds between two lines of progress of one run."""
+"""Seconds between two progress lines of a run."""
 _PATIENCE = 300.0
-"""Seconds that a run may take to stop: a step or a validation, and a checkpoint."""
+"""Seconds that a run has to stop: a step or a validation, and a checkpoint."""
 
 
 class Runner:
-    """Runs jobs when what they need is there, one on each device.
+    """Runs every job after the jobs that it needs, one job per device at a time.
 
     Args:
-        logs: folder for the runs' full output.
-        devices: values of CUDA_VISIBLE_DEVICES, one per job at a time; [None]: one job, all devices as they are.
+        logs: Folder for the full output of the runs.
+        devices: Values of CUDA_VISIBLE_DEVICES, one per concurrent job; [None]: one job with all visible devices.
     """
 
     def __init__(self, logs: Path, devices: Sequence[str | None]) -> None:
@@ -45,13 +45,13 @@ class Runner:
         self.total = self.started = 0
 
     def run_all(self, jobs: Sequence[Job]) -> dict[Path, str]:
-        """Carry out what is not finished.
+        """Run the jobs that are not finished.
 
         Args:
-            jobs: teachers before what learns from them.
+            jobs: Jobs, teachers before their students.
 
         Returns:
-            What went wrong, by folder of the run.
+            Reasons of failures by folder of the run.
         """
         waiting = {job.folder: job for job in jobs if not (job.finished and self._tested(job))}
         self.total = len(waiting)
@@ -76,7 +76,7 @@ class Runner:
 
     @staticmethod
     def _reason(done: Future[str | None]) -> str | None:
-        """Reason of a failure; one of our own, such as a full disk, is one, too, and must not end the other runs."""
+        """Reason of a failure; an exception in this process, such as a full disk, must not end the other runs."""
         error = done.exception()
         return done.result() if error is None else f"{type(error).__name__}: {error}"
 
@@ -95,19 +95,19 @@ class Runner:
             elif len(running) < self.workers and not any(
                 need in waiting or any(need == each.folder for each in running.values()) for need in job.needs
             ):
-                running[pool.submit(self._carry_out, job)] = job
+                running[pool.submit(self._fit_and_test, job)] = job
                 del waiting[folder]
 
     @staticmethod
     def _tested(job: Job) -> bool:
         summary = read_summary(job.folder)
         tested = set(summary.get("test", {}))
-        if summary["shown"] == "test":  # then nothing was selected, and the last epoch is what counts
+        if summary["shown"] == "test":  # nothing was selected, so only the last epoch counts
             return summary["last"].get("epoch") == summary["epochs"] or "last" in tested
         return set(_checkpoints(job)) <= tested
 
-    def _carry_out(self, job: Job) -> str | None:
-        """Fit and test; return the reason of a failure."""
+    def _fit_and_test(self, job: Job) -> str | None:
+        """Fit and test; return the reason of a failure, or None."""
         device = self.devices.get()
         with self.lock:
             self.started += 1
@@ -118,7 +118,7 @@ class Runner:
             begin = time.monotonic()
             resumed = ["--resume", str(job.folder)] if job.checkpoint else []
             label = f"[{number}/{self.total}] {job.title}"
-            print(f"{label}: {'goes on' if resumed else 'starts'}", flush=True)
+            print(f"{label}: {'resumes' if resumed else 'starts'}", flush=True)
             if not job.finished:
                 reason = self._process(["fit", *job.arguments, "--test", *resumed], log, device, label)
                 if reason is None and not job.finished:
@@ -141,7 +141,7 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = device
         command = [sys.executable, "-m", "ackd_lightning", *arguments, "--trainer.enable_progress_bar", "false"]
         with log.open("a", encoding="utf-8") as stream:
-            with self.lock:  # _stop sees every child, or none is started after it
+            with self.lock:  # either _stop sees this child, or no child is started
                 if self.stopping:
                     return "interrupted"
                 child = subprocess.Popen(
@@ -151,7 +151,7 @@ class Runner:
                     text=True,
                     errors="replace",
                     env=environment,
-                    start_new_session=True,  # Ctrl-C reaches it through _stop alone, once
+                    start_new_session=True,  # Ctrl-C reaches the child once, through _stop
                 )
                 self.children.add(child)
             assert child.stdout is not None
@@ -160,12 +160,12 @@ class Runner:
             code = child.wait()
             with self.lock:
                 self.children.discard(child)
-        if code < 0:  # the last line would be one of progress
+        if code < 0:  # its last line is progress, not a reason
             return f"killed by {signal.Signals(-code).name}"
         return None if code == 0 else last or f"exit code {code}"
 
     def _relay(self, source: IO[str], stream: IO[str], label: str) -> str:
-        """Copy a run's output to its log and a line of progress now and then to the screen; return its last line."""
+        """Copy the output of a run to its log, print a progress line now and then, and return the last line."""
         shown, last = time.monotonic(), ""
         for line in source:
             stream.write(line)
@@ -177,21 +177,21 @@ class Runner:
         return last
 
     def _stop(self) -> None:
-        """End the children and wait for them."""
+        """Stop the child processes and wait for them."""
         with self.lock:
             self.stopping = True
             children = list(self.children)
         for child in children:
-            child.terminate()  # SIGINT is ignored by what a shell started in the background
+            child.terminate()  # a shell makes its background processes ignore SIGINT
         for child in children:
             try:
                 child.wait(timeout=_PATIENCE)
             except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)  # with the processes that it has started
+                os.killpg(child.pid, signal.SIGKILL)  # including the processes that it has started
 
 
 def _checkpoints(job: Job) -> list[str]:
-    """Which checkpoints of a run are tested."""
+    """Checkpoints of a run that are tested."""
     return [name for name in ("last", "best") if (job.folder / "checkpoints" / f"{name}.ckpt").is_file()]
 
 

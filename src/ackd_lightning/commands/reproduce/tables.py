@@ -1,4 +1,4 @@
-"""What a table consists of: pairs of networks, rows of methods, and the paper's figures. One YAML file is one table."""
+"""Tables as YAML files: pairs of networks, rows of methods, and the figures of the paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "takd": {"method": "kd", "teacher": "assistant"},
     "aikd": {"teacher": "itself"},
 }
-"""Rows that are a schedule of runs: KD from an early-stopped teacher, from an assistant; a student that learns from
+"""Rows that need further runs: KD from an early-stopped teacher, KD from an assistant, and a student that learns from
 itself, trained alone before."""
 METRICS = ("acc", "acc_top5")
 _TABLE_KEYS = {"metrics", "error", "proxies", "set", "teacher_set", "student_set", "pairs", "rows"}
@@ -30,11 +30,11 @@ class Pair:
     """A teacher and a student on a data set.
 
     Attributes:
-        name: such as ``resnet110_resnet20``.
-        config: path of the configuration of its ACKD run.
-        assistant: network between the two, for TAKD.
-        early_stop: epoch of the configured schedule at which ESKD's teacher ends.
-        paper: figures in percent by row, in the order of the table's metrics; of a table of proxies: named figures.
+        name: Name, such as ``resnet110_resnet20``.
+        config: Configuration of its ACKD run.
+        assistant: Name of TAKD's assistant, a network between the two.
+        early_stop: Epoch of the configured schedule at which ESKD's teacher stops.
+        paper: Figures in percent by row, in the order of the metrics; named figures for a table of proxies.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Pair:
     paper: dict[str, Any] = field(default_factory=dict)
 
     def figure(self, row: str, metric: int) -> float | None:
-        """The paper's figure of a row; None where it has none.
+        """Figure of the paper; None where it has none.
 
         Args:
-            row: its name.
-            metric: number of the metric.
+            row: Name of the row.
+            metric: Index of the metric.
         """
         value = self.paper.get(row)
         if isinstance(value, Sequence):
@@ -58,14 +58,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: a method, and whom it learns from.
+    """A row of a table: a method and the network that it learns from.
 
     Attributes:
-        name: unique in the table.
-        method: a fragment of ``configs/methods``.
-        teacher: the teacher, its early-stopped self, an assistant, or the student itself, trained alone before.
-        label: how the row is called in print.
-        settings: dotted settings of its runs.
+        name: Name, unique in the table.
+        method: Fragment of ``configs/methods``.
+        teacher: The teacher, the early-stopped teacher, an assistant, or the student itself, trained alone before.
+        label: Printed name.
+        settings: Dotted settings of its runs.
     """
 
     name: str
@@ -77,19 +77,19 @@ class Row:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table to be filled.
+    """A table to fill.
 
     Attributes:
-        name: file stem.
-        title: first comment of the file.
+        name: Stem of the file name.
+        title: First comment of the file.
         metrics: ``acc``, ``acc_top5``.
-        error: figures are errors (100 - accuracy).
-        proxies: the table compares proxies of the teacher (Table 1) instead of accuracies.
-        pairs: by name.
-        rows: in order.
-        settings: dotted, of every run.
-        teacher_settings: dotted, of teachers.
-        student_settings: dotted, of assistants and students.
+        error: Whether the figures are errors (100 - accuracy).
+        proxies: Whether the table compares proxies of the teacher (Table 1) instead of accuracies.
+        pairs: Pairs by name.
+        rows: Rows by name, in printed order.
+        settings: Dotted settings of every run.
+        teacher_settings: Dotted settings of teachers.
+        student_settings: Dotted settings of assistants and students.
     """
 
     name: str
@@ -120,13 +120,13 @@ def _find(name: str) -> Path:
     packaged = _folder() / (name if path.suffix else f"{name}.yaml")
     if packaged.is_file():
         return packaged
-    raise ACKDError(f"there is no table {name!r}; {near_matches(name, table_names())}, or name a file of your own")
+    raise ACKDError(f"table {name!r} does not exist; {near_matches(name, table_names())}, or name your own file")
 
 
 def _read(path: Path, keys: set[str]) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("pairs"), dict):
-        raise ACKDError(f"{path} is no table; it needs `pairs` and `rows` as in configs/tables/table2.yaml")
+        raise ACKDError(f"{path} is not a table; add `pairs` and `rows` as in configs/tables/table2.yaml")
     _refuse_unknown(content, keys, str(path))
     for key in keys & {"rows", "set", "teacher_set", "student_set"}:
         _require_mapping(content.get(key), f"`{key}` of {path}")
@@ -174,8 +174,8 @@ def _check_figures(pairs: Mapping[str, Pair], metrics: Sequence[str], path: Path
             numbers = all(each is None or isinstance(each, (int, float)) for each in given)
             if not numbers or (isinstance(value, list) and len(value) != len(metrics)):
                 raise ACKDError(
-                    f"pair {pair.name!r} of {path} has the figure {value!r} for {row!r}; write a number, or a list of "
-                    f"one for each of {', '.join(metrics)}"
+                    f"pair {pair.name!r} of {path} has the figure {value!r} for {row!r}; write a number, or a list "
+                    f"with one number for each of {', '.join(metrics)}"
                 )
 
 
@@ -201,10 +201,10 @@ def read_table(name: str, preset: str | None = None) -> TableSpec:
 
     Args:
         name: ``table1`` .. ``table7``, or a file of the same form.
-        preset: a packaged file (``smoke``) whose pairs and settings take the place of the table's.
+        preset: Packaged file (``smoke``) whose pairs and settings replace those of the table.
 
     Raises:
-        ACKDError: naming what does not fit.
+        ACKDError: When the file is not a valid table.
     """
     path = _find(name)
     content = _read(path, _TABLE_KEYS)
@@ -221,7 +221,7 @@ def read_table(name: str, preset: str | None = None) -> TableSpec:
     if not content.get("proxies"):
         _check_figures(pairs, metrics, path)
     if not pairs:
-        raise ACKDError(f"{path} has no pairs; write at least one below `pairs`, as in configs/tables/table2.yaml")
+        raise ACKDError(f"{path} has no pairs; add one below `pairs`, as in configs/tables/table2.yaml")
     rows = {str(row): _row(str(row), given, str(path)) for row, given in (content.get("rows") or {}).items()}
     return TableSpec(
         name=path.stem if preset is None else f"{path.stem}-{preset}",
@@ -238,15 +238,15 @@ def read_table(name: str, preset: str | None = None) -> TableSpec:
 
 
 def choose(table: TableSpec, pairs: Sequence[str], methods: Sequence[str]) -> tuple[list[Pair], list[Row]]:
-    """Pick pairs and rows; a method that the table lacks becomes a row without a figure.
+    """Choose pairs and rows; a method that the table lacks becomes a row without figures.
 
     Args:
-        table: to choose from.
-        pairs: names; empty: all.
-        methods: rows of the table or method fragments; empty: all rows.
+        table: Table to choose from.
+        pairs: Names of pairs; empty: all.
+        methods: Rows of the table or method fragments; empty: all rows.
 
     Raises:
-        ACKDError: for an unknown name.
+        ACKDError: When a name is unknown.
     """
     for pair in pairs:
         if pair not in table.pairs:

@@ -1,4 +1,4 @@
-"""Networks by name: those of the CIFAR benchmarks here, ImageNet ones from torchvision, the rest from timm."""
+"""Networks by name: those of the CIFAR benchmarks, and any of torchvision or timm; no weights are downloaded."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _CIFAR: dict[str, Callable[[int], nn.Module]] = {
 
 _TIMM = "timm:"
 _STEMS = ("imagenet", "cifar")
-# options by which torchvision or timm would fetch weights: ours come from local files only
+# options with which torchvision or timm would download weights; here they come from local files only
 _FETCHING = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_cfg", "checkpoint_path"})
-# these two answer with several outputs in training unless told otherwise, and ask for init_weights with a warning
+# by default these two return several outputs in training, and warn if init_weights is missing
 _TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -59,26 +59,28 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     278324
 
     Args:
-        name: a CIFAR network of :func:`list_models` (``resnet20``, ``wrn_40_2``, …), the name of a classification
-            network of torchvision (``resnet18``), or ``timm:NAME``. No name stands for two networks.
-        num_classes: K.
-        **options: for CIFAR networks none. For ResNets of torchvision ``stem``: ``imagenet`` (the default, 7x7 with
-            stride 2 and max-pooling) or ``cifar`` (3x3 with stride 1, no pooling). Any other option goes to
-            torchvision's or timm's constructor.
+        name: CIFAR network of :func:`list_models` (``resnet20``, ``wrn_40_2``, …), classification network of
+            torchvision (``resnet18``), or ``timm:NAME``. No name stands for two networks.
+        num_classes: Number K of classes.
+        **options: Options of the network. CIFAR networks have none. ResNets of torchvision have ``stem``: ``imagenet``
+            (the default, 7x7 with stride 2 and max-pooling) or ``cifar`` (3x3 with stride 1, no pooling). All other
+            options are passed to the constructor of torchvision or timm.
 
     Raises:
-        ACKDError: unknown name or option, an option that would fetch weights, or fewer than one class.
+        ACKDError: If the name or an option is unknown, an option would download weights, or there is no class.
     """
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ACKDError(f"num_classes of {name!r} is {num_classes!r}: give a whole number of at least 1")
+        raise ACKDError(f"num_classes of {name!r} is {num_classes!r}; it must be a whole number, at least 1")
     for option in options:
         if option in _FETCHING:
             raise ACKDError(
-                f"{option!r} of {name!r} would fetch weights: leave it out and use load_weights on a local file"
+                f"option {option!r} of {name!r} would download weights; leave it out and use load_weights on a file"
             )
     if name in _CIFAR:
         if options:
-            raise ACKDError(f"option {next(iter(options))!r} is unknown: {name!r} takes no options, leave it out")
+            raise ACKDError(
+                f"option {next(iter(options))!r} is unknown to {name!r}, which takes no options; leave it out"
+            )
         return _named(_CIFAR[name](num_classes), name, options)
     if name.startswith(_TIMM):
         return _named(_from_timm(name, num_classes, options), name, options)
@@ -86,40 +88,40 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         return _named(_from_torchvision(name, num_classes, options), name, options)
     known = list_models()
     wanted = name.lower()
-    # the names of torchvision are too many to be listed when nothing is near
+    # torchvision has too many names to list them if none is similar
     near = difflib.get_close_matches(wanted, known, cutoff=0.6)
     hint = near_matches(wanted, known if near else _CIFAR)
-    raise ACKDError(f"no network is named {name!r}: {hint} (or a torchvision classification network, or timm:NAME)")
+    raise ACKDError(f"no network is named {name!r}; {hint} (or a torchvision classification network, or timm:NAME)")
 
 
 def _named(network: nn.Module, name: str, options: dict[str, Any]) -> nn.Module:
-    """Remember how a network was built, so that an exported file can describe it."""
+    """Store how a network was built, so that an exported file can describe it."""
     network.__dict__.update(model_name=name, model_options=dict(options))
     return network
 
 
 def list_models() -> list[str]:
-    """List the names of :func:`create_model`: CIFAR networks first, then torchvision's; ``timm:NAME`` is not listed."""
+    """List the names for :func:`create_model`: CIFAR networks, then torchvision's; those of timm are not listed."""
     return [*_CIFAR, *_torchvision_names()]
 
 
 def _torchvision_names() -> list[str]:
     """Return the sorted names of torchvision's classification networks."""
-    import torchvision.models  # here, because it takes longer to import than the CIFAR networks do
+    import torchvision.models  # slow to import, and not needed for CIFAR networks
 
     return sorted(torchvision.models.list_models(module=torchvision.models))
 
 
 def _from_torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    """Build a classification network of torchvision, with the stem that ``options`` name."""
+    """Build a classification network of torchvision, with the stem that is named in ``options``."""
     import torchvision.models
 
     rest = dict(options)
     stem = rest.pop("stem", "imagenet")
     if "stem" in options and not name.startswith(("resnet", "resnext", "wide_resnet")):
-        raise ACKDError(f"option 'stem' does not apply to {name!r}: only torchvision's ResNets take it, leave it out")
+        raise ACKDError(f"option 'stem' does not apply to {name!r}, only to torchvision's ResNets; leave it out")
     if stem not in _STEMS:
-        raise ACKDError(f"option 'stem' of {name!r} is {stem!r}: choose {' or '.join(repr(known) for known in _STEMS)}")
+        raise ACKDError(f"option 'stem' of {name!r} is {stem!r}; choose {' or '.join(repr(known) for known in _STEMS)}")
     build = partial(torchvision.models.get_model, name, weights=None, num_classes=num_classes)
     model = _build(build, name, {**_TORCHVISION_DEFAULTS.get(name, {}), **rest})
     if stem == "cifar":
@@ -138,20 +140,20 @@ def _from_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modul
     if not timm.is_model(bare):
         known = timm.list_models()
         near = difflib.get_close_matches(bare, known, cutoff=0.6)
-        hint = near_matches(bare, known) if near else "timm.list_models() names them all"
-        raise ACKDError(f"timm has no network named {bare!r}: {hint}")
+        hint = near_matches(bare, known) if near else "timm.list_models() lists them all"
+        raise ACKDError(f"timm has no network named {bare!r}; {hint}")
     return _build(partial(timm.create_model, bare, pretrained=False, num_classes=num_classes), name, options)
 
 
 def _build(constructor: Callable[..., Any], name: str, options: dict[str, Any]) -> nn.Module:
-    """Call ``constructor`` with ``options`` and turn a refused keyword into one sentence."""
+    """Call ``constructor`` with ``options``; an unknown option becomes an error in one sentence."""
     try:
         model: nn.Module = constructor(**options)
     except TypeError as error:
         refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if refused and refused[1] in options:
             raise ACKDError(
-                f"option {refused[1]!r} is unknown to {name!r}: correct its name or leave it out"
+                f"option {refused[1]!r} is unknown to {name!r}; correct its name or leave it out"
             ) from error
         raise
     return model

@@ -1,4 +1,4 @@
-"""What the CIFAR networks have in common: convolutions and their initial weights."""
+"""Convolutions of the CIFAR networks, and their initial weights."""
 
 from __future__ import annotations
 

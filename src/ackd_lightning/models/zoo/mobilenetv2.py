@@ -1,4 +1,4 @@
-"""MobileNetV2 for small images, in the variant that knowledge-distillation benchmarks use."""
+"""MobileNetV2 for small images, in the variant of the knowledge distillation benchmarks."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _SETTING = (
 
 
 class InvertedResidual(nn.Module):
-    """Expand by a 1x1 convolution, filter by a depthwise 3x3 one, project linearly; add the input where it fits.
+    """Expanding 1x1 convolution, depthwise 3x3 convolution and linear projection, plus the input if its shape fits.
 
-    The expansion stays also where its factor is 1, and the activations are plain ReLU: both as in the public CIFAR
-    checkpoints, unlike torchvision's network.
+    The expansion is kept even if its factor is 1, and activations are plain ReLU. Both are as in the public CIFAR
+    checkpoints, unlike in torchvision's network.
 
     Shapes: (B, inputs, H, W) to (B, outputs, H / stride, W / stride); the output may be negative.
 
     Args:
-        inputs: channels that come in.
-        outputs: channels that go out.
-        stride: stride of the depthwise convolution.
-        expansion: factor from ``inputs`` to the inner channels.
+        inputs: Channels of the input.
+        outputs: Channels of the output.
+        stride: Stride of the depthwise convolution.
+        expansion: Ratio of the inner channels to ``inputs``.
 
     Source:
         Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", arXiv:1801.04381, Table 1.
@@ -55,7 +55,7 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the projected ``features`` (B, inputs, H, W), plus themselves where the shape stays."""
+        """Return the projected ``features`` (B, inputs, H, W), plus themselves if the shape stays the same."""
         projected: Tensor = self.conv(features)
         return features + projected if self.adds else projected
 
@@ -63,14 +63,14 @@ class InvertedResidual(nn.Module):
 class CifarMobileNetV2(nn.Module):
     """MobileNetV2 with expansion 6 for 32x32 images.
 
-    Channels are ``int(channels * width)``, not rounded to multiples of 8, and the stem and three groups of blocks have
-    stride 2, so that 32x32 images leave as 2x2 maps. Weights of torchvision's ``mobilenet_v2`` do not fit.
+    Channels are ``int(channels * width)``, not rounded to multiples of 8. The stem and three groups of blocks have
+    stride 2, so that a 32x32 image becomes a 2x2 map. Weights of torchvision's ``mobilenet_v2`` do not fit.
 
     Shapes: images (B, 3, H, W) to logits (B, K).
 
     Args:
-        num_classes: K.
-        width: factor on the channels, 0.5 or 1.4 in the benchmarks; the last layer never has fewer than 1280.
+        num_classes: Number K of classes.
+        width: Factor on the channels, 0.5 or 1.4 in the benchmarks; the last layer never has fewer than 1280.
 
     Source:
         Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", arXiv:1801.04381, Table 2, in the

@@ -1,4 +1,4 @@
-"""ResNets for small images: three stages of basic blocks behind a 3x3 stem."""
+"""ResNets for small images: a 3x3 stem and three stages of basic blocks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ackd_lightning.models.zoo._layers import conv1x1, conv3x3, init_convolution
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm and a shortcut, added before the last ReLU.
 
-    The shortcut is the identity where the shape stays, and otherwise a strided 1x1 convolution with BatchNorm
+    The shortcut is the identity if the shape stays the same, and otherwise a strided 1x1 convolution with BatchNorm
     (option B of He et al.).
 
     Shapes: (B, inputs, H, W) to (B, outputs, H / stride, W / stride).
 
     Args:
-        inputs: channels that come in.
-        outputs: channels that go out.
-        stride: stride of the first convolution and of the shortcut.
+        inputs: Channels of the input.
+        outputs: Channels of the output.
+        stride: Stride of the first convolution and of the shortcut.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, Figure 5 left.
@@ -49,15 +49,16 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """ResNet with ``depth`` = 6n + 2 layers: a 3x3 stem and three stages of n basic blocks.
 
-    Stage outputs for 32x32 images are 32x32, 16x16 and 8x8 after the ReLU; other sizes scale, as the pooling is global.
-    The names of the parameters are those of the public CIFAR-100 checkpoints of RepDistiller, which load as they are.
+    Stage outputs for 32x32 images are 32x32, 16x16 and 8x8 after the ReLU; other image sizes work too, because the
+    pooling is global. Parameters have the names of the public CIFAR-100 checkpoints of RepDistiller, which load
+    unchanged.
 
     Shapes: images (B, 3, H, W) to logits (B, K).
 
     Args:
-        num_classes: K.
-        depth: 8, 14, 20, 32, 44, 56 or 110.
-        widths: channels of the stem and of each stage.
+        num_classes: Number K of classes.
+        depth: Number of layers: 8, 14, 20, 32, 44, 56 or 110.
+        widths: Channels of the stem and of each stage.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385, section 4.2, with option B
@@ -92,6 +93,6 @@ class CifarResNet(nn.Module):
 
 
 def _stage(inputs: int, outputs: int, blocks: int, *, stride: int) -> nn.Sequential:
-    """Return ``blocks`` basic blocks, of which the first changes the channels and the resolution."""
+    """Stack ``blocks`` basic blocks, the first of which changes the channels and the resolution."""
     first = BasicBlock(inputs, outputs, stride=stride)
     return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)))

@@ -1,4 +1,4 @@
-"""ShuffleNet (version 1) for small images, with three groups."""
+"""ShuffleNet (version 1) with three groups, for small images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _STEM = 24
 
 
 class ShuffleChannels(nn.Module):
-    """Interleave the channels of ``groups`` equal groups, so that the next grouped convolution mixes them.
+    """Interleave the channels of equal groups, so that the next grouped convolution mixes them.
 
     Shapes: (B, C, H, W) to (B, C, H, W); channel ``g * C / groups + i`` moves to ``i * groups + g``.
 
     Args:
-        groups: number of groups; 1 leaves the order as it is.
+        groups: Number of groups; 1 keeps the order.
 
     Source:
         Zhang et al., "ShuffleNet", arXiv:1707.01083, Figure 1.
@@ -45,9 +45,9 @@ class ShuffleUnit(nn.Module):
     Shapes: (B, inputs, H, W) to (B, outputs, H / stride, W / stride).
 
     Args:
-        inputs: channels that come in.
-        outputs: channels that go out, those of the shortcut included.
-        stride: 1 or 2.
+        inputs: Channels of the input.
+        outputs: Channels of the output, those of the shortcut included.
+        stride: Stride of the depthwise convolution, 1 or 2.
 
     Source:
         Zhang et al., "ShuffleNet", arXiv:1707.01083, Figure 2 (b) and (c).
@@ -83,13 +83,13 @@ class ShuffleUnit(nn.Module):
 class CifarShuffleNetV1(nn.Module):
     """ShuffleNet with three groups for 32x32 images: a 1x1 stem without stride and stages of 4, 8 and 4 units.
 
-    Stage outputs are 240, 480 and 960 channels at 16x16, 8x8 and 4x4. Weights keep torch's default initialisation, as
-    in the networks behind the published figures.
+    Stage outputs have 240, 480 and 960 channels at 16x16, 8x8 and 4x4. Weights have torch's default initialisation, as
+    in the networks of the published results.
 
     Shapes: images (B, 3, H, W) to logits (B, K).
 
     Args:
-        num_classes: K.
+        num_classes: Number K of classes.
 
     Source:
         Zhang et al., "ShuffleNet", arXiv:1707.01083, Table 1 (g = 3), in the variant of Tian et al., arXiv:1910.10699;
@@ -122,6 +122,6 @@ class CifarShuffleNetV1(nn.Module):
 
 
 def _stage(inputs: int, outputs: int, *, units: int) -> nn.Sequential:
-    """Return ``units`` shuffle units, of which the first halves H and W and appends its input."""
+    """Stack ``units`` shuffle units, the first of which halves H and W and appends its input."""
     first = ShuffleUnit(inputs, outputs, stride=2)
     return nn.Sequential(first, *(ShuffleUnit(outputs, outputs, stride=1) for _ in range(units - 1)))

@@ -11,17 +11,17 @@ from ackd_lightning.models.zoo._layers import conv1x1, conv3x3, init_convolution
 
 
 class PreActivationBlock(nn.Module):
-    """BatchNorm, ReLU and a 3x3 convolution, twice, plus a shortcut without any normalisation.
+    """BatchNorm, ReLU and a 3x3 convolution, twice, and a shortcut without normalisation.
 
-    Where the number of channels changes, the first BatchNorm and ReLU are shared by both paths and the shortcut is a
-    1x1 convolution; where it stays, the shortcut is the block's raw input.
+    If the number of channels changes, both paths share the first BatchNorm and ReLU and the shortcut is a 1x1
+    convolution; if not, the shortcut is the block's input itself.
 
     Shapes: (B, inputs, H, W) to (B, outputs, H / stride, W / stride); the output may be negative.
 
     Args:
-        inputs: channels that come in.
-        outputs: channels that go out.
-        stride: stride of the first convolution and of the shortcut; 1 where the number of channels stays.
+        inputs: Channels of the input.
+        outputs: Channels of the output.
+        stride: Stride of the first convolution and of the shortcut; 1 if the number of channels stays the same.
 
     Source:
         Zagoruyko and Komodakis, "Wide Residual Networks", arXiv:1605.07146, Figure 1 (c) without dropout.
@@ -36,7 +36,7 @@ class PreActivationBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.relu2 = nn.ReLU()
         self.conv2 = conv3x3(outputs, outputs)
-        # the name is the public checkpoints'
+        # named as in the public checkpoints
         self.convShortcut: nn.Module = conv1x1(inputs, outputs, stride=stride) if self.widens else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -48,15 +48,15 @@ class PreActivationBlock(nn.Module):
 
 
 class BlockGroup(nn.Module):
-    """One stage of a wide residual network; it exists because public checkpoints name its blocks ``layer.N``.
+    """One stage of a wide residual network; a class of its own because public checkpoints name its blocks ``layer.N``.
 
     Shapes: (B, inputs, H, W) to (B, outputs, H / stride, W / stride).
 
     Args:
-        inputs: channels that come in.
-        outputs: channels that go out.
-        blocks: number of blocks.
-        stride: stride of the first block.
+        inputs: Channels of the input.
+        outputs: Channels of the output.
+        blocks: Number of blocks.
+        stride: Stride of the first block.
     """
 
     def __init__(self, inputs: int, outputs: int, *, blocks: int, stride: int) -> None:
@@ -73,15 +73,15 @@ class BlockGroup(nn.Module):
 class WideResNet(nn.Module):
     """Wide residual network WRN-``depth``-``widen`` with ``depth`` = 6n + 4.
 
-    Stage outputs are sums of residuals before the next BatchNorm and ReLU; the final pair is the plan's tail. For 32x32
-    images the stages give 32x32, 16x16 and 8x8; other sizes scale, as the pooling is global.
+    Stage outputs are residual sums, before the next BatchNorm and ReLU; the final pair is the plan's tail. They are
+    32x32, 16x16 and 8x8 for 32x32 images; other image sizes work too, because the pooling is global.
 
     Shapes: images (B, 3, H, W) to logits (B, K).
 
     Args:
-        num_classes: K.
-        depth: 16, 28 or 40.
-        widen: factor on the widths 16, 32 and 64 of the three stages; the stem keeps 16.
+        num_classes: Number K of classes.
+        depth: Number of layers: 16, 28 or 40.
+        widen: Factor on the widths 16, 32 and 64 of the three stages; the stem keeps 16.
 
     Source:
         Zagoruyko and Komodakis, "Wide Residual Networks", arXiv:1605.07146, Table 1; parameter names as in the public

@@ -1,4 +1,4 @@
-"""What stands in for data and teachers that are not there."""
+"""Synthetic data and fresh weights in place of data sets and teachers that are missing."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.module import DistillationModule
 
 _UNKNOWN_IMAGES = 10_000
-"""Synthetic images in place of data whose number is not known before they are there."""
+"""Number of synthetic images in place of a data set of unknown size."""
 _LARGEST = 2**30
-"""Bytes of synthetic images; from there on they overlap in memory."""
+"""Largest size of the synthetic images in bytes; more images than that share memory."""
 
 
 class SyntheticDataModule(ImageDataModule):
-    """Random images in the shape, number and batches of other data, which need not be there.
+    """Random images with the shape, number and batches of another data module, whose files may be missing.
 
     Args:
-        data: whose place is taken; nothing is held out for validation.
+        data: Data module to imitate; no image is held out for validation.
     """
 
     def __init__(self, data: ImageDataModule) -> None:
@@ -54,7 +54,7 @@ class SyntheticDataModule(ImageDataModule):
         count = self.images if part == "train" else self.eval_batch_size
         shape = (3, self.input_size, self.input_size)
         size = 3 * self.input_size**2
-        apart = max(1, min(size, _LARGEST // count))  # below the size, images share bytes
+        apart = max(1, min(size, _LARGEST // count))  # less than `size`: neighbouring images overlap
         pixels = torch.randint(0, 256, (apart * (count - 1) + size,), dtype=torch.uint8)
         images = pixels.as_strided((count, *shape), (apart, self.input_size**2, self.input_size, 1))
         names = tuple(f"class {number}" for number in range(self.num_classes))
@@ -62,7 +62,12 @@ class SyntheticDataModule(ImageDataModule):
 
 
 def usable(data: ImageDataModule, notes: list[str]) -> ImageDataModule:
-    """The data when they are there, else random images; nothing is downloaded."""
+    """Set up a data module, or replace it by random images when its files are missing; nothing is downloaded.
+
+    Args:
+        data: Data module of the run.
+        notes: List that a replacement is reported in.
+    """
     if isinstance(data, DownloadedDataModule):
         data.download = False
     try:
@@ -81,7 +86,14 @@ def usable(data: ImageDataModule, notes: list[str]) -> ImageDataModule:
 
 @torch.no_grad()
 def fresh_network(name: str, num_classes: int, size: int, options: Mapping[str, Any]) -> nn.Module:
-    """A network with fresh weights whose BatchNorm knows its inputs, so that its outputs are of usual size."""
+    """Build a network with fresh weights and BatchNorm statistics of random images, so that its outputs stay small.
+
+    Args:
+        name: Model name.
+        num_classes: Number of classes K.
+        size: Side of the images in pixels.
+        options: Keyword arguments of the model.
+    """
     network = create_model(name, num_classes, **options)
     layers = [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]
     before = [each.momentum for each in layers]
@@ -94,11 +106,17 @@ def fresh_network(name: str, num_classes: int, size: int, options: Mapping[str, 
 
 
 def give_weights(module: DistillationModule, folder: Path, notes: list[str]) -> None:
-    """Write fresh weights for every teacher whose file is not there."""
+    """Write fresh weights for every teacher whose file is missing.
+
+    Args:
+        module: Module before its teachers are loaded.
+        folder: Folder for the weight files.
+        notes: List that fresh weights are reported in.
+    """
     teachers = module.teachers
     for number, name in enumerate(each for each in teachers.given if isinstance(each, str)):
         file = teachers.files.get(number)
         if file is None or not Path(file).is_file():
             network = fresh_network(name, module.num_classes, module.input_size, teachers.options)
             teachers.files[number] = str(save_weights(network, folder / f"teacher{number}.safetensors"))
-            notes.append(f"teacher {name} has fresh weights ({file or 'no weight file'} is not there)")
+            notes.append(f"teacher {name} has fresh weights ({file or 'its weight file'} does not exist)")

@@ -1,4 +1,4 @@
-"""BatchNorm inside the convolution before it: the same function in evaluation mode, with less to compute."""
+"""BatchNorm fusion: the same function in evaluation mode, with each BatchNorm inside the convolution before it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 _TOLERANCE = 1e-3
-"""Largest difference of an output, as a share of its largest value, that rounding may make (float32)."""
+"""Largest difference of an output, relative to its largest value, that is put down to rounding in float32."""
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
@@ -20,8 +20,8 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _pairs(network: nn.Module, run: Callable[[nn.Module], object]) -> list[tuple[str, str]]:
-    """Names of each convolution and the BatchNorm that gets its output, both called once."""
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensor itself, too, or another one could get its place in memory
+    """List the names of each convolution and of the BatchNorm that reads its output, where both are called once."""
+    made: dict[int, tuple[str, Tensor]] = {}  # keeps the tensor, because another one could take its place in memory
     calls: collections.Counter[str] = collections.Counter()
     found: list[tuple[str, str]] = []
     hooks = []
@@ -48,18 +48,18 @@ def _pairs(network: nn.Module, run: Callable[[nn.Module], object]) -> list[tuple
 
 
 @torch.no_grad()
-def folded(network: nn.Module, run: Callable[[nn.Module], Sequence[Tensor]]) -> nn.Module | None:
-    """Copy of a network in evaluation mode whose BatchNorms are inside the convolutions before them, where there are.
+def fused(network: nn.Module, run: Callable[[nn.Module], Sequence[Tensor]]) -> nn.Module | None:
+    """Copy a network in evaluation mode and fuse its BatchNorms with the convolutions before them, where possible.
 
-    A convolution whose output somebody else reads as well must not be changed. That cannot be seen from outside, so all
-    outputs are compared with the network's own.
+    A convolution whose output is also read elsewhere must not change. That cannot be seen from outside, so all outputs
+    of the copy are compared with the network's own.
 
     Args:
-        network: any network; stays as it is.
-        run: runs a network on an example and returns the outputs that have to stay the same.
+        network: Any network; it is not changed.
+        run: Function that runs a network on an example and returns the outputs that must stay the same.
 
     Returns:
-        The copy; None where nothing can be folded or an output would differ by more than rounding.
+        The fused copy; None if nothing can be fused, or if an output would differ by more than rounding.
     """
     result = copy.deepcopy(network).eval()
     pairs = _pairs(result, run)

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import v2
 
-from ackd_lightning.data.augment import RawBatch, crop_flip, normalise, shift_and_flip
 from ackd_lightning.data.sampling import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP
+from ackd_lightning.data.transforms import RawBatch, crop_flip, normalise, random_crop, shift_and_flip
 from ackd_lightning.random import mix
 
 
@@ -71,6 +72,42 @@ def test_normalise():
     done = normalise(image, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
     assert done.dtype == torch.float32
     torch.testing.assert_close(done.flatten(), torch.tensor([-2.0, (128 / 255 - 0.4) / 0.2, 7.0]))
+
+
+def test_random_crops_are_spread_like_those_of_torchvision():
+    width, height, count = 90, 60, 3000
+    mine = [random_crop(width, height, seed) for seed in range(count)]
+    transform = v2.RandomResizedCrop(1)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    theirs = [transform.make_params([torch.zeros(3, height, width)]) for _ in range(count)]
+    torch.set_rng_state(state)
+
+    def described(left, top, wide, tall):
+        share, ratio = wide * tall / (width * height), (wide / tall).log()
+        return torch.stack([share, ratio, left / (width - wide + 1), top / (height - tall + 1)], dim=1)
+
+    boxes = torch.tensor([box for box, _ in mine]).double()
+    drawn = torch.tensor([[each[key] for key in ("left", "top", "width", "height")] for each in theirs]).double()
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).double()
+    crops = described(boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+    quantiles = [torch.quantile(each, levels, dim=0) for each in (crops, described(*drawn.T))]
+    torch.testing.assert_close(*quantiles, rtol=0, atol=0.04)
+    assert abs(sum(mirror for _, mirror in mine) / count - 0.5) < 0.03
+    assert [*boxes.amin(dim=0)[:2].tolist(), *boxes.amax(dim=0)[2:].tolist()] == [0, 0, width, height]
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((1, 1), (0, 0, 1, 1)),
+        ((1000, 1), (499, 0, 500, 1)),
+        ((9, 1000), (0, 494, 9, 506)),
+        ((1000, 9), (494, 0, 506, 9)),
+    ],
+)
+def test_random_crop_of_an_image_that_no_crop_fits_is_its_centre(size, box):
+    assert {random_crop(*size, seed)[0] for seed in range(5)} == {box}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

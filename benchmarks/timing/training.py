@@ -1,9 +1,8 @@
-"""One measurement, in a process of its own."""
+"""One measurement of a training run: through the Trainer, as a bare loop, and as that loop with a stopwatch."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -14,37 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.bench.machine import MATRIX, machine, matrix_peak, matrix_type, resident_bytes, wait
-from ackd_lightning.bench.standins import give_weights, usable
 from ackd_lightning.callbacks.checkpoints import RunCheckpoint
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import in_our_words
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.methods.base import AdversarialMethod
 from ackd_lightning.models.zoo.complexity import multiply_adds
-from ackd_lightning.runs.files import write_json
 from ackd_lightning.training.manual import frozen
 from ackd_lightning.training.module import DistillationModule
+from timing.machine import MATRIX, machine, matrix_peak, matrix_type, resident_bytes, wait
+from timing.synthetic import give_weights, usable
 
 PARTS = {
     "data": "data: loader, augmentation",
     "teacher": "teacher forward",
     "student": "student forward",
-    "players": "players' steps",
+    "auxiliary": "steps of the auxiliary optimizers",
     "terms": "terms of the loss",
     "backward": "backward",
-    "optimizer": "optimiser",
+    "optimizer": "optimizer",
     "other": "rest",
 }
-"""Parts of the step that the stopwatch tells apart, with their names on the screen."""
+"""Parts of a step that the stopwatch separates, with their printed names."""
 
 
 class BenchRun(ACKDCLI):
-    """A fit that is built as ever, but for checkpoints, and not carried out.
+    """A fit that is built as ``ackd fit`` builds it, except for checkpoints, and not run.
 
     Args:
-        arguments: behind ``ackd fit``.
-        folder: for all that it writes.
+        arguments: Command line of ``ackd fit``.
+        folder: Folder for everything that the run writes.
     """
 
     def __init__(self, arguments: Sequence[str], folder: Path) -> None:
@@ -56,7 +54,7 @@ class BenchRun(ACKDCLI):
         self.folder = self.place / "runs" / "bench" / "run"
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Put in what stands in for missing data and teachers, and leave checkpoints out."""
+        """Replace missing data and weights, and leave checkpoints out."""
         give_weights(self.model, self.place, self.notes)
         self.datamodule = usable(self.datamodule, self.notes)
         trainer: Any = super().instantiate_trainer(**kwargs)
@@ -68,11 +66,11 @@ class BenchRun(ACKDCLI):
 
 
 class Clock:
-    """A stopwatch for parts of a step; on a GPU it waits for each part's end.
+    """Stopwatch for the parts of a step; on a GPU it waits for the end of each part.
 
     Args:
-        device: that computes.
-        running: False for a clock that measures nothing and costs nothing.
+        device: Device that computes.
+        running: Whether to measure; a clock that does not run costs nothing.
     """
 
     def __init__(self, device: torch.device, *, running: bool) -> None:
@@ -81,10 +79,10 @@ class Clock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what happens inside to a part.
+        """Add the time inside the context to a part.
 
         Args:
-            name: key of ``PARTS``.
+            name: Key of ``PARTS``.
         """
         if not self.running:
             yield
@@ -96,12 +94,12 @@ class Clock:
 
 
 class Timed(nn.Module):
-    """A network with a stopwatch around its forward pass; what is inside, compiled or not, stays as it is.
+    """A network with a stopwatch around its forward pass; the network itself, compiled or not, is unchanged.
 
     Args:
-        network: to be timed.
-        clock: that measures.
-        part: of the clock.
+        network: Network to time.
+        clock: Stopwatch.
+        part: Key of ``PARTS``.
     """
 
     def __init__(self, network: nn.Module, clock: Clock, part: str) -> None:
@@ -115,10 +113,10 @@ class Timed(nn.Module):
 
 
 class BareLoop:
-    """The steps of a run without Lightning: the same loader, networks, terms, players and optimizers.
+    """The steps of a run without Lightning: the same loader, networks, terms and optimizers.
 
     Args:
-        run: whose fit has ended, so that everything is set up.
+        run: Run whose fit has ended, so that everything is set up.
     """
 
     def __init__(self, run: BenchRun) -> None:
@@ -141,13 +139,13 @@ class BareLoop:
 
     def _backward(self, loss: Tensor) -> None:
         with torch.autocast(self.device.type, enabled=False):
-            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def step(self, clock: Clock) -> None:
-        """One step: batch, forward passes, players' steps, terms, backward, optimizer.
+        """One step: batch, forward passes, auxiliary optimizers, terms, backward, optimizer.
 
         Args:
-            clock: around the parts.
+            clock: Stopwatch around the parts.
         """
         module, method = self.module, self.module.method
         with clock.part("data"):
@@ -156,7 +154,7 @@ class BareLoop:
             student, teacher = module.outputs(batch)
             for player, optimizer in self.optimizers.items():
                 assert isinstance(method, AdversarialMethod)
-                with clock.part("players"):
+                with clock.part("auxiliary"):
                     turn = method.player_loss(player, student, teacher, batch)
                     if turn is not None:
                         optimizer.zero_grad()
@@ -175,11 +173,11 @@ class BareLoop:
             self.optimizer.step()
 
     def seconds(self, steps: int, *, warmup: int) -> float:
-        """Seconds of one step.
+        """Mean seconds of one step.
 
         Args:
-            steps: that are measured.
-            warmup: steps before them.
+            steps: Number of measured steps.
+            warmup: Number of steps before them.
         """
         clock = Clock(self.device, running=False)
         for _ in range(warmup):
@@ -192,14 +190,14 @@ class BareLoop:
         return (time.perf_counter() - begin) / steps
 
     def split(self, steps: int) -> dict[str, float]:
-        """Seconds of every part of one step.
+        """Mean seconds of every part of one step.
 
         Args:
-            steps: that are measured.
+            steps: Number of measured steps.
         """
         clock = Clock(self.device, running=True)
         student, teachers = self.module.student, self.module.teachers.frozen
-        self.module.student = Timed(student, clock, "student")  # type: ignore[assignment]  # for the time being
+        self.module.student = Timed(student, clock, "student")  # type: ignore[assignment]  # until the end of the measurement
         self.module.teachers.frozen = tuple(Timed(each, clock, "teacher") for each in teachers)  # type: ignore[misc]
         try:
             wait(self.device)
@@ -214,15 +212,15 @@ class BareLoop:
 
 
 def _graphs() -> int:
-    """Graphs that torch.compile has made in this process so far."""
-    loaded = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds, and changes nothing if it is not used
+    """Number of graphs that torch.compile has made in this process so far."""
+    loaded = sys.modules.get("torch._dynamo.utils")  # not imported here: that takes seconds and compiles nothing
     return int(loaded.counters["stats"]["unique_graphs"]) if loaded else 0
 
 
 def _through_trainer(run: BenchRun, *, warmup: int, steps: int) -> tuple[float, dict[str, int]]:
-    """Seconds of one step inside a fit: from the start of a step to the start of the one that comes ``steps`` later.
+    """Mean seconds from the start of one step to the start of the next inside a fit.
 
-    Also the graphs that were compiled before the timed steps and in them.
+    Also the number of graphs that were compiled before and during the timed steps.
     """
     trainer, module = run.trainer, run.model
     device, starts, graphs = trainer.strategy.root_device, list[float](), [_graphs()]
@@ -249,7 +247,7 @@ def _through_trainer(run: BenchRun, *, warmup: int, steps: int) -> tuple[float, 
 
 
 def _middle_epoch(run: BenchRun, *, steps: int) -> int:
-    """Let the fit begin in the middle of its schedule, where the warm-ups of methods are over."""
+    """Start the fit in the middle of its schedule, after the warm-ups of the methods."""
     loop = run.trainer.fit_loop
     if loop.max_epochs is None or loop.max_epochs < 1:
         return 0
@@ -264,15 +262,15 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
     """Measure one run in this process.
 
     Args:
-        arguments: behind ``ackd fit``.
-        warmup: steps before those that are timed.
-        steps: that are timed, of each kind.
+        arguments: Command line of ``ackd fit``.
+        warmup: Number of steps before the timed ones.
+        steps: Number of timed steps of each kind.
 
     Returns:
         Plain data: seconds, images per second, bytes, multiply-adds, and what they were measured on.
 
     Raises:
-        ACKDError: for whatever is wrong with the arguments.
+        ACKDError: When a setting is wrong.
     """
     length = warmup + steps + 1
     limits = {"max_steps": length, "limit_val_batches": 0, "num_sanity_val_steps": 0}
@@ -280,7 +278,9 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
     with tempfile.TemporaryDirectory(prefix="ackd-bench-") as folder, in_our_words():
         run = BenchRun(["--trainer.devices", "1", *arguments, *fixed, "--publish", "null"], Path(folder))
         if run.trainer.world_size > 1:
-            raise ACKDError("ackd bench measures a single device; leave --trainer.devices and num_nodes out")
+            raise ACKDError(
+                f"the benchmark measures one device, not {run.trainer.world_size}; leave out devices and num_nodes"
+            )
         run.model.load_teacher()
         device = run.trainer.strategy.root_device
         epoch = _middle_epoch(run, steps=length)
@@ -303,7 +303,7 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
     }
     images_per_second = batch_size / step_seconds
     peak = matrix_peak(device, matrix_type(precision), side=MATRIX["cuda" if on_gpu else "cpu"])
-    from_cache = module.cache is not None  # then the teacher is not run
+    from_cache = module.cache is not None  # the teacher is not run then
     operations = 2 * ((0 if from_cache else counts["teacher"]) + 3 * counts["in_training"])
     if graphs["timed"]:
         run.notes.append(
@@ -338,21 +338,3 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
         "matrix_share": operations * images_per_second / peak,
         "machine": machine(),
     }
-
-
-def answer(request: str) -> int:
-    """What the fresh process does: measure, and write the numbers or the one sentence of an error to a file.
-
-    Args:
-        request: JSON with ``arguments``, ``warmup`` and ``steps`` for ``measure``, and the file's name, ``out``.
-
-    Returns:
-        Code with which the process ends.
-    """
-    asked = json.loads(request)
-    try:
-        result = measure(asked["arguments"], warmup=asked["warmup"], steps=asked["steps"])
-    except ACKDError as error:
-        result = {"error": str(error)}
-    write_json(result, Path(asked["out"]))
-    return 2 if "error" in result else 0

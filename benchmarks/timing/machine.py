@@ -1,10 +1,11 @@
-"""What a measured time depends on: the machine, what others do on it, and what it can do."""
+"""What a measured time depends on: the machine, the load of other processes, and the machine's peak speed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -19,12 +20,21 @@ from ackd_lightning.runs.versions import versions
 BUSY = 0.05
 """Share of the machine's cores that other processes may use before a run counts as disturbed."""
 MATRIX = {"cpu": 2048, "cuda": 8192}
-"""Side of the matrices whose product shows what the machine can do."""
+"""Side of the square matrices whose product measures the machine's peak speed."""
 _ENVIRONMENT = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "PYTORCH_")
 
 
+def median_and_range(values: Sequence[float]) -> dict[str, float]:
+    """Median, minimum and maximum.
+
+    Args:
+        values: At least one number.
+    """
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
 def _cpu_seconds() -> tuple[float, int] | None:
-    """Seconds that all cores together have worked since the machine started, and their number; None if not told."""
+    """Busy seconds of all cores since the machine started, and the number of cores; None where this is unknown."""
     try:
         lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -35,15 +45,16 @@ def _cpu_seconds() -> tuple[float, int] | None:
 
 
 def watched(command: Sequence[str], **options: Any) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    """Run a command to its end and tell what other processes did meanwhile.
+    """Run a command and measure the load of other processes meanwhile.
 
     Args:
-        command: program and arguments.
-        options: for ``subprocess.run``.
+        command: Program and arguments.
+        options: Keyword arguments of ``subprocess.run``.
 
     Returns:
-        What the command left, and the load: ``other_cores`` is how many of the machine's ``cores`` were busy on
-        average with anything but this process and its children, ``busy`` whether that is too much; None if unknown.
+        The completed process and the load. ``other_cores`` is the mean number of the machine's ``cores`` that were
+        busy with anything but this process and its children; ``busy`` says whether that is too much. Both are None
+        where they are unknown.
     """
     before, started, spent = _cpu_seconds(), time.monotonic(), sum(os.times()[:4])
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
@@ -65,7 +76,7 @@ def cpu_model() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a measured time depends on: versions, hardware, threads, and settings in the environment."""
+    """Versions, hardware, number of threads, and the environment variables that change speed."""
     return {
         "versions": versions(),
         "cpu": cpu_model(),
@@ -77,23 +88,23 @@ def machine() -> dict[str, Any]:
 
 
 def wait(device: torch.device) -> None:
-    """Let a GPU come to the end of what it was given.
+    """Wait until a GPU has finished its queued work; a CPU needs no waiting.
 
     Args:
-        device: that computes.
+        device: Device that computes.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, *, side: int, repeats: int = 5) -> float:
-    """Operations per second (two for each multiply-add) of a large matrix product, the best of some.
+    """Operations per second of a large matrix product (two per multiply-add), the best of several.
 
     Args:
-        device: that computes.
-        dtype: of the matrices.
-        side: of the square matrices.
-        repeats: how many are timed.
+        device: Device that computes.
+        dtype: Number format of the matrices.
+        side: Side of the square matrices.
+        repeats: Number of timed products.
     """
     first = torch.randn(side, side, device=device).to(dtype)
     second = torch.randn(side, side, device=device).to(dtype)
@@ -108,25 +119,25 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, *, side: int, repeats:
 
 
 def matrix_type(precision: str) -> torch.dtype:
-    """Number format of the matrix products of a run.
+    """Number format of a run's matrix products.
 
     Args:
-        precision: of the Trainer.
+        precision: Precision of the Trainer, such as ``bf16-mixed``.
     """
     kinds = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
     return kinds.get(precision.partition("-")[0], torch.float32)
 
 
 def resident_bytes() -> int | None:
-    """Largest memory that this process has had so far, its worker processes' not counted; None on Windows."""
+    """Peak resident memory of this process, without its worker processes; None on Windows."""
     if sys.platform == "win32":
         return None
-    # Linux hands ru_maxrss of the parent on to a new process: only this line is its own
+    # Linux passes ru_maxrss of the parent on to a new process; only this line belongs to the process itself
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

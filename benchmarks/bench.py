@@ -1,9 +1,17 @@
-"""All measurements, one after the other, and what they come to."""
+"""Training speed of a configuration on this machine, where the time of a step goes, and memory.
+
+    python benchmarks/bench.py --config NAME --methods kd,ackd
+
+Every measurement runs in a fresh process, methods in turn (A B A B), while the load of other processes is watched. That
+process builds the run as `ackd fit` does, without checkpoints and validation, and times three kinds of steps: through
+the Trainer, as a bare loop of the same parts, and as that loop with a stopwatch around each part. Any other option is a
+setting of `ackd fit`, such as --data.batch_size 64. README.md in this folder explains the numbers.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -14,15 +22,15 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from timing.machine import median_and_range, watched
+from timing.training import PARTS, measure
 
-from ackd_lightning.bench.machine import watched
-from ackd_lightning.bench.measuring import PARTS
 from ackd_lightning.config.files import load_configs
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.files import write_json
 
-_SPREAD = (
+SUMMARISED = (
     "images_per_second",
     "step_seconds",
     "bare_images_per_second",
@@ -33,7 +41,7 @@ _SPREAD = (
     "matrix_peak",
     "matrix_share",
 )
-"""Numbers of which median, least and largest are shown."""
+"""Numbers of which median, minimum and maximum are shown."""
 
 
 def _measured(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, Any]:
@@ -41,8 +49,7 @@ def _measured(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="ackd-bench-") as folder:
         out = Path(folder) / "result.json"
         request = {"arguments": list(arguments), "warmup": warmup, "steps": steps, "out": str(out)}
-        code = "import sys; from ackd_lightning.bench.measuring import answer; sys.exit(answer(sys.argv[1]))"
-        done, load = watched([sys.executable, "-c", code, json.dumps(request)])
+        done, load = watched([sys.executable, __file__, "--measure", json.dumps(request)])
         if not out.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RuntimeError(f"the measuring process ended with code {done.returncode}: {last}")
@@ -52,29 +59,38 @@ def _measured(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str,
     return {**result, "load": load}
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and largest of some numbers.
+def answer(request: str) -> int:
+    """Measure in this process, and write the numbers or the message of an error to a file.
 
     Args:
-        values: at least one.
+        request: JSON with ``arguments``, ``warmup`` and ``steps`` of ``measure``, and the file name ``out``.
+
+    Returns:
+        Exit code of the process.
     """
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    asked = json.loads(request)
+    try:
+        result = measure(asked["arguments"], warmup=asked["warmup"], steps=asked["steps"])
+    except ACKDError as error:
+        result = {"error": str(error)}
+    write_json(result, Path(asked["out"]))
+    return 2 if "error" in result else 0
 
 
 def summarised(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over the runs of one method; over the undisturbed ones, where there are any.
+    """Medians over the runs of one method, without disturbed runs if any run was undisturbed.
 
     Args:
-        runs: as ``measure`` gives them, with ``load``.
+        runs: Results of ``measure``, with ``load``.
     """
     quiet = [each for each in runs if not each["load"]["busy"]] or list(runs)
-    known = [name for name in _SPREAD if quiet[0][name] is not None]
+    known = [name for name in SUMMARISED if quiet[0][name] is not None]
     return {
         "runs": len(runs),
         "used": len(quiet),
         "disturbed": sum(bool(each["load"]["busy"]) for each in runs),
-        **{name: spread([each[name] for each in quiet]) for name in known},
-        "parts": {part: spread([each["parts"][part] for each in quiet]) for part in PARTS},
+        **{name: median_and_range([each[name] for each in quiet]) for name in known},
+        "parts": {part: median_and_range([each["parts"][part] for each in quiet]) for part in PARTS},
         "multiply_adds": quiet[0]["multiply_adds"],
     }
 
@@ -89,7 +105,7 @@ def _table(report: Mapping[str, Any]) -> Table:
     where = first["machine"]["gpu"] if first["device"].startswith("cuda") else first["machine"]["cpu"]
     table = Table(
         caption=f"{report['config']}, batch {first['batch_size']}, {first['precision']}, {where}, "
-        f"{first['machine']['threads']} threads; {escape('median [least, largest]')} of runs of {first['steps']} steps"
+        f"{first['machine']['threads']} threads; {escape('median [min, max]')} of runs of {first['steps']} steps"
     )
     table.add_column("")
     methods: Mapping[str, Any] = report["methods"]
@@ -115,12 +131,12 @@ def _table(report: Mapping[str, Any]) -> Table:
     for network, label in (("teacher", "teacher"), ("student", "student"), ("in_training", "student in training")):
         row(f"multiply-adds, {label}, M", lambda each, key=network: f"{each['multiply_adds'][key] / 1e6:,.1f}")  # type: ignore[misc]
     row("matrix product, Gop/s", lambda each: _cell(each["matrix_peak"], 1e-9, 0))
-    row("share of it that is used, %", lambda each: _cell(each["matrix_share"], 100))
+    row("share of it in use, %", lambda each: _cell(each["matrix_share"], 100))
     return table
 
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
-    """What has to be said beside the numbers."""
+    """Notes and warnings to print below the numbers."""
     lines = list(dict.fromkeys(note for each in report["runs"] for note in each["notes"]))
     loads = [each["load"] for each in report["runs"]]
     disturbed = [each for each in loads if each["busy"]]
@@ -128,10 +144,12 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
         most = max(each["other_cores"] for each in disturbed)
         lines.append(
             f"WARNING: the machine was busy in {len(disturbed)} of {len(loads)} runs (other processes used up to "
-            f"{most:.2f} of {disturbed[0]['cores']} cores): those times mean nothing; repeat them on an idle machine"
+            f"{most:.2f} of {disturbed[0]['cores']} cores): discard those times and repeat on an idle machine"
         )
     if any(each["busy"] is None for each in loads):
-        lines.append("WARNING: this system does not tell what other processes do; see that they do nothing")
+        lines.append(
+            "WARNING: the load of other processes is unknown on this system; make sure that the machine is idle"
+        )
     return lines
 
 
@@ -145,25 +163,25 @@ def bench(
     out: str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measure the training speed of methods, methods in turn, and show it.
+    """Measure the training speed of methods in turn, and print it.
 
     Args:
-        configs: what stands behind ``--config``.
-        methods: fragments, each laid over the configuration; none: the configuration's own method.
-        steps: that are timed in every run.
-        warmup: steps before them.
-        runs: fresh processes for each method.
-        out: file for all numbers as JSON; ``-`` for standard output, in place of the table.
-        overrides: settings of ``ackd fit``.
+        configs: Values of ``--config``.
+        methods: Method fragments, each merged over the configuration; none: the configuration's own method.
+        steps: Number of timed steps of every run.
+        warmup: Number of steps before them.
+        runs: Number of fresh processes per method.
+        out: JSON file for all numbers; ``-``: standard output, in place of the table.
+        overrides: Settings of ``ackd fit``.
 
     Returns:
         All numbers.
 
     Raises:
-        ACKDError: for whatever is wrong with the arguments.
+        ACKDError: When an argument is wrong.
     """
     if not configs:
-        raise ACKDError("ackd bench has no configuration; name one with --config, `ackd configs` lists them")
+        raise ACKDError("no configuration is given; name one with --config, `ackd configs` lists them")
     for name, number in (("steps", steps), ("warmup", warmup), ("runs", runs)):
         if number < 1:
             raise ACKDError(f"--{name} is {number}; use 1 or more")
@@ -212,3 +230,47 @@ def bench(
         write_json(report, file)
         print(f"all numbers: {file}")
     return report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: Command line without the program's name; None: that of the process.
+
+    Returns:
+        Exit code: 0, or 2 after a wrong argument.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="append", default=[], help="configuration, as for `ackd fit`")
+    parser.add_argument("--methods", default="", help="methods, separated by commas; default: the configuration's own")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per run")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the timed ones")
+    parser.add_argument("--runs", type=int, default=5, help="fresh processes per method, methods in turn")
+    parser.add_argument(
+        "--out", default=None, help="JSON file for all numbers; -: standard output instead of the table"
+    )
+    parser.add_argument("--measure", default=None, help=argparse.SUPPRESS)  # the fresh process of one measurement
+    options, overrides = parser.parse_known_args(arguments)
+    if options.measure is not None:
+        return answer(options.measure)
+    try:
+        bench(
+            options.config,
+            methods=[name.strip() for name in options.methods.split(",") if name.strip()],
+            steps=options.steps,
+            warmup=options.warmup,
+            runs=options.runs,
+            out=options.out,
+            overrides=overrides,
+        )
+    except ACKDError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

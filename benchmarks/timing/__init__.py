@@ -1,0 +1,1 @@
+"""Measuring tools that the benchmark programs share; no program and no threshold."""

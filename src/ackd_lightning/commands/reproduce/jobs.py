@@ -1,0 +1,152 @@
+"""One planned run, its state, and whether an existing run was made with the same settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ackd_lightning.commands.reproduce.networks import Networks
+from ackd_lightning.config.experiment import experiment_settings
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.execute import PlannedRun
+from ackd_lightning.models.weights import digest
+from ackd_lightning.runs.files import read_summary
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of ``ackd fit``.
+
+    Attributes:
+        title: Printed title.
+        pair: Name of the pair; the first of them for a teacher that several pairs share.
+        row: Name of the row; empty for teachers and assistants.
+        kind: ``student``, ``teacher``, ``early_stopped`` or ``assistant``.
+        seed: Seed of the run.
+        arguments: Command line of ``ackd fit``.
+        folder: Folder of the run.
+        needs: Folders of the runs whose networks it learns from.
+        settings: Dotted settings that define the experiment, without the seed.
+        planned: The parsed run, without its networks.
+        networks: Sizes of the networks.
+        source: Weight file of the network that it learns from; None without a teacher.
+    """
+
+    title: str
+    pair: str
+    row: str
+    kind: str
+    seed: int
+    arguments: tuple[str, ...]
+    folder: Path
+    needs: tuple[Path, ...]
+    settings: dict[str, Any]
+    planned: PlannedRun
+    networks: Networks
+    source: Path | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has finished."""
+        return (self.folder / "summary.json").is_file()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Some checkpoint of an interrupted run; `--resume` chooses which one is read."""
+        found = list(self.folder.glob("checkpoints/*.ckpt"))
+        return found[0] if found and not self.finished else None
+
+    @property
+    def student_file(self) -> Path:
+        """Weight file of the trained network."""
+        return self.folder / "student.safetensors"
+
+    @property
+    def epochs(self) -> int:
+        """Length of the run in epochs."""
+        return int(self.settings.get("trainer.max_epochs") or 0)
+
+    @property
+    def config_hash(self) -> str:
+        """Short hash of the settings, equal for runs that differ only in their seed."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def state(self) -> str:
+        """``finished``, ``to continue`` or ``to do``."""
+        return "finished" if self.finished else "to continue" if self.checkpoint else "to do"
+
+
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Write dotted settings as a command line.
+
+    Args:
+        settings: Values by dotted name.
+
+    Example:
+        >>> as_arguments({"trainer.max_epochs": 3, "data.mean": [0.5, 0.4], "model.student": "resnet8"})
+        ['--trainer.max_epochs', '3', '--data.mean', '[0.5, 0.4]', '--model.student', 'resnet8']
+    """
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return [part for key, text in texts.items() for part in (f"--{key}", text)]
+
+
+def _changed(job: Job) -> tuple[str, str, str] | None:
+    """First setting in which an existing run differs from the plan: its name, its value there, the planned value.
+
+    Settings that only one side has (those of another version) are not compared.
+    """
+    path = job.folder / "config.yaml"
+    if not path.is_file() or job.state() == "to do":
+        return None
+    there = experiment_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
+    common = sorted(there.keys() & job.settings.keys())
+    changed = next((key for key in common if there[key] != job.settings[key]), None)
+    if changed is not None:
+        return changed, json.dumps(there[changed]), json.dumps(job.settings[changed])
+    return _changed_teacher(job)
+
+
+def _changed_teacher(job: Job) -> tuple[str, str, str] | None:
+    """The same for the network that a finished run learned from."""
+    if job.source is None or not job.finished:
+        return None
+    known = read_summary(job.folder).get("teacher", {}).get("sha256")
+    if known is None:
+        return None
+    if not job.source.is_file():
+        return "a teacher", f"{known[:12]}", f"{job.source}, which does not exist"
+    now = digest(job.source)
+    return None if now == known else ("a teacher", known[:12], f"{job.source} ({now[:12]})")
+
+
+def unchanged(job: Job) -> bool:
+    """Whether an existing run was made with the planned settings; True when there is none.
+
+    Args:
+        job: Planned run.
+    """
+    return _changed(job) is None
+
+
+def check_unchanged(job: Job) -> None:
+    """Refuse an existing run that was made with other settings.
+
+    Args:
+        job: Planned run.
+
+    Raises:
+        ACKDError: When a setting differs.
+    """
+    if (change := _changed(job)) is not None:
+        key, there, planned = change
+        raise ACKDError(
+            f"run {job.folder} was made with {key} = {there} and would now have {planned}; "
+            "choose another --out, or remove that run"
+        )

@@ -1,0 +1,112 @@
+"""Files with the results of a table: ``results.json``, and the table as Markdown, CSV and PNG."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ackd_lightning.commands.reproduce.results import Line
+from ackd_lightning.commands.reproduce.tables import TableSpec
+from ackd_lightning.runs.files import write_json
+
+COLUMNS = ["row", "paper", "ours, last", "ours, best", "n", "difference"]
+METRIC_NAMES = {
+    "acc": "top-1 accuracy in %",
+    "acc_top5": "top-5 accuracy in %",
+    "cka": "linear CKA of the embeddings",
+    "kl": "KL divergence in nats",
+    "proxy": "accuracy and gap in %",
+}
+
+
+def write_tables(table: TableSpec, content: Sequence[Line], out: Path, text: str) -> list[Path]:
+    """Write a table as Markdown, CSV and PNG.
+
+    Args:
+        table: Table of the paper.
+        content: Lines of the table.
+        out: Folder for the files.
+        text: Note below the table.
+
+    Returns:
+        Paths of the files.
+    """
+    markdown, plain, figure = (out / f"{table.name}.{suffix}" for suffix in ("md", "csv", "png"))
+    parts = [f"# {table.title}", ""]
+    for metric in dict.fromkeys(line.metric for line in content):
+        for pair in dict.fromkeys(line.pair for line in content):
+            own = [line for line in content if (line.pair, line.metric) == (pair, metric)]
+            parts += [f"## {pair}, {METRIC_NAMES[metric]}", ""]
+            parts += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+            parts += [f"| {' | '.join(line.cells())} |" for line in own] + [""]
+    markdown.write_text("\n".join([*parts, text, ""]), encoding="utf-8")
+    with plain.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["pair", "metric", *COLUMNS, "values"])
+        for line in content:
+            values = " ".join(f"{value:.{line.decimals}f}" for value in line.last)
+            writer.writerow([line.pair, line.metric, *line.cells(), values])
+    draw(content, figure)
+    return [markdown, plain, figure]
+
+
+def draw(content: Sequence[Line], target: Path) -> None:
+    """Draw every row: the mean, the single seeds, and the figure of the paper.
+
+    Args:
+        content: Lines of the table.
+        target: PNG file to write.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((line.pair, line.metric) for line in content))
+    height = 1.2 + 0.3 * len(content) / len(panels)
+    figure, grid = plt.subplots(len(panels), figsize=(8, height * len(panels)), layout="constrained", squeeze=False)
+    for axes, (pair, metric) in zip(grid[:, 0], panels, strict=True):
+        own = [line for line in content if (line.pair, line.metric) == (pair, metric)]
+        for place, line in enumerate(own):
+            if line.paper is not None:
+                axes.plot(line.paper, place, "D", color="0.5", fillstyle="none", label="paper")
+            if line.last:
+                axes.plot(line.last, [place] * len(line.last), ".", color="C0", alpha=0.5, label="ours, one seed")
+                axes.plot(statistics.fmean(line.last), place, "o", color="C0", label="ours, mean of the last epochs")
+            axes.annotate(
+                line.ours + (f" (n={len(line.last)})" if line.last else ""),
+                (1.01, place),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=8,
+            )
+        axes.set_yticks(range(len(own)), [line.label for line in own])
+        axes.set_ylim(len(own) - 0.5, -0.5)
+        axes.set_title(f"{pair}, {METRIC_NAMES[metric]}", fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+    by_label: dict[str, Any] = {}
+    for axes in grid[:, 0]:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            by_label.setdefault(label, handle)
+    if by_label:
+        figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+def write_records(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Update ``results.json``: records of other runs are kept as long as those runs exist.
+
+    Args:
+        records: Records of finished runs.
+        path: File to write.
+    """
+    known: dict[str, Any] = {}
+    if path.is_file():
+        known = {each["run"]: each for each in json.loads(path.read_text(encoding="utf-8"))}
+    known |= {each["run"]: each for each in records}
+    write_json([each for run, each in known.items() if (Path(run) / "summary.json").is_file()], path)

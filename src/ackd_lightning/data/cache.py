@@ -1,0 +1,132 @@
+"""Cache of decoded pixels, and of which files were checked; a stale one is never used."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ackd_lightning.data.sources import Pixels
+from ackd_lightning.errors import ACKDError
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+
+
+def fingerprint(paths: Sequence[Path], root: Path, *settings: object) -> str:
+    """Hash the names, sizes and modification times of files.
+
+    Args:
+        paths: Files.
+        root: Folder that the hashed names are relative to.
+        settings: Anything else that the cached content depends on.
+
+    Raises:
+        ACKDError: If a file cannot be read.
+    """
+    digest = hashlib.sha256(repr((_FORMAT, *settings)).encode())
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise broken_image(path, error) from None
+        digest.update(f"{os.path.relpath(path, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def broken_image(path: Path, error: BaseException) -> ACKDError:
+    """Return the error for a file that is not a whole image.
+
+    Args:
+        path: The file.
+        error: What was raised when it was read.
+    """
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ACKDError(f"could not read the image {path} ({reason}): replace the file or delete it")
+
+
+def read_cache(path: Path, mark: str) -> dict[str, Any] | None:
+    """Load a cache file; None, and a log line, for a stale or damaged one.
+
+    Args:
+        path: Cache file, which need not exist.
+        mark: Fingerprint that it must have.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = content["fingerprint"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        log.warning("the cache %s cannot be read: decoding the images again", path)
+        return None
+    if found != mark:
+        log.warning("the cache %s is stale (the images or the settings changed): decoding the images again", path)
+        return None
+    return dict(content)
+
+
+def save_cache(path: Path, content: dict[str, Any]) -> None:
+    """Save a cache file, whole or not at all; warn when it cannot be written.
+
+    Args:
+        path: Cache file.
+        content: Plain data and tensors, with the entry ``fingerprint``.
+    """
+    try:
+        _write_atomically(path, content)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = str(error).splitlines()[0]
+        warnings.warn(
+            f"could not write the cache {path} ({reason}), so the images are decoded at every start: make the folder "
+            "writable or set cache: false",
+            stacklevel=2,
+        )
+
+
+def _write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Save through a temporary file in the same folder, so that a killed process leaves no half file."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def cached(path: Path | None, mark: str, make: Callable[[], Pixels]) -> Pixels:
+    """Return the pixels of a cache file, or make and save them when its fingerprint is another one.
+
+    The file is memory-mapped: processes on one machine share it, and images that are not used are not read.
+
+    Args:
+        path: Cache file; None for no cache.
+        mark: Fingerprint of the sources.
+        make: Function that decodes the sources.
+    """
+    if path is not None and (content := read_cache(path, mark)) is not None:
+        return Pixels(tuple(content["class_names"]), content["images"], content["targets"])
+    pixels = make()
+    if path is not None:
+        save_cache(
+            path,
+            {
+                "fingerprint": mark,
+                "class_names": list(pixels.class_names),
+                "images": pixels.images,
+                "targets": pixels.targets,
+            },
+        )
+    return pixels

@@ -1,0 +1,69 @@
+"""Names of auxiliary learners: ``DnBm`` for a branch of the student, everything else for a network of its own."""
+
+from __future__ import annotations
+
+import re
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.features import StagePlan
+
+LAST = "last"
+"""Branch that owns the last stage alone, D{K}B1, of a backbone with any number K of stages."""
+
+PEER = "peer"
+"""Second network of the student's structure with fresh weights."""
+
+
+def is_branch(spec: str) -> bool:
+    """Whether an auxiliary learner is a branch of the student rather than a network of its own.
+
+    Args:
+        spec: Name of the learner, such as ``D3B1``, ``last``, ``peer`` or ``resnet20``.
+    """
+    return spec == LAST or re.match(r"D\d", spec) is not None
+
+
+def branch_names(plan: StagePlan) -> tuple[str, ...]:
+    """List every ``DnBm`` of a backbone, the shortest branch first.
+
+    Args:
+        plan: Stages of the backbone.
+
+    Example:
+        >>> branch_names(StagePlan(("stem",), (("layer1",), ("layer2",)), (), "fc"))
+        ('D2B1', 'D1B2')
+    """
+    count = len(plan.stages)
+    return tuple(f"D{entry}B{count + 1 - entry}" for entry in range(count, 0, -1))
+
+
+def default_branches(plan: StagePlan) -> tuple[str, ...]:
+    """Return the two auxiliary learners of the paper (Table 7): ``D{K}B1`` and ``D{K-1}B2`` for K stages.
+
+    Args:
+        plan: Stages of the backbone.
+    """
+    return branch_names(plan)[:2]
+
+
+def entry_stage(spec: str, plan: StagePlan, backbone: str = "the backbone") -> int:
+    """Return the number n of the stage whose input a branch ``DnBm`` reads, counted from 1.
+
+    The branch owns the m stages from there to the end (Table 7).
+
+    Args:
+        spec: Name of the branch, such as ``D3B1``.
+        plan: Stages of the backbone.
+        backbone: Name of the backbone in the error message.
+
+    Raises:
+        ACKDError: If the backbone has no such branch.
+    """
+    known = branch_names(plan)
+    if spec == LAST:
+        spec = known[0]
+    if spec not in known:
+        raise ACKDError(
+            f"branch {spec!r} does not fit {backbone}, which has {len(known)} stages; use one of {', '.join(known)}"
+        )
+    return len(known) - known.index(spec)
