@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
 from ackd_lightning.callbacks.checkpoints import RunCheckpoint
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.execute import in_our_words
+from ackd_lightning.launch.execute import Execution, in_our_words
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.methods.base import AdversarialMethod
 from ackd_lightning.models.zoo.complexity import multiply_adds
@@ -37,8 +38,10 @@ PARTS = {
 """Parts of a step that the stopwatch separates, with their printed names."""
 
 
-class BenchRun(ACKDCLI):
+class BenchRun:
     """A fit that is built as ``ackd fit`` builds it, except for checkpoints, and not run.
+
+    Missing data and weights are replaced by synthetic ones.
 
     Args:
         arguments: Command line of ``ackd fit``.
@@ -47,22 +50,15 @@ class BenchRun(ACKDCLI):
 
     def __init__(self, arguments: Sequence[str], folder: Path) -> None:
         self.place, self.notes = folder, list[str]()
-        super().__init__("fit", arguments)
-
-    def before_instantiate_classes(self) -> None:
-        """Name the folder."""
-        self.folder = self.place / "runs" / "bench" / "run"
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Replace missing data and weights, and leave checkpoints out."""
-        give_weights(self.model, self.place, self.notes)
-        self.datamodule = usable(self.datamodule, self.notes)
-        trainer: Any = super().instantiate_trainer(**kwargs)
-        trainer.callbacks[:] = [each for each in trainer.callbacks if not isinstance(each, RunCheckpoint)]
-        return trainer
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        cli = ACKDCLI("fit", arguments)
+        L.seed_everything(cli.option("seed_everything"), workers=True)
+        cli.folder = folder / "runs" / "bench" / "run"
+        cli.build()
+        give_weights(cli.model, folder, self.notes)
+        cli.datamodule = usable(cli.datamodule, self.notes)
+        self.model, self.datamodule = cli.model, cli.datamodule
+        self.trainer: Any = Execution(cli).make_trainer()
+        self.trainer.callbacks[:] = [each for each in self.trainer.callbacks if not isinstance(each, RunCheckpoint)]
 
 
 class Clock:
@@ -276,7 +272,7 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
     limits = {"max_steps": length, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     fixed = [part for key, value in limits.items() for part in (f"--trainer.{key}", str(value))]
     with tempfile.TemporaryDirectory(prefix="ackd-bench-") as folder, in_our_words():
-        run = BenchRun(["--trainer.devices", "1", *arguments, *fixed, "--publish", "null"], Path(folder))
+        run = BenchRun(["--trainer.devices", "1", *arguments, *fixed, "--weights_dir", "null"], Path(folder))
         if run.trainer.world_size > 1:
             raise ACKDError(
                 f"the benchmark measures one device, not {run.trainer.world_size}; leave out devices and num_nodes"

@@ -61,7 +61,7 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
     plan = [(TEACHER, "", 0)] + [(PAIR, method, seed) for seed in range(seeds) for method in METHODS]
     for number, (config, method, seed) in enumerate(plan, start=1):
         begin = time.monotonic()
-        configs = ["--config", config, *(["--config", method] if method else ["--publish", str(weights)])]
+        configs = ["--config", config, *(["--config", method] if method else ["--weights_dir", str(weights)])]
         length = epochs or EPOCHS["student" if method else "teacher"]
         own = [*few, "--model.teacher_weights", str(weights / f"{TEACHER}.safetensors")] if method else []
         own += ["--trainer.max_epochs", str(length), "--model.milestones", f"[{length // 2}, {length * 4 // 5}]"]

@@ -97,7 +97,9 @@ def _check(value: Any, kinds: tuple[type, ...], place: str) -> set[str]:
             names |= _check(inner, declared(owner, name) if owner else kinds, f"{place}.{name}")
     elif callable(value) and not isinstance(value, type) and type(value).__module__.partition(".")[0] != "jsonargparse":
         shown = getattr(value, "__name__", type(value).__name__)
-        raise ACKDError(f"setting {place} names the function {shown!r}; settings may name classes only, so leave it out")
+        raise ACKDError(
+            f"setting {place} names the function {shown!r}; settings may name classes only, so leave it out"
+        )
     return names
 
 

@@ -12,8 +12,8 @@ from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec, Teach
 from ackd_lightning.config.experiment import experiment_settings
 from ackd_lightning.config.files import find_config, load_configs
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.execute import PlannedRun
 from ackd_lightning.launch.execute import plan as plan_fit
+from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.methods.base import from_description
 
 _TEACHER_SEED = 0
@@ -61,7 +61,7 @@ class Planner:
         """Plan a run per seed; the settings are parsed once."""
         jobs: list[Job] = []
         fixed = [part for config in configs for part in ("--config", config)]
-        fixed += ["--runs_dir", str(self.out / "runs"), "--publish", "null"]
+        fixed += ["--runs_dir", str(self.out / "runs"), "--weights_dir", "null"]
         fixed += [*as_arguments({**self.table.settings, **settings}), *self.overrides]
         names = [f"{name}-seed{seed}" if name else f"seed{seed}" for seed in seeds]
         planned = plan_fit([*fixed, "--seed_everything", str(seeds[0]), "--name", names[0]])
@@ -180,7 +180,7 @@ class Planner:
             self.overrides = overrides
         return found[0]
 
-    def _read(self, config: Path, settings: Mapping[str, Any]) -> PlannedRun:
+    def _read(self, config: Path, settings: Mapping[str, Any]) -> ACKDCLI:
         values = as_arguments({**self.table.settings, **settings})
         return plan_fit(["--config", str(config), *values, *self.overrides, "--name", "unnamed"])
 

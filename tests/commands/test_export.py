@@ -1,4 +1,4 @@
-"""ATSC, AI-KD and ACN as a user runs them: fit, test, export, load, compare."""
+"""Export, load and compare runs of ATSC, AI-KD, ACN and ACKD, as a user does."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def fit(config: str, name: str, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with teachers and with runs of the three systems."""
-    folder, before = tmp_path_factory.mktemp("systems"), Path.cwd()
+    """A folder with teachers and with short runs of the four methods."""
+    folder, before = tmp_path_factory.mktemp("runs"), Path.cwd()
     os.chdir(folder)
     torch.manual_seed(0)
     try:
