@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from ackd_lightning import load_student
-from ackd_lightning.cli import _parser, main
+from ackd_lightning.cli import main, make_parser
 from ackd_lightning.config.files import config_folder, find_config, load_configs
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import from_description
@@ -111,15 +111,15 @@ def test_settings_of_commands_on_runs_are_understood(line, folder, capsys):
 def test_other_commands_are_understood(line, folder, capsys):
     words = COMMANDS[line]
     bare = len(words) == 1 and words[0] in ("export", "compare", "reproduce")  # the name alone, in a sentence
-    chosen, settings = _parser().parse_known_args([*words, *(["RUN"] if bare else [])])
+    chosen, settings = make_parser().parse_known_args([*words, *(["RUN"] if bare else [])])
     assert chosen.command == words[0]
-    assert not settings or words[0] in ("cache", "bench")  # which take those of fit
+    assert not settings or words[0] == "cache"  # takes those of fit
     if settings:
         assert "class_path: ackd_lightning" in parse(["fit", *settings], capsys)
 
 
 def test_every_command_exists():
-    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo", "reproduce", "cache", "bench"}
+    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo", "reproduce", "cache"}
     assert {words[0] for words in COMMANDS.values()} <= known
 
 
