@@ -37,9 +37,11 @@ def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
         ),
         (
             "class_names",
-            lambda value: isinstance(value, list)
-            and len(set(value)) == len(value) > 0
-            and all(isinstance(each, str) for each in value),
+            lambda value: (
+                isinstance(value, list)
+                and len(set(value)) == len(value) > 0
+                and all(isinstance(each, str) for each in value)
+            ),
             "a list of different names",
         ),
         ("val_acc", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
