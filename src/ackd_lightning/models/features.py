@@ -106,11 +106,8 @@ def require_stages(
         ACKDError: If the stages are unknown.
 
     Example:
-        >>> require_stages(NetSpec(10), "the teacher", "method AT")
-        Traceback (most recent call last):
-        ackd_lightning.errors.ACKDError: the stages of the teacher are not known, and method AT needs them; give the \
-network an attribute `stage_plan` (a StagePlan), or choose a network whose stages are known, such as one of the zoo or \
-a torchvision ResNet
+        >>> require_stages(NetSpec(10, features=((16, 32, 32), (64, 8, 8)), embedding=64), "the teacher", "method AT")
+        ((16, 32, 32), (64, 8, 8))
     """
     if given.features is None:
         raise _unknown_stages(whose, needed_by)

@@ -109,7 +109,7 @@ def save_weights(
     for key, note in notes.items():
         if not isinstance(key, str) or not isinstance(note, str):
             raise ACKDError(
-                f"metadata {key!r} for {file} is a {type(note).__name__}; safetensors stores text only, so pass str(...)"
+                f"metadata {key!r} for {file} is a {type(note).__name__}; safetensors stores text, so pass str(...)"
             )
     state = source.state_dict() if isinstance(source, nn.Module) else source
     tensors: dict[str, Tensor] = {}

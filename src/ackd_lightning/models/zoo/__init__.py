@@ -74,7 +74,7 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     for option in options:
         if option in _FETCHING:
             raise ACKDError(
-                f"option {option!r} of {name!r} would download weights; leave it out and load a local file with load_weights"
+                f"option {option!r} of {name!r} would download weights; leave it out and use load_weights with a file"
             )
     if name in _CIFAR:
         if options:
