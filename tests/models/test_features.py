@@ -238,6 +238,23 @@ def test_right_plans_pass_in_every_precision(name):
         check_plan(network.to(dtype), plan_for(network), 32)
 
 
+class OtherPooling(Forgetful):
+    """Averages in another order of operations than `pooled`, and so rounds differently."""
+
+    stage_plan = StagePlan(stem=("stem",), stages=(("stage", "norm"),), tail=("relu",), classifier="fc")
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.relu(self.norm(self.stage(self.stem(image)))).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_is_allowed_and_a_forgotten_norm_is_not(dtype):
+    network = OtherPooling().to(dtype)
+    check_plan(network, OtherPooling.stage_plan, 16)
+    with pytest.raises(ACKDError, match="logits differ"):
+        check_plan(network, Forgetful.stage_plan, 16)
+
+
 class Restless(nn.Sequential):
     """A network that draws random numbers and counts its calls in evaluation mode too."""
 

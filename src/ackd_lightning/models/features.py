@@ -16,7 +16,7 @@ from ackd_lightning.random import seed_device
 from ackd_lightning.types import NetOutput, NetSpec
 
 _TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest logit, that is put down to rounding."""
+"""Largest difference of logits, relative to the largest logit, that is put down to rounding (float32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,10 +325,8 @@ def check_plan(network: nn.Module, plan: StagePlan, input_size: int, channels: i
                 f"the stage plan of {name} cannot be run at input size {input_size} ({reason}); its modules must be "
                 "those that forward calls, in the same order"
             ) from error
-    largest = float(own.abs().nan_to_num(0.0, posinf=0.0).max())
-    if staged.shape != own.shape or not torch.allclose(
-        staged, own, rtol=0.0, atol=_TOLERANCE * largest, equal_nan=True
-    ):
+    allowed = max(_TOLERANCE, 8 * torch.finfo(image.dtype).eps) * float(own.abs().nan_to_num(0.0, posinf=0.0).max())
+    if staged.shape != own.shape or not torch.allclose(staged, own, rtol=0.0, atol=allowed, equal_nan=True):
         found = (
             f"logits differ by up to {float((staged - own).abs().max()):.3g}"
             if staged.shape == own.shape
