@@ -8,15 +8,15 @@ from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as L
 import torch
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # not in its __all__
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import set_length
 from ackd_lightning.launch.messages import RefusedError
-from ackd_lightning.models.features import plan_for
 from ackd_lightning.models.branches import default_branches
+from ackd_lightning.models.features import plan_for
 from ackd_lightning.models.teacher import TeacherConfig
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.module import DistillationModule
