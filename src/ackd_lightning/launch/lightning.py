@@ -91,7 +91,7 @@ class ACKDCLI:
 
     def settings(self) -> dict[str, Any]:
         """Return all settings as plain data: the content of ``--print_config`` and of a run's ``config.yaml``."""
-        content: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        content: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         return content
 
     def build(self) -> None:
@@ -109,9 +109,8 @@ class ACKDCLI:
                 failed.append(error)
                 raise
 
-        self.parser.add_instantiator(construct, object)
         try:
-            self.built = self.parser.instantiate_classes(self.config)
+            self.built = self.parser.instantiate(self.config, instantiators=[(construct, object, True)])
         except Exception as error:
             raise failed_constructor(failed[0] if failed else error) from error
         self.datamodule, self.model = self.built.data, self.built.model

@@ -234,7 +234,7 @@ def failed_constructor(error: Exception) -> ACKDError:
         error: Exception as it was raised, before jsonargparse wrapped it.
     """
     if isinstance(ours := first_cause(error), ACKDError):
-        return ours
+        return type(ours)(str(ours))  # not the same one, which would become its own cause
     frames = traceback.extract_tb(error.__traceback__)
     own = [each for each in frames if not each.filename.startswith(_LIBRARIES) and "<" not in each.filename]
     ours_only = Path(__file__).parents[1]
