@@ -14,7 +14,7 @@ import yaml
 from ackd_lightning.commands.reproduce.networks import Networks
 from ackd_lightning.config.experiment import experiment_settings
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.execute import PlannedRun
+from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.models.weights import digest
 from ackd_lightning.runs.files import read_summary
 
@@ -47,7 +47,7 @@ class Job:
     folder: Path
     needs: tuple[Path, ...]
     settings: dict[str, Any]
-    planned: PlannedRun
+    planned: ACKDCLI
     networks: Networks
     source: Path | None = None
 
