@@ -23,7 +23,7 @@ def made(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     try:
-        name = ["--name", RUN.name, "--publish", "null", "--model.student", "resnet8"]
+        name = ["--name", RUN.name, "--weights_dir", "null", "--model.student", "resnet8"]
         assert main(["fit", "--config", "digits_resnet20.yaml", *name, *QUICK]) == 0
         save_weights(create_model("resnet20", 10), TEACHER)
     finally:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ackd_lightning import ACKD, KD, DistillationModule, create_model
 from ackd_lightning.cli import main
-from ackd_lightning.launch import lightning as lightning_cli
+from ackd_lightning.launch import execute
 from ackd_lightning.launch.execute import plan
 from ackd_lightning.training import speed as fast
 from ackd_lightning.training.speed import fast_settings, has_bfloat16
@@ -184,7 +184,7 @@ def test_no_page_of_freed_memory_is_fetched_again():
 def test_a_fit_on_a_cpu_keeps_freed_memory(monkeypatch, tmp_path, command, times):
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(lightning_cli, "keep_freed_memory", lambda: asked.append(1) or True)
+    monkeypatch.setattr(execute, "keep_freed_memory", lambda: asked.append(1) or True)
     words = ["--config", "digits_resnet8.yaml", "--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
     main([command, *words, *(["--ckpt_path", "none.ckpt"] if command == "validate" else [])])
     assert len(asked) == times

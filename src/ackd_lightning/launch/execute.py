@@ -1,17 +1,53 @@
-"""Carry out a run, or plan one: Lightning's command line with its warnings and errors in our words."""
+"""Run one subcommand in one run folder, with the warnings and errors of Lightning in one sentence."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from ackd_lightning.launch.arguments import deepest
+import lightning.pytorch as L
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
+from ackd_lightning.callbacks.disk import DiskSpaceCheck
+from ackd_lightning.callbacks.metrics_csv import CurvesFile
+from ackd_lightning.callbacks.predictions import PredictionFile
+from ackd_lightning.callbacks.progress import EpochLine
+from ackd_lightning.callbacks.settings import RunConfig
+from ackd_lightning.callbacks.stopping import StopSafely
+from ackd_lightning.callbacks.summary import RunSummary
+from ackd_lightning.callbacks.wandb import SafeWandbLogger, offline
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.launch.messages import first_cause, refused_by_trainer
+from ackd_lightning.launch.preflight import (
+    check_checkpoint,
+    check_name,
+    check_processes,
+    check_world,
+    check_writable,
+)
+from ackd_lightning.runs.claim import Claim, claim
+from ackd_lightning.runs.files import read_summary, run_folder, write_json
+from ackd_lightning.runs.resume import changed_settings, resume_auto, resume_from
+from ackd_lightning.training.speed import keep_freed_memory
 
+_RUN_NAME = "ACKD_RUN_NAME"
+_RESUMED = "ACKD_RESUMED"
 _CHATTY = (
     "lightning.pytorch.utilities.rank_zero",  # tips, device lists
     "lightning.fabric.utilities.seed",
@@ -22,46 +58,280 @@ _NOT_OURS = (
     ".*smaller than the logging interval.*",  # epoch means are logged whatever the interval
     ".*does not have many workers.*",  # data in memory needs none
     ".*callbacks used to create the checkpoint need to be provided.*",  # not for testing
-    ".*exists and is not empty.*",  # a run's folder was checked before
+    ".*exists and is not empty.*",  # the run's folder was checked before
     ".*module\\(s\\) in eval mode at the start.*",  # what a method has frozen
 )
 
 
-class PlannedRun(ACKDCLI):
-    """A fit whose settings are read and whose networks are built, but which is not carried out.
+class Execution:
+    """One subcommand, carried out: seed, folder, networks, Trainer.
 
     Args:
-        arguments: behind ``ackd fit``.
+        cli: Settings.
+
+    Attributes:
+        folder: Folder of the run.
+        claim: Claim of the folder; None where nothing is written to it.
+        trainer: Trainer, after ``make_trainer``.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        super().__init__("fit", arguments)
+    trainer: L.Trainer
 
-    def _set_seed(self) -> None:
-        """A plan draws nothing."""
+    def __init__(self, cli: ACKDCLI) -> None:
+        self.cli, self.option, self.fit = cli, cli.option, cli.command == "fit"
+        self.folder = cli.folder
+        self.claim: Claim | None = None
+        self._content: dict[str, Any] | None = None  # of the checkpoint that is resumed, until it was checked
+        self.dry = bool(cli.option("trainer.fast_dev_run"))
+        weights_dir = cli.option("weights_dir")
+        self.published = Path(weights_dir) / f"{cli.config_name}.safetensors" if weights_dir else None
 
-    def before_instantiate_classes(self) -> None:
-        """Name the folder without looking whether it is taken."""
-        self.folder = Path(self.option("runs_dir")) / (self.config_name or "run") / str(self.option("name"))
+    def run(self) -> None:
+        """Build everything, check what can be known to fail, and run.
 
-    def instantiate_classes(self) -> None:
-        """Build data module and module, no Trainer."""
-        config = self.parser.instantiate_classes(self.config)
-        self.datamodule, self.model = self._get(config, "data"), self._get(config, "model")
+        The run's folder is removed after a mistake in the input that shows before the first step.
 
-    def forget_networks(self) -> None:
-        """Free the memory of the networks; data module and settings stay."""
-        del self.model
+        Raises:
+            ACKDError: For whatever is wrong with the input.
+        """
+        L.seed_everything(self.option("seed_everything"), workers=True)
+        try:
+            self.choose_folder()
+            self.cli.build()
+            self.make_trainer()
+            self._check()
+            checkpoint = self.option("ckpt_path")
+            if self.fit:
+                self.cli.model.load_teacher()  # a missing file fails before anything is written
+                self.trainer.fit(self.cli.model, datamodule=self.cli.datamodule, ckpt_path=checkpoint)
+                self._after_fit()
+            else:
+                command = getattr(self.trainer, self.cli.command)
+                command(self.cli.model, datamodule=self.cli.datamodule, ckpt_path=checkpoint)
+                if self.cli.command == "test":
+                    self._after_test(Path(checkpoint))
+        except Exception as error:
+            started = hasattr(self, "trainer") and self.trainer.global_step > 0
+            if self.claim is not None and not started and isinstance(first_cause(error), ACKDError):
+                self.claim.discard()
+            raise
+        finally:
+            if self.claim is not None:
+                self.claim.release()
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+    def _check(self) -> None:
+        """Check processes, batch size and checkpoint."""
+        cpu = isinstance(self.trainer.accelerator, CPUAccelerator)
+        check_processes("cpu" if cpu else "other", self.trainer.num_devices)
+        if self.fit:
+            check_world(self.cli.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
+        if checkpoint := self.option("ckpt_path"):
+            check_checkpoint(Path(checkpoint), self.cli.model, self._content)
+            self._content = None
+            run = run_folder(Path(checkpoint))
+            if self.cli.command == "test" and (run / "summary.json").is_file():
+                read_summary(run)
+
+    # ---------------------------------------------------------------- folder
+
+    def choose_folder(self) -> None:
+        """Choose the run's folder, and refuse one that is taken or cannot be written.
+
+        Raises:
+            ACKDError: Naming the option.
+        """
+        if self.option("name") is not None:
+            check_name(self.option("name"))
+        launched_by_us = "LOCAL_RANK" in os.environ and _RUN_NAME in os.environ
+        name = os.environ[_RUN_NAME] if launched_by_us else self.folder.name
+        os.environ[_RUN_NAME] = name  # read by the processes that Lightning starts for DDP
+        self.folder = self.folder.with_name(name)
+        if self.fit and self.option("resume"):
+            self._resume(launched_by_us)
+        self.cli.folder = self.folder
+        if not self.fit:
+            self._check_evaluation()
+        elif not (self.dry or launched_by_us or _rank() != 0):
+            self._claim_folder()
+
+    def _check_evaluation(self) -> None:
+        command, output = self.cli.command, self.option("output")
+        if not self.option("ckpt_path"):
+            raise ACKDError(f"`ackd {command}` needs a run; write `ackd {command} RUN`, or set --ckpt_path FILE")
+        if command == "predict":
+            if Path(output).exists():
+                raise ACKDError(f"--output {output} exists; choose another file")
+            check_writable(Path(output).parent, "the folder of --output,")
+
+    def _claim_folder(self) -> None:
+        resumed = self.option("ckpt_path")
+        if resumed and not Path(resumed).is_file():
+            raise ACKDError(f"--ckpt_path {resumed} does not exist; name a checkpoint that `ackd fit` wrote")
+        own = bool(resumed) and self.folder.resolve() in Path(resumed).resolve().parents
+        named = own or self.option("name")
+        self.claim = claim(self.folder.parent, self.folder.name if named else None, resume=own)
+        self.cli.folder = self.folder = self.claim.folder
+        os.environ[_RUN_NAME] = self.folder.name
+        if self.published is not None and self.published.exists() and not own:
+            raise ACKDError(
+                f"weights {self.published} exist and this run would replace them; move them, or choose another "
+                "--weights_dir"
+            )
+        if self.published is not None:
+            check_writable(self.published.parent, "--weights_dir")
+
+    def _resume(self, launched_by_us: bool) -> None:
+        """Find the run to resume and its checkpoint."""
+        if self.option("ckpt_path"):
+            raise ACKDError("--resume and --ckpt_path both name a checkpoint; leave --ckpt_path out")
+        if launched_by_us:
+            found = resume_from(os.environ[_RESUMED]) if _RESUMED in os.environ else None
+        elif self.option("resume") == "auto":
+            found = resume_auto(self.folder.parent, self.option("name"), self.option("seed_everything"))
+        else:
+            found = resume_from(self.option("resume"))
+        os.environ.pop(_RESUMED, None)
+        if found is None:
+            return
+        os.environ[_RESUMED] = str(found.checkpoint)  # as the name, for the processes that Lightning starts
+        os.environ[_RUN_NAME] = found.folder.name
+        self.folder, self._content = found.folder, found.content
+        self.cli.config.ckpt_path = str(found.checkpoint)
+        if _rank() == 0 and not launched_by_us:
+            print(f"resuming from {found.checkpoint}" + (f"; {found.note}" if found.note else ""), flush=True)
+            if changes := changed_settings(self.folder, self.cli.settings()):
+                print(
+                    f"settings that differ from the run's start: {', '.join(changes)} "
+                    "(learning rates in the checkpoint's optimizer stay)",
+                    flush=True,
+                )
+
+    # ---------------------------------------------------------------- Trainer
+
+    def make_trainer(self) -> L.Trainer:
+        """Make the Trainer with the loggers and callbacks of a run, unless the settings name their own logger.
+
+        Raises:
+            ACKDError: When Lightning refuses the settings.
+        """
+        settings: dict[str, Any] = dict(self.cli.built.trainer.items(branches=True, nested=False))
+        callbacks = _as_list(settings["callbacks"])
+        own_logger = self.option("trainer.logger") is not None
+        if own_logger and (self.option("wandb") or self.option("tensorboard")):
+            raise ACKDError(
+                "trainer.logger replaces the run's own loggers; leave it out beside --wandb or --tensorboard"
+            )
+        if not self.fit:
+            settings["logger"] = settings["enable_checkpointing"] = False
+        elif not own_logger:
+            settings["logger"] = [] if self.dry else self._loggers()
+        if self.fit:
+            callbacks += self._fit_callbacks()
+            if not self.dry:
+                settings["plugins"] = _with_whole_checkpoints(_as_list(settings["plugins"]))
+            if settings["logger"]:
+                callbacks.append(LearningRateMonitor(logging_interval="epoch"))
+        if self.cli.command == "predict":
+            callbacks.append(PredictionFile(Path(self.option("output"))))
+        if not sys.stdout.isatty() and settings["enable_progress_bar"] is None:
+            settings["enable_progress_bar"] = False
+            callbacks += [EpochLine()] if self.fit else []
+        if self.cli.model.automatic_optimization is False and settings["gradient_clip_val"]:
+            raise ACKDError(
+                "trainer.gradient_clip_val does not work with auxiliary optimizers (manual optimization); "
+                "use --model.recipe.gradient_clip_val"
+            )
+        try:
+            self.trainer = L.Trainer(**{**settings, "callbacks": callbacks})
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise ACKDError(refused_by_trainer(error, inspect.signature(L.Trainer).parameters)) from error
+        if self.fit and isinstance(self.trainer.accelerator, CPUAccelerator):
+            keep_freed_memory()
+        return self.trainer
+
+    def _fit_callbacks(self) -> list[L.Callback]:
+        self.summary = RunSummary(self.folder, config=self.cli.config_name, copy_to=self.published)
+        if self.dry:
+            return [self.summary]
+        advice = f"the same command with --resume {self.folder} resumes the run"
+        return [
+            *checkpoints(self.folder / "checkpoints", select=not self.cli.datamodule.val_is_test),
+            self.summary,
+            StopSafely(self.folder / "checkpoints" / "last.ckpt", advice=advice),
+            DiskSpaceCheck(self.folder, copies=2 if self.published else 1),
+            RunConfig(self.cli.parser, self.cli.config, folder=self.folder),
+        ]
+
+    def _loggers(self) -> list[Logger]:
+        """``metrics.csv`` always, W&B and TensorBoard when asked for."""
+        root, config, name = self.folder.parents[1], self.folder.parent.name, self.folder.name
+        loggers: list[Logger] = [CurvesFile(root, name=config, version=name)]
+        project = self.option("wandb")
+        if project is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            loggers.append(
+                SafeWandbLogger(project=project, name=f"{config}/{name}", save_dir=self.folder, offline=offline())
+            )
+        if self.option("tensorboard"):
+            loggers.append(TensorBoardLogger(root, name=config, version=name))
+        return loggers
+
+    # ---------------------------------------------------------------- afterwards
+
+    def _after_fit(self) -> None:
+        """Print the summary, when the progress bar has ended, and test when asked to."""
+        self.summary.show()
+        if not self.option("test") or self.dry:
+            return
+        if self.cli.datamodule.val_is_test and self.summary.up_to_date:
+            return  # the last epoch was measured on the test set
+        for name in ("last", "best"):
+            checkpoint = self.folder / "checkpoints" / f"{name}.ckpt"
+            if checkpoint.is_file():
+                self.trainer.test(
+                    self.cli.model, datamodule=self.cli.datamodule, ckpt_path=str(checkpoint), verbose=False
+                )
+                self._keep_test(checkpoint)
+                print(f"test, {name}: accuracy {float(self.trainer.callback_metrics['test/acc']):.2%}")
+
+    def _after_test(self, checkpoint: Path) -> None:
+        """Keep the test accuracies with the run."""
+        if self.cli.altered:
+            print(f"not kept in {run_folder(checkpoint)}: the test was changed on the command line")
+        else:
+            self._keep_test(checkpoint)
+
+    def _keep_test(self, checkpoint: Path) -> None:
+        """Write the accuracies of a test into the summary of its run."""
+        path = run_folder(checkpoint) / "summary.json"
+        if not self.trainer.is_global_zero or not path.is_file():
+            return
+        measured = self.trainer.callback_metrics.items()
+        values = {key: float(value) for key, value in measured if not key.startswith(("train/", "val/"))}
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary.setdefault("test", {})[checkpoint.stem] = values
+        write_json(summary, path)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _with_whole_checkpoints(plugins: list[Any]) -> list[Any]:
+    """Plugins and ours that writes checkpoints, unless they contain one."""
+    return plugins if any(isinstance(each, CheckpointIO) for each in plugins) else [*plugins, WholeCheckpoints()]
+
+
+def _rank() -> int:
+    """Rank of this process, also when torchrun or SLURM started it."""
+    return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
 @contextlib.contextmanager
 def in_our_words() -> Iterator[None]:
-    """Warnings as sentences, chatter off, and our own error out of a chain of others."""
+    """Show warnings as sentences, silence chatter, and raise this package's own error out of a chain of others."""
     if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.append(str(Path.cwd()))  # class paths of one's own files
+        sys.path.append(str(Path.cwd()))  # settings may name classes in files of the working folder
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     formatter = warnings.formatwarning
@@ -73,7 +343,7 @@ def in_our_words() -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            ours = deepest(error)
+            ours = first_cause(error)
             if ours is None or ours is error:
                 raise
             raise type(ours)(str(ours)) from error
@@ -81,25 +351,31 @@ def in_our_words() -> Iterator[None]:
             warnings.formatwarning = formatter
 
 
-def plan(arguments: Sequence[str]) -> PlannedRun:
-    """Read and build a fit without carrying it out.
+def plan(arguments: Sequence[str]) -> ACKDCLI:
+    """Read the settings of a fit and build its networks without running it.
 
     Args:
-        arguments: behind ``ackd fit``.
+        arguments: Command line after ``ackd fit``.
 
     Raises:
-        ACKDError: for whatever is wrong with them.
+        ACKDError: For whatever is wrong with them.
     """
     with in_our_words():
-        return PlannedRun(arguments)
+        cli = ACKDCLI("fit", arguments)
+        cli.build()
+        return cli
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
-    """Carry out one of Lightning's subcommands.
+    """Run a subcommand.
 
     Args:
         command: fit, validate, test or predict.
-        arguments: behind it.
+        arguments: Command line after it.
     """
     with in_our_words():
-        ACKDCLI(command, arguments)
+        cli = ACKDCLI(command, arguments)
+        if cli.prints:
+            print(yaml.safe_dump(cli.settings(), sort_keys=False), end="")
+        else:
+            Execution(cli).run()

@@ -1,38 +1,99 @@
-"""Options of ``ackd fit`` beside those of Lightning: their help texts, and what the short ones stand for."""
+"""Options of ``ackd fit | validate | test | predict``, and the values that they and the settings stand for."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import contextlib
+from dataclasses import asdict
+from typing import Any, Literal, NoReturn
 
-from jsonargparse import ArgumentParser
+import lightning.pytorch as L
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.cli import LightningArgumentParser
 
+from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.arguments import FROM_DATA
+from ackd_lightning.launch.arguments import set_length
+from ackd_lightning.launch.messages import RefusedError
+from ackd_lightning.models.branches import default_branches
+from ackd_lightning.models.features import plan_for
+from ackd_lightning.models.teacher import TeacherConfig
+from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training.module import DistillationModule
+from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.training.speed import fast_settings
 
+COMMANDS = {
+    "fit": "Train a student or a teacher.",
+    "validate": "Evaluate a run on its validation data: ackd validate RUN.",
+    "test": "Evaluate a run on the test set: ackd test RUN.",
+    "predict": "Write a run's predictions as CSV: ackd predict RUN.",
+}
+FIT_ONLY = ("name", "runs_dir", "resume", "weights_dir", "wandb", "tensorboard", "test", "on_nonfinite", "fast")
+"""Options that only ``ackd fit`` has."""
 
-def add_options(parser: ArgumentParser) -> None:
-    """Add the options, and link what the data tells the model.
+
+class Parser(LightningArgumentParser):
+    """Parser that raises its errors; the one in the chain that is closest to the mistake is put into words."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing pages of usage."""
+        names = {action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")}
+        raise RefusedError(message, names) from ex
+
+
+def make_parser(command: str) -> Parser:
+    """Make the parser of a subcommand.
 
     Args:
-        parser: of one subcommand.
+        command: fit, validate, test or predict.
     """
-    for name in FROM_DATA:
-        parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-    parser.add_argument("--name", type=str | None, default=None, help="name of the run; a time stamp when left out")
-    parser.add_argument("--runs_dir", type=str, default="runs", help="runs are written to RUNS_DIR/CONFIG/NAME")
+    # no abbreviations: a mistyped option must not become another one
+    parser = Parser(prog=f"ackd {command}", description=COMMANDS[command], allow_abbrev=False)
+    parser.add_argument(
+        "-c",
+        "--config",
+        action=ActionConfigFile,
+        help="configuration: a file, or the name of a packaged one (`ackd configs`); later ones are laid over earlier",
+    )
+    parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, data order and augmentation")
+    parser.add_lightning_class_args(L.Trainer, "trainer")
+    parser.add_class_arguments(DistillationModule, "model", skip={"teacher"}, fail_untyped=False, sub_configs=True)
+    # the annotation in Python takes names and networks as well, and then jsonargparse finds no options below it
+    parser.add_argument(
+        "--model.teacher",
+        type=TeacherConfig | list[TeacherConfig] | None,
+        default=None,
+        help="teacher, such as --model.teacher.network resnet110 --model.teacher.weights FILE; or a list of teachers",
+    )
+    parser.add_lightning_class_args(ImageDataModule, "data", subclass_mode=True)
+    parser.link_arguments("data.info", "model.data", apply_on="instantiate")
+    # the recipe comes from configs/recipes/sgd.yaml: another class would inherit the arguments of a default here
+    parser.set_defaults({"trainer.enable_model_summary": False, "model.optimizer": None, "model.lr_scheduler": None})
+    parser.set_defaults({"model.recipe": asdict(Recipe())})
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to start from or to evaluate")
+    if command == "fit":
+        _add_fit_options(parser)
+    if command == "predict":
+        parser.add_argument("--output", type=str, default="predictions.csv", help="CSV file for the predictions")
+    return parser
+
+
+def _add_fit_options(parser: Parser) -> None:
+    parser.add_argument("--name", type=str | None, default=None, help="name of the run; default: a time stamp")
+    parser.add_argument("--runs_dir", type=str, default="runs", help="the run is written to RUNS_DIR/CONFIG/NAME")
     parser.add_argument(
         "--resume",
         type=str | None,
         default=None,
         metavar="auto|PATH",
-        help="go on with the newest unfinished run of this configuration (of this --name, if given), or with PATH",
+        help="resume the newest unfinished run of this configuration (of this --name, if given), or the run at PATH",
     )
     parser.add_argument(
-        "--publish",
+        "--weights_dir",
         type=str | None,
         default=None,
-        help="folder that also gets the weights, as CONFIG.safetensors (teacher configurations set it)",
+        help="folder that also gets the student's weights, as CONFIG.safetensors (teacher configurations set it)",
     )
     parser.add_argument(
         "--wandb",
@@ -43,45 +104,44 @@ def add_options(parser: ArgumentParser) -> None:
         metavar="PROJECT",
         help="log to Weights & Biases; offline when no key is known",
     )
-    parser.add_argument("--output", type=str, default="predictions.csv", help="file of `ackd predict`")
+    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, into the run's folder")
+    parser.add_argument("--test", action="store_true", help="test the last and the best checkpoint after the fit")
     parser.add_argument(
-        "--test", action="store_true", help="test the last and the best checkpoint when the fit has ended"
-    )
-    parser.add_argument(
-        "--on_nan",
+        "--on_nonfinite",
         type=Literal["stop", "skip"] | None,
         default=None,
-        help="what a loss that is not finite does: end the run, or skip the step and count it; "
-        "short for --model.on_nan, stop when left out",
+        help="how to handle a non-finite loss: end the run, or skip the step and count it; short for "
+        "--model.on_nonfinite",
     )
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="the fast settings: bfloat16 where the hardware has it, channels last, compiled networks; short for "
+        help="bfloat16 where the hardware has it, channels-last layout and compiled networks; short for "
         "--trainer.precision bf16-mixed --model.channels_last true --model.compile true",
     )
-    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, into the run's folder")
 
 
 def spell_out(settings: Any) -> None:
-    """Write what the short options say at the places that they stand for.
+    """Move short options to the settings that they stand for, and replace automatic values by what they become.
 
     Args:
-        settings: parsed; changed in place.
+        settings: Parsed settings; changed in place.
 
     Raises:
-        ACKDError: for an option that the chosen model does not know.
+        ACKDError: For a scheduler whose length is not known.
     """
-    if settings.on_nan is not None:  # a short name, kept at the place it stands for
-        if "on_nan" not in settings.model.get("init_args", {}):
-            raise ACKDError(f"--on_nan is unknown to {settings.model.class_path}; leave it out")
-        settings.model.init_args.on_nan, settings.on_nan = settings.on_nan, None
-    if settings.fast:
+    model, trainer = settings.model, settings.trainer
+    if settings.get("on_nonfinite") is not None:
+        model.on_nonfinite, settings.on_nonfinite = settings.on_nonfinite, None
+    if settings.get("fast"):
         settings.fast = False
-        for name, value in fast_settings(str(settings.trainer.accelerator)).items():
-            section, _, key = name.rpartition(".")
-            place = settings.trainer if section == "trainer" else settings.model.init_args
-            if key not in place:
-                raise ACKDError(f"--fast is unknown to {settings.model.class_path}; leave it out")
-            if place[key] in (None, False):  # what is given stays
-                place[key] = value
+        for name, value in fast_settings(str(trainer.accelerator)).items():
+            if settings[name] in (None, False):  # a value that is given stays
+                settings[name] = value
+    interval = "epoch" if model.recipe is None else model.recipe.interval
+    set_length(model.lr_scheduler, epochs=trainer.max_epochs, steps=trainer.max_steps, interval=interval)
+    arguments = model.method.get("init_args") if model.method is not None else None
+    if arguments is not None and arguments.get("branches", ()) is None and isinstance(model.student, str):
+        with contextlib.suppress(ACKDError), torch.device("meta"):  # a wrong name is reported by the constructor
+            plan = plan_for(create_model(model.student, 10, **(model.student_options or {})))
+            arguments.branches = list(default_branches(plan)) if plan is not None else None

@@ -1,9 +1,8 @@
-"""What can be known to fail before a run starts: numbers out of range, places that cannot be written, misfits."""
+"""Checks before a run starts: numbers, places to write to, processes, checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,48 +14,48 @@ from torch import nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import check_fit
 from ackd_lightning.runs.files import read_checkpoint
+from ackd_lightning.validation import Range
 
-_LEAST: dict[str, float] = {
-    "trainer.max_epochs": 1,
-    "trainer.max_steps": 1,
-    "trainer.accumulate_grad_batches": 1,
-    "trainer.check_val_every_n_epoch": 1,
-    "trainer.log_every_n_steps": 0,
-    "trainer.num_nodes": 1,
-    "trainer.fast_dev_run": 0,
-}
-"""Lightning divides by some of these, and trains nothing with others."""
-_ABOVE_0 = ("trainer.limit_train_batches", "trainer.val_check_interval")
-_UNLIMITED = ("trainer.max_epochs", "trainer.max_steps")  # -1 means so
+_COUNT, _FROM_0, _ABOVE_0 = Range(1), Range(0), Range(0, open_low=True)
 _LARGEST_SEED = 2**32 - 1
-_NOT_NEGATIVE = ("weight_", "lambda_")
+_RANGES = {
+    "seed_everything": Range(0, _LARGEST_SEED),
+    "trainer.max_epochs": _COUNT,  # Lightning divides by some of these, and trains nothing with others
+    "trainer.max_steps": _COUNT,
+    "trainer.accumulate_grad_batches": _COUNT,
+    "trainer.check_val_every_n_epoch": _COUNT,
+    "trainer.num_nodes": _COUNT,
+    "trainer.log_every_n_steps": _FROM_0,
+    "trainer.fast_dev_run": _FROM_0,
+    "trainer.limit_train_batches": _ABOVE_0,
+    "trainer.val_check_interval": _ABOVE_0,
+    "model.optimizer.lr": _ABOVE_0,  # torch checks these only when a fit begins, or not at all
+    "model.optimizer.momentum": Range(0, 1, open_high=True),
+    "model.optimizer.weight_decay": _FROM_0,
+    "model.lr_scheduler.gamma": _ABOVE_0,
+    "model.lr_scheduler.milestones": _FROM_0,
+}
+_UNLIMITED = {("trainer.max_epochs", -1), ("trainer.max_steps", -1)}
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
-    """Refuse numbers that Lightning takes and that make no sense, and whatever is not finite.
+    """Refuse non-finite numbers, and numbers that Lightning and torch take although no training can have them.
 
     Args:
-        settings: of one command, nested.
+        settings: Parsed settings, nested.
 
     Raises:
-        ACKDError: naming the setting.
+        ACKDError: Naming the setting.
     """
     for place, value in _numbers(settings, ""):
-        name = place.rpartition(".")[2]
-        if not math.isfinite(value):
-            raise ACKDError(f"setting {place} is {value}; it must be a finite number")
-        if place in _LEAST and value < _LEAST[place] and not (place in _UNLIMITED and value == -1):
-            raise ACKDError(f"setting {place} is {value}; use {_LEAST[place]} or more")
-        if place in _ABOVE_0 and value <= 0:
-            raise ACKDError(f"setting {place} is {value}; it must be above 0")
-        if place.startswith("model.method.") and name.startswith(_NOT_NEGATIVE) and value < 0:
-            raise ACKDError(f"setting {place} is {value}; a weight of the loss must be 0 or more")
-        if place == "seed_everything" and not 0 <= value <= _LARGEST_SEED:
-            raise ACKDError(f"--seed_everything is {value}; use a whole number from 0 to {_LARGEST_SEED}")
+        allowed = _RANGES.get(place, Range())
+        if value not in allowed and (place, value) not in _UNLIMITED:
+            words = f"a whole number from 0 to {_LARGEST_SEED}" if place == "seed_everything" else allowed
+            raise ACKDError(f"setting {place} is {value}; it must be {words}")
 
 
 def _numbers(value: Any, place: str) -> Iterator[tuple[str, int | float]]:
-    """Every number below a value, by its dotted place without ``init_args``."""
+    """Every number below a value with its dotted name, ``init_args`` left out."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             below = place if key == "init_args" else f"{place}.{key}".lstrip(".")
@@ -72,24 +71,24 @@ def check_name(name: str) -> None:
     """Refuse a run's name that would put its folder elsewhere.
 
     Args:
-        name: of the run.
+        name: Name of the run.
 
     Raises:
-        ACKDError: for an empty name, and one with separators.
+        ACKDError: For an empty name, and one with separators.
     """
     if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
-        raise ACKDError(f"--name is {name!r}; it is the name of one folder, so leave out separators and dots alone")
+        raise ACKDError(f"--name is {name!r}; it must be the name of one folder, without separators")
 
 
 def check_writable(folder: Path, option: str) -> None:
     """Try to write into a folder, and leave no trace.
 
     Args:
-        folder: there or not yet there.
-        option: that names it, for the message.
+        folder: Folder, which need not exist yet.
+        option: Option that names the folder, for the message.
 
     Raises:
-        ACKDError: when it cannot be made or written to.
+        ACKDError: When it cannot be made or written to.
     """
     made = _missing(folder)
     try:
@@ -98,7 +97,7 @@ def check_writable(folder: Path, option: str) -> None:
             pass
     except OSError as error:
         raise ACKDError(
-            f"{option} {folder} cannot be written ({error.strerror}); choose a folder that you may write in"
+            f"{option} {folder} cannot be written ({error.strerror}); choose a folder that is writable"
         ) from error
     finally:
         for each in made:
@@ -107,7 +106,7 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The folder and those above it that are not there, the lowest first."""
+    """The folder and its parents that do not exist, the deepest first."""
     return [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
 
 
@@ -115,28 +114,28 @@ def check_world(batch_size: int, world_size: int) -> None:
     """Refuse a global batch that does not divide.
 
     Args:
-        batch_size: global.
-        world_size: number of processes.
+        batch_size: Global batch size.
+        world_size: Number of processes.
 
     Raises:
-        ACKDError: naming both.
+        ACKDError: Naming both.
     """
     if batch_size % world_size:
         raise ACKDError(
-            f"batch_size {batch_size} does not divide by {world_size} processes: it is the global batch, "
-            f"so use a multiple of {world_size}"
+            f"batch_size {batch_size} is the global batch and cannot be divided among {world_size} processes; "
+            f"use a multiple of {world_size}"
         )
 
 
 def check_processes(accelerator: str, devices: int) -> None:
-    """Refuse more processes on a CPU than it can carry: Lightning would start every one of them.
+    """Refuse more processes than the machine has processors: Lightning would start every one of them.
 
     Args:
         accelerator: ``cpu`` or another.
-        devices: as Lightning has counted them.
+        devices: Number of processes as Lightning counts them.
 
     Raises:
-        ACKDError: naming how many there are.
+        ACKDError: Naming the number of processors.
     """
     most = max(2, os.cpu_count() or 1)
     if accelerator == "cpu" and devices > most:
@@ -149,12 +148,12 @@ def check_checkpoint(path: Path, module: nn.Module, content: Mapping[str, Any] |
     """Compare a checkpoint with the networks that the settings build.
 
     Args:
-        path: of the checkpoint.
-        module: that it will be loaded into.
+        path: Checkpoint file.
+        module: Training module to load it into.
         content: What `read_checkpoint` returned for it; None to read it here.
 
     Raises:
-        ACKDError: when it cannot be read, or was made with other networks.
+        ACKDError: When it cannot be read, or was made with other networks.
     """
     checkpoint = content or read_checkpoint(path)
     hparams = checkpoint.get("hyper_parameters", {})
@@ -164,7 +163,7 @@ def check_checkpoint(path: Path, module: nn.Module, content: Mapping[str, Any] |
         check_fit(checkpoint["state_dict"], module.state_dict(), path, "the settings")
     except ACKDError as error:
         problem = error
-    if problem is not None:  # out here, so that it does not count as the first cause
+    if problem is not None:  # outside the handler, so that it does not count as the first cause
         raise (
             problem
             if there == here
@@ -173,7 +172,7 @@ def check_checkpoint(path: Path, module: nn.Module, content: Mapping[str, Any] |
 
 
 def _what(hparams: Mapping[str, Any]) -> str:
-    """Student and method of a module's settings, in words."""
+    """Student and method of a module's hyperparameters, in words."""
     method = hparams.get("method")
     path = str(method.get("class_path", "?")) if isinstance(method, Mapping) else "?"
     return f"student {hparams.get('student', '?')} and method {path.rpartition('.')[2]}"

@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -46,7 +47,14 @@ from ackd_lightning.training.schedule import (
     without_decay,
 )
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
-from ackd_lightning.training.teachers import GivenTeacher, Teachers, as_configs, chosen, describe_teachers
+from ackd_lightning.training.teachers import (
+    GivenTeacher,
+    Teachers,
+    as_configs,
+    chosen,
+    compare_classes,
+    describe_teachers,
+)
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec, read_batch
 from ackd_lightning.validation import check_arguments
 
@@ -73,6 +81,9 @@ class DistillationModule(ManualSteps):
         recipe: Interval of the schedule, warm-up, gradient clipping, and which parameters have weight decay.
         on_nonfinite: How to handle a non-finite loss: ``stop`` ends the run before such a step reaches a checkpoint,
             ``skip`` skips the step and counts it (``train/skipped``).
+        on_class_mismatch: How to handle class names of a teacher's file or a checkpoint that are not those of the data:
+            ``stop`` refuses them, ``ignore`` takes classes by their number. The same names in another order are
+            matched either way but for ``ignore``.
         channels_last: Lay out images and convolutions with channels last, which most hardware prefers. Results differ
             by rounding only.
         compile: Compile student, teachers and discriminators when a fit starts, with BatchNorm of frozen teachers fused
@@ -103,12 +114,19 @@ class DistillationModule(ManualSteps):
         lr_scheduler: SchedulerFactory | None = lambda optimizer: MultiStepLR(optimizer, milestones=[100, 150]),
         recipe: Recipe | None = None,
         on_nonfinite: OnNonFinite = "stop",
+        on_class_mismatch: Literal["stop", "ignore"] = "stop",
         channels_last: bool = False,
         compile: bool = False,  # noqa: A002  # torch's word for it
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        flags = {"on_nonfinite": on_nonfinite, "channels_last": channels_last, "compile": compile, "seed": seed}
+        flags = {
+            "on_nonfinite": on_nonfinite,
+            "on_class_mismatch": on_class_mismatch,
+            "channels_last": channels_last,
+            "compile": compile,
+            "seed": seed,
+        }
         check_arguments(DistillationModule, flags)
         # a checkpoint holds plain data, which comes back here
         self.recipe = Recipe(**recipe) if isinstance(recipe, Mapping) else recipe or Recipe()
@@ -120,6 +138,7 @@ class DistillationModule(ManualSteps):
         )
         self.guard, self.means = NonFiniteGuard(on_nonfinite), TermMeans()
         self.channels_last, self.compiles = channels_last, compile
+        self.matches_classes = on_class_mismatch == "stop"
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if seed is None else seed
         configs = chosen(as_configs(teacher), self.method)
         if any(each.network is student for each in configs):
@@ -244,12 +263,23 @@ class DistillationModule(ManualSteps):
     def setup(self, stage: str) -> None:
         """Load the teachers and tell the method about the fit."""
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        if names and self.data.class_names is None:
+        if names:
             self.data = replace(self.data, class_names=tuple(names))
         if stage != "fit":
             return
         self.load_teacher()
+        self._match_teachers()
         before = self._method_sizes()
+        self._begin_fit()
+        self._speed_up()
+        self._open_cache()
+        if self.method.teacher == "own" or self._method_sizes() != before:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
+
+    def _begin_fit(self) -> None:
+        """Tell the method about the fit."""
         data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
         targets = getattr(data, "train_targets", None)
         self.method.begin_fit(
@@ -261,12 +291,33 @@ class DistillationModule(ManualSteps):
                 teachers=self.teachers.frozen,
             )
         )
-        self._speed_up()
-        self._open_cache()
-        if self.method.teacher == "own" or self._method_sizes() != before:
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):
-                    callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
+
+    def _match_teachers(self) -> None:
+        """Bring the teachers' logits into the order of the data's classes, and say so."""
+        if self.data.class_names is None or not self.matches_classes:
+            return
+        reordered = self.teachers.match_classes(self.data.class_names, reorder=self.method.teacher != "own")
+        if reordered:
+            self.print(f"classes of teacher {', '.join(reordered)} are reordered to those of the data")
+
+    def _match_data(self, names: Sequence[str], origin: str) -> None:
+        """Bring the data's classes into the order in which a checkpoint was trained, and say so."""
+        data, own = getattr(self._trainer, "datamodule", None), self.data.class_names
+        if self._trainer is None or own is None or own == tuple(names) or not self.matches_classes:
+            return
+        compare_classes(names, own, origin, "the data")
+        reorder = getattr(data, "use_class_order", None)
+        if reorder is None:
+            raise ACKDError(
+                f"{origin} has the classes of the data in another order and {type(data).__name__} has no method "
+                "`use_class_order`; give the data the order of the checkpoint, or pass on_class_mismatch='ignore'"
+            )
+        reorder(names)
+        self.data = replace(self.data, class_names=tuple(names))
+        self.print(f"classes of the data are reordered to those of {origin}")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._match_teachers()
+            self._begin_fit()
 
     def _open_cache(self) -> None:
         """Open the cache of the teacher's logits, where one is named."""
@@ -605,8 +656,11 @@ class DistillationModule(ManualSteps):
         checkpoint["ackd_lightning"] = self.metadata()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the count of skipped steps."""
-        self.guard.skipped = checkpoint.get("ackd_lightning", {}).get("skipped", 0)
+        """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""
+        metadata = checkpoint.get("ackd_lightning", {})
+        self.guard.skipped = metadata.get("skipped", 0)
+        if names := metadata.get("class_names"):
+            self._match_data(names, "the checkpoint")
 
 
 class ACKDModule(DistillationModule):
