@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from ackd_lightning.models.folding import folded
 from torch import nn
 
-from ackd_lightning.models.folding import folded
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
 
