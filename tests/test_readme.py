@@ -196,9 +196,3 @@ def test_makefile_has_the_commands_of_readme():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for page in PAGES:
         assert set(re.findall(r"`make ([\w-]+)", page.read_text(encoding="utf-8"))) <= targets
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_no_page_refers_to_documents_outside_the_repository(page):
-    text = page.read_text(encoding="utf-8")
-    assert not re.findall(r"\bA\d\d\b|\bspecs\b", text)
