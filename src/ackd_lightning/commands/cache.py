@@ -78,10 +78,11 @@ def _print_estimate(
         for _, scores in zip(range(_TIMED), steps, strict=False):
             seen += len(scores)
     seconds = (time.monotonic() - started) / max(seen, 1) * images * epochs
-    size = images * epochs * module.data.num_classes * (2 if precision == "bf16-mixed" else 4)
+    classes = module.data.num_classes
+    size = images * epochs * classes * (2 if precision == "bf16-mixed" else 4)
     print(
-        f"{images:,} images x {epochs} epochs x {module.data.num_classes} classes: {size / 1e6:,.1f} MB on disk; "
-        f"every run that reads the cache saves {_clock(seconds)} of the teacher's time on {module.device.type}"
+        f"{images:,} images x {epochs} epochs x {classes} classes: {size / 1e6:,.1f} MB on disk; every run "
+        f"that reads the cache saves {_clock(seconds)} of the teacher's time on {module.device.type}"
     )
 
 

@@ -141,7 +141,7 @@ class DistillationModule(ManualSteps):
         self.matches_classes = on_class_mismatch == "stop"
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if seed is None else seed
         configs = chosen(as_configs(teacher), self.method)
-        if any(each.network is student for each in configs):
+        if isinstance(student, nn.Module) and any(each.network is student for each in configs):
             raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
 
         if isinstance(student, str):
@@ -171,7 +171,7 @@ class DistillationModule(ManualSteps):
             pixel_range=self._pixel_range(),
         )
         self.method.build(networks)
-        self.auxiliary = self.method.auxiliary_parameters()
+        self.auxiliary, self.monitors = self.method.auxiliary_parameters(), {}
         # read by torch's DistributedDataParallel
         self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name in self.method.replicated_buffers]
         if self.auxiliary:
@@ -194,8 +194,8 @@ class DistillationModule(ManualSteps):
                 **flags,
             }
         )
-        for name in ("student", "optimizer", "lr_scheduler"):
-            if self.hparams[name] is None:
+        for name, argument in (("student", student), ("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+            if self.hparams[name] is None and argument is not None:
                 self.hparams.pop(name)  # a network, or a function: not plain data
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -444,9 +444,15 @@ class DistillationModule(ManualSteps):
             overwrite: Replace an existing file.
 
         Raises:
-            ACKDError: If the file exists, or the logits of the written network differ.
+            ACKDError: If the file exists, the student is a network that `create_model` does not build, or the logits
+                of the written network differ.
         """
-        target = Path(path)
+        target, own = Path(path), self.student.plain()
+        if getattr(own, "model_name", None) is None:
+            raise ACKDError(
+                f"the student is a {type(own).__name__}, which create_model does not build, so {target} could not "
+                "describe it; write its weights with save_weights(module.kept_network(), path)"
+            )
         if target.exists() and not overwrite:
             raise ACKDError(f"{target} exists; choose another file or pass overwrite=True")
         checkpoint = {
@@ -486,7 +492,8 @@ class DistillationModule(ManualSteps):
     def on_train_start(self) -> None:
         """Discard what an earlier fit has left, and warn about a learning rate scale that is not applied."""
         self.means.reset()
-        scales = {name: scale for name, scale in self.method.lr_scales.items() if scale != 1.0}
+        self._resume_loader()
+        scales = {each["name"]: each["lr_scale"] for each in self.method.parameter_groups() if each["lr_scale"] != 1.0}
         overridden = type(self).configure_optimizers is not DistillationModule.configure_optimizers
         rates = {group["lr"] for group in self.trainer.optimizers[0].param_groups}
         if scales and overridden and len(rates) == 1:
@@ -495,6 +502,17 @@ class DistillationModule(ManualSteps):
                 f"method {type(self.method).__name__} trains {name} at {scale} times the learning rate, and "
                 f"{type(self).__name__}.configure_optimizers does not; call self.scale_learning_rates(optimizer) there"
             )
+
+    def _resume_loader(self) -> None:
+        """Let a resumed run continue in the middle of an epoch.
+
+        Lightning loses the loader's position when ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``,
+        because that creates the loader before the checkpoint is restored.
+        """
+        loop = self.trainer.fit_loop
+        if loop.restarting and loop._combined_loader_states_to_load:
+            loop._load_combined_loader_states()
+            iter(cast(Any, loop._data_fetcher))
 
     def on_train_epoch_end(self) -> None:
         """Log the means of an epoch that was cut short."""
@@ -588,24 +606,29 @@ class DistillationModule(ManualSteps):
         scales = {id(each): group["lr_scale"] for group in self.method.parameter_groups() for each in group["params"]}
         scale_learning_rates(optimizer, scales)
 
-    def _schedule(self, optimizer: Optimizer, name: str) -> dict[str, Any]:
-        """Build a learning rate schedule in Lightning's form."""
-        epochs = self.trainer.max_epochs
-        epochs = epochs if epochs is not None and epochs > 0 else None
-        steps = 1
+    def _schedule(self, optimizer: Optimizer, name: str, *, own_rate: bool) -> dict[str, Any]:
+        """Build a learning rate schedule in Lightning's form; `own_rate` keeps the optimizer's rate as the largest."""
+        trainer, epochs, per_epoch = self.trainer, self.trainer.max_epochs, 1.0
+        length = float("inf") if epochs is None or epochs < 1 else float(epochs)
         if self.recipe.interval == "step":
-            steps = -(-int(self.trainer.estimated_stepping_batches) // max(1, epochs or 1))
+            length = float(trainer.estimated_stepping_batches)  # loads the data, which num_training_batches needs
+            per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
         scheduler = build_scheduler(
-            self.scheduler_factory, optimizer, self.recipe, steps_per_epoch=steps, epochs=epochs
+            self.scheduler_factory,
+            optimizer,
+            self.recipe,
+            steps_per_epoch=per_epoch,
+            length=length,
+            own_rate=own_rate,
         )
         found = {"scheduler": scheduler, "name": name, "interval": self.recipe.interval}
-        return {**found, "monitor": "val/loss"} if reads_metric(scheduler) else found
+        return {**found, "monitor": "val/loss", "reduce_on_plateau": True} if reads_metric(scheduler) else found
 
     def configure_optimizers(self) -> Any:
         """Build the student's optimizer, those of the method, and their schedules."""
         optimizer = self.optimizer_factory(self.learner_groups())
         self.scale_learning_rates(optimizer)
-        return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr")])
+        return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr", own_rate=False)])
 
     def add_method_optimizers(
         self, optimizers: list[Optimizer], schedules: list[Any]
@@ -617,10 +640,21 @@ class DistillationModule(ManualSteps):
             schedules: Its schedule in Lightning's form; may be empty.
         """
         own = self.method.auxiliary_optimizers()
-        return (
-            [*optimizers, *own.values()],
-            [*schedules, *(self._schedule(each, f"lr/{name}") for name, each in own.items())],
-        )
+        added = [self._schedule(each, f"lr/{name}", own_rate=True) for name, each in own.items()]
+        return [*optimizers, *own.values()], self._without_monitors([*schedules, *added])
+
+    def _without_monitors(self, schedules: list[Any]) -> list[Any]:
+        """Keep the names of monitored metrics; Lightning would warn and forget them in manual optimization."""
+        if self.automatic_optimization:
+            return schedules
+        found = []
+        for each in schedules:
+            if isinstance(each, Mapping):
+                if each.get("monitor") is not None:
+                    self.monitors[id(each["scheduler"])] = str(each["monitor"])
+                each = {key: each[key] for key in each if key not in ("monitor", "reduce_on_plateau", "strict")}
+            found.append(each)
+        return found
 
     # ---------------------------------------------------------------- checkpoint
 
@@ -706,17 +740,32 @@ def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
         optimizers, schedules = _parts(result)
         auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
         held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
-        return result if auxiliary & held else self.add_method_optimizers(optimizers, schedules)
+        count = len(optimizers)
+        if auxiliary & held:
+            schedules = self._without_monitors(schedules)
+        else:
+            optimizers, schedules = self.add_method_optimizers(optimizers, schedules)
+        if len(optimizers) != 1 + len(self.auxiliary):
+            raise ACKDError(
+                f"{type(self).__name__}.configure_optimizers returns {count} optimizers, and method "
+                f"{type(self.method).__name__} has {len(self.auxiliary)} of its own, which are added; return the "
+                "student's optimizer alone"
+            )
+        return optimizers, schedules
 
     return configure_optimizers
 
 
 def _parts(result: Any) -> tuple[list[Optimizer], list[Any]]:
     """Split one of Lightning's forms of optimizers and schedules into two lists."""
+    if result is None:
+        return [], []
     if isinstance(result, Optimizer):
         return [result], []
     if isinstance(result, Mapping):
         schedule = result.get("lr_scheduler")
+        if schedule is not None and not isinstance(schedule, Mapping):
+            schedule = {"scheduler": schedule, "monitor": result.get("monitor")}
         return [result["optimizer"]], [] if schedule is None else [schedule]
     if isinstance(result, (list, tuple)) and len(result) == 2 and isinstance(result[0], (list, tuple)):
         return list(result[0]), list(result[1])
