@@ -17,7 +17,6 @@ from torch import nn
 from ackd_lightning import ACKD, KD, create_model
 from ackd_lightning.cli import main
 from ackd_lightning.launch import execute
-from ackd_lightning.launch.execute import plan
 from ackd_lightning.training import speed
 from ackd_lightning.training.speed import fast_settings, has_bfloat16
 from training.helpers import CLASSES, Blobs, build, largest_difference, module, state, teaching, trainer
@@ -134,18 +133,20 @@ def test_the_flags_of_the_processor_are_read(monkeypatch, tmp_path, flags, expec
     assert has_bfloat16("cpu") is False
 
 
-@pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
 def test_the_flag_stands_for_settings_and_given_ones_stay(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speed, "has_bfloat16", lambda _: True)
     monkeypatch.setattr(speed.shutil, "which", lambda _: "/usr/bin/g++")
     words = ["--config", "digits_resnet20.yaml", "--name", "x"]
-    settings = plan([*words, "--fast"]).settings()
+    settings = execute.plan([*words, "--fast"]).settings()
     assert settings["trainer"]["precision"] == "bf16-mixed"
     assert (settings["model"]["channels_last"], settings["model"]["compile"]) == (True, True)
     assert settings["fast"] is False  # kept at the places that it stands for
-    assert plan([*words, "--fast", "--trainer.precision", "32-true"]).settings()["trainer"]["precision"] == "32-true"
-    slow = plan(words).settings()
+    assert (
+        execute.plan([*words, "--fast", "--trainer.precision", "32-true"]).settings()["trainer"]["precision"]
+        == "32-true"
+    )
+    slow = execute.plan(words).settings()
     assert slow["trainer"]["precision"] is None
     assert slow["model"]["compile"] is False
 
@@ -176,7 +177,6 @@ def test_no_page_of_freed_memory_is_fetched_again():
     assert kept < 0.05 * usual
 
 
-@pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
 @pytest.mark.parametrize(("command", "times"), [("fit", 1), ("validate", 0)])
 def test_a_fit_on_a_cpu_keeps_freed_memory(monkeypatch, tmp_path, command, times):
     monkeypatch.chdir(tmp_path)

@@ -506,7 +506,7 @@ class DistillationModule(ManualSteps):
     def _resume_loader(self) -> None:
         """Let a resumed run continue in the middle of an epoch.
 
-        Lightning loses the loader's position when ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``,
+        Lightning loses the loader's position if ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``,
         because that creates the loader before the checkpoint is restored.
         """
         loop = self.trainer.fit_loop
