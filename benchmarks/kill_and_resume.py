@@ -1,10 +1,10 @@
-"""Kills real runs at random and lets them go on: do they end with the weights of an uninterrupted one, bit for bit?
+"""Kill real runs at random moments and resume them: do they end with the weights of an uninterrupted one, bit for bit?
 
 python benchmarks/kill_and_resume.py --times 20
 
-Every time a run of ACKD on scanned digits is killed once with SIGKILL and once with SIGTERM, each at a random moment
-after its first epoch has begun, goes on by ``--resume auto``, and its student is compared with that of the run that
-nobody disturbed. Prints ``20 of 20`` and exits with 0 when all are equal.
+In each trial a run of ACKD on scanned digits is killed once with SIGKILL and once with SIGTERM, each at a random moment
+after its first epoch has begun, and resumed with ``--resume auto``. Its student is then compared with that of a run
+that was not interrupted. Prints ``20 of 20`` and exits with 0 if all are equal.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ SETTINGS += ["--model.milestones", "[4, 6]", "--model.teacher_gate", "warn", "--
 
 
 def command(config: str, name: str, *more: str) -> list[str]:
-    """A fit of the given configuration."""
+    """Return the command of a fit of a configuration."""
     start = [sys.executable, "-m", "ackd_lightning", "fit", "--config", config, "--name", name]
     return [*start, *SETTINGS, *more]
 
 
 def weights(run: Path) -> str:
-    """Hash of the tensors of a run's student; metadata, such as times, left out."""
+    """Return a hash of the tensors of a run's student, without metadata such as times."""
     digest = hashlib.sha256()
     with safe_open(run / "student.safetensors", framework="pt") as file:
         for key in sorted(file.keys()):
@@ -42,7 +42,7 @@ def weights(run: Path) -> str:
 
 
 def interrupt(arguments: list[str], number: int, delay: float, folder: Path) -> int:
-    """Start a run, wait for its first line of training, send the signal after a delay; return the exit code."""
+    """Start a run, send a signal some time after its first line of training, and return the exit code."""
     child = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert child.stdout is not None
     for line in child.stdout:
@@ -55,7 +55,7 @@ def interrupt(arguments: list[str], number: int, delay: float, folder: Path) -> 
 
 
 def trial(number: int, folder: Path, length: float, expected: str, chance: random.Random) -> bool:
-    """Kill a run twice, let it go on to its end, compare."""
+    """Kill a run twice, resume it until it ends, and return whether its student is the expected one."""
     name = f"trial{number}"
     pair = "digits_resnet20_resnet8"
     codes = []
@@ -73,10 +73,10 @@ def trial(number: int, folder: Path, length: float, expected: str, chance: rando
 
 
 def main() -> int:
-    """Run all trials."""
+    """Run all trials; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=20, help="trials")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--times", type=int, default=20, help="number of trials")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     chosen = parser.parse_args()
     chance = random.Random(chosen.seed)
     with tempfile.TemporaryDirectory() as place:

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities.types import TRAIN_DATALOADERS
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
@@ -41,10 +40,14 @@ class RandomImages(L.LightningDataModule):
         noise = torch.randn(count, 3, input_size, input_size, generator=generator)
         self.images = noise + torch.randn(num_classes, 3, 1, 1, generator=generator)[self.train_targets]
 
-    def train_dataloader(self) -> TRAIN_DATALOADERS:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Return the images in order, with targets and indices."""
         indices = torch.arange(len(self.images))
         return DataLoader(TensorDataset(self.images, self.train_targets, indices), batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Return the same images."""
+        return self.train_dataloader()
 
     def batch(self, number: int = 0) -> Batch:
         """Return one batch.
@@ -114,11 +117,12 @@ class Harness:
         )
         self.method = method
 
-    def begin_fit(self, *, epochs: int = 100) -> None:
+    def begin_fit(self, *, epochs: int = 100, epoch: int = 0) -> None:
         """Tell the method that a fit starts, as the module does; `train` does it by itself.
 
         Args:
             epochs: Length of the fit.
+            epoch: Epoch in which the fit starts or resumes.
         """
         self.method.begin_fit(
             FitInfo(
@@ -129,7 +133,7 @@ class Harness:
                 teachers=self.module.teachers.frozen,
             )
         )
-        self.method.set_epoch(0)
+        self.method.set_epoch(epoch)
 
     def outputs(self, batch: Batch | None = None) -> tuple[NetOutput, NetOutput | None, Batch]:
         """Return the arguments of the method's ``forward``.
@@ -192,6 +196,7 @@ class Harness:
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            limit_val_batches=0,
             log_every_n_steps=1,
         )
         trainer.fit(self.module, datamodule=self.data)

@@ -150,7 +150,7 @@ def test_without_a_run_folder_nothing_is_drawn(tmp_path, monkeypatch):
         ({}, {"fast_dev_run": True}),
         ({}, {"limit_val_batches": 0}),
     ],
-    ids=["warm-up", "dml", "dry run", "no validation"],
+    ids=["warm-up", "dml", "fast_dev_run", "no validation"],
 )
 def test_nothing_is_drawn_while_nothing_is_made(tmp_path, arguments, options):
     fit(module(**arguments), ExamplePictures(every_n_epochs=1), epochs=2, default_root_dir=tmp_path, **options)
@@ -214,5 +214,5 @@ def test_weights_and_biases_gets_the_picture(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["every_n_epochs", "count"])
 def test_bad_arguments_are_refused(name):
-    with pytest.raises(ACKDError, match=rf"{name} is 0 in ExamplePictures; it must be 1 or more"):
+    with pytest.raises(ACKDError, match=f"{name} is 0"):
         ExamplePictures(**{name: 0})

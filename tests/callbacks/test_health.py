@@ -1,64 +1,57 @@
-"""A disk that is too small is said at the start."""
+"""Collapsed attention and features without variation are reported once."""
 
 from __future__ import annotations
 
-from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ackd_lightning import ACKD
-from ackd_lightning.callbacks.disk import DiskRoom
-from ackd_lightning.callbacks.health import checkpoint_bytes
-from training.helpers import Blobs, module, trainer
+from ackd_lightning.callbacks.health import HealthMonitor
+from ackd_lightning.errors import ACKDError
 
-Usage = namedtuple("Usage", "total used free")
+ENTROPY, FEATURE_STD = "attention_entropy", "learners_feature_std"
 
 
-def savers(folder, **options):
-    return [ModelCheckpoint(folder / "checkpoints", save_on_train_epoch_end=True, **options)]
+def validate(monitor, *, entropy, feature_std, split="val", learners=2, **trainer):
+    """What a validation with these metrics makes the monitor do."""
+    metrics = {f"{split}/{ENTROPY}": torch.tensor(entropy), f"{split}/{FEATURE_STD}": torch.tensor(feature_std)}
+    known = {"sanity_checking": False, "fast_dev_run": False, "current_epoch": 3, "callback_metrics": metrics}
+    module = SimpleNamespace(spec=SimpleNamespace(branches=(None,) * learners), looks_at_test=lambda: split == "test")
+    monitor.on_validation_end(SimpleNamespace(**{**known, **trainer}), module)
 
 
-def fit(folder, monkeypatch, free, *, epochs=1, **options):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**12, 0, free))
-    callbacks = [*savers(folder, **options), DiskRoom(folder)]
-    run = trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=callbacks, limit_val_batches=0)
-    run.fit(module(), datamodule=Blobs())
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_each_collapse_is_reported_once(split):
+    monitor = HealthMonitor()
+    with pytest.warns(UserWarning, match=r"entropy 0\.001 of 0\.693 nats in epoch 4"):
+        validate(monitor, entropy=0.001, feature_std=1.0, split=split)
+    with pytest.warns(UserWarning, match=r"0\.200 in epoch 4, 1\.000 at the start") as caught:
+        validate(monitor, entropy=0.001, feature_std=0.2, split=split)
+    assert len(caught) == 1
+    again = HealthMonitor()
+    again.load_state_dict(monitor.state_dict())
+    validate(again, entropy=0.001, feature_std=0.2, split=split)  # a warning would be an error here
 
 
-@pytest.mark.parametrize("discriminator", ["adam", "sgd"])
-def test_the_estimate_is_near_the_file(tmp_path, discriminator):
-    net = module(ACKD(discriminator_optimizer=discriminator))
-    run = trainer(max_epochs=1, enable_checkpointing=True, callbacks=savers(tmp_path, filename="last"))
-    run.fit(net, datamodule=Blobs())
-    file = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    remembered = [
-        value for each in file["optimizer_states"] for entry in each["state"].values() for value in entry.values()
-    ]
-    tensors = [value for value in (*file["state_dict"].values(), *remembered) if torch.is_tensor(value) and value.dim()]
-    exact = sum(each.numel() * each.element_size() for each in tensors)
-    assert checkpoint_bytes(net, run.optimizers) == pytest.approx(exact, rel=0.02)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"entropy": 0.3, "feature_std": 0.5},
+        {"entropy": 0.0, "feature_std": 0.5, "learners": 1},
+        {"entropy": 0.0, "feature_std": 0.0, "sanity_checking": True},
+        {"entropy": 0.0, "feature_std": 0.0, "fast_dev_run": 1},
+    ],
+    ids=["healthy", "one learner", "sanity check", "fast_dev_run"],
+)
+def test_nothing_is_reported_without_a_reason(values):
+    monitor = HealthMonitor()
+    validate(monitor, entropy=0.6, feature_std=1.0)
+    validate(monitor, **values)
 
 
-def test_a_small_disk_is_told_before_the_first_step(tmp_path, monkeypatch):
-    with pytest.warns(UserWarning, match="needs about .* MB for 1 checkpoints .* the disk has 0 MB left; make room"):
-        fit(tmp_path, monkeypatch, free=1000)
-
-
-def test_a_disk_with_room_is_not_mentioned(tmp_path, monkeypatch):
-    fit(tmp_path, monkeypatch, free=10**9)  # a warning would be an error here
-
-
-def test_every_checkpoint_that_is_kept_counts(tmp_path, monkeypatch):
-    """200 epochs, each kept: room for a few is not enough."""
-    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**12, 0, 10**6))
-    (saver,) = savers(tmp_path, save_top_k=-1)
-    run = trainer(max_epochs=200, enable_checkpointing=True, callbacks=[saver, DiskRoom(tmp_path)], max_steps=1)
-    with pytest.warns(UserWarning, match="for 200 checkpoints"):
-        run.fit(module(), datamodule=Blobs())
-
-
-def test_dry_runs_write_nothing_and_say_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: pytest.fail("looked at the disk"))
-    trainer(fast_dev_run=1, callbacks=[DiskRoom(tmp_path)]).fit(module(), datamodule=Blobs())
+@pytest.mark.parametrize("name", ["least_entropy", "least_feature_std"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_limits_are_fractions(name, value):
+    with pytest.raises(ACKDError, match=name):
+        HealthMonitor(**{name: value})

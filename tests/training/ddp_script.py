@@ -1,7 +1,8 @@
-"""Started by test_ddp.py: the same fits on one or two processes; rank 0 leaves weights, metrics and buffers."""
+"""Started by test_ddp.py: the same fits with one or two processes; rank 0 saves weights, metrics and buffers."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ackd_lightning import ACKD, ACKDModule
+from ackd_lightning import ACKD, KD, ACKDModule
 from ackd_lightning.methods import ACN, AIKD, ATSC
 from training.helpers import Blobs, IndexedBlobs, game, module, trainer
 
 
 class Buffers(L.Callback):
-    """Largest difference of BatchNorm's buffers between two processes in validation."""
+    """Keep the largest difference of BatchNorm's buffers between two processes in validation."""
 
     def __init__(self):
         self.largest = 0.0
@@ -31,7 +32,7 @@ class Buffers(L.Callback):
 
 
 class UnequalStart(L.Callback):
-    """A rank whose discriminators were seeded otherwise."""
+    """Give one process other discriminators."""
 
     def setup(self, trainer, pl_module, stage):
         if trainer.global_rank == 1:
@@ -40,12 +41,12 @@ class UnequalStart(L.Callback):
 
 
 class NeverRearmed(ACKDModule):
-    def _rearm_buffer_sync(self):
+    def rearm_buffer_broadcast(self):
         pass
 
 
 def without_norm(net):
-    """The same with projectors that do not normalise: BatchNorm is each process's own without sync_batchnorm."""
+    """Remove BatchNorm from the projectors: without sync_batchnorm every process has its own statistics."""
     for projector in net.method.head.projectors:
         for number, layer in enumerate(projector):
             if isinstance(layer, torch.nn.BatchNorm2d):
@@ -65,9 +66,10 @@ def scenarios():
     yield "aikd", game(AIKD(discriminator_lr=1e-2), norm=False), []
     yield "pskd", game(AIKD(previous="table", weight_det=0.0, weight_adv=0.0), norm=False), []
     yield "acn", game(ACN(warmup_epochs=1), norm=False), []
-    left_alone = module(ACKD(**strong))
-    left_alone.__class__ = NeverRearmed
-    yield "never_rearmed", left_alone, []
+    adamw = functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-4)
+    yield "adamw", module(ACKD(**strong), norm=False, optimizer=adamw), []
+    yield "adamw_automatic", game(KD(), norm=False, optimizer=adamw), []
+    yield "never_rearmed", module(ACKD(**strong), kind=NeverRearmed), []
 
 
 def main(devices: int, out: Path) -> None:

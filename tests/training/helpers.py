@@ -1,21 +1,27 @@
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from ackd_lightning import ACKD, ACKDModule, AdversarialMethod, AdversarialModule
+from ackd_lightning import ACKDModule, DataInfo, DistillationModule, Method, TeacherConfig
 from ackd_lightning.models.features import StagePlan
 
 SIZE = 8
 CLASSES = 4
+DATA = DataInfo(CLASSES, SIZE)
+NORMALISED = DataInfo(CLASSES, SIZE, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 class TinyNet(nn.Module):
-    """Three stages on 8 x 8 images: everything a CIFAR network has, in a millisecond."""
+    """Three stages on 8 x 8 images: everything that a CIFAR network has, in a millisecond."""
 
     stage_plan = StagePlan(stem=("stem",), stages=(("one",), ("two",), ("three",)), tail=(), classifier="fc")
 
@@ -37,7 +43,7 @@ class TinyNet(nn.Module):
 
 
 class Blobs(L.LightningDataModule):
-    """64 noisy images whose colour tells the class; the same global batches for any number of processes."""
+    """64 noisy images whose colour depends on the class; the same global batches for any number of processes."""
 
     def __init__(self, batch_size: int = 8, count: int = 64) -> None:
         super().__init__()
@@ -63,7 +69,7 @@ class Blobs(L.LightningDataModule):
 
 
 class IndexedBlobs(Blobs):
-    """The same with what some methods ask of a data module: an index, the classes, the global batch size."""
+    """The same with what some methods need of a data module: indices, targets and the global batch size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,25 +83,55 @@ class IndexedBlobs(Blobs):
         return TensorDataset(*super()._data(seed, count).tensors, torch.arange(count))
 
 
-def game(method: AdversarialMethod, *, norm: bool = True, **options: Any) -> AdversarialModule:
-    """A module of any method with players on tiny networks, made the same way every time."""
-    torch.manual_seed(0)
-    teacher, student = TinyNet(8, norm=norm), TinyNet(norm=norm)
-    arguments = {"lr": 0.05, "milestones": [2], "teacher_gate": "off", "input_size": SIZE, **options}
-    arguments |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return AdversarialModule(student, CLASSES, teacher=teacher, method=method, **arguments)
+def sgd(lr: float = 0.05) -> functools.partial[SGD]:
+    """SGD as in the paper, at a learning rate for small networks."""
+    return functools.partial(SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
-def module(method: ACKD | None = None, *, seed: int = 0, norm: bool = True, **options: Any) -> ACKDModule:
-    """An ACKD module on tiny networks, made the same way every time."""
+def milestones(*epochs: int) -> functools.partial[MultiStepLR]:
+    """Learning rate that is divided by 10 after some epochs."""
+    return functools.partial(MultiStepLR, milestones=list(epochs), gamma=0.1)
+
+
+def teaching(network: str | nn.Module | None = None, *, gate: str = "off", **options: Any) -> TeacherConfig:
+    """Teacher whose accuracy is not measured."""
+    return TeacherConfig(network=TinyNet(8) if network is None else network, gate=gate, **options)
+
+
+def build(
+    method: Method | None = None,
+    *,
+    kind: type[DistillationModule] = DistillationModule,
+    student: str | nn.Module | None = None,
+    lr: float = 0.05,
+    decays: Sequence[int] = (2,),
+    seed: int = 0,
+    gate: str = "off",
+    teacher_norm: bool = True,
+    norm: bool = True,
+    dropout: float = 0.0,
+    **options: Any,
+) -> Any:
+    """Build a module of any method on tiny networks, the same in every call."""
     torch.manual_seed(seed)
-    teacher, student = TinyNet(8), TinyNet(norm=norm, dropout=options.pop("dropout", 0.0))
-    arguments = {"lr": 0.05, "milestones": [2], "teacher_gate": "off", "input_size": SIZE, **options}
-    return ACKDModule(student, CLASSES, teacher=teacher, method=method, **arguments)
+    teacher = TinyNet(8, norm=teacher_norm)
+    student = TinyNet(norm=norm, dropout=dropout) if student is None else student
+    usual = {"data": DATA, "optimizer": sgd(lr), "lr_scheduler": milestones(*decays)}
+    return kind(student, method=method, **{"teacher": teaching(teacher, gate=gate), **usual, **options})
+
+
+def game(method: Method, *, norm: bool = True, **options: Any) -> DistillationModule:
+    """Build a module of a method that knows the range of its pixels."""
+    return build(method, **{"norm": norm, "teacher_norm": norm, "data": NORMALISED, **options})
+
+
+def module(method: Method | None = None, **options: Any) -> ACKDModule:
+    """Build an ACKD module."""
+    return build(method, **{"kind": ACKDModule, **options})
 
 
 def trainer(**options: Any) -> L.Trainer:
-    """A quiet Trainer on the CPU."""
+    """Build a quiet Trainer on the CPU."""
     quiet = {
         "accelerator": "cpu",
         "devices": 1,

@@ -1,4 +1,4 @@
-"""Fits that are stopped and go on; imported by test_stopping.py, and started by it for two processes."""
+"""Fits that are stopped and resumed; imported by test_stopping.py, which also starts it with two processes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ackd_lightning import ACKDModule, AdversarialModule, DigitsDataModule, DistillationModule
+from ackd_lightning import DataInfo, DigitsDataModule, DistillationModule
 from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
 from ackd_lightning.callbacks.stopping import StopSafely
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import RunStoppedError
 from ackd_lightning.methods import ACKD, ACN, AIKD, ATSC, CRD, ONE
 from ackd_lightning.models.zoo import create_model
-from training.helpers import state
+from training.helpers import milestones, sgd, state, teaching
 
 EPOCHS, BATCH, PER_CLASS = 3, 16, 8  # 5 steps an epoch
 
 
 class Signal(L.Callback):
-    """Sends this process a signal inside a step, or inside validation."""
+    """Send this process a signal inside a step, or inside validation."""
 
     def __init__(self, step: int, number: int, *, validating: bool = False, rank: int = 0) -> None:
         self.step, self.number, self.validating, self.rank = step, number, validating, rank
@@ -39,7 +39,7 @@ class Signal(L.Callback):
             os.kill(os.getpid(), self.number)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
-        """In an adversarial step the first of these is the discriminators', before the learners' step."""
+        """With discriminators the first of these is theirs, before the student's step."""
         if not self.validating:
             self._send(trainer)
 
@@ -49,7 +49,7 @@ class Signal(L.Callback):
 
 
 class Noisy(torch.nn.Module):
-    """A classifier behind dropout."""
+    """A classifier after dropout."""
 
     def __init__(self, classifier: torch.nn.Module) -> None:
         super().__init__()
@@ -61,28 +61,34 @@ class Noisy(torch.nn.Module):
 
 def network() -> torch.nn.Module:
     net = create_model("resnet8", 10)
-    net.fc = Noisy(net.fc)  # keyed noise has to be the same after a stop
+    net.fc = Noisy(net.fc)  # dropout must draw the same masks after a stop
     return net
+
+
+METHODS: dict[str, Any] = {
+    "ackd": lambda: ACKD(discriminator_lr=0.05),
+    "atsc": lambda: ATSC(classifier_lr=0.05),
+    "aikd": lambda: AIKD(discriminator_lr=1e-2),
+    "aikd_table": lambda: AIKD(previous="table", discriminator_lr=1e-2),
+    "acn": lambda: ACN(warmup_epochs=1, generator_width=4),
+    "crd": lambda: CRD(negatives=32),
+    "one": lambda: ONE(ramp_epochs=2),
+}
 
 
 def module(method: str) -> DistillationModule:
     torch.manual_seed(0)
-    teacher = create_model("resnet8", 10)
-    options: dict[str, Any] = {"lr": 0.05, "milestones": [1, 2], "teacher_gate": "off", "input_size": 16, "seed": 0}
-    options |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    if method == "ackd":
-        return ACKDModule(network(), 10, teacher=teacher, method=ACKD(discriminator_lr=0.05), **options)
-    games = {
-        "atsc": ATSC(classifier_lr=0.05),
-        "aikd": AIKD(discriminator_lr=1e-2),
-        "aikd_table": AIKD(previous="table", discriminator_lr=1e-2),
-        "acn": ACN(warmup_epochs=1, generator_width=4),
-    }
-    if method in games:
-        return AdversarialModule(network(), 10, teacher=teacher, method=games[method], **options)
-    if method == "crd":
-        return DistillationModule(network(), 10, teacher=teacher, method=CRD(negatives=32), **options)
-    return DistillationModule(network(), 10, method=ONE(ramp_epochs=2), **options)
+    teacher = teaching(create_model("resnet8", 10))
+    data = DataInfo(10, 16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return DistillationModule(
+        network(),
+        method=METHODS[method](),
+        teacher=teacher,
+        data=data,
+        optimizer=sgd(),
+        lr_scheduler=milestones(1, 2),
+        seed=0,
+    )
 
 
 def data(workers: int = 0) -> ImageDataModule:
@@ -98,13 +104,13 @@ def fit(
     workers: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """One fit; the result tells how it ended."""
+    """Run one fit and return how it ended."""
     net = module(method)
     early = EarlyStopping("val/acc", mode="max", patience=50)
     average = EMAWeightAveraging(decay=0.9)
     last = folder / "checkpoints" / "last.ckpt"
     callbacks: list[L.Callback] = [early, average, *checkpoints(folder / "checkpoints", select=True)]
-    callbacks += [StopSafely(last, advice="go on"), *([stop] if stop else [])]
+    callbacks += [StopSafely(last, advice="resume it"), *([stop] if stop else [])]
     quiet = {
         "logger": False,
         "default_root_dir": folder,
@@ -130,7 +136,7 @@ def fit(
 
 
 def main(folder: Path, step: int) -> None:
-    """Two processes, of which one gets the signal; rank 0 leaves how both ended."""
+    """Run two processes, of which one gets the signal; rank 0 saves how both ended."""
     two = {"devices": 2, "strategy": "ddp"}
     whole = fit(folder / "whole", "ackd", **two)
     stopped = fit(folder / "stopped", "ackd", stop=Signal(step, signal.SIGTERM, rank=1), **two)

@@ -1,4 +1,4 @@
-"""What a step must not do, counted: wait for the device to tell a number, or compile a network again."""
+"""What a step must not do, counted: wait for a number from the device, or compile a network again."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ackd_lightning
-from ackd_lightning import AdversarialModule, DistillationModule
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods import ACKD, CE, AdversarialMethod, Method
+from ackd_lightning.methods import ACKD, CE, Method
 from ackd_lightning.methods.base import from_description
-from training.helpers import CLASSES, SIZE, Blobs, IndexedBlobs, TinyNet, trainer
+from training.helpers import Blobs, IndexedBlobs, game, trainer
 
 FRAGMENTS = sorted((config_folder() / "methods").glob("*.yaml"))
 OURS, TORCH = Path(ackd_lightning.__file__).parent, Path(torch.__file__).parent
 READING = {
-    "_local_scalar_dense",  # item(), bool(), int(), float(), and whatever torch itself asks in this way
+    "_local_scalar_dense",  # item(), bool(), int(), float(), and reads by torch itself
     "item",
     "is_nonzero",
     "equal",
@@ -38,18 +37,18 @@ READING = {
     "unique_consecutive",
     "bincount",
 }
-"""Operators whose answer, or whose result's size, the host has to know before it can go on."""
+"""Operators whose result, or its size, the host must know before it can continue."""
 CROSSING = {"tolist", "cpu", "numpy", "tensor", "from_numpy"}
 """Functions that carry values between host and device; on a CPU no operator shows them."""
 KNOWN = {
-    # The loss is judged before its backward pass on a CPU alone: a GPU copies it without waiting, and judges it later.
-    ("training/finite.py", "_which", "tolist"),
+    # Only on a CPU the loss is checked before its backward pass: a GPU copies it without waiting, and checks it later.
+    ("training/nonfinite.py", "_which", "tolist"),
     # Adam counts its steps in a tensor that stays on the host.
     ("torch/optim/adam.py", "_single_tensor_adam", "_local_scalar_dense"),
 }
-"""Reads that no GPU waits for: file, function, what is called."""
+"""Reads that no GPU waits for: file, function, what it calls."""
 WATCHED = (1, 2)
-"""Batches that are looked at: the second and the third. In a fit's first step a method may check what it is given."""
+"""Batches that are watched: the second and the third. In the first step of a fit a method may check its arguments."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +63,7 @@ def _one_thread():
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes the host wait, by place."""
+    """Count what makes the host wait, by place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +97,7 @@ class Reads(TorchDispatchMode):
 
 
 class Crossings(TorchFunctionMode):
-    """Adds what goes from host to device or back, which a CPU does without an operator."""
+    """Count copies between host and device, for which a CPU has no operator."""
 
     def __init__(self, reads: Reads) -> None:
         super().__init__()
@@ -110,7 +109,7 @@ class Crossings(TorchFunctionMode):
         made = name == "as_tensor" and not isinstance(args[0], torch.Tensor)
         if name in CROSSING or moved or made:
             self.reads.note(name)
-        # With a known number of classes torch looks at the labels on a CPU alone; a GPU checks while it computes.
+        # With a known number of classes torch reads the labels on a CPU only; a GPU checks them while it computes.
         checked = name == "one_hot" and {*args[1:], *kwargs.values()} - {-1}
         counting, self.reads.counting = self.reads.counting, self.reads.counting and not checked
         try:
@@ -120,7 +119,7 @@ class Crossings(TorchFunctionMode):
 
 
 class Watch(L.Callback):
-    """Looks at some steps, from the hooks at their start to those at their end."""
+    """Watch some steps, from the hooks at their start to those at their end."""
 
     def __init__(self) -> None:
         self.reads, self.steps, self.modes = Reads(), 0, contextlib.ExitStack()
@@ -138,16 +137,8 @@ class Watch(L.Callback):
         self.modes.close()
 
 
-def module(method: Method, **options) -> DistillationModule:
-    torch.manual_seed(0)
-    kind = AdversarialModule if isinstance(method, AdversarialMethod) else DistillationModule
-    arguments = {"input_size": SIZE, "teacher_gate": "off", "lr": 0.01, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    teacher = TinyNet(8) if method.needs_teacher else None
-    return kind(TinyNet(), CLASSES, method=method, teacher=teacher, **arguments, **options)
-
-
 def reads_of(method: Method, folder: Path, *, epoch: int = 0) -> set[tuple[str, str, str]]:
-    """What makes the host wait in four steps of a fit that begins in an epoch out of 100."""
+    """Return what makes the host wait in four steps of a fit of 100 epochs that begins in an epoch."""
     watch = Watch()
     run = trainer(
         callbacks=[watch],
@@ -160,7 +151,7 @@ def reads_of(method: Method, folder: Path, *, epoch: int = 0) -> set[tuple[str, 
     for name in ("ready", "started", "processed", "completed"):
         setattr(run.fit_loop.epoch_progress.current, name, epoch)
     with pytest.warns(UserWarning, match="log_every_n_steps"):
-        run.fit(module(method), datamodule=IndexedBlobs())
+        run.fit(game(method, lr=0.01), datamodule=IndexedBlobs())
     assert watch.steps == len(WATCHED)
     assert watch.reads.operators > 100
     return set(watch.reads.found)
@@ -169,13 +160,13 @@ def reads_of(method: Method, folder: Path, *, epoch: int = 0) -> set[tuple[str, 
 @pytest.mark.parametrize("epoch", [0, 50], ids=["first epoch", "middle"])
 @pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)
 def test_no_step_waits_for_the_device(path, epoch, tmp_path):
-    found = reads_of(from_description(read_config(path)["model"]["init_args"]["method"]), tmp_path, epoch=epoch)
-    assert ("training/finite.py", "_which", "tolist") in found  # so the watch sees
+    found = reads_of(from_description(read_config(path)["model"]["method"]), tmp_path, epoch=epoch)
+    assert ("training/nonfinite.py", "_which", "tolist") in found  # so the watch works
     assert found - KNOWN == set()
 
 
 class Asking(CE):
-    """Cross-entropy that asks the device for something in every step."""
+    """Cross-entropy that reads something from the device in every step."""
 
     def __init__(self, ask) -> None:
         super().__init__()
@@ -204,8 +195,8 @@ class Asking(CE):
         (lambda logits, target: logits * torch.tensor([2.0], device=logits.device), "tensor"),
     ],
 )
-def test_the_watch_sees_what_waits(ask, what, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "OURS", Path(__file__).parent)  # here, the method is in this file
+def test_the_watch_finds_what_waits(ask, what, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "OURS", Path(__file__).parent)  # the method is in this file
     found = reads_of(Asking(ask), tmp_path)
     assert what in {called for file, _, called in found if file == Path(__file__).name}
 
@@ -214,7 +205,7 @@ def test_the_watch_sees_what_waits(ask, what, tmp_path, monkeypatch):
 
 
 class Graphs(L.Callback):
-    """Graphs that torch's compiler has made: when the second epoch begins, and in the end."""
+    """Count the graphs of torch's compiler: when the second epoch begins, and at the end."""
 
     def __init__(self) -> None:
         from torch._dynamo.utils import counters  # takes seconds
@@ -250,7 +241,7 @@ def compiler(monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
 def test_the_second_epoch_and_its_validation_compile_nothing(compiler):
     graphs = Graphs()
-    trainer(callbacks=[graphs], max_epochs=2).fit(module(ACKD(), compile=True), datamodule=Blobs(count=16))
+    trainer(callbacks=[graphs], max_epochs=2).fit(game(ACKD(), compile=True), datamodule=Blobs(count=16))
     first, last = graphs.counts
     assert first > 0
     assert last == first

@@ -1,4 +1,4 @@
-"""Means of logged terms: what Lightning's own would say, without its cost in every step."""
+"""Means of logged terms: equal to those of Lightning, without its cost in every step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from ackd_lightning import ACKD, DistillationModule
+from ackd_lightning import ACKD, CE, DistillationModule
 from ackd_lightning.callbacks.progress import EpochLine
 from ackd_lightning.training.means import TermMeans
-from training.helpers import CLASSES, SIZE, Blobs, TinyNet, largest_difference, module, state, trainer
+from training.helpers import Blobs, build, largest_difference, module, state, trainer
 
 
 def scalars(**values):
@@ -35,7 +35,7 @@ def test_a_term_is_averaged_over_the_steps_that_have_it():
     assert {name: float(value) for name, value in means.compute().items()} == {"loss": 2.0, "extra": 4.0}
 
 
-def test_looking_does_not_stop_the_count_and_reset_does():
+def test_reading_does_not_reset():
     means = TermMeans()
     means.add(scalars(loss=1.0), 1)
     assert float(means.compute()["loss"]) == 1.0
@@ -59,7 +59,7 @@ def test_no_graph_is_kept_and_half_precision_is_summed_in_float32():
 
 
 class Counting(DistillationModule):
-    """Notes the value of each step, and how often Lightning is asked to log."""
+    """Keep the loss of every step, and count what Lightning logs."""
 
     def on_train_start(self):
         super().on_train_start()
@@ -75,8 +75,8 @@ class Counting(DistillationModule):
 
 
 @pytest.mark.parametrize(("every", "expected"), [(3, 2), (1, 8)])
-def test_lightning_is_asked_in_the_steps_that_are_written_and_at_the_epoch_s_end(tmp_path, every, expected):
-    net = Counting(TinyNet(), CLASSES, input_size=SIZE)
+def test_lightning_logs_in_the_steps_that_are_written_and_at_the_end_of_an_epoch(tmp_path, every, expected):
+    net = build(CE(), kind=Counting)
     logger = CSVLogger(tmp_path)
     fitting = trainer(logger=logger, log_every_n_steps=every, max_epochs=2, limit_train_batches=4)
     fitting.fit(net, datamodule=Blobs())
@@ -92,32 +92,32 @@ def test_lightning_is_asked_in_the_steps_that_are_written_and_at_the_epoch_s_end
         assert written == pytest.approx([mean], rel=1e-5)
 
 
-def test_players_values_are_means_of_the_epoch_too(tmp_path):
+def test_values_of_auxiliary_steps_are_means_of_the_epoch_too(tmp_path):
     net, logger = module(), CSVLogger(tmp_path)
     trainer(logger=logger, max_epochs=1).fit(net, datamodule=Blobs())
     with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
         last = {key: value for row in csv.DictReader(file) for key, value in row.items() if value}
-    assert 0 <= float(last["disc/acc"]) <= 1
-    assert float(last["disc/loss"]) > 0
+    assert 0 <= float(last["train/disc_acc"]) <= 1
+    assert float(last["train/disc_loss"]) > 0
     assert float(last["train/ce_aux"]) > 0
 
 
-def test_nothing_to_count_is_no_count():
+def test_an_empty_batch_of_values_counts_nothing():
     means = TermMeans()
     means.add({}, 4)
     assert means.compute() == {}
-    means.add({"loss": torch.tensor([3.0])}, 4)  # a number in whatever shape
+    means.add({"loss": torch.tensor([3.0])}, 4)  # a number of another shape
     assert means.compute()["loss"].shape == ()
 
 
 class Quiet(ACKD):
-    """A player that logs nothing."""
+    """ACKD whose discriminators log nothing."""
 
-    def player_loss(self, *arguments):
-        return super().player_loss(*arguments)[0], {}
+    def auxiliary_loss(self, *arguments):
+        return super().auxiliary_loss(*arguments)[0], {}
 
 
-def test_a_player_that_logs_nothing_stops_nobody():
+def test_an_auxiliary_step_may_log_nothing():
     net, other = module(Quiet()), module(ACKD())
     for each in (net, other):
         trainer(max_epochs=1).fit(each, datamodule=Blobs())
@@ -125,7 +125,7 @@ def test_a_player_that_logs_nothing_stops_nobody():
 
 
 class Reader(L.Callback):
-    """What a callback finds at an epoch's end."""
+    """Keep what a callback reads at the end of an epoch."""
 
     def __init__(self):
         self.found = []
@@ -135,7 +135,7 @@ class Reader(L.Callback):
 
 
 def test_callbacks_find_the_mean_of_the_epoch_that_has_just_ended():
-    net, reader = Counting(TinyNet(), CLASSES, input_size=SIZE), Reader()
+    net, reader = build(CE(), kind=Counting), Reader()
     trainer(max_epochs=3, limit_train_batches=4, callbacks=[reader]).fit(net, datamodule=Blobs())
     for epoch, found in enumerate(reader.found):
         losses = [value for number, value, _ in net.losses if number == epoch]
@@ -144,7 +144,7 @@ def test_callbacks_find_the_mean_of_the_epoch_that_has_just_ended():
 
 
 def test_an_epoch_that_is_cut_short_has_its_own_mean(capsys):
-    net = Counting(TinyNet(), CLASSES, input_size=SIZE)
+    net = build(CE(), kind=Counting)
     fitting = trainer(max_epochs=3, max_steps=6, limit_train_batches=4, callbacks=[EpochLine()])
     fitting.fit(net, datamodule=Blobs())
     last = [value for number, value, _ in net.losses if number == 1]
@@ -155,14 +155,14 @@ def test_an_epoch_that_is_cut_short_has_its_own_mean(capsys):
     assert f"loss {expected:.3f}" in lines[0]
 
 
-def test_steps_are_not_logged_when_lightning_is_told_so():
-    net = Counting(TinyNet(), CLASSES, input_size=SIZE)
+def test_steps_are_not_logged_with_log_every_n_steps_0():
+    net = build(CE(), kind=Counting)
     trainer(max_epochs=1, log_every_n_steps=0).fit(net, datamodule=Blobs())
     assert +net.asked == {"train/loss": 1, "train/ce": 1}
 
 
 def test_an_interrupted_epoch_leaves_nothing_to_the_next_fit():
-    net = Counting(TinyNet(), CLASSES, input_size=SIZE)
+    net = build(CE(), kind=Counting)
     net.means.add({"train/loss": torch.tensor(1e9)}, 1000)
     fitting = trainer(max_epochs=1)
     fitting.fit(net, datamodule=Blobs())

@@ -14,17 +14,17 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
-from ackd_lightning import ACKD, KD, DistillationModule, create_model
+from ackd_lightning import ACKD, KD, create_model
 from ackd_lightning.cli import main
 from ackd_lightning.launch import execute
 from ackd_lightning.launch.execute import plan
-from ackd_lightning.training import speed as fast
+from ackd_lightning.training import speed
 from ackd_lightning.training.speed import fast_settings, has_bfloat16
-from training.helpers import CLASSES, SIZE, Blobs, TinyNet, largest_difference, module, state, trainer
+from training.helpers import CLASSES, Blobs, build, largest_difference, module, state, teaching, trainer
 
 
 class Layout(L.Callback):
-    """Whether the images that the student gets, and its convolutions, have their channels last."""
+    """Note whether the student's images and its convolutions have their channels last."""
 
     def __init__(self) -> None:
         self.seen: set[bool] = set()
@@ -52,7 +52,7 @@ def test_layout_changes_nothing_but_rounding(channels_last):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Modules in the order in which they were compiled; without the code generation, which takes a minute."""
+    """Return modules in the order in which they are compiled; without the code generation, which takes a minute."""
     found, compile_module = [], nn.Module.compile
 
     def record(self, *arguments, **options):
@@ -63,7 +63,7 @@ def compiled(monkeypatch):
     return found
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_student_teacher_and_discriminators_are_compiled_once(compiled):
     net, other = module(compile=True, norm=False), module(norm=False)
     keys = list(net.state_dict())
@@ -76,14 +76,12 @@ def test_student_teacher_and_discriminators_are_compiled_once(compiled):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(("compile_it", "expected"), [(True, True), (False, False)])
-def test_a_compiled_teacher_is_folded_and_counted_as_it_was(compiled, compile_it, expected):
+def test_a_compiled_teacher_is_fused_and_keeps_its_weights(compiled, compile_it, expected):
     teacher = create_model("resnet8", CLASSES)
     size = sum(each.numel() for each in teacher.parameters())
-    net = DistillationModule(
-        TinyNet(), CLASSES, method=KD(), teacher=teacher, input_size=SIZE, teacher_gate="off", compile=compile_it
-    )
+    net = build(KD(), teacher=teaching(teacher), compile=compile_it)
     trainer(fast_dev_run=True).fit(net, datamodule=Blobs())
-    assert (net.teacher.folded is not None) == expected
+    assert (net.teacher.fused is not None) == expected
     assert sum(each.numel() for each in net.teacher.network.parameters()) == size
 
 
@@ -91,17 +89,16 @@ def test_without_discriminators_there_are_none_to_compile(compiled):
     net = module(ACKD(adversarial="off"), compile=True)
     trainer(fast_dev_run=True).fit(net, datamodule=Blobs())
     assert len(compiled) == 2
-    plain = DistillationModule(TinyNet(), CLASSES, method=KD(), teacher=TinyNet(8), input_size=SIZE, teacher_gate="off")
-    trainer(fast_dev_run=True).fit(plain, datamodule=Blobs())
+    trainer(fast_dev_run=True).fit(build(KD()), datamodule=Blobs())
     assert len(compiled) == 2  # not asked for
 
 
-@pytest.mark.filterwarnings("ignore:--fast goes on")
+@pytest.mark.filterwarnings("ignore:--fast")
 @pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("compiler", [True, False])
 def test_settings_are_what_the_machine_has(monkeypatch, bfloat16, compiler):
-    monkeypatch.setattr(fast, "has_bfloat16", lambda _: bfloat16)
-    monkeypatch.setattr(fast.shutil, "which", lambda _: "/usr/bin/g++" if compiler else None)
+    monkeypatch.setattr(speed, "has_bfloat16", lambda _: bfloat16)
+    monkeypatch.setattr(speed.shutil, "which", lambda _: "/usr/bin/g++" if compiler else None)
     assert fast_settings("cpu") == {
         "model.channels_last": True,
         **({"trainer.precision": "bf16-mixed"} if bfloat16 else {}),
@@ -109,14 +106,14 @@ def test_settings_are_what_the_machine_has(monkeypatch, bfloat16, compiler):
     }
 
 
-def test_what_a_machine_lacks_is_said(monkeypatch):
-    monkeypatch.setattr(fast, "has_bfloat16", lambda _: False)
-    monkeypatch.setattr(fast.shutil, "which", lambda _: None)
-    with pytest.warns(UserWarning, match="--fast goes on") as told:
+def test_what_a_machine_lacks_is_reported(monkeypatch):
+    monkeypatch.setattr(speed, "has_bfloat16", lambda _: False)
+    monkeypatch.setattr(speed.shutil, "which", lambda _: None)
+    with pytest.warns(UserWarning, match="--fast") as caught:
         fast_settings("cpu")
-    said = [str(each.message) for each in told]
-    assert any("float32" in each for each in said)
-    assert any("C++ compiler" in each for each in said)
+    messages = [str(each.message) for each in caught]
+    assert any("bfloat16" in each for each in messages)
+    assert any("C++ compiler" in each for each in messages)
 
 
 @pytest.mark.parametrize(
@@ -128,29 +125,29 @@ def test_what_a_machine_lacks_is_said(monkeypatch):
         ("", False),
     ],
 )
-def test_the_processor_is_asked(monkeypatch, tmp_path, flags, expected):
+def test_the_flags_of_the_processor_are_read(monkeypatch, tmp_path, flags, expected):
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor : 0\n{flags}\n")
-    monkeypatch.setattr(fast, "Path", lambda _: info)
+    monkeypatch.setattr(speed, "Path", lambda _: info)
     assert has_bfloat16("cpu") is expected
     info.unlink()
     assert has_bfloat16("cpu") is False
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
-def test_the_flag_is_short_for_settings_and_given_ones_stay(monkeypatch, tmp_path):
+def test_the_flag_stands_for_settings_and_given_ones_stay(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fast, "has_bfloat16", lambda _: True)
-    monkeypatch.setattr(fast.shutil, "which", lambda _: "/usr/bin/g++")
+    monkeypatch.setattr(speed, "has_bfloat16", lambda _: True)
+    monkeypatch.setattr(speed.shutil, "which", lambda _: "/usr/bin/g++")
     words = ["--config", "digits_resnet20.yaml", "--name", "x"]
     settings = plan([*words, "--fast"]).settings()
     assert settings["trainer"]["precision"] == "bf16-mixed"
-    assert (settings["model"]["init_args"]["channels_last"], settings["model"]["init_args"]["compile"]) == (True, True)
+    assert (settings["model"]["channels_last"], settings["model"]["compile"]) == (True, True)
     assert settings["fast"] is False  # kept at the places that it stands for
     assert plan([*words, "--fast", "--trainer.precision", "32-true"]).settings()["trainer"]["precision"] == "32-true"
     slow = plan(words).settings()
     assert slow["trainer"]["precision"] is None
-    assert slow["model"]["init_args"]["compile"] is False
+    assert slow["model"]["compile"] is False
 
 
 FAULTS = """
@@ -193,16 +190,16 @@ def test_a_fit_on_a_cpu_keeps_freed_memory(monkeypatch, tmp_path, command, times
 @pytest.mark.parametrize("own", [("MALLOC_TOP_PAD_", "0"), ("GLIBC_TUNABLES", "glibc.malloc.top_pad=0")])
 def test_the_allocator_settings_of_the_environment_stay(monkeypatch, own):
     monkeypatch.setenv(*own)
-    assert not fast.keep_freed_memory()
+    assert not speed.keep_freed_memory()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the C library glibc, on Linux")
 def test_other_settings_of_the_allocator_are_no_reason(monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
-    monkeypatch.setattr(fast.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *_: 1))
-    assert fast.keep_freed_memory()
+    monkeypatch.setattr(speed.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *_: 1))
+    assert speed.keep_freed_memory()
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(fast.platform, "libc_ver", lambda: ("", ""))
-    assert not fast.keep_freed_memory()
+    monkeypatch.setattr(speed.platform, "libc_ver", lambda: ("", ""))
+    assert not speed.keep_freed_memory()

@@ -7,13 +7,15 @@ import copy
 import pytest
 import torch
 
-from ackd_lightning import AdversarialModule, DistillationModule
+from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ATSC, KD
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
-from training.helpers import CLASSES, SIZE, TinyNet
+from training.helpers import DATA, TinyNet
+
+TEN = DataInfo(10)
 
 
 @pytest.fixture
@@ -27,11 +29,9 @@ def files(tmp_path):
     return found
 
 
-def several(files, **options):
-    names = list(files)
-    return AdversarialModule(
-        "resnet8", 10, method=ATSC(), teacher=names, teacher_weights=[files[name] for name in names], **options
-    )
+def several(files):
+    teachers = [TeacherConfig(network=name, weights=path) for name, path in files.items()]
+    return DistillationModule("resnet8", method=ATSC(), teacher=teachers, data=TEN)
 
 
 def test_several_teachers_are_loaded_in_their_order(files):
@@ -49,13 +49,15 @@ def test_several_teachers_are_loaded_in_their_order(files):
 
 def test_names_and_networks_mix(files):
     own = create_model("resnet14", 10)
-    net = AdversarialModule("resnet8", 10, method=ATSC(), teacher=[own, "wrn_16_2"], teacher_weights=files["wrn_16_2"])
+    named = TeacherConfig(network="wrn_16_2", weights=files["wrn_16_2"])
+    net = DistillationModule("resnet8", method=ATSC(), teacher=[own, named], data=TEN)
     net.load_teacher()
     first, second = net.teachers.frozen
-    assert first.network is own
+    assert first.network is not own
+    assert torch.equal(first.network.fc.weight, own.fc.weight)
     assert second.metadata["model"] == "wrn_16_2"
     assert not any("resnet14" in str(value) for value in net.hparams.values())
-    assert "teacher" not in net.hparams
+    assert net.hparams["teacher"] is None
 
 
 def test_teachers_move_with_the_module(files):
@@ -65,54 +67,47 @@ def test_teachers_move_with_the_module(files):
     assert {each.dtype for teacher in net.teachers.frozen for each in teacher.parameters()} == {torch.bfloat16}
 
 
-def test_teachers_are_in_no_state_and_no_optimizer(files):
-    net = DistillationModule(TinyNet(), CLASSES, method=KD(), teacher=TinyNet(8), input_size=SIZE)
+def test_teachers_are_in_no_state_and_no_optimizer():
+    net = DistillationModule(TinyNet(), method=KD(), teacher=TinyNet(8), data=DATA)
     assert not any("teacher" in key for key in net.state_dict())
     assert not {id(each) for each in net.teacher.parameters()} & {id(each) for each in net.parameters()}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (
-            {"method": KD(), "teacher": ["resnet8", "resnet14"]},
-            "method KD learns from one teacher and `teacher` names 2",
-        ),
-        ({"method": KD(), "teacher": []}, "`teacher` is empty"),
-        ({"method": ATSC(), "teacher": ["resnet8", "resnet14"], "teacher_weights": "a.safetensors"}, "1 files"),
-        (
-            {
-                "method": ATSC(),
-                "teacher": ["resnet8", "resnet14"],
-                "teacher_weights": ["a", "b"],
-                "teacher_options": {"x": 1},
-            },
-            "teacher_options are for one teacher",
-        ),
-    ],
-    ids=["kd", "none", "files", "options"],
+    ("teacher", "named"),
+    [(["resnet8", "resnet14"], "KD .* 2"), ([], "`teacher` is empty"), (None, "`teacher` is empty")],
+    ids=["two", "empty", "none"],
 )
-def test_lists_that_do_not_fit_are_refused(arguments, words):
-    kind = AdversarialModule if isinstance(arguments["method"], ATSC) else DistillationModule
-    with pytest.raises(ACKDError, match=words):
-        kind("resnet8", 10, **arguments)
+def test_a_method_with_one_teacher_gets_one(teacher, named):
+    with pytest.raises(ACKDError, match=named):
+        DistillationModule("resnet8", method=KD(), teacher=teacher, data=TEN)
+
+
+def test_a_named_teacher_needs_a_file():
+    net = DistillationModule("resnet8", method=KD(), teacher="resnet14", data=TEN)
+    with pytest.raises(ACKDError, match=r"'resnet14'.*teacher\.weights"):
+        net.load_teacher()
 
 
 def test_a_missing_file_is_named_before_anything_is_trained(files, tmp_path):
-    net = AdversarialModule(
-        "resnet8",
-        10,
-        method=ATSC(),
-        teacher=["resnet8", "wrn_16_2"],
-        teacher_weights=[files["resnet8"], str(tmp_path / "gone.safetensors")],
-    )
-    with pytest.raises(ACKDError, match=r"gone\.safetensors do not exist"):
+    gone = TeacherConfig(network="wrn_16_2", weights=str(tmp_path / "gone.safetensors"))
+    first = TeacherConfig(network="resnet8", weights=files["resnet8"])
+    net = DistillationModule("resnet8", method=ATSC(), teacher=[first, gone], data=TEN)
+    with pytest.raises(ACKDError, match=r"gone\.safetensors"):
         net.load_teacher()
     assert net.teachers.frozen == ()
 
 
+def test_teachers_by_name_are_plain_data_in_a_checkpoint(files):
+    net = several(files)
+    again = DistillationModule(**net.hparams)
+    again.load_teacher()
+    assert [each.metadata["model"] for each in again.teachers.frozen] == list(files)
+    assert isinstance(net.hparams["teacher"][0], dict)
+
+
 def test_a_method_without_a_teacher_takes_none():
-    net = DistillationModule("resnet8", 10, teacher="resnet14")
+    net = DistillationModule("resnet8", teacher="resnet14", data=TEN)
     net.load_teacher()
     assert net.teacher is None
     assert net.teacher_spec is None
@@ -120,19 +115,26 @@ def test_a_method_without_a_teacher_takes_none():
 
 def test_a_copy_of_the_module_shares_its_teachers():
     """An average of the student's weights needs no second teacher."""
-    net = DistillationModule(TinyNet(), CLASSES, method=KD(), teacher=TinyNet(8), input_size=SIZE)
+    net = DistillationModule(TinyNet(), method=KD(), teacher=TinyNet(8), data=DATA)
     twin = copy.deepcopy(net)
     assert twin.student is not net.student
     assert twin.teachers is net.teachers
 
 
+def test_a_student_may_have_the_name_of_its_teacher(files):
+    teacher = TeacherConfig(network="resnet8", weights=files["resnet8"])
+    net = DistillationModule("resnet8", method=KD(), teacher=teacher, data=TEN)
+    net.load_teacher()
+    assert net.teacher.network is not net.student.plain()
+
+
 def test_the_same_network_cannot_teach_itself():
     net = TinyNet()
     with pytest.raises(ACKDError, match="same network"):
-        DistillationModule(net, CLASSES, method=KD(), teacher=[net], input_size=SIZE)
+        DistillationModule(net, method=KD(), teacher=[net], data=DATA)
 
 
-def test_a_frozen_teacher_is_taken_as_it_is():
+def test_a_frozen_teacher_is_used_as_it_is():
     frozen = FrozenTeacher(TinyNet(8))
-    net = DistillationModule(TinyNet(), CLASSES, method=KD(), teacher=frozen, input_size=SIZE)
+    net = DistillationModule(TinyNet(), method=KD(), teacher=frozen, data=DATA)
     assert net.teacher is frozen

@@ -38,7 +38,7 @@ def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
         raise ACKDError(f"trainer.precision is {precision}; `ackd cache` supports {', '.join(_PRECISIONS)}")
     if not epochs or epochs < 1:
         raise ACKDError(f"trainer.max_epochs is {epochs}; a cache needs a number of epochs, 1 or more")
-    if not module.method.needs_teacher:
+    if module.method.teacher == "none":
         raise ACKDError(
             f"method {type(module.method).__name__} has no teacher whose logits could be cached; choose another method"
         )
@@ -63,7 +63,7 @@ def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
         print(f"epoch {epoch + 1}/{epochs}  {each:.1f} s/epoch  {_clock(left * each)} left", flush=True)
     size = sum(epoch_file(folder, epoch).stat().st_size for epoch in range(epochs))
     print(
-        f"{folder}: {epochs} epochs, {size / 1e6:,.1f} MB; use it with --model.teacher_cache {folder} and the same "
+        f"{folder}: {epochs} epochs, {size / 1e6:,.1f} MB; use it with --model.teacher.cache {folder} and the same "
         "settings"
     )
 
@@ -78,9 +78,10 @@ def _print_estimate(
         for _, scores in zip(range(_TIMED), steps, strict=False):
             seen += len(scores)
     seconds = (time.monotonic() - started) / max(seen, 1) * images * epochs
-    size = images * epochs * module.num_classes * (2 if precision == "bf16-mixed" else 4)
+    classes = module.data.num_classes
+    size = images * epochs * classes * (2 if precision == "bf16-mixed" else 4)
     print(
-        f"{images:,} images x {epochs} epochs x {module.num_classes} classes: {size / 1e6:,.1f} MB on disk; every run "
+        f"{images:,} images x {epochs} epochs x {classes} classes: {size / 1e6:,.1f} MB on disk; every run "
         f"that reads the cache saves {_clock(seconds)} of the teacher's time on {module.device.type}"
     )
 

@@ -21,7 +21,7 @@ def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
         weights: Name of the weight file in error messages.
 
     Returns:
-        The entries ``mean``, ``std``, ``input_size``, ``val_acc`` and ``test_acc`` that the file has.
+        The entries ``mean``, ``std``, ``input_size``, ``class_names``, ``val_acc`` and ``test_acc`` that the file has.
 
     Raises:
         ACKDError: If an entry has a value that it cannot have.
@@ -34,6 +34,15 @@ def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
             "input_size",
             lambda value: type(value) is int and 0 < value <= LARGEST_INPUT,
             f"a whole number of pixels from 1 to {LARGEST_INPUT}",
+        ),
+        (
+            "class_names",
+            lambda value: (
+                isinstance(value, list)
+                and len(set(value)) == len(value) > 0
+                and all(isinstance(each, str) for each in value)
+            ),
+            "a list of different names",
         ),
         ("val_acc", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
         ("test_acc", lambda value: 0 <= value <= 1, "a number from 0 to 1"),

@@ -238,6 +238,31 @@ class FrozenTeacher(Teacher):
         self.metadata = dict(metadata or {})
         self.training = False
         self.fused: nn.Module | None = None
+        self.class_order: Tensor | None
+        self.register_buffer("class_order", None, persistent=False)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the network's classes in the order of its logits; None where its weight file has none."""
+        stated = typed_metadata(self.metadata, "the teacher's weight file")
+        return tuple(stated["class_names"]) if "class_names" in stated else None
+
+    def reorder_classes(self, names: Sequence[str]) -> bool:
+        """Return logits in the order of the data's classes from now on.
+
+        Args:
+            names: Names of the data's classes, the same set as `class_names`.
+
+        Returns:
+            Whether the order differs from the network's own.
+        """
+        own = self.class_names or ()
+        place = {name: number for number, name in enumerate(own)}
+        order = [place[name] for name in names]
+        device = next((each.device for each in self.network.parameters()), torch.device("cpu"))
+        changed = order != list(range(len(own)))
+        self.class_order = torch.tensor(order, device=device) if changed else None
+        return changed
 
     @classmethod
     def from_name(
@@ -333,4 +358,7 @@ class FrozenTeacher(Teacher):
         """
         with torch.autocast(image.device.type, dtype=torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             out = super().forward(image)
-        return NetOutput(out.logits.float(), out.features, out.embedding)
+        logits = out.logits.float()
+        return NetOutput(
+            logits if self.class_order is None else logits[:, self.class_order], out.features, out.embedding
+        )

@@ -23,7 +23,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method, weighted_loss
 from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.nonfinite import SkippingModule
-from ackd_lightning.training.schedule import step_scheduler
+from ackd_lightning.training.schedule import reads_metric, step_scheduler
 from ackd_lightning.types import Batch, NetOutput
 
 
@@ -55,11 +55,14 @@ class ManualSteps(SkippingModule):
         method: The method.
         means: Means of what a step logs.
         auxiliary: Parameters of every auxiliary optimizer by its name; empty for automatic optimization.
+        monitors: Metric that a schedule on a plateau reads, by ``id`` of the schedule. Lightning does not keep it in
+            manual optimization.
     """
 
     method: Method
     means: TermMeans
     auxiliary: dict[str, list[nn.Parameter]]
+    monitors: dict[int, str]
 
     def outputs(self, batch: Batch) -> tuple[NetOutput, NetOutput | None]:
         """Run teacher and student once.
@@ -122,12 +125,23 @@ class ManualSteps(SkippingModule):
 
     def _step_schedulers(self, interval: str) -> None:
         """Step the schedules of an interval, which Lightning does not do in manual optimization."""
+        done = 1 + (self.trainer.fit_loop.epoch_loop.batch_idx if interval == "step" else self.current_epoch)
         with warnings.catch_warnings():  # an optimizer without steps in its first epochs has a schedule all the same
             warnings.filterwarnings("ignore", ".*before `optimizer.step\\(\\)`.*")
             for config in self.trainer.lr_scheduler_configs:
-                if config.interval == interval:
-                    metric = self.trainer.callback_metrics.get(str(config.monitor))
-                    step_scheduler(cast("Any", config.scheduler), metric)
+                if config.interval == interval and done % config.frequency == 0:
+                    scheduler = cast("Any", config.scheduler)
+                    step_scheduler(scheduler, self._monitored(scheduler) if reads_metric(scheduler) else None)
+
+    def _monitored(self, scheduler: Any) -> Tensor:
+        """Return the metric that a schedule on a plateau reads."""
+        name, metrics = self.monitors.get(id(scheduler), "val/loss"), self.trainer.callback_metrics
+        if name not in metrics:
+            raise ACKDError(
+                f"the learning rate schedule reads {name}, which is not logged; choose another schedule, or one of "
+                f"{', '.join(sorted(metrics))}"
+            )
+        return metrics[name]
 
     def on_train_epoch_end(self) -> None:
         """Step schedules by epoch. Runs before checkpoints are written."""
@@ -178,12 +192,6 @@ class ManualSteps(SkippingModule):
         """
         found = self.optimizers()
         optimizer, *others = found if isinstance(found, list) else [found]
-        if len(others) != len(self.auxiliary):
-            raise ACKDError(
-                f"{type(self).__name__}.configure_optimizers returns {len(others) + 1} optimizers and method "
-                f"{type(self.method).__name__} has one for the student and {len(self.auxiliary)} of its own; return "
-                "the student's optimizer alone, and the method's are added"
-            )
         before = self.statistics_before()
         student, teacher = self.outputs(batch)
         for (name, parameters), auxiliary in zip(self.auxiliary.items(), others, strict=True):

@@ -1,7 +1,7 @@
 """Means of what a training step logs: one addition a step and one collective call an epoch.
 
-Lightning's ``self.log`` costs up to a millisecond for each value and step, which small networks feel. What is added
-up here reaches ``self.log`` with the last batch of an epoch, or at the epoch's end when it was cut short.
+Lightning's ``self.log`` takes up to a millisecond for each value and step, which slows small networks down. The sums
+that are kept here reach ``self.log`` with the last batch of an epoch, or at the end of an epoch that was cut short.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from torch import Tensor
 
 
 class TermMeans:
-    """Means over an epoch of scalars that come batch by batch, weighted by the batch size.
+    """Means over an epoch of scalars of every batch, weighted by the batch size.
 
-    They stay on the device until somebody looks. Terms that are not there in every step are averaged over the steps
-    that have them.
+    Sums stay on the device until they are read. Terms that only some steps have are averaged over these steps.
     """
 
     def __init__(self) -> None:
@@ -26,11 +25,11 @@ class TermMeans:
 
     @torch.no_grad()
     def add(self, values: Mapping[str, Tensor], size: int) -> None:
-        """Count one batch.
+        """Add the values of one batch.
 
         Args:
-            values: tensors of one number by name, all on one device; none is fine.
-            size: B.
+            values: Tensors with one element by name, all on one device; may be empty.
+            size: Batch size.
         """
         if not values:
             return
@@ -40,7 +39,9 @@ class TermMeans:
         self._sums[names] = self._sums[names].add_(step) if names in self._sums else step
 
     def compute(self) -> dict[str, Tensor]:
-        """Means of all processes' batches so far; every process has to call it, and those after the first are free.
+        """Return the means over the batches of all processes so far.
+
+        Every process must call it. A second call without a new batch costs nothing.
 
         Returns:
             float32 scalars by name.
@@ -58,5 +59,5 @@ class TermMeans:
         return self._means
 
     def reset(self) -> None:
-        """Start an epoch."""
+        """Discard all batches."""
         self._sums, self._means = {}, None

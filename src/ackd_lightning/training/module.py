@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -46,7 +47,14 @@ from ackd_lightning.training.schedule import (
     without_decay,
 )
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
-from ackd_lightning.training.teachers import GivenTeacher, Teachers, as_configs, chosen, describe_teachers
+from ackd_lightning.training.teachers import (
+    GivenTeacher,
+    Teachers,
+    as_configs,
+    chosen,
+    compare_classes,
+    describe_teachers,
+)
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec, read_batch
 from ackd_lightning.validation import check_arguments
 
@@ -73,6 +81,9 @@ class DistillationModule(ManualSteps):
         recipe: Interval of the schedule, warm-up, gradient clipping, and which parameters have weight decay.
         on_nonfinite: How to handle a non-finite loss: ``stop`` ends the run before such a step reaches a checkpoint,
             ``skip`` skips the step and counts it (``train/skipped``).
+        on_class_mismatch: How to handle class names of a teacher's file or a checkpoint that are not those of the data:
+            ``stop`` refuses them, ``ignore`` takes classes by their number. The same names in another order are
+            matched either way but for ``ignore``.
         channels_last: Lay out images and convolutions with channels last, which most hardware prefers. Results differ
             by rounding only.
         compile: Compile student, teachers and discriminators when a fit starts, with BatchNorm of frozen teachers fused
@@ -103,12 +114,19 @@ class DistillationModule(ManualSteps):
         lr_scheduler: SchedulerFactory | None = lambda optimizer: MultiStepLR(optimizer, milestones=[100, 150]),
         recipe: Recipe | None = None,
         on_nonfinite: OnNonFinite = "stop",
+        on_class_mismatch: Literal["stop", "ignore"] = "stop",
         channels_last: bool = False,
         compile: bool = False,  # noqa: A002  # torch's word for it
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        flags = {"on_nonfinite": on_nonfinite, "channels_last": channels_last, "compile": compile, "seed": seed}
+        flags = {
+            "on_nonfinite": on_nonfinite,
+            "on_class_mismatch": on_class_mismatch,
+            "channels_last": channels_last,
+            "compile": compile,
+            "seed": seed,
+        }
         check_arguments(DistillationModule, flags)
         # a checkpoint holds plain data, which comes back here
         self.recipe = Recipe(**recipe) if isinstance(recipe, Mapping) else recipe or Recipe()
@@ -120,9 +138,10 @@ class DistillationModule(ManualSteps):
         )
         self.guard, self.means = NonFiniteGuard(on_nonfinite), TermMeans()
         self.channels_last, self.compiles = channels_last, compile
+        self.matches_classes = on_class_mismatch == "stop"
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if seed is None else seed
         configs = chosen(as_configs(teacher), self.method)
-        if any(each.network is student for each in configs):
+        if isinstance(student, nn.Module) and any(each.network is student for each in configs):
             raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
 
         if isinstance(student, str):
@@ -152,7 +171,7 @@ class DistillationModule(ManualSteps):
             pixel_range=self._pixel_range(),
         )
         self.method.build(networks)
-        self.auxiliary = self.method.auxiliary_parameters()
+        self.auxiliary, self.monitors = self.method.auxiliary_parameters(), {}
         # read by torch's DistributedDataParallel
         self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name in self.method.replicated_buffers]
         if self.auxiliary:
@@ -175,8 +194,8 @@ class DistillationModule(ManualSteps):
                 **flags,
             }
         )
-        for name in ("student", "optimizer", "lr_scheduler"):
-            if self.hparams[name] is None:
+        for name, argument in (("student", student), ("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+            if self.hparams[name] is None and argument is not None:
                 self.hparams.pop(name)  # a network, or a function: not plain data
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -244,12 +263,23 @@ class DistillationModule(ManualSteps):
     def setup(self, stage: str) -> None:
         """Load the teachers and tell the method about the fit."""
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        if names and self.data.class_names is None:
+        if names:
             self.data = replace(self.data, class_names=tuple(names))
         if stage != "fit":
             return
         self.load_teacher()
+        self._match_teachers()
         before = self._method_sizes()
+        self._begin_fit()
+        self._speed_up()
+        self._open_cache()
+        if self.method.teacher == "own" or self._method_sizes() != before:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
+
+    def _begin_fit(self) -> None:
+        """Tell the method about the fit."""
         data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
         targets = getattr(data, "train_targets", None)
         self.method.begin_fit(
@@ -261,12 +291,33 @@ class DistillationModule(ManualSteps):
                 teachers=self.teachers.frozen,
             )
         )
-        self._speed_up()
-        self._open_cache()
-        if self.method.teacher == "own" or self._method_sizes() != before:
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):
-                    callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
+
+    def _match_teachers(self) -> None:
+        """Bring the teachers' logits into the order of the data's classes, and say so."""
+        if self.data.class_names is None or not self.matches_classes:
+            return
+        reordered = self.teachers.match_classes(self.data.class_names, reorder=self.method.teacher != "own")
+        if reordered:
+            self.print(f"classes of teacher {', '.join(reordered)} are reordered to those of the data")
+
+    def _match_data(self, names: Sequence[str], origin: str) -> None:
+        """Bring the data's classes into the order in which a checkpoint was trained, and say so."""
+        data, own = getattr(self._trainer, "datamodule", None), self.data.class_names
+        if self._trainer is None or own is None or own == tuple(names) or not self.matches_classes:
+            return
+        compare_classes(names, own, origin, "the data")
+        reorder = getattr(data, "use_class_order", None)
+        if reorder is None:
+            raise ACKDError(
+                f"{origin} has the classes of the data in another order and {type(data).__name__} has no method "
+                "`use_class_order`; give the data the order of the checkpoint, or pass on_class_mismatch='ignore'"
+            )
+        reorder(names)
+        self.data = replace(self.data, class_names=tuple(names))
+        self.print(f"classes of the data are reordered to those of {origin}")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._match_teachers()
+            self._begin_fit()
 
     def _open_cache(self) -> None:
         """Open the cache of the teacher's logits, where one is named."""
@@ -393,9 +444,15 @@ class DistillationModule(ManualSteps):
             overwrite: Replace an existing file.
 
         Raises:
-            ACKDError: If the file exists, or the logits of the written network differ.
+            ACKDError: If the file exists, the student is a network that `create_model` does not build, or the logits
+                of the written network differ.
         """
-        target = Path(path)
+        target, own = Path(path), self.student.plain()
+        if getattr(own, "model_name", None) is None:
+            raise ACKDError(
+                f"the student is a {type(own).__name__}, which create_model does not build, so {target} could not "
+                "describe it; write its weights with save_weights(module.kept_network(), path)"
+            )
         if target.exists() and not overwrite:
             raise ACKDError(f"{target} exists; choose another file or pass overwrite=True")
         checkpoint = {
@@ -435,7 +492,8 @@ class DistillationModule(ManualSteps):
     def on_train_start(self) -> None:
         """Discard what an earlier fit has left, and warn about a learning rate scale that is not applied."""
         self.means.reset()
-        scales = {name: scale for name, scale in self.method.lr_scales.items() if scale != 1.0}
+        self._resume_loader()
+        scales = {each["name"]: each["lr_scale"] for each in self.method.parameter_groups() if each["lr_scale"] != 1.0}
         overridden = type(self).configure_optimizers is not DistillationModule.configure_optimizers
         rates = {group["lr"] for group in self.trainer.optimizers[0].param_groups}
         if scales and overridden and len(rates) == 1:
@@ -444,6 +502,17 @@ class DistillationModule(ManualSteps):
                 f"method {type(self.method).__name__} trains {name} at {scale} times the learning rate, and "
                 f"{type(self).__name__}.configure_optimizers does not; call self.scale_learning_rates(optimizer) there"
             )
+
+    def _resume_loader(self) -> None:
+        """Let a resumed run continue in the middle of an epoch.
+
+        Lightning loses the loader's position when ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``,
+        because that creates the loader before the checkpoint is restored.
+        """
+        loop = self.trainer.fit_loop
+        if loop.restarting and loop._combined_loader_states_to_load:
+            loop._load_combined_loader_states()
+            iter(cast(Any, loop._data_fetcher))
 
     def on_train_epoch_end(self) -> None:
         """Log the means of an epoch that was cut short."""
@@ -537,24 +606,29 @@ class DistillationModule(ManualSteps):
         scales = {id(each): group["lr_scale"] for group in self.method.parameter_groups() for each in group["params"]}
         scale_learning_rates(optimizer, scales)
 
-    def _schedule(self, optimizer: Optimizer, name: str) -> dict[str, Any]:
-        """Build a learning rate schedule in Lightning's form."""
-        epochs = self.trainer.max_epochs
-        epochs = epochs if epochs is not None and epochs > 0 else None
-        steps = 1
+    def _schedule(self, optimizer: Optimizer, name: str, *, own_rate: bool) -> dict[str, Any]:
+        """Build a learning rate schedule in Lightning's form; `own_rate` keeps the optimizer's rate as the largest."""
+        trainer, epochs, per_epoch = self.trainer, self.trainer.max_epochs, 1.0
+        length = float("inf") if epochs is None or epochs < 1 else float(epochs)
         if self.recipe.interval == "step":
-            steps = -(-int(self.trainer.estimated_stepping_batches) // max(1, epochs or 1))
+            length = float(trainer.estimated_stepping_batches)  # loads the data, which num_training_batches needs
+            per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
         scheduler = build_scheduler(
-            self.scheduler_factory, optimizer, self.recipe, steps_per_epoch=steps, epochs=epochs
+            self.scheduler_factory,
+            optimizer,
+            self.recipe,
+            steps_per_epoch=per_epoch,
+            length=length,
+            own_rate=own_rate,
         )
         found = {"scheduler": scheduler, "name": name, "interval": self.recipe.interval}
-        return {**found, "monitor": "val/loss"} if reads_metric(scheduler) else found
+        return {**found, "monitor": "val/loss", "reduce_on_plateau": True} if reads_metric(scheduler) else found
 
     def configure_optimizers(self) -> Any:
         """Build the student's optimizer, those of the method, and their schedules."""
         optimizer = self.optimizer_factory(self.learner_groups())
         self.scale_learning_rates(optimizer)
-        return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr")])
+        return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr", own_rate=False)])
 
     def add_method_optimizers(
         self, optimizers: list[Optimizer], schedules: list[Any]
@@ -566,10 +640,21 @@ class DistillationModule(ManualSteps):
             schedules: Its schedule in Lightning's form; may be empty.
         """
         own = self.method.auxiliary_optimizers()
-        return (
-            [*optimizers, *own.values()],
-            [*schedules, *(self._schedule(each, f"lr/{name}") for name, each in own.items())],
-        )
+        added = [self._schedule(each, f"lr/{name}", own_rate=True) for name, each in own.items()]
+        return [*optimizers, *own.values()], self._without_monitors([*schedules, *added])
+
+    def _without_monitors(self, schedules: list[Any]) -> list[Any]:
+        """Keep the names of monitored metrics; Lightning would warn and forget them in manual optimization."""
+        if self.automatic_optimization:
+            return schedules
+        found = []
+        for each in schedules:
+            if isinstance(each, Mapping):
+                if each.get("monitor") is not None:
+                    self.monitors[id(each["scheduler"])] = str(each["monitor"])
+                each = {key: each[key] for key in each if key not in ("monitor", "reduce_on_plateau", "strict")}
+            found.append(each)
+        return found
 
     # ---------------------------------------------------------------- checkpoint
 
@@ -605,8 +690,11 @@ class DistillationModule(ManualSteps):
         checkpoint["ackd_lightning"] = self.metadata()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the count of skipped steps."""
-        self.guard.skipped = checkpoint.get("ackd_lightning", {}).get("skipped", 0)
+        """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""
+        metadata = checkpoint.get("ackd_lightning", {})
+        self.guard.skipped = metadata.get("skipped", 0)
+        if names := metadata.get("class_names"):
+            self._match_data(names, "the checkpoint")
 
 
 class ACKDModule(DistillationModule):
@@ -652,17 +740,32 @@ def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
         optimizers, schedules = _parts(result)
         auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
         held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
-        return result if auxiliary & held else self.add_method_optimizers(optimizers, schedules)
+        count = len(optimizers)
+        if auxiliary & held:
+            schedules = self._without_monitors(schedules)
+        else:
+            optimizers, schedules = self.add_method_optimizers(optimizers, schedules)
+        if len(optimizers) != 1 + len(self.auxiliary):
+            raise ACKDError(
+                f"{type(self).__name__}.configure_optimizers returns {count} optimizers, and method "
+                f"{type(self.method).__name__} has {len(self.auxiliary)} of its own, which are added; return the "
+                "student's optimizer alone"
+            )
+        return optimizers, schedules
 
     return configure_optimizers
 
 
 def _parts(result: Any) -> tuple[list[Optimizer], list[Any]]:
     """Split one of Lightning's forms of optimizers and schedules into two lists."""
+    if result is None:
+        return [], []
     if isinstance(result, Optimizer):
         return [result], []
     if isinstance(result, Mapping):
         schedule = result.get("lr_scheduler")
+        if schedule is not None and not isinstance(schedule, Mapping):
+            schedule = {"scheduler": schedule, "monitor": result.get("monitor")}
         return [result["optimizer"]], [] if schedule is None else [schedule]
     if isinstance(result, (list, tuple)) and len(result) == 2 and isinstance(result[0], (list, tuple)):
         return list(result[0]), list(result[1])

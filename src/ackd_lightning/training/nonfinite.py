@@ -255,6 +255,14 @@ class SkippingModule(L.LightningModule):
             super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
         return None
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule, except for one by step after a skipped step."""
+        by_step = any(
+            each.scheduler is scheduler and each.interval == "step" for each in self.trainer.lr_scheduler_configs
+        )
+        if not (by_step and self.guard.skipping):
+            super().lr_scheduler_step(scheduler, metric)
+
     def on_train_epoch_end(self) -> None:
         """Check the epoch's last step, and log how many steps were skipped."""
         self.guard.end_epoch(self)

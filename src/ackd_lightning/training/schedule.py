@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import NonNegativeInt, Positive, check_arguments
@@ -118,7 +119,13 @@ def reads_metric(scheduler: LRScheduler) -> bool:
 
 
 def build_scheduler(
-    factory: SchedulerFactory, optimizer: Optimizer, recipe: Recipe, *, steps_per_epoch: int, epochs: int | None
+    factory: SchedulerFactory,
+    optimizer: Optimizer,
+    recipe: Recipe,
+    *,
+    steps_per_epoch: float,
+    length: float,
+    own_rate: bool = False,
 ) -> LRScheduler:
     """Build a schedule with its warm-up.
 
@@ -126,23 +133,53 @@ def build_scheduler(
         factory: Builds the schedule of an optimizer.
         optimizer: Optimizer whose learning rates follow.
         recipe: Interval and warm-up.
-        steps_per_epoch: Optimizer steps in an epoch; read with ``interval="step"`` only.
-        epochs: Epochs of the fit; None when it is not limited by epochs.
+        steps_per_epoch: Steps of the schedule in an epoch: 1, or the optimizer's with ``interval="step"``; infinite
+            when unknown.
+        length: Steps of the schedule in the whole fit; infinite when unknown.
+        own_rate: Keep the optimizer's learning rate as the largest one of a schedule that has its own (``OneCycleLR``,
+            ``CyclicLR``). Otherwise the first group follows the schedule, and the others keep their ratio to it.
 
     Raises:
-        ACKDError: If the schedule must be as long as the fit and that is not known.
+        ACKDError: If the length of the schedule or of its warm-up is not known.
     """
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     scheduler = factory(optimizer)
-    per_epoch = steps_per_epoch if recipe.interval == "step" else 1
+    _keep_ratios(scheduler, rates, own_rate=own_rate)
     name = _LENGTHS.get(type(scheduler).__name__)
     if name is not None and getattr(scheduler, name) == 0:
-        if epochs is None:
+        if length < 1 or math.isinf(length):
             raise ACKDError(
-                f"{name} of {type(scheduler).__name__} is 0, the length of the fit, and trainer.max_epochs is not set; "
-                "set one of them"
+                f"{name} of {type(scheduler).__name__} is 0, the length of the fit, which is unknown; set {name}, or "
+                f"trainer.{'max_steps' if recipe.interval == 'step' else 'max_epochs'}"
             )
-        setattr(scheduler, name, max(1, epochs * per_epoch))
-    return WarmUp(scheduler, recipe.warmup_epochs * per_epoch) if recipe.warmup_epochs else scheduler
+        setattr(scheduler, name, int(length))
+    if not recipe.warmup_epochs:
+        return scheduler
+    if math.isinf(steps_per_epoch):
+        raise ACKDError(
+            f"recipe.warmup_epochs is {recipe.warmup_epochs} and the number of batches in an epoch is unknown; set "
+            "warmup_epochs to 0, or trainer.limit_train_batches"
+        )
+    return WarmUp(scheduler, recipe.warmup_epochs * max(1, math.ceil(steps_per_epoch)))
+
+
+def _keep_ratios(scheduler: LRScheduler, rates: Sequence[float], *, own_rate: bool) -> None:
+    """Scale the learning rates of a schedule that sets the same for all groups, whatever their own are."""
+    groups = scheduler.optimizer.param_groups
+    if isinstance(scheduler, OneCycleLR):
+        largest = [float(group["max_lr"]) for group in groups]
+    elif isinstance(scheduler, CyclicLR):
+        largest = [float(each) for each in scheduler.max_lrs]
+    else:
+        return
+    factors = [rate / (top if own_rate else rates[0]) for rate, top in zip(rates, largest, strict=True)]
+    for group, factor in zip(groups, factors, strict=True):
+        for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
+            group[key] = group[key] * factor
+    if isinstance(scheduler, CyclicLR):
+        for name in ("base_lrs", "max_lrs"):
+            values = zip(getattr(scheduler, name), factors, strict=True)
+            setattr(scheduler, name, [value * factor for value, factor in values])
 
 
 def without_decay(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -176,7 +213,7 @@ def scale_learning_rates(optimizer: Optimizer, scales: Mapping[int, float]) -> N
 
 
 def describe_factory(factory: Any) -> dict[str, Any] | None:
-    """Return a factory of optimizers or schedules as plain data, or None where it is not a class with arguments.
+    """Return a factory of optimizers or schedules as plain data, or None if it is not a class with plain arguments.
 
     Args:
         factory: A class, or a `functools.partial` of one.
@@ -188,9 +225,9 @@ def describe_factory(factory: Any) -> dict[str, Any] | None:
     arguments: dict[str, Any] = {}
     found = factory
     if isinstance(factory, functools.partial):
-        arguments = {key: value for key, value in factory.keywords.items() if _is_plain(value)}
+        arguments = dict(factory.keywords)
         found = next((each for each in (factory.func, *reversed(factory.args)) if isinstance(each, type)), None)
-    if not isinstance(found, type):
+    if not isinstance(found, type) or not all(map(_is_plain, arguments.values())):
         return None
     cls: type = found
     home: Any = torch.optim.lr_scheduler if issubclass(cls, LRScheduler) else torch.optim

@@ -1,4 +1,4 @@
-"""A teacher's logits for every augmented view of a training, kept on disk and read instead of running the teacher."""
+"""A teacher's logits for every augmented view of a training, read from disk instead of running the teacher."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ from ackd_lightning.types import NetOutput
 
 KEY_FILE = "key.json"
 _VIEWS = 2
-"""Raised whenever the same keys draw other views than before (2: crops of image files)."""
+"""Version of the augmentation; it grows when the same seed yields other views than before (2: crops of image files)."""
 
 
 def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> dict[str, Any]:
-    """What a teacher's logits for the views of a training depend on, as plain data.
+    """Return everything that a teacher's logits for the augmented views of a training depend on, as plain data.
 
     Args:
-        module: with its teacher loaded.
-        data: set up.
-        precision: in which the forward pass is made, as Lightning names it.
+        module: Module whose teacher is loaded.
+        data: Data module that is set up.
+        precision: Lightning's name of the precision of the forward pass.
 
     Raises:
-        ACKDError: for a method that reads more of the teacher than its logits, or learns from none or several.
+        ACKDError: If the method reads more of its teacher than the logits, or has no teacher.
     """
     name = type(module.method).__name__
     if module.method.teacher != "logits":
-        raise ACKDError(f"method {name} does not learn from a teacher's logits alone; leave teacher.cache out")
+        raise ACKDError(
+            f"teacher.cache holds logits only and method {name} "
+            f"{'has no teacher' if module.method.teacher == 'none' else 'reads more of its teacher'}; leave it out"
+        )
     (teacher,) = module.teachers.frozen
     targets = data.train_targets
     return {
@@ -46,6 +49,7 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
         "model": teacher.metadata.get("model"),
         "data": type(data).__name__,
         "images": len(targets),
+        "class_names": None if module.data.class_names is None else list(module.data.class_names),
         "targets": hashlib.sha256(targets.numpy().tobytes()).hexdigest(),
         "input_size": data.input_size,
         "mean": list(data.mean),
@@ -59,25 +63,25 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
 
 
 def epoch_file(folder: Path, epoch: int) -> Path:
-    """File of an epoch's logits.
+    """Return the file with the logits of an epoch.
 
     Args:
-        folder: of the cache.
-        epoch: from 0.
+        folder: Folder of the cache.
+        epoch: Number of the epoch, from 0.
     """
     return folder / f"epoch-{epoch:04d}.safetensors"
 
 
 class TeacherCache:
-    """Reads what ``ackd cache`` wrote.
+    """Logits that ``ackd cache`` wrote.
 
     Args:
-        folder: of the cache.
-        key: of this run.
-        epochs: that this run will ask for.
+        folder: Folder of the cache.
+        key: Result of `view_key` for this run.
+        epochs: Number of epochs of this run.
 
     Raises:
-        ACKDError: when the cache is not there, was made for something else, or has too few epochs.
+        ACKDError: If the cache does not exist, was made for other views, or has too few epochs.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any], epochs: int) -> None:
@@ -86,21 +90,21 @@ class TeacherCache:
         missing = [epoch for epoch in range(epochs) if not epoch_file(folder, epoch).is_file()]
         if missing:
             raise ACKDError(
-                f"teacher.cache {folder} lacks epoch {missing[0] + 1} of {epochs}; let `ackd cache` with the same "
-                "settings finish it"
+                f"teacher.cache {folder} lacks epoch {missing[0] + 1} of {epochs}; complete it by running `ackd cache` "
+                "with the settings of this run"
             )
         self._epoch = -1
         self._logits = torch.empty(0)
 
     def read(self, epoch: int, index: Tensor) -> NetOutput:
-        """The teacher's output for views of an epoch, with logits alone.
+        """Return the teacher's output for views of an epoch: its logits, without features.
 
         Args:
-            epoch: from 0.
-            index: ``B`` int64.
+            epoch: Number of the epoch, from 0.
+            index: Positions in the training part, ``B`` int64.
 
         Raises:
-            ACKDError: when the file of that epoch is damaged.
+            ACKDError: If the file of that epoch is damaged.
         """
         if epoch != self._epoch:
             path = epoch_file(self.folder, epoch)
@@ -108,8 +112,7 @@ class TeacherCache:
                 self._logits = load_file(path)["logits"].to(index.device)
             except (SafetensorError, OSError, KeyError) as error:
                 raise ACKDError(
-                    f"{path} cannot be read ({str(error).splitlines()[0][:100]}); remove it and let `ackd cache` make "
-                    "it again"
+                    f"{path} cannot be read ({str(error).splitlines()[0][:100]}); remove it and run `ackd cache` again"
                 ) from error
             self._epoch = epoch
         logits = self._logits[index].float()
@@ -117,30 +120,32 @@ class TeacherCache:
 
 
 def check_key(folder: Path, key: dict[str, Any]) -> None:
-    """Refuse a cache that was made for something else.
+    """Refuse a cache that was made for other views.
 
     Args:
-        folder: of the cache.
-        key: as ``view_key`` gives it.
+        folder: Folder of the cache.
+        key: Result of `view_key` for this run.
 
     Raises:
-        ACKDError: naming what differs.
+        ACKDError: Naming what differs.
     """
     path = folder / KEY_FILE
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ACKDError(f"teacher.cache {folder} is no cache (no {KEY_FILE}); `ackd cache` makes one") from None
+        raise ACKDError(
+            f"teacher.cache {folder} is not a cache (it has no {KEY_FILE}); create one with `ackd cache`"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ACKDError(
-            f"{path} cannot be read ({str(error)[:100]}); remove the folder, `ackd cache` makes it"
+            f"{path} cannot be read ({str(error)[:100]}); remove the folder and run `ackd cache` again"
         ) from error
     for name, value in key.items():
-        found = there.get(name) if isinstance(there, dict) else None
+        found = stored.get(name) if isinstance(stored, dict) else None
         if found != value:
             raise ACKDError(
                 f"teacher.cache {folder} was made with {name} {str(found)[:40]!r} and this run has "
-                f"{str(value)[:40]!r}; give it its own cache"
+                f"{str(value)[:40]!r}; create another cache for it with `ackd cache`"
             )
 
 
@@ -148,22 +153,23 @@ def check_key(folder: Path, key: dict[str, Any]) -> None:
 def fill(
     folder: Path, module: TrainingModule, data: ImageDataModule, *, epochs: int, precision: str
 ) -> Iterator[tuple[int, Path | None]]:
-    """Write the epochs that are missing, one file each; every file is there whole or not at all.
+    """Write the epochs that are missing, one file each.
 
-    The batches are those of the training, so that the forward passes are the same.
+    The batches are those of the training, so that the forward passes are the same. A file gets its name when it is
+    complete.
 
     Args:
-        folder: of the cache; made if it is not there.
-        module: with its teacher loaded, on the device.
-        data: set up.
-        epochs: E.
-        precision: of the forward pass, as Lightning names it.
+        folder: Folder of the cache; created if it does not exist.
+        module: Module whose teacher is loaded, on its device.
+        data: Data module that is set up.
+        epochs: Number of epochs.
+        precision: Lightning's name of the precision of the forward pass.
 
     Yields:
-        Epoch and file; None for one that is there already.
+        Number of the epoch and its file, or None instead of a file that existed.
 
     Raises:
-        ACKDError: when the folder holds a cache of something else.
+        ACKDError: If the folder holds a cache of other views.
     """
     key = view_key(module, data, precision)
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,13 +196,13 @@ def fill(
 def teacher_logits(
     module: TrainingModule, data: ImageDataModule, *, epoch: int, precision: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The teacher's logits for the batches of an epoch.
+    """Run the teacher on the batches of an epoch.
 
     Args:
-        module: with its teacher loaded.
-        data: set up.
-        epoch: from 0.
-        precision: ``bf16-mixed``, or whatever else for float32.
+        module: Module whose teacher is loaded.
+        data: Data module that is set up.
+        epoch: Number of the epoch, from 0.
+        precision: ``bf16-mixed``; any other value stands for float32.
 
     Yields:
         Indices ``B`` and logits ``B x K`` float32, on the CPU.

@@ -175,6 +175,36 @@ class Teachers:
         teacher.metadata["sha256"] = digest(weights)
         return teacher
 
+    def match_classes(self, names: Sequence[str], *, reorder: bool) -> list[str]:
+        """Let every teacher return its logits in the order of the data's classes.
+
+        Args:
+            names: Names of the data's classes.
+            reorder: Whether another order of the same names can be matched; a method that runs its teachers itself
+                reads them as they are.
+
+        Returns:
+            Names of the teachers whose logits are reordered.
+
+        Raises:
+            ACKDError: If a teacher has other classes, or their order cannot be matched.
+        """
+        changed = []
+        for teacher in self.frozen:
+            own = teacher.class_names
+            if own is None or own == tuple(names):
+                continue
+            label = teacher.metadata.get("model", type(teacher.network).__name__)
+            compare_classes(own, names, f"teacher {label}", "the data")
+            if not reorder:
+                raise ACKDError(
+                    f"teacher {label} has the classes of the data in another order, which this method cannot match; "
+                    "train a teacher on this data"
+                )
+            if teacher.reorder_classes(names):
+                changed.append(label)
+        return changed
+
     def apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
         """Move the teachers as torch moves a module.
 
@@ -185,6 +215,31 @@ class Teachers:
         self._device = fn(torch.empty(0)).device
         for each in self.frozen or self._given.values():
             each._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def compare_classes(first: Sequence[str], second: Sequence[str], owner: str, other: str) -> None:
+    """Refuse two lists of class names that are not the same set.
+
+    Args:
+        first: Names of the classes.
+        second: Other names.
+        owner: Whose the first are, for the message.
+        other: Whose the second are.
+
+    Raises:
+        ACKDError: Naming up to three classes that differ.
+    """
+    missing, further = sorted(set(first) - set(second)), sorted(set(second) - set(first))
+    if missing or further:
+        parts = [
+            f"{label} has no {', '.join(map(repr, names[:3]))}{' and more' if len(names) > 3 else ''}"
+            for label, names in ((other, missing), (owner, further))
+            if names
+        ]
+        raise ACKDError(
+            f"{owner} and {other} have different classes ({'; '.join(parts)}); use data of the same classes, or pass "
+            "--model.on_class_mismatch ignore"
+        )
 
 
 def describe_teachers(configs: Sequence[TeacherConfig]) -> list[dict[str, Any]] | None:

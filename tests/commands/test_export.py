@@ -1,4 +1,4 @@
-"""ATSC, AI-KD and ACN as a user runs them: fit, test, export, load, compare."""
+"""Export, load and compare runs of ATSC, AI-KD, ACN and ACKD, as a user does."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import count_parameters
 
-QUICK = ["--trainer.max_epochs", "2", "--model.milestones", "[1]", "--data.max_per_class", "4", "--data.batch_size"]
-QUICK += ["20", "--trainer.enable_progress_bar", "false", "--model.teacher_gate", "off"]
+QUICK = [
+    "--trainer.max_epochs",
+    "2",
+    "--model.lr_scheduler.milestones",
+    "[1]",
+    "--data.max_per_class",
+    "4",
+    "--data.batch_size",
+]
+QUICK += ["20", "--trainer.enable_progress_bar", "false", "--model.teacher.gate", "off"]
 
 
 def fit(config: str, name: str, *more: str) -> Path:
@@ -28,15 +36,15 @@ def fit(config: str, name: str, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with teachers and with runs of the three systems."""
-    folder, before = tmp_path_factory.mktemp("systems"), Path.cwd()
+    """A folder with teachers and with short runs of the four methods."""
+    folder, before = tmp_path_factory.mktemp("runs"), Path.cwd()
     os.chdir(folder)
     torch.manual_seed(0)
     try:
         for name in ("resnet8", "resnet20"):
             save_weights(create_model(name, 10), Path(f"weights/digits_{name}.safetensors"), {"model": name})
         fit("digits_resnet20_resnet8_atsc.yaml", "one")
-        two = ["--model.teacher", "[resnet20, resnet8]", "--model.teacher_weights"]
+        two = ["--model.teacher.network", "[resnet20, resnet8]", "--model.teacher.weights"]
         two.append("[weights/digits_resnet20.safetensors, weights/digits_resnet8.safetensors]")
         fit("digits_resnet20_resnet8_atsc.yaml", "two", *two, "--seed_everything", "1")
         fit("digits_resnet8_aikd.yaml", "a")
@@ -160,7 +168,7 @@ def test_a_network_with_a_head_says_how_it_is_loaded(capsys):
     path = ATSC / "one/student.safetensors"
     with pytest.raises(ACKDError, match=r"holds resnet8 with the head that ATSC gave it; build it with .*load_student"):
         load_weights(create_model("resnet8", 10), path)
-    teacher = ["--model.teacher", "resnet8", "--model.teacher_weights", str(path)]
+    teacher = ["--model.teacher.network", "resnet8", "--model.teacher.weights", str(path)]
     assert main(["fit", "--config", "digits_resnet20_resnet8.yaml", "--name", "no", *QUICK, *teacher]) == 2
     assert "load_student" in capsys.readouterr().err
 

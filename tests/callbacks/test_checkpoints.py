@@ -1,0 +1,38 @@
+"""A checkpoint is written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import signal
+
+import pytest
+import torch
+
+from ackd_lightning.callbacks.checkpoints import WholeCheckpoints
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    """A limit on the size of files has the effect of a full disk."""
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"number": torch.arange(3)}, path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(OSError, match=str(path)) as caught:
+            WholeCheckpoints().save_checkpoint({"number": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.errno in (errno.EFBIG, errno.ENOSPC)
+    assert path.read_bytes() == before
+    assert [each.name for each in path.parent.iterdir()] == ["last.ckpt"]
+    assert torch.load(path, weights_only=True)["number"].tolist() == [0, 1, 2]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(OSError, match="no previous one"):
+        WholeCheckpoints().save_checkpoint({}, tmp_path / "file" / "last.ckpt")

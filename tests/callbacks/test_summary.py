@@ -1,0 +1,68 @@
+"""``summary.json`` and the table on the screen name classes and learners."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from ackd_lightning.callbacks.summary import RunSummary, accuracy_table
+from training.helpers import Blobs, module, trainer
+
+NAMES = ("red", "green", "blue", "black")
+
+
+def rows(summary):
+    """Cells of the table, row by row."""
+    table = accuracy_table(summary)
+    Console(file=None, quiet=True).print(table)
+    return list(zip(*(column._cells for column in table.columns), strict=True))
+
+
+@pytest.mark.parametrize("names", [None, (), NAMES])
+def test_class_names_are_kept_when_the_data_know_them(tmp_path, names):
+    data = Blobs()
+    if names is not None:
+        data.class_names = names
+    callback = RunSummary(tmp_path, config="c")
+    trainer(max_epochs=1, callbacks=[callback], limit_train_batches=1).fit(module(), datamodule=data)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["class_names"] == (list(NAMES) if names else None)
+    assert (summary["epochs"], summary["steps"], summary["shown"]) == (1, 1, "val")
+    assert len(summary["learners"]) == len(summary["learner_parameters"]) == 2
+    assert callback.up_to_date
+    assert rows(summary)[1][1] == f"{100 * summary['last']['val/acc']:.2f}"
+
+
+def test_nothing_is_written_under_fast_dev_run(tmp_path, capsys):
+    callback = RunSummary(tmp_path / "run", config="c")
+    trainer(fast_dev_run=1, callbacks=[callback]).fit(module(), datamodule=Blobs())
+    callback.show()
+    assert not (tmp_path / "run").exists()
+    assert str(tmp_path) not in capsys.readouterr().out
+
+
+def test_the_first_auxiliary_learner_is_number_1():
+    values = {"val/acc": 0.5, "val/aux1_acc": 0.25, "val/aux2_acc": 0.75, "val/ensemble_acc": 1.0, "val/loss": 2.0}
+    summary = {
+        "config": "c",
+        "seed": 0,
+        "shown": "val",
+        "student": "resnet20",
+        "parameters": 1000,
+        "learners": ["resnet8", "D2B1"],
+        "learner_parameters": [10, 20],
+        "last": {**values, "val/aux3_acc": math.nan, "epoch": 2.0},
+        "best": {},
+        "teacher": {"model": "resnet110", "acc": None, "parameters": 7},
+    }
+    assert rows(summary) == [
+        ("teacher resnet110", "-", "", "7"),
+        ("student resnet20", "50.00", "not selected", "1,000"),
+        ("aux1 (resnet8)", "25.00", "not selected", "10"),
+        ("aux2 (D2B1)", "75.00", "not selected", ""),
+        ("aux3", "nan", "not selected", ""),
+        ("ensemble", "100.00", "not selected", ""),
+    ]
