@@ -59,6 +59,8 @@ class ACKDCLI:
         self.altered = any(each.startswith(("--data", "--model", "--trainer.limit")) for each in options)
         if command != "fit":
             configs, options = name_checkpoint(configs, options)
+            if not configs and not {"-h", "--help"} & set(options):
+                raise ACKDError(f"`ackd {command}` needs a run; write `ackd {command} RUN`, or name its --config")
         self.prints = any(each.startswith("--print_config") for each in options)
         options = [each for each in options if not each.startswith("--print_config")]
         settings, self.config_name = load_configs(configs)
