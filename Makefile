@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-all check new-method clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,8 +15,14 @@ demo: $(VENV)/.ready  ## teacher, student alone, KD and ACKD on digits: a table,
 	rm -rf demo
 	$(BIN)/ackd demo --out demo
 
-test: $(VENV)/.ready  ## the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.ready  ## the tests, without those marked slow
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-all: $(VENV)/.ready  ## all tests
+	$(BIN)/python -m pytest -n auto
+
+new-method: $(VENV)/.ready  ## the files of a new method: make new-method NAME=my_method
+	$(BIN)/python tests/new_method.py $(NAME)
 
 check: $(VENV)/.ready  ## format, lint, types, direction of imports
 	$(BIN)/ruff format --check .

@@ -38,16 +38,14 @@ def main(run: Path) -> None:
         module.train()
         batch = module.as_batch(data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0))
         student, teacher = module.outputs(batch)
-        terms, weights = module.method(student, teacher, batch), module.method.weights()
+        terms, weights = module.method(student, teacher, batch), module.method.loss_weights
         plan = module.student.plan
         entries = [branch.entry for branch in module.student.branches]
         shared = {*plan.stem, *(name for stage in plan.stages[: min(entries) - 1] for name in stage)}
         own = {plan.classifier, *plan.tail, *(name for stage in plan.stages[max(entries) - 1 :] for name in stage)}
         backbone = module.student.backbone
         parts = [[p for n in sorted(names) for p in backbone.get_submodule(n).parameters()] for names in (shared, own)]
-        print(
-            f"{run}, {moment}: value, weight, gradient norms on the common trunk and the student's last stage"
-        )
+        print(f"{run}, {moment}: value, weight, gradient norms on the common trunk and the student's last stage")
         for name, value in terms.items():
             trunk, target = (norm(value, part) if value.requires_grad else 0.0 for part in parts)
             print(f"  {name:<10} {float(value.detach()):8.3f} {weights[name]:5.1f} {trunk:9.3f} {target:9.3f}")

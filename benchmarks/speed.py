@@ -103,12 +103,12 @@ def plain_loop(
 def plain(request: dict) -> dict:
     """Measure the plain loop in this process, on the networks of a configuration."""
     settings = load_configs([request["config"]])[0]
-    names, data = settings["model"]["init_args"], pkgutil.resolve_name(settings["data"]["class_path"])
+    model, data = settings["model"], pkgutil.resolve_name(settings["data"]["class_path"])
     torch.manual_seed(0)
     seconds = plain_loop(
         request["method"],
-        teacher=create_model(names["teacher"], data.num_classes) if request["method"] == "kd" else None,
-        student=create_model(names["student"], data.num_classes),
+        teacher=create_model(model["teacher"]["network"], data.num_classes) if request["method"] == "kd" else None,
+        student=create_model(model["student"], data.num_classes),
         num_classes=data.num_classes,
         size=data.input_size,
         batch_size=request["batch_size"],

@@ -7,18 +7,18 @@ from ackd_lightning.errors import ACKDError, near_matches
 
 def test_the_users_error_is_a_value_error():
     assert issubclass(ACKDError, ValueError)
-    with pytest.raises(ValueError, match="put it right"):
-        raise ACKDError("put it right")
+    with pytest.raises(ValueError, match="write it as 3"):
+        raise ACKDError("write it as 3")
 
 
-def test_near_names_are_offered_nearest_first():
+def test_near_names_are_listed_nearest_first():
     assert near_matches("resnet2O", ["resnet20", "wrn_40_2"]) == "did you mean 'resnet20'?"
     hint = near_matches("resnet10", ["resnet110", "resnet8", "resnet14", "resnet20", "resnet18"], most=2)
     assert hint.count(" or ") == 1
     assert hint.startswith("did you mean 'resnet110'")
 
 
-def test_few_known_names_are_listed_in_order_when_nothing_is_near():
+def test_few_known_names_are_listed_in_order_if_none_is_similar():
     assert near_matches("xyz", ["b", "a"]) == "known are a, b"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "ackd_lightning"
-# a part imports itself and parts of a lower rank only
+# a room imports itself and rooms of a lower rank only
 RANK = {
     "_version": 0,
     "errors": 0,
@@ -26,14 +26,14 @@ RANK = {
     "runs": 5,
     "callbacks": 6,
     "training": 7,
+    "testing": 8,
     "launch": 8,
     "commands": 9,
-    "bench": 9,
     "cli": 10,
     "__main__": 11,
 }
 DATA_MAY_USE = {"data", "types", "errors", "random", "validation"}
-LIGHTNING_IN = {"data", "training", "callbacks", "launch"}
+LIGHTNING_IN = {"data", "training", "callbacks", "launch", "testing"}
 METRICS_IN = {"metrics", "training", "callbacks"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
@@ -95,11 +95,50 @@ def test_imports_go_one_way(path):
         ("training", "from ackd_lightning.cli import main"),
         ("models", "from ackd_lightning.data.base import ImageDataModule"),
         ("data", "from ackd_lightning.functional import kd_loss"),
-        ("analysis", "import lightning.pytorch as L"),
+        ("metrics", "import lightning.pytorch as L"),
     ],
 )
 def test_the_rules_notice_a_wrong_import(part, code):
     assert len(broken_rules(part, imported(ast.parse(code)))) == 1
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("ackd_lightning", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imported_files(tree: ast.AST, modules: set[str]) -> set[str]:
+    """Modules of the package that a file imports, imports under TYPE_CHECKING counted."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & modules
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("ackd_lightning"):
+            deeper = {f"{node.module}.{alias.name}" for alias in node.names} & modules
+            found |= deeper or ({str(node.module)} & modules)
+    return found
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle of imports; empty without one."""
+    left = dict(graph)
+    while left:
+        free = [name for name, needs in left.items() if not needs & left.keys() - {name}]
+        if not free:
+            return sorted(left)
+        for name in free:
+            del left[name]
+    return []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    modules = {module_of(path): path for path in FILES}
+    graph = {
+        name: imported_files(ast.parse(path.read_text(encoding="utf-8")), set(modules)) - {name}
+        for name, path in modules.items()
+    }
+    assert circle_in(graph) == []
+    name, other = "ackd_lightning.training.module", "ackd_lightning.types"
+    assert {name, other} <= set(circle_in({**graph, other: {name}}))
 
 
 @pytest.mark.parametrize("module", ["ackd_lightning", "ackd_lightning.cli", "ackd_lightning.config.files"])

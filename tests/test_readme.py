@@ -1,25 +1,26 @@
-"""What README and the other pages tell a reader to type or to open is there."""
+"""The commands, links, files and examples of README and of the other pages work."""
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from ackd_lightning.cli import _parser, main
+from ackd_lightning import DistillationModule, load_student
+from ackd_lightning.cli import main, make_parser
 from ackd_lightning.config.files import config_folder, find_config, load_configs
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import from_description
-from ackd_lightning.models.student import BranchyStudent
-from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import Batch
+from ackd_lightning.testing import Harness
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+ADD_A_METHOD = (ROOT / "docs/add_a_method.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"])
 RUN_COMMANDS = ("validate", "test", "predict")
 
 
@@ -32,6 +33,16 @@ def named_blocks(text: str) -> dict[str, str]:
     found = [block for language in ("yaml", "python") for block in blocks(text, language)]
     names = [re.match(r"# (\S+\.(?:yaml|py))\n", block) for block in found]
     return {name[1]: block for name, block in zip(names, found, strict=True) if name}
+
+
+def marked_block(text: str, marker: str) -> str:
+    """The python block after a marker comment."""
+    found = re.findall(rf"<!-- {marker} -->\n```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(found) == 1, marker
+    return found[0]
+
+
+METHODS = dict(re.findall(r"<!-- run: method (\w+) -->\n```python\n# (\w+)\.py\n", ADD_A_METHOD))
 
 
 def commands(text: str) -> list[list[str]]:
@@ -53,8 +64,8 @@ ON_RUNS = {line: words for line, words in COMMANDS.items() if words[0] in RUN_CO
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder that holds the files which README shows."""
-    for name, content in named_blocks(README).items():
+    """A folder with the files that README and the page on methods show."""
+    for name, content in {**named_blocks(README), **named_blocks(ADD_A_METHOD)}.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")  # the pages name its configurations
     monkeypatch.chdir(tmp_path)
@@ -100,15 +111,15 @@ def test_settings_of_commands_on_runs_are_understood(line, folder, capsys):
 def test_other_commands_are_understood(line, folder, capsys):
     words = COMMANDS[line]
     bare = len(words) == 1 and words[0] in ("export", "compare", "reproduce")  # the name alone, in a sentence
-    chosen, settings = _parser().parse_known_args([*words, *(["RUN"] if bare else [])])
+    chosen, settings = make_parser().parse_known_args([*words, *(["RUN"] if bare else [])])
     assert chosen.command == words[0]
-    assert not settings or words[0] in ("cache", "bench")  # which take those of fit
+    assert not settings or words[0] == "cache"  # takes those of fit
     if settings:
         assert "class_path: ackd_lightning" in parse(["fit", *settings], capsys)
 
 
 def test_every_command_exists():
-    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo", "reproduce", "cache", "bench"}
+    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo", "reproduce", "cache"}
     assert {words[0] for words in COMMANDS.values()} <= known
 
 
@@ -117,18 +128,59 @@ def test_configurations_shown_can_be_read(folder):
     assert len(shown) >= 3
     for name in shown:
         settings, _ = load_configs([name])
-        assert settings["model"]["class_path"].startswith("ackd_lightning.")
+        assert settings["model"]["method"]["class_path"]
 
 
-def test_the_method_shown_works(folder):
-    settings, _ = load_configs(["my_method.yaml"])
-    method = from_description(settings["model"]["init_args"]["method"])
-    student = BranchyStudent(create_model("resnet8", 10), method.branches)
-    batch = Batch(torch.randn(2, 3, 16, 16), torch.tensor([1, 2]), torch.arange(2))
-    out = student(batch.image)
-    terms = method(out, out, batch)
-    assert set(terms) == set(method.weights()) == {"ce", "mse"}
-    assert terms["mse"].item() == 0.0
+def test_both_pages_show_the_same_method():
+    assert named_blocks(README)["my_method.py"] == named_blocks(ADD_A_METHOD)["my_method.py"]
+    assert len(named_blocks(README)["my_method.py"].splitlines()) <= 25
+
+
+def test_the_page_on_methods_shows_three():
+    assert set(METHODS) == {"LogitMSE", "Remembered", "Mutual"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_methods_shown_work(name, folder):
+    method = from_description({"class_path": f"{METHODS[name]}.{name}"})
+    losses = Harness(method).train(12)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_of_the_method_with_a_memory_can_be_tested_and_loaded(folder):
+    fragment = "model: {method: {class_path: remembered.Remembered}}\n"
+    (folder / "remembered.yaml").write_text(fragment, encoding="utf-8")
+    settings = ["--trainer.max_epochs", "1", "--data.max_per_class", "4", "--data.batch_size", "20", "--name", "one"]
+    assert main(["fit", "--config", "digits_resnet8.yaml", "--config", "remembered.yaml", *settings]) == 0
+    run = Path("runs/digits_resnet8+remembered/one")
+    assert main(["test", str(run)]) == 0
+    module = DistillationModule.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert module.method.memory.shape == (40, 10)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_arguments_of_the_methods_shown_are_checked(name, folder):
+    with pytest.raises(ACKDError, match="weight_ce"):
+        from_description({"class_path": f"{METHODS[name]}.{name}", "init_args": {"weight_ce": -1.0}})
+
+
+@pytest.mark.parametrize("number", range(len(blocks(ADD_A_METHOD, "python"))))
+def test_every_example_of_the_page_on_methods_runs(number, folder):
+    exec(compile(blocks(ADD_A_METHOD, "python")[number], "add_a_method.md", "exec"), {"__name__": "example"})
+
+
+def test_the_lightning_example_of_readme_runs(folder):
+    exec(compile(marked_block(README, "script"), "README.md", "exec"), {"__name__": "example"})
+    assert len(load_student("student.safetensors").state_dict()) > 0
+
+
+def test_the_cost_shown_for_acn_is_printed(capsys):
+    page = (ROOT / "docs/acn.md").read_text(encoding="utf-8")
+    exec(compile(blocks(page, "python")[0], "acn.md", "exec"), {"__name__": "example"})
+    printed = re.findall(r"^(\d+) million", capsys.readouterr().out, flags=re.MULTILINE)
+    shown = re.search(r"prints (\d+) .*?, (\d+) .*?, (\d+) .*? and (\d+) ", page)
+    assert printed == list(shown.groups())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -138,7 +190,7 @@ def test_links_and_named_files_exist(page):
         if "://" not in target:
             assert (page.parent / target).exists(), target
     for name in re.findall(r"`((?:src|tests|docs|configs|notebooks|benchmarks)/[\w./-]*)`", text):
-        assert "NAME" in name or (ROOT / name).exists(), name  # NAME: the reader's own
+        assert "NAME" in name or "TIME" in name or (ROOT / name).exists(), name  # placeholders
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -152,6 +204,6 @@ def test_named_configurations_exist(page):
 
 
 def test_makefile_has_the_commands_of_readme():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for page in PAGES:
-        assert set(re.findall(r"`make (\w+)`", page.read_text(encoding="utf-8"))) <= targets
+        assert set(re.findall(r"`make ([\w-]+)", page.read_text(encoding="utf-8"))) <= targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import nn
 
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.download import DownloadedDataModule
-from ackd_lightning.data.images import Pixels
 from ackd_lightning.data.sampling import Part
+from ackd_lightning.data.sources import Pixels
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
@@ -33,7 +34,6 @@ class SyntheticDataModule(ImageDataModule):
 
     def __init__(self, data: ImageDataModule) -> None:
         super().__init__(
-            data.root,
             batch_size=data.batch_size,
             eval_batch_size=data.eval_batch_size,
             val_fraction=0,
@@ -41,14 +41,10 @@ class SyntheticDataModule(ImageDataModule):
             max_per_class=data.max_per_class,
             num_workers=data.num_workers,
             seed=data.seed,
-            cache=False,
         )
         self.num_classes, self.mean, self.std = data.num_classes, data.mean, data.std
         self.input_size, self.augment = data.input_size, data.augment
         self.images = type(data).published_train_images or _UNKNOWN_IMAGES
-
-    def _fetch(self) -> None:
-        """Nothing to fetch."""
 
     def _load(self, part: Part) -> Pixels:
         count = self.images if part == "train" else self.eval_batch_size
@@ -113,10 +109,13 @@ def give_weights(module: DistillationModule, folder: Path, notes: list[str]) -> 
         folder: Folder for the weight files.
         notes: List that fresh weights are reported in.
     """
-    teachers = module.teachers
-    for number, name in enumerate(each for each in teachers.given if isinstance(each, str)):
-        file = teachers.files.get(number)
-        if file is None or not Path(file).is_file():
-            network = fresh_network(name, module.num_classes, module.input_size, teachers.options)
-            teachers.files[number] = str(save_weights(network, folder / f"teacher{number}.safetensors"))
-            notes.append(f"teacher {name} has fresh weights ({file or 'its weight file'} does not exist)")
+    configs = list(module.teachers.configs)
+    for number, config in enumerate(configs):
+        if isinstance(config.network, str) and not (config.weights and Path(config.weights).is_file()):
+            size = config.input_size or module.data.input_size
+            network = fresh_network(config.network, module.data.num_classes, size, config.options or {})
+            file = save_weights(network, folder / f"teacher{number}.safetensors")
+            configs[number] = replace(config, weights=str(file))
+            missing = config.weights or "its weight file"
+            notes.append(f"teacher {config.network} has fresh weights ({missing} does not exist)")
+    module.teachers.configs = tuple(configs)

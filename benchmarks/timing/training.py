@@ -12,16 +12,18 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from torch import Tensor, nn
 
 from ackd_lightning.callbacks.checkpoints import RunCheckpoint
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import Execution, in_our_words
 from ackd_lightning.launch.lightning import ACKDCLI
-from ackd_lightning.methods.base import AdversarialMethod
+from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.models.zoo.complexity import multiply_adds
 from ackd_lightning.training.manual import frozen
 from ackd_lightning.training.module import DistillationModule
+from ackd_lightning.training.speed import keep_freed_memory
 from timing.machine import MATRIX, machine, matrix_peak, matrix_type, resident_bytes, wait
 from timing.synthetic import give_weights, usable
 
@@ -39,9 +41,7 @@ PARTS = {
 
 
 class BenchRun:
-    """A fit that is built as ``ackd fit`` builds it, except for checkpoints, and not run.
-
-    Missing data and weights are replaced by synthetic ones.
+    """A fit that is built as ``ackd fit`` builds it, except for checkpoints, missing data and missing weights.
 
     Args:
         arguments: Command line of ``ackd fit``.
@@ -49,16 +49,17 @@ class BenchRun:
     """
 
     def __init__(self, arguments: Sequence[str], folder: Path) -> None:
-        self.place, self.notes = folder, list[str]()
+        self.notes: list[str] = []
         cli = ACKDCLI("fit", arguments)
         L.seed_everything(cli.option("seed_everything"), workers=True)
-        cli.folder = folder / "runs" / "bench" / "run"
         cli.build()
         give_weights(cli.model, folder, self.notes)
         cli.datamodule = usable(cli.datamodule, self.notes)
-        self.model, self.datamodule = cli.model, cli.datamodule
-        self.trainer: Any = Execution(cli).make_trainer()
+        cli.folder = folder / "runs" / "bench" / "run"
+        self.trainer = Execution(cli).make_trainer()
         self.trainer.callbacks[:] = [each for each in self.trainer.callbacks if not isinstance(each, RunCheckpoint)]
+        self.model, self.datamodule = cli.model, cli.datamodule
+        self.keeps_memory = isinstance(self.trainer.accelerator, CPUAccelerator) and keep_freed_memory()
 
 
 class Clock:
@@ -119,13 +120,8 @@ class BareLoop:
         self.run, self.trainer = run, run.trainer
         self.device = run.trainer.strategy.root_device
         self.module: DistillationModule = run.model.to(self.device)
-        self.players: dict[str, list[nn.Parameter]] = {}
-        made: Any = self.module.configure_optimizers()
-        every = made[0] if isinstance(made, tuple) else [made["optimizer"]]
-        self.optimizer: torch.optim.Optimizer = every[0]
-        if isinstance(self.module.method, AdversarialMethod):
-            self.players = self.module.method.players()
-        self.optimizers: dict[str, torch.optim.Optimizer] = dict(zip(self.players, every[1:], strict=True))
+        (self.optimizer, *others), _ = self.module.configure_optimizers()
+        self.auxiliary: dict[str, torch.optim.Optimizer] = dict(zip(self.module.auxiliary, others, strict=True))
         self.raw = self._endless(run.datamodule.train_dataloader())
 
     @staticmethod
@@ -148,22 +144,20 @@ class BareLoop:
             batch = module.as_batch(self.trainer.strategy.batch_to_device(next(self.raw)))
         with self.trainer.precision_plugin.forward_context():
             student, teacher = module.outputs(batch)
-            for player, optimizer in self.optimizers.items():
-                assert isinstance(method, AdversarialMethod)
+            for name, optimizer in self.auxiliary.items():
                 with clock.part("auxiliary"):
-                    turn = method.player_loss(player, student, teacher, batch)
-                    if turn is not None:
+                    if (result := method.auxiliary_loss(name, student, teacher, batch)) is not None:
                         optimizer.zero_grad()
-                        self._backward(turn[0])
+                        self._backward(result[0])
                         optimizer.step()
-            with frozen(parameter for parameters in self.players.values() for parameter in parameters):
+            with frozen(each for parameters in module.auxiliary.values() for each in parameters):
                 with clock.part("terms"):
-                    loss = module.weighted_loss(method(student, teacher, batch))
+                    loss = weighted_loss(method, method(student, teacher, batch))
                 with clock.part("backward"):
                     self.optimizer.zero_grad()
                     self._backward(loss)
             with torch.no_grad(), clock.part("terms"):
-                method.observe(student, teacher, batch)
+                method.update(student, teacher, batch)
         with clock.part("optimizer"):
             module.on_before_optimizer_step(self.optimizer)
             self.optimizer.step()
@@ -291,7 +285,7 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
         parts = loop.split(steps)
         graphs["bare_loop"] = _graphs() - made
     module, precision, batch_size = loop.module, str(run.trainer.precision), run.datamodule.batch_size
-    size = module.input_size
+    size = module.data.input_size
     counts = {
         "teacher": sum(multiply_adds(each.network, each.input_size or size) for each in module.teachers.frozen),
         "student": multiply_adds(module.kept_network(), size),

@@ -68,7 +68,7 @@ def kl_divergence(
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
-    r"""Compute the distillation loss of Hinton et al. (2015), \(\tau^2\,\mathrm{KL}(p^t \| p^s)\), batch mean.
+    r"""Compute the distillation loss of Hinton et al. (2015): \(\tau^2\,\mathrm{KL}(p^t \| p^s)\), batch mean.
 
     No gradient flows into the teacher.
 
@@ -136,7 +136,7 @@ def whole_batch(shard: Tensor) -> Tensor:
 
 
 def weighted_logits(weights: Tensor, logits: Sequence[Tensor]) -> Tensor:
-    r"""Compute the weighted mean of the learners' logits, \(z = \sum_k a^{(k)} z^{(k)}\) (Eq. 3 of the ACKD paper).
+    r"""Compute the weighted sum of the learners' logits, \(z = \sum_k a^{(k)} z^{(k)}\) (Eq. 3 of the ACKD paper).
 
     Args:
         weights: Weight of each of M learners for each image, ``B x M``.

@@ -117,11 +117,12 @@ class Harness:
         )
         self.method = method
 
-    def begin_fit(self, *, epochs: int = 100) -> None:
+    def begin_fit(self, *, epochs: int = 100, epoch: int = 0) -> None:
         """Tell the method that a fit starts, as the module does; `train` does it by itself.
 
         Args:
             epochs: Length of the fit.
+            epoch: Epoch in which the fit starts or resumes.
         """
         self.method.begin_fit(
             FitInfo(
@@ -132,7 +133,7 @@ class Harness:
                 teachers=self.module.teachers.frozen,
             )
         )
-        self.method.set_epoch(0)
+        self.method.set_epoch(epoch)
 
     def outputs(self, batch: Batch | None = None) -> tuple[NetOutput, NetOutput | None, Batch]:
         """Return the arguments of the method's ``forward``.

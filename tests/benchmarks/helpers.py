@@ -3,7 +3,7 @@ from __future__ import annotations
 from timing.training import PARTS
 
 BATCH, WARMUP, STEPS = 6, 1, 2
-SMALL = ["--data.batch_size", str(BATCH), "--data.max_per_class", "4", "--model.teacher", "resnet8"]
+SMALL = ["--data.batch_size", str(BATCH), "--data.max_per_class", "4", "--model.teacher.network", "resnet8"]
 
 
 def arguments(method: str) -> list[str]:

@@ -104,9 +104,9 @@ def test_wrong_arguments_give_one_sentence_and_code_2(given, named, capsys, tmp_
 
 def test_the_message_of_a_wrong_setting_comes_out_of_the_measuring_process(monkeypatch, capsys):
     monkeypatch.setattr(bench, "watched", in_this_process)
-    assert bench.main(["--config", "digits_resnet20_resnet8", "--model.lr", "-1"]) == 2
+    assert bench.main(["--config", "digits_resnet20_resnet8", "--model.optimizer.lr", "-1"]) == 2
     error = capsys.readouterr().err
-    assert "lr -1" in error
+    assert "-1" in error
     assert error.count("\n") == 1
 
 

@@ -150,7 +150,7 @@ def test_without_a_run_folder_nothing_is_drawn(tmp_path, monkeypatch):
         ({}, {"fast_dev_run": True}),
         ({}, {"limit_val_batches": 0}),
     ],
-    ids=["warm-up", "dml", "dry run", "no validation"],
+    ids=["warm-up", "dml", "fast_dev_run", "no validation"],
 )
 def test_nothing_is_drawn_while_nothing_is_made(tmp_path, arguments, options):
     fit(module(**arguments), ExamplePictures(every_n_epochs=1), epochs=2, default_root_dir=tmp_path, **options)

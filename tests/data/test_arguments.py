@@ -88,14 +88,14 @@ def test_an_unknown_argument_is_refused_with_the_near_ones(cls):
 
 
 def test_digits_have_no_root():
-    with pytest.raises(ACKDError, match="DigitsDataModule .*'root'"):
+    with pytest.raises(ACKDError, match=r"DigitsDataModule .*'root'"):
         DigitsDataModule(root="data")
     with pytest.raises(ArgumentError, match="root"):
         parsed(DigitsDataModule, root="x")
 
 
 def test_too_many_positional_arguments_are_refused():
-    with pytest.raises(ACKDError, match="CIFAR100DataModule .*too many"):
+    with pytest.raises(ACKDError, match=r"CIFAR100DataModule .*too many"):
         CIFAR100DataModule("data", 64)
 
 

@@ -25,7 +25,7 @@ class Scene:
         self.h_s = leaf(IMAGES, CHANNELS, SIDE, SIDE)
         branches = tuple(NetOutput(z, (h,), h.mean(dim=(2, 3))) for z, h in zip(self.z, self.h, strict=True))
         self.student = NetOutput(self.z_s, (self.h_s,), self.h_s.mean(dim=(2, 3)), branches)
-        self.teacher = NetOutput(self.z_t, (), self.z_t.new_empty(IMAGES, 0))
+        self.teacher = NetOutput(self.z_t)
         self.batch = Batch(torch.zeros(IMAGES, 3, 4, 4), torch.tensor([0, 4, 2, 2]), torch.arange(IMAGES))
         branch = NetSpec(CLASSES, ((CHANNELS, SIDE, SIDE),), CHANNELS)
         self.spec = NetSpec(CLASSES, ((CHANNELS, SIDE, SIDE),), CHANNELS, (branch,) * learners)

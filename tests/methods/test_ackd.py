@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ackd_lightning.config.files import find_config, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD
-from ackd_lightning.methods.base import from_description
+from ackd_lightning.methods.base import Networks, from_description
 from ackd_lightning.models.features import probe
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model
@@ -22,7 +22,7 @@ TERMS = {"ce", "ce_aux", "kd_aux", "kd_target", "kd_direct", "adv"}
 def made(scene_, **arguments) -> ACKD:
     torch.manual_seed(0)
     method = ACKD(**arguments)
-    method.build(scene_.spec, None)
+    method.build(Networks(student=scene_.spec))
     return method
 
 
@@ -76,7 +76,7 @@ def test_terms_of_the_default_equal_the_formulas(scene):
     here = scene(2)
     method = made(here)
     terms = method(here.student, here.teacher, here.batch)
-    assert set(terms) == set(method.weights()) == TERMS
+    assert set(terms) == set(method.loss_weights) == TERMS
     assert all(term.shape == () and term.dtype is torch.float32 for term in terms.values())
     group = group_of(method, here)
 
@@ -251,7 +251,7 @@ def test_the_game_moves_learners_and_trunk_but_not_the_targets_own_layers(real, 
     student, spec, batch, z_t = real
     torch.manual_seed(0)
     method = ACKD(**arguments)
-    method.build(spec, None)
+    method.build(Networks(student=spec))
     method.discriminators.requires_grad_(False)  # as in the learners' step
     output = student(batch.image)
     student.zero_grad()
@@ -275,22 +275,22 @@ def test_the_game_moves_learners_and_trunk_but_not_the_targets_own_layers(real, 
 def test_the_discriminators_loss_reaches_no_student(scene):
     here = scene(2)
     method = made(here)
-    loss, logs = method.player_loss("discriminators", here.student, None, here.batch)
+    loss, logs = method.auxiliary_loss("discriminators", here.student, None, here.batch)
     assert all(gradient is None for gradient in here.gradients(loss).values())
     loss.backward()
     assert all(each.grad is not None for each in method.discriminators.parameters())
     assert all(each.grad is None for each in method.attention.parameters())
     assert loss.item() == pytest.approx(-game(method, here)[0], rel=1e-5)
-    assert set(logs) == {"disc/loss", "disc/acc"}
-    assert logs["disc/loss"].item() == loss.item()
-    assert 0 <= logs["disc/acc"].item() <= 1
+    assert set(logs) == {"disc_loss", "disc_acc"}
+    assert logs["disc_loss"].item() == loss.item()
+    assert 0 <= logs["disc_acc"].item() <= 1
     assert not any(value.requires_grad for value in logs.values())
 
 
 @pytest.mark.parametrize("adversarial", ["fool", "diversify"])
 def test_discriminators_always_maximise_the_same_value(scene, adversarial):
     here = scene(2)
-    loss, _ = made(here, adversarial=adversarial, adversarial_form="non_saturating").player_loss(
+    loss, _ = made(here, adversarial=adversarial, adversarial_form="non_saturating").auxiliary_loss(
         "discriminators", here.student, None, here.batch
     )
     assert loss.item() == pytest.approx(-game(made(here), here)[0], rel=1e-5)
@@ -306,12 +306,12 @@ def test_inputs_of_the_discriminators(scene):
 
 def test_optimizers_of_the_discriminators(scene):
     method = made(scene(2), discriminator_lr=0.02)
-    optimizer = method.player_optimizer("discriminators")
+    optimizer = method.auxiliary_optimizers()["discriminators"]
     assert isinstance(optimizer, torch.optim.SGD)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.02, 0.9, 5e-4)
     assert [id(each) for each in group["params"]] == [id(each) for each in method.discriminators.parameters()]
-    optimizer = made(scene(2), discriminator_optimizer="adam").player_optimizer("discriminators")
+    optimizer = made(scene(2), discriminator_optimizer="adam").auxiliary_optimizers()["discriminators"]
     assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.param_groups[0]["betas"] == (0.5, 0.999)
     assert optimizer.param_groups[0]["lr"] == 1e-3
@@ -319,16 +319,16 @@ def test_optimizers_of_the_discriminators(scene):
 
 def test_without_the_game_there_are_no_discriminators(scene):
     method = made(scene(2), adversarial="off")
-    assert method.players() == {}
-    assert list(made(scene(2)).players()) == ["discriminators"]
+    assert method.auxiliary_parameters() == {}
+    assert list(made(scene(2)).auxiliary_parameters()) == ["discriminators"]
 
 
 def test_lambdas_are_the_papers_and_each_goes_to_its_term():
-    assert ACKD().weights() == {"ce": 1, "ce_aux": 1, "kd_aux": 1, "kd_target": 1, "kd_direct": 0, "adv": 1}
+    assert ACKD().loss_weights == {"ce": 1, "ce_aux": 1, "kd_aux": 1, "kd_target": 1, "kd_direct": 0, "adv": 1}
     method = ACKD(
         lambda_kd_aux=1.5, lambda_kd_target=2.0, lambda_adv=3.0, lambda_ce=4.0, lambda_ce_aux=5.0, lambda_direct=6.0
     )
-    assert method.weights() == {
+    assert method.loss_weights == {
         "ce": 4.0, "ce_aux": 5.0, "kd_aux": 1.5, "kd_target": 2.0, "kd_direct": 6.0, "adv": 3.0
     }  # fmt: skip
 
@@ -338,20 +338,20 @@ def test_the_weight_of_the_game_grows_linearly_from_zero():
     seen = []
     for epoch in range(6):
         method.set_epoch(epoch)
-        seen.append(method.weights()["adv"])
-        assert {name: value for name, value in method.weights().items() if name != "adv"} == {
-            name: value for name, value in ACKD().weights().items() if name != "adv"
+        seen.append(method.loss_weights["adv"])
+        assert {name: value for name, value in method.loss_weights.items() if name != "adv"} == {
+            name: value for name, value in ACKD().loss_weights.items() if name != "adv"
         }
     assert seen == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
     plain = ACKD(lambda_adv=2.0)
     plain.set_epoch(0)
-    assert plain.weights()["adv"] == 2.0
+    assert plain.loss_weights["adv"] == 2.0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": 0.0}, "temperature is 0.0 in method ACKD; it must be above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0 in ACKD; it must be above 0"),
         ({"temperature": -2.0}, "temperature is -2.0"),
         ({"branches": []}, "branches is empty in method ACKD"),
         ({"branches": ["D3B1"]}, r"branches is \['D3B1'\].*add a second branch or set adversarial to off"),
@@ -378,9 +378,9 @@ def test_values_that_fit_are_taken(arguments):
 
 def test_a_student_with_too_few_learners_is_refused(scene):
     with pytest.raises(ACKDError, match="needs two branches or more and the student has 1"):
-        ACKD().build(scene(1).spec, None)
+        ACKD().build(Networks(student=scene(1).spec))
     with pytest.raises(ACKDError, match="needs one branch or more and the student has 0"):
-        ACKD(adversarial="off").build(scene(0).spec, None)
+        ACKD(adversarial="off").build(Networks(student=scene(0).spec))
 
 
 def test_one_learner_alone_is_the_group(scene):
@@ -396,22 +396,22 @@ def test_one_learner_alone_is_the_group(scene):
 def test_equal_attention_has_the_entropy_log_m(scene, learners):
     here = scene(learners)
     numbers = made(here, attention="off").statistics(here.student)
-    assert numbers["attention/entropy"].item() == pytest.approx(math.log(learners), rel=1e-6)
+    assert numbers["attention_entropy"].item() == pytest.approx(math.log(learners), rel=1e-6)
     for number in range(learners):
-        assert numbers[f"attention/weight_aux{number}"].item() == pytest.approx(1 / learners)
+        assert numbers[f"attention_weight_aux{number + 1}"].item() == pytest.approx(1 / learners)
 
 
 def test_collapsed_attention_has_the_entropy_zero(scene):
     here = scene(2)
     method = made(here)
-    before = method.statistics(here.student)["attention/entropy"].item()
+    before = method.statistics(here.student)["attention_entropy"].item()
     assert 0 < before <= math.log(2)
     with torch.no_grad():
         method.attention.mlp[2].bias.copy_(torch.tensor([200.0, 0.0]))
     numbers = method.statistics(here.student)
-    assert numbers["attention/entropy"].item() == pytest.approx(0.0, abs=1e-6)
-    assert numbers["attention/weight_aux0"].item() == pytest.approx(1.0)
-    assert set(numbers) == {"attention/weight_aux0", "attention/weight_aux1", "attention/entropy"}
+    assert numbers["attention_entropy"].item() == pytest.approx(0.0, abs=1e-6)
+    assert numbers["attention_weight_aux1"].item() == pytest.approx(1.0)
+    assert set(numbers) == {"attention_weight_aux1", "attention_weight_aux2", "attention_entropy"}
 
 
 def test_the_literal_preset_is_what_the_equations_say(scene):
@@ -420,8 +420,8 @@ def test_the_literal_preset_is_what_the_equations_say(scene):
     method = from_description(config["init_args"]["method"])
     here = scene(2)
     torch.manual_seed(0)
-    method.build(here.spec, None)
-    assert method.weights() == {"ce": 1, "ce_aux": 1, "kd_aux": 1, "kd_target": 1, "kd_direct": 0, "adv": 1}
+    method.build(Networks(student=here.spec))
+    assert method.loss_weights == {"ce": 1, "ce_aux": 1, "kd_aux": 1, "kd_target": 1, "kd_direct": 0, "adv": 1}
     assert method.teach == "ensemble"
     assert method.branches is None
     assert method.attention.inputs == "flattened"
@@ -438,7 +438,7 @@ def test_the_literal_preset_is_what_the_equations_say(scene):
 
 def test_ablation_presets_switch_their_part_off():
     parts = {
-        name: from_description(read_config(find_config(name))["model"]["init_args"]["method"])
+        name: from_description(read_config(find_config(name))["model"]["method"])
         for name in (
             "ackd",
             "ackd_attention",
@@ -457,9 +457,9 @@ def test_ablation_presets_switch_their_part_off():
         "ackd_diversify": ("pooled", "diversify"),
         "ackd_direct": ("pooled", "fool"),
     }
-    assert {name: method.weights()["kd_direct"] for name, method in parts.items() if method.weights()["kd_direct"]} == {
-        "ackd_direct": 1.0
-    }
+    assert {
+        name: method.loss_weights["kd_direct"] for name, method in parts.items() if method.loss_weights["kd_direct"]
+    } == {"ackd_direct": 1.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -482,7 +482,7 @@ def test_twenty_steps_lower_the_loss(scene):
     values = []
     for _ in range(20):
         terms = method(here.student, here.teacher, here.batch)
-        loss = sum(method.weights()[name] * term for name, term in terms.items())
+        loss = sum(method.loss_weights[name] * term for name, term in terms.items())
         values.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

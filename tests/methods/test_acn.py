@@ -21,7 +21,7 @@ from ackd_lightning.methods.acn import (
     statistics_kept,
 )
 from ackd_lightning.methods.acn_networks import Generator, image_noise
-from ackd_lightning.methods.base import describe
+from ackd_lightning.methods.base import FitInfo, Networks, describe
 from ackd_lightning.models.features import probe
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.types import Batch
@@ -40,7 +40,7 @@ class Run:
         self.student = BranchyStudent(TinyNet(norm=norm), self.method.branches, num_classes=CLASSES)
         self.method.attach(self.student, ())
         self.method.set_range((-2.0,) * 3, (2.0,) * 3)
-        self.method.build(probe(self.student, SIZE), None)
+        self.method.build(Networks(student=probe(self.student, SIZE)))
         self.method.set_epoch(0)
         self.batch = batch()
 
@@ -49,13 +49,13 @@ class Run:
         return self.method(self.student(given.image), None, given)
 
     def loss(self, given: Batch | None = None) -> Tensor:
-        weights, terms = self.method.weights(), self.terms(given)
+        weights, terms = self.method.loss_weights, self.terms(given)
         assert set(terms) == set(weights)
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     def player(self, name: str, given: Batch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         given = given or self.batch
-        turn = self.method.player_loss(name, self.student(given.image), None, given)
+        turn = self.method.auxiliary_loss(name, self.student(given.image), None, given)
         assert turn is not None
         return turn
 
@@ -206,8 +206,8 @@ def test_terms_equal_a_slow_reference(classifiers):
     group = run.method.ensemble(output)
     torch.testing.assert_close(group, sum(own) / len(own))
     statistics = run.method.statistics(output)
-    assert statistics["divergence/js"].item() == pytest.approx(sum(slow_js(own)) / IMAGES, rel=1e-4)
-    assert statistics["divergence/rate"] == disagreement(own)
+    assert statistics["divergence_js"].item() == pytest.approx(sum(slow_js(own)) / IMAGES, rel=1e-4)
+    assert statistics["divergence_rate"] == disagreement(own)
 
 
 def test_generated_images_teach_the_classifiers_and_leave_statistics_and_generator_alone():
@@ -260,7 +260,7 @@ class PlainDML:
 
 @pytest.mark.parametrize("classifiers", [("peer",), ("peer", "peer")])
 def test_without_generated_images_it_is_deep_mutual_learning(classifiers):
-    description = read_config(config_folder() / "methods" / "dml.yaml")["model"]["init_args"]["method"]
+    description = read_config(config_folder() / "methods" / "dml.yaml")["model"]["method"]
     run = Run(**{**description["init_args"], "classifiers": classifiers})
     nets = [run.student.backbone, *(each.network for each in run.student.branches)]
     plain = PlainDML(copy.deepcopy(nets))
@@ -280,7 +280,7 @@ def test_without_generated_images_it_is_deep_mutual_learning(classifiers):
 
 def test_dml_has_no_generator():
     run = Run(weight_generated=0.0)
-    assert run.method.players() == {}
+    assert run.method.auxiliary_parameters() == {}
     assert not list(run.method.parameters())
     assert not run.method.makes_examples
     assert run.method.examples(run.batch) is None
@@ -311,9 +311,9 @@ def test_the_discriminators_loss_and_accuracy():
     real, fake = judge(run.batch.image).double(), judge(made).double()
     expected = -torch.log(real.sigmoid()).mean() - torch.log(1 - fake.sigmoid()).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert values["disc/loss"].item() == loss.item()
+    assert values["disc_loss"].item() == loss.item()
     right = [*(real.flatten() > 0).tolist(), *(fake.flatten() < 0).tolist()]
-    assert values["disc/acc"].item() == pytest.approx(sum(right) / len(right))
+    assert values["disc_acc"].item() == pytest.approx(sum(right) / len(right))
 
 
 @pytest.mark.parametrize("margin", [1.4, None])
@@ -337,13 +337,13 @@ def test_the_generators_loss_and_numbers(cap, margin):
     expected = 2.0 * short + 0.7 * hinge - 0.3 * opinion.sigmoid().log().mean().item()
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert short > 0 or cap < 0.1
-    assert values["generator/loss"].item() == loss.item()
-    assert values["generator/js"].item() == pytest.approx(sum(divergences) / IMAGES, rel=1e-4)
-    assert values["generator/divergence"] == disagreement(learners)
+    assert values["generator_loss"].item() == loss.item()
+    assert values["generator_js"].item() == pytest.approx(sum(divergences) / IMAGES, rel=1e-4)
+    assert values["generator_divergence"] == disagreement(learners)
     known = [row.index(max(row)) == int(label) for row, label in zip(means, run.batch.target, strict=True)]
-    assert values["generator/label_consistency"].item() == pytest.approx(sum(known) / IMAGES)
-    assert values["generator/change"].item() == pytest.approx((made - run.batch.image).abs().mean().item(), rel=1e-5)
-    assert "generator/rho" not in values
+    assert values["generator_label_consistency"].item() == pytest.approx(sum(known) / IMAGES)
+    assert values["generator_change"].item() == pytest.approx((made - run.batch.image).abs().mean().item(), rel=1e-5)
+    assert "generator_rho" not in values
     assert all(not each.requires_grad for each in values.values())
 
 
@@ -357,7 +357,7 @@ def test_a_player_reaches_its_own_parameters_only_and_leaves_everything_as_it_wa
     modes = [each.training for each in (*run.student.modules(), *run.method.modules())]
     output = run.student(run.batch.image)
     before = copy.deepcopy(run.state())
-    loss, _ = run.method.player_loss(player, output, None, run.batch)
+    loss, _ = run.method.auxiliary_loss(player, output, None, run.batch)
     assert modes == [each.training for each in (*run.student.modules(), *run.method.modules())]
     assert flags == {name: each.requires_grad for name, each in run.every_parameter().items()}
     after = run.state()
@@ -365,7 +365,7 @@ def test_a_player_reaches_its_own_parameters_only_and_leaves_everything_as_it_wa
     assert all("image_discriminator" in key and key.endswith(("_u", "_v")) for key in changed)
     assert bool(changed) is (player == "image_discriminator")
     loss.backward()
-    own = {id(each) for each in run.method.players()[player]}
+    own = {id(each) for each in run.method.auxiliary_parameters()[player]}
     for name, parameter in run.every_parameter().items():
         assert (parameter.grad is not None) is (id(parameter) in own), name
         assert parameter.grad is None or parameter.grad.isfinite().all()
@@ -375,7 +375,7 @@ def test_a_player_reaches_its_own_parameters_only_and_leaves_everything_as_it_wa
 @pytest.mark.parametrize("player", PLAYERS)
 def test_steps_of_a_player_lower_its_loss(player):
     run = Run(adversary_lr=5e-3)
-    optimizer = run.method.player_optimizer(player)
+    optimizer = run.method.auxiliary_optimizers()[player]
     assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.defaults["lr"] == 5e-3
     assert optimizer.defaults["betas"] == (0.5, 0.999)
@@ -392,14 +392,14 @@ def test_steps_of_the_generator_raise_the_divergence():
     with torch.no_grad():
         for net in (run.student.backbone, run.student.branches[0].network):
             net.fc.weight.mul_(10)
-    assert list(run.method.players()) == ["generator"]  # nobody asks a discriminator
-    optimizer = run.method.player_optimizer("generator")
-    first = run.player("generator")[1]["generator/js"].item()
+    assert list(run.method.auxiliary_parameters()) == ["generator"]  # nobody asks a discriminator
+    optimizer = run.method.auxiliary_optimizers()["generator"]
+    first = run.player("generator")[1]["generator_js"].item()
     for _ in range(20):
         optimizer.zero_grad()
         run.player("generator")[0].backward()
         optimizer.step()
-    assert run.player("generator")[1]["generator/js"].item() > first + 0.1
+    assert run.player("generator")[1]["generator_js"].item() > first + 0.1
 
 
 def test_beyond_the_cap_and_within_the_margin_there_is_nothing_to_gain():
@@ -407,16 +407,16 @@ def test_beyond_the_cap_and_within_the_margin_there_is_nothing_to_gain():
     loss, _ = run.player("generator")
     loss.backward()
     assert loss.item() == 0
-    assert all(each.grad.abs().sum() == 0 for each in run.method.players()["generator"])
+    assert all(each.grad.abs().sum() == 0 for each in run.method.auxiliary_parameters()["generator"])
 
 
 def test_a_learned_rho_is_the_generators_and_is_shown():
     run = Run(residual="learned", rho=0.8)
     loss, values = run.player("generator")
-    assert values["generator/rho"].item() == pytest.approx(0.8)
+    assert values["generator_rho"].item() == pytest.approx(0.8)
     loss.backward()
     assert run.method.generator.share.grad.abs() > 0
-    assert any(each is run.method.generator.share for each in run.method.players()["generator"])
+    assert any(each is run.method.generator.share for each in run.method.auxiliary_parameters()["generator"])
 
 
 def test_bystanders_are_as_before_after_an_error():
@@ -450,7 +450,7 @@ def test_an_image_is_made_of_its_own_key_alone():
 def test_two_halves_of_a_batch_give_the_generators_gradient_of_the_whole():
     run = Run()
     run.student.eval()  # whose running statistics would move from call to call
-    own = run.method.players()["generator"]
+    own = run.method.auxiliary_parameters()["generator"]
     whole = torch.autograd.grad(run.player("generator")[0], own)
     halves = [Batch(*(each[part] for each in run.batch)) for part in (slice(0, 3), slice(3, 6))]
     parts = [torch.autograd.grad(run.player("generator", half)[0], own) for half in halves]
@@ -464,34 +464,34 @@ def test_nothing_is_generated_in_warm_up():
     for epoch, generates in ((0, False), (2, False), (3, True), (7, True)):
         run.method.set_epoch(epoch)
         for player in PLAYERS:
-            assert (run.method.player_loss(player, output, None, run.batch) is not None) is generates
+            assert (run.method.auxiliary_loss(player, output, None, run.batch) is not None) is generates
         assert (run.terms()["generated"].item() > 0) is generates
         assert (run.method.examples(run.batch) is not None) is generates
-    assert list(run.method.players()) == list(PLAYERS)  # their optimizers are there from the start
-    assert run.method.weights() == {"ce": 1.0, "ce_aux": 1.0, "mutual": 1.0, "generated": 1.0}
+    assert list(run.method.auxiliary_parameters()) == list(PLAYERS)  # their optimizers are there from the start
+    assert run.method.loss_weights == {"ce": 1.0, "ce_aux": 1.0, "mutual": 1.0, "generated": 1.0}
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(240, 10), (40, 10), (39, 9), (8, 2), (1, 0)])
 def test_the_default_warm_up_is_short_in_a_short_training(epochs, warmup):
     method = ACN()
     assert method.warmup_epochs == 10
-    method.set_total_epochs(epochs)
+    method.begin_fit(FitInfo(epochs=epochs))
     assert method.warmup_epochs == warmup
 
 
 def test_a_warm_up_that_never_ends_is_told():
     method = ACN(warmup_epochs=8)
-    method.set_total_epochs(9)
+    method.begin_fit(FitInfo(epochs=9))
     with pytest.warns(UserWarning, match="makes no images: warmup_epochs is 8 of 8 epochs"):
-        method.set_total_epochs(8)
-    ACN(warmup_epochs=8, weight_generated=0.0).set_total_epochs(8)  # makes none anyway
+        method.begin_fit(FitInfo(epochs=8))
+    ACN(warmup_epochs=8, weight_generated=0.0).begin_fit(FitInfo(epochs=8))  # makes none anyway
 
 
 def test_an_unknown_range_is_told_when_a_fit_begins():
     run = Run()
     run.method.knows_range = False
     with pytest.warns(UserWarning, match="pass mean and std of the data"):
-        run.method.adopt(())
+        run.method.begin_fit(FitInfo())
 
 
 def test_the_images_of_a_step_are_made_twice_and_not_more(monkeypatch):
@@ -500,11 +500,11 @@ def test_the_images_of_a_step_are_made_twice_and_not_more(monkeypatch):
     monkeypatch.setattr(Generator, "forward", lambda self, *images: calls.append(1) or forward(self, *images))
     output = run.student(run.batch.image)
     for player in PLAYERS:
-        loss, _ = run.method.player_loss(player, output, None, run.batch)
+        loss, _ = run.method.auxiliary_loss(player, output, None, run.batch)
         loss.backward()
     run.terms()
     assert len(calls) == 2
-    run.method.player_loss("generator", output, None, run.batch)  # alone, it makes its own
+    run.method.auxiliary_loss("generator", output, None, run.batch)  # alone, it makes its own
     assert len(calls) == 3
 
 
@@ -563,14 +563,14 @@ def test_a_whole_step_in_half_precision(dtype):
         output = run.student(run.batch.image)
         assert output.logits.dtype is dtype
         for player in PLAYERS:
-            loss, values = run.method.player_loss(player, output, None, run.batch)
-            optimizer = run.method.player_optimizer(player)
+            loss, values = run.method.auxiliary_loss(player, output, None, run.batch)
+            optimizer = run.method.auxiliary_optimizers()[player]
             loss.backward()
             optimizer.step()
             for name, value in {"loss": loss, **values}.items():
                 assert value.dtype is torch.float32, name
                 assert value.isfinite(), name
-            for parameter in run.method.players()[player]:
+            for parameter in run.method.auxiliary_parameters()[player]:
                 assert parameter.grad is not None
                 assert parameter.grad.isfinite().all()
         terms = run.method(output, None, run.batch)
@@ -644,7 +644,7 @@ def test_all_weights_but_that_of_cross_entropy_may_be_zero():
     weights = [name for name in ACN.__init__.__kwdefaults__ if name.startswith("weight_") and name != "weight_ce"]
     run = Run(**dict.fromkeys(weights, 0.0))
     output = run.student(run.batch.image)
-    assert {name for name, weight in run.method.weights().items() if weight} == {"ce"}
+    assert {name for name, weight in run.method.loss_weights.items() if weight} == {"ce"}
     assert run.method(output, None, run.batch)["ce"].item() == pytest.approx(
         F.cross_entropy(output.logits, run.batch.target).item()
     )
@@ -653,10 +653,10 @@ def test_all_weights_but_that_of_cross_entropy_may_be_zero():
 def test_without_peers_or_classifiers_it_says_what_to_do():
     method = ACN(warmup_epochs=0)
     with pytest.raises(ACKDError, match="needs two classifiers or more and the student has no peer"):
-        method.build(probe(BranchyStudent(TinyNet(), ()), SIZE), None)
+        method.build(Networks(student=probe(BranchyStudent(TinyNet(), ()), SIZE)))
     student = BranchyStudent(TinyNet(), ("peer",))
-    method.build(probe(student, SIZE), None)
+    method.build(Networks(student=probe(student, SIZE)))
     given = batch()
     with pytest.raises(ACKDError, match="call `attach` with the student"):
         method(student(given.image), None, given)
-    assert not ACN.needs_teacher
+    assert ACN.teacher == "none"

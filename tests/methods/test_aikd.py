@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import aikd
+from ackd_lightning.methods import FitInfo, Networks, aikd
 from ackd_lightning.methods.aikd import AIKD, PredictionDiscriminator, gradient_penalty, soft_cross_entropy
 from ackd_lightning.models.features import probe
 from ackd_lightning.models.student import BranchyStudent
@@ -54,12 +54,14 @@ class Run:
         self.method = AIKD(**arguments)
         self.method.attach(self.student, [self.teacher.network] if self.method.needs_teacher else [])
         spec = probe(self.student, SIZE)
-        self.method.build(spec, spec if self.method.needs_teacher else None)
-        self.method.set_total_epochs(epochs)
+        self.method.build(Networks(student=spec, teachers=(spec if self.method.needs_teacher else None,)))
+        self.method.begin_fit(FitInfo(epochs=epochs))
         if self.method.needs_targets:
-            self.method.set_targets(TARGETS)
+            self.method.begin_fit(FitInfo(targets=TARGETS))
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.1, momentum=0.9)
-        self.player_optimizers = {name: self.method.player_optimizer(name) for name in self.method.players()}
+        self.player_optimizers = {
+            name: self.method.auxiliary_optimizers()[name] for name in self.method.auxiliary_parameters()
+        }
         self.images = images()
 
     def batch(self, index: Tensor) -> Batch:
@@ -69,7 +71,7 @@ class Run:
         return self.student(batch.image), self.teacher(batch.image) if self.method.needs_teacher else None, batch
 
     def loss(self, *outputs) -> Tensor:
-        weights, terms = self.method.weights(), self.method(*outputs)
+        weights, terms = self.method.loss_weights, self.method(*outputs)
         assert set(weights) == set(terms)
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
@@ -77,10 +79,10 @@ class Run:
         self.method.set_epoch(epoch)
         torch.manual_seed(mix(epoch, number))
         outputs = self.outputs(self.batch(order(epoch)[number]))
-        players = self.method.players()
+        players = self.method.auxiliary_parameters()
         for name, optimizer in self.player_optimizers.items():
             optimizer.zero_grad()
-            self.method.player_loss(name, *outputs)[0].backward()
+            self.method.auxiliary_loss(name, *outputs)[0].backward()
             optimizer.step()
         opponents = [parameter for parameters in players.values() for parameter in parameters]
         for parameter in opponents:
@@ -89,7 +91,7 @@ class Run:
         self.loss(*outputs).backward()
         for parameter in opponents:
             parameter.requires_grad_(True)
-        self.method.observe(*outputs)
+        self.method.update(*outputs)
         self.optimizer.step()
 
     def train(self, epochs: int = EPOCHS) -> Run:
@@ -122,7 +124,7 @@ def leaf(seed: int, rows: int = BATCH) -> Tensor:
 
 
 def output(logits: Tensor) -> NetOutput:
-    return NetOutput(logits, (), logits.new_empty(len(logits), 0))
+    return NetOutput(logits)
 
 
 class Known(nn.Module):
@@ -136,10 +138,10 @@ def bare(**arguments) -> AIKD:
     torch.manual_seed(0)
     method = AIKD(**{"discriminator_hidden": 8, **arguments})
     method.attach(Known(), [])
-    method.build(NetSpec(CLASSES, (), 0), None)
-    method.set_total_epochs(10)
+    method.build(Networks(student=NetSpec(CLASSES)))
+    method.begin_fit(FitInfo(epochs=10))
     if method.needs_targets:
-        method.set_targets(TARGETS)
+        method.begin_fit(FitInfo(targets=TARGETS))
     return method
 
 
@@ -197,13 +199,13 @@ def test_the_weights_mix_the_target_as_the_epoch_has_it(epoch, alpha):
     method = bare(weight_ce=2.0)
     method.set_epoch(epoch)
     expected = {"ce": 2 * (1 - alpha), "progressive": 2 * alpha, "det": 1.0, "adv": 0.1}
-    assert method.weights() == pytest.approx(expected)
+    assert method.loss_weights == pytest.approx(expected)
     logits, batch = leaf(1), bare_batch()
     terms = method(output(logits), output(leaf(2)), batch)
     one_hot = torch.eye(CLASSES)[batch.target]
     previous = one_hot if epoch == 0 else batch.image.flatten(1)[:, :CLASSES].softmax(dim=1)
     mixed = soft_cross_entropy(logits, (1 - alpha) * one_hot + alpha * previous)
-    weights = method.weights()
+    weights = method.loss_weights
     assert (weights["ce"] * terms["ce"] + weights["progressive"] * terms["progressive"]).item() == pytest.approx(
         2 * mixed.item(), rel=1e-5
     )
@@ -228,20 +230,20 @@ def test_distillation_is_zero_at_equality_and_the_same_for_shifted_logits():
 @pytest.mark.parametrize("inputs", ["probabilities", "logits"])
 def test_the_discriminators_loss_and_accuracy_equal_a_slow_reference(inputs):
     method, z_s, z_t = bare(discriminator_inputs=inputs), leaf(1), leaf(2)
-    loss, values = method.player_loss("discriminator", output(z_s), output(z_t), bare_batch())
+    loss, values = method.auxiliary_loss("discriminator", output(z_s), output(z_t), bare_batch())
     view = (lambda z: z) if inputs == "logits" else (lambda z: z.softmax(dim=1))
     of_real, of_fake = (method.discriminator(view(z)).sigmoid().tolist() for z in (z_t, z_s))
     expected = -sum(math.log(each) for each in of_real) / BATCH - sum(math.log(1 - each) for each in of_fake) / BATCH
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert values["disc/loss"].item() == loss.item()
+    assert values["disc_loss"].item() == loss.item()
     right = sum(each > 0.5 for each in of_real) + sum(each <= 0.5 for each in of_fake)
-    assert values["disc/acc"].item() == pytest.approx(right / (2 * BATCH))
+    assert values["disc_acc"].item() == pytest.approx(right / (2 * BATCH))
 
 
 def test_the_critics_loss_equals_a_slow_reference():
     method, z_s, z_t = bare(adversarial_form="wgan_gp", gradient_penalty=3.0), leaf(1), leaf(2)
     batch, critic = bare_batch(), method.discriminator
-    loss, values = method.player_loss("discriminator", output(z_s), output(z_t), batch)
+    loss, values = method.auxiliary_loss("discriminator", output(z_s), output(z_t), batch)
     real, fake = z_t.detach().softmax(dim=1), z_s.detach().softmax(dim=1)
     penalty = 0.0
     for share, a, b in zip(method._shares(batch), real, fake, strict=True):
@@ -249,7 +251,7 @@ def test_the_critics_loss_equals_a_slow_reference():
         penalty += (slope.norm().item() - 1) ** 2 / BATCH
     expected = critic(fake).mean() - critic(real).mean() + 3.0 * penalty
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert 0 <= values["disc/acc"] <= 1
+    assert 0 <= values["disc_acc"] <= 1
 
 
 def test_the_penalty_of_a_linear_critic_is_that_of_its_slope():
@@ -282,12 +284,12 @@ def test_where_the_slope_is_measured_depends_on_epoch_and_image_alone():
 def test_a_term_without_weight_is_not_computed():
     method = bare(weight_progressive=0.0, weight_det=0.0, weight_adv=0.0)
     assert not method.needs_teacher
-    assert method.players() == {}
+    assert method.auxiliary_parameters() == {}
     assert method.parameter_groups() == []
     assert [*method.parameters()] == []
     terms = method(output(leaf(1)), None, bare_batch())
     assert {name for name, term in terms.items() if term.item() != 0} == {"ce"}
-    assert {name for name, weight in method.weights().items() if weight} == {"ce"}
+    assert {name for name, weight in method.loss_weights.items() if weight} == {"ce"}
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def test_without_determinism_and_adversary_it_is_pskd(previous):
 
 
 def test_the_config_is_pskd():
-    description = read_config(config_folder() / "methods" / "pskd.yaml")["model"]["init_args"]["method"]
+    description = read_config(config_folder() / "methods" / "pskd.yaml")["model"]["method"]
     assert description["init_args"] == PSKD
     assert AIKD(**PSKD).weight_progressive == 0.8
 
@@ -433,7 +435,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(arguments, a
         second.step(epoch, number)
     assert equal(second.student, whole.student)
     assert equal(second.method, whole.method)
-    assert ("discriminator.layers.0.weight" in state(whole.method)) is bool(whole.method.players())
+    assert ("discriminator.layers.0.weight" in state(whole.method)) is bool(whole.method.auxiliary_parameters())
     assert not equal(first.student, whole.student)
 
 
@@ -472,7 +474,7 @@ def test_terms_leave_no_trace():
         before = state(run.method)
         outputs = run.outputs(run.batch(order(1)[0]))
         first, second = run.method(*outputs), run.method(*outputs)
-        run.method.player_loss("discriminator", *outputs)
+        run.method.auxiliary_loss("discriminator", *outputs)
         assert largest_difference(state(run.method), before) == 0.0
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -483,7 +485,7 @@ def test_terms_leave_no_trace():
 def test_the_table_holds_what_was_predicted_in_training():
     method, batch = bare(**PSKD), bare_batch([1, 6, 3, 8])
     logits = leaf(1)
-    method.observe(output(logits), None, batch)
+    method.update(output(logits), None, batch)
     expected = torch.zeros(IMAGES, CLASSES)
     expected[batch.index] = logits.detach().softmax(dim=1)
     assert torch.equal(method.table, expected)
@@ -497,7 +499,7 @@ def test_the_table_holds_what_was_predicted_in_training():
 
 def test_an_image_that_stands_in_a_batch_twice_leaves_its_last_prediction():
     method, logits = bare(**PSKD), leaf(1)
-    method.observe(output(logits), None, bare_batch([5, 2, 5, 5]))
+    method.update(output(logits), None, bare_batch([5, 2, 5, 5]))
     rows = logits.detach().softmax(dim=1)
     assert torch.equal(method.table[5], rows[3])
     assert torch.equal(method.table[2], rows[1])
@@ -512,11 +514,11 @@ def test_two_processes_equal_one(monkeypatch):
         here = output(z_s[part]), output(z_t[part]), Batch(batch.image[part], batch.target[part], index)
         method.set_epoch(1)
         method.table.copy_(torch.randn(IMAGES, CLASSES, generator=torch.Generator().manual_seed(3)).softmax(dim=1))
-        weights, terms = method.weights(), method(*here)
+        weights, terms = method.loss_weights, method(*here)
         (student,) = torch.autograd.grad(sum(weights[name] * term for name, term in terms.items()), z_s)
-        loss, _ = method.player_loss("discriminator", *here)
+        loss, _ = method.auxiliary_loss("discriminator", *here)
         found = torch.autograd.grad(loss, [*method.discriminator.parameters()], allow_unused=True)
-        method.observe(*here)
+        method.update(*here)
         return [student, *(each for each in found if each is not None)], method.table
 
     alone, table = gradients(bare(**arguments), slice(None))
@@ -531,19 +533,19 @@ def test_two_processes_equal_one(monkeypatch):
 def test_a_checkpoint_tells_the_number_of_images_where_nobody_has():
     run = Run(**PSKD).train(2)
     method = AIKD(**PSKD)
-    method.build(probe(run.student, SIZE), None)
+    method.build(Networks(student=probe(run.student, SIZE)))
     method.load_state_dict(run.method.state_dict(), strict=True)
     assert torch.equal(method.table, run.method.table)
     assert method.epoch == 1
-    method.set_targets(TARGETS)
+    method.begin_fit(FitInfo(targets=TARGETS))
     assert torch.equal(method.table, run.method.table)
 
 
 def test_a_checkpoint_of_other_data_is_refused():
     run = Run(**PSKD)
     method = AIKD(**PSKD)
-    method.build(probe(run.student, SIZE), None)
-    method.set_targets(TARGETS[:8])
+    method.build(Networks(student=probe(run.student, SIZE)))
+    method.begin_fit(FitInfo(targets=TARGETS[:8]))
     with pytest.raises(ACKDError, match=r"keeps 12 training images for method AIKD and the data have 8; go on with"):
         method.load_state_dict(run.method.state_dict())
 
@@ -562,20 +564,20 @@ def test_indices_that_do_not_fit_are_refused_from_the_first_step_on(index, targe
     with pytest.raises(ACKDError, match=message):
         method(output(leaf(1)), None, batch)
     with pytest.raises(ACKDError, match=message):
-        method.observe(output(leaf(1)), None, batch)
+        method.update(output(leaf(1)), None, batch)
     assert not method.table.any()
 
 
 def test_what_was_not_told_is_asked_for():
     method = AIKD(**PSKD)
-    method.build(NetSpec(CLASSES, (), 0), None)
-    with pytest.raises(ACKDError, match=r"does not know the training images yet; call set_targets"):
+    method.build(Networks(student=NetSpec(CLASSES)))
+    with pytest.raises(ACKDError, match=r"does not know the training images yet; call begin_fit"):
         method(output(leaf(1)), None, bare_batch())
     with pytest.raises(ACKDError, match=r"does not know when that is; limit the training by trainer.max_epochs"):
         method.set_epoch(0)
     AIKD(weight_progressive=0.0).set_epoch(5)
     unattached = AIKD(weight_det=0.0, weight_adv=0.0)
-    unattached.set_total_epochs(10)
+    unattached.begin_fit(FitInfo(epochs=10))
     unattached.set_epoch(1)
     with pytest.raises(ACKDError, match=r"has no student to copy; call attach"):
         unattached(output(leaf(1)), None, bare_batch())
@@ -603,7 +605,7 @@ def test_every_step_reaches_its_own_player_only():
     run.optimizer.zero_grad()
     run.method.discriminator.zero_grad()
     outputs = run.outputs(run.batch(order(1)[0]))
-    run.method.player_loss("discriminator", *outputs)[0].backward()
+    run.method.auxiliary_loss("discriminator", *outputs)[0].backward()
     assert reached() == {"discriminator"}
     run.method.discriminator.requires_grad_(False)
     terms = run.method(*outputs)
@@ -618,7 +620,7 @@ def test_the_pretrained_network_gets_no_gradient_even_where_it_could():
     method.set_epoch(1)
     terms = method(output(leaf(1)), output(pretrained), batch)
     torch.stack(list(terms.values())).sum().backward()
-    method.player_loss("discriminator", output(leaf(1)), output(pretrained), batch)[0].backward()
+    method.auxiliary_loss("discriminator", output(leaf(1)), output(pretrained), batch)[0].backward()
     assert pretrained.grad is None
 
 
@@ -628,11 +630,11 @@ def test_gradient_steps_train_the_discriminator_and_then_confuse_it(form):
     student, teacher, batch = leaf(1), output(leaf(2).detach()), bare_batch()
 
     def game() -> tuple[Tensor, float]:
-        loss, values = method.player_loss("discriminator", output(student), teacher, batch)
-        assert values["disc/loss"].requires_grad is False
-        return loss, values["disc/acc"].item()
+        loss, values = method.auxiliary_loss("discriminator", output(student), teacher, batch)
+        assert values["disc_loss"].requires_grad is False
+        return loss, values["disc_acc"].item()
 
-    optimizer = method.player_optimizer("discriminator")
+    optimizer = method.auxiliary_optimizers()["discriminator"]
     assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.defaults["betas"] == (0.5, 0.999)
     before = game()[0].item()
@@ -682,7 +684,7 @@ def test_values_and_gradients_are_finite_at_the_largest_logits(dtype, form, inpu
     teacher, batch = -student, bare_batch()
     batch.image.flatten(1)[:, :CLASSES] = -6e4
     student.requires_grad_()
-    method.observe(output(-student), None, batch)
+    method.update(output(-student), None, batch)
     method.set_epoch(1)
     terms = method(output(student), output(teacher), batch._replace(image=batch.image.to(dtype)))
     for name, term in terms.items():
@@ -691,7 +693,7 @@ def test_values_and_gradients_are_finite_at_the_largest_logits(dtype, form, inpu
         (gradient,) = torch.autograd.grad(term, student, retain_graph=True)
         assert gradient.isfinite().all(), name
     assert terms["progressive"] > 1e4
-    loss, values = method.player_loss("discriminator", output(student), output(teacher), batch)
+    loss, values = method.auxiliary_loss("discriminator", output(student), output(teacher), batch)
     loss.backward()
     assert loss.dtype is torch.float32
     assert all(value.isfinite() for value in (loss, *values.values()))
@@ -706,7 +708,7 @@ def test_the_discriminator_computes_in_float32_under_autocast(form):
     for enabled in (False, True):
         method.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            loss, _ = method.player_loss("discriminator", output(z_s), output(z_t), batch)
+            loss, _ = method.auxiliary_loss("discriminator", output(z_s), output(z_t), batch)
             adversarial = method(output(z_s), output(z_t), batch)["adv"]
         loss.backward()
         results.append([loss, adversarial, *(each.grad.clone() for each in method.discriminator.parameters())])
@@ -727,20 +729,20 @@ def test_the_discriminator_works_where_weights_are_in_half_precision():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"previous": "epoch"}, r"previous is 'epoch' in method AIKD; it must be snapshot or table"),
-        ({"adversarial_form": "lsgan"}, r"adversarial_form is 'lsgan' in method AIKD; it must be gan or wgan_gp"),
-        ({"discriminator_inputs": "x"}, r"discriminator_inputs is 'x' in method AIKD; it must be probabilities or"),
-        ({"weight_ce": -1.0}, r"weight_ce is -1.0 in method AIKD; it must be 0 or more"),
-        ({"weight_progressive": 1.5}, r"weight_progressive is 1.5 in method AIKD; it must be from 0 to 1"),
-        ({"weight_progressive": -0.1}, r"weight_progressive is -0.1 in method AIKD; it must be from 0 to 1"),
+        ({"previous": "epoch"}, r"previous is 'epoch' in AIKD; it must be snapshot or table"),
+        ({"adversarial_form": "lsgan"}, r"adversarial_form is 'lsgan' in AIKD; it must be gan or wgan_gp"),
+        ({"discriminator_inputs": "x"}, r"discriminator_inputs is 'x' in AIKD; it must be probabilities or"),
+        ({"weight_ce": -1.0}, r"weight_ce is -1.0 in AIKD; it must be at least 0"),
+        ({"weight_progressive": 1.5}, r"weight_progressive is 1.5 in AIKD; it must be at least 0 and at most 1"),
+        ({"weight_progressive": -0.1}, r"weight_progressive is -0.1 in AIKD; it must be at least 0 and at most 1"),
         ({"weight_progressive": math.nan}, r"weight_progressive is nan in method AIKD"),
-        ({"weight_det": -1.0}, r"weight_det is -1.0 in method AIKD; it must be 0 or more"),
+        ({"weight_det": -1.0}, r"weight_det is -1.0 in AIKD; it must be at least 0"),
         ({"weight_det": math.inf}, r"weight_det is inf in method AIKD"),
-        ({"weight_adv": -0.1}, r"weight_adv is -0.1 in method AIKD; it must be 0 or more"),
-        ({"temperature": 0.0}, r"temperature is 0.0 in method AIKD; it must be above 0"),
-        ({"gradient_penalty": -1.0}, r"gradient_penalty is -1.0 in method AIKD; it must be 0 or more"),
-        ({"discriminator_hidden": 0}, r"discriminator_hidden is 0 in method AIKD; it must be from 1 to 65536"),
-        ({"discriminator_lr": 0.0}, r"discriminator_lr is 0.0 in method AIKD; it must be above 0"),
+        ({"weight_adv": -0.1}, r"weight_adv is -0.1 in AIKD; it must be at least 0"),
+        ({"temperature": 0.0}, r"temperature is 0.0 in AIKD; it must be above 0"),
+        ({"gradient_penalty": -1.0}, r"gradient_penalty is -1.0 in AIKD; it must be at least 0"),
+        ({"discriminator_hidden": 0}, r"discriminator_hidden is 0 in AIKD; it must be from 1 to 65536"),
+        ({"discriminator_lr": 0.0}, r"discriminator_lr is 0.0 in AIKD; it must be above 0"),
     ],
 )
 def test_bad_values_are_named(arguments, message):

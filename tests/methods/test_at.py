@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import AT
+from ackd_lightning.methods import AT, Networks
 from ackd_lightning.methods.at import at_loss, attention_map
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -59,12 +59,12 @@ def test_stages_and_weighted_sum_equal_the_golden_of_the_benchmark():
         value = at_loss(ours[stage : stage + 1], theirs[stage : stage + 1]).item()
         assert value == pytest.approx(golden[f"at.stage{stage + 1}"], rel=2e-4)
     method, shapes = AT(), spec((16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8))
-    method.build(shapes, shapes)
+    method.build(Networks(student=shapes, teachers=(shapes,)))
     assert method.layers == ((1, 1), (2, 2), (3, 3))
     batch = Batch(torch.zeros(8, 3, 2, 2), load["target"], torch.arange(8))
     stem = torch.full((8, 16, 32, 32), torch.nan)
     terms = method(output([stem, *ours], load["logits_s"]), output([stem, *theirs], load["logits_t"]), batch)
-    weights = method.weights()
+    weights = method.loss_weights
     assert set(terms) == set(weights) == {"ce", "at"}
     assert terms["at"].item() == pytest.approx(golden["at.loss"], rel=2e-4)
     total = sum(weights[name] * terms[name] for name in terms).item()
@@ -126,7 +126,12 @@ def test_twenty_steps_lower_it():
 def test_every_stage_of_unequal_networks_is_compared_and_only_the_student_learns():
     ours, theirs = maps(*[(2, 3, side, side) for side in (8, 8, 4, 4, 2)]), maps(*[(2, 5, s, s) for s in (8, 8, 2)])
     method = AT()
-    method.build(spec(*(tuple(each.shape[1:]) for each in ours)), spec(*(tuple(each.shape[1:]) for each in theirs)))
+    method.build(
+        Networks(
+            student=spec(*(tuple(each.shape[1:]) for each in ours)),
+            teachers=(spec(*(tuple(each.shape[1:]) for each in theirs)),),
+        )
+    )
     assert {pair[0] for pair in method.layers} == {1, 2, 3, 4}
     assert {pair[1] for pair in method.layers} == {1, 2}
     batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.arange(2))
@@ -147,4 +152,4 @@ def test_features_that_are_no_pairs_are_refused(counts):
 
 def test_networks_without_stages_are_refused():
     with pytest.raises(ACKDError, match="method AT compares features and the stages of the student are not known"):
-        AT().build(NetSpec(4, (), 0), spec((3, 8, 8), (3, 4, 4)))
+        AT().build(Networks(student=NetSpec(4), teachers=(spec((3, 8, 8), (3, 4, 4)),)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.atsc import ATSC, anchor_distance, feature_distance
-from ackd_lightning.methods.base import describe, from_description
+from ackd_lightning.methods.base import FitInfo, Networks, describe, from_description
 from ackd_lightning.models.features import StagePlan, probe, staged_forward
 from ackd_lightning.models.heads import HeadedNetwork, with_head
 from ackd_lightning.models.student import BranchyStudent
@@ -66,7 +66,7 @@ class Run:
         torch.manual_seed(4)
         self.student = BranchyStudent(student or create_model("resnet8", CLASSES), self.method.branches)
         self.put_together(self.method)
-        self.method.adopt(self.teachers)
+        self.method.begin_fit(FitInfo(teachers=tuple(self.teachers)))
         generator = torch.Generator().manual_seed(5)
         self.batches = [
             Batch(
@@ -82,7 +82,7 @@ class Run:
         torch.manual_seed(6)
         method.teacher_specs = tuple(probe(each.network, each.input_size or SIDE) for each in self.teachers)
         method.attach(self.student, networks)
-        method.build(probe(self.student, SIDE), method.teacher_specs[0])
+        method.build(Networks(student=probe(self.student, SIDE), teachers=(method.teacher_specs[0],)))
 
     @property
     def batch(self) -> Batch:
@@ -97,28 +97,28 @@ class Run:
         return self.method(self.student(batch.image), None, batch)
 
     def loss(self, batch: Batch | None = None) -> Tensor:
-        weights, terms = self.method.weights(), self.terms(batch)
+        weights, terms = self.method.loss_weights, self.terms(batch)
         assert set(terms) == set(weights)
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         groups = [{"params": list(self.student.parameters())}]
         groups += [{"params": group["params"]} for group in self.method.parameter_groups()]
-        return [torch.optim.SGD(groups, **SGD), *map(self.method.player_optimizer, self.method.players())]
+        return [torch.optim.SGD(groups, **SGD), *map(self.method.player_optimizer, self.method.auxiliary_parameters())]
 
     def step(self, optimizers: Sequence[torch.optim.Optimizer], batch: Batch) -> None:
         """One batch as the loop takes it: the players' steps, then the learners' with the players frozen."""
         learners, *others = optimizers
-        players = self.method.players()
+        players = self.method.auxiliary_parameters()
         student = self.student(batch.image)
         for player, optimizer in zip(players, others, strict=True):
             optimizer.zero_grad()
-            self.method.player_loss(player, student, None, batch)[0].backward()
+            self.method.auxiliary_loss(player, student, None, batch)[0].backward()
             optimizer.step()
         frozen = [parameter for parameters in players.values() for parameter in parameters]
         for parameter in frozen:
             parameter.requires_grad_(False)
-        weights, terms = self.method.weights(), self.method(student, None, batch)
+        weights, terms = self.method.loss_weights, self.method(student, None, batch)
         learners.zero_grad()
         torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()
         learners.step()
@@ -370,8 +370,8 @@ def test_with_a_teacher_that_does_not_move_it_is_simkd(fixed):
         logits = projector(output.features[-1]).mean(dim=(2, 3)) @ before.fc.weight.T + before.fc.bias
         torch.testing.assert_close(run.method.prediction(output), logits, rtol=1e-4, atol=1e-5)
     assert equal(run.teachers[0].network, before)
-    assert run.method.players() == {}
-    assert run.method.weights()["anchor"] == 0.0
+    assert run.method.auxiliary_parameters() == {}
+    assert run.method.loss_weights["anchor"] == 0.0
     assert not [key for key in run.method.state_dict() if key.startswith("teachers.")]
 
 
@@ -406,7 +406,7 @@ def test_a_fixed_teacher_lends_a_classifier_that_does_not_learn():
 
 def test_simkd_is_shipped_as_its_own_configuration():
     folder = config_folder() / "methods"
-    ours, simkd = (read_config(folder / name)["model"]["init_args"]["method"] for name in ("atsc.yaml", "simkd.yaml"))
+    ours, simkd = (read_config(folder / name)["model"]["method"] for name in ("atsc.yaml", "simkd.yaml"))
     assert ours["class_path"] == simkd["class_path"] == "ackd_lightning.methods.ATSC"
     assert ATSC(**ours.get("init_args", {})).adapts
     assert not ATSC(**simkd["init_args"]).adapts
@@ -442,7 +442,7 @@ def spread_after_training(weight: float, scope: str) -> float:
         group["lr"] = 0.2
     for number in range(24):
         run.step([learners, *others], run.batches[number % 3])
-    return run.method.player_loss("classifier", None, None, run.batch)[1]["teacher/spread"].item()
+    return run.method.auxiliary_loss("classifier", None, None, run.batch)[1]["teacher_feature_std"].item()
 
 
 def test_an_anchor_of_all_parameters_keeps_the_features_from_collapsing():
@@ -456,23 +456,23 @@ def test_an_anchor_of_all_parameters_keeps_the_features_from_collapsing():
 def test_the_classifiers_step_is_a_step_of_cross_entropy(update):
     run = Run(Small(), Small(channels=7), classifier_update=update)
     networks = [copy.deepcopy(own).train() for own in run.own]
-    parameters = run.method.players()["classifier"]
+    parameters = run.method.auxiliary_parameters()["classifier"]
     assert [id(each) for each in parameters] == [
         id(each)
         for own in run.own
         for each in ([own.head.bias] if update == "bias" else [own.head.weight, own.head.bias])
     ]
-    loss, values = run.method.player_loss("classifier", run.student(run.batch.image), None, run.batch)
+    loss, values = run.method.auxiliary_loss("classifier", run.student(run.batch.image), None, run.batch)
     loss.backward()
     slow = [F.cross_entropy(network(run.batch.image), run.batch.target) for network in networks]
     ((slow[0] + slow[1]) / 2).backward()
     assert loss.item() == pytest.approx((slow[0].item() + slow[1].item()) / 2, rel=1e-5)
     right = [(network(run.batch.image).argmax(dim=1) == run.batch.target).float().mean().item() for network in networks]
-    assert values["teacher/acc"].item() == pytest.approx(sum(right) / 2)
-    assert values["teacher/loss"].item() == loss.item()
+    assert values["teacher_acc"].item() == pytest.approx(sum(right) / 2)
+    assert values["teacher_loss"].item() == loss.item()
     spread = [staged_forward(each, each.stage_plan, run.batch.image).embedding.var(dim=0) for each in networks]
     slow_spread = sum((each * (IMAGES - 1) / IMAGES).sqrt().mean().item() for each in spread) / 2
-    assert values["teacher/spread"].item() == pytest.approx(slow_spread, rel=1e-4)
+    assert values["teacher_feature_std"].item() == pytest.approx(slow_spread, rel=1e-4)
     assert not any(value.requires_grad for value in values.values())
     for own, network in zip(run.own, networks, strict=True):
         torch.testing.assert_close(own.head.bias.grad, network.head.bias.grad)
@@ -481,7 +481,7 @@ def test_the_classifiers_step_is_a_step_of_cross_entropy(update):
     players = {id(each) for each in parameters}
     others = [each for each in (*run.student.parameters(), *run.method.parameters()) if id(each) not in players]
     assert all(each.grad is None for each in others)
-    optimizer = run.method.player_optimizer("classifier")
+    optimizer = run.method.auxiliary_optimizers()["classifier"]
     (group,) = optimizer.param_groups
     assert [id(each) for each in group["params"]] == [id(each) for each in parameters]
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
@@ -489,7 +489,7 @@ def test_the_classifiers_step_is_a_step_of_cross_entropy(update):
 
 def test_without_the_classifiers_step_there_is_no_player():
     run = Run(classifier_update="none", anchor_scope="weights")  # so that nothing trains the bias
-    assert run.method.players() == {}
+    assert run.method.auxiliary_parameters() == {}
     before = copy.deepcopy(run.own[0].head.bias)
     run.train()
     assert torch.equal(run.own[0].head.bias, before)
@@ -500,7 +500,7 @@ def test_a_steps_two_forward_passes_move_the_running_statistics_twice():
     network = copy.deepcopy(run.own[0]).train()
     (norm,) = (each for each in network.modules() if isinstance(each, nn.BatchNorm2d))
     start = norm.num_batches_tracked.item()
-    run.method.player_loss("classifier", run.student(run.batch.image), None, run.batch)
+    run.method.auxiliary_loss("classifier", run.student(run.batch.image), None, run.batch)
     run.terms()
     for _ in range(2):
         network(run.batch.image)
@@ -540,7 +540,7 @@ def test_in_half_precision_the_learners_get_their_gradients_after_the_classifier
     run = Run()
     with torch.autocast("cpu", dtype=dtype):
         student = run.student(run.batch.image)
-        loss, _ = run.method.player_loss("classifier", student, None, run.batch)
+        loss, _ = run.method.auxiliary_loss("classifier", student, None, run.batch)
         terms = run.method(student, None, run.batch)
         total = run.loss()
     assert loss.dtype is torch.float32
@@ -642,8 +642,8 @@ def test_the_weights_come_with_adopt_when_there_was_only_a_structure():
     with pytest.raises(ACKDError, match="no weights of its teachers yet"):
         method(run.student(run.batch.image), None, run.batch)
     with pytest.raises(ACKDError, match="no weights of its teachers yet"):
-        method.player_loss("classifier", run.student(run.batch.image), None, run.batch)
-    method.adopt(run.teachers)
+        method.auxiliary_loss("classifier", run.student(run.batch.image), None, run.batch)
+    method.begin_fit(FitInfo(teachers=tuple(run.teachers)))
     assert equal(method.teachers[0].network, run.teachers[0].network)
     assert all(torch.equal(*pair) for pair in zip(method.buffers(), run.method.buffers(), strict=True))
     method.head.projectors.load_state_dict(run.method.head.projectors.state_dict())
@@ -659,10 +659,10 @@ def test_a_state_brings_the_teachers_back_as_they_have_become(adapt, fit):
     method = from_description(json.loads(json.dumps(describe(run.method))))
     run.put_together(method, meta=True)
     if fit:
-        method.adopt(run.teachers)
+        method.begin_fit(FitInfo(teachers=tuple(run.teachers)))
     method.load_state_dict(copy.deepcopy(run.method.state_dict()), strict=True)
     if not fit:
-        method.adopt(run.teachers)
+        method.begin_fit(FitInfo(teachers=tuple(run.teachers)))
     assert equal(method, run.method)
     again = copy.deepcopy(run)
     again.method = method
@@ -676,19 +676,19 @@ def test_a_state_brings_the_teachers_back_as_they_have_become(adapt, fit):
 def test_a_second_fit_goes_on_with_the_teachers_as_they_are():
     run = Run().train()
     before = copy.deepcopy(run.method)
-    run.method.adopt(run.teachers)
+    run.method.begin_fit(FitInfo(teachers=tuple(run.teachers)))
     assert equal(run.method, before)
     assert run.terms()["anchor"] > 0
 
 
 def test_the_anchors_start_is_in_no_state_and_is_sent_to_no_process():
     run = mixed()
-    assert run.method.equal_buffers == ("start_0", "start_1", "start_2")
+    assert run.method.replicated_buffers == ("start_0", "start_1", "start_2")
     buffers = dict(run.method.named_buffers())
-    assert set(run.method.equal_buffers) <= set(buffers)
-    assert not set(run.method.equal_buffers) & set(run.method.state_dict())
+    assert set(run.method.replicated_buffers) <= set(buffers)
+    assert not set(run.method.replicated_buffers) & set(run.method.state_dict())
     sizes = [sum(each.numel() for each in own.parameters()) - CLASSES for own in run.own]  # the bias is the player's
-    assert [buffers[name].numel() for name in run.method.equal_buffers] == sizes
+    assert [buffers[name].numel() for name in run.method.replicated_buffers] == sizes
 
 
 @pytest.mark.parametrize("again", ["deepcopy", "load"])
@@ -746,7 +746,7 @@ def test_twenty_steps_lower_the_loss():
     ],
 )
 def test_bad_arguments_are_refused(name, value):
-    with pytest.raises(ACKDError, match=rf"{name} is .* in method ATSC; it must be"):
+    with pytest.raises(ACKDError, match=rf"{name} is .* in ATSC; it must be"):
         ATSC(**{name: value})
 
 
@@ -778,4 +778,4 @@ def test_a_classifier_that_cannot_be_shared_is_refused():
 def test_building_without_networks_is_refused():
     spec = probe(create_model("resnet8", CLASSES), SIDE)
     with pytest.raises(ACKDError, match="attached to 0 teachers and is built for 1"):
-        ATSC().build(spec, spec)
+        ATSC().build(Networks(student=spec, teachers=(spec,)))

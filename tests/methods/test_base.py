@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import ACKD, CE, KD, AdversarialMethod, Method
-from ackd_lightning.methods.base import describe, from_description
+from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
+from ackd_lightning.methods.base import describe, from_description, public_path, weighted_loss
 
 
 class Positional(Method):
     """A method outside the package, with a positional argument and layers of its own."""
 
-    needs_teacher = False
+    teacher = "none"
 
     def __init__(self, width: int, scale: float = 2.0) -> None:
         super().__init__()
@@ -22,14 +22,14 @@ class Positional(Method):
         self.project = nn.Linear(width, 1)
 
 
-class Opponents(AdversarialMethod):
+class Opponents(Method):
     def __init__(self) -> None:
         super().__init__()
         self.project = nn.Linear(2, 1)
         self.discriminators = nn.Linear(3, 1)
 
-    def players(self):
-        return {"discriminators": list(self.discriminators.parameters())}
+    def auxiliary_optimizers(self):
+        return {"discriminators": torch.optim.SGD(self.discriminators.parameters(), lr=0.1)}
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,9 @@ class Opponents(AdversarialMethod):
         KD(temperature=2.0, weight_ce=1.0),
         ACKD(branches=("D3B1", "D3B1"), attention="off", lambda_adv=0.5),
         ACKD(branches=["D2B2"], adversarial="off"),
+        Sum([KD(temperature=2.0), CE()], weights=[1.0, 0.5]),
     ],
-    ids=["ce", "kd", "tuple", "list"],
+    ids=["ce", "kd", "tuple", "list", "sum"],
 )
 def test_a_method_becomes_plain_data_and_comes_back(method):
     description = describe(method)
@@ -48,16 +49,22 @@ def test_a_method_becomes_plain_data_and_comes_back(method):
     again = from_description(json.loads(json.dumps(description)))
     assert type(again) is type(method)
     assert describe(again) == description
-    assert again.weights() == method.weights()
+    assert again.loss_weights == method.loss_weights
     assert again.branches == method.branches
 
 
 def test_a_description_holds_what_was_given_and_no_defaults():
     assert describe(KD(temperature=2.0)) == {
-        "class_path": "ackd_lightning.methods.kd.KD",
+        "class_path": "ackd_lightning.methods.KD",
         "init_args": {"temperature": 2.0},
     }
     assert describe(ACKD(branches=("D3B1", "D2B2")))["init_args"] == {"branches": ["D3B1", "D2B2"]}
+
+
+def test_a_description_names_public_classes_also_inside_a_sum_and_outside_the_package():
+    inner = describe(Sum([KD(), CE()]))["init_args"]["methods"]
+    assert [each["class_path"] for each in inner] == ["ackd_lightning.methods.KD", "ackd_lightning.methods.CE"]
+    assert public_path(Positional) == f"{Positional.__module__}.Positional"
 
 
 def test_positional_arguments_are_remembered_by_name():
@@ -88,8 +95,8 @@ def test_a_description_without_a_class_is_refused():
 
 
 @pytest.mark.parametrize("path", ["os.path.join", "torch.nn.Linear", "ackd_lightning.methods.base.describe", "json"])
-def test_what_is_no_method_is_refused(path):
-    with pytest.raises(ACKDError, match="no distillation method"):
+def test_a_class_that_is_not_a_method_is_refused(path):
+    with pytest.raises(ACKDError, match="sub-class of ackd_lightning.methods.Method"):
         from_description({"class_path": path, "init_args": {}})
 
 
@@ -103,7 +110,7 @@ def test_own_parameters_are_one_group_without_frozen_ones():
     assert CE().parameter_groups() == []
 
 
-def test_players_are_in_no_group_of_the_learners():
+def test_auxiliary_parameters_are_in_no_group_of_the_student():
     method = Opponents()
     (group,) = method.parameter_groups()
     assert {id(each) for each in group["params"]} == {id(each) for each in method.project.parameters()}
@@ -113,17 +120,29 @@ def test_players_are_in_no_group_of_the_learners():
 
 def test_what_a_subclass_forgot_is_named():
     method = Opponents()
-    for call in (
-        method.weights,
-        lambda: method.player_optimizer("discriminators"),
-        lambda: AdversarialMethod().players(),
-    ):
-        with pytest.raises(NotImplementedError, match=r"(Opponents|AdversarialMethod) has no method"):
-            call()
-    with pytest.raises(NotImplementedError, match="`forward`"):
+    with pytest.raises(NotImplementedError, match=r"Opponents has no method `forward`"):
         method(None, None, None)
-    with pytest.raises(NotImplementedError, match="`player_loss`"):
-        method.player_loss("discriminators", None, None, None)
+    with pytest.raises(NotImplementedError, match=r"Opponents has no method `auxiliary_loss`"):
+        method.auxiliary_loss("discriminators", None, None, None)
+
+
+def test_parameters_of_an_auxiliary_optimizer_have_its_name():
+    method = Opponents()
+    assert method.auxiliary_parameters() == {"discriminators": list(method.discriminators.parameters())}
+
+
+def test_the_loss_is_the_weighted_sum_and_a_term_without_weight_is_refused():
+    method, terms = KD(weight_ce=0.5, weight_kd=2.0), {"ce": torch.tensor(3.0), "kd": torch.tensor(1.0)}
+    assert weighted_loss(method, terms).item() == 3.5
+    with pytest.raises(ACKDError, match=r"'extra' of method KD"):
+        weighted_loss(method, {**terms, "extra": torch.tensor(1.0)})
+
+
+def test_a_teacher_and_targets_that_are_missing_are_asked_for():
+    with pytest.raises(ACKDError, match="`teacher`"):
+        _ = Networks(student=None).teacher
+    with pytest.raises(ACKDError, match=r"KD.*`train_targets`"):
+        FitInfo().required_targets(KD())
 
 
 def test_what_is_kept_outside_is_no_part_of_the_method():
@@ -135,12 +154,13 @@ def test_what_is_kept_outside_is_no_part_of_the_method():
 
 def test_defaults_of_the_base_class_do_nothing(scene):
     method, here = CE(), scene(2)
-    method.build(here.spec, None)
+    method.build(Networks(student=here.spec))
+    method.begin_fit(FitInfo())
     method.set_epoch(3)
+    method.update(here.student, None, here.batch)
+    assert method.state_dict() == {}
     assert method.ensemble(here.student) is None
-    assert method.examples(here.batch) is None
-    assert method.head is None
-    assert method.prediction(here.student) is here.student.logits
     assert method.statistics(here.student) == {}
+    assert method.auxiliary_parameters() == {}
+    assert method.head is None
     assert method.branches == ()
-    assert torch.equal(method(here.student, None, here.batch)["ce"], CE()(here.student, None, here.batch)["ce"])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import CC
+from ackd_lightning.methods import CC, Networks
 from ackd_lightning.methods.cc import cc_kernel_loss, cc_loss
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -22,7 +22,7 @@ def embeddings(images: int = 6, width: int = 5) -> tuple[Tensor, Tensor]:
 def built(**arguments) -> CC:
     torch.manual_seed(5)
     method = CC(**arguments)
-    method.build(NetSpec(3, (), 5), NetSpec(3, (), 7))
+    method.build(Networks(student=NetSpec(3, embedding=5), teachers=(NetSpec(3, embedding=7),)))
     return method
 
 
@@ -31,7 +31,7 @@ def outputs(images: int = 6) -> tuple[NetOutput, NetOutput, Batch]:
     networks = []
     for width in (5, 7):
         logits, pooled = (torch.randn(images, size, generator=generator).requires_grad_() for size in (3, width))
-        networks.append(NetOutput(logits, (), pooled))
+        networks.append(NetOutput(logits, None, pooled))
     return *networks, Batch(torch.zeros(images, 3, 2, 2), torch.zeros(images, dtype=torch.int64), torch.arange(images))
 
 
@@ -138,7 +138,7 @@ def test_it_reaches_the_student_and_both_embeddings_but_not_the_teacher(kernel):
 
 def test_defaults_are_the_benchmarks():
     method = built()
-    assert method.weights() == {"ce": 1.0, "cc": 0.02}
+    assert method.loss_weights == {"ce": 1.0, "cc": 0.02}
     assert [tuple(each.shape) for each in method.parameters()] == [(128, 5), (128,), (128, 7), (128,)]
 
 
@@ -146,10 +146,10 @@ def test_defaults_are_the_benchmarks():
     ("name", "value"), [("kernel", "cubic"), ("embedding_size", 0), ("order", 0), ("gamma", 0.0), ("gamma", -1.0)]
 )
 def test_bad_arguments_are_refused(name, value):
-    with pytest.raises(ACKDError, match=rf"{name} is '?{value}'? in method CC; it must be"):
+    with pytest.raises(ACKDError, match=rf"{name} is '?{value}'? in CC; it must be"):
         CC(**{name: value})
 
 
 def test_a_network_without_pooled_features_is_refused():
     with pytest.raises(ACKDError, match="method CC compares pooled features and the stages of the teacher are not"):
-        CC().build(NetSpec(3, (), 5), NetSpec(3, (), 0))
+        CC().build(Networks(student=NetSpec(3, embedding=5), teachers=(NetSpec(3),)))

@@ -20,6 +20,6 @@ def test_the_only_term_is_the_cross_entropy_of_the_target_learner(scene):
 
 
 def test_it_needs_no_teacher_and_its_weight_is_an_argument():
-    assert not CE.needs_teacher
-    assert CE().weights() == {"ce": 1.0}
-    assert CE(weight_ce=0.5).weights() == {"ce": 0.5}
+    assert CE.teacher == "none"
+    assert CE().loss_weights == {"ce": 1.0}
+    assert CE(weight_ce=0.5).loss_weights == {"ce": 0.5}

@@ -11,20 +11,20 @@ import torch
 import torch.nn.functional as F
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import CRD, crd
+from ackd_lightning.methods import FitInfo, CRD, Networks, crd
 from ackd_lightning.methods.crd import contrast_scores, crd_loss, moved_rows, normaliser, unit
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CLASSES, WIDTH, IMAGES = 5, 6, 4
-SPEC = NetSpec(CLASSES, (), WIDTH)
+SPEC = NetSpec(CLASSES, embedding=WIDTH)
 TARGETS = torch.arange(40) % CLASSES
 
 
 def output(seed: int, images: int = IMAGES) -> NetOutput:
     generator = torch.Generator().manual_seed(seed)
     logits, embedding = (torch.randn(images, width, generator=generator) for width in (CLASSES, WIDTH))
-    return NetOutput(logits.requires_grad_(), (), embedding.requires_grad_())
+    return NetOutput(logits.requires_grad_(), None, embedding.requires_grad_())
 
 
 def batch_of(index: torch.Tensor, targets: torch.Tensor = TARGETS) -> Batch:
@@ -34,8 +34,8 @@ def batch_of(index: torch.Tensor, targets: torch.Tensor = TARGETS) -> Batch:
 def method_for(targets: torch.Tensor = TARGETS, **options: object) -> CRD:
     torch.manual_seed(0)
     method = CRD(**{"negatives": 16, "embedding_size": 8, **options})
-    method.build(SPEC, SPEC)
-    method.set_targets(targets)
+    method.build(Networks(student=SPEC, teachers=(SPEC,)))
+    method.begin_fit(FitInfo(targets=targets))
     return method
 
 
@@ -45,7 +45,7 @@ def steps(method: CRD, count: int, start: int = 0) -> list[float]:
     for number in range(start, start + count):
         scene = output(number), output(100 + number), batch_of((torch.arange(IMAGES) + 7 * number) % len(TARGETS))
         values.append(method(*scene)["crd"].item())
-        method.observe(*scene)
+        method.update(*scene)
     return values
 
 
@@ -97,9 +97,9 @@ def test_the_method_does_what_the_golden_does_in_order(monkeypatch):
         names = [name for name in arrays if name.startswith("crd_") or name in ("rs_pool", "rt_pool")]
         given = {name: torch.from_numpy(arrays[name]) for name in names}
     method = CRD(negatives=32)
-    method.build(NetSpec(CLASSES, (), 64), NetSpec(CLASSES, (), 64))
+    method.build(Networks(student=NetSpec(CLASSES, embedding=64), teachers=(NetSpec(CLASSES, embedding=64),)))
     targets = torch.arange(200) % CLASSES
-    method.set_targets(targets)
+    method.begin_fit(FitInfo(targets=targets))
     state = {"memory_student": given["crd_memory_v1_before"], "memory_teacher": given["crd_memory_v2_before"]}
     for side, name in (("s", "student"), ("t", "teacher")):
         state |= {f"head_{name}.{part}": given[f"crd_embed_{side}_{part}"] for part in ("weight", "bias")}
@@ -108,9 +108,9 @@ def test_the_method_does_what_the_golden_does_in_order(monkeypatch):
     for call, (f_s, f_t) in enumerate([(given["rs_pool"], given["rt_pool"]), (given["crd_fs2"], given["crd_ft2"])], 1):
         negatives = given[f"crd_contrast_idx{call}"][:, 1:]
         monkeypatch.setattr(method.sampler, "forward", lambda index, target, step, negatives=negatives: negatives)
-        scene = NetOutput(logits, (), f_s), NetOutput(logits, (), f_t), batch_of(given[f"crd_idx{call}"], targets)
+        scene = NetOutput(logits, None, f_s), NetOutput(logits, None, f_t), batch_of(given[f"crd_idx{call}"], targets)
         assert method(*scene)["crd"].item() == pytest.approx(golden[f"crd_call{call}.loss"], rel=2e-4)
-        method.observe(*scene)
+        method.update(*scene)
     assert method.normalisers.tolist() == pytest.approx([golden["Z_v1"], golden["Z_v2"]], rel=2e-4)
 
 
@@ -131,8 +131,8 @@ def test_it_equals_the_printed_equation_in_loops():
 
 
 def test_default_weights_are_the_benchmark_s_and_all_are_arguments():
-    assert CRD().weights() == {"ce": 1.0, "kd": 0.0, "crd": 0.8}
-    assert CRD(weight_ce=0.5, weight_kd=1.0, weight_crd=2.0).weights() == {"ce": 0.5, "kd": 1.0, "crd": 2.0}
+    assert CRD().loss_weights == {"ce": 1.0, "kd": 0.0, "crd": 0.8}
+    assert CRD(weight_ce=0.5, weight_kd=1.0, weight_crd=2.0).loss_weights == {"ce": 0.5, "kd": 1.0, "crd": 2.0}
 
 
 # ---------------------------------------------------------------- negatives
@@ -141,12 +141,12 @@ def test_default_weights_are_the_benchmark_s_and_all_are_arguments():
 def test_a_training_set_as_large_as_cifar_100():
     targets = torch.arange(50000) % 100
     method = CRD(negatives=16384)
-    method.build(SPEC, SPEC)
-    method.set_targets(targets)
+    method.build(Networks(student=SPEC, teachers=(SPEC,)))
+    method.begin_fit(FitInfo(targets=targets))
     scene = output(0, 8), output(1, 8), batch_of(torch.arange(8) * 6000, targets)
     first = method(*scene)["crd"]
     first.backward()
-    method.observe(*scene)
+    method.update(*scene)
     assert first.item() == pytest.approx(2 * (1 + math.log(16384)), rel=0.1)  # the value by chance
     assert method(*scene)["crd"].isfinite()
     assert method.memory_student.shape == (50000, 128)
@@ -159,7 +159,7 @@ def test_memories_start_equal_everywhere_and_leave_the_random_state_alone():
     torch.manual_seed(5)
     method = CRD(embedding_size=8)
     before = torch.get_rng_state()
-    method.set_targets(TARGETS)
+    method.begin_fit(FitInfo(targets=TARGETS))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     assert torch.equal(method_for().memory_student, method.memory_student)
@@ -176,7 +176,7 @@ def test_only_rows_of_the_batch_move_and_to_unit_length():
     before = method.memory_teacher.clone()
     index = torch.tensor([4, 9, 2, 30])
     scene = output(0), output(1), batch_of(index)
-    method.observe(*scene)
+    method.update(*scene)
     others = torch.ones(40, dtype=torch.bool)
     others[index] = False
     assert torch.equal(method.memory_teacher[others], before[others])
@@ -212,12 +212,12 @@ def test_a_checkpoint_goes_on_where_the_run_was(told):
     state = copy.deepcopy(method.state_dict())
     expected = steps(method, 3, start=3)
     again = CRD(negatives=16, embedding_size=8)
-    again.build(SPEC, SPEC)
+    again.build(Networks(student=SPEC, teachers=(SPEC,)))
     if told:
-        again.set_targets(TARGETS)
+        again.begin_fit(FitInfo(targets=TARGETS))
     again.load_state_dict(state, strict=True)
     if not told:
-        again.set_targets(TARGETS)
+        again.begin_fit(FitInfo(targets=TARGETS))
     assert steps(again, 3, start=3) == expected
     for key, value in method.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
@@ -226,7 +226,7 @@ def test_a_checkpoint_goes_on_where_the_run_was(told):
 def test_other_data_begin_anew():
     method = method_for()
     steps(method, 2)
-    method.set_targets(TARGETS[:30])
+    method.begin_fit(FitInfo(targets=TARGETS[:30]))
     assert method.memory_student.shape == (30, 8)
     assert method.normalisers.tolist() == [-1.0, -1.0]
     assert method.steps.item() == 0
@@ -295,7 +295,7 @@ def test_lengths_of_embeddings_do_not_matter_to_the_contrast():
     with torch.no_grad():
         method.head_student.bias.zero_()
     student, teacher, batch = output(0), output(1), batch_of(torch.arange(IMAGES))
-    longer = NetOutput(student.logits, (), 7 * student.embedding)
+    longer = NetOutput(student.logits, None, 7 * student.embedding)
     terms = method(student, teacher, batch)["crd"], method(longer, teacher, batch)["crd"]
     assert terms[0].item() == pytest.approx(terms[1].item(), rel=1e-5)
 
@@ -305,7 +305,7 @@ def test_lengths_of_embeddings_do_not_matter_to_the_contrast():
 def test_extreme_embeddings_give_finite_values_and_gradients(dtype, value):
     method = method_for()
     full = torch.full((IMAGES, WIDTH), value, dtype=dtype, requires_grad=True)
-    student = NetOutput(torch.zeros(IMAGES, CLASSES), (), full)
+    student = NetOutput(torch.zeros(IMAGES, CLASSES), None, full)
     scene = student, output(1), batch_of(torch.arange(IMAGES))
     for _ in range(2):  # before and after the constant is set
         term = method(*scene)["crd"]
@@ -313,7 +313,7 @@ def test_extreme_embeddings_give_finite_values_and_gradients(dtype, value):
         assert term.dtype is torch.float32
         assert term.isfinite()
         assert gradient.isfinite().all()
-        method.observe(*scene)
+        method.update(*scene)
     assert all(each.isfinite().all() for each in method.state_dict().values())
 
 
@@ -337,11 +337,11 @@ def test_twenty_steps_lower_it():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"temperature": 0.0}, "temperature is 0.0 in method CRD; it must be above 0"),
-        ({"kd_temperature": -1.0}, "kd_temperature is -1.0 in method CRD; it must be above 0"),
-        ({"negatives": 0}, "negatives is 0 in method CRD; it must be 1 or more"),
-        ({"embedding_size": 0}, "embedding_size is 0 in method CRD; it must be 1 or more"),
-        ({"momentum": 1.0}, "momentum is 1.0 in method CRD; it must be 0 or more and below 1"),
+        ({"temperature": 0.0}, "temperature is 0.0 in CRD; it must be above 0"),
+        ({"kd_temperature": -1.0}, "kd_temperature is -1.0 in CRD; it must be above 0"),
+        ({"negatives": 0}, "negatives is 0 in CRD; it must be at least 1"),
+        ({"embedding_size": 0}, "embedding_size is 0 in CRD; it must be at least 1"),
+        ({"momentum": 1.0}, "momentum is 1.0 in CRD; it must be at least 0 and below 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, sentence):
@@ -370,8 +370,8 @@ def test_indices_of_another_training_set_are_refused():
 
 def test_without_targets_it_says_so():
     method = CRD()
-    method.build(SPEC, SPEC)
-    with pytest.raises(ACKDError, match="call set_targets"):
+    method.build(Networks(student=SPEC, teachers=(SPEC,)))
+    with pytest.raises(ACKDError, match="call begin_fit"):
         method(output(0), output(1), batch_of(torch.arange(IMAGES)))
 
 
@@ -383,4 +383,4 @@ def test_a_checkpoint_of_other_data_is_refused():
 
 def test_a_network_without_a_known_embedding_is_refused():
     with pytest.raises(ACKDError, match="that of the teacher is not known"):
-        CRD().build(SPEC, NetSpec(CLASSES, (), 0))
+        CRD().build(Networks(student=SPEC, teachers=(NetSpec(CLASSES),)))

@@ -119,10 +119,10 @@ def test_the_method_hands_its_arguments_to_the_loss_and_reaches_the_student_alon
 def test_defaults_are_the_authors():
     method = DIST()
     assert {name: getattr(method, name) for name in DEFAULTS} == DEFAULTS
-    assert method.weights() == {"ce": 1.0, "dist": 1.0}
+    assert method.loss_weights == {"ce": 1.0, "dist": 1.0}
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
-    with pytest.raises(ACKDError, match=rf"temperature is {temperature} in method DIST; it must be above 0"):
+    with pytest.raises(ACKDError, match=rf"temperature is {temperature} in DIST; it must be above 0"):
         DIST(temperature=temperature)

@@ -98,7 +98,7 @@ def test_twenty_steps_lower_it():
 def test_the_weight_grows_during_the_warm_up(warmup, epoch, weight):
     method = DKD(weight_dkd=2.0, warmup_epochs=warmup)
     method.set_epoch(epoch)
-    assert method.weights() == {"ce": 1.0, "dkd": pytest.approx(weight)}
+    assert method.loss_weights == {"ce": 1.0, "dkd": pytest.approx(weight)}
 
 
 def test_the_method_hands_its_arguments_to_the_loss_and_reaches_the_student_alone(scene):
@@ -114,10 +114,10 @@ def test_defaults_are_the_benchmarks():
     method = DKD()
     assert {name: getattr(method, name) for name in DEFAULTS} == DEFAULTS
     assert method.warmup_epochs == 20
-    assert method.weights() == {"ce": 1.0, "dkd": 1.0}
+    assert method.loss_weights == {"ce": 1.0, "dkd": 1.0}
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", 0.0), ("temperature", -1.0), ("warmup_epochs", -1)])
 def test_bad_arguments_are_refused(name, value):
-    with pytest.raises(ACKDError, match=rf"{name} is {value} in method DKD; it must be"):
+    with pytest.raises(ACKDError, match=rf"{name} is {value} in DKD; it must be"):
         DKD(**{name: value})

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import FitNet
+from ackd_lightning.methods import FitNet, Networks
 from ackd_lightning.methods.fitnet import fitnet_loss
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -31,15 +31,15 @@ def test_it_equals_loops_and_is_zero_at_equality():
 
 
 def test_weights_are_those_of_the_benchmark():
-    assert FitNet().weights() == {"ce": 1.0, "hint": 100.0}
-    assert FitNet(weight_ce=0.5, weight_hint=2.0).weights() == {"ce": 0.5, "hint": 2.0}
+    assert FitNet().loss_weights == {"ce": 1.0, "hint": 100.0}
+    assert FitNet(weight_ce=0.5, weight_hint=2.0).loss_weights == {"ce": 0.5, "hint": 2.0}
 
 
 @pytest.mark.parametrize("sides", [((8, 8, 4, 2), (8, 8, 4, 2)), ((8, 8, 4, 2), (8, 8, 2, 1)), ((8, 4, 2), (8, 4, 4))])
 def test_the_regressor_sees_the_second_stage_and_the_larger_map_is_pooled(sides):
     (ours, mine, student), (theirs, its, teacher) = network(3, sides[0]), network(5, sides[1])
     method = FitNet()
-    method.build(mine, its)
+    method.build(Networks(student=mine, teachers=(its,)))
     assert method.layers == ((2, 2),)
     convolution, norm, _ = method.regressor
     side = min(sides[0][2], sides[1][2])
@@ -61,7 +61,7 @@ def test_of_several_partners_the_deepest_is_the_hint():
     (_, mine, student), (theirs, its, teacher) = network(3, (8, 8, 4)), network(5, (8, 8, 4, 4))
     for stage, expected in ((1, 1), (2, 3)):
         method = FitNet(hint_stage=stage)
-        method.build(mine, its)
+        method.build(Networks(student=mine, teachers=(its,)))
         assert method.layers == ((stage, expected),)
         assert method(student, teacher, BATCH)["hint"].isfinite()
         assert method.regressor[0].out_channels == theirs[expected].shape[1]
@@ -81,7 +81,7 @@ def test_extreme_half_precision_is_finite_float32(dtype):
 def test_twenty_steps_lower_it():
     (_, mine, student), (_, its, teacher) = network(3, (8, 8, 4)), network(5, (8, 8, 4))
     method = FitNet()
-    method.build(mine, its)
+    method.build(Networks(student=mine, teachers=(its,)))
     optimizer = torch.optim.SGD([*method.parameters(), student.features[2]], lr=1.0)
     values = []
     for _ in range(21):
@@ -101,9 +101,9 @@ def test_a_stage_before_the_first_is_refused(stage):
 def test_a_stage_that_is_not_there_is_refused():
     (_, mine, _), (_, its, _) = network(3, (8, 8, 4)), network(5, (8, 8, 4, 2))
     with pytest.raises(ACKDError, match=r"hint_stage is 3 in method FitNet and the student has 2 stages"):
-        FitNet(hint_stage=3).build(mine, its)
+        FitNet(hint_stage=3).build(Networks(student=mine, teachers=(its,)))
     with pytest.raises(ACKDError, match="method FitNet compares features and the stages of the teacher"):
-        FitNet().build(mine, NetSpec(4, (), 0))
+        FitNet().build(Networks(student=mine, teachers=(NetSpec(4),)))
 
 
 def test_shapes_that_would_broadcast_are_refused():

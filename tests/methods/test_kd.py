@@ -21,8 +21,8 @@ def test_the_weighted_sum_equals_the_golden_of_the_benchmark():
     none = torch.empty(8, 0)
     batch = Batch(torch.zeros(8, 3, 2, 2), target, torch.arange(8))
     method = KD()
-    terms = method(NetOutput(student, (), none), NetOutput(teacher, (), none), batch)
-    weights = method.weights()
+    terms = method(NetOutput(student, None, none), NetOutput(teacher, None, none), batch)
+    weights = method.loss_weights
     assert set(terms) == set(weights) == {"ce", "kd"}
     assert terms["kd"].item() == pytest.approx(golden["kd_T4.loss"], rel=2e-4)
     total = sum(weights[name] * terms[name] for name in terms).item()
@@ -31,8 +31,8 @@ def test_the_weighted_sum_equals_the_golden_of_the_benchmark():
 
 def test_temperature_and_weights_are_arguments(scene):
     here = scene(1)
-    assert KD().weights() == {"ce": 0.1, "kd": 0.9}
-    assert KD(weight_ce=1.0, weight_kd=2.0).weights() == {"ce": 1.0, "kd": 2.0}
+    assert KD().loss_weights == {"ce": 0.1, "kd": 0.9}
+    assert KD(weight_ce=1.0, weight_kd=2.0).loss_weights == {"ce": 1.0, "kd": 2.0}
     values = [KD(temperature=t)(here.student, here.teacher, here.batch)["kd"].item() for t in (1.0, 4.0)]
     p_s, p_t = here.z_s.softmax(dim=1), here.z_t.softmax(dim=1)
     assert values[0] == pytest.approx((p_t * (p_t / p_s).log()).sum(dim=1).mean().item(), rel=1e-4)
@@ -47,7 +47,7 @@ def test_only_the_target_learner_is_reached(scene):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
-    with pytest.raises(ACKDError, match=rf"temperature is {temperature} in method KD; it must be above 0"):
+    with pytest.raises(ACKDError, match=rf"temperature is {temperature} in KD; it must be above 0"):
         KD(temperature=temperature)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import ReviewKD
+from ackd_lightning.methods import Networks, ReviewKD
 from ackd_lightning.methods.reviewkd import Fusion, hcl_loss
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -25,7 +25,7 @@ def network(channels, sides):
 
 def built(student, teacher, **options):
     method = ReviewKD(**options)
-    method.build(student, teacher)
+    method.build(Networks(student=student, teachers=(teacher,)))
     return method
 
 
@@ -116,13 +116,13 @@ def test_the_middle_is_as_wide_as_the_embedding_up_to_a_limit(width, given, expe
 
 def test_the_weight_grows_over_the_warm_up():
     method = ReviewKD(weight_review=2.0)
-    assert method.weights() == {"ce": 1.0, "review": pytest.approx(0.1)}
+    assert method.loss_weights == {"ce": 1.0, "review": pytest.approx(0.1)}
     grown = {}
     for epoch in (0, 9, 18, 19, 20, 100):
         method.set_epoch(epoch)
-        grown[epoch] = method.weights()["review"]
+        grown[epoch] = method.loss_weights["review"]
     assert grown == pytest.approx({0: 0.1, 9: 1.0, 18: 1.9, 19: 2.0, 20: 2.0, 100: 2.0})
-    assert ReviewKD(warmup_epochs=0, weight_ce=0.5).weights() == {"ce": 0.5, "review": 1.0}
+    assert ReviewKD(warmup_epochs=0, weight_ce=0.5).loss_weights == {"ce": 0.5, "review": 1.0}
 
 
 def test_twenty_steps_lower_it():
@@ -140,7 +140,7 @@ def test_twenty_steps_lower_it():
 
 @pytest.mark.parametrize(("name", "value"), [("warmup_epochs", -1), ("mid_channels", 0)])
 def test_bad_arguments_are_refused(name, value):
-    with pytest.raises(ACKDError, match=rf"{name} is {value} in method ReviewKD; it must be"):
+    with pytest.raises(ACKDError, match=rf"{name} is {value} in ReviewKD; it must be"):
         ReviewKD(**{name: value})
 
 
@@ -153,4 +153,4 @@ def test_features_that_do_not_fit_are_refused(shapes):
 def test_networks_without_stages_are_refused():
     (ours, _) = network(3, (8, 4))
     with pytest.raises(ACKDError, match="method ReviewKD compares features and the stages of the teacher"):
-        ReviewKD().build(ours, NetSpec(4, (), 0))
+        ReviewKD().build(Networks(student=ours, teachers=(NetSpec(4),)))

@@ -132,8 +132,8 @@ def test_the_method_hands_on_its_weights_and_reaches_the_students_embedding_alon
     logits = torch.randn(5, 3).requires_grad_()
     batch = Batch(torch.zeros(5, 3, 2, 2), torch.zeros(5, dtype=torch.int64), torch.arange(5))
     method = RKD(distance_weight=2.0, angle_weight=3.0)
-    terms = method(NetOutput(logits, (), student), NetOutput(logits.detach(), (), teacher), batch)
-    assert set(terms) == set(method.weights())
+    terms = method(NetOutput(logits, None, student), NetOutput(logits.detach(), None, teacher), batch)
+    assert set(terms) == set(method.loss_weights)
     distance, angle = slow(student.detach(), teacher.detach())
     assert terms["rkd"].item() == pytest.approx(2 * distance + 3 * angle, rel=1e-4)
     terms["rkd"].backward()
@@ -145,16 +145,16 @@ def test_the_method_hands_on_its_weights_and_reaches_the_students_embedding_alon
 def test_defaults_are_the_benchmarks():
     method = RKD()
     assert (method.distance_weight, method.angle_weight) == (25.0, 50.0)
-    assert method.weights() == {"ce": 1.0, "rkd": 1.0}
+    assert method.loss_weights == {"ce": 1.0, "rkd": 1.0}
 
 
 @pytest.mark.parametrize("name", ["distance_weight", "angle_weight"])
 def test_a_negative_weight_is_refused(name):
-    with pytest.raises(ACKDError, match=rf"{name} is -1.0 in method RKD; it must be 0 or more"):
+    with pytest.raises(ACKDError, match=rf"{name} is -1.0 in RKD; it must be at least 0"):
         RKD(**{name: -1.0})
 
 
 @pytest.mark.parametrize(("role", "widths"), [("student", (0, 4)), ("teacher", (4, 0))])
 def test_a_network_without_pooled_features_is_refused(role, widths):
     with pytest.raises(ACKDError, match=rf"method RKD compares pooled features and the stages of the {role} are not"):
-        RKD().build(*(NetSpec(3, (), width) for width in widths))
+        RKD().build(*(NetSpec(3, embedding=width) for width in widths))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import SemCKD
+from ackd_lightning.methods import FitInfo, Networks, SemCKD
 from ackd_lightning.methods.semckd import semckd_loss, similarities, stage_attention
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -37,8 +37,8 @@ def batch_of(images: int = IMAGES) -> Batch:
 def method_for(student: NetSpec = STUDENT, teacher: NetSpec = TEACHER, **options: object) -> SemCKD:
     torch.manual_seed(0)
     method = SemCKD(**options)
-    method.build(student, teacher)
-    method.set_batch_size(IMAGES)
+    method.build(Networks(student=student, teachers=(teacher,)))
+    method.begin_fit(FitInfo(batch_size=IMAGES))
     return method
 
 
@@ -77,7 +77,7 @@ def test_training_equals_the_golden_of_the_benchmark():
     terms = method(student, teacher, batch)
     expected = VALUES["values"]["semckd_train_mode.loss (BN batch stats; this is what training uses)"]
     assert terms["semckd"].item() == pytest.approx(expected, rel=2e-4)
-    total = sum(method.weights()[name] * term for name, term in terms.items()).item()
+    total = sum(method.loss_weights[name] * term for name, term in terms.items()).item()
     assert total == pytest.approx(VALUES["values"]["RepDistiller-style total(-r 1 -a 1 -b 400), train mode"], rel=2e-4)
     attention = method.attention(student.features[1:], teacher.features[1:])
     torch.testing.assert_close(attention, given["sem_attention"], rtol=2e-4, atol=1e-6)
@@ -175,8 +175,8 @@ def test_twenty_steps_lower_it():
 
 
 def test_default_weights_are_the_benchmark_s_and_all_are_arguments():
-    assert SemCKD().weights() == {"ce": 1.0, "kd": 1.0, "semckd": 400.0}
-    assert SemCKD(weight_ce=0.1, weight_kd=0.0, weight_semckd=50).weights() == {"ce": 0.1, "kd": 0.0, "semckd": 50}
+    assert SemCKD().loss_weights == {"ce": 1.0, "kd": 1.0, "semckd": 400.0}
+    assert SemCKD(weight_ce=0.1, weight_kd=0.0, weight_semckd=50).loss_weights == {"ce": 0.1, "kd": 0.0, "semckd": 50}
 
 
 # ---------------------------------------------------------------- the batch size
@@ -190,19 +190,19 @@ def test_the_constructor_s_batch_size_goes_before_the_data_s():
 
 def test_the_batch_size_comes_from_a_checkpoint():
     first, second = method_for(), SemCKD()
-    second.build(STUDENT, TEACHER)
+    second.build(Networks(student=STUDENT, teachers=(TEACHER,)))
     second.load_state_dict(first.state_dict(), strict=True)
     assert second.batch_size == IMAGES
     ours, theirs = output(STUDENT, 0), output(TEACHER, 1)
     values = [each(ours, theirs, batch_of())["semckd"] for each in (first, second)]
     assert torch.equal(*values)
     with pytest.raises(ACKDError, match="was trained with batches of 8 images and the data give 16"):
-        second.set_batch_size(16)
+        second.begin_fit(FitInfo(batch_size=16))
 
 
 def test_a_checkpoint_of_another_batch_size_is_refused():
     other = SemCKD(batch_size=16)
-    other.build(STUDENT, TEACHER)
+    other.build(Networks(student=STUDENT, teachers=(TEACHER,)))
     with pytest.raises(ACKDError, match="trained with batches of 16 images and this one is for 8"):
         method_for().load_state_dict(other.state_dict())
 
@@ -214,7 +214,7 @@ def test_a_batch_of_another_size_is_refused():
 
 def test_a_batch_size_that_nobody_told_is_asked_for():
     method = SemCKD()
-    method.build(STUDENT, TEACHER)
+    method.build(Networks(student=STUDENT, teachers=(TEACHER,)))
     with pytest.raises(ACKDError, match="does not know the batch size; give its argument batch_size"):
         method(output(STUDENT, 0), output(TEACHER, 1), batch_of())
 
@@ -225,8 +225,8 @@ def test_a_batch_size_that_nobody_told_is_asked_for():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"temperature": 0.0}, "temperature is 0.0 in method SemCKD; it must be above 0"),
-        ({"reduction": 0}, "reduction is 0 in method SemCKD; it must be 1 or more"),
+        ({"temperature": 0.0}, "temperature is 0.0 in SemCKD; it must be above 0"),
+        ({"reduction": 0}, "reduction is 0 in SemCKD; it must be at least 1"),
         ({"batch_size": 3}, "batch_size is 3 and method SemCKD with reduction 4 needs 4 images"),
     ],
 )
@@ -237,7 +237,7 @@ def test_arguments_out_of_range_are_refused(arguments, sentence):
 
 def test_networks_without_known_stages_are_refused():
     with pytest.raises(ACKDError, match="the stages of the student are not known"):
-        SemCKD().build(NetSpec(CLASSES, (), 0), TEACHER)
+        SemCKD().build(Networks(student=NetSpec(CLASSES), teachers=(TEACHER,)))
 
 
 def test_features_of_different_shape_are_refused():

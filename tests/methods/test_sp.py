@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import SP
+from ackd_lightning.methods import SP, Networks
 from ackd_lightning.methods import sp as module
 from ackd_lightning.methods.sp import sp_loss
 from ackd_lightning.types import Batch, NetOutput, NetSpec
@@ -50,7 +50,7 @@ def test_the_weighted_sum_equals_the_golden_of_the_benchmark():
     assert method.layers == ((2, 2),)
     batch = Batch(torch.zeros(8, 3, 2, 2), load["target"], torch.arange(8))
     terms = method(output(load["rs_f3"], load["logits_s"]), output(load["rt_f3"], load["logits_t"]), batch)
-    weights = method.weights()
+    weights = method.loss_weights
     assert set(terms) == set(weights) == {"ce", "sp"}
     assert terms["sp"].item() == pytest.approx(golden["sp.loss"], rel=2e-4)
     total = sum(weights[name] * terms[name] for name in terms).item()
@@ -123,4 +123,4 @@ def test_images_of_other_processes_are_compared_and_only_the_student_learns(monk
 
 def test_networks_without_stages_are_refused():
     with pytest.raises(ACKDError, match="method SP compares features and the stages of the teacher are not known"):
-        SP().build(NetSpec(4, ((3, 8, 8), (3, 4, 4)), 3), NetSpec(4, (), 0))
+        SP().build(Networks(student=NetSpec(4, ((3, 8, 8), (3, 4, 4)), 3), teachers=(NetSpec(4),)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import VID
+from ackd_lightning.methods import VID, Networks
 from ackd_lightning.methods.vid import LEAST_VARIANCE, vid_loss
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -52,7 +52,7 @@ def test_stages_and_weighted_sum_equal_the_golden_of_the_benchmark():
     ours += [load[f"rs_f{stage}"] for stage in (1, 2, 3)]
     theirs += [load[f"rt_f{stage}"] for stage in (1, 2, 3)]
     method = VID()
-    method.build(spec(ours), spec(theirs))
+    method.build(Networks(student=spec(ours), teachers=(spec(theirs),)))
     assert method.layers == ((1, 1), (2, 2), (3, 3))
     for name, parameter in method.named_parameters():
         _, index, rest = name.split(".", 2)
@@ -64,7 +64,7 @@ def test_stages_and_weighted_sum_equal_the_golden_of_the_benchmark():
         assert gaussian(ours[stage], theirs[stage]).item() == pytest.approx(golden[f"vid.stage{stage}"], rel=2e-4)
     batch = batch_of(8, load["target"])
     terms = method(output(ours, load["logits_s"]), output(theirs, load["logits_t"]), batch)
-    weights = method.weights()
+    weights = method.loss_weights
     assert set(terms) == set(weights) == {"ce", "vid"}
     assert terms["vid"].item() == pytest.approx(golden["vid.loss"], rel=2e-4)
     total = sum(weights[name] * terms[name] for name in terms).item()
@@ -92,7 +92,7 @@ def test_the_best_prediction_is_the_feature_and_the_best_variance_the_mean_squar
 @pytest.mark.parametrize("variance", [2e-5, 0.1, 5.0, 1000.0])
 def test_the_variance_starts_as_told(variance):
     method = VID(init_variance=variance)
-    method.build(spec([feature(1, 2, 4, 4)] * 2), spec([feature(1, 3, 4, 4)] * 2))
+    method.build(Networks(student=spec([feature(1, 2, 4, 4)] * 2), teachers=(spec([feature(1, 3, 4, 4)] * 2),)))
     log_scale = method.gaussians[0].log_scale
     got = torch.nn.functional.softplus(log_scale) + LEAST_VARIANCE
     torch.testing.assert_close(got, torch.full((3,), variance), rtol=1e-4, atol=0)
@@ -122,7 +122,7 @@ def test_the_variance_has_a_floor():
 def test_twenty_steps_lower_it():
     ours, theirs = [feature(4, 3, 2, 2, seed=seed) for seed in (0, 1)], [feature(4, 5, 2, 2, seed=2)] * 2
     method = VID(init_variance=0.1)
-    method.build(spec(ours), spec(theirs))
+    method.build(Networks(student=spec(ours), teachers=(spec(theirs),)))
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     values = []
     for _ in range(21):
@@ -137,7 +137,7 @@ def test_every_stage_of_unequal_networks_is_predicted_and_the_teacher_learns_not
     ours = [feature(2, 3, side, side, seed=side) for side in (8, 8, 4, 2)]
     theirs = [feature(2, 5, side, side, seed=side) for side in (8, 4, 1)]
     method = VID()
-    method.build(spec(ours), spec(theirs))
+    method.build(Networks(student=spec(ours), teachers=(spec(theirs),)))
     assert {pair[0] for pair in method.layers} == {1, 2, 3}
     assert {pair[1] for pair in method.layers} == {1, 2}
     term = method(output(ours), output(theirs), batch_of(2))["vid"]
@@ -157,13 +157,13 @@ def test_every_stage_of_unequal_networks_is_predicted_and_the_teacher_learns_not
 def test_it_takes_a_half_precision_teacher():
     ours, theirs = [feature(2, 3, 4, 4)] * 2, [feature(2, 5, 2, 2).bfloat16()] * 2
     method = VID()
-    method.build(spec(ours), spec(theirs))
+    method.build(Networks(student=spec(ours), teachers=(spec(theirs),)))
     assert method(output(ours), output(theirs), batch_of(2))["vid"].dtype is torch.float32
 
 
 @pytest.mark.parametrize("variance", [-1.0, 0.0, 1e-5])
 def test_a_variance_that_cannot_be_is_refused(variance):
-    with pytest.raises(ACKDError, match=rf"init_variance is {variance} in method VID; it must be above 1e-05"):
+    with pytest.raises(ACKDError, match=rf"init_variance is {variance} in VID; it must be above 1e-05"):
         VID(init_variance=variance)
 
 
@@ -175,4 +175,4 @@ def test_shapes_that_would_broadcast_are_refused(shapes):
 
 def test_networks_without_stages_are_refused():
     with pytest.raises(ACKDError, match="method VID compares features and the stages of the student are not known"):
-        VID().build(NetSpec(4, (), 0), spec([feature(1, 3, 4, 4)] * 2))
+        VID().build(Networks(student=NetSpec(4), teachers=(spec([feature(1, 3, 4, 4)] * 2),)))

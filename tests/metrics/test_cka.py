@@ -39,7 +39,7 @@ def test_cka_does_not_see_rotation_scale_or_shift():
     assert linear_cka(second, first).item() == pytest.approx(value, rel=1e-9)
 
 
-def test_cka_sees_a_linear_map_that_is_no_rotation():
+def test_cka_sees_a_linear_map_that_is_not_a_rotation():
     first = features(0)
     assert linear_cka(first, first * torch.tensor([10.0, 1.0, 0.1, 0.01])).item() < 0.95
 
@@ -62,11 +62,11 @@ def test_statistics_over_batches_equal_those_of_all_images(learners):
     pairs = [(i, j) for i in range(learners) for j in range(i + 1, learners)]
     cka = sum(slow_cka(embeddings[i], embeddings[j]) for i, j in pairs) / len(pairs)
     apart = [(logits[i].argmax(dim=1) != logits[j].argmax(dim=1)).float().mean().item() for i, j in pairs]
-    spread = torch.stack([each.std(dim=0, unbiased=False) for each in embeddings]).mean().item()
-    assert set(found) == {"cka", "disagreement", "spread"}
+    feature_std = torch.stack([each.std(dim=0, unbiased=False) for each in embeddings]).mean().item()
+    assert set(found) == {"cka", "disagreement", "feature_std"}
     assert found["cka"].item() == pytest.approx(cka, rel=1e-5)
     assert found["disagreement"].item() == pytest.approx(sum(apart) / len(pairs))
-    assert found["spread"].item() == pytest.approx(spread, rel=1e-5)
+    assert found["feature_std"].item() == pytest.approx(feature_std, rel=1e-5)
     assert all(value.dtype is torch.float32 for value in found.values())
 
 
@@ -86,16 +86,16 @@ def test_equal_learners_have_cka_one_and_no_disagreement():
     assert found["disagreement"].item() == 0.0
 
 
-def test_one_learner_has_a_spread_only():
+def test_one_learner_has_a_feature_std_only():
     metric = LearnerStatistics(1, 4)
     metric.update([features(0)], [features(1)])
-    assert set(metric.compute()) == {"spread"}
+    assert set(metric.compute()) == {"feature_std"}
 
 
-def test_collapsed_features_have_no_spread():
+def test_collapsed_features_have_no_std():
     metric = LearnerStatistics(1, 4)
     metric.update([torch.full((5, 4), 3.0)], [features(1, images=5)])
-    assert metric.compute()["spread"].item() == pytest.approx(0.0, abs=1e-6)
+    assert metric.compute()["feature_std"].item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_sums_of_two_processes_add_up():
@@ -120,8 +120,8 @@ def test_reset_starts_anew():
     assert metric.total.item() == 12
 
 
-def test_large_offsets_do_not_hide_the_spread():
+def test_large_offsets_do_not_hide_the_feature_std():
     metric = LearnerStatistics(1, 4)
     metric.update([1000 + 0.1 * features(0)], [features(1)])
     expected = (1000 + 0.1 * features(0)).double().std(dim=0, unbiased=False).mean().item()
-    assert metric.compute()["spread"].item() == pytest.approx(expected, rel=1e-4)
+    assert metric.compute()["feature_std"].item() == pytest.approx(expected, rel=1e-4)

@@ -29,7 +29,7 @@ class Fixed(nn.Module):
 
     def forward(self, image: Tensor) -> NetOutput:
         rows = image.flatten().long()
-        return NetOutput(self.logits[rows], (), self.embedding[rows])
+        return NetOutput(self.logits[rows], None, self.embedding[rows])
 
 
 def numbered(size: int = IMAGES) -> list[Batch]:
@@ -118,7 +118,7 @@ def test_divergence_is_that_of_the_first_from_the_second_at_temperature_one():
 def test_frozen_networks_see_images_in_their_own_normalisation():
     torch.manual_seed(0)
     network, student = (create_model(name, CLASSES) for name in ("resnet14", "resnet8x4"))
-    # the same weights, told to expect other images, and plainly
+    # the same weights, with and without a normalisation of their own
     adapted = FrozenTeacher(network, mean=(0.5,) * 3, std=(0.25,) * 3)
     adapted.adapt_to((0.0,) * 3, (1.0,) * 3, 16)
     plain = FrozenTeacher(network)
@@ -148,7 +148,7 @@ def test_no_gradient_is_computed():
 @pytest.mark.parametrize(
     ("networks", "batches", "message"),
     [
-        ((Fixed(1), Fixed(2), Fixed(3)), [], "no image"),
+        ((Fixed(1), Fixed(2), Fixed(3)), [], "batches is empty"),
         ((Fixed(1), Fixed(2).train(), Fixed(3)), numbered(), "the proxy is in training mode"),
         ((Fixed(1), Fixed(2), Fixed(3, classes=7)), numbered(), "the student has 7 classes"),
     ],

@@ -6,15 +6,28 @@ import pytest
 import torch
 from torch import nn
 
-from ackd_lightning.models.features import StagePlan, call_in_order, plan_for, pooled, probe, staged_forward
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.features import (
+    StagePlan,
+    call_in_order,
+    check_plan,
+    image_channels,
+    plan_for,
+    pooled,
+    probe,
+    require_embedding,
+    require_plan,
+    require_stages,
+    staged_forward,
+)
 from ackd_lightning.models.student import BranchyStudent
-from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.teacher import FrozenTeacher, Teacher
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import NetSpec
+from ackd_lightning.types import NetOutput, NetSpec
 
 
 class Plain(nn.Module):
-    """A network without a plan whose forward is its own affair."""
+    """A network without a plan."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +38,7 @@ class Plain(nn.Module):
 
 
 def randomise_statistics(network: nn.Module) -> None:
-    """Move running statistics away from 0 and 1, so that a BatchNorm that is left out shows."""
+    """Move running statistics away from 0 and 1, so that a missing BatchNorm shows."""
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.running_mean, std=0.1)
@@ -66,7 +79,7 @@ def test_the_last_feature_of_a_wide_resnet_includes_its_batchnorm_and_relu():
     network = create_model("wrn_16_2", 7).eval()
     output = staged_forward(network, plan_for(network), torch.randn(2, 3, 16, 16))
     assert (output.features[-1] >= 0).all()
-    assert (output.features[-2] < 0).any()  # earlier stages hand out the residual sums
+    assert (output.features[-2] < 0).any()  # earlier stages return the residual sums
 
 
 # cut points of the paper's students; None where only the size is given
@@ -120,7 +133,7 @@ def test_a_network_in_training_whose_last_map_is_one_pixel_can_be_probed():
 
 def test_probing_takes_other_channels():
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6))
-    assert probe(network, 8, in_channels=1) == NetSpec(num_classes=6, features=(), embedding=0)
+    assert probe(network, 8, channels=1) == NetSpec(num_classes=6)
 
 
 def test_a_teacher_is_not_moved_to_the_meta_device_by_probing():
@@ -137,11 +150,11 @@ def test_a_network_without_a_plan_gives_logits_only():
     assert plan_for(network) is None
     output = staged_forward(network, None, image)
     assert torch.equal(output.logits, network(image))
-    assert output.features == ()
-    assert output.embedding.shape == (2, 0)
+    assert output.features is None
+    assert output.embedding is None
 
 
-def test_an_attribute_that_is_no_plan_is_not_taken_for_one():
+def test_an_attribute_that_is_not_a_plan_is_not_taken_for_one():
     network = Plain()
     network.stage_plan = "layer1"
     assert plan_for(network) is None
@@ -158,3 +171,172 @@ def test_a_plan_on_an_instance_wins_over_torchvisions():
 def test_pooling_is_the_mean_over_positions():
     feature = torch.arange(16.0).view(1, 2, 2, 4)
     torch.testing.assert_close(pooled(feature), torch.tensor([[3.5, 11.5]]))
+
+
+class Forgetful(nn.Module):
+    """A network whose plan forgets the BatchNorm after its stage."""
+
+    stage_plan = StagePlan(stem=("stem",), stages=(("stage",),), tail=("relu",), classifier="fc")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stage = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3)
+        self.norm, self.relu, self.fc = nn.BatchNorm2d(8), nn.ReLU(), nn.Linear(8, 5)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.fc(pooled(self.relu(self.norm(self.stage(self.stem(image))))))
+
+
+def forgetful(*, fresh: bool) -> nn.Module:
+    torch.manual_seed(0)
+    network = Forgetful()
+    if not fresh:
+        randomise_statistics(network)
+    return network
+
+
+BUILT = {
+    "student": lambda network: BranchyStudent(network, [], input_size=16),
+    "branches": lambda network: BranchyStudent(network, input_size=16),
+    "teacher": lambda network: Teacher(network, input_size=16),
+    "frozen teacher": lambda network: FrozenTeacher(network, input_size=16),
+    "teacher of the data's size": lambda network: FrozenTeacher(network).adapt_to(None, None, 16),
+    "teacher of its own size": lambda network: FrozenTeacher(network, input_size=24).adapt_to(None, None, 16),
+}
+
+
+@pytest.mark.parametrize("fresh", [True, False])  # a fresh BatchNorm is the identity in evaluation mode
+@pytest.mark.parametrize("build", BUILT.values(), ids=BUILT)
+def test_a_plan_that_forgets_a_norm_is_refused_when_a_network_is_built(build, fresh):
+    network = forgetful(fresh=fresh)
+    with pytest.raises(ACKDError, match=r"stage plan of Forgetful.*logits differ"):
+        build(network)
+    network.stage_plan = StagePlan(("stem",), (("stage", "norm"),), ("relu",), "fc")
+    build(network)
+
+
+@pytest.mark.parametrize(
+    ("plan", "found"),
+    [
+        (StagePlan(("stem",), (("stage", "norm"),), ("rule",), "fc"), "rule"),
+        (StagePlan(("stage",), (("stem", "norm"),), ("relu",), "fc"), "cannot be run at input size 16"),
+        (StagePlan(("stem",), (("stage", "norm"),), ("relu",), "relu"), r"\(2, 8\) instead of \(2, 5\)"),
+        (StagePlan(("stem",), (("stage", "relu"),), ("norm",), "fc"), "logits differ"),
+    ],
+)
+def test_a_wrong_plan_is_refused_in_one_sentence(plan, found):
+    with pytest.raises(ACKDError, match=found) as caught:
+        check_plan(forgetful(fresh=True), plan, 16)
+    assert "\n" not in str(caught.value)
+    assert "Forgetful" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_2", "mobilenetv2_x0_5", "shufflenetv1", "resnet18"])
+def test_right_plans_pass_in_every_precision(name):
+    network = create_model(name, 5)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        check_plan(network.to(dtype), plan_for(network), 32)
+
+
+class OtherPooling(Forgetful):
+    """Averages in another order of operations than `pooled`, and so rounds differently."""
+
+    stage_plan = StagePlan(stem=("stem",), stages=(("stage", "norm"),), tail=("relu",), classifier="fc")
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.relu(self.norm(self.stage(self.stem(image)))).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_is_allowed_and_a_forgotten_norm_is_not(dtype):
+    network = OtherPooling().to(dtype)
+    check_plan(network, OtherPooling.stage_plan, 16)
+    with pytest.raises(ACKDError, match="logits differ"):
+        check_plan(network, Forgetful.stage_plan, 16)
+
+
+class Restless(nn.Sequential):
+    """A network that draws random numbers and counts its calls in evaluation mode too."""
+
+    stage_plan = StagePlan(stem=("0",), stages=(("1",),), tail=(), classifier="3")
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Linear(4, 5))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        feature = self[1](self[0](nn.functional.dropout(image, 0.0, training=True)))
+        return self[3](pooled(feature))
+
+
+def test_checking_a_plan_leaves_weights_modes_hooks_and_random_numbers_alone():
+    network = Restless()
+    network[1].eval()
+    seen = []
+    network[0].register_forward_hook(lambda *_: seen.append("called"))
+    before, modes = copy.deepcopy(network.state_dict()), [each.training for each in network.modules()]
+    state = torch.get_rng_state()
+    check_plan(network, network.stage_plan, 8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [each.training for each in network.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert seen == []
+
+
+def test_networks_on_the_meta_device_are_not_checked():
+    with torch.device("meta"):
+        network = Forgetful()
+    BranchyStudent(network, [], input_size=16)
+
+
+def test_weights_that_are_not_finite_are_no_fault_of_the_plan():
+    network = create_model("resnet8", 5)
+    nn.init.constant_(network.conv1.weight, float("nan"))
+    check_plan(network, plan_for(network), 16)
+
+
+def test_a_plan_is_checked_on_images_with_the_channels_of_the_network():
+    network = create_model("resnet8", 5)
+    network.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+    assert image_channels(network) == 1
+    assert image_channels(Plain()) == 3
+    BranchyStudent(network, input_size=16)
+    FrozenTeacher(network, input_size=16)
+
+
+def test_probing_takes_the_precision_and_torchs_own_hooks_of_a_network():
+    network = create_model("resnet8", 7).double()
+    network.fc = torch.nn.utils.spectral_norm(network.fc)
+    seen = []
+    network.fc.register_forward_hook(lambda *_: seen.append("called"))
+    assert probe(network, 16).num_classes == 7
+    assert seen == []
+
+
+def test_features_and_embedding_are_returned_when_stages_are_known():
+    network = create_model("resnet8", 7)
+    spec, output = probe(network, 16), staged_forward(network, plan_for(network), torch.zeros(2, 3, 16, 16))
+    assert require_stages(spec, "the teacher", "method AT") is spec.features
+    assert require_stages(output, "the teacher", "method AT") is output.features
+    assert require_embedding(spec, "the teacher", "method CRD") == 64
+    assert require_embedding(output, "the teacher", "method CRD") is output.embedding
+    assert require_plan(network, "the teacher", "method ATSC") is network.stage_plan
+
+
+def test_unknown_stages_are_refused_by_one_message():
+    asked = [
+        lambda: require_stages(probe(Plain(), 4), "the teacher", "method AT"),
+        lambda: require_stages(NetOutput(torch.zeros(1, 5)), "the teacher", "method AT"),
+        lambda: require_embedding(probe(Plain(), 4), "the teacher", "method AT"),
+        lambda: require_embedding(NetOutput(torch.zeros(1, 5)), "the teacher", "method AT"),
+        lambda: require_plan(Plain(), "the teacher", "method AT"),
+    ]
+    messages = set()
+    for ask in asked:
+        with pytest.raises(ACKDError) as caught:
+            ask()
+        messages.add(str(caught.value))
+    (message,) = messages
+    for part in ("the teacher", "method AT", "`stage_plan`"):
+        assert part in message

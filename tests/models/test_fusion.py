@@ -1,4 +1,4 @@
-"""BatchNorm inside convolutions: the same outputs, and hands off what somebody else reads."""
+"""BatchNorm fusion: the same outputs, and nothing is changed that another layer reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ackd_lightning.models.folding import folded
+from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
 
@@ -16,7 +16,7 @@ IMAGE = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def used(network: nn.Module) -> nn.Module:
-    """BatchNorms that know something and do something."""
+    """Give BatchNorms statistics and weights that are not those of the identity."""
     torch.manual_seed(0)
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -41,9 +41,9 @@ def run(network):
 def test_outputs_stay_and_norms_go(name, left):
     network = used(create_model(name, 10))
     before = copy.deepcopy(network.state_dict())
-    result = folded(network, run)
+    result = fused(network, run)
     torch.testing.assert_close(run(result)[0], run(network)[0], rtol=1e-3, atol=1e-3)
-    assert norms(network) > norms(result) == left  # those in front of a convolution have none before them
+    assert norms(network) > norms(result) == left  # a BatchNorm before its convolution has none to fuse with
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
     assert not any(each.requires_grad for each in result.parameters())
 
@@ -61,7 +61,7 @@ class Shared(nn.Module):
 
 
 class Twice(nn.Module):
-    """A convolution that is called twice, with BatchNorm behind one of the calls."""
+    """A convolution that is called twice, with BatchNorm after one of the calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,15 +72,15 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("network", [Shared(), Twice(), nn.Sequential(nn.Flatten(), nn.Linear(768, 2))])
-def test_what_cannot_be_folded_is_left_alone(network):
-    assert folded(used(network), run) is None
+def test_what_cannot_be_fused_is_left_alone(network):
+    assert fused(used(network), run) is None
 
 
 def test_a_teacher_runs_the_copy_and_remains_what_it_was():
     teacher = FrozenTeacher(used(create_model("resnet8", 10)), mean=[0.5] * 3, std=[0.25] * 3)
     teacher.adapt_to([0.4] * 3, [0.2] * 3, 16)
     before, keys = teacher(IMAGE), list(teacher.network.state_dict())
-    assert teacher.fold(16)
+    assert teacher.fuse(16)
     assert norms(teacher.running()) == 0
     assert list(teacher.network.state_dict()) == keys
     after = teacher(IMAGE)
@@ -88,4 +88,4 @@ def test_a_teacher_runs_the_copy_and_remains_what_it_was():
     for ours, theirs in zip(after.features, before.features, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     assert not teacher.train().running().training
-    assert {each.dtype for each in teacher.double().running().parameters()} == {torch.float64}  # it goes along
+    assert {each.dtype for each in teacher.double().running().parameters()} == {torch.float64}  # the copy follows

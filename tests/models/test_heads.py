@@ -111,15 +111,15 @@ def test_a_description_brings_the_head_back_through_json(average):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"channels": 0}, "channels of a shared classifier is 0"),
-        ({"num_classes": 0}, "num_classes of a shared classifier is 0"),
-        ({"factor": 0}, "factor of a shared classifier is 0"),
-        ({"factor": 1.5}, "factor of a shared classifier is 1.5"),
-        ({"channels": True}, "channels of a shared classifier is True"),
-        ({"teachers": []}, r"teachers of a shared classifier are \(\)"),
-        ({"teachers": [(12, 4)]}, r"give channels, height, width"),
-        ({"teachers": [(12, 4, -1)]}, r"a size in teachers of a shared classifier is -1"),
-        ({"average": "votes"}, "average of a shared classifier is 'votes'; it must be one of logits, probabilities"),
+        ({"channels": 0}, "channels is 0"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"factor": 0}, "factor is 0"),
+        ({"factor": 1.5}, "factor is 1.5"),
+        ({"channels": True}, "channels is True"),
+        ({"teachers": []}, r"teachers is \[\]"),
+        ({"teachers": [(12, 4)]}, r"teachers is \[\(12, 4\)\]"),
+        ({"teachers": [(12, 4, -1)]}, r"teachers is \[\(12, 4, -1\)\]"),
+        ({"average": "votes"}, "average is 'votes'.*'logits' or 'probabilities'"),
     ],
 )
 def test_bad_arguments_are_refused(changed, message):
@@ -178,5 +178,5 @@ def test_a_copy_of_a_headed_network_learns_alone():
 
 
 def test_a_backbone_without_known_stages_is_refused():
-    with pytest.raises(ACKDError, match="another head needs to know the stages of Sequential"):
+    with pytest.raises(ACKDError, match=r"stages of Sequential.*another head"):
         HeadedNetwork(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), head_of((12, 4, 4)))

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.branches import branch_names, default_branches, entry_stage, is_branch
 from ackd_lightning.models.features import StagePlan, plan_for
-from ackd_lightning.models.student import BranchyStudent, default_branches, entry_stage, init_fresh
+from ackd_lightning.models.student import BranchyStudent, init_fresh
 from ackd_lightning.models.zoo import create_model
 
 
@@ -187,7 +188,7 @@ def test_branches_do_not_change_the_target_learner(backbone, image, training):
         assert torch.equal(backbone.state_dict()[key], value), key
 
 
-def test_every_learner_hands_out_its_last_map_before_pooling(backbone, image):
+def test_every_learner_returns_its_last_map_before_pooling(backbone, image):
     output = BranchyStudent(backbone, ["D3B1", "D2B2", "D1B3"])(image)
     assert len(output.branches) == 3
     for branch in output.branches:
@@ -283,11 +284,34 @@ def test_a_peer_needs_no_known_stages():
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     out = BranchyStudent(backbone, ["peer"])(torch.zeros(2, 3, 8, 8))
     assert out.branches[0].logits.shape == (2, 5)
-    assert out.branches[0].features == ()
+    assert out.branches[0].features is None
+    assert out.branches[0].embedding is None
 
 
 @pytest.mark.parametrize(("spec", "words"), [("resnet15", "did you mean"), ("D9B1", "use one of D3B1"), ("D9", "D3B1")])
-def test_a_learner_that_is_no_branch_and_no_network_is_named(spec, words):
+def test_a_learner_that_is_neither_branch_nor_network_is_named(spec, words):
     with pytest.raises(ACKDError, match=spec) as caught:
         BranchyStudent(create_model("resnet8", 10), [spec], num_classes=10)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "branch"),
+    [("D3B1", True), ("D9", True), ("last", True), ("peer", False), ("resnet20", False), ("D-net", False)],
+)
+def test_a_branch_is_told_from_a_network_of_its_own(spec, branch):
+    assert is_branch(spec) is branch
+
+
+def test_branches_are_listed_from_the_shortest(backbone):
+    assert branch_names(plan_for(backbone)) == ("D3B1", "D2B2", "D1B3")
+    assert entry_stage("last", plan_for(backbone)) == 3
+
+
+@pytest.mark.parametrize("branches", [["D3B1", "D2B2"], ["peer", "resnet14"], []])
+def test_checking_the_plans_does_not_change_the_fresh_weights(branches):
+    built = []
+    for size in (None, 16):
+        torch.manual_seed(0)
+        built.append(BranchyStudent(create_model("resnet8", 5), branches, num_classes=5, input_size=size).state_dict())
+    assert all(torch.equal(built[0][key], value) for key, value in built[1].items())

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
+import jsonargparse
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.teacher import FrozenTeacher, TeacherConfig
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
 
@@ -24,7 +26,7 @@ def normalise(pixels: torch.Tensor, mean, std) -> torch.Tensor:
 @pytest.fixture
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return create_model("resnet8", 5)
+    return create_model("resnet8", 5).eval()
 
 
 @pytest.fixture
@@ -79,10 +81,10 @@ def test_images_are_converted_to_its_own_normalisation(network, pixels):
 def test_the_same_normalisation_or_none_converts_nothing(network, pixels):
     teacher = FrozenTeacher(network, mean=OWN[0], std=OWN[1])
     teacher.adapt_to(*DATA, 16)
-    teacher.adapt_to(list(OWN[0]), list(OWN[1]), 16)  # told anew
+    teacher.adapt_to(list(OWN[0]), list(OWN[1]), 16)
     assert teacher.scale is None
     assert torch.equal(teacher(pixels).logits, network(pixels))
-    with pytest.warns(UserWarning, match="that of the data is unknown"):
+    with pytest.warns(UserWarning, match="normalisation of the data is unknown"):
         teacher.adapt_to(None, None, 16)
     assert torch.equal(teacher(pixels).logits, network(pixels))
 
@@ -106,7 +108,7 @@ def test_images_are_resized_to_its_own_size(network, pixels):
     assert smaller(pixels).features[0].shape[-2:] == (8, 8)
 
 
-def test_images_of_its_own_size_are_not_touched_and_sizes_can_be_told_anew(network, pixels):
+def test_images_of_its_own_size_are_not_touched_and_sizes_can_change(network, pixels):
     teacher = FrozenTeacher(network, input_size=16)
     teacher.adapt_to(None, None, 32)
     assert teacher.input_size == 16
@@ -128,7 +130,8 @@ def test_a_network_without_stages_teaches_with_logits_alone(pixels):
     network = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
     output = FrozenTeacher(network)(pixels)
     assert torch.equal(output.logits, network(pixels))
-    assert output.features == ()
+    assert output.features is None
+    assert output.embedding is None
 
 
 def test_copies_share_the_teacher(network):
@@ -139,7 +142,7 @@ def test_copies_share_the_teacher(network):
     assert copied[1] is not holder[1]
 
 
-def test_from_name_reads_weights_and_what_the_file_says(network, pixels, tmp_path):
+def test_from_name_reads_weights_and_metadata(network, pixels, tmp_path):
     notes = {"mean": json.dumps(OWN[0]), "std": json.dumps(OWN[1]), "input_size": "24", "test_acc": "0.7", "seed": "1"}
     path = save_weights(network, tmp_path / "teacher.safetensors", notes)
     teacher = FrozenTeacher.from_name("resnet8", 5, weights=str(path))
@@ -175,3 +178,122 @@ def test_from_name_refuses_a_missing_or_foreign_file(network, tmp_path):
     path = save_weights(network, tmp_path / "teacher.safetensors")
     with pytest.raises(ACKDError):
         FrozenTeacher.from_name("resnet8", 6, weights=str(path))
+
+
+def test_from_name_prefers_the_preprocessing_that_is_passed(network, tmp_path):
+    notes = {"mean": json.dumps(OWN[0]), "std": json.dumps(OWN[1]), "input_size": "24"}
+    path = save_weights(network, tmp_path / "teacher.safetensors", notes)
+    teacher = FrozenTeacher.from_name("resnet8", 5, weights=str(path), mean=DATA[0], std=DATA[1], input_size=16)
+    teacher.adapt_to(*DATA, 16)
+    assert teacher.scale is None
+    assert teacher.input_size is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mean", "[]"),
+        ("mean", "0.5"),
+        ("std", "[0.1, 0.0, 0.1]"),
+        ("input_size", "4097"),
+        ("input_size", "3.5"),
+        ("val_acc", "70.0"),
+        ("test_acc", "high"),
+    ],
+)
+def test_metadata_that_make_no_sense_are_refused(network, tmp_path, key, value):
+    notes = {"mean": json.dumps(OWN[0]), "std": json.dumps(OWN[1])} | {key: value}
+    path = save_weights(network, tmp_path / "teacher.safetensors", notes)
+    with pytest.raises(ACKDError, match=f"{key} is .*teacher.safetensors"):
+        FrozenTeacher.from_name("resnet8", 5, weights=str(path))
+
+
+def test_mean_and_std_in_metadata_have_one_length(network, tmp_path):
+    for notes in ({"mean": "[0.5]", "std": "[0.5, 0.5]"}, {"mean": "[0.5]"}):
+        path = save_weights(network, tmp_path / "teacher.safetensors", notes)
+        with pytest.raises(ACKDError, match=r"mean and std.*teacher.safetensors"):
+            FrozenTeacher.from_name("resnet8", 5, weights=str(path))
+
+
+def test_the_network_that_is_passed_stays_as_it_is_and_can_be_trained(network, pixels):
+    network.train()
+    teacher = FrozenTeacher(network)
+    assert all(each.training for each in network.modules())
+    assert all(each.requires_grad for each in network.parameters())
+    before = teacher(pixels).logits
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    first = network(pixels)
+    first.sum().backward()
+    optimizer.step()
+    assert not torch.allclose(network(pixels), first)
+    assert torch.equal(teacher(pixels).logits, before)
+    pointers = {each.data_ptr() for each in (*network.parameters(), *network.buffers())}
+    assert pointers.isdisjoint(each.data_ptr() for each in (*teacher.parameters(), *teacher.buffers()))
+
+
+def test_a_network_is_copied_once_or_not_at_all(network, tmp_path, monkeypatch):
+    path = save_weights(network, tmp_path / "teacher.safetensors")
+    copies = []
+    monkeypatch.setattr("ackd_lightning.models.teacher.copy.deepcopy", lambda each: copies.append(each) or each)
+    FrozenTeacher.from_name("resnet8", 5, weights=str(path))
+    assert copies == []
+    FrozenTeacher(network)
+    assert copies == [network]
+    assert FrozenTeacher(network, copy_network=False).network is network
+    assert len(copies) == 1
+
+
+def test_a_plan_is_checked_once(network, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("ackd_lightning.models.teacher.check_plan", lambda _, __, size, ___: sizes.append(size))
+    teacher = FrozenTeacher(network)
+    for size in (16, 32):
+        teacher.adapt_to(None, None, size)
+    FrozenTeacher(network, input_size=24).adapt_to(None, None, 16)
+    assert sizes == [16, 24]
+
+
+def test_a_configuration_holds_what_was_given_and_defaults():
+    config = TeacherConfig("resnet8", mean=[0.5], std=[1], input_size=32)
+    assert (config.network, config.mean, config.std, config.input_size) == ("resnet8", (0.5,), (1,), 32)
+    assert (config.weights, config.options, config.cache) == (None, None, None)
+    assert (config.bf16, config.gate) == (False, "stop")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.gate = "off"
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"network": 3}, "network is 3"),
+        ({"weights": 3}, "weights is 3"),
+        ({"options": "stem"}, "options is 'stem'"),
+        ({"mean": [0.5]}, r"mean is \[0.5\] and std is None"),
+        ({"mean": [0.5], "std": [0.5, 0.5]}, "std is"),
+        ({"mean": [0.5], "std": [0.0]}, r"std is \[0.0\]"),
+        ({"mean": [float("nan")], "std": [1.0]}, "mean is"),
+        ({"input_size": 0}, "input_size is 0"),
+        ({"input_size": 4097}, "input_size is 4097"),
+        ({"bf16": 1}, "bf16 is 1"),
+        ({"gate": "stopp"}, "gate is 'stopp'.*did you mean 'stop'"),
+        ({"cache": 3}, "cache is 3"),
+        ({"network": nn.Identity(), "weights": "a.safetensors"}, "weights is 'a.safetensors'"),
+        ({"network": nn.Identity(), "options": {"stem": "cifar"}}, "options is {'stem': 'cifar'}"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(changed, named):
+    with pytest.raises(ACKDError, match=named):
+        TeacherConfig(**{"network": "resnet8"} | changed)
+
+
+def test_the_command_line_shows_what_a_configuration_holds():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--teacher", type=str | TeacherConfig | None)
+    given = ["--teacher.network=resnet8", "--teacher.mean=[0.5]", "--teacher.std=[1.0]", "--teacher.gate=warn"]
+    parsed = parser.parse_args(given).teacher.as_dict()
+    assert TeacherConfig(**parsed) == TeacherConfig("resnet8", mean=(0.5,), std=(1.0,), gate="warn")
+    helped = jsonargparse.ArgumentParser()
+    helped.add_class_arguments(TeacherConfig, "teacher")
+    shown = " ".join(helped.format_help().split())
+    for field in ("Weight file of a network", "Standard deviation of each channel", "is near chance", "ackd cache"):
+        assert field in shown

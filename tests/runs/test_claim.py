@@ -93,8 +93,10 @@ def test_results_are_never_removed(tmp_path, result):
     path.write_text("text")
     mine.discard()
     assert path.read_text() == "text"
+    (mine.folder / ".lock").unlink()
     with pytest.raises(ACKDError, match=str(mine.folder)):
         claim(tmp_path, "a")
+    assert not (mine.folder / ".lock").exists()  # nothing is written into a run that is refused
     claim(tmp_path, "a", resume=True).discard()
     assert path.read_text() == "text"
 

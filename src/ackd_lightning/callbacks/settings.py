@@ -28,7 +28,7 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the settings when a fit starts; called once, in the first process."""
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         if stage == "fit":
             with whole_file(self.folder / "config.yaml") as partial:
                 partial.write_text(text, encoding="utf-8")

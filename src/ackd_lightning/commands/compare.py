@@ -102,7 +102,7 @@ def compare(places: Sequence[str | Path]) -> Table:
         peers = [peer_name(spec, first["student"]) for spec in first.get("learners", [])]
         networks = [(0, first["student"]), *((number, name) for number, name in enumerate(peers, start=1) if name)]
         for learner, name in networks:
-            key = f"aux{learner - 1}_acc" if learner else "acc"
+            key = f"aux{learner}_acc" if learner else "acc"
             table.add_row(
                 "" if learner else config,
                 "" if learner else first["method"],

@@ -54,7 +54,7 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
     shared = ["--runs_dir", str(folder / "runs"), "--trainer.enable_progress_bar", "false"]
     few = ["--data.max_per_class", str(PER_CLASS), "--data.batch_size", "16", "--trainer.check_val_every_n_epoch", "2"]
     if epochs is not None:
-        shared += ["--model.teacher_gate", "warn"]
+        few += ["--model.teacher.gate", "warn"]
     print(f"digits: all training images for the teacher, {10 * PER_CLASS} of them for the students", flush=True)
     print(f"one line per run, full output in {log}", flush=True)
 
@@ -63,8 +63,9 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
         begin = time.monotonic()
         configs = ["--config", config, *(["--config", method] if method else ["--weights_dir", str(weights)])]
         length = epochs or EPOCHS["student" if method else "teacher"]
-        own = [*few, "--model.teacher_weights", str(weights / f"{TEACHER}.safetensors")] if method else []
-        own += ["--trainer.max_epochs", str(length), "--model.milestones", f"[{length // 2}, {length * 4 // 5}]"]
+        own = [*few, "--model.teacher.weights", str(weights / f"{TEACHER}.safetensors")] if method else []
+        own += ["--trainer.max_epochs", str(length)]
+        own += ["--model.lr_scheduler.milestones", f"[{length // 2}, {length * 4 // 5}]"]
         name = f"seed{seed}"
         _one("fit", [*configs, "--name", name, "--seed_everything", str(seed), *shared, *own], log)
         place = folder / "runs" / (f"{config}+{method}" if method else config) / name

@@ -31,7 +31,7 @@ def export_command(run: str, *, which: Which, out: str | None, overwrite: bool, 
         raise ACKDError(f"--out is {target}; name a file that ends in .safetensors")
     summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
     values = summary.get(checkpoint.stem, {})
-    ending = f"/aux{learner - 1}_acc" if learner else "/acc"
+    ending = f"/aux{learner}_acc" if learner else "/acc"
     metadata = {f"{key.split('/')[0]}_acc": f"{value:.6f}" for key, value in values.items() if key.endswith(ending)}
     check_writable(target.parent, "the folder of --out,")
     extra = {**metadata, "weights": f"{checkpoint.stem} epoch"}

@@ -90,8 +90,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         result = {}
     for key, value in over.items():
         below = result.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        result[key] = merge(below, value) if both else copy.deepcopy(value)
+        if isinstance(value, dict) and isinstance(below, dict):
+            result[key] = merge(below, value)
+        else:
+            result[key] = copy.deepcopy(value)
     if "class_path" in result:  # first, where a reader looks for it
         result = {"class_path": result["class_path"], **result}
     return result

@@ -344,7 +344,7 @@ def in_our_words() -> Iterator[None]:
             yield
         except ValueError as error:
             ours = first_cause(error)
-            if ours is None or ours is error:
+            if not isinstance(ours, ACKDError) or ours is error:
                 raise
             raise type(ours)(str(ours)) from error
         finally:

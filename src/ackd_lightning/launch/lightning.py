@@ -59,6 +59,8 @@ class ACKDCLI:
         self.altered = any(each.startswith(("--data", "--model", "--trainer.limit")) for each in options)
         if command != "fit":
             configs, options = name_checkpoint(configs, options)
+            if not configs and not {"-h", "--help"} & set(options):
+                raise ACKDError(f"`ackd {command}` needs a run; write `ackd {command} RUN`, or name its --config")
         self.prints = any(each.startswith("--print_config") for each in options)
         options = [each for each in options if not each.startswith("--print_config")]
         settings, self.config_name = load_configs(configs)
@@ -91,7 +93,7 @@ class ACKDCLI:
 
     def settings(self) -> dict[str, Any]:
         """Return all settings as plain data: the content of ``--print_config`` and of a run's ``config.yaml``."""
-        content: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        content: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         return content
 
     def build(self) -> None:
@@ -109,9 +111,8 @@ class ACKDCLI:
                 failed.append(error)
                 raise
 
-        self.parser.add_instantiator(construct, object)
         try:
-            self.built = self.parser.instantiate_classes(self.config)
+            self.built = self.parser.instantiate(self.config, instantiators=[(construct, object, True)])
         except Exception as error:
             raise failed_constructor(failed[0] if failed else error) from error
         self.datamodule, self.model = self.built.data, self.built.model

@@ -152,9 +152,13 @@ def _wrong(place: str, value: Any, kind: str, given: Given) -> ACKDError:
 
 
 def _unknown(name: str, place: str, valid: Iterable[str], given: Given) -> str:
-    found = given.place(place)
-    neighbours, valid = given.neighbours(found), sorted(map(str, valid))
+    found, valid = given.place(place), sorted(map(str, valid))
+    dotted = found.partition(" in ")[0].removeprefix("--")
+    beside = [each for each in valid if each.startswith(f"{dotted.rpartition('.')[0]}.") and "." in dotted]
+    neighbours = given.neighbours(found)
     hint = near_matches(name.rpartition(".")[2], neighbours) if neighbours else ""
+    if beside and not neighbours:
+        name, hint = dotted, near_matches(dotted, beside)
     if not hint.startswith("did"):
         wider = near_matches(name, valid)
         hint = wider if wider.startswith("did") or not hint else hint
@@ -234,7 +238,7 @@ def failed_constructor(error: Exception) -> ACKDError:
         error: Exception as it was raised, before jsonargparse wrapped it.
     """
     if isinstance(ours := first_cause(error), ACKDError):
-        return ours
+        return type(ours)(str(ours))  # not the same one, which would become its own cause
     frames = traceback.extract_tb(error.__traceback__)
     own = [each for each in frames if not each.filename.startswith(_LIBRARIES) and "<" not in each.filename]
     ours_only = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as L
 import torch
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # not in its __all__
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ackd_lightning.data.base import ImageDataModule

@@ -1,1 +1,1 @@
-"""Networks and their weight files: zoo, stages, student, teachers and heads; nothing that only one method uses."""
+"""Networks and their weight files: zoo, stages, student, teachers and heads; no networks of a single method."""

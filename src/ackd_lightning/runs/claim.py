@@ -117,6 +117,8 @@ def claim(parent: Path, name: str | None = None, *, resume: bool = False) -> Cla
             made = _make(folder)
             if not made and name is None:
                 continue
+            if not made and not resume and has_results(folder):  # before the lock, which writes into the folder
+                raise _exists(folder)
             lock = _locked(folder)
         except _InUseError:
             if name is None:
@@ -132,9 +134,9 @@ def claim(parent: Path, name: str | None = None, *, resume: bool = False) -> Cla
         except OSError as error:
             raise _not_writable(folder, error) from error
         claimed = Claim(folder, made=made, lock=lock, new_parents=missing)
-        if not resume and not made and has_results(folder):
+        if not made and not resume and has_results(folder):  # of a process that has ended in the meantime
             claimed.release()
-            raise ACKDError(f"run {folder} exists; choose another --name, or remove the folder")
+            raise _exists(folder)
         return claimed
     raise AssertionError("names never end")
 
@@ -175,7 +177,7 @@ def _locked(folder: Path) -> IO[str] | None:
         FileNotFoundError: If the folder was removed.
         OSError: If it cannot be written.
     """
-    stream = (folder / LOCK_FILE).open("w")
+    stream = (folder / LOCK_FILE).open("a")  # unlike "w", leaves the time stamp of a file that exists
     try:
         import fcntl
 
@@ -208,6 +210,10 @@ def _unlock(stream: IO[str]) -> None:
     with contextlib.suppress(OSError):
         fcntl.flock(stream, fcntl.LOCK_UN)  # also for processes that were forked from this one
     stream.close()
+
+
+def _exists(folder: Path) -> ACKDError:
+    return ACKDError(f"run {folder} exists; choose another --name, or remove the folder")
 
 
 def _not_writable(folder: Path, error: OSError) -> ACKDError:

@@ -17,7 +17,7 @@ from ackd_lightning._version import __version__
 @functools.cache
 def commit() -> str | None:
     """Return the git commit of this package's source, with ``+`` if files were changed; None if it is not known."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]  # the whole package
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)

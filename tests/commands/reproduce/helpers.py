@@ -10,7 +10,7 @@ from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.commands.reproduce.tables import TableSpec, read_table
 
 PAIR = "digits_resnet20_resnet8"
-SHORT = ["--trainer.max_epochs", "2", "--model.milestones", "[1]"]
+SHORT = ["--trainer.max_epochs", "2", "--model.lr_scheduler.milestones", "[1]"]
 
 
 def make_job(folder: Path, *arguments: str, needs: tuple[Job, ...] = (), **fields: Any) -> Job:
@@ -49,7 +49,7 @@ def write_run(
     """A finished run: accuracies of both checkpoints, or with `curve` those of every epoch on the test set."""
 
     def accuracies(value: float) -> dict[str, float]:
-        return {"test/acc": value, "test/acc_top5": value + 0.25, "test/aux0_acc": 0.01, "test/loss": 1.0}
+        return {"test/acc": value, "test/acc_top5": value + 0.25, "test/aux1_acc": 0.01, "test/loss": 1.0}
 
     folder.mkdir(parents=True)
     facts: dict[str, Any] = {

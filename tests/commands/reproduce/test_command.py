@@ -214,9 +214,11 @@ def test_one_run_fails_and_another_goes_on_to_its_end(again, capfd):
 
 def test_other_settings_are_refused_and_nothing_is_touched(again, capfd):
     before = files(again)
-    assert main([*BOTH, "--model.lr", "0.3"]) == 2
+    assert main([*BOTH, "--model.optimizer.lr", "0.3"]) == 2
     shown = capfd.readouterr().err
-    assert f"run {TEACHER} was made with model.lr = 0.05 and would now have 0.3; choose another --out" in shown
+    assert (
+        f"run {TEACHER} was made with model.optimizer.lr = 0.05 and would now have 0.3; choose another --out" in shown
+    )
     assert files(again) == before
 
 
@@ -279,7 +281,7 @@ class TestDryRun:
     ("arguments", "named"),
     [
         (["table2", "--preset", "smoke", "--trainer.max_epoch", "2"], "trainer.max_epoch"),
-        (["table2", "--preset", "smoke", "--model.milestones", "[x]"], "milestones"),
+        (["table2", "--preset", "smoke", "--model.lr_scheduler.milestones", "[x]"], "milestones"),
         (["table2", "--preset", "smoke", "--pair", "resnet110_resnet20"], "resnet110_resnet20"),
         (["table2", "--methods", "ce,takdd"], "takdd"),
         (["table0"], "table0"),
@@ -291,7 +293,7 @@ class TestDryRun:
         ),
         (["table2", "--runs_dir=x"], "--runs_dir is set by `ackd reproduce` for every run; use --out"),
         (["table2", "--name", "x"], "--name is set by `ackd reproduce` for every run; leave it out"),
-        (["table2", "--model.teacher_weights", "x"], "put the file where the pair's configuration names it"),
+        (["table2", "--model.teacher.weights", "x"], "put the file where the pair's configuration names it"),
         (["table2", "--preset", "smok"], "--preset"),
         (["table2", "--method", "ce"], "has no option --method; did you mean --methods?"),
         (["table2", "--seed", "3"], "has no option --seed; did you mean --seeds?"),

@@ -105,7 +105,7 @@ class TestTable2:
             *[("resnet20", "resnet44", 200, [100, 150])] * 2,
             *[("resnet20", "resnet110", 200, [100, 150])] * 2,
         ]
-        keys = ("model.student", "model.teacher", "trainer.max_epochs", "model.milestones")
+        keys = ("model.student", "model.teacher.network", "trainer.max_epochs", "model.lr_scheduler.milestones")
         assert [tuple(job.settings[key] for key in keys) for job in second] == networks
         assert [job.epochs for job in second] == [epochs for _, _, epochs, _ in networks]
 
@@ -115,15 +115,15 @@ class TestTable2:
     def test_students_read_what_they_need(self, second):
         for job in second:
             if job.needs:
-                assert option(job, "--model.teacher_weights") == str(job.needs[0] / "student.safetensors")
+                assert option(job, "--model.teacher.weights") == str(job.needs[0] / "student.safetensors")
             else:
-                assert "--model.teacher_weights" not in job.arguments
+                assert "--model.teacher.weights" not in job.arguments
             assert option(job, "--seed_everything") == str(job.seed)
-            assert option(job, "--publish") == "null"  # nothing outside the folder
+            assert option(job, "--weights_dir") == "null"  # nothing outside the folder
             assert job.planned.folder.parent == job.folder.parent
 
     def test_methods(self, second):
-        chosen = [job.planned.settings()["model"]["init_args"]["method"]["class_path"] for job in second]
+        chosen = [job.planned.settings()["model"]["method"]["class_path"] for job in second]
         names = [path.rpartition(".")[2] for path in chosen]
         assert names == ["CE", "CE", "KD", "CE", "CE", *["KD"] * 6, "ACKD", "ACKD"]
 
@@ -156,17 +156,22 @@ def test_given_weights_replace_the_teachers_run(here):
         ("student", "eskd"),
     ]
     early, assistant, kd, takd, eskd = jobs
-    assert (early.epochs, early.settings["model.milestones"]) == (20, [10, 16])  # of 60 epochs and of 30, 48
+    assert (early.epochs, early.settings["model.lr_scheduler.milestones"]) == (
+        20,
+        [10, 16],
+    )  # of 60 epochs and of 30, 48
     assert (assistant.needs, kd.needs, takd.needs, eskd.needs) == ((), (), (assistant.folder,), (early.folder,))
-    assert {option(job, "--model.teacher_weights") for job in (assistant, kd)} == {str(given)}
+    assert {option(job, "--model.teacher.weights") for job in (assistant, kd)} == {str(given)}
     pair = small(here).pairs[PAIR]
     assert (planner.given_weights(pair), planner.teacher_file(pair)) == (given, ("resnet20", str(given)))
 
 
 def test_a_very_short_early_stop_keeps_an_epoch_before_each_milestone(here):
-    planner = Planner(small(here), Path("out"), ["--trainer.max_epochs", "4", "--model.milestones", "[1, 2]"])
+    planner = Planner(
+        small(here), Path("out"), ["--trainer.max_epochs", "4", "--model.lr_scheduler.milestones", "[1, 2]"]
+    )
     early = planner.teacher(planner.table.pairs[PAIR], early=True)
-    assert (early.epochs, early.settings["model.milestones"]) == (1, [1, 1])
+    assert (early.epochs, early.settings["model.lr_scheduler.milestones"]) == (1, [1, 1])
 
 
 def test_without_weights_the_teachers_run_gives_them(here):
@@ -182,23 +187,25 @@ def test_without_weights_the_teachers_run_gives_them(here):
 )
 def test_overrides_shorten_the_early_stopped_teacher_in_proportion(here, epochs, milestones, early):
     table = small(here)
-    planner = Planner(table, Path("out"), ["--trainer.max_epochs", epochs, "--model.milestones", milestones])
+    planner = Planner(
+        table, Path("out"), ["--trainer.max_epochs", epochs, "--model.lr_scheduler.milestones", milestones]
+    )
     job = planner.teacher(table.pairs[PAIR], early=True)
-    assert (job.epochs, job.settings["model.milestones"]) == early
+    assert (job.epochs, job.settings["model.lr_scheduler.milestones"]) == early
 
 
 def test_overrides_reach_every_run(here):
-    _, jobs = plan(small(here), methods=["ce", "eskd", "takd"], overrides=["--model.lr=0.011", *SHORT])
+    _, jobs = plan(small(here), methods=["ce", "eskd", "takd"], overrides=["--model.optimizer.lr=0.011", *SHORT])
     assert [job.kind for job in jobs] == ["teacher", "early_stopped", "assistant", "student", "student", "student"]
-    assert {job.settings["model.lr"] for job in jobs} == {0.011}
+    assert {job.settings["model.optimizer.lr"] for job in jobs} == {0.011}
     assert [job.epochs for job in jobs] == [2, 1, 2, 2, 2, 2]
 
 
 def test_settings_of_a_table_reach_whom_they_are_for(here):
     table = small(
         here,
-        set={"model.lr": 0.02, "trainer.max_epochs": 9},
-        teacher_set={"model.weight_decay": 0.003},
+        set={"model.optimizer.lr": 0.02, "trainer.max_epochs": 9},
+        teacher_set={"model.optimizer.weight_decay": 0.003},
         student_set={"data.max_per_class": 7},
         rows={"kd": {"set": {"model.method.temperature": 2.5}}, "takd": {"set": {"trainer.max_epochs": 5}}},
     )
@@ -206,8 +213,8 @@ def test_settings_of_a_table_reach_whom_they_are_for(here):
 
     def chosen(job):
         keys = (
-            "model.lr",
-            "model.weight_decay",
+            "model.optimizer.lr",
+            "model.optimizer.weight_decay",
             "data.max_per_class",
             "model.method.temperature",
             "trainer.max_epochs",
@@ -215,7 +222,7 @@ def test_settings_of_a_table_reach_whom_they_are_for(here):
         return [job.settings.get(key) for key in keys]
 
     plain = plan(small(here), methods=["kd"])[1][1].settings
-    decay, temperature = plain["model.weight_decay"], plain["model.method.temperature"]
+    decay, temperature = plain["model.optimizer.weight_decay"], plain["model.method.temperature"]
     assert temperature != 2.5
     assert decay != 0.003
     assert chosen(teacher) == [0.02, 0.003, None, None, 9]
@@ -231,7 +238,7 @@ def test_settings_of_a_table_reach_whom_they_are_for(here):
         ({"early_stop": 20}, ["takd"], [], "`assistant`"),
         ({"assistant": "resnet15"}, ["takd"], [], "resnet15"),
         ({}, ["kd"], ["--trainer.max_epoch", "3"], "trainer.max_epoch"),
-        ({}, ["kd"], ["--model.milestones", "[x]"], "milestones"),
+        ({}, ["kd"], ["--model.lr_scheduler.milestones", "[x]"], "milestones"),
         ({}, ["kd"], ["--data.batch_size", "0"], "batch_size"),
     ],
 )
@@ -244,16 +251,17 @@ def test_mistakes_are_found_before_training(here, pair, methods, overrides, sent
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        ({"teacher": "resnet20", "student": "resnet8"}, "own_pair.yaml names no teacher_weights;"),
-        ({"student": "resnet8"}, "own_pair.yaml names no teacher;"),
+        ({"teacher": {"network": "resnet20"}, "student": "resnet8"}, r"own_pair.yaml has no model\.teacher\.weights"),
+        ({"student": "resnet8"}, r"own_pair.yaml has no model\.teacher\.network"),
+        ({"teacher": {"network": "resnet20"}}, r"own_pair.yaml has no model\.student"),
         (
-            {"teacher": "resnet20", "student": "resnet8", "teacher_weights": "weights/gone.safetensors"},
+            {"teacher": {"network": "resnet20", "weights": "weights/gone.safetensors"}, "student": "resnet8"},
             "--config gone",
         ),
     ],
 )
 def test_a_configuration_that_is_no_pair_is_refused(here, model, sentence):
-    content = {"include": ["data/digits", "recipes/digits", "methods/kd"], "model": {"init_args": model}}
+    content = {"include": ["data/digits", "recipes/digits", "methods/kd"], "model": model}
     (here / "own_pair.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ACKDError, match=sentence):
         plan(small(here, pairs={"p": {"config": "own_pair.yaml"}}), methods=["kd"])
@@ -263,9 +271,9 @@ class TestPairsOfOneTeacher:
     """Two pairs that differ in the student share the teacher of ``digits_resnet20``."""
 
     def table(self, here, *, early_stop=20, student="resnet14"):
-        content = yaml.safe_load("include: [data/digits, recipes/digits, methods/kd]\nmodel: {init_args: {}}")
-        weights = "weights/digits_resnet20.safetensors"
-        content["model"]["init_args"] = {"teacher": "resnet20", "teacher_weights": weights, "student": student}
+        content = yaml.safe_load("include: [data/digits, recipes/digits, methods/kd]")
+        teacher = {"network": "resnet20", "weights": "weights/digits_resnet20.safetensors"}
+        content["model"] = {"teacher": teacher, "student": student}
         (here / "other.yaml").write_text(yaml.safe_dump(content))
         pairs = {PAIR: {**HERE, "early_stop": 20}, "other": {"config": "other.yaml", "early_stop": early_stop}}
         return small(here, pairs=pairs)
@@ -328,10 +336,10 @@ class TestRunsThatAreThere:
     @pytest.mark.parametrize(
         ("changes", "sentence"),
         [
-            ({"model__init_args__lr": 0.5}, "model.lr = 0.5 and would now have 0.05"),
+            ({"model__optimizer__init_args__lr": 0.5}, "model.optimizer.lr = 0.5 and would now have 0.05"),
             ({"trainer__max_epochs": 60}, "trainer.max_epochs = 60 and would now have 2"),
             ({"data__init_args__max_per_class": 3}, "data.max_per_class = 3 and would now have null"),
-            ({"model__init_args__student": "resnet14"}, 'model.student = "resnet14" and would now have "resnet8"'),
+            ({"model__student": "resnet14"}, 'model.student = "resnet14" and would now have "resnet8"'),
         ],
     )
     def test_another_setting_is_refused_by_name(self, job, changes, sentence, finished):
@@ -346,10 +354,10 @@ class TestRunsThatAreThere:
         "changes",
         [
             {},
-            {"seed_everything": 7, "name": "x", "runs_dir": "elsewhere", "publish": "weights", "wandb": "project"},
+            {"seed_everything": 7, "name": "x", "runs_dir": "elsewhere", "weights_dir": "weights", "wandb": "project"},
             {"trainer__enable_progress_bar": True, "trainer__log_every_n_steps": 3, "test": True},
-            {"data__init_args__root": "/elsewhere", "model__init_args__teacher_weights": "/elsewhere/t.safetensors"},
-            {"model__init_args__of_another_version": 1},
+            {"data__init_args__root": "/elsewhere", "model__teacher__weights": "/elsewhere/t.safetensors"},
+            {"model__of_another_version": 1},
         ],
     )
     def test_what_makes_no_other_experiment_is_not(self, job, changes):
@@ -358,13 +366,13 @@ class TestRunsThatAreThere:
         assert unchanged(job)
 
     def test_settings_without_a_checkpoint_do_not_count(self, job):
-        self.write(job, finished=False, model__init_args__lr=0.5)
+        self.write(job, finished=False, model__optimizer__init_args__lr=0.5)
         (job.folder / "checkpoints/last.ckpt").unlink()  # ended in its first epoch: starts again
         assert unchanged(job)
 
     def test_the_whole_plan_is_refused(self, here, job):
-        self.write(job, model__init_args__lr=0.5)
-        with pytest.raises(ACKDError, match=r"model\.lr = 0\.5"):
+        self.write(job, model__optimizer__init_args__lr=0.5)
+        with pytest.raises(ACKDError, match=r"model\.optimizer\.lr = 0\.5"):
             plan(small(here), methods=["kd", "ce"], overrides=SHORT)
 
 
@@ -421,7 +429,7 @@ def test_a_student_that_learns_from_itself_gets_the_run_of_its_seed_alone(here):
     for alone, taught in (jobs[:2], jobs[2:]):
         assert taught.needs == (alone.folder,)
         assert taught.source == alone.student_file
-        assert taught.settings["model.teacher"] == alone.settings["model.student"] == "resnet8"
+        assert taught.settings["model.teacher.network"] == alone.settings["model.student"] == "resnet8"
 
 
 def test_the_row_of_the_student_alone_is_shared(here):

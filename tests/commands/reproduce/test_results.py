@@ -27,7 +27,9 @@ ON_TEST = "`best` is the best epoch on the test set itself and therefore too opt
 
 def finished(place, name="kd-seed0", *, seed=0, settings=None, row="kd", kind="student", pair=PAIR, **run):
     write_run(place / name, **run)
-    return make_job(place / name, seed=seed, row=row, kind=kind, pair=pair, settings=settings or {"model.lr": 0.1})
+    return make_job(
+        place / name, seed=seed, row=row, kind=kind, pair=pair, settings=settings or {"model.optimizer.lr": 0.1}
+    )
 
 
 class TestRecord:
@@ -296,8 +298,8 @@ def test_proxies_are_measured_for_students_that_have_one(tmp_path):
     for seed in (0, 1):
         job = finished(tmp_path, f"eskd{seed}", row="eskd", seed=seed, settings={"learns from": "early_stopped"})
         kept = {key: number + seed / 10 for number, key in enumerate(keys)}
-        model = {"teacher": "resnet14", "teacher_weights": str(weights), "teacher_options": None}
-        job = replace(job, planned=SimpleNamespace(settings=lambda model=model: {"model": {"init_args": model}}))
+        model = {"teacher": {"network": "resnet14", "weights": str(weights), "options": None}}
+        job = replace(job, planned=SimpleNamespace(settings=lambda model=model: {"model": model}))
         job.student_file.write_bytes(b"student")
         files = [digest(each) for each in (weights, weights, job.student_file)]
         (job.folder / "proxies.json").write_text(json.dumps({"networks": files, "values": kept}))

@@ -89,10 +89,10 @@ def test_packaged_tables_are_those_of_the_paper():
 
 
 def test_a_file_is_named_after_itself_and_its_first_comment(here):
-    table = own_table(here, set={"model.lr": 0.1})
+    table = own_table(here, set={"model.optimizer.lr": 0.1})
     assert (table.name, table.title) == ("own", "An own table")
     assert (table.metrics, table.error, table.proxies) == (("acc",), False, False)
-    assert (table.settings, table.teacher_settings, table.student_settings) == ({"model.lr": 0.1}, {}, {})
+    assert (table.settings, table.teacher_settings, table.student_settings) == ({"model.optimizer.lr": 0.1}, {}, {})
 
 
 def test_a_configuration_beside_the_table_is_found(here):
@@ -117,7 +117,12 @@ def test_a_preset_takes_the_place_of_pairs_and_settings():
 def test_a_preset_clears_settings_that_it_does_not_have(here):
     write_table(here / "over.yaml")
     (here / "over.yaml").write_text(yaml.safe_dump({"pairs": {"p": HERE}}))
-    write_table(here / "own.yaml", set={"model.lr": 1}, teacher_set={"model.lr": 2}, student_set={"model.lr": 3})
+    write_table(
+        here / "own.yaml",
+        set={"model.optimizer.lr": 1},
+        teacher_set={"model.optimizer.lr": 2},
+        student_set={"model.optimizer.lr": 3},
+    )
     table = read_table("own.yaml", "over.yaml")
     assert table.settings == table.teacher_settings == table.student_settings == {}
 
@@ -152,14 +157,14 @@ def test_a_row_overrides_what_its_schedule_says(here):
     rows = {
         "takd": {},
         "takd2": {"method": "kd", "teacher": "assistant", "label": "TAKD"},
-        "eskd": {"method": "ackd", "set": {"model.lr": 1}},
+        "eskd": {"method": "ackd", "set": {"model.optimizer.lr": 1}},
         "ce": None,
     }
     table = own_table(here, rows=rows)
     assert {name: (row.method, row.teacher, row.label, row.settings) for name, row in table.rows.items()} == {
         "takd": ("kd", "assistant", "takd", {}),
         "takd2": ("kd", "assistant", "TAKD", {}),
-        "eskd": ("ackd", "early_stopped", "eskd", {"model.lr": 1}),
+        "eskd": ("ackd", "early_stopped", "eskd", {"model.optimizer.lr": 1}),
         "ce": ("ce", "teacher", "ce", {}),
     }
 

@@ -216,7 +216,7 @@ def test_rows_of_eskd_and_takd_are_kd_from_a_proxy(name):
 def test_rows_of_the_ablation_switch_what_their_names_say():
     def switches(row: str) -> tuple[bool, bool]:
         settings, _ = load_configs([TABLES["table6"]["rows"][row].get("method", row)])
-        arguments = settings["model"]["init_args"]["method"].get("init_args", {})
+        arguments = settings["model"]["method"].get("init_args", {})
         return arguments.get("attention") != "off", arguments.get("adversarial") != "off"
 
     assert [switches(row) for row in list(TABLES["table6"]["rows"])[1:]] == [
@@ -237,11 +237,12 @@ def test_a_pair_is_that_of_its_configuration(name, pair):
     given = TABLES[name]["pairs"][pair]
     settings, run = load_configs([given["config"]])
     assert f"{given['config']}.yaml" in packaged_names()
-    model = settings["model"]["init_args"]
-    data = run.removesuffix(f"_{model['teacher']}_{model['student']}")
-    assert pair == (run if name == "smoke" else f"{model['teacher']}_{model['student']}")
-    assert model["teacher_weights"] == f"weights/{data}_{model['teacher']}.safetensors"
-    assert f"{data}_{model['teacher']}.yaml" in packaged_names()
+    model = settings["model"]
+    teacher = model["teacher"]["network"]
+    data = run.removesuffix(f"_{teacher}_{model['student']}")
+    assert pair == (run if name == "smoke" else f"{teacher}_{model['student']}")
+    assert model["teacher"]["weights"] == f"weights/{data}_{teacher}.safetensors"
+    assert f"{data}_{teacher}.yaml" in packaged_names()
 
 
 @every_pair
@@ -253,9 +254,9 @@ def test_a_pair_has_the_proxies_that_its_rows_need(name, pair):
     assert ("early_stop" in given) == ("early_stopped" in kinds)
     settings, _ = load_configs([given["config"]])
     if "assistant" in given:
-        model = settings["model"]["init_args"]
+        model = settings["model"]
         assert given["assistant"] in MODELS
-        assert given["assistant"] not in (model["teacher"], model["student"])
+        assert given["assistant"] not in (model["teacher"]["network"], model["student"])
     if "early_stop" in given:
         assert 0 < given["early_stop"] < settings["trainer"]["max_epochs"]
 
@@ -289,7 +290,10 @@ def test_settings_are_arguments_of_what_they_set(name, pair):
         "trainer": set(inspect.signature(L.Trainer).parameters),
         "data": parameters(settings["data"]["class_path"]),
         "model": parameters("ackd_lightning.DistillationModule"),
-        "model.method": parameters(settings["model"]["init_args"]["method"]["class_path"]),
+        "model.teacher": parameters("ackd_lightning.TeacherConfig"),
+        "model.optimizer": parameters(settings["model"]["optimizer"]["class_path"]),
+        "model.lr_scheduler": parameters(settings["model"]["lr_scheduler"]["class_path"]),
+        "model.method": parameters(settings["model"]["method"]["class_path"]),
     }
     dotted = [content.get(part) or {} for part in ("set", "teacher_set", "student_set")]
     dotted += [row.get("set", {}) for row in content.get("rows", {}).values()]

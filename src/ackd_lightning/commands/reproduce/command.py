@@ -69,7 +69,7 @@ def _devices(workers: int | None) -> list[str | None]:
 _OURS = {"seed_everything": "use --seeds", "runs_dir": "use --out"}
 _OURS |= dict.fromkeys(("name", "ckpt_path", "resume"), "leave it out")
 _OPTIONS = ("pair", "methods", "seeds", "out", "preset", "dry-run", "workers")
-_OURS["model.teacher_weights"] = "put the file where the pair's configuration names it"
+_OURS["model.teacher.weights"] = "put the file where the pair's configuration names it"
 
 
 def _refuse_ours(overrides: Sequence[str]) -> None:

@@ -85,8 +85,8 @@ class Stopwatch:
         networks, size = job.networks, job.networks.input_size
         each = self.seconds(lambda: plan(job.arguments).model.student, networks.student, size, train=True)
         if networks.teacher is not None:
-            name, options = networks.teacher, job.settings.get("model.teacher_options") or {}
-            make = functools.partial(create_model, name, networks.num_classes, **options)
+            name = networks.teacher
+            make = functools.partial(create_model, name, networks.num_classes, **networks.teacher_options)
             each += self.seconds(make, name, size, train=False)
         return each * images * job.epochs * _OVERHEAD
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.training.module import DistillationModule
 
 _SAMPLE = 64
@@ -19,6 +21,7 @@ class Networks:
     Attributes:
         student: Name of the student, including its auxiliary learners.
         teacher: Name of the teacher; None for a method without one.
+        teacher_options: Keyword arguments of the teacher.
         input_size: Side of the images in pixels.
         num_classes: Number of classes K.
         trained: Number of trained parameters.
@@ -28,6 +31,7 @@ class Networks:
 
     student: str
     teacher: str | None
+    teacher_options: dict[str, Any]
     input_size: int
     num_classes: int
     trained: int
@@ -41,20 +45,23 @@ class Networks:
         Args:
             module: Module as planned.
         """
-        method, names = module.method, module.hparams
+        method, data = module.method, module.data
 
         def size() -> int:
             return sum(each.nbytes for each in method.state_dict().values())
 
         trained = sum(each.numel() for each in (*module.student.parameters(), *method.parameters()))
         before = size()
-        if method.needs_targets:
-            method.set_targets(torch.arange(_SAMPLE) % module.num_classes)
+        if method.teacher != "own":  # such a method needs loaded teachers
+            targets = torch.arange(_SAMPLE) % data.num_classes
+            method.begin_fit(FitInfo(epochs=None, batch_size=None, targets=targets, seed=0, teachers=()))
+        teacher = next(iter(module.teachers.configs), None)
         return cls(
-            student=f"{names['student']} {module.student.specs}",
-            teacher=str(names["teacher"]) if method.needs_teacher else None,
-            input_size=module.input_size,
-            num_classes=module.num_classes,
+            student=f"{module.hparams['student']} {module.student.specs}",
+            teacher=None if teacher is None else str(teacher.network),
+            teacher_options=dict((teacher and teacher.options) or {}),
+            input_size=data.input_size,
+            num_classes=data.num_classes,
             trained=trained,
             kept=sum(each.numel() for each in module.student.plain().parameters()),
             bytes_per_image=(size() - before) / _SAMPLE,

@@ -16,6 +16,7 @@ from ackd_lightning.launch.execute import plan as plan_fit
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.methods.base import from_description
 
+_MILESTONES = "model.lr_scheduler.milestones"
 _TEACHER_SEED = 0
 """Seed of teachers and assistants: one of each serves the students of all seeds."""
 
@@ -26,7 +27,7 @@ def needs_teacher(row: Row) -> bool:
     Args:
         row: Row of a table.
     """
-    return from_description(load_configs([row.method])[0]["model"]["init_args"]["method"]).needs_teacher
+    return from_description(load_configs([row.method])[0]["model"]["method"]).teacher != "none"
 
 
 class Planner:
@@ -95,19 +96,24 @@ class Planner:
             jobs.append(self.jobs[folder])
         return jobs
 
-    def _pair_settings(self, pair: Pair) -> dict[str, Any]:
-        model = load_configs([str(pair.config)])[0].get("model", {})
-        arguments: dict[str, Any] = model.get("init_args", {})
-        for key in ("teacher", "student"):
-            if not isinstance(arguments.get(key), str):
-                raise ACKDError(f"{pair.config} names no {key}; add one, every pair needs it")
-        return arguments
+    def _networks(self, pair: Pair) -> tuple[str, str, str | None]:
+        """Model names of a pair's teacher and student, and the weight file of the teacher."""
+        model: dict[str, Any] = load_configs([str(pair.config)])[0].get("model", {})
+        teacher = model.get("teacher")
+        names = {"student": model.get("student"), "teacher.network": None}
+        if isinstance(teacher, dict):
+            names["teacher.network"] = teacher.get("network")
+        for key, name in names.items():
+            if not isinstance(name, str):
+                raise ACKDError(f"{pair.config} has no model.{key}; add it, every pair needs one")
+        weights = teacher.get("weights") if isinstance(teacher, dict) else None
+        return str(names["teacher.network"]), str(names["student"]), weights
 
     def _teacher_config(self, pair: Pair) -> Path:
         """Configuration that trains the teacher of a pair: it has the name of the weight file."""
-        weights = self._pair_settings(pair).get("teacher_weights")
+        weights = self._networks(pair)[2]
         if not weights:
-            raise ACKDError(f"{pair.config} names no teacher_weights; name the file that the teacher's training writes")
+            raise ACKDError(f"{pair.config} has no model.teacher.weights; name the file that the teacher's run writes")
         beside = pair.config.with_name(f"{Path(weights).stem}.yaml")
         return beside if beside.is_file() else find_config(Path(weights).stem)
 
@@ -117,9 +123,8 @@ class Planner:
         Args:
             pair: Pair of the table.
         """
-        weights = self._pair_settings(pair).get("teacher_weights")
-        path = Path(str(weights))
-        return path if weights and path.is_file() else None
+        weights = self._networks(pair)[2]
+        return Path(weights) if weights and Path(weights).is_file() else None
 
     def teacher(self, pair: Pair, *, early: bool = False) -> Job:
         """Plan the run that trains the teacher of a pair.
@@ -151,11 +156,11 @@ class Planner:
             pair: Pair of the table.
         """
         given = self.given_weights(pair)
-        return self._pair_settings(pair)["teacher"], str(given or self.teacher(pair).student_file)
+        return self._networks(pair)[0], str(given or self.teacher(pair).student_file)
 
     def _plan_teacher(self, pair: Pair, *, early: bool) -> Job:
         config = self._teacher_config(pair)
-        label = f"teacher {self._pair_settings(pair)['teacher']}"
+        label = f"teacher {self._networks(pair)[0]}"
         settings = dict(self.table.teacher_settings)
         if not early:
             return self._job(title=label, pair=pair, kind="teacher", configs=[str(config)], settings=settings)[0]
@@ -166,10 +171,9 @@ class Planner:
         planned = resolved.settings if resolved else experiment_settings(self._read(config, settings).settings())
         epochs = max(1, round(planned["trainer.max_epochs"] * pair.early_stop / whole))
         scale = epochs / planned["trainer.max_epochs"]
-        shorter = {
-            "trainer.max_epochs": epochs,
-            "model.milestones": [max(1, int(each * scale)) for each in planned["model.milestones"]],
-        }
+        shorter: dict[str, Any] = {"trainer.max_epochs": epochs}
+        if milestones := planned.get(_MILESTONES):
+            shorter[_MILESTONES] = [max(1, int(each * scale)) for each in milestones]
         overrides, self.overrides = self.overrides, [*self.overrides, *as_arguments(shorter)]
         try:
             title = f"{label}, stopped after {epochs} epochs"
@@ -204,7 +208,7 @@ class Planner:
             settings=settings,
             name=f"assistant-{pair.assistant}",
             needs=needs,
-            source=Path(source["model.teacher_weights"]),
+            source=Path(source["model.teacher.weights"]),
         )[0]
         return self._sources[pair.name, "assistant"]
 
@@ -212,13 +216,13 @@ class Planner:
         """Settings of the network to learn from, and the folders of the runs that train it."""
         given = self.given_weights(pair)
         if kind == "teacher" and given is not None:
-            return {"model.teacher_weights": str(given)}, ()
+            return {"model.teacher.weights": str(given)}, ()
         if kind == "assistant":
             job = self.assistant(pair)
-            weights = {"model.teacher": pair.assistant, "model.teacher_weights": str(job.student_file)}
+            weights = {"model.teacher.network": pair.assistant, "model.teacher.weights": str(job.student_file)}
             return weights, (job.folder,)
         job = self.teacher(pair, early=kind == "early_stopped")
-        return {"model.teacher_weights": str(job.student_file)}, (job.folder,)
+        return {"model.teacher.weights": str(job.student_file)}, (job.folder,)
 
     def add(self, pair: Pair, row: Row, seeds: Sequence[int]) -> list[Job]:
         """Plan the runs of a row of a pair, and the runs that they need.
@@ -235,8 +239,8 @@ class Planner:
     def _itself(self, pair: Pair, seed: int) -> tuple[dict[str, Any], tuple[Path, ...]]:
         """Settings of a teacher that is the student trained alone from the same seed; shared with the row ``ce``."""
         (job,) = self.add(pair, self.table.rows.get("ce", Row("ce", "ce", label="ce")), [seed])
-        student = self._pair_settings(pair)["student"]
-        return {"model.teacher": student, "model.teacher_weights": str(job.student_file)}, (job.folder,)
+        student = self._networks(pair)[1]
+        return {"model.teacher.network": student, "model.teacher.weights": str(job.student_file)}, (job.folder,)
 
     def _add(
         self, pair: Pair, row: Row, seeds: Sequence[int], source: Mapping[str, Any], needs: tuple[Path, ...]
@@ -252,5 +256,5 @@ class Planner:
             seeds=seeds,
             needs=needs,
             learns_from=row.teacher if source else "",
-            source=Path(source["model.teacher_weights"]) if source else None,
+            source=Path(source["model.teacher.weights"]) if source else None,
         )

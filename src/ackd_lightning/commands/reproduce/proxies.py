@@ -44,8 +44,9 @@ def measure(job: Job, teacher: tuple[str, str]) -> dict[str, float]:
         teacher: Model name and weight file of the teacher.
     """
     kept = job.folder / _FILE
-    model = job.planned.settings()["model"]["init_args"]
-    files = (teacher[1], model["teacher_weights"], str(job.student_file))
+    model = job.planned.settings()["model"]
+    proxy = model["teacher"]
+    files = (teacher[1], proxy["weights"], str(job.student_file))
     networks = [digest(file) for file in files]
     if kept.is_file():
         content = json.loads(kept.read_text(encoding="utf-8"))
@@ -54,8 +55,8 @@ def measure(job: Job, teacher: tuple[str, str]) -> dict[str, float]:
             return values
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values = proxy_measurements(
-        _network(*teacher, job, model["teacher_options"]).to(device),
-        _network(model["teacher"], model["teacher_weights"], job, model["teacher_options"]).to(device),
+        _network(*teacher, job, proxy["options"]).to(device),
+        _network(proxy["network"], proxy["weights"], job, proxy["options"]).to(device),
         _network(model["student"], str(job.student_file), job, model["student_options"]).to(device),
         _test_batches(job, device),
     )

@@ -50,8 +50,7 @@ class CifarResNet(nn.Module):
     """ResNet with ``depth`` = 6n + 2 layers: a 3x3 stem and three stages of n basic blocks.
 
     Stage outputs for 32x32 images are 32x32, 16x16 and 8x8 after the ReLU; other image sizes work too, because the
-    pooling is global. Parameters have the names of the public CIFAR-100 checkpoints of RepDistiller, which load
-    unchanged.
+    pooling is global. Parameters have the names of RepDistiller's public CIFAR-100 checkpoints, which load unchanged.
 
     Shapes: images (B, 3, H, W) to logits (B, K).
 
