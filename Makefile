@@ -16,10 +16,10 @@ demo: $(VENV)/.ready  ## teacher, student alone, KD and ACKD on digits: a table,
 	$(BIN)/ackd demo --out demo
 
 test: $(VENV)/.ready  ## the tests, without those marked slow
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadscope -m "not slow"
 
 test-all: $(VENV)/.ready  ## all tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 new-method: $(VENV)/.ready  ## the files of a new method: make new-method NAME=my_method
 	$(BIN)/python tests/new_method.py $(NAME)

@@ -22,6 +22,7 @@ def _clean_process(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads():
-    """The machine of a test run is small, and tiny networks gain nothing from many threads."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+def _one_thread():
+    """Tiny networks gain nothing from threads, and the processes of a test run share the cores."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start

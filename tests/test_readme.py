@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ackd_lightning import load_student
+from ackd_lightning import DistillationModule, load_student
 from ackd_lightning.cli import main, make_parser
 from ackd_lightning.config.files import config_folder, find_config, load_configs
 from ackd_lightning.errors import ACKDError
@@ -146,6 +146,17 @@ def test_the_methods_shown_work(name, folder):
     losses = Harness(method).train(12)
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0]
+
+
+def test_a_run_of_the_method_with_a_memory_can_be_tested_and_loaded(folder):
+    fragment = "model: {method: {class_path: remembered.Remembered}}\n"
+    (folder / "remembered.yaml").write_text(fragment, encoding="utf-8")
+    settings = ["--trainer.max_epochs", "1", "--data.max_per_class", "4", "--data.batch_size", "20", "--name", "one"]
+    assert main(["fit", "--config", "digits_resnet8.yaml", "--config", "remembered.yaml", *settings]) == 0
+    run = Path("runs/digits_resnet8+remembered/one")
+    assert main(["test", str(run)]) == 0
+    module = DistillationModule.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert module.method.memory.shape == (40, 10)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -10,23 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ackd_lightning import AdversarialModule, create_model, load_student, load_weights, save_weights
+from ackd_lightning import DistillationModule, create_model, load_student, load_weights, save_weights
 from ackd_lightning.cli import main
 from ackd_lightning.commands.compare import compare
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import count_parameters
 
-QUICK = [
-    "--trainer.max_epochs",
-    "2",
-    "--model.lr_scheduler.milestones",
-    "[1]",
-    "--data.max_per_class",
-    "4",
-    "--data.batch_size",
-]
-QUICK += ["20", "--trainer.enable_progress_bar", "false", "--model.teacher.gate", "off"]
+QUICK = ["--trainer.max_epochs", "2", "--model.lr_scheduler.milestones", "[1]", "--data.max_per_class", "4"]
+QUICK += ["--data.batch_size", "20", "--trainer.enable_progress_bar", "false"]
+NO_GATE = ["--model.teacher.gate", "off"]
+WEIGHTS = {name: f"weights/digits_{name}.safetensors" for name in ("resnet8", "resnet20")}
 
 
 def fit(config: str, name: str, *more: str) -> Path:
@@ -41,16 +35,15 @@ def place(tmp_path_factory):
     os.chdir(folder)
     torch.manual_seed(0)
     try:
-        for name in ("resnet8", "resnet20"):
-            save_weights(create_model(name, 10), Path(f"weights/digits_{name}.safetensors"), {"model": name})
-        fit("digits_resnet20_resnet8_atsc.yaml", "one")
-        two = ["--model.teacher.network", "[resnet20, resnet8]", "--model.teacher.weights"]
-        two.append("[weights/digits_resnet20.safetensors, weights/digits_resnet8.safetensors]")
-        fit("digits_resnet20_resnet8_atsc.yaml", "two", *two, "--seed_everything", "1")
-        fit("digits_resnet8_aikd.yaml", "a")
+        for name, path in WEIGHTS.items():
+            save_weights(create_model(name, 10), Path(path), {"model": name})
+        fit("digits_resnet20_resnet8_atsc.yaml", "one", *NO_GATE)
+        two = [{"network": name, "weights": WEIGHTS[name], "gate": "off"} for name in ("resnet20", "resnet8")]
+        fit("digits_resnet20_resnet8_atsc.yaml", "two", "--model.teacher", json.dumps(two), "--seed_everything", "1")
+        fit("digits_resnet8_aikd.yaml", "a", *NO_GATE)
         three = ["--model.method.classifiers", "[peer, resnet14]", "--model.method.warmup_epochs", "1"]
         fit("digits_resnet8_acn.yaml", "a", *three, "--test")
-        fit("digits_resnet20_resnet8.yaml", "a")
+        fit("digits_resnet20_resnet8.yaml", "a", *NO_GATE)
         yield folder
     finally:
         os.chdir(before)
@@ -74,7 +67,7 @@ def test_the_export_of_atsc_is_what_was_trained_and_counted(name):
     assert summary["parameters"] == count_parameters(student)
     assert summary["plain_parameters"] == count_parameters(create_model("resnet8", 10)) < summary["parameters"]
     assert not any(key.startswith("backbone.fc") for key in student.state_dict())  # the student's own classifier
-    module = AdversarialModule.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True).eval()
+    module = DistillationModule.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True).eval()
     image = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(module(image), student(image), atol=1e-5)
@@ -119,13 +112,13 @@ def test_any_classifier_of_acn_can_be_taken_out(learner, name):
     network = load_student(f"{learner}.safetensors")
     assert read_metadata(f"{learner}.safetensors")["model"] == name
     assert count_parameters(network) == count_parameters(create_model(name, 10))
-    module = AdversarialModule.load_from_checkpoint(ACN / "checkpoints/last.ckpt", weights_only=True).eval()
+    module = DistillationModule.load_from_checkpoint(ACN / "checkpoints/last.ckpt", weights_only=True).eval()
     image = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         out = module.student(image)
         logits = [out.logits, *(branch.logits for branch in out.branches)]
         assert torch.allclose(logits[learner], network(image), atol=1e-5)
-    column = "val/acc" if learner == 0 else f"val/aux{learner - 1}_acc"
+    column = f"val/aux{learner}_acc" if learner else "val/acc"
     said = float(read_metadata(f"{learner}.safetensors")["val_acc"])
     assert said == pytest.approx(json.loads((ACN / "summary.json").read_text())["last"][column], abs=1e-6)
 
@@ -168,7 +161,7 @@ def test_a_network_with_a_head_says_how_it_is_loaded(capsys):
     path = ATSC / "one/student.safetensors"
     with pytest.raises(ACKDError, match=r"holds resnet8 with the head that ATSC gave it; build it with .*load_student"):
         load_weights(create_model("resnet8", 10), path)
-    teacher = ["--model.teacher.network", "resnet8", "--model.teacher.weights", str(path)]
+    teacher = [*NO_GATE, "--model.teacher.network", "resnet8", "--model.teacher.weights", str(path)]
     assert main(["fit", "--config", "digits_resnet20_resnet8.yaml", "--name", "no", *QUICK, *teacher]) == 2
     assert "load_student" in capsys.readouterr().err
 

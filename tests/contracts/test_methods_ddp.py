@@ -21,7 +21,7 @@ NAMES = [path.stem for path in sorted((config_folder() / "methods").glob("*.yaml
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """``found(name, processes, rank)``: what ddp_methods.py left of a method's steps."""
+    """Return ``found(name, processes, rank)``: what ddp_methods.py saved of a method's steps."""
     folder = tmp_path_factory.mktemp("ddp")
     script = Path(__file__).with_name("ddp_methods.py")
     for world in (1, 2):
@@ -46,7 +46,7 @@ def found(tmp_path_factory):
 
 
 def largest_difference(first: list, second: list) -> float:
-    """Over all steps and tensors, relative to the tensor's largest entry (or a thousandth of the step's gradients)."""
+    """Return the largest over steps and tensors, relative to the tensor's (or 1/1000 of the step's) largest entry."""
     largest = 0.0
     for one, other in zip(first, second, strict=True):
         assert one.keys() == other.keys()
@@ -73,9 +73,9 @@ def test_memories_are_equal_in_both_processes(found, name):
                 assert torch.equal(first[key], second[key]), key
 
 
-def test_the_global_batch_comes_with_its_gradient(found):
+def test_a_gathered_batch_keeps_its_gradient(found):
     assert largest_difference(found("right", 1), found("right", 2)) < 1e-5
 
 
-def test_a_method_that_forgets_the_global_batch_is_seen(found):
+def test_a_method_that_reads_its_own_part_only_is_found(found):
     assert largest_difference(found("wrong", 1), found("wrong", 2)) > 1e-2

@@ -13,22 +13,32 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ackd_lightning import ACKD, KD, ACKDModule
 from ackd_lightning.methods import ACN, AIKD, ATSC
-from training.helpers import Blobs, IndexedBlobs, game, module, trainer
+from training.helpers import BadImages, Blobs, IndexedBlobs, game, module, trainer
+
+TWO_ONLY = ("unequal", "norm", "never_rearmed", "skip", "skip_automatic")
+"""Scenarios of two processes that are not compared with one process."""
 
 
-class Buffers(L.Callback):
-    """Keep the largest difference of BatchNorm's buffers between two processes in validation."""
+class Differences(L.Callback):
+    """Keep the largest difference between two processes of BatchNorm's buffers in validation, and of all weights."""
 
     def __init__(self):
-        self.largest = 0.0
+        self.buffers = self.weights = 0.0
 
-    def on_validation_epoch_end(self, trainer, pl_module):
+    @staticmethod
+    def difference(trainer, tensors):
         if trainer.world_size == 1:
-            return
-        mine = torch.cat([torch.zeros(1).double(), *(each.double().flatten() for each in pl_module.student.buffers())])
+            return 0.0
+        mine = torch.cat([torch.zeros(1).double(), *(each.detach().double().flatten() for each in tensors)])
         every = [torch.zeros_like(mine) for _ in range(trainer.world_size)]
         dist.all_gather(every, mine)
-        self.largest = max(self.largest, float((every[0] - every[1]).abs().max()))
+        return float((every[0] - every[1]).abs().max())
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.buffers = max(self.buffers, self.difference(trainer, pl_module.student.buffers()))
+
+    def on_train_end(self, trainer, pl_module):
+        self.weights = self.difference(trainer, pl_module.parameters())
 
 
 class UnequalStart(L.Callback):
@@ -68,19 +78,26 @@ def scenarios():
     yield "acn", game(ACN(warmup_epochs=1), norm=False), []
     adamw = functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-4)
     yield "adamw", module(ACKD(**strong), norm=False, optimizer=adamw), []
-    yield "adamw_automatic", game(KD(), norm=False, optimizer=adamw), []
+    # the bad image is in one process's part of the batch
+    yield "skip", module(ACKD(**strong), on_nonfinite="skip"), []
+    yield "skip_automatic", game(KD(), on_nonfinite="skip"), []
     yield "never_rearmed", module(ACKD(**strong), kind=NeverRearmed), []
 
 
 def main(devices: int, out: Path) -> None:
     for name, net, callbacks in scenarios():
-        buffers = Buffers()
-        run = trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", callbacks=[buffers, *callbacks])
-        run.fit(net, datamodule=Blobs() if isinstance(net, ACKDModule) else IndexedBlobs())
+        if devices == 1 and name in TWO_ONLY:
+            continue
+        apart = Differences()
+        parallel = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+        run = trainer(callbacks=[apart, *callbacks], limit_train_batches=5, **parallel)
+        images = BadImages() if name.startswith("skip") else Blobs() if isinstance(net, ACKDModule) else IndexedBlobs()
+        run.fit(net, datamodule=images)
         if run.is_global_zero:
             metrics = {key: float(value) for key, value in run.callback_metrics.items()}
-            result = {"state": net.state_dict(), "metrics": metrics, "buffers": buffers.largest}
-            torch.save({**result, "steps": run.global_step}, out / f"{name}-{devices}.pt")
+            result = {"state": net.state_dict(), "metrics": metrics, "steps": run.global_step}
+            result |= {"buffers": apart.buffers, "weights": apart.weights, "skipped": net.guard.skipped}
+            torch.save(result, out / f"{name}-{devices}.pt")
 
 
 if __name__ == "__main__":

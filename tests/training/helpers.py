@@ -83,6 +83,18 @@ class IndexedBlobs(Blobs):
         return TensorDataset(*super()._data(seed, count).tensors, torch.arange(count))
 
 
+class BadImages(Blobs):
+    """Blobs with a pixel that is not a number, in global batch ``bad`` of every epoch."""
+
+    bad = 3
+
+    def _data(self, seed, count):
+        data = super()._data(seed, count)
+        if seed == 0:
+            data.tensors[0][self.global_batch * self.bad, 0, 0, 0] = float("nan")
+        return data
+
+
 def sgd(lr: float = 0.05) -> functools.partial[SGD]:
     """SGD as in the paper, at a learning rate for small networks."""
     return functools.partial(SGD, lr=lr, momentum=0.9, weight_decay=5e-4)

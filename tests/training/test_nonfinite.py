@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from ackd_lightning.cli import main
 from ackd_lightning.errors import NonFiniteError
 from ackd_lightning.launch.execute import plan
 from ackd_lightning.training.nonfinite import remedies
-from training.helpers import Blobs, build, largest_difference, state, trainer
+from training.helpers import BadImages, Blobs, build, largest_difference, state, trainer
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")  # by Lightning
 skipping = pytest.mark.filterwarnings("ignore:the loss is not finite in epoch.*")
 
 
@@ -47,18 +44,6 @@ class BrokenACKD(ACKD):
         terms = super().forward(student, teacher, batch)
         type(self).calls += 1
         return {**terms, "ce": terms["ce"] * float("nan")} if type(self).calls in self.at else terms
-
-
-class BadImages(Blobs):
-    """Blobs with a pixel that is not a number, in global batch ``bad`` of every epoch."""
-
-    bad = 3
-
-    def _data(self, seed, count):
-        data = super()._data(seed, count)
-        if seed == 0:
-            data.tensors[0][self.global_batch * self.bad, 0, 0, 0] = float("nan")
-        return data
 
 
 def made(method=None, *, several=False, **options):
@@ -258,41 +243,6 @@ def test_on_a_gpu_the_error_comes_before_a_checkpoint(tmp_path, several):
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["epoch"] == 0
     assert finite(kept["state_dict"])
-
-
-DDP = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from training.test_nonfinite import BadImages, made
-from training.helpers import trainer
-for several in (False, True):
-    net = made(several=several, on_nonfinite="skip")
-    run = trainer(max_epochs=2, devices=2, strategy="ddp")
-    run.fit(net, datamodule=BadImages())
-    every = torch.cat([each.detach().double().flatten() for each in net.state_dict().values()])
-    both = run.strategy.all_gather(every)
-    assert net.guard.skipped == 2, net.guard.skipped
-    assert bool(torch.isfinite(every).all())
-    assert float((both[0] - both[1]).abs().max()) == 0.0 or several, "weights differ"
-    if run.is_global_zero:
-        print("fine", several, flush=True)
-"""
-
-
-def test_all_processes_skip_what_one_must_skip(tmp_path):
-    """The bad image is in one process's part of the batch; without agreement the other process would wait forever."""
-    (tmp_path / "script.py").write_text(DDP)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(Path(__file__).parents[1])],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("fine") == 2
 
 
 FIT = ["fit", "--config", "digits_resnet8.yaml", "--weights_dir", "null", "--name", "n", "--data.max_per_class", "4"]

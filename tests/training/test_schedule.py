@@ -26,8 +26,8 @@ from ackd_lightning import ACKD, KD, ACKDError, ACKDModule, DistillationModule, 
 from ackd_lightning.data.sampling import EpochSampler, ResumableLoader
 from ackd_lightning.methods import CE
 from ackd_lightning.training.schedule import WarmUp, build_scheduler, step_scheduler
-from training.helpers import Blobs, TinyNet, build, largest_difference, module, state, trainer
-from training.test_nonfinite import BadImages, skipping
+from training.helpers import BadImages, Blobs, TinyNet, build, largest_difference, module, state, trainer
+from training.test_nonfinite import skipping
 
 EPOCHS, STEPS = 3, 8  # steps an epoch
 COSINE = functools.partial(CosineAnnealingLR, T_max=0)

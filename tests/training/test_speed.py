@@ -17,7 +17,6 @@ from torch import nn
 from ackd_lightning import ACKD, KD, create_model
 from ackd_lightning.cli import main
 from ackd_lightning.launch import execute
-from ackd_lightning.launch.execute import plan
 from ackd_lightning.training import speed
 from ackd_lightning.training.speed import fast_settings, has_bfloat16
 from training.helpers import CLASSES, Blobs, build, largest_difference, module, state, teaching, trainer
@@ -44,8 +43,8 @@ class Layout(L.Callback):
 def test_layout_changes_nothing_but_rounding(channels_last):
     layout, other = Layout(), module(norm=False)
     net = module(norm=False, channels_last=channels_last)
-    trainer(callbacks=[layout]).fit(net, datamodule=Blobs())
-    trainer().fit(other, datamodule=Blobs())
+    trainer(max_epochs=1, callbacks=[layout]).fit(net, datamodule=Blobs())
+    trainer(max_epochs=1).fit(other, datamodule=Blobs())
     assert layout.seen == {channels_last}
     assert largest_difference(state(net), state(other)) < 1e-5
 
@@ -67,8 +66,9 @@ def compiled(monkeypatch):
 def test_student_teacher_and_discriminators_are_compiled_once(compiled):
     net, other = module(compile=True, norm=False), module(norm=False)
     keys = list(net.state_dict())
-    trainer(callbacks=[EMAWeightAveraging(decay=0.5)]).fit(net, datamodule=Blobs())
-    trainer(callbacks=[EMAWeightAveraging(decay=0.5)]).fit(other, datamodule=Blobs())
+    for each in (net, other):
+        few = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 1}
+        trainer(callbacks=[EMAWeightAveraging(decay=0.5)], **few).fit(each, datamodule=Blobs())
     assert [id(each) for each in compiled] == [id(net.student), id(net.teacher), id(net.method.discriminators)]
     assert list(net.state_dict()) == keys
     assert largest_difference(state(net), state(other)) < 1e-5
@@ -134,25 +134,27 @@ def test_the_flags_of_the_processor_are_read(monkeypatch, tmp_path, flags, expec
     assert has_bfloat16("cpu") is False
 
 
-@pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
 def test_the_flag_stands_for_settings_and_given_ones_stay(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speed, "has_bfloat16", lambda _: True)
     monkeypatch.setattr(speed.shutil, "which", lambda _: "/usr/bin/g++")
     words = ["--config", "digits_resnet20.yaml", "--name", "x"]
-    settings = plan([*words, "--fast"]).settings()
+    settings = execute.plan([*words, "--fast"]).settings()
     assert settings["trainer"]["precision"] == "bf16-mixed"
     assert (settings["model"]["channels_last"], settings["model"]["compile"]) == (True, True)
     assert settings["fast"] is False  # kept at the places that it stands for
-    assert plan([*words, "--fast", "--trainer.precision", "32-true"]).settings()["trainer"]["precision"] == "32-true"
-    slow = plan(words).settings()
+    assert (
+        execute.plan([*words, "--fast", "--trainer.precision", "32-true"]).settings()["trainer"]["precision"]
+        == "32-true"
+    )
+    slow = execute.plan(words).settings()
     assert slow["trainer"]["precision"] is None
     assert slow["model"]["compile"] is False
 
 
 FAULTS = """
-import resource, torch
-from ackd_lightning.training.speed import keep_freed_memory
+import resource, runpy, sys
+keep_freed_memory = runpy.run_path(sys.argv[1])["keep_freed_memory"]  # without the rest of the package: seconds
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -171,12 +173,13 @@ print(usual, faults())
 def test_no_page_of_freed_memory_is_fetched_again():
     hidden = ("MALLOC_", "GLIBC_TUNABLES")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-    done = subprocess.run([sys.executable, "-c", FAULTS], env=clean, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, speed.__file__], env=clean, capture_output=True, text=True, check=True
+    )
     usual, kept = map(int, done.stdout.split())
     assert kept < 0.05 * usual
 
 
-@pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
 @pytest.mark.parametrize(("command", "times"), [("fit", 1), ("validate", 0)])
 def test_a_fit_on_a_cpu_keeps_freed_memory(monkeypatch, tmp_path, command, times):
     monkeypatch.chdir(tmp_path)

@@ -1,39 +1,64 @@
-"""A teacher's logits from disk: the same losses and weights, and no use of what was made for something else."""
+"""A teacher's logits from disk: the same losses and weights, and no use of a cache of other views."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
-from ackd_lightning import create_model, save_weights
+from ackd_lightning import ACKD, KD, ACKDError, DigitsDataModule, TeacherConfig, create_model, save_weights
 from ackd_lightning.cli import main
+from ackd_lightning.methods import AT, ATSC, CE, DKD
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.training import teacher_cache as cache
+from training.helpers import build, largest_difference, state, trainer
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 EPOCHS = 3
 SHARED = ["--config", "digits_resnet20_resnet8.yaml", "--config", "kd.yaml", "--data.seed", "0"]
-SHARED += ["--trainer.max_epochs", str(EPOCHS), "--model.milestones", "[2]", "--data.max_per_class", "6"]
-SHARED += ["--data.batch_size", "16", "--model.teacher_gate", "off"]
-QUIET = ["--trainer.enable_progress_bar", "false"]
+SHARED += ["--trainer.max_epochs", str(EPOCHS), "--model.lr_scheduler.milestones", "[2]", "--data.max_per_class", "6"]
+SHARED += ["--data.batch_size", "16", "--model.teacher.gate", "off", "--model.teacher.network", "resnet8"]
+SHARED += ["--model.teacher.weights", "weights/0.safetensors"]
+QUIET = ["--trainer.enable_progress_bar", "false", "--weights_dir", "null"]
+RUNS = "runs/digits_resnet20_resnet8+kd"
+
+
+def data(**options: Any) -> DigitsDataModule:
+    return DigitsDataModule(**{"seed": 0, "max_per_class": 6, "batch_size": 16, **options})
+
+
+def module(method=None, *, kept: str | None = None, weights: str = "weights/0.safetensors", **options: Any):
+    images = data()
+    images.setup()
+    teacher = TeacherConfig(network="resnet8", weights=weights, gate="off", cache=kept)
+    method = KD() if method is None else method
+    return build(method, **{"student": "resnet8", "teacher": teacher, "data": images.info, **options})
+
+
+def fitted(*arguments: Any, images: dict[str, Any] | None = None, run: dict[str, Any] | None = None, **options: Any):
+    """Run a fit and return the module's state and the last loss."""
+    net, given = module(*arguments, **options), dict(run or {})
+    resume = given.pop("ckpt_path", None)
+    fitting = trainer(**{"max_epochs": EPOCHS, "limit_val_batches": 0, **given})
+    fitting.fit(net, datamodule=data(**(images or {})), ckpt_path=resume, weights_only=True)
+    return {**state(net), "loss": fitting.callback_metrics["train/loss"]}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a teacher and a cache of its logits."""
+    """Return a folder with a teacher and a cache of its logits."""
     folder, before = tmp_path_factory.mktemp("cache"), Path.cwd()
     os.chdir(folder)
     try:
         torch.manual_seed(0)
         for number in (0, 1):
-            path = Path(f"weights/{number}.safetensors")
-            save_weights(create_model("resnet20", 10), path, {"model": "resnet20"})
-        Path("weights/0.safetensors").rename("weights/digits_resnet20.safetensors")
+            save_weights(create_model("resnet8", 10), Path(f"weights/{number}.safetensors"), {"model": "resnet8"})
         assert main(["cache", *SHARED, "--out", "kept"]) == 0
     finally:
         os.chdir(before)
@@ -45,66 +70,69 @@ def _there(place, monkeypatch):
     monkeypatch.chdir(place)
 
 
-def fit(name: str, *more: str) -> int:
-    return main(["fit", *SHARED, *QUIET, "--name", name, *more])
+@pytest.fixture(scope="module")
+def without(place):
+    """Return the end of a fit without a cache."""
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        return fitted()
+    finally:
+        os.chdir(before)
 
 
-def weights(name: str, config: str = "digits_resnet20_resnet8+kd") -> dict[str, torch.Tensor]:
-    return load_file(Path("runs") / config / name / "student.safetensors")
-
-
-def largest(first, second):
-    return max(float((first[key].double() - second[key].double()).abs().max()) for key in first)
-
-
-def test_a_run_with_the_cache_is_the_run_without_and_the_teacher_rests(monkeypatch):
-    assert fit("without") == 0
+def test_the_command_fits_with_the_cache_as_without_and_the_teacher_does_not_run(monkeypatch):
+    assert main(["fit", *SHARED, *QUIET, "--name", "without"]) == 0
     calls = []
     forward = FrozenTeacher.forward
     monkeypatch.setattr(FrozenTeacher, "forward", lambda self, image: calls.append(1) or forward(self, image))
-    assert fit("with", "--model.teacher_cache", "kept") == 0
+    assert main(["fit", *SHARED, *QUIET, "--name", "with", "--model.teacher.cache", "kept"]) == 0
     assert calls == []
-    assert largest(weights("with"), weights("without")) == 0.0
-    losses = [Path(f"runs/digits_resnet20_resnet8+kd/{name}/metrics.csv").read_text() for name in ("with", "without")]
+    first, second = (load_file(f"{RUNS}/{name}/student.safetensors") for name in ("with", "without"))
+    assert largest_difference(first, second) == 0.0
+    losses = [Path(f"{RUNS}/{name}/metrics.csv").read_text() for name in ("with", "without")]
     assert losses[0] == losses[1]
 
 
-def test_other_seeds_and_methods_that_see_the_same_views_share_it():
-    assert fit("seed1", "--model.teacher_cache", "kept", "--seed_everything", "1") == 0
-    assert fit("seed1_without", "--seed_everything", "1") == 0
-    assert largest(weights("seed1"), weights("seed1_without")) == 0.0
-    for method in ("dkd", "ackd"):
-        assert fit("a", "--config", f"{method}.yaml", "--model.teacher_cache", "kept") == 0
+def test_a_fit_in_python_reads_the_cache_of_the_command(without):
+    assert largest_difference(fitted(kept="kept"), without) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [(KD, {"seed": 1}), (DKD, {}), (ACKD, {})], ids=["other seed", "dkd", "ackd"]
+)
+def test_other_seeds_and_methods_with_the_same_views_share_it(method, options):
+    first, second = (fitted(method(), kept=kept, **options) for kept in ("kept", None))
+    assert largest_difference(first, second) == 0.0
 
 
 def test_a_run_in_bfloat16_is_kept_in_bfloat16():
-    half = ["--trainer.precision", "bf16-mixed"]
-    assert main(["cache", *SHARED, *half, "--out", "half"]) == 0
+    net, images = module(), data()
+    images.setup()
+    net.load_teacher()
+    assert len(list(cache.fill(Path("half"), net, images, epochs=EPOCHS, precision="bf16-mixed"))) == EPOCHS
     assert load_file("half/epoch-0000.safetensors")["logits"].dtype is torch.bfloat16
     assert load_file("kept/epoch-0000.safetensors")["logits"].dtype is torch.float32
-    assert fit("half_with", *half, "--model.teacher_cache", "half") == 0
-    assert fit("half_without", *half) == 0
-    assert largest(weights("half_with"), weights("half_without")) == 0.0
+    first, second = (fitted(kept=kept, run={"precision": "bf16-mixed"}) for kept in ("half", None))
+    assert largest_difference(first, second) == 0.0
 
 
-def test_a_resumed_run_goes_on_with_it():
-    assert fit("stopped", "--model.teacher_cache", "kept", "--trainer.max_epochs", "1") == 0
-    last = "runs/digits_resnet20_resnet8+kd/stopped/checkpoints/last.ckpt"
-    Path("runs/digits_resnet20_resnet8+kd/stopped/summary.json").unlink()
-    assert fit("stopped", "--model.teacher_cache", "kept", "--ckpt_path", last) == 0
-    assert fit("whole") == 0
-    assert largest(weights("stopped"), weights("whole")) == 0.0
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_continues_with_it(tmp_path, without):
+    saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    fitted(kept="kept", run={"max_epochs": 1, "enable_checkpointing": True, "callbacks": [saver]})
+    assert largest_difference(fitted(kept="kept", run={"ckpt_path": tmp_path / "last.ckpt"}), without) == 0.0
 
 
-def test_an_interrupted_cache_is_finished_without_doing_again_what_is_there(capsys):
+def test_an_interrupted_cache_is_completed_and_keeps_its_files(capsys):
     before = Path("kept/epoch-0000.safetensors").stat().st_mtime_ns
     gone = Path("kept/epoch-0001.safetensors")
-    there = gone.read_bytes()
+    content = gone.read_bytes()
     gone.unlink()
-    assert fit("lacking", "--model.teacher_cache", "kept") == 2
-    assert "lacks epoch 2 of 3" in capsys.readouterr().err
+    with pytest.raises(ACKDError, match="lacks epoch 2 of 3"):
+        fitted(kept="kept")
     assert main(["cache", *SHARED, "--out", "kept"]) == 0
-    assert gone.read_bytes() == there
+    assert gone.read_bytes() == content
     assert Path("kept/epoch-0000.safetensors").stat().st_mtime_ns == before
     shown = capsys.readouterr().out
     assert "epoch 2/3" in shown
@@ -112,47 +140,56 @@ def test_an_interrupted_cache_is_finished_without_doing_again_what_is_there(caps
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("options", "named"),
     [
-        (["--data.seed", "1"], "seed of the data '0' and this run has '1'"),
-        (["--data.max_per_class", "5"], "images '60' and this run has '50'"),
-        (["--trainer.precision", "bf16-mixed"], "precision '32-true' and this run has 'bf16-mixed'"),
-        (["--data.batch_size", "8"], "batch_size '16'"),
-        (["--model.teacher_weights", "weights/1.safetensors"], "was made with teacher '"),
-        (["--trainer.max_epochs", "4"], "lacks epoch 4 of 4"),
-        (["--model.teacher_cache", "nothing"], "nothing is no cache"),
-        (["--config", "at.yaml"], "method AT does not learn from a teacher's logits alone"),
-        (["--config", "simkd.yaml"], "method ATSC does not learn from a teacher's logits alone"),
+        ({"images": {"seed": 1}}, "seed of the data '0' .* '1'"),
+        ({"images": {"max_per_class": 5}}, "images '60' .* '50'"),
+        ({"images": {"batch_size": 8}}, "batch_size '16'"),
+        ({"run": {"precision": "bf16-mixed"}}, "precision '32-true' .* 'bf16-mixed'"),
+        ({"weights": "weights/1.safetensors"}, "with teacher '"),
+        ({"run": {"max_epochs": 4}}, "lacks epoch 4 of 4"),
+        ({"run": {"max_epochs": -1, "max_steps": 4}}, "trainer.max_epochs"),
+        ({"kept": "nothing"}, "nothing is not a cache"),
+        ({"method": AT()}, "method AT"),
+        ({"method": ATSC()}, "method ATSC"),
     ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
-def test_a_cache_of_something_else_is_refused_before_anything_is_written(more, words, capsys):
-    assert fit("never", "--model.teacher_cache", "kept", *more) == 2
-    assert words in capsys.readouterr().err
+def test_a_cache_of_other_views_is_refused(options, named):
+    given = dict(options)
+    with pytest.raises(ACKDError, match=named):
+        fitted(given.pop("method", None), **{"kept": "kept", **given})
+
+
+def test_the_command_refuses_before_anything_is_written(capsys):
+    refused = ["fit", *SHARED, *QUIET, "--name", "never", "--model.teacher.cache", "kept", "--data.seed", "1"]
+    assert main(refused) == 2
+    assert "seed of the data '0'" in capsys.readouterr().err
     assert not list(Path("runs").glob("*/never"))
 
 
-def test_a_cache_of_views_that_are_drawn_otherwise_now_is_refused(monkeypatch, capsys):
+def test_a_cache_of_another_augmentation_is_refused(monkeypatch):
     monkeypatch.setattr(cache, "_VIEWS", cache._VIEWS + 1)
-    assert fit("never", "--model.teacher_cache", "kept") == 2
-    assert f"views '{cache._VIEWS - 1}' and this run has '{cache._VIEWS}'" in capsys.readouterr().err
+    with pytest.raises(ACKDError, match=f"views '{cache._VIEWS - 1}' .* '{cache._VIEWS}'"):
+        fitted(kept="kept")
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "named"),
     [("{", "cannot be read"), ("[]", "was made with"), ('{"teacher": 1}', "was made with teacher '1'")],
 )
-def test_a_damaged_key_is_refused(tmp_path, content, words, capsys):
+def test_a_damaged_key_is_refused(tmp_path, content, named):
     (tmp_path / "key.json").write_text(content)
-    assert fit("never", "--model.teacher_cache", str(tmp_path)) == 2
-    assert words in capsys.readouterr().err
+    with pytest.raises(ACKDError, match=named):
+        fitted(kept=str(tmp_path))
 
 
-def test_a_damaged_epoch_is_named(tmp_path, capsys):
+def test_a_damaged_epoch_is_named(tmp_path):
     (tmp_path / "key.json").write_text(Path("kept/key.json").read_text())
     for path in Path("kept").glob("*.safetensors"):
         (tmp_path / path.name).write_bytes(path.read_bytes()[:100])
-    assert fit("damaged", "--model.teacher_cache", str(tmp_path)) == 2
-    assert "epoch-0000.safetensors cannot be read" in capsys.readouterr().err
+    with pytest.raises(ACKDError, match=r"epoch-0000\.safetensors"):
+        fitted(kept=str(tmp_path))
 
 
 def test_the_estimate_names_disk_and_time_and_writes_nothing(capsys):
@@ -165,15 +202,22 @@ def test_the_estimate_names_disk_and_time_and_writes_nothing(capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("more", "named"),
     [
-        (["--config", "ce.yaml"], "method CE has no teacher"),
-        (["--trainer.precision", "16-mixed"], "trainer.precision is 16-mixed"),
+        (["--config", "ce.yaml"], "method CE"),
+        (["--trainer.precision", "16-mixed"], "16-mixed"),
         (["--trainer.max_epochs", "-1"], "trainer.max_epochs is -1"),
-        (["--data.seed", "7", "--out", "kept"], "kept was made with seed of the data"),
+        (["--data.seed", "7", "--out", "kept"], "seed of the data"),
         (["--no_such_option", "1"], "no_such_option"),
     ],
 )
-def test_what_cannot_be_cached_is_one_sentence(more, words, capsys):
+def test_what_cannot_be_cached_is_one_sentence(more, named, capsys):
     assert main(["cache", *SHARED, "--out", "other", *more]) == 2
-    assert words in capsys.readouterr().err
+    assert named in capsys.readouterr().err
+
+
+def test_a_method_without_a_teacher_has_no_cache():
+    net, images = module(CE()), data()
+    images.setup()
+    with pytest.raises(ACKDError, match="method CE"):
+        cache.view_key(net, images, "32-true")

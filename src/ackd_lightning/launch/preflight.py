@@ -160,7 +160,11 @@ def check_checkpoint(path: Path, module: nn.Module, content: Mapping[str, Any] |
     there, here = (_what(each) for each in (hparams, getattr(module, "hparams", {})))
     problem: ACKDError | None = None
     try:
-        check_fit(checkpoint["state_dict"], module.state_dict(), path, "the settings")
+        state = module.state_dict()
+        empty = {key for key, each in state.items() if not each.numel()}  # memories, which only a fit creates
+        own = {key: each for key, each in state.items() if key not in empty}
+        stored = {key: each for key, each in checkpoint["state_dict"].items() if key not in empty}
+        check_fit(stored, own, path, "the settings")
     except ACKDError as error:
         problem = error
     if problem is not None:  # outside the handler, so that it does not count as the first cause

@@ -224,6 +224,14 @@ class Method(nn.Module):
         """
         return {}
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Give empty buffers the shape in the checkpoint: without a fit, nothing has created the memories."""
+        for name, buffer in self._buffers.items():
+            stored = state_dict.get(f"{prefix}{name}")
+            if buffer is not None and buffer.numel() == 0 and isinstance(stored, Tensor):
+                setattr(self, name, buffer.new_empty(stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # ---------------------------------------------------------------- helpers
 
     def keep_outside(self, name: str, value: Any) -> None:

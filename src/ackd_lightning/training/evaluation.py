@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import cast
+from abc import abstractmethod
+from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.base import Method
 from ackd_lightning.metrics.cka import LearnerStatistics
-from ackd_lightning.types import NetOutput, NetSpec
+from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 
 class Evaluation(nn.Module):
@@ -94,3 +97,66 @@ class Evaluation(nn.Module):
             values = self.learner_statistics.compute()
             module.log_dict({f"{self._prefix}/learners_{name}": each for name, each in values.items()}, sync_dist=True)
             self.learner_statistics.reset()
+
+
+class EvaluationSteps(L.LightningModule):
+    """Validation, test and prediction of a student.
+
+    Attributes:
+        student: The student with its auxiliary learners.
+        method: The method.
+        evaluation: What is measured.
+    """
+
+    student: BranchyStudent
+    method: Method
+    evaluation: Evaluation
+
+    @abstractmethod
+    def as_batch(self, batch: Any) -> Batch:
+        """Read a batch of any data module."""
+
+    @abstractmethod
+    def prediction(self, student: NetOutput) -> Tensor:
+        """Return logits ``B x K`` of the network that is kept."""
+
+    def looks_at_test(self) -> bool:
+        """Return whether the data have no validation part, so that validation reads the test set."""
+        data = getattr(self.trainer, "datamodule", None)
+        return isinstance(data, ImageDataModule) and data.val_is_test
+
+    def on_validation_epoch_start(self) -> None:
+        """Choose the split that logging keys name."""
+        self.evaluation.begin("test" if self.looks_at_test() else "val")
+
+    def on_test_epoch_start(self) -> None:
+        """Choose the split that logging keys name."""
+        self.evaluation.begin("test")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure the student, each auxiliary learner and their ensemble on a batch."""
+        batch = self.as_batch(batch)
+        student: NetOutput = self.student(batch.image)
+        self.evaluation.update(self, self.method, student, self.prediction(student), batch.target)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how similar the learners are."""
+        self.evaluation.end(self)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure on a batch of test data."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log how similar the learners are."""
+        self.evaluation.end(self)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return class, its probability, target and index of every image.
+
+        Returns:
+            Four tensors of length B.
+        """
+        batch = self.as_batch(batch)
+        probability, prediction = self(batch.image).float().softmax(dim=1).max(dim=1)
+        return {"index": batch.index, "target": batch.target, "prediction": prediction, "probability": probability}

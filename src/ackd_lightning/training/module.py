@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,39 +11,31 @@ from typing import Any, Literal, cast
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
+from torch.optim import SGD
+from torch.optim.lr_scheduler import MultiStepLR
 
-from ackd_lightning._version import __version__
 from ackd_lightning.callbacks.health import HealthMonitor, TeacherGate
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.ackd import ACKD
-from ackd_lightning.methods.base import FitInfo, Method, Networks, describe, from_description, weighted_loss
+from ackd_lightning.methods.base import Method, Networks, describe, from_description, weighted_loss
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.models.features import probe
-from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.random import mix, seed_device
-from ackd_lightning.runs.export import Exported, write_student
-from ackd_lightning.training.evaluation import Evaluation
-from ackd_lightning.training.manual import ManualSteps
+from ackd_lightning.training.checkpointing import SelfDescribing
+from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
 from ackd_lightning.training.means import TermMeans
-from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite, check_weights
+from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite
+from ackd_lightning.training.optimizers import constant, factory_of
 from ackd_lightning.training.schedule import (
     OptimizerFactory,
     Recipe,
     SchedulerFactory,
-    build_scheduler,
     describe_factory,
-    reads_metric,
-    scale_learning_rates,
-    without_decay,
 )
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
 from ackd_lightning.training.teachers import (
@@ -52,14 +43,13 @@ from ackd_lightning.training.teachers import (
     Teachers,
     as_configs,
     chosen,
-    compare_classes,
     describe_teachers,
 )
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec, read_batch
 from ackd_lightning.validation import check_arguments
 
 
-class DistillationModule(ManualSteps):
+class DistillationModule(SelfDescribing, EvaluationSteps):
     """Train a student with a distillation method.
 
     Batches are ``(image, target)`` or ``(image, target, index)`` with normalised images. A method with optimizers of
@@ -131,8 +121,8 @@ class DistillationModule(ManualSteps):
         # a checkpoint holds plain data, which comes back here
         self.recipe = Recipe(**recipe) if isinstance(recipe, Mapping) else recipe or Recipe()
         given_data = DataInfo(**data) if isinstance(data, Mapping) else data
-        self.optimizer_factory = _factory(optimizer)
-        self.scheduler_factory = _constant if lr_scheduler is None else _factory(lr_scheduler)
+        self.optimizer_factory = factory_of(optimizer)
+        self.scheduler_factory = constant if lr_scheduler is None else factory_of(lr_scheduler)
         self.method: Method = (
             from_description(method) if isinstance(method, Mapping) else method or self.default_method()
         )
@@ -171,7 +161,8 @@ class DistillationModule(ManualSteps):
             pixel_range=self._pixel_range(),
         )
         self.method.build(networks)
-        self.auxiliary, self.monitors = self.method.auxiliary_parameters(), {}
+        self.auxiliary = self.method.auxiliary_parameters()
+        self.monitors = {}
         # read by torch's DistributedDataParallel
         self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name in self.method.replicated_buffers]
         if self.auxiliary:
@@ -197,12 +188,6 @@ class DistillationModule(ManualSteps):
         for name, argument in (("student", student), ("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
             if self.hparams[name] is None and argument is not None:
                 self.hparams.pop(name)  # a network, or a function: not plain data
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let an overridden ``configure_optimizers`` return the student's optimizer alone."""
-        super().__init_subclass__(**kwargs)
-        if (own := cls.__dict__.get("configure_optimizers")) is not None:
-            cls.configure_optimizers = _with_method_optimizers(own)  # type: ignore[method-assign, assignment]
 
     @classmethod
     def from_data(cls, data: L.LightningDataModule, student: str | nn.Module, **arguments: Any) -> DistillationModule:
@@ -278,47 +263,6 @@ class DistillationModule(ManualSteps):
                 if isinstance(callback, WeightAveraging):
                     callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
 
-    def _begin_fit(self) -> None:
-        """Tell the method about the fit."""
-        data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
-        targets = getattr(data, "train_targets", None)
-        self.method.begin_fit(
-            FitInfo(
-                epochs=epochs if epochs is not None and epochs > 0 else None,
-                batch_size=getattr(data, "batch_size", None),
-                targets=None if targets is None else torch.as_tensor(targets),
-                seed=self.seed,
-                teachers=self.teachers.frozen,
-            )
-        )
-
-    def _match_teachers(self) -> None:
-        """Bring the teachers' logits into the order of the data's classes, and say so."""
-        if self.data.class_names is None or not self.matches_classes:
-            return
-        reordered = self.teachers.match_classes(self.data.class_names, reorder=self.method.teacher != "own")
-        if reordered:
-            self.print(f"classes of teacher {', '.join(reordered)} are reordered to those of the data")
-
-    def _match_data(self, names: Sequence[str], origin: str) -> None:
-        """Bring the data's classes into the order in which a checkpoint was trained, and say so."""
-        data, own = getattr(self._trainer, "datamodule", None), self.data.class_names
-        if self._trainer is None or own is None or own == tuple(names) or not self.matches_classes:
-            return
-        compare_classes(names, own, origin, "the data")
-        reorder = getattr(data, "use_class_order", None)
-        if reorder is None:
-            raise ACKDError(
-                f"{origin} has the classes of the data in another order and {type(data).__name__} has no method "
-                "`use_class_order`; give the data the order of the checkpoint, or pass on_class_mismatch='ignore'"
-            )
-        reorder(names)
-        self.data = replace(self.data, class_names=tuple(names))
-        self.print(f"classes of the data are reordered to those of {origin}")
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._match_teachers()
-            self._begin_fit()
-
     def _open_cache(self) -> None:
         """Open the cache of the teacher's logits, where one is named."""
         folder = next((each.cache for each in self.teachers.configs if each.cache is not None), None)
@@ -369,12 +313,6 @@ class DistillationModule(ManualSteps):
         self.rearm_buffer_broadcast()
         self.method.set_epoch(self.current_epoch)  # here and not at an epoch's start, which a resumed run skips
         seed_device(mix(self.seed, self.current_epoch, batch_idx, self.global_rank), self.device)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip gradients by norm, after mixed precision has unscaled them."""
-        if self.recipe.gradient_clip_val is not None:
-            parameters = [each for group in optimizer.param_groups for each in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.gradient_clip_val)
 
     # ---------------------------------------------------------------- steps
 
@@ -431,37 +369,6 @@ class DistillationModule(ManualSteps):
         """Return the number of parameters that learn, of the student with its learners and of the method."""
         return sum(each.numel() for each in self.parameters() if each.requires_grad)
 
-    def kept_network(self) -> nn.Module:
-        """Return the network that is left after training: the plain student, with the head that the method gives it."""
-        head = self.method.head
-        return self.student.plain() if head is None else HeadedNetwork(self.student.plain(), head)
-
-    def save_student(self, path: str | Path, *, overwrite: bool = False) -> Exported:
-        """Write the student as a file that describes itself, as ``ackd export`` does.
-
-        Args:
-            path: ``.safetensors`` file.
-            overwrite: Replace an existing file.
-
-        Raises:
-            ACKDError: If the file exists, the student is a network that `create_model` does not build, or the logits
-                of the written network differ.
-        """
-        target, own = Path(path), self.student.plain()
-        if getattr(own, "model_name", None) is None:
-            raise ACKDError(
-                f"the student is a {type(own).__name__}, which create_model does not build, so {target} could not "
-                "describe it; write its weights with save_weights(module.kept_network(), path)"
-            )
-        if target.exists() and not overwrite:
-            raise ACKDError(f"{target} exists; choose another file or pass overwrite=True")
-        checkpoint = {
-            "ackd_lightning": self.metadata(),
-            "hyper_parameters": dict(self.hparams),
-            "state_dict": self.state_dict(),
-        }
-        return write_student(checkpoint, target)
-
     def networks_in_training(self) -> tuple[nn.Module, ...]:
         """Return student and method."""
         return self.student, self.method
@@ -490,29 +397,9 @@ class DistillationModule(ManualSteps):
         self.means.reset()
 
     def on_train_start(self) -> None:
-        """Discard what an earlier fit has left, and warn about a learning rate scale that is not applied."""
+        """Discard what an earlier fit has left."""
+        super().on_train_start()
         self.means.reset()
-        self._resume_loader()
-        scales = {each["name"]: each["lr_scale"] for each in self.method.parameter_groups() if each["lr_scale"] != 1.0}
-        overridden = type(self).configure_optimizers is not DistillationModule.configure_optimizers
-        rates = {group["lr"] for group in self.trainer.optimizers[0].param_groups}
-        if scales and overridden and len(rates) == 1:
-            name, scale = next(iter(scales.items()))
-            rank_zero_warn(
-                f"method {type(self.method).__name__} trains {name} at {scale} times the learning rate, and "
-                f"{type(self).__name__}.configure_optimizers does not; call self.scale_learning_rates(optimizer) there"
-            )
-
-    def _resume_loader(self) -> None:
-        """Let a resumed run continue in the middle of an epoch.
-
-        Lightning loses the loader's position when ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``,
-        because that creates the loader before the checkpoint is restored.
-        """
-        loop = self.trainer.fit_loop
-        if loop.restarting and loop._combined_loader_states_to_load:
-            loop._load_combined_loader_states()
-            iter(cast(Any, loop._data_fetcher))
 
     def on_train_epoch_end(self) -> None:
         """Log the means of an epoch that was cut short."""
@@ -545,157 +432,6 @@ class DistillationModule(ManualSteps):
             self.update_memories(*self._last)
             self._last = None
 
-    def looks_at_test(self) -> bool:
-        """Return whether the data have no validation part, so that validation reads the test set."""
-        data = getattr(self.trainer, "datamodule", None)
-        return isinstance(data, ImageDataModule) and data.val_is_test
-
-    def on_validation_epoch_start(self) -> None:
-        """Choose the split that logging keys name."""
-        self.evaluation.begin("test" if self.looks_at_test() else "val")
-
-    def on_test_epoch_start(self) -> None:
-        """Choose the split that logging keys name."""
-        self.evaluation.begin("test")
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure the student, each auxiliary learner and their ensemble on a batch."""
-        batch = self.as_batch(batch)
-        student: NetOutput = self.student(batch.image)
-        self.evaluation.update(self, self.method, student, self.prediction(student), batch.target)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log how similar the learners are."""
-        self.evaluation.end(self)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure on a batch of test data."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log how similar the learners are."""
-        self.evaluation.end(self)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return class, its probability, target and index of every image.
-
-        Returns:
-            Four tensors of length B.
-        """
-        batch = self.as_batch(batch)
-        probability, prediction = self(batch.image).float().softmax(dim=1).max(dim=1)
-        return {"index": batch.index, "target": batch.target, "prediction": prediction, "probability": probability}
-
-    # ---------------------------------------------------------------- optimizer
-
-    def learner_groups(self) -> list[dict[str, Any]]:
-        """Return the parameter groups of student and method, without learning rates.
-
-        For an overridden ``configure_optimizers``: ``AdamW(self.learner_groups(), lr=1e-3)`` trains at 1e-3.
-        """
-        groups = [{"name": "student", "params": list(self.student.parameters())}]
-        groups += [{"name": each["name"], "params": each["params"]} for each in self.method.parameter_groups()]
-        return groups if self.recipe.decay_norm_and_bias else without_decay(groups)
-
-    def scale_learning_rates(self, optimizer: Optimizer) -> None:
-        """Multiply the learning rates of groups that the method trains more slowly or faster than the student.
-
-        Args:
-            optimizer: Optimizer of `learner_groups`, without a schedule yet.
-        """
-        scales = {id(each): group["lr_scale"] for group in self.method.parameter_groups() for each in group["params"]}
-        scale_learning_rates(optimizer, scales)
-
-    def _schedule(self, optimizer: Optimizer, name: str, *, own_rate: bool) -> dict[str, Any]:
-        """Build a learning rate schedule in Lightning's form; `own_rate` keeps the optimizer's rate as the largest."""
-        trainer, epochs, per_epoch = self.trainer, self.trainer.max_epochs, 1.0
-        length = float("inf") if epochs is None or epochs < 1 else float(epochs)
-        if self.recipe.interval == "step":
-            length = float(trainer.estimated_stepping_batches)  # loads the data, which num_training_batches needs
-            per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-        scheduler = build_scheduler(
-            self.scheduler_factory,
-            optimizer,
-            self.recipe,
-            steps_per_epoch=per_epoch,
-            length=length,
-            own_rate=own_rate,
-        )
-        found = {"scheduler": scheduler, "name": name, "interval": self.recipe.interval}
-        return {**found, "monitor": "val/loss", "reduce_on_plateau": True} if reads_metric(scheduler) else found
-
-    def configure_optimizers(self) -> Any:
-        """Build the student's optimizer, those of the method, and their schedules."""
-        optimizer = self.optimizer_factory(self.learner_groups())
-        self.scale_learning_rates(optimizer)
-        return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr", own_rate=False)])
-
-    def add_method_optimizers(
-        self, optimizers: list[Optimizer], schedules: list[Any]
-    ) -> tuple[list[Optimizer], list[Any]]:
-        """Add the optimizers of the method, on the schedule of the module.
-
-        Args:
-            optimizers: The student's optimizer.
-            schedules: Its schedule in Lightning's form; may be empty.
-        """
-        own = self.method.auxiliary_optimizers()
-        added = [self._schedule(each, f"lr/{name}", own_rate=True) for name, each in own.items()]
-        return [*optimizers, *own.values()], self._without_monitors([*schedules, *added])
-
-    def _without_monitors(self, schedules: list[Any]) -> list[Any]:
-        """Keep the names of monitored metrics; Lightning would warn and forget them in manual optimization."""
-        if self.automatic_optimization:
-            return schedules
-        found = []
-        for each in schedules:
-            if isinstance(each, Mapping):
-                if each.get("monitor") is not None:
-                    self.monitors[id(each["scheduler"])] = str(each["monitor"])
-                each = {key: each[key] for key in each if key not in ("monitor", "reduce_on_plateau", "strict")}
-            found.append(each)
-        return found
-
-    # ---------------------------------------------------------------- checkpoint
-
-    def metadata(self) -> dict[str, Any]:
-        """Return what an export needs to know, as plain data."""
-        data = getattr(self._trainer, "datamodule", None)
-        return {
-            "version": __version__,
-            "num_classes": self.data.num_classes,
-            "input_size": self.data.input_size,
-            "mean": list(self.data.mean) if self.data.mean else None,
-            "std": list(self.data.std) if self.data.std else None,
-            "class_names": list(self.data.class_names) if self.data.class_names else None,
-            "data": type(data).__name__ if data is not None else None,
-            "method": type(self.method).__name__,
-            "seed": self.seed,
-            "epoch": self.current_epoch + 1 if self._trainer is not None else 0,
-            "skipped": self.guard.skipped,
-            "head": None if self.method.head is None else self.method.head.description(),
-            "learners": list(self.student.specs),
-        }
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an export needs; non-finite weights are not written.
-
-        Raises:
-            NonFiniteError: Naming what is not finite.
-        """
-        self.guard.flush(self)
-        state: Mapping[str, Tensor] = checkpoint.get("state_dict", {})
-        parameters = (name for name, _ in self.named_parameters())
-        check_weights(self, state, {*parameters, *(name for name in state if name.startswith("student."))})
-        checkpoint["ackd_lightning"] = self.metadata()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""
-        metadata = checkpoint.get("ackd_lightning", {})
-        self.guard.skipped = metadata.get("skipped", 0)
-        if names := metadata.get("class_names"):
-            self._match_data(names, "the checkpoint")
-
 
 class ACKDModule(DistillationModule):
     """Adversarial collaborative knowledge distillation, ready for any Lightning project.
@@ -712,62 +448,3 @@ class ACKDModule(DistillationModule):
     def default_method(self) -> Method:
         """Return ACKD with the paper's learners and weights."""
         return ACKD()
-
-
-def _constant(optimizer: Optimizer) -> LRScheduler:
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-def _factory(given: Any) -> Any:
-    """Factory of an optimizer or a schedule: as it is given, or from the plain data of a checkpoint."""
-    if not isinstance(given, Mapping):
-        return given
-    module, _, name = str(given["class_path"]).rpartition(".")
-    if module not in ("torch.optim", "torch.optim.lr_scheduler"):
-        raise ACKDError(f"the checkpoint was trained with {given['class_path']}; pass that optimizer or schedule again")
-    home = torch.optim if module == "torch.optim" else torch.optim.lr_scheduler
-    return functools.partial(getattr(home, name), **given["init_args"])
-
-
-def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Complete what an overridden ``configure_optimizers`` returns with the optimizers of the method."""
-
-    @functools.wraps(own)
-    def configure_optimizers(self: DistillationModule) -> Any:
-        result = own(self)
-        if not self.auxiliary:
-            return result
-        optimizers, schedules = _parts(result)
-        auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
-        held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
-        count = len(optimizers)
-        if auxiliary & held:
-            schedules = self._without_monitors(schedules)
-        else:
-            optimizers, schedules = self.add_method_optimizers(optimizers, schedules)
-        if len(optimizers) != 1 + len(self.auxiliary):
-            raise ACKDError(
-                f"{type(self).__name__}.configure_optimizers returns {count} optimizers, and method "
-                f"{type(self.method).__name__} has {len(self.auxiliary)} of its own, which are added; return the "
-                "student's optimizer alone"
-            )
-        return optimizers, schedules
-
-    return configure_optimizers
-
-
-def _parts(result: Any) -> tuple[list[Optimizer], list[Any]]:
-    """Split one of Lightning's forms of optimizers and schedules into two lists."""
-    if result is None:
-        return [], []
-    if isinstance(result, Optimizer):
-        return [result], []
-    if isinstance(result, Mapping):
-        schedule = result.get("lr_scheduler")
-        if schedule is not None and not isinstance(schedule, Mapping):
-            schedule = {"scheduler": schedule, "monitor": result.get("monitor")}
-        return [result["optimizer"]], [] if schedule is None else [schedule]
-    if isinstance(result, (list, tuple)) and len(result) == 2 and isinstance(result[0], (list, tuple)):
-        return list(result[0]), list(result[1])
-    pairs = [_parts(each) for each in result]
-    return [each for found, _ in pairs for each in found], [each for _, found in pairs for each in found]

@@ -1,0 +1,152 @@
+"""What a checkpoint and an export say of a training module, and class names that are matched when one is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from ackd_lightning._version import __version__
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods.base import FitInfo
+from ackd_lightning.models.heads import HeadedNetwork
+from ackd_lightning.runs.export import Exported, write_student
+from ackd_lightning.training.nonfinite import check_weights
+from ackd_lightning.training.optimizers import OpenOptimizers
+from ackd_lightning.training.teachers import Teachers, compare_classes
+from ackd_lightning.types import DataInfo
+
+
+class SelfDescribing(OpenOptimizers):
+    """A module whose checkpoints and exports describe themselves.
+
+    Attributes:
+        data: Classes, image size and normalisation of the data.
+        teachers: The teachers.
+        matches_classes: Whether class names must be those of the data.
+        seed: Seed of the run.
+    """
+
+    data: DataInfo
+    teachers: Teachers
+    matches_classes: bool
+    seed: int
+
+    def kept_network(self) -> nn.Module:
+        """Return the network that is left after training: the plain student, with the head that the method gives it."""
+        head = self.method.head
+        return self.student.plain() if head is None else HeadedNetwork(self.student.plain(), head)
+
+    def save_student(self, path: str | Path, *, overwrite: bool = False) -> Exported:
+        """Write the student as a file that describes itself, as ``ackd export`` does.
+
+        Args:
+            path: ``.safetensors`` file.
+            overwrite: Replace an existing file.
+
+        Raises:
+            ACKDError: If the file exists, the student is a network that `create_model` does not build, or the logits
+                of the written network differ.
+        """
+        target, own = Path(path), self.student.plain()
+        if getattr(own, "model_name", None) is None:
+            raise ACKDError(
+                f"the student is a {type(own).__name__}, which create_model does not build, so {target} could not "
+                "describe it; write its weights with save_weights(module.kept_network(), path)"
+            )
+        if target.exists() and not overwrite:
+            raise ACKDError(f"{target} exists; choose another file or pass overwrite=True")
+        checkpoint = {
+            "ackd_lightning": self.metadata(),
+            "hyper_parameters": dict(self.hparams),
+            "state_dict": self.state_dict(),
+        }
+        return write_student(checkpoint, target)
+
+    # ---------------------------------------------------------------- class names
+
+    def _begin_fit(self) -> None:
+        """Tell the method about the fit."""
+        data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
+        targets = getattr(data, "train_targets", None)
+        self.method.begin_fit(
+            FitInfo(
+                epochs=epochs if epochs is not None and epochs > 0 else None,
+                batch_size=getattr(data, "batch_size", None),
+                targets=None if targets is None else torch.as_tensor(targets),
+                seed=self.seed,
+                teachers=self.teachers.frozen,
+            )
+        )
+
+    def _match_teachers(self) -> None:
+        """Bring the teachers' logits into the order of the data's classes, and say so."""
+        if self.data.class_names is None or not self.matches_classes:
+            return
+        reordered = self.teachers.match_classes(self.data.class_names, reorder=self.method.teacher != "own")
+        if reordered:
+            self.print(f"classes of teacher {', '.join(reordered)} are reordered to those of the data")
+
+    def _match_data(self, names: Sequence[str], origin: str) -> None:
+        """Bring the data's classes into the order in which a checkpoint was trained, and say so."""
+        data, own = getattr(self._trainer, "datamodule", None), self.data.class_names
+        if self._trainer is None or own is None or own == tuple(names) or not self.matches_classes:
+            return
+        compare_classes(names, own, origin, "the data")
+        reorder = getattr(data, "use_class_order", None)
+        if reorder is None:
+            raise ACKDError(
+                f"{origin} has the classes of the data in another order and {type(data).__name__} has no method "
+                "`use_class_order`; give the data the order of the checkpoint, or pass on_class_mismatch='ignore'"
+            )
+        reorder(names)
+        self.data = replace(self.data, class_names=tuple(names))
+        self.print(f"classes of the data are reordered to those of {origin}")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._match_teachers()
+            self._begin_fit()
+
+    # ---------------------------------------------------------------- checkpoint
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what an export needs to know, as plain data."""
+        data = getattr(self._trainer, "datamodule", None)
+        return {
+            "version": __version__,
+            "num_classes": self.data.num_classes,
+            "input_size": self.data.input_size,
+            "mean": list(self.data.mean) if self.data.mean else None,
+            "std": list(self.data.std) if self.data.std else None,
+            "class_names": list(self.data.class_names) if self.data.class_names else None,
+            "data": type(data).__name__ if data is not None else None,
+            "method": type(self.method).__name__,
+            "seed": self.seed,
+            "epoch": self.current_epoch + 1 if self._trainer is not None else 0,
+            "skipped": self.guard.skipped,
+            "head": None if self.method.head is None else self.method.head.description(),
+            "learners": list(self.student.specs),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what an export needs; non-finite weights are not written.
+
+        Raises:
+            NonFiniteError: Naming what is not finite.
+        """
+        self.guard.flush(self)
+        state: Mapping[str, Tensor] = checkpoint.get("state_dict", {})
+        parameters = (name for name, _ in self.named_parameters())
+        check_weights(self, state, {*parameters, *(name for name in state if name.startswith("student."))})
+        checkpoint["ackd_lightning"] = self.metadata()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""
+        metadata = checkpoint.get("ackd_lightning", {})
+        self.guard.skipped = metadata.get("skipped", 0)
+        if names := metadata.get("class_names"):
+            self._match_data(names, "the checkpoint")

@@ -1,0 +1,216 @@
+"""Optimizers and schedules of a training module, its own and those of its method."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.training.manual import ManualSteps
+from ackd_lightning.training.schedule import (
+    OptimizerFactory,
+    Recipe,
+    SchedulerFactory,
+    build_scheduler,
+    reads_metric,
+    scale_learning_rates,
+    without_decay,
+)
+
+
+class OpenOptimizers(ManualSteps):
+    """A module whose optimizer and schedule are given, or returned by an overridden ``configure_optimizers``.
+
+    Attributes:
+        student: The student.
+        recipe: Interval of the schedule, warm-up, clipping, weight decay.
+        optimizer_factory: Builds the student's optimizer.
+        scheduler_factory: Builds the schedule of an optimizer.
+    """
+
+    student: BranchyStudent
+    recipe: Recipe
+    optimizer_factory: OptimizerFactory
+    scheduler_factory: SchedulerFactory
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let an overridden ``configure_optimizers`` return the student's optimizer alone."""
+        super().__init_subclass__(**kwargs)
+        if (own := cls.__dict__.get("configure_optimizers")) is not None:
+            cls.configure_optimizers = _with_method_optimizers(own)  # type: ignore[method-assign, assignment]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip gradients by norm, after mixed precision has unscaled them."""
+        if self.recipe.gradient_clip_val is not None:
+            parameters = [each for group in optimizer.param_groups for each in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.gradient_clip_val)
+
+    def on_train_start(self) -> None:
+        """Warn about a learning rate scale that an overridden ``configure_optimizers`` does not apply."""
+        self._resume_loader()
+        scales = {each["name"]: each["lr_scale"] for each in self.method.parameter_groups() if each["lr_scale"] != 1.0}
+        overridden = type(self).configure_optimizers is not OpenOptimizers.configure_optimizers
+        rates = {group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        if scales and overridden and len(rates) == 1:
+            name, scale = next(iter(scales.items()))
+            rank_zero_warn(
+                f"method {type(self.method).__name__} trains {name} at {scale} times the learning rate, and "
+                f"{type(self).__name__}.configure_optimizers does not; call self.scale_learning_rates(optimizer) there"
+            )
+
+    def _resume_loader(self) -> None:
+        """Let a resumed run continue in the middle of an epoch.
+
+        Lightning loses the loader's position if ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``,
+        because that creates the loader before the checkpoint is restored.
+        """
+        loop = self.trainer.fit_loop
+        if loop.restarting and loop._combined_loader_states_to_load:
+            loop._load_combined_loader_states()
+            iter(cast(Any, loop._data_fetcher))
+
+    def learner_groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups of student and method, without learning rates.
+
+        For an overridden ``configure_optimizers``: ``AdamW(self.learner_groups(), lr=1e-3)`` trains at 1e-3.
+        """
+        groups = [{"name": "student", "params": list(self.student.parameters())}]
+        groups += [{"name": each["name"], "params": each["params"]} for each in self.method.parameter_groups()]
+        return groups if self.recipe.decay_norm_and_bias else without_decay(groups)
+
+    def scale_learning_rates(self, optimizer: Optimizer) -> None:
+        """Multiply the learning rates of groups that the method trains more slowly or faster than the student.
+
+        Args:
+            optimizer: Optimizer of `learner_groups`, without a schedule yet.
+        """
+        scales = {id(each): group["lr_scale"] for group in self.method.parameter_groups() for each in group["params"]}
+        scale_learning_rates(optimizer, scales)
+
+    def _schedule(self, optimizer: Optimizer, name: str, *, own_rate: bool) -> dict[str, Any]:
+        """Build a learning rate schedule in Lightning's form; `own_rate` keeps the optimizer's rate as the largest."""
+        trainer, epochs, per_epoch = self.trainer, self.trainer.max_epochs, 1.0
+        length = float("inf") if epochs is None or epochs < 1 else float(epochs)
+        if self.recipe.interval == "step":
+            length = float(trainer.estimated_stepping_batches)  # loads the data, which num_training_batches needs
+            per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+        scheduler = build_scheduler(
+            self.scheduler_factory,
+            optimizer,
+            self.recipe,
+            steps_per_epoch=per_epoch,
+            length=length,
+            own_rate=own_rate,
+        )
+        found = {"scheduler": scheduler, "name": name, "interval": self.recipe.interval}
+        return {**found, "monitor": "val/loss", "reduce_on_plateau": True} if reads_metric(scheduler) else found
+
+    def configure_optimizers(self) -> Any:
+        """Build the student's optimizer, those of the method, and their schedules."""
+        optimizer = self.optimizer_factory(self.learner_groups())
+        self.scale_learning_rates(optimizer)
+        return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr", own_rate=False)])
+
+    def add_method_optimizers(
+        self, optimizers: list[Optimizer], schedules: list[Any]
+    ) -> tuple[list[Optimizer], list[Any]]:
+        """Add the optimizers of the method, on the schedule of the module.
+
+        Args:
+            optimizers: The student's optimizer.
+            schedules: Its schedule in Lightning's form; may be empty.
+        """
+        own = self.method.auxiliary_optimizers()
+        added = [self._schedule(each, f"lr/{name}", own_rate=True) for name, each in own.items()]
+        return [*optimizers, *own.values()], self._without_monitors([*schedules, *added])
+
+    def _without_monitors(self, schedules: list[Any]) -> list[Any]:
+        """Keep the names of monitored metrics; Lightning would warn and forget them in manual optimization."""
+        if self.automatic_optimization:
+            return schedules
+        found = []
+        for each in schedules:
+            if isinstance(each, Mapping):
+                if each.get("monitor") is not None:
+                    self.monitors[id(each["scheduler"])] = str(each["monitor"])
+                each = {key: each[key] for key in each if key not in ("monitor", "reduce_on_plateau", "strict")}
+            found.append(each)
+        return found
+
+
+def constant(optimizer: Optimizer) -> LRScheduler:
+    """Return a schedule that leaves the learning rate as it is.
+
+    Args:
+        optimizer: Optimizer of the schedule.
+    """
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def factory_of(given: Any) -> Any:
+    """Return the factory of an optimizer or a schedule: as it is given, or from the plain data of a checkpoint.
+
+    Args:
+        given: A function, or ``class_path`` and ``init_args``.
+
+    Raises:
+        ACKDError: If the plain data name a class outside ``torch.optim``.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    module, _, name = str(given["class_path"]).rpartition(".")
+    if module not in ("torch.optim", "torch.optim.lr_scheduler"):
+        raise ACKDError(f"the checkpoint was trained with {given['class_path']}; pass that optimizer or schedule again")
+    home = torch.optim if module == "torch.optim" else torch.optim.lr_scheduler
+    return functools.partial(getattr(home, name), **given["init_args"])
+
+
+def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Complete what an overridden ``configure_optimizers`` returns with the optimizers of the method."""
+
+    @functools.wraps(own)
+    def configure_optimizers(self: OpenOptimizers) -> Any:
+        result = own(self)
+        if not self.auxiliary:
+            return result
+        optimizers, schedules = _parts(result)
+        auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
+        held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+        count = len(optimizers)
+        if auxiliary & held:
+            schedules = self._without_monitors(schedules)
+        else:
+            optimizers, schedules = self.add_method_optimizers(optimizers, schedules)
+        if len(optimizers) != 1 + len(self.auxiliary):
+            raise ACKDError(
+                f"{type(self).__name__}.configure_optimizers returns {count} optimizers, and method "
+                f"{type(self.method).__name__} has {len(self.auxiliary)} of its own, which are added; return the "
+                "student's optimizer alone"
+            )
+        return optimizers, schedules
+
+    return configure_optimizers
+
+
+def _parts(result: Any) -> tuple[list[Optimizer], list[Any]]:
+    """Split one of Lightning's forms of optimizers and schedules into two lists."""
+    if result is None:
+        return [], []
+    if isinstance(result, Optimizer):
+        return [result], []
+    if isinstance(result, Mapping):
+        schedule = result.get("lr_scheduler")
+        if schedule is not None and not isinstance(schedule, Mapping):
+            schedule = {"scheduler": schedule, "monitor": result.get("monitor")}
+        return [result["optimizer"]], [] if schedule is None else [schedule]
+    if isinstance(result, (list, tuple)) and len(result) == 2 and isinstance(result[0], (list, tuple)):
+        return list(result[0]), list(result[1])
+    pairs = [_parts(each) for each in result]
+    return [each for found, _ in pairs for each in found], [each for _, found in pairs for each in found]
