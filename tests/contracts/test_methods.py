@@ -239,6 +239,7 @@ def test_state_and_description_bring_the_method_back(path, fit):
         first.step(first.data.batch(number))
     arguments = {"teacher": teacher, "data": first.data, "seed": 2}
     again = Harness(from_description(describe(first.method)), **arguments)
+    again.module.seed = first.module.seed  # the same run, whose networks start with other weights
     if fit:
         again.begin_fit(epoch=50)
     again.method.load_state_dict(first.method.state_dict(), strict=True)
