@@ -102,8 +102,8 @@ class Method(nn.Module):
     ``ackd_lightning.validation.Positive``) in Python and on the command line alike.
 
     Attributes:
-        teacher: Part of the teacher that the method reads: ``none``, its ``logits``, its whole ``output`` with features,
-            or ``own`` for a method that runs one or several teachers itself; its ``forward`` gets None.
+        teacher: Part of the teacher that the method reads: ``none``, its ``logits``, the whole ``output`` with
+            features, or ``own`` for a method that runs one or several teachers itself; its ``forward`` gets None.
         loss_weights: Weight of every term that ``forward`` returns. The loss is their weighted sum. May change in
             ``set_epoch``.
         branches: Auxiliary learners of the student: ``DnBm`` branches, ``last``, ``peer`` or names of models; empty
