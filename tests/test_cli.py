@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ackd_lightning.data.images import Pixels
 from PIL import Image
 
 from ackd_lightning import create_model
@@ -24,7 +25,6 @@ from ackd_lightning.commands.compare import group_runs
 from ackd_lightning.config.files import config_folder as folder_of_configs
 from ackd_lightning.config.files import method_names, packaged_names, read_config
 from ackd_lightning.data.base import ImageDataModule
-from ackd_lightning.data.images import Pixels
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
 
 QUICK = [

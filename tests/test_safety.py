@@ -27,8 +27,8 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.training.module import DistillationModule
 
 SOURCE = Path(__file__).parents[1] / "src" / "ackd_lightning"
-QUICK = ["fit", "--config", "digits_resnet20.yaml", "--publish", "null", "--data.max_per_class", "4"]
-QUICK += ["--data.batch_size", "20", "--trainer.max_epochs", "2", "--model.milestones", "[1]"]
+QUICK = ["fit", "--config", "digits_resnet20.yaml", "--weights_dir", "null", "--data.max_per_class", "4"]
+QUICK += ["--data.batch_size", "20", "--trainer.max_epochs", "2", "--model.lr_scheduler.milestones", "[1]"]
 QUICK += ["--trainer.enable_progress_bar", "false"]
 
 
@@ -142,14 +142,18 @@ def test_a_link_in_a_zip_archive_is_a_file(tmp_path):
 
 # -------------------------------------------------------------------- classes in settings
 
-MODULE = "ackd_lightning.DistillationModule"
 LAMBDA = "lightning.pytorch.callbacks.LambdaCallback"
 PLACES = {
     "model": {"model": "HERE"},
-    "model.method": {"model": {"class_path": MODULE, "init_args": {"method": "HERE"}}},
-    "model.student": {"model": {"class_path": MODULE, "init_args": {"student": "HERE"}}},
-    "model.student_options": {"model": {"class_path": MODULE, "init_args": {"student_options": {"a": "HERE"}}}},
-    "model.teacher_options": {"model": {"class_path": MODULE, "init_args": {"teacher_options": {"a": ["HERE"]}}}},
+    "model.method": {"model": {"method": "HERE"}},
+    "model.student": {"model": {"student": "HERE"}},
+    "model.student_options": {"model": {"student_options": {"a": "HERE"}}},
+    "model.optimizer": {"model": {"optimizer": "HERE"}},
+    "model.lr_scheduler": {"model": {"lr_scheduler": "HERE"}},
+    "model.recipe": {"model": {"recipe": "HERE"}},
+    "model.teacher": {"model": {"teacher": "HERE"}},
+    "model.teacher.network": {"model": {"teacher": {"network": "HERE"}}},
+    "model.teacher.options": {"model": {"teacher": {"network": "resnet8", "options": {"a": ["HERE"]}}}},
     "data": {"data": "HERE"},
     "trainer.callbacks": {"trainer": {"callbacks": ["HERE"]}},
     "trainer.callbacks.on_fit_start": {
@@ -197,7 +201,7 @@ def called(tmp_path, monkeypatch):
 def test_settings_name_no_foreign_class(place, path, called, capsys, monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: called.append("Popen"))
     Path("c.yaml").write_text(yaml.safe_dump({"include": ["digits_resnet20"], **put(PLACES[place], path)}))
-    assert main(["fit", "--config", "c.yaml", "--trainer.fast_dev_run", "1", "--publish", "null"]) == 2
+    assert main(["fit", "--config", "c.yaml", "--trainer.fast_dev_run", "1", "--weights_dir", "null"]) == 2
     shown = capsys.readouterr().err.strip()
     assert f"setting {place}" in shown
     assert path in shown
@@ -212,6 +216,8 @@ def test_settings_name_no_foreign_class(place, path, called, capsys, monkeypatch
         ["--model.student_options", '{"a": {"class_path": "evil_module.Thing"}}'],
         ["--model.student_options.a", "{class_path: evil_module.Thing}"],
         ["--model.method", "evil_module.Thing"],
+        ["--model.optimizer", "evil_module.Thing"],
+        ["--model.teacher.options.a", "{class_path: evil_module.Thing}"],
         ["--model.method", "evil_module.function"],
         ["--trainer.callbacks+", "evil_module.Thing"],
         ["--trainer.callbacks+", LAMBDA, "--trainer.callbacks.on_fit_start", "evil_module.function"],
@@ -221,7 +227,7 @@ def test_settings_name_no_foreign_class(place, path, called, capsys, monkeypatch
     ids=" ".join,
 )
 def test_the_command_line_names_no_foreign_class(flags, called):
-    dry = ["fit", "--config", "digits_resnet20.yaml", "--trainer.fast_dev_run", "1", "--publish", "null"]
+    dry = ["fit", "--config", "digits_resnet20.yaml", "--trainer.fast_dev_run", "1", "--weights_dir", "null"]
     assert main([*dry, *flags]) == 2
     assert called == []
 
@@ -238,7 +244,13 @@ def test_plain_data_is_refused_before_its_class_is_imported(called, capsys):
 
 def test_classes_that_fit_are_let_through():
     settings = {
-        "model": {"class_path": MODULE, "init_args": {"method": {"class_path": "ackd_lightning.methods.KD"}}},
+        "model": {
+            "method": {"class_path": "ackd_lightning.methods.KD"},
+            "optimizer": {"class_path": "torch.optim.AdamW"},
+            "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR"},
+            "student": {"class_path": "torch.nn.Flatten"},
+            "teacher": {"network": "resnet8", "options": {"width": 2}},
+        },
         "data": {"class_path": "ackd_lightning.data.DigitsDataModule"},
         "trainer": {
             "callbacks": [
@@ -248,9 +260,9 @@ def test_classes_that_fit_are_let_through():
             "plugins": [{"class_path": "lightning.pytorch.plugins.io.TorchCheckpointIO"}],
         },
     }
-    roots = {"model": DistillationModule, "data": ImageDataModule}
-    names = check_classes(settings, roots, L.Trainer)
-    assert {"temperature", "lr", "duration", "val_fraction"} <= names
+    arguments_of = {"model": DistillationModule, "trainer": L.Trainer}
+    names = check_classes(settings, {"data": ImageDataModule}, arguments_of)
+    assert {"temperature", "lr", "T_max", "duration", "val_fraction"} <= names
 
 
 def test_declared_types_are_read_through_sub_classes():

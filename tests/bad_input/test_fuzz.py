@@ -12,12 +12,12 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.cli import LightningCLI
 
 from ackd_lightning import create_model
 from ackd_lightning.cli import main
 from ackd_lightning.config.files import load_configs
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.execute import Execution
 from ackd_lightning.models.weights import load_weights, save_weights
 
 LAST = "runs/digits_resnet20/t/checkpoints/last.ckpt"
@@ -27,8 +27,10 @@ FEW = {"deadline": None, "derandomize": True, "database": None}
 FEW["suppress_health_check"] = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 NAMES = [
-    *("model.lr", "model.momentum", "model.weight_decay", "model.milestones", "model.lr_decay", "model.warmup_epochs"),
-    *("model.gradient_clip_val", "model.seed", "model.student", "model.student_options", "model.teacher_gate"),
+    *("model.optimizer", "model.optimizer.lr", "model.optimizer.momentum", "model.optimizer.weight_decay"),
+    *("model.lr_scheduler", "model.lr_scheduler.milestones", "model.lr_scheduler.gamma", "model.lr_scheduler.T_max"),
+    *("model.recipe", "model.recipe.warmup_epochs", "model.recipe.interval", "model.recipe.gradient_clip_val"),
+    *("model.seed", "model.student", "model.student_options", "model.teacher", "model.teacher.gate"),
     *("model.method", "model.method.temperature", "model.method.branches", "model.method.attention"),
     *("model.method.attention_hidden", "model.method.lambda_adv", "model.method.adversarial"),
     *("data.batch_size", "data.eval_batch_size", "data.val_fraction", "data.train_fraction", "data.max_per_class"),
@@ -38,7 +40,19 @@ NAMES = [
     *("trainer.deterministic", "trainer.max_time", "trainer.profiler", "seed_everything", "name", "runs_dir"),
 ]
 WORDS = ["", "auto", "null", "true", "nan", ".nan", ".inf", "-.inf", "1e400", "[]", "{}", "[[1]]", "[-1, 2]", "{a: 1}"]
-WORDS += ["resnet8", "[D3B1, D2B2]", "off", "CE", "ackd_lightning.methods.KD", "1_000", "0x10", "2020-13-01", "&a [*a]"]
+WORDS += [
+    "resnet8",
+    "[D3B1, D2B2]",
+    "off",
+    "CE",
+    "AdamW",
+    "CosineAnnealingLR",
+    "ackd_lightning.methods.KD",
+    "1_000",
+    "0x10",
+    "2020-13-01",
+    "&a [*a]",
+]
 VALUES = st.one_of(
     st.sampled_from(WORDS),
     st.integers(-(10**12), 10**12).map(str),
@@ -49,7 +63,7 @@ VALUES = st.one_of(
 
 
 class HangError(BaseException):
-    """No `except Exception` may take it for an answer."""
+    """No `except Exception` catches this."""
 
 
 @contextlib.contextmanager
@@ -73,7 +87,7 @@ def guarded():
 
 
 def answer(arguments: list[str]) -> str:
-    """What a command says, once its exit code is known to be 0 or 2."""
+    """Message of a command whose exit code is 0 or 2."""
     shown = io.StringIO()
     with guarded(), contextlib.redirect_stderr(shown), contextlib.redirect_stdout(io.StringIO()):
         code = main(arguments)
@@ -102,7 +116,7 @@ def damaged(content: bytes):
 @pytest.fixture
 def unstarted(here, monkeypatch):
     """Everything up to the first step; no step."""
-    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(Execution, "execute", lambda self: None)
     return here
 
 
@@ -141,7 +155,7 @@ def test_bytes_of_weights(here):
 
 @pytest.mark.parametrize("command", ["export", "test"])
 def test_bytes_of_a_checkpoint(command, copied, monkeypatch):
-    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(Execution, "execute", lambda self: None)
     good = Path(LAST).read_bytes()
     out = ["--out", "s.safetensors", "--overwrite"] if command == "export" else []
 

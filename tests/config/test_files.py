@@ -101,9 +101,9 @@ def test_every_packaged_file_reads_with_its_includes(path):
 
 def test_a_packaged_run_holds_what_its_fragments_say():
     content = read_config(find_config(NAME))
-    assert content["model"]["class_path"] == "ackd_lightning.ACKDModule"
-    assert content["model"]["init_args"]["student"] == "resnet8"
-    assert content["model"]["init_args"]["method"]["class_path"] == "ackd_lightning.methods.ACKD"
+    assert content["model"]["student"] == "resnet8"
+    assert content["model"]["method"]["class_path"] == "ackd_lightning.methods.ACKD"
+    assert content["model"]["optimizer"]["init_args"] == {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
     assert "class_path" in content["data"]
 
 
@@ -128,7 +128,7 @@ def test_a_fragment_beside_the_file_wins_over_a_packaged_one(tmp_path):
     assert read_config(top) == {"mine": True}
 
 
-def test_the_same_fragment_twice_is_no_cycle(tmp_path):
+def test_the_same_fragment_twice_is_not_a_cycle(tmp_path):
     write(tmp_path / "base.yaml", "a: 1\n")
     write(tmp_path / "one.yaml", "include: [base]\n")
     write(tmp_path / "two.yaml", "include: [base]\n")
@@ -156,7 +156,7 @@ def test_a_missing_fragment_is_named_with_the_known_ones(tmp_path):
 
 
 @pytest.mark.parametrize("included", ["methods/ackd", "{a: 1}", "3"])
-def test_an_include_that_is_no_list_is_refused(tmp_path, included):
+def test_an_include_that_is_not_a_list_is_refused(tmp_path, included):
     with pytest.raises(ACKDError, match="not a list"):
         read_config(write(tmp_path / "top.yaml", f"include: {included}\n"))
 
@@ -179,7 +179,7 @@ def test_no_code_is_run_by_yaml(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "kind"), [("[1, 2]\n", "list"), ("hello\n", "str"), ("3\n", "int")])
-def test_what_is_no_mapping_is_refused(tmp_path, text, kind):
+def test_what_is_not_a_mapping_is_refused(tmp_path, text, kind):
     with pytest.raises(ACKDError, match=f"holds a {kind}, not settings"):
         read_config(write(tmp_path / "odd.yaml", text))
 
@@ -205,23 +205,32 @@ def test_another_class_drops_the_old_arguments():
     assert merge({"data": base}, {"data": {"init_args": {"y": 2}}})["data"]["init_args"] == {"x": 1, "y": 2}
 
 
-def test_another_training_module_keeps_the_shared_arguments_but_not_the_methods():
-    method = {"class_path": "ACKD", "init_args": {"temperature": 2.0}}
-    base = {"model": {"class_path": "Adversarial", "init_args": {"student": "resnet8", "method": method}}}
-    over = {"model": {"class_path": "Distillation", "init_args": {"method": {"class_path": "KD"}}}}
-    assert merge(base, over) == {
-        "model": {"class_path": "Distillation", "init_args": {"student": "resnet8", "method": {"class_path": "KD"}}}
+def test_a_recipe_over_another_one_keeps_nothing_of_its_classes():
+    merged, name = load_configs([NAME, "recipes/adamw"])
+    assert name == "digits_resnet20_resnet8+adamw"
+    assert merged["model"]["optimizer"] == {
+        "class_path": "torch.optim.AdamW",
+        "init_args": {"lr": 1e-3, "weight_decay": 0.05},
     }
+    assert merged["model"]["lr_scheduler"] == {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR"}
+    assert merged["model"]["student"] == "resnet8"
+
+
+def test_every_configuration_lies_over_the_recipe_of_the_paper(tmp_path):
+    recipe = read_config(config_folder() / "recipes/sgd.yaml")
+    assert load_configs([])[0] == recipe
+    own = write(tmp_path / "own.yaml", "model: {optimizer: {init_args: {lr: 0.3}}}\n")
+    optimizer = load_configs([str(own)])[0]["model"]["optimizer"]
+    assert optimizer["init_args"] == {**recipe["model"]["optimizer"]["init_args"], "lr": 0.3}
 
 
 def test_a_method_swaps_the_method_of_a_run_and_keeps_the_rest():
     run, _ = load_configs([NAME])
     swapped, name = load_configs([NAME, "kd"])
     assert name == "digits_resnet20_resnet8+kd"
-    assert swapped["model"]["class_path"] == "ackd_lightning.DistillationModule"
-    assert swapped["model"]["init_args"].pop("method") == {"class_path": "ackd_lightning.methods.KD"}
-    run["model"]["init_args"].pop("method")
-    assert swapped["model"]["init_args"] == run["model"]["init_args"]
+    assert swapped["model"].pop("method") == {"class_path": "ackd_lightning.methods.KD"}
+    run["model"].pop("method")
+    assert swapped["model"] == run["model"]
     assert {key: value for key, value in swapped.items() if key != "model"} == {
         key: value for key, value in run.items() if key != "model"
     }
@@ -230,6 +239,7 @@ def test_a_method_swaps_the_method_of_a_run_and_keeps_the_rest():
 def test_later_files_win_and_the_run_is_named_by_all(tmp_path):
     first = write(tmp_path / "one.yaml", "a: 1\nb: 1\n")
     second = write(tmp_path / "two.yml", "b: 2\n")
-    assert load_configs([str(first), str(second)]) == ({"a": 1, "b": 2}, "one+two")
-    assert load_configs([str(second), str(first)]) == ({"a": 1, "b": 1}, "two+one")
-    assert load_configs([]) == ({}, "")
+    for files, numbers, expected in (([first, second], (1, 2), "one+two"), ([second, first], (1, 1), "two+one")):
+        settings, name = load_configs([str(each) for each in files])
+        assert ((settings["a"], settings["b"]), name) == (numbers, expected)
+    assert load_configs([])[1] == ""

@@ -97,6 +97,8 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
     waiting = iter(options)
     for option in waiting:
         name, equals, value = option.partition("=")
+        if name == "--model.teacher" and isinstance(settings.get("model"), dict):
+            settings["model"].pop("teacher", None)  # a list would inherit from the teacher of the files
         holder, key = _holder(settings, name)
         if key not in holder:
             others.append(option)

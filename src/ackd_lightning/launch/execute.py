@@ -64,7 +64,7 @@ _NOT_OURS = (
 
 
 class Execution:
-    """One subcommand, carried out: seed, folder, networks, Trainer.
+    """One subcommand in one folder: claim the folder, build, make the Trainer, check, execute.
 
     Args:
         cli: Settings.
@@ -100,16 +100,7 @@ class Execution:
             self.cli.build()
             self.make_trainer()
             self._check()
-            checkpoint = self.option("ckpt_path")
-            if self.fit:
-                self.cli.model.load_teacher()  # a missing file fails before anything is written
-                self.trainer.fit(self.cli.model, datamodule=self.cli.datamodule, ckpt_path=checkpoint)
-                self._after_fit()
-            else:
-                command = getattr(self.trainer, self.cli.command)
-                command(self.cli.model, datamodule=self.cli.datamodule, ckpt_path=checkpoint)
-                if self.cli.command == "test":
-                    self._after_test(Path(checkpoint))
+            self.execute()
         except Exception as error:
             started = hasattr(self, "trainer") and self.trainer.global_step > 0
             if self.claim is not None and not started and isinstance(first_cause(error), ACKDError):
@@ -118,6 +109,19 @@ class Execution:
         finally:
             if self.claim is not None:
                 self.claim.release()
+
+    def execute(self) -> None:
+        """Run the Trainer, then show and keep results."""
+        checkpoint, data = self.option("ckpt_path"), self.cli.datamodule
+        if self.fit:
+            self.cli.model.load_teacher()  # a missing file fails before anything is written
+            self.trainer.fit(self.cli.model, datamodule=data, ckpt_path=checkpoint)
+            self._after_fit()
+            return
+        command = getattr(self.trainer, self.cli.command)
+        command(self.cli.model, datamodule=data, ckpt_path=checkpoint)
+        if self.cli.command == "test":
+            self._after_test(Path(checkpoint))
 
     def _check(self) -> None:
         """Check processes, batch size and checkpoint."""

@@ -1,0 +1,173 @@
+"""What settings become: classes of the command line over those of files, automatic values, what is written."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from ackd_lightning import DistillationModule
+from ackd_lightning.cli import main
+from ackd_lightning.config.files import config_folder, read_config
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.execute import plan
+from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.training.schedule import describe_factory
+
+PAIR = ["--config", "digits_resnet20_resnet8"]
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+COSINE = ["--model.lr_scheduler", "CosineAnnealingLR"]
+
+
+def model(*arguments: str) -> dict:
+    return ACKDCLI("fit", [*PAIR, *arguments]).settings()["model"]
+
+
+def init_args(spec: dict) -> dict:
+    return spec["init_args"]
+
+
+def test_settings_come_from_files_and_recipe_with_options_on_top():
+    settings = model("--model.optimizer.lr", "0.3", "--model.recipe.warmup_epochs", "5", "--model.teacher.gate", "off")
+    assert SGD.items() - {("lr", 0.05)} <= init_args(settings["optimizer"]).items()
+    assert init_args(settings["optimizer"])["lr"] == 0.3
+    assert init_args(settings["lr_scheduler"])["milestones"] == [30, 48]
+    assert (settings["recipe"]["warmup_epochs"], settings["recipe"]["interval"]) == (5, "epoch")
+    assert (settings["teacher"]["gate"], settings["teacher"]["network"]) == ("off", "resnet20")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.optimizer", "AdamW"],
+        ["--model.optimizer=torch.optim.AdamW"],
+        ["--model.optimizer.class_path", "torch.optim.AdamW"],
+        ["--model.optimizer", '{"class_path": "torch.optim.AdamW"}'],
+        ["--model.optimizer.eps", "1e-8", "--model.optimizer", "AdamW"],
+    ],
+    ids=" ".join,
+)
+def test_another_class_on_the_command_line_drops_the_arguments_of_the_files(options):
+    arguments = init_args(model(*options)["optimizer"])
+    defaults = inspect.signature(torch.optim.AdamW).parameters
+    assert (arguments["lr"], arguments["weight_decay"]) == (defaults["lr"].default, defaults["weight_decay"].default)
+
+
+def test_the_same_class_on_the_command_line_keeps_them():
+    assert SGD.items() <= init_args(model("--model.optimizer", "torch.optim.SGD")["optimizer"]).items()
+
+
+def test_another_method_on_the_command_line_drops_the_arguments_of_the_files(tmp_path):
+    (tmp_path / "hot.yaml").write_text("model: {method: {init_args: {temperature: 9}}}")
+    hot = ["--config", str(tmp_path / "hot.yaml")]
+    assert init_args(model(*hot)["method"])["temperature"] == 9
+    assert init_args(model(*hot, "--model.method", "ackd_lightning.methods.KD")["method"])["temperature"] == 4
+
+
+def test_the_recipe_of_the_command_line_is_the_one_in_python():
+    """The defaults of DistillationModule are written again as a fragment, which files and options are laid over."""
+    parameters = inspect.signature(DistillationModule).parameters
+    optimizer = parameters["optimizer"].default([nn.Parameter(torch.zeros(1))])
+    scheduler = parameters["lr_scheduler"].default(optimizer)
+    recipe = read_config(config_folder() / "recipes" / "sgd.yaml")["model"]
+    assert recipe["optimizer"]["class_path"] == f"torch.optim.{type(optimizer).__name__}"
+    assert recipe["optimizer"]["init_args"].items() <= optimizer.defaults.items()
+    assert recipe["lr_scheduler"]["class_path"].rpartition(".")[2] == type(scheduler).__name__
+    milestones = sorted(scheduler.milestones)
+    assert recipe["lr_scheduler"]["init_args"] == {"milestones": milestones, "gamma": scheduler.gamma}
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "expected"),
+    [
+        (COSINE, "T_max", 60),
+        ([*COSINE, "--trainer.max_epochs", "7"], "T_max", 7),
+        ([*COSINE, "--model.lr_scheduler.T_max", "9"], "T_max", 9),
+        ([*COSINE, "--model.recipe.interval", "step"], "T_max", 0),  # resolved when the steps of an epoch are known
+        (["--config", "recipes/adamw"], "T_max", 60),
+        (["--model.lr_scheduler", "PolynomialLR"], "total_iters", 60),
+        (["--model.lr_scheduler", "PolynomialLR", "--model.lr_scheduler.total_iters", "5"], "total_iters", 5),
+        (["--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "0.1"], "total_steps", 60),
+    ],
+)
+def test_the_length_of_a_schedule_is_that_of_the_fit_unless_stated(options, name, expected):
+    assert init_args(model(*options)["lr_scheduler"])[name] == expected
+
+
+@pytest.mark.parametrize(
+    "options", [["--trainer.max_epochs", "-1"], ["--trainer.max_steps", "9", "--trainer.max_epochs", "null"]]
+)
+def test_a_schedule_without_a_known_length_is_refused(options):
+    with pytest.raises(ACKDError, match="T_max"):
+        ACKDCLI("fit", [*PAIR, *COSINE, *options])
+
+
+def test_print_config_shows_what_automatic_values_become(capsys):
+    assert main(["fit", "--config", "cifar100_resnet110_resnet20.yaml", *COSINE, "--print_config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert init_args(settings["model"]["method"])["branches"] == ["D3B1", "D2B2"]
+    assert init_args(settings["model"]["lr_scheduler"])["T_max"] == 200
+    assert settings["trainer"]["max_epochs"] == 200
+
+
+def test_printed_settings_are_a_configuration(capsys, tmp_path):
+    assert main(["fit", *PAIR, "--print_config"]) == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    again = ACKDCLI("fit", ["--config", str(path)])
+    assert again.settings() == ACKDCLI("fit", PAIR).settings()
+    assert again.config_name == "printed"
+
+
+def test_short_options_are_kept_at_the_settings_that_they_stand_for(monkeypatch):
+    fast = {"model.channels_last": True, "model.compile": True, "trainer.precision": "bf16-mixed"}
+    monkeypatch.setattr("ackd_lightning.launch.options.fast_settings", lambda accelerator: fast)
+    short = ["--fast", "--on_nonfinite", "skip", "--trainer.precision", "64-true"]
+    settings = ACKDCLI("fit", [*PAIR, *short]).settings()
+    assert (settings["model"]["on_nonfinite"], settings["on_nonfinite"]) == ("skip", None)
+    assert (settings["model"]["channels_last"], settings["model"]["compile"], settings["fast"]) == (True, True, False)
+    assert settings["trainer"]["precision"] == "64-true"  # a stated value stays
+
+
+def test_a_plan_builds_networks_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned = plan([*PAIR, "--name", "x", *COSINE])
+    assert planned.model.student.specs == ("D3B1", "D2B2")
+    assert planned.model.data.num_classes == planned.datamodule.num_classes == 10
+    assert planned.option("trainer.max_epochs") == 60
+    assert planned.folder == Path("runs/digits_resnet20_resnet8/x")
+    assert planned.settings()["model"]["student"] == "resnet8"
+    hparams = planned.model.hparams
+    assert hparams["optimizer"]["class_path"] == "torch.optim.SGD"
+    assert hparams["lr_scheduler"]["init_args"]["T_max"] == 60
+    planned.forget_networks()
+    assert not hasattr(planned, "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_factories_hold_nothing_of_the_parser():
+    """A module is copied and pickled with its factories: weight averaging, processes that are spawned."""
+    planned = plan([*PAIR, "--model.optimizer", "AdamW"])
+    factory = planned.model.optimizer_factory
+    assert isinstance(factory, functools.partial)
+    assert factory.func is torch.optim.AdamW
+    assert describe_factory(factory)["class_path"] == "torch.optim.AdamW"
+
+
+def test_several_teachers_replace_the_one_of_the_files():
+    settings = model("--model.method", "ackd_lightning.methods.ATSC", "--model.teacher", "[{network: resnet20}]")
+    assert [each["network"] for each in settings["teacher"]] == ["resnet20"]
+    assert settings["teacher"][0]["weights"] is None
+
+
+def test_settings_of_a_run_that_another_command_has_not_are_left_out(tmp_path):
+    content = ACKDCLI("fit", [*PAIR, "--name", "x"]).settings()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    cli = ACKDCLI("validate", ["--config", str(tmp_path / "config.yaml"), "--ckpt_path", "x.ckpt"])
+    assert cli.option("name") is None
+    assert cli.settings()["model"] == content["model"]
