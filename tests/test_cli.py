@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from ackd_lightning.data.images import Pixels
 from PIL import Image
 
 from ackd_lightning import create_model
@@ -25,11 +24,8 @@ from ackd_lightning.cli import main
 from ackd_lightning.commands.compare import group_runs
 from ackd_lightning.config.files import load_configs, method_names, packaged_names
 from ackd_lightning.data.base import ImageDataModule
-<<<<<<< HEAD
-=======
 from ackd_lightning.data.sources import Pixels
 from ackd_lightning.launch.lightning import ACKDCLI
->>>>>>> h-launch
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
 
 QUICK = ["--data.max_per_class", "4", "--data.batch_size", "20", "--trainer.max_epochs", "2"]

@@ -205,8 +205,8 @@ def shorten(refused: RefusedError, given: Given) -> str:
     classes = [each for each in kinds if each.startswith(("path but", "dot import", "one of: - a class"))]
     kinds = [_KINDS.get(each, each) for each in kinds if each not in classes]
     kinds += [_CLASS] * bool(classes or not kinds)
-    named = re.sub(r"^\{'class_path': '([^']*)'\}$", r"\1", value[1]) if value else ""
-    shown = f" is {named!r}" if value else ""
+    class_named = re.sub(r"^\{'class_path': '([^']*)'\}$", r"\1", value[1]) if value else ""
+    shown = f" is {class_named!r}" if value else ""
     return f"setting {key[1]}{shown}; it must be {' or '.join(kinds)[:300]}{given.at(key[1])}"
 
 
