@@ -11,31 +11,23 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from PIL import Image
 
-from ackd_lightning import ACKDError, AdversarialModule
+from ackd_lightning import ACKDError, DataInfo, DistillationModule
 from ackd_lightning.callbacks.examples import ExamplePictures, draw_examples
 from ackd_lightning.methods.acn import ACN
-from ackd_lightning.methods.base import Examples
-from training.helpers import CLASSES, SIZE, Blobs, TinyNet, trainer
+from ackd_lightning.types import Examples
+from training.helpers import CLASSES, SIZE, Blobs, TinyNet, milestones, sgd, trainer
 
 NAMES = ("red", "$\\gre}en$", "blue", "an animal with a very long name")
 
 
-def module(**arguments: Any) -> AdversarialModule:
+def module(**arguments: Any) -> DistillationModule:
     torch.manual_seed(0)
     method = ACN(**{"warmup_epochs": 0, "generator_width": 4, **arguments})
-    return AdversarialModule(
-        TinyNet(),
-        CLASSES,
-        method=method,
-        lr=0.05,
-        milestones=[9],
-        input_size=SIZE,
-        mean=(0.25, 0.25, 0.25),
-        std=(0.5, 0.5, 0.5),
-    )
+    data = DataInfo(CLASSES, SIZE, mean=(0.25,) * 3, std=(0.5,) * 3)
+    return DistillationModule(TinyNet(), method=method, data=data, optimizer=sgd(), lr_scheduler=milestones(9))
 
 
-def fit(net: AdversarialModule, *callbacks: L.Callback, epochs: int = 1, **options: Any) -> L.Trainer:
+def fit(net: DistillationModule, *callbacks: L.Callback, epochs: int = 1, **options: Any) -> L.Trainer:
     data = Blobs(batch_size=16, count=16)
     run = trainer(max_epochs=epochs, callbacks=list(callbacks), **options)
     run.fit(net, datamodule=data)
@@ -141,7 +133,7 @@ def test_without_a_run_folder_nothing_is_drawn(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.filterwarnings("ignore:method ACN makes no images")
+@pytest.mark.filterwarnings("ignore:method ACN generates no images")
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [

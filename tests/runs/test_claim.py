@@ -18,7 +18,7 @@ from ackd_lightning.runs.claim import claim
 WORKER = Path(__file__).with_name("claim_worker.py")
 STAMP = "20250131-235959"
 FIT = ["fit", "--config", "digits_resnet20.yaml", "--data.max_per_class", "4", "--data.batch_size", "20"]
-FIT += ["--publish", "null", "--trainer.max_epochs", "1"]
+FIT += ["--weights_dir", "null", "--trainer.max_epochs", "1"]
 RUNS = Path("runs") / "digits_resnet20"
 
 

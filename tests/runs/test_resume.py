@@ -24,10 +24,11 @@ from ackd_lightning.launch.preflight import check_checkpoint
 from ackd_lightning.runs.claim import claim
 from ackd_lightning.runs.resume import resume_auto
 from ackd_lightning.training.module import DistillationModule
+from ackd_lightning.types import DataInfo
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "digits_resnet20.yaml"
-SHORT = ["--data.max_per_class", "4", "--data.batch_size", "20", "--publish", "null", "--trainer.max_epochs", "2"]
+SHORT = ["--data.max_per_class", "4", "--data.batch_size", "20", "--weights_dir", "null", "--trainer.max_epochs", "2"]
 FIT = ["fit", "--config", CONFIG, *SHORT]
 RUNS = Path("runs") / "digits_resnet20"
 
@@ -243,7 +244,7 @@ def test_a_checkpoint_is_read_once_before_it_is_loaded(place, monkeypatch):
     resumed = resume_auto(RUNS, "a")
     assert read == ["last.ckpt"]
     assert resumed.content["epoch"] == 1
-    check_checkpoint(resumed.checkpoint, DistillationModule("resnet20", 10), resumed.content)
+    check_checkpoint(resumed.checkpoint, DistillationModule("resnet20", data=DataInfo(10)), resumed.content)
     assert read == ["last.ckpt"]
 
 
