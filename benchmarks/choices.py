@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from ackd_lightning.models.folding import folded
+from ackd_lightning.models.fusion import fused
 from timing.machine import cpu_model
 from torch import nn
 
@@ -50,7 +50,7 @@ def main() -> None:
         for _ in range(20):
             teacher.train()(images[:16])  # fresh weights need BatchNorm statistics
     plain = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    inside = folded(plain, lambda network: [network(images[:2])])
+    inside = fused(plain, lambda network: [network(images[:2])])
     assert isinstance(inside, nn.Module)
     networks = {"unchanged": plain, "BatchNorm fused": inside}
     for name, network, arguments in (
