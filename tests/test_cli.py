@@ -11,32 +11,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from ackd_lightning.data.images import Pixels
 from PIL import Image
 
 from ackd_lightning import create_model
 from ackd_lightning.cli import main
 from ackd_lightning.commands.compare import group_runs
-from ackd_lightning.config.files import config_folder as folder_of_configs
-from ackd_lightning.config.files import method_names, packaged_names, read_config
+from ackd_lightning.config.files import load_configs, method_names, packaged_names
 from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.sources import Pixels
+from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
 
-QUICK = [
-    "--data.max_per_class",
-    "4",
-    "--data.batch_size",
-    "20",
-    "--trainer.max_epochs",
-    "2",
-    "--model.milestones",
-    "[1]",
-]
+QUICK = ["--data.max_per_class", "4", "--data.batch_size", "20", "--trainer.max_epochs", "2"]
+QUICK += ["--model.lr_scheduler.milestones", "[1]"]
 QUICK += ["--trainer.enable_progress_bar", "false"]
 
 
@@ -60,7 +53,7 @@ def runs(tmp_path_factory):
         assert main(["fit", "--config", "digits_resnet20.yaml", "--name", "t", *QUICK]) == 0
         pair = ["fit", "--config", "digits_resnet20_resnet8.yaml", "--name", "a", "--tensorboard", *QUICK]
         with pytest.warns(UserWarning, match="near chance"):
-            code = main([*pair, "--model.teacher_gate", "warn"])
+            code = main([*pair, "--model.teacher.gate", "warn"])
         assert code == 0
     finally:
         os.chdir(before)
@@ -83,13 +76,14 @@ class TestRunFolder:
         rows = read_rows(run / "metrics.csv")
         assert {row["val/acc"] for row in rows} - {""}
         settings = yaml.safe_load((run / "config.yaml").read_text())
-        assert settings["model"]["init_args"]["student"] == "resnet8"
+        assert settings["model"]["student"] == "resnet8"
+        assert settings["model"]["method"]["init_args"]["branches"] == ["D3B1", "D2B2"]
         assert settings["seed_everything"] == 0
 
     def test_summary_has_last_and_best_of_every_network(self, runs):
         summary = json.loads((runs / "runs" / "digits_resnet20_resnet8" / "a" / "summary.json").read_text())
         for which in ("last", "best"):
-            assert {"val/acc", "val/aux0_acc", "val/aux1_acc", "val/ensemble_acc", "epoch"} <= set(summary[which])
+            assert {"val/acc", "val/aux1_acc", "val/aux2_acc", "val/ensemble_acc", "epoch"} <= set(summary[which])
         assert (summary["parameters"], summary["teacher"]["parameters"]) == (78_042, 272_474)
         assert summary["training_parameters"] > summary["parameters"]
         assert summary["best"]["val/acc"] >= summary["last"]["val/acc"]
@@ -156,7 +150,14 @@ class TestAfterwards:
     def test_explicit_flag_beats_checkpoint(self, beside):
         """Lightning's own command line lets the hyperparameters of a checkpoint win, without a word."""
         last = "runs/digits_resnet20_resnet8/a/checkpoints/last.ckpt"
-        flags = ["--model.method.temperature", "9", "--model.gradient_clip_val", "5", "--model.teacher_gate", "off"]
+        flags = [
+            "--model.method.temperature",
+            "9",
+            "--model.recipe.gradient_clip_val",
+            "5",
+            "--model.teacher.gate",
+            "off",
+        ]
         resumed = ["--ckpt_path", last, "--name", "explicit", *QUICK, "--trainer.max_epochs", "3"]
         with pytest.warns(UserWarning, match="dirpath has changed"):
             code = main(["fit", "--config", "digits_resnet20_resnet8.yaml", *resumed, *flags])
@@ -164,7 +165,7 @@ class TestAfterwards:
         run = beside / "runs" / "digits_resnet20_resnet8" / "explicit"
         kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
         assert kept["method"]["init_args"]["temperature"] == 9.0
-        assert kept["gradient_clip_val"] == 5.0
+        assert kept["recipe"]["gradient_clip_val"] == 5.0
 
     def test_changed_test_is_not_kept(self, beside, capsys):
         run = Path("runs/digits_resnet20_resnet8/a")
@@ -188,7 +189,7 @@ class TestAfterwards:
         torch.save({"state_dict": {}}, "foreign.ckpt")
         Path("cut.ckpt").write_bytes(Path("foreign.ckpt").read_bytes()[:100])
         for name, words in (
-            ("foreign.ckpt", "no checkpoint of ackd-lightning"),
+            ("foreign.ckpt", "not a checkpoint of ackd-lightning"),
             ("cut.ckpt", "cannot be read"),
             ("no", "neither"),
         ):
@@ -197,7 +198,7 @@ class TestAfterwards:
 
 
 def test_resumed_run_keeps_its_curves_and_equals_an_uninterrupted_one(beside):
-    common = ["fit", "--config", "digits_resnet20_resnet8.yaml", "--model.teacher_gate", "off", *QUICK]
+    common = ["fit", "--config", "digits_resnet20_resnet8.yaml", "--model.teacher.gate", "off", *QUICK]
     assert main([*common, "--name", "whole", "--trainer.max_epochs", "3"]) == 0
     assert main([*common, "--name", "parts"]) == 0
     folder = beside / "runs" / "digits_resnet20_resnet8"
@@ -213,7 +214,7 @@ def test_resumed_run_keeps_its_curves_and_equals_an_uninterrupted_one(beside):
 
 
 def test_last_is_the_last_epoch_whatever_the_validation(beside):
-    common = ["fit", "--config", "digits_resnet20.yaml", *QUICK, "--publish", "null", "--name", "odd"]
+    common = ["fit", "--config", "digits_resnet20.yaml", *QUICK, "--weights_dir", "null", "--name", "odd"]
     assert main([*common, "--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2"]) == 0
     metadata = read_metadata(beside / "runs" / "digits_resnet20" / "odd" / "student.safetensors")
     assert metadata["epochs"] == "3"
@@ -229,17 +230,17 @@ def test_a_fork_does_not_replace_published_weights(beside, capsys):
 
 
 def test_compare_keeps_different_experiments_apart(beside, capsys):
-    common = ["fit", "--config", "digits_resnet20.yaml", *QUICK, "--publish", "null", "--runs_dir", "apart"]
+    common = ["fit", "--config", "digits_resnet20.yaml", *QUICK, "--weights_dir", "null", "--runs_dir", "apart"]
     for name, seed, rate in (("a", "0", "0.05"), ("b", "1", "0.05"), ("c", "0", "0.01")):
-        assert main([*common, "--name", name, "--seed_everything", seed, "--model.lr", rate]) == 0
+        assert main([*common, "--name", name, "--seed_everything", seed, "--model.optimizer.lr", rate]) == 0
     groups = group_runs(["apart"])
     assert {name: len(runs) for name, runs in groups.items()} == {
         "digits_resnet20 (lr=0.05)": 2,
         "digits_resnet20 (lr=0.01)": 1,
     }
-    assert main([*common, "--name", "d", "--seed_everything", "0", "--model.lr", "0.05"]) == 0
+    assert main([*common, "--name", "d", "--seed_everything", "0", "--model.optimizer.lr", "0.05"]) == 0
     assert main(["compare", "apart"]) == 2
-    assert "same experiment twice" in capsys.readouterr().err
+    assert "seeds [0, 1, 0]" in capsys.readouterr().err
 
 
 def test_failed_start_leaves_the_name_free(here, capsys):
@@ -248,13 +249,23 @@ def test_failed_start_leaves_the_name_free(here, capsys):
     assert main(common) == 2
     assert "near chance" in capsys.readouterr().err
     assert main([*common, "--ckpt_path", "gone.ckpt"]) == 2
-    assert main([*common, "--model.teacher_gate", "off"]) == 0
+    assert main([*common, "--model.teacher.gate", "off"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_give_their_exit_codes(here, number, code):
     command = [sys.executable, "-m", "ackd_lightning", "fit"]
-    command += ["--config", "digits_resnet20.yaml", "--publish", "null", "--name", "s", "--trainer.max_epochs", "500"]
+    command += [
+        "--config",
+        "digits_resnet20.yaml",
+        "--weights_dir",
+        "null",
+        "--name",
+        "s",
+        "--trainer.max_epochs",
+        "500",
+    ]
     command += ["--data.max_per_class", "4", "--data.batch_size", "20"]
     process = subprocess.Popen(
         command,
@@ -277,9 +288,10 @@ def test_signals_give_their_exit_codes(here, number, code):
     assert "Traceback" not in shown
 
 
+@pytest.mark.slow
 def test_two_processes_by_flags(beside):
     command = [sys.executable, "-m", "ackd_lightning", "fit", "--config"]
-    command += ["digits_resnet20_resnet8.yaml", *QUICK, "--model.teacher_gate", "off", "--runs_dir", "two"]
+    command += ["digits_resnet20_resnet8.yaml", *QUICK, "--model.teacher.gate", "off", "--runs_dir", "two"]
     command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -293,19 +305,18 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_methods_swap_and_flags_win(beside):
-    swapped = ["--config", "digits_resnet20_resnet8.yaml", "--config", "kd.yaml", "--model.lr", "0.011"]
-    options = ["--model.method.temperature", "2", "--model.teacher_gate", "off", "--name", "k", *QUICK]
+    swapped = ["--config", "digits_resnet20_resnet8.yaml", "--config", "kd.yaml", "--model.optimizer.lr", "0.011"]
+    options = ["--model.method.temperature", "2", "--model.teacher.gate", "off", "--name", "k", *QUICK]
     assert main(["fit", *swapped, *options]) == 0
     run = beside / "runs" / "digits_resnet20_resnet8+kd" / "k"
     model = yaml.safe_load((run / "config.yaml").read_text())["model"]
-    assert model["class_path"].endswith("DistillationModule")
-    assert model["init_args"]["method"]["class_path"].endswith("KD")
-    assert (model["init_args"]["lr"], model["init_args"]["method"]["init_args"]["temperature"]) == (0.011, 2.0)
-    assert model["init_args"]["student"] == "resnet8"
+    assert model["method"]["class_path"] == "ackd_lightning.methods.KD"
+    assert (model["optimizer"]["init_args"]["lr"], model["method"]["init_args"]["temperature"]) == (0.011, 2.0)
+    assert model["student"] == "resnet8"
 
 
 def test_paper_protocol_selects_nothing_on_the_test_set(beside, capsys):
-    options = ["--data.val_fraction", "0", "--publish", "null", "--name", "p", *QUICK]
+    options = ["--data.val_fraction", "0", "--weights_dir", "null", "--name", "p", *QUICK]
     assert main(["fit", "--config", "digits_resnet20.yaml", *options]) == 0
     run = beside / "runs" / "digits_resnet20" / "p"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
@@ -353,7 +364,7 @@ def test_wandb_offline_without_a_key(beside, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("NETRC", os.devnull)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("W&B asked a question"))
-    options = ["--wandb", "my-project", "--publish", "null", "--name", "w", *QUICK]
+    options = ["--wandb", "my-project", "--weights_dir", "null", "--name", "w", *QUICK]
     try:
         assert main(["fit", "--config", "digits_resnet20.yaml", *options]) == 0
     finally:
@@ -368,11 +379,11 @@ def test_wandb_offline_without_a_key(beside, monkeypatch):
     in_csv = {key for row in read_rows(run / "metrics.csv") for key, value in row.items() if value}
     assert {"train/loss", "val/acc"} <= logged
     assert in_csv - {"step", "epoch"} <= logged
-    assert config["cli"]["model"]["init_args"]["student"] == "resnet20"
+    assert config["cli"]["model"]["student"] == "resnet20"
 
 
 def synthetic(self, part):
-    """Eight images of the right shape for a data set that is not here."""
+    """Eight images of the right shape for a data set that is not on this machine."""
     generator = torch.Generator().manual_seed(0)
     size = self.input_size
     images = torch.randint(0, 256, (8, 3, size, size), generator=generator, dtype=torch.uint8)
@@ -380,34 +391,53 @@ def synthetic(self, part):
     return Pixels(names, images, torch.arange(8) % len(names))
 
 
-def dry(monkeypatch, configs: list[str], *extra: str) -> int:
+@pytest.fixture
+def one_step(monkeypatch):
+    """A function that runs one training step on synthetic data, with teachers of random weights."""
     for each in ImageDataModule.__subclasses__():
         for found in (each, *each.__subclasses__()):
             monkeypatch.setattr(found, "_load", synthetic)
             monkeypatch.setattr(found, "_fetch", lambda self: None)
-    arguments = [part for name in configs for part in ("--config", name)]
-    quick = ["--trainer.fast_dev_run", "1", "--data.batch_size", "4", "--data.num_workers", "0"]
-    quick += ["--data.val_fraction", "0"]
-    return main(["fit", *arguments, *quick, "--trainer.enable_progress_bar", "false", *extra])
+
+    def run(*configs: str, extra: tuple[str, ...] = ()) -> int:
+        settings = load_configs(configs)[0]
+        if teacher := settings["model"].get("teacher"):
+            info = resolve_name(settings["data"]["class_path"])
+            if not Path(teacher["weights"]).is_file():
+                save_weights(create_model(teacher["network"], info.num_classes), teacher["weights"])
+        arguments = [part for name in configs for part in ("--config", name)]
+        quick = ["--trainer.fast_dev_run", "1", "--data.batch_size", "4", "--data.num_workers", "0"]
+        quick += ["--data.val_fraction", "0", "--trainer.enable_progress_bar", "false"]
+        return main(["fit", *arguments, *quick, *extra])
+
+    return run
 
 
-@pytest.mark.parametrize("name", packaged_names())
-def test_every_packaged_configuration_runs(name, here, monkeypatch):
-    """On synthetic data of the right shape, with teachers of the right names and random weights."""
-    settings = read_config(folder_of_configs() / name)["model"]["init_args"]
-    if "teacher" in settings:
-        classes = {"cifar100": 100, "cinic10": 10, "tinyimagenet": 200, "imagenet": 1000, "digits": 10}[
-            name.split("_")[0]
-        ]
-        save_weights(create_model(settings["teacher"], classes), settings["teacher_weights"])
-    assert dry(monkeypatch, [name]) == 0
+SMALL = [name for name in packaged_names() if name.startswith("digits")]
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_names() if name not in SMALL])
+def test_every_packaged_configuration_is_read(name):
+    settings = ACKDCLI("fit", ["--config", name]).settings()
+    assert settings["model"]["method"]["class_path"].startswith("ackd_lightning.methods.")
+    assert settings["trainer"]["max_epochs"] in (60, 100, 200)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for name in packaged_names()]
+)
+def test_every_packaged_configuration_runs(name, here, one_step):
+    assert one_step(name) == 0
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_every_method_runs_on_a_pair(method, here, monkeypatch):
-    save_weights(create_model("resnet20", 10), "weights/digits_resnet20.safetensors")
-    assert dry(monkeypatch, ["digits_resnet20_resnet8.yaml", method]) == 0
+def test_every_method_runs_on_a_pair(method, here, one_step):
+    assert one_step("digits_resnet20_resnet8.yaml", method) == 0
+
+
+def test_strong_recipe_runs(here, one_step):
+    assert one_step("digits_resnet20.yaml", "recipes/adamw") == 0
 
 
 def test_image_folder_of_ones_own(here):
@@ -428,12 +458,12 @@ BAD = [
     (["fti"], "did you mean 'fit'?"),
     (["fit", "--config", "cifar100_resnet110_resnet2.yaml"], "did you mean 'cifar100_resnet110_resnet20.yaml'"),
     (["fit", "--config"], "--config needs a value"),
-    (["fit", "--model.temperatur", "3"], "'temperatur' here; did you mean 'temperature'"),
+    (["fit", "--model.studnt", "3"], "did you mean 'model.student"),
     (["fit", "--model.method.temperatur", "3"], "'temperatur' here; did you mean 'temperature'"),
     (["fit", "--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
     (["fit", "--bogus", "3"], "no setting 'bogus'"),
-    (["fit", "--model.lr", "abc"], "setting lr is 'abc'; it must be float"),
-    (["fit", "--model.lr", "-1"], "lr must be above 0"),
+    (["fit", "--model.optimizer.lr", "abc"], "setting lr is 'abc'; it must be float"),
+    (["fit", "--model.optimizer.lr", "-1"], "model.optimizer.lr is -1"),
     (["fit", "--model.student", "resnet21"], "did you mean"),
     (["fit", "--model.method.branches", "[D4B1,D3B1]"], "use one of D3B1, D2B2, D1B3"),
     (["fit", "--model.method.branches", "[D3B1]"], "add a second branch"),
@@ -443,20 +473,20 @@ BAD = [
     (["fit", "--data.val_fraction", "1"], "val_fraction is 1"),
     (["fit", "--data.batch_size", "0"], "batch_size is 0"),
     (["fit", "--trainer.precision", "12"], "precision is '12'"),
-    (["fit", "--model.teacher_gate", "never"], "stop, warn, off"),
-    (["fit", "--trainer.gradient_clip_val", "1"], "--model.gradient_clip_val"),
+    (["fit", "--model.teacher.gate", "never"], "'stop', 'warn', 'off'"),
+    (["fit", "--trainer.gradient_clip_val", "1"], "--model.recipe.gradient_clip_val"),
     (
         ["fit"],
         "weights/digits_resnet20.safetensors do not exist; train it with `ackd fit --config digits_resnet20.yaml`",
     ),
-    (["fit", "--data.num_classes", "5"], "num_classes is read off the data"),
+    (["fit", "--data.num_classes", "5"], "num_classes"),
     (["fit", "--config", "digits_resnet20_resnet8", "--config", "gone.yaml"], "no such file"),
-    (["test", "--config", "digits_resnet20_resnet8.yaml"], "has no run; write `ackd test RUN`"),
+    (["test", "--config", "digits_resnet20_resnet8.yaml"], "needs a run; write `ackd test RUN`"),
     (["export"], "the following arguments are required: run"),
     (["export", "a", "--which", "first"], "choose from"),
     (["test", "nowhere"], "neither a run folder nor a checkpoint"),
     (["export", "nowhere"], "neither a run folder nor a checkpoint"),
-    (["compare", "nowhere"], "no folder"),
+    (["compare", "nowhere"], "nowhere"),
     (["demo", "--seeds", "0"], "use 1 or more"),
 ]
 
@@ -475,24 +505,22 @@ def test_bad_input_is_one_sentence(arguments, words, here, capsys):
 
 
 def test_class_path_that_is_not_there(here, capsys):
-    Path("mine.yaml").write_text("include: [digits_resnet20]\nmodel: {class_path: nobody.Here}\n")
+    Path("mine.yaml").write_text("include: [digits_resnet20]\nmodel: {method: {class_path: nobody.Here}}\n")
     assert main(["fit", "--config", "mine.yaml"]) == 2
     assert "class_path 'nobody.Here' cannot be imported" in capsys.readouterr().err
 
 
-def test_method_of_ones_own_beside_the_configuration(here, monkeypatch):
-    Path("own_method.py").write_text(
-        "from ackd_lightning import CE\nclass Louder(CE):\n    def weights(self):\n        return {'ce': 2.0}\n"
-    )
-    own = {"include": ["digits_resnet20"], "model": {"init_args": {"method": {"class_path": "own_method.Louder"}}}}
+def test_method_of_ones_own_beside_the_configuration(here, one_step, monkeypatch):
+    Path("own_method.py").write_text("from ackd_lightning import CE\nclass Louder(CE):\n    pass\n")
+    own = {"include": ["digits_resnet20"], "model": {"method": {"class_path": "own_method.Louder"}}}
     Path("own.yaml").write_text(yaml.safe_dump(own))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert dry(monkeypatch, ["own.yaml"], "--publish", "null") == 0
+    assert one_step("own.yaml", extra=("--weights_dir", "null")) == 0
 
 
 def test_refit_from_a_runs_own_settings(beside):
     again = ["fit", "--config", "runs/digits_resnet20_resnet8/a/config.yaml", "--name", "b"]
-    assert main([*again, "--model.teacher_gate", "off", "--trainer.enable_progress_bar", "false"]) == 0
+    assert main([*again, "--model.teacher.gate", "off", "--trainer.enable_progress_bar", "false"]) == 0
     assert (beside / "runs" / "digits_resnet20_resnet8" / "b" / "student.safetensors").is_file()
 
 
@@ -506,6 +534,22 @@ def test_configs_lists_everything(capsys):
     assert main(["configs"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*packaged_names(), *method_names()))
+
+
+def test_configs_lists_what_contains_the_text(capsys):
+    assert main(["configs", "simkd"]) == 0
+    shown = capsys.readouterr().out
+    assert "simkd.yaml" in shown
+    assert "ackd.yaml" not in shown
+    assert "runs" not in shown
+
+
+def test_a_reader_that_has_seen_enough_is_not_a_failure():
+    code = "import sys; from ackd_lightning.cli import main; sys.exit(main(['configs']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # before anything is written
+    _, shown = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (0, "")
 
 
 def test_help_does_not_import_torch():

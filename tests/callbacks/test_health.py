@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ackd_lightning.callbacks.health import HealthMonitor
+from ackd_lightning.callbacks.health import HealthMonitor, TeacherGate
 from ackd_lightning.errors import ACKDError
 
 ENTROPY, FEATURE_STD = "attention_entropy", "learners_feature_std"
@@ -55,3 +55,23 @@ def test_nothing_is_reported_without_a_reason(values):
 def test_limits_are_fractions(name, value):
     with pytest.raises(ACKDError, match=name):
         HealthMonitor(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("measured", "classes", "stated", "words"),
+    [
+        (0.012, 100, None, "near chance"),
+        (0.55, 100, "0.74", "far below"),
+        (0.72, 100, "0.74", None),
+        (0.51, 2, None, "near chance"),
+        (0.60, 100, None, None),
+    ],
+)
+def test_the_teacher_gate_judges_accuracy(measured, classes, stated, words):
+    verdict = TeacherGate.judge(measured, classes, {"val_acc": stated} if stated else {}, 10_000)
+    assert (verdict is None) == (words is None)
+    assert words is None or words in verdict
+
+
+def test_few_images_widen_the_tolerance_of_the_gate():
+    assert TeacherGate.judge(0.65, 100, {"val_acc": "0.74"}, 50) is None

@@ -7,7 +7,6 @@ a direction of ACKD share the path of another fragment.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ PATH_OF_ANOTHER = {"ackd_adversarial", "ackd_attention", "ackd_direct", "ackd_di
 PATHS = [path for path in FRAGMENTS if path.stem not in PATH_OF_ANOTHER]
 every_fragment = pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)
 every_method = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Steps of a millisecond: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def description_in(path: Path) -> dict[str, Any]:
@@ -239,6 +229,7 @@ def test_state_and_description_bring_the_method_back(path, fit):
         first.step(first.data.batch(number))
     arguments = {"teacher": teacher, "data": first.data, "seed": 2}
     again = Harness(from_description(describe(first.method)), **arguments)
+    again.module.seed = first.module.seed  # the same run, whose networks start with other weights
     if fit:
         again.begin_fit(epoch=50)
     again.method.load_state_dict(first.method.state_dict(), strict=True)

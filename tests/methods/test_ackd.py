@@ -51,7 +51,7 @@ def group_of(method: ACKD, here) -> Tensor:
     return sum(a[:, k : k + 1] * z for k, z in enumerate(here.z))
 
 
-def game(method: ACKD, here) -> tuple[float, float]:
+def by_formula(method: ACKD, here) -> tuple[float, float]:
     """Eq. 5 by hand with right and with flipped labels."""
     M = len(here.h)
     values = [0.0, 0.0]
@@ -88,7 +88,7 @@ def test_terms_of_the_default_equal_the_formulas(scene):
     assert terms["kd_aux"].item() == pytest.approx(divergence(here.z_t, group, 4.0), rel=1e-4)
     assert terms["kd_target"].item() == pytest.approx(divergence(group, here.z_s, 4.0), rel=1e-4)
     assert terms["kd_direct"].item() == pytest.approx(divergence(here.z_t, here.z_s, 4.0), rel=1e-4)
-    assert terms["adv"].item() == pytest.approx(game(method, here)[0], rel=1e-5)
+    assert terms["adv"].item() == pytest.approx(by_formula(method, here)[0], rel=1e-5)
 
 
 def test_the_group_of_the_default_is_equation_3(scene):
@@ -167,7 +167,7 @@ def test_attention_learns_at_its_own_rate_and_discriminators_are_not_in_its_grou
 
 def test_forms_of_the_game(scene):
     here = scene(3)
-    right, flipped = game(made(here), here)
+    right, flipped = by_formula(made(here), here)
 
     def adv(**arguments) -> float:
         return made(here, **arguments)(here.student, here.teacher, here.batch)["adv"].item()
@@ -252,7 +252,7 @@ def test_the_game_moves_learners_and_trunk_but_not_the_targets_own_layers(real, 
     torch.manual_seed(0)
     method = ACKD(**arguments)
     method.build(Networks(student=spec))
-    method.discriminators.requires_grad_(False)  # as in the learners' step
+    method.discriminators.requires_grad_(False)  # as in the student's step
     output = student(batch.image)
     student.zero_grad()
     teacher = type(output)(z_t, (), torch.empty(2, 0))
@@ -280,7 +280,7 @@ def test_the_discriminators_loss_reaches_no_student(scene):
     loss.backward()
     assert all(each.grad is not None for each in method.discriminators.parameters())
     assert all(each.grad is None for each in method.attention.parameters())
-    assert loss.item() == pytest.approx(-game(method, here)[0], rel=1e-5)
+    assert loss.item() == pytest.approx(-by_formula(method, here)[0], rel=1e-5)
     assert set(logs) == {"disc_loss", "disc_acc"}
     assert logs["disc_loss"].item() == loss.item()
     assert 0 <= logs["disc_acc"].item() <= 1
@@ -293,7 +293,7 @@ def test_discriminators_always_maximise_the_same_value(scene, adversarial):
     loss, _ = made(here, adversarial=adversarial, adversarial_form="non_saturating").auxiliary_loss(
         "discriminators", here.student, None, here.batch
     )
-    assert loss.item() == pytest.approx(-game(made(here), here)[0], rel=1e-5)
+    assert loss.item() == pytest.approx(-by_formula(made(here), here)[0], rel=1e-5)
 
 
 def test_inputs_of_the_discriminators(scene):
@@ -432,7 +432,7 @@ def test_the_literal_preset_is_what_the_equations_say(scene):
     assert terms["kd_aux"].item() == pytest.approx(divergence(group, here.z_t, 4.0, scale=False), rel=1e-3)
     # Eq. 6 with its sign put right
     assert terms["kd_target"].item() == pytest.approx(divergence(here.z_s, group, 4.0, scale=False), rel=1e-3)
-    assert terms["adv"].item() == pytest.approx(game(method, here)[0], rel=1e-5)
+    assert terms["adv"].item() == pytest.approx(by_formula(method, here)[0], rel=1e-5)
 
 
 def test_ablation_presets_switch_their_part_off():

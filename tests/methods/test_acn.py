@@ -468,7 +468,7 @@ def test_the_default_warm_up_is_short_in_a_short_training(epochs, warmup):
 def test_a_warm_up_that_never_ends_is_told():
     method = ACN(warmup_epochs=8)
     method.begin_fit(FitInfo(epochs=9))
-    with pytest.warns(UserWarning, match="makes no images: warmup_epochs is 8 of 8 epochs"):
+    with pytest.warns(UserWarning, match="generates no images: warmup_epochs is 8 of 8 epochs"):
         method.begin_fit(FitInfo(epochs=8))
     ACN(warmup_epochs=8, weight_generated=0.0).begin_fit(FitInfo(epochs=8))  # makes none anyway
 
@@ -553,9 +553,9 @@ def test_a_whole_step_in_half_precision(dtype):
             optimizer = run.method.auxiliary_optimizers()[name]
             loss.backward()
             optimizer.step()
-            for name, value in {"loss": loss, **values}.items():
-                assert value.dtype is torch.float32, name
-                assert value.isfinite(), name
+            for key, value in {"loss": loss, **values}.items():
+                assert value.dtype is torch.float32, key
+                assert value.isfinite(), key
             for parameter in run.method.auxiliary_parameters()[name]:
                 assert parameter.grad is not None
                 assert parameter.grad.isfinite().all()
@@ -642,7 +642,7 @@ def test_all_weights_but_that_of_cross_entropy_may_be_zero():
 
 def test_without_peers_or_classifiers_it_says_what_to_do():
     method = ACN(warmup_epochs=0)
-    with pytest.raises(ACKDError, match="needs two classifiers or more and the student has no peer"):
+    with pytest.raises(ACKDError, match="needs at least two classifiers and the student has no peer"):
         method.build(Networks(student=probe(BranchyStudent(TinyNet(), ()), SIZE)))
     student = BranchyStudent(TinyNet(), ("peer",))
     method.build(Networks(student=probe(student, SIZE)))

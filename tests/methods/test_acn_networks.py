@@ -116,7 +116,7 @@ def test_the_range_is_known_from_the_data_and_not_stored():
     ("low", "high"), [((), ()), ((0.0,), (1.0, 2.0)), ((0.0, 1.0), (1.0, 1.0)), ((0.0, float("nan")), (1.0, 1.0))]
 )
 def test_a_range_without_extent_is_refused(low, high):
-    with pytest.raises(ACKDError, match=r"images go from \[.*\] to \[.*\] for the generator; the data must give"):
+    with pytest.raises(ACKDError, match=r"pixels are from \[.*\] to \[.*\] for the generator"):
         Generator(low, high, width=4)
 
 

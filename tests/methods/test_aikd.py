@@ -531,15 +531,15 @@ def test_a_checkpoint_of_other_data_is_refused():
     method = AIKD(**PSKD)
     method.build(Networks(student=probe(run.student, SIZE)))
     method.begin_fit(FitInfo(targets=TARGETS[:8]))
-    with pytest.raises(ACKDError, match=r"keeps 12 training images for method AIKD and the data have 8; go on with"):
+    with pytest.raises(ACKDError, match=r"has 12 training images for method AIKD and the data have 8; use"):
         method.load_state_dict(run.method.state_dict())
 
 
 @pytest.mark.parametrize(
     ("index", "target", "message"),
     [
-        ([-1, -1, -1, -1], [0, 0, 0, 0], r"goes from -1 to -1 and the table of method AIKD has 12 .* set previous"),
-        ([0, 1, 2, 12], [0, 1, 2, 0], r"goes from 0 to 12 and the table of method AIKD has 12 training images"),
+        ([-1, -1, -1, -1], [0, 0, 0, 0], r"is from -1 to -1 and the table of method AIKD has 12 .* set previous"),
+        ([0, 1, 2, 12], [0, 1, 2, 0], r"is from 0 to 12 and the table of method AIKD has 12 training images"),
         ([0, 1, 2, 3], [0, 1, 2, 0], r"does not fit batch.target in method AIKD"),
     ],
 )
@@ -556,9 +556,9 @@ def test_indices_that_do_not_fit_are_refused_from_the_first_step_on(index, targe
 def test_what_was_not_told_is_asked_for():
     method = AIKD(**PSKD)
     method.build(Networks(student=NetSpec(CLASSES)))
-    with pytest.raises(ACKDError, match=r"does not know the training images yet; call begin_fit"):
+    with pytest.raises(ACKDError, match=r"images are unknown to method .*; call begin_fit"):
         method(output(leaf(1)), None, bare_batch())
-    with pytest.raises(ACKDError, match=r"does not know when that is; limit the training by trainer.max_epochs"):
+    with pytest.raises(ACKDError, match=r"set trainer.max_epochs"):
         method.set_epoch(0)
     AIKD(weight_progressive=0.0).set_epoch(5)
     unattached = AIKD(weight_det=0.0, weight_adv=0.0)
@@ -614,7 +614,7 @@ def test_gradient_steps_train_the_discriminator_and_then_confuse_it(form):
     method = bare(adversarial_form=form, discriminator_lr=0.01, discriminator_hidden=32)
     student, teacher, batch = leaf(1), output(leaf(2).detach()), bare_batch()
 
-    def game() -> tuple[Tensor, float]:
+    def discriminator_loss() -> tuple[Tensor, float]:
         loss, values = method.auxiliary_loss("discriminator", output(student), teacher, batch)
         assert values["disc_loss"].requires_grad is False
         return loss, values["disc_acc"].item()
@@ -622,12 +622,12 @@ def test_gradient_steps_train_the_discriminator_and_then_confuse_it(form):
     optimizer = method.auxiliary_optimizers()["discriminator"]
     assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.defaults["betas"] == (0.5, 0.999)
-    before = game()[0].item()
+    before = discriminator_loss()[0].item()
     for _ in range(20):
         optimizer.zero_grad()
-        game()[0].backward()
+        discriminator_loss()[0].backward()
         optimizer.step()
-    trained, accuracy = game()
+    trained, accuracy = discriminator_loss()
     assert trained.item() < before
     assert accuracy > 0.5
     method.discriminator.requires_grad_(False)
@@ -639,7 +639,7 @@ def test_gradient_steps_train_the_discriminator_and_then_confuse_it(form):
         values.append(adversarial.item())
     assert values[-1] < values[0]
     method.discriminator.requires_grad_(True)
-    assert game()[0].item() > trained.item()
+    assert discriminator_loss()[0].item() > trained.item()
 
 
 @pytest.mark.parametrize("term", ["progressive", "det"])

@@ -41,7 +41,7 @@ def method_for(targets: torch.Tensor = TARGETS, **options: object) -> CRD:
 
 
 def steps(method: CRD, count: int, start: int = 0) -> list[float]:
-    """Values of the term over steps that observe, each with other images."""
+    """Values of the term over steps that update the memories, each with other images."""
     values = []
     for number in range(start, start + count):
         scene = output(number), output(100 + number), batch_of((torch.arange(IMAGES) + 7 * number) % len(TARGETS))
@@ -351,7 +351,7 @@ def test_arguments_out_of_range_are_refused(arguments, sentence):
 
 
 def test_one_class_has_no_negatives():
-    with pytest.raises(ACKDError, match="all 7 training images are of one class"):
+    with pytest.raises(ACKDError, match="all 7 training images belong to one class"):
         method_for(torch.full((7,), 3))
 
 
@@ -359,7 +359,7 @@ def test_one_class_has_no_negatives():
 def test_indices_that_are_not_known_are_refused(wrong):
     index = torch.tensor([0, 1, 2, wrong])
     batch = Batch(torch.zeros(IMAGES, 3, 2, 2), torch.tensor([0, 1, 2, 0]), index)
-    with pytest.raises(ACKDError, match=rf"batch.index goes from .*{wrong}.* keeps 40 training images"):
+    with pytest.raises(ACKDError, match=rf"batch.index is from .*{wrong}.* has 40 training images"):
         method_for()(output(0), output(1), batch)
 
 
@@ -378,7 +378,7 @@ def test_without_targets_it_says_so():
 
 def test_a_checkpoint_of_other_data_is_refused():
     method = method_for()
-    with pytest.raises(ACKDError, match="keeps 30 training images for method CRD and the data have 40"):
+    with pytest.raises(ACKDError, match="has 30 training images for method CRD and the data have 40"):
         method.load_state_dict(method_for(TARGETS[:30]).state_dict())
 
 

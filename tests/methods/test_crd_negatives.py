@@ -67,5 +67,5 @@ def test_tables_are_in_no_checkpoint():
 
 
 def test_one_class_has_no_negatives():
-    with pytest.raises(ACKDError, match="all 7 training images are of one class"):
+    with pytest.raises(ACKDError, match="all 7 training images belong to one class"):
         sampler(torch.full((7,), 3))

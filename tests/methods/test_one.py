@@ -110,7 +110,7 @@ def test_what_each_term_reaches():
             assert all((each is not None) is (part in reached[name]) for each in gradients), (name, part)
 
 
-def test_forward_changes_no_statistics_and_observe_does():
+def test_forward_changes_no_statistics_and_update_does():
     run = Run()
     run.method.gate.norm.running_mean += 1.0
     before = copy.deepcopy(run.method.state_dict())

@@ -25,7 +25,7 @@ _LIST = "a list, such as [1, 2]"
 _KINDS = {"list": _LIST, "dict": "a mapping, such as {key: value}"}
 _KINDS |= {"collections.abc.Sequence": _LIST, "collections.abc.Iterable": _LIST}
 _CLASS = "a class, such as package.Class, with its init_args"
-_LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
+_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib"))
 
 
 class RefusedError(ValueError):
@@ -205,7 +205,8 @@ def shorten(refused: RefusedError, given: Given) -> str:
     classes = [each for each in kinds if each.startswith(("path but", "dot import", "one of: - a class"))]
     kinds = [_KINDS.get(each, each) for each in kinds if each not in classes]
     kinds += [_CLASS] * bool(classes or not kinds)
-    shown = f" is {value[1]!r}" if value else ""
+    class_named = re.sub(r"^\{'class_path': '([^']*)'\}$", r"\1", value[1]) if value else ""
+    shown = f" is {class_named!r}" if value else ""
     return f"setting {key[1]}{shown}; it must be {' or '.join(kinds)[:300]}{given.at(key[1])}"
 
 
@@ -239,13 +240,23 @@ def failed_constructor(error: Exception) -> ACKDError:
     """
     if isinstance(ours := first_cause(error), ACKDError):
         return type(ours)(str(ours))  # not the same one, which would become its own cause
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [each for each in frames if not each.filename.startswith(_LIBRARIES) and "<" not in each.filename]
-    ours_only = Path(__file__).parents[1]
-    foreign = [each for each in own if ours_only not in Path(each.filename).parents]
-    frame = (foreign or frames)[-1]
     text = (str(error).splitlines() or [""])[0][:300]
-    return ACKDError(f"{type(error).__name__} in {Path(frame.filename).name} line {frame.lineno}: {text}")
+    return ACKDError(f"{type(error).__name__} in {_place_of(error)}: {text}")
+
+
+def _place_of(error: Exception) -> str:
+    """File and line of an exception: in the user's own file if it passed through one, else outside torch if it did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = Path(__file__).parents[1]
+    own = [
+        each
+        for each in frames
+        if not each.filename.startswith((*_LIBRARIES, "<")) and package not in Path(each.filename).parents
+    ]
+    frame = (own or [each for each in frames if "/torch/" not in Path(each.filename).as_posix()] or frames)[-1]
+    path = Path(frame.filename)
+    root = next((Path(each) for each in _LIBRARIES if Path(each) in path.parents), path.parent)
+    return f"{path.relative_to(root).as_posix()} line {frame.lineno}"
 
 
 def refused_by_trainer(error: Exception, names: Iterable[str]) -> str:

@@ -264,7 +264,7 @@ class ACKD(Method):
         """Return the loss of the discriminators, which maximise L_ad (Eq. 4 and 5) on detached features.
 
         Args:
-            name: ``discriminators``.
+            name: Name of the optimizer, ``discriminators``.
             student: Output of the student.
             teacher: Unused.
             batch: Unused.

@@ -19,7 +19,7 @@ class LearnerAttention(nn.Module):
     \(x = g(\mathrm{Concat}(h^{(1)}, …)),\ a = \mathrm{softmax}(\mathrm{MLP}(x))\).
 
     Args:
-        shapes: ``(C, H, W)`` of each learner's feature map.
+        shapes: Shape ``(C, H, W)`` of each learner's feature map.
         inputs: Function g. ``flattened`` is the paper's, ``pooled`` averages over H and W first, and ``scaled`` divides
             the flattened map by H·W, so that x is as large as with pooling.
         hidden: Width of the hidden layer of the MLP (not in the paper).

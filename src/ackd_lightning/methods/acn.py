@@ -186,7 +186,7 @@ class ACN(Method):
         """Shorten the default warm-up in a short training, and warn about an unknown pixel range or a long warm-up.
 
         Args:
-            fit: Facts about the fit, of which the number of epochs is read.
+            fit: Information about the fit, of which the number of epochs is read.
         """
         if self.generator is not None and not self.knows_range:
             warnings.warn(
@@ -289,7 +289,7 @@ class ACN(Method):
         """Return the loss of the discriminator or the generator; None in the warm-up.
 
         Args:
-            name: ``image_discriminator`` or ``generator``.
+            name: Name of the optimizer, ``image_discriminator`` or ``generator``.
             student: Unused; the classifiers are run on generated images.
             teacher: Unused.
             batch: Images, targets and indices.

@@ -145,7 +145,7 @@ class AIKD(Method):
         """Store the number of epochs, and create the table; a table of the right size is kept.
 
         Args:
-            fit: Facts about the fit, of which epochs are read, and targets for ``previous="table"``.
+            fit: Information about the fit, of which epochs are read, and targets for ``previous="table"``.
         """
         self.total_epochs = fit.epochs or self.total_epochs
         if self.table is None:
@@ -316,7 +316,7 @@ class AIKD(Method):
         """Return the loss of the discriminator: the pretrained network's predictions are real, the student's are fake.
 
         Args:
-            name: ``discriminator``.
+            name: Name of the optimizer, ``discriminator``.
             student: Output of the student, which is detached here.
             teacher: Output of the pretrained network.
             batch: Images whose indices determine where the gradient penalty is measured.

@@ -181,7 +181,7 @@ class ATSC(Method):
         """Take the teachers' normalisation and anchor, and their weights unless a training has changed them.
 
         Args:
-            fit: Facts about the fit, of which the teachers are read.
+            fit: Information about the fit, of which the teachers are read.
         """
         teachers = fit.teachers
         if self.adapts:
@@ -300,7 +300,7 @@ class ATSC(Method):
         of their BatchNorm change twice in every step.
 
         Args:
-            name: ``classifier``.
+            name: Name of the optimizer, ``classifier``.
             student: Unused.
             teacher: Unused.
             batch: Images and targets.

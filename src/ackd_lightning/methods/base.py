@@ -47,7 +47,7 @@ class Networks:
         """Shapes of the first teacher.
 
         Raises:
-            ACKDError: Without a teacher.
+            ACKDError: If there is no teacher.
         """
         if not self.teachers:
             raise ACKDError("the method reads a teacher and there is none; pass `teacher` to the training module")
@@ -56,12 +56,12 @@ class Networks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitInfo:
-    """Facts about a fit that starts, as a method sees them in ``begin_fit``.
+    """Information about a fit that starts, as a method sees them in ``begin_fit``.
 
     Attributes:
         epochs: Number of epochs; None when the fit is not limited by epochs.
-        batch_size: Global batch size over all processes; None when the data module does not have it.
-        targets: ``N`` int64 class of every training image by ``Batch.index``; None when the data module does not have
+        batch_size: Number of images of one step in all processes; None when the data module does not have it.
+        targets: Class of every training image by ``Batch.index``, ``N`` int64; None when the data module does not have
             them.
         seed: Seed of the run.
         teachers: The teachers with their weights.
@@ -102,8 +102,8 @@ class Method(nn.Module):
     ``ackd_lightning.validation.Positive``) in Python and on the command line alike.
 
     Attributes:
-        teacher: What the method reads of the teacher: ``none``, its ``logits``, its whole ``output`` with features, or
-            ``own`` for a method that runs its teachers itself; it may have several, and ``forward`` gets None.
+        teacher: Part of the teacher that the method reads: ``none``, its ``logits``, the whole ``output`` with
+            features, or ``own`` for a method that runs one or several teachers itself; its ``forward`` gets None.
         loss_weights: Weight of every term that ``forward`` returns. The loss is their weighted sum. May change in
             ``set_epoch``.
         branches: Auxiliary learners of the student: ``DnBm`` branches, ``last``, ``peer`` or names of models; empty
@@ -153,7 +153,7 @@ class Method(nn.Module):
         """Create what depends on the data and the length of the training, such as memories.
 
         Args:
-            fit: Facts about the fit.
+            fit: Information about the fit.
         """
 
     def set_epoch(self, epoch: int) -> None:
@@ -304,7 +304,7 @@ def from_description(description: Mapping[str, Any]) -> Method:
     """Build a method from what `describe` returned.
 
     Args:
-        description: ``class_path`` and ``init_args``.
+        description: Plain data with ``class_path`` and ``init_args``.
 
     Raises:
         ACKDError: If the class path does not name a `Method`.

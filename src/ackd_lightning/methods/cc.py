@@ -86,7 +86,7 @@ class CC(Method):
     its value is that of another order of the same images.
 
     Args:
-        kernel: ``consecutive`` or ``rbf``, see above.
+        kernel: Kind of the comparison, ``consecutive`` or ``rbf``, see above.
         embedding_size: Width D of the embeddings.
         gamma: Exponent of the kernel ``rbf``.
         order: Order of the Taylor expansion of ``rbf``.

@@ -116,7 +116,7 @@ class CRD(Method):
         """Create both memories and the tables of the classes; memories of the right size are kept.
 
         Args:
-            fit: Facts about the fit, of which targets and seed are read.
+            fit: Information about the fit, of which targets and seed are read.
 
         Raises:
             ACKDError: If the targets are unknown or belong to one class, which has no negatives.

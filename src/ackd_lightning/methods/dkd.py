@@ -44,7 +44,7 @@ def dkd_loss(
     Example:
         >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0]])
         >>> dkd_loss(student, teacher, torch.tensor([0]), alpha=1.0, beta=8.0, temperature=4.0)
-        tensor(0.7923)
+        tensor(1.2474)
     """
     other = torch.arange(student_logits.shape[1] - 1, device=target.device).expand(target.shape[0], -1)
     other = other + (other >= target[:, None])  # B x (K - 1): every class but the target

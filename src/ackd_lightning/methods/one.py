@@ -43,7 +43,7 @@ def one_loss(logits: Sequence[Tensor], ensemble_logits: Tensor, *, temperature: 
     Example:
         >>> learners = [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
         >>> one_loss(learners, torch.tensor([[1.0, 0.0]]), temperature=3.0)
-        tensor(0.2440)
+        tensor(0.2422)
     """
     return torch.stack([kd_loss(each, ensemble_logits, temperature=temperature) for each in logits]).sum()
 

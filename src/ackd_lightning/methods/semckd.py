@@ -205,7 +205,7 @@ class SemCKD(Method):
         """Create the MLPs for the data's batch size, unless the constructor named one.
 
         Args:
-            fit: Facts about the fit, of which the batch size is read.
+            fit: Information about the fit, of which the batch size is read.
 
         Raises:
             ACKDError: If the batch size is too small, or differs from that of an earlier training.

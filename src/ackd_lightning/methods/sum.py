@@ -99,7 +99,7 @@ class Sum(Method):
         """Tell every method that a fit starts.
 
         Args:
-            fit: Facts about the fit.
+            fit: Information about the fit.
         """
         for method in self._each():
             method.begin_fit(fit)
