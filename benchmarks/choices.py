@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from ackd_lightning.models.folding import folded
 from timing.machine import cpu_model
 from torch import nn
 
+from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.speed import keep_freed_memory
 
@@ -50,7 +50,7 @@ def main() -> None:
         for _ in range(20):
             teacher.train()(images[:16])  # fresh weights need BatchNorm statistics
     plain = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    inside = folded(plain, lambda network: [network(images[:2])])
+    inside = fused(plain, lambda network: [network(images[:2])])
     assert isinstance(inside, nn.Module)
     networks = {"unchanged": plain, "BatchNorm fused": inside}
     for name, network, arguments in (

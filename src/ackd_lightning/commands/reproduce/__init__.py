@@ -1,4 +1,4 @@
-"""``ackd reproduce``: plan the runs of a paper's table, start them, write the table; no run is carried out in here."""
+"""``ackd reproduce``: plan the runs of a table, start them, write the table; nothing is trained in this process."""
 
 from ackd_lightning.commands.reproduce.command import reproduce
 
