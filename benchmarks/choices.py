@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from ackd_lightning.models.folding import folded
 from timing.machine import cpu_model
 from torch import nn
 
-from ackd_lightning.models.folding import folded
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.speed import keep_freed_memory
 

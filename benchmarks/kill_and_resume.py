@@ -23,7 +23,14 @@ from safetensors import safe_open
 
 EPOCHS = 8
 SETTINGS = ["--data.max_per_class", "30", "--data.batch_size", "10", "--trainer.max_epochs", str(EPOCHS)]
-SETTINGS += ["--model.milestones", "[4, 6]", "--model.teacher_gate", "warn", "--trainer.enable_progress_bar", "false"]
+SETTINGS += [
+    "--model.lr_scheduler.milestones",
+    "[4, 6]",
+    "--model.teacher.gate",
+    "warn",
+    "--trainer.enable_progress_bar",
+    "false",
+]
 
 
 def command(config: str, name: str, *more: str) -> list[str]:

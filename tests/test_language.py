@@ -33,9 +33,7 @@ PREPOSITIONS = {
 }
 # documents that are not here, and words that this project made up for things that have a name
 OUTSIDE = re.compile(r"\bspecs?\.md\b|\bspecs A\d|\bA\d{1,2}\b(?!\d*x)|\bshared/")
-HOME_MADE = re.compile(
-    r"\b(players?|stand-ins?|finite guard|dry run|peers' turns|gives? free)\b", re.IGNORECASE
-)
+HOME_MADE = re.compile(r"\b(players?|stand-ins?|finite guard|dry run|peers' turns|gives? free)\b", re.IGNORECASE)
 
 
 def entries(docstring: str) -> Iterator[str]:

@@ -24,23 +24,22 @@ def found(tmp_path_factory):
     """Return ``found(name, processes, rank)``: what ddp_methods.py saved of a method's steps."""
     folder = tmp_path_factory.mktemp("ddp")
     script = Path(__file__).with_name("ddp_methods.py")
-    for world in (1, 2):
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", str(script), str(world), str(rank), str(folder)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        try:
-            for each in started:
-                _, errors = each.communicate(timeout=240)
-                assert each.returncode == 0, errors[-3000:]
-        finally:
-            for each in started:
-                each.kill()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(script), str(world), str(rank), str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for world, rank in ((2, 0), (2, 1), (1, 0))
+    ]
+    try:
+        for each in started:
+            _, errors = each.communicate(timeout=240)
+            assert each.returncode == 0, errors[-3000:]
+    finally:
+        for each in started:
+            each.kill()
     results = {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
     return lambda name, world, rank=0: results[f"{world}-{rank}"][name]
 

@@ -162,7 +162,7 @@ def test_attention_learns_at_its_own_rate_and_discriminators_are_not_in_its_grou
     (group,) = method.parameter_groups()
     assert group["lr_scale"] == 0.3
     assert [id(each) for each in group["params"]] == [id(each) for each in method.attention.parameters()]
-    assert ACKD().attention_lr_scale == 0.1
+    assert ACKD().lr_scales == {"attention": 0.1}
 
 
 def test_forms_of_the_game(scene):
@@ -415,9 +415,8 @@ def test_collapsed_attention_has_the_entropy_zero(scene):
 
 
 def test_the_literal_preset_is_what_the_equations_say(scene):
-    config = read_config(find_config("ackd_literal"))["model"]
-    assert config["class_path"] == "ackd_lightning.ACKDModule"
-    method = from_description(config["init_args"]["method"])
+    method = from_description(read_config(find_config("ackd_literal"))["model"]["method"])
+    assert isinstance(method, ACKD)
     here = scene(2)
     torch.manual_seed(0)
     method.build(Networks(student=here.spec))

@@ -11,24 +11,18 @@ from torch import Tensor, nn
 
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods.acn import (
-    ACN,
-    bystanders,
-    disagreement,
-    js_divergence,
-    mean_log_probability,
-    mutual_loss,
-    statistics_kept,
-)
-from ackd_lightning.methods.acn_networks import Generator, image_noise
+from ackd_lightning.methods import ACN
+from ackd_lightning.methods.acn_losses import disagreement, js_divergence, mean_log_probability, mutual_loss
+from ackd_lightning.methods.acn_networks import Generator, evaluated, image_noise, statistics_kept
 from ackd_lightning.methods.base import FitInfo, Networks, describe
 from ackd_lightning.models.features import probe
 from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.testing import Harness, RandomImages
 from ackd_lightning.types import Batch
 from training.helpers import CLASSES, SIZE, TinyNet
 
 IMAGES = 6
-PLAYERS = ("image_discriminator", "generator")
+OPTIMIZERS = ("image_discriminator", "generator")
 
 
 class Run:
@@ -37,27 +31,21 @@ class Run:
     def __init__(self, *, norm: bool = True, **arguments) -> None:
         torch.manual_seed(11)
         self.method = ACN(**{"generator_width": 4, "warmup_epochs": 0, **arguments})
-        self.student = BranchyStudent(TinyNet(norm=norm), self.method.branches, num_classes=CLASSES)
-        self.method.attach(self.student, ())
-        self.method.set_range((-2.0,) * 3, (2.0,) * 3)
-        self.method.build(Networks(student=probe(self.student, SIZE)))
-        self.method.set_epoch(0)
+        data = RandomImages(num_classes=CLASSES, input_size=SIZE)  # whose pixels are from -2 to 2
+        self.harness = Harness(self.method, student=TinyNet(norm=norm), teacher=(), data=data, seed=11)
+        self.student = self.harness.module.student
         self.batch = batch()
 
     def terms(self, given: Batch | None = None) -> dict[str, Tensor]:
-        given = given or self.batch
-        return self.method(self.student(given.image), None, given)
+        return self.harness.terms(given or self.batch)
 
     def loss(self, given: Batch | None = None) -> Tensor:
-        weights, terms = self.method.loss_weights, self.terms(given)
-        assert set(terms) == set(weights)
-        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return self.harness.loss(given or self.batch)
 
-    def player(self, name: str, given: Batch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        given = given or self.batch
-        turn = self.method.auxiliary_loss(name, self.student(given.image), None, given)
-        assert turn is not None
-        return turn
+    def auxiliary(self, name: str, given: Batch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        result = self.method.auxiliary_loss(name, *self.harness.outputs(given or self.batch))
+        assert result is not None
+        return result
 
     def state(self) -> dict[str, Tensor]:
         return {**self.student.state_dict(prefix="student."), **self.method.state_dict(prefix="method.")}
@@ -282,11 +270,9 @@ def test_dml_has_no_generator():
     run = Run(weight_generated=0.0)
     assert run.method.auxiliary_parameters() == {}
     assert not list(run.method.parameters())
-    assert not run.method.makes_examples
     assert run.method.examples(run.batch) is None
     assert run.terms()["generated"].item() == 0
     assert not Run(weight_generated=0.0).method.is_searching
-    assert ACN().makes_examples
     with pytest.raises(ACKDError, match="has no generator; set weight_generated above 0"):
         run.method.make(run.batch)
 
@@ -294,9 +280,9 @@ def test_dml_has_no_generator():
 def test_the_two_configurations():
     folder = config_folder() / "methods"
     acn, dml = (read_config(folder / f"{name}.yaml")["model"] for name in ("acn", "dml"))
-    assert acn["class_path"] == dml["class_path"] == "ackd_lightning.AdversarialModule"
-    assert "init_args" not in acn["init_args"]["method"]
-    assert dml["init_args"]["method"]["init_args"] == {"weight_generated": 0.0, "temperature": 1.0}
+    assert acn["method"]["class_path"] == dml["method"]["class_path"] == "ackd_lightning.methods.ACN"
+    assert "init_args" not in acn["method"]
+    assert dml["method"]["init_args"] == {"weight_generated": 0.0, "temperature": 1.0}
 
 
 # --------------------------------------------------------------------------------------------- adversarial phase
@@ -306,7 +292,7 @@ def test_the_discriminators_loss_and_accuracy():
     run = Run()
     with torch.no_grad():
         made = run.method.make(run.batch)
-    loss, values = run.player("image_discriminator")
+    loss, values = run.auxiliary("image_discriminator")
     judge = copy.deepcopy(run.method.image_discriminator).eval()  # after its own pass has moved the vectors
     real, fake = judge(run.batch.image).double(), judge(made).double()
     expected = -torch.log(real.sigmoid()).mean() - torch.log(1 - fake.sigmoid()).mean()
@@ -327,7 +313,7 @@ def test_the_generators_loss_and_numbers(cap, margin):
         for net in (run.student.backbone, *(each.network for each in run.student.branches)):
             net.fc.weight.mul_(20)  # classifiers with opinions
     opinion = copy.deepcopy(run.method.image_discriminator).eval()(made).double()
-    loss, values = run.player("generator")
+    loss, values = run.auxiliary("generator")
     learners = eval_logits(run.student, made)
     divergences, means = slow_js(learners), slow_mean(learners)
     short = sum(max(0.0, cap * math.log(3) - each) for each in divergences) / IMAGES
@@ -347,9 +333,9 @@ def test_the_generators_loss_and_numbers(cap, margin):
     assert all(not each.requires_grad for each in values.values())
 
 
-@pytest.mark.parametrize("player", PLAYERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("residual", ["convex", "learned", "additive"])
-def test_a_player_reaches_its_own_parameters_only_and_leaves_everything_as_it_was(player, residual):
+def test_an_auxiliary_loss_reaches_its_own_parameters_only_and_leaves_everything_as_it_was(name, residual):
     run = Run(residual=residual)
     run.student.backbone.two.eval()  # as some keep frozen stages
     run.student.backbone.stem[0].weight.requires_grad_(False)
@@ -357,34 +343,34 @@ def test_a_player_reaches_its_own_parameters_only_and_leaves_everything_as_it_wa
     modes = [each.training for each in (*run.student.modules(), *run.method.modules())]
     output = run.student(run.batch.image)
     before = copy.deepcopy(run.state())
-    loss, _ = run.method.auxiliary_loss(player, output, None, run.batch)
+    loss, _ = run.method.auxiliary_loss(name, output, None, run.batch)
     assert modes == [each.training for each in (*run.student.modules(), *run.method.modules())]
     assert flags == {name: each.requires_grad for name, each in run.every_parameter().items()}
     after = run.state()
     changed = {key for key, value in before.items() if not torch.equal(after[key], value)}
     assert all("image_discriminator" in key and key.endswith(("_u", "_v")) for key in changed)
-    assert bool(changed) is (player == "image_discriminator")
+    assert bool(changed) is (name == "image_discriminator")
     loss.backward()
-    own = {id(each) for each in run.method.auxiliary_parameters()[player]}
+    own = {id(each) for each in run.method.auxiliary_parameters()[name]}
     for name, parameter in run.every_parameter().items():
         assert (parameter.grad is not None) is (id(parameter) in own), name
         assert parameter.grad is None or parameter.grad.isfinite().all()
-    run.loss().backward()  # the learners' graph is untouched
+    run.loss().backward()  # the graph of the student's step is untouched
 
 
-@pytest.mark.parametrize("player", PLAYERS)
-def test_steps_of_a_player_lower_its_loss(player):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_of_an_auxiliary_optimizer_lower_its_loss(name):
     run = Run(adversary_lr=5e-3)
-    optimizer = run.method.auxiliary_optimizers()[player]
+    optimizer = run.method.auxiliary_optimizers()[name]
     assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.defaults["lr"] == 5e-3
     assert optimizer.defaults["betas"] == (0.5, 0.999)
-    first = run.player(player)[0].item()
+    first = run.auxiliary(name)[0].item()
     for _ in range(20):
         optimizer.zero_grad()
-        run.player(player)[0].backward()
+        run.auxiliary(name)[0].backward()
         optimizer.step()
-    assert run.player(player)[0].item() < first - 0.05
+    assert run.auxiliary(name)[0].item() < first - 0.05
 
 
 def test_steps_of_the_generator_raise_the_divergence():
@@ -394,17 +380,17 @@ def test_steps_of_the_generator_raise_the_divergence():
             net.fc.weight.mul_(10)
     assert list(run.method.auxiliary_parameters()) == ["generator"]  # nobody asks a discriminator
     optimizer = run.method.auxiliary_optimizers()["generator"]
-    first = run.player("generator")[1]["generator_js"].item()
+    first = run.auxiliary("generator")[1]["generator_js"].item()
     for _ in range(20):
         optimizer.zero_grad()
-        run.player("generator")[0].backward()
+        run.auxiliary("generator")[0].backward()
         optimizer.step()
-    assert run.player("generator")[1]["generator_js"].item() > first + 0.1
+    assert run.auxiliary("generator")[1]["generator_js"].item() > first + 0.1
 
 
 def test_beyond_the_cap_and_within_the_margin_there_is_nothing_to_gain():
     run = Run(weight_gan=0.0, cap=1e-6, margin=50.0)
-    loss, _ = run.player("generator")
+    loss, _ = run.auxiliary("generator")
     loss.backward()
     assert loss.item() == 0
     assert all(each.grad.abs().sum() == 0 for each in run.method.auxiliary_parameters()["generator"])
@@ -412,19 +398,19 @@ def test_beyond_the_cap_and_within_the_margin_there_is_nothing_to_gain():
 
 def test_a_learned_rho_is_the_generators_and_is_shown():
     run = Run(residual="learned", rho=0.8)
-    loss, values = run.player("generator")
+    loss, values = run.auxiliary("generator")
     assert values["generator_rho"].item() == pytest.approx(0.8)
     loss.backward()
     assert run.method.generator.share.grad.abs() > 0
     assert any(each is run.method.generator.share for each in run.method.auxiliary_parameters()["generator"])
 
 
-def test_bystanders_are_as_before_after_an_error():
+def test_evaluated_networks_are_as_before_after_an_error():
     student = Run().student
-    with bystanders(student):
+    with evaluated(student):
         assert not any(each.training for each in student.modules())
         assert not any(each.requires_grad for each in student.parameters())
-    with pytest.raises(ZeroDivisionError), bystanders(student):
+    with pytest.raises(ZeroDivisionError), evaluated(student):
         raise ZeroDivisionError
     assert all(each.training for each in student.modules())
     assert all(each.requires_grad for each in student.parameters())
@@ -451,9 +437,9 @@ def test_two_halves_of_a_batch_give_the_generators_gradient_of_the_whole():
     run = Run()
     run.student.eval()  # whose running statistics would move from call to call
     own = run.method.auxiliary_parameters()["generator"]
-    whole = torch.autograd.grad(run.player("generator")[0], own)
+    whole = torch.autograd.grad(run.auxiliary("generator")[0], own)
     halves = [Batch(*(each[part] for each in run.batch)) for part in (slice(0, 3), slice(3, 6))]
-    parts = [torch.autograd.grad(run.player("generator", half)[0], own) for half in halves]
+    parts = [torch.autograd.grad(run.auxiliary("generator", half)[0], own) for half in halves]
     for total, first, second in zip(whole, *parts, strict=True):
         torch.testing.assert_close((first + second) / 2, total, rtol=1e-3, atol=1e-5)
 
@@ -463,11 +449,11 @@ def test_nothing_is_generated_in_warm_up():
     output = run.student(run.batch.image)
     for epoch, generates in ((0, False), (2, False), (3, True), (7, True)):
         run.method.set_epoch(epoch)
-        for player in PLAYERS:
-            assert (run.method.auxiliary_loss(player, output, None, run.batch) is not None) is generates
+        for name in OPTIMIZERS:
+            assert (run.method.auxiliary_loss(name, output, None, run.batch) is not None) is generates
         assert (run.terms()["generated"].item() > 0) is generates
         assert (run.method.examples(run.batch) is not None) is generates
-    assert list(run.method.auxiliary_parameters()) == list(PLAYERS)  # their optimizers are there from the start
+    assert list(run.method.auxiliary_parameters()) == list(OPTIMIZERS)  # their optimizers are there from the start
     assert run.method.loss_weights == {"ce": 1.0, "ce_aux": 1.0, "mutual": 1.0, "generated": 1.0}
 
 
@@ -499,8 +485,8 @@ def test_the_images_of_a_step_are_made_twice_and_not_more(monkeypatch):
     forward = Generator.forward
     monkeypatch.setattr(Generator, "forward", lambda self, *images: calls.append(1) or forward(self, *images))
     output = run.student(run.batch.image)
-    for player in PLAYERS:
-        loss, _ = run.method.auxiliary_loss(player, output, None, run.batch)
+    for name in OPTIMIZERS:
+        loss, _ = run.method.auxiliary_loss(name, output, None, run.batch)
         loss.backward()
     run.terms()
     assert len(calls) == 2
@@ -521,8 +507,8 @@ def test_three_classifiers_of_different_architectures():
     assert names[1] != "TinyNet"
     run.loss().backward()
     assert all(each.grad is not None and each.grad.isfinite().all() for each in run.student.parameters())
-    for player in PLAYERS:
-        run.player(player)[0].backward()
+    for name in OPTIMIZERS:
+        run.auxiliary(name)[0].backward()
     assert list(run.method.examples(run.batch).predictions) == ["0 student", "1 peer", "2 resnet8"]
 
 
@@ -562,15 +548,15 @@ def test_a_whole_step_in_half_precision(dtype):
     with torch.autocast("cpu", dtype=dtype):
         output = run.student(run.batch.image)
         assert output.logits.dtype is dtype
-        for player in PLAYERS:
-            loss, values = run.method.auxiliary_loss(player, output, None, run.batch)
-            optimizer = run.method.auxiliary_optimizers()[player]
+        for name in OPTIMIZERS:
+            loss, values = run.method.auxiliary_loss(name, output, None, run.batch)
+            optimizer = run.method.auxiliary_optimizers()[name]
             loss.backward()
             optimizer.step()
             for name, value in {"loss": loss, **values}.items():
                 assert value.dtype is torch.float32, name
                 assert value.isfinite(), name
-            for parameter in run.method.auxiliary_parameters()[player]:
+            for parameter in run.method.auxiliary_parameters()[name]:
                 assert parameter.grad is not None
                 assert parameter.grad.isfinite().all()
         terms = run.method(output, None, run.batch)
@@ -601,7 +587,6 @@ def test_learning_lowers_the_loss():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("classifiers", ()),
         ("classifiers", "peer"),
         ("temperature", 0.0),
         ("temperature", -1.0),
@@ -628,15 +613,20 @@ def test_learning_lowers_the_loss():
     ],
 )
 def test_bad_arguments_are_refused(name, value):
-    with pytest.raises(ACKDError, match=rf"^{name} is .* in method ACN; ") as caught:
+    with pytest.raises(ACKDError, match=rf"^{name} is .* in (method )?ACN; ") as caught:
         ACN(**{name: value})
     assert repr(value) in str(caught.value)
+
+
+def test_no_peers_are_refused():
+    with pytest.raises(ACKDError, match="classifiers is empty in method ACN"):
+        ACN(classifiers=[])
 
 
 @pytest.mark.parametrize("rho", [0.0, 1.0])
 def test_a_learned_rho_begins_between_the_ends(rho):
     ACN(rho=rho)
-    with pytest.raises(ACKDError, match="neither of them with residual=learned"):
+    with pytest.raises(ACKDError, match=f"rho is {rho} in method ACN"):
         ACN(rho=rho, residual="learned")
 
 
@@ -657,6 +647,6 @@ def test_without_peers_or_classifiers_it_says_what_to_do():
     student = BranchyStudent(TinyNet(), ("peer",))
     method.build(Networks(student=probe(student, SIZE)))
     given = batch()
-    with pytest.raises(ACKDError, match="call `attach` with the student"):
+    with pytest.raises(ACKDError, match="call `build` with the student's network"):
         method(student(given.image), None, given)
     assert ACN.teacher == "none"

@@ -13,26 +13,20 @@ from torch import Tensor, nn
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import FitInfo, Networks, aikd
-from ackd_lightning.methods.aikd import AIKD, PredictionDiscriminator, gradient_penalty, soft_cross_entropy
+from ackd_lightning.methods.aikd import AIKD
+from ackd_lightning.methods.aikd_networks import PredictionDiscriminator, gradient_penalty, soft_cross_entropy
+from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.models.features import probe
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.random import mix
+from ackd_lightning.training.manual import frozen
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 from training.helpers import CLASSES, SIZE, TinyNet, largest_difference, state
 
 IMAGES, BATCH, EPOCHS = 12, 4, 3
 TARGETS = torch.arange(IMAGES) % CLASSES
 PSKD = {"previous": "table", "weight_det": 0.0, "weight_adv": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Hundreds of steps of a millisecond each: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def images() -> Tensor:
@@ -52,45 +46,33 @@ class Run:
         self.student = BranchyStudent(TinyNet(dropout=dropout), AIKD.branches)
         self.teacher = FrozenTeacher(TinyNet())
         self.method = AIKD(**arguments)
-        self.method.attach(self.student, [self.teacher.network] if self.method.needs_teacher else [])
         spec = probe(self.student, SIZE)
-        self.method.build(Networks(student=spec, teachers=(spec if self.method.needs_teacher else None,)))
-        self.method.begin_fit(FitInfo(epochs=epochs))
-        if self.method.needs_targets:
-            self.method.begin_fit(FitInfo(targets=TARGETS))
+        self.method.build(Networks(student=spec, teachers=(spec,), student_network=self.student))
+        self.method.begin_fit(FitInfo(epochs=epochs, targets=TARGETS))
         self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.1, momentum=0.9)
-        self.player_optimizers = {
-            name: self.method.auxiliary_optimizers()[name] for name in self.method.auxiliary_parameters()
-        }
+        self.auxiliary = self.method.auxiliary_optimizers()
         self.images = images()
 
     def batch(self, index: Tensor) -> Batch:
         return Batch(self.images[index], TARGETS[index], index)
 
     def outputs(self, batch: Batch) -> tuple[NetOutput, NetOutput | None, Batch]:
-        return self.student(batch.image), self.teacher(batch.image) if self.method.needs_teacher else None, batch
+        return self.student(batch.image), self.teacher(batch.image) if self.method.teacher != "none" else None, batch
 
     def loss(self, *outputs) -> Tensor:
-        weights, terms = self.method.loss_weights, self.method(*outputs)
-        assert set(weights) == set(terms)
-        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return weighted_loss(self.method, self.method(*outputs))
 
     def step(self, epoch: int, number: int) -> None:
         self.method.set_epoch(epoch)
         torch.manual_seed(mix(epoch, number))
         outputs = self.outputs(self.batch(order(epoch)[number]))
-        players = self.method.auxiliary_parameters()
-        for name, optimizer in self.player_optimizers.items():
+        for name, optimizer in self.auxiliary.items():
             optimizer.zero_grad()
             self.method.auxiliary_loss(name, *outputs)[0].backward()
             optimizer.step()
-        opponents = [parameter for parameters in players.values() for parameter in parameters]
-        for parameter in opponents:
-            parameter.requires_grad_(False)
         self.optimizer.zero_grad()
-        self.loss(*outputs).backward()
-        for parameter in opponents:
-            parameter.requires_grad_(True)
+        with frozen(each for parameters in self.method.auxiliary_parameters().values() for each in parameters):
+            self.loss(*outputs).backward()
         self.method.update(*outputs)
         self.optimizer.step()
 
@@ -100,13 +82,13 @@ class Run:
         return self
 
     def checkpoint(self) -> dict:
-        parts = [self.student, self.method, self.optimizer, *self.player_optimizers.values()]
+        parts = [self.student, self.method, self.optimizer, *self.auxiliary.values()]
         file = io.BytesIO()
         torch.save([each.state_dict() for each in parts], file)
         return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
     def restore(self, checkpoint: dict) -> None:
-        parts = [self.student, self.method, self.optimizer, *self.player_optimizers.values()]
+        parts = [self.student, self.method, self.optimizer, *self.auxiliary.values()]
         for each, saved in zip(parts, checkpoint, strict=True):
             each.load_state_dict(saved)
 
@@ -137,11 +119,8 @@ class Known(nn.Module):
 def bare(**arguments) -> AIKD:
     torch.manual_seed(0)
     method = AIKD(**{"discriminator_hidden": 8, **arguments})
-    method.attach(Known(), [])
-    method.build(Networks(student=NetSpec(CLASSES)))
-    method.begin_fit(FitInfo(epochs=10))
-    if method.needs_targets:
-        method.begin_fit(FitInfo(targets=TARGETS))
+    method.build(Networks(student=NetSpec(CLASSES), student_network=Known()))
+    method.begin_fit(FitInfo(epochs=10, targets=TARGETS))
     return method
 
 
@@ -283,7 +262,7 @@ def test_where_the_slope_is_measured_depends_on_epoch_and_image_alone():
 
 def test_a_term_without_weight_is_not_computed():
     method = bare(weight_progressive=0.0, weight_det=0.0, weight_adv=0.0)
-    assert not method.needs_teacher
+    assert method.teacher == "none"
     assert method.auxiliary_parameters() == {}
     assert method.parameter_groups() == []
     assert [*method.parameters()] == []
@@ -305,7 +284,13 @@ def test_a_term_without_weight_is_not_computed():
 )
 def test_it_asks_for_what_it_needs(arguments, teacher, targets):
     method = AIKD(**arguments)
-    assert (method.needs_teacher, method.needs_targets) == (teacher, targets)
+    assert method.teacher == ("logits" if teacher else "none")
+    method.build(Networks(student=NetSpec(CLASSES), student_network=Known()))
+    if targets:
+        with pytest.raises(ACKDError, match=r"AIKD.*`train_targets`"):
+            method.begin_fit(FitInfo(epochs=10))
+    else:
+        method.begin_fit(FitInfo(epochs=10))
 
 
 # ---------------------------------------------------------------- equalities
@@ -579,14 +564,14 @@ def test_what_was_not_told_is_asked_for():
     unattached = AIKD(weight_det=0.0, weight_adv=0.0)
     unattached.begin_fit(FitInfo(epochs=10))
     unattached.set_epoch(1)
-    with pytest.raises(ACKDError, match=r"has no student to copy; call attach"):
+    with pytest.raises(ACKDError, match=r"has no student to copy; call build"):
         unattached(output(leaf(1)), None, bare_batch())
 
 
 # ---------------------------------------------------------------- gradients
 
 
-def test_every_step_reaches_its_own_player_only():
+def test_every_step_reaches_its_own_parameters_only():
     run = Run().train(2)
     nets = {
         "student": run.student,
@@ -729,19 +714,19 @@ def test_the_discriminator_works_where_weights_are_in_half_precision():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"previous": "epoch"}, r"previous is 'epoch' in AIKD; it must be snapshot or table"),
-        ({"adversarial_form": "lsgan"}, r"adversarial_form is 'lsgan' in AIKD; it must be gan or wgan_gp"),
-        ({"discriminator_inputs": "x"}, r"discriminator_inputs is 'x' in AIKD; it must be probabilities or"),
+        ({"previous": "epoch"}, r"previous is 'epoch' in AIKD; it must be 'snapshot' or 'table'"),
+        ({"adversarial_form": "lsgan"}, r"adversarial_form is 'lsgan' in AIKD; it must be 'gan' or 'wgan_gp'"),
+        ({"discriminator_inputs": "x"}, r"discriminator_inputs is 'x' in AIKD; it must be 'probabilities' or"),
         ({"weight_ce": -1.0}, r"weight_ce is -1.0 in AIKD; it must be at least 0"),
         ({"weight_progressive": 1.5}, r"weight_progressive is 1.5 in AIKD; it must be at least 0 and at most 1"),
         ({"weight_progressive": -0.1}, r"weight_progressive is -0.1 in AIKD; it must be at least 0 and at most 1"),
-        ({"weight_progressive": math.nan}, r"weight_progressive is nan in method AIKD"),
+        ({"weight_progressive": math.nan}, r"weight_progressive is nan in AIKD"),
         ({"weight_det": -1.0}, r"weight_det is -1.0 in AIKD; it must be at least 0"),
-        ({"weight_det": math.inf}, r"weight_det is inf in method AIKD"),
+        ({"weight_det": math.inf}, r"weight_det is inf in AIKD"),
         ({"weight_adv": -0.1}, r"weight_adv is -0.1 in AIKD; it must be at least 0"),
         ({"temperature": 0.0}, r"temperature is 0.0 in AIKD; it must be above 0"),
         ({"gradient_penalty": -1.0}, r"gradient_penalty is -1.0 in AIKD; it must be at least 0"),
-        ({"discriminator_hidden": 0}, r"discriminator_hidden is 0 in AIKD; it must be from 1 to 65536"),
+        ({"discriminator_hidden": 0}, r"discriminator_hidden is 0 in AIKD; it must be at least 1 and at most 65536"),
         ({"discriminator_lr": 0.0}, r"discriminator_lr is 0.0 in AIKD; it must be above 0"),
     ],
 )

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods.atsc import ATSC, anchor_distance, feature_distance
-from ackd_lightning.methods.base import FitInfo, Networks, describe, from_description
+from ackd_lightning.methods import ATSC
+from ackd_lightning.methods.atsc_networks import anchor_distance, feature_distance
+from ackd_lightning.methods.base import FitInfo, Networks, describe, from_description, weighted_loss
 from ackd_lightning.models.features import StagePlan, probe, staged_forward
 from ackd_lightning.models.heads import HeadedNetwork, with_head
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training.manual import frozen
 from ackd_lightning.types import Batch
 
 IMAGES, CLASSES, SIDE = 6, 5, 16
@@ -80,9 +82,17 @@ class Run:
     def put_together(self, method: ATSC, *, meta: bool = False) -> None:
         networks = [copy.deepcopy(each.network).to("meta") if meta else each.network for each in self.teachers]
         torch.manual_seed(6)
-        method.teacher_specs = tuple(probe(each.network, each.input_size or SIDE) for each in self.teachers)
-        method.attach(self.student, networks)
-        method.build(Networks(student=probe(self.student, SIDE), teachers=(method.teacher_specs[0],)))
+        method.build(
+            Networks(
+                student=probe(self.student, SIDE),
+                teachers=tuple(probe(each.network, each.input_size or SIDE) for each in self.teachers),
+                student_network=self.student,
+                teacher_networks=tuple(networks),
+            )
+        )
+
+    def prediction(self) -> Tensor:
+        return self.method.head(self.student(self.batch.image).features[-1])
 
     @property
     def batch(self) -> Batch:
@@ -97,33 +107,26 @@ class Run:
         return self.method(self.student(batch.image), None, batch)
 
     def loss(self, batch: Batch | None = None) -> Tensor:
-        weights, terms = self.method.loss_weights, self.terms(batch)
-        assert set(terms) == set(weights)
-        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return weighted_loss(self.method, self.terms(batch))
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         groups = [{"params": list(self.student.parameters())}]
         groups += [{"params": group["params"]} for group in self.method.parameter_groups()]
-        return [torch.optim.SGD(groups, **SGD), *map(self.method.player_optimizer, self.method.auxiliary_parameters())]
+        return [torch.optim.SGD(groups, **SGD), *self.method.auxiliary_optimizers().values()]
 
     def step(self, optimizers: Sequence[torch.optim.Optimizer], batch: Batch) -> None:
-        """One batch as the loop takes it: the players' steps, then the learners' with the players frozen."""
-        learners, *others = optimizers
-        players = self.method.auxiliary_parameters()
+        """One batch as the training module takes it: auxiliary steps, then the student's."""
+        first, *others = optimizers
+        parameters = self.method.auxiliary_parameters()
         student = self.student(batch.image)
-        for player, optimizer in zip(players, others, strict=True):
+        for name, optimizer in zip(parameters, others, strict=True):
             optimizer.zero_grad()
-            self.method.auxiliary_loss(player, student, None, batch)[0].backward()
+            self.method.auxiliary_loss(name, student, None, batch)[0].backward()
             optimizer.step()
-        frozen = [parameter for parameters in players.values() for parameter in parameters]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        weights, terms = self.method.loss_weights, self.method(student, None, batch)
-        learners.zero_grad()
-        torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()
-        learners.step()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        first.zero_grad()
+        with frozen(each for group in parameters.values() for each in group):
+            weighted_loss(self.method, self.method(student, None, batch)).backward()
+        first.step()
 
     def train(self) -> Run:
         optimizers = self.optimizers()
@@ -283,7 +286,7 @@ def test_terms_without_weight_are_not_computed_and_what_they_train_stays():
 @pytest.mark.parametrize("name", ["weight_ce", "weight_kd", "weight_features"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_weights_out_of_range_are_refused(name, value):
-    with pytest.raises(ACKDError, match=f"{name} is {value} in method ATSC"):
+    with pytest.raises(ACKDError, match=f"{name} is {value} in ATSC"):
         ATSC(**{name: value})
 
 
@@ -334,10 +337,9 @@ class ByHand(nn.Module):
     "fixed",
     [
         {"adapt_teacher": False, "classifier_update": "none"},
-        {"weight_anchor": math.inf, "classifier_update": "none"},
-        {"weight_anchor": math.inf},
+        {"adapt_teacher": False},
     ],
-    ids=["frozen", "anchored to infinity", "whatever the classifier's step"],
+    ids=["no step of the classifier", "whatever the classifier's step"],
 )
 def test_with_a_teacher_that_does_not_move_it_is_simkd(fixed):
     run = Run(create_model("resnet8", CLASSES), **fixed)
@@ -368,19 +370,11 @@ def test_with_a_teacher_that_does_not_move_it_is_simkd(fixed):
     with torch.no_grad():
         output = run.student(run.batch.image)
         logits = projector(output.features[-1]).mean(dim=(2, 3)) @ before.fc.weight.T + before.fc.bias
-        torch.testing.assert_close(run.method.prediction(output), logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run.method.head(output.features[-1]), logits, rtol=1e-4, atol=1e-5)
     assert equal(run.teachers[0].network, before)
     assert run.method.auxiliary_parameters() == {}
     assert run.method.loss_weights["anchor"] == 0.0
     assert not [key for key in run.method.state_dict() if key.startswith("teachers.")]
-
-
-def test_the_three_ways_to_hold_a_teacher_fixed_are_one():
-    ways = [{"adapt_teacher": False}, {"weight_anchor": math.inf}, {"adapt_teacher": False, "weight_anchor": math.inf}]
-    first, *others = (Run(**way).train() for way in ways)
-    for other in others:
-        assert equal(first.student, other.student)
-        assert equal(first.method, other.method)
 
 
 def test_an_adapting_teacher_that_no_optimizer_moves_is_a_fixed_one():
@@ -478,8 +472,8 @@ def test_the_classifiers_step_is_a_step_of_cross_entropy(update):
         torch.testing.assert_close(own.head.bias.grad, network.head.bias.grad)
         if update == "layer":
             torch.testing.assert_close(own.head.weight.grad, network.head.weight.grad)
-    players = {id(each) for each in parameters}
-    others = [each for each in (*run.student.parameters(), *run.method.parameters()) if id(each) not in players]
+    own = {id(each) for each in parameters}
+    others = [each for each in (*run.student.parameters(), *run.method.parameters()) if id(each) not in own]
     assert all(each.grad is None for each in others)
     optimizer = run.method.auxiliary_optimizers()["classifier"]
     (group,) = optimizer.param_groups
@@ -487,7 +481,7 @@ def test_the_classifiers_step_is_a_step_of_cross_entropy(update):
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
 
 
-def test_without_the_classifiers_step_there_is_no_player():
+def test_without_the_classifiers_step_there_is_no_auxiliary_optimizer():
     run = Run(classifier_update="none", anchor_scope="weights")  # so that nothing trains the bias
     assert run.method.auxiliary_parameters() == {}
     before = copy.deepcopy(run.own[0].head.bias)
@@ -531,7 +525,7 @@ def test_evaluation_changes_nothing():
     before = copy.deepcopy(run.method)
     with torch.no_grad():
         run.terms()
-        run.method.prediction(run.student(run.batch.image))
+        run.prediction()
     assert equal(run.method, before)
 
 
@@ -578,7 +572,7 @@ def test_several_teachers_of_different_architectures(average):
             slow = (each[0] + each[1] + each[2]) / 3
         else:
             slow = ((each[0].softmax(dim=1) + each[1].softmax(dim=1) + each[2].softmax(dim=1)) / 3).log()
-        torch.testing.assert_close(run.method.prediction(output), slow, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run.prediction(), slow, rtol=1e-4, atol=1e-4)
     assert run.method.layers == ()
     assert Run().method.layers == ((3, 2),)
 
@@ -587,15 +581,13 @@ def test_a_student_with_a_smaller_map_than_its_teacher():
     run = Run(create_model("resnet8", CLASSES), student=create_model("mobilenetv2_x0_5", CLASSES))
     run.train()
     assert run.terms()["features"].isfinite()
-    assert run.method.prediction(run.student(run.batch.image)).shape == (IMAGES, CLASSES)
+    assert run.prediction().shape == (IMAGES, CLASSES)
 
 
 def test_what_is_predicted_does_not_come_from_the_students_own_classifier():
     run = Run(weight_ce=1.0)
-    output = run.student(run.batch.image)
-    (weight,) = torch.autograd.grad(
-        run.method.prediction(output).sum(), run.student.backbone.fc.weight, allow_unused=True
-    )
+
+    (weight,) = torch.autograd.grad(run.prediction().sum(), run.student.backbone.fc.weight, allow_unused=True)
     assert weight is None
 
 
@@ -609,7 +601,7 @@ def test_the_network_that_is_kept_predicts_the_same_and_has_no_unused_classifier
     again = with_head(create_model("resnet8", CLASSES), description).eval()
     again.load_state_dict(kept.state_dict(), strict=True)
     with torch.no_grad():
-        expected = run.method.prediction(run.student(run.batch.image))
+        expected = run.prediction()
         assert torch.equal(kept(run.batch.image), expected)
         assert torch.equal(again(run.batch.image), expected)
     assert not [name for name, _ in kept.named_parameters() if "fc" in name]
@@ -633,7 +625,7 @@ def test_a_teacher_gets_its_own_normalisation_and_image_size():
 # -------------------------------------------------------------------- state
 
 
-def test_the_weights_come_with_adopt_when_there_was_only_a_structure():
+def test_the_weights_come_with_the_fit_when_there_was_only_a_structure():
     run = Run()
     method = ATSC()
     run.put_together(method, meta=True)
@@ -653,7 +645,7 @@ def test_the_weights_come_with_adopt_when_there_was_only_a_structure():
 
 
 @pytest.mark.parametrize("adapt", [True, False])
-@pytest.mark.parametrize("fit", [True, False], ids=["adopt before the state", "adopt after the state"])
+@pytest.mark.parametrize("fit", [True, False], ids=["restored in a fit", "restored before it"])
 def test_a_state_brings_the_teachers_back_as_they_have_become(adapt, fit):
     run = Run(adapt_teacher=adapt).train()
     method = from_description(json.loads(json.dumps(describe(run.method))))
@@ -687,7 +679,9 @@ def test_the_anchors_start_is_in_no_state_and_is_sent_to_no_process():
     buffers = dict(run.method.named_buffers())
     assert set(run.method.replicated_buffers) <= set(buffers)
     assert not set(run.method.replicated_buffers) & set(run.method.state_dict())
-    sizes = [sum(each.numel() for each in own.parameters()) - CLASSES for own in run.own]  # the bias is the player's
+    sizes = [
+        sum(each.numel() for each in own.parameters()) - CLASSES for own in run.own
+    ]  # the bias has an optimizer of its own
     assert [buffers[name].numel() for name in run.method.replicated_buffers] == sizes
 
 
@@ -708,12 +702,12 @@ def test_classifiers_stay_shared(again):
     assert names == ["teachers.0.network.head.bias"], "each parameter has one name"
 
 
-def test_networks_names_what_a_forward_pass_moves():
-    for run in (Run(), Run(adapt_teacher=False)):
+def test_a_forward_pass_moves_running_statistics_of_what_the_method_runs_and_nothing_else():
+    for run, parts in ((Run(), {"teachers", "head"}), (Run(adapt_teacher=False), {"head"})):
         before = copy.deepcopy(run.method.state_dict())
         run.terms()
         moved = {key for key, value in run.method.state_dict().items() if not torch.equal(value, before[key])}
-        assert {key.split(".")[0] for key in moved} == set(run.method.networks)
+        assert {key.split(".")[0] for key in moved} == parts
         assert all(key.endswith(("running_mean", "running_var", "num_batches_tracked")) for key in moved)
 
 
@@ -760,9 +754,9 @@ class Bare(nn.Module):
 
 
 def test_networks_of_unknown_stages_are_refused():
-    with pytest.raises(ACKDError, match="the stages of the teacher are not known"):
+    with pytest.raises(ACKDError, match=r"the teacher.*method ATSC"):
         Run(Bare())
-    with pytest.raises(ACKDError, match="the stages of the student are not known"):
+    with pytest.raises(ACKDError, match=r"the student.*method ATSC"):
         Run(student=Bare())
 
 
@@ -773,9 +767,3 @@ def test_a_classifier_that_cannot_be_shared_is_refused():
         for adapt in (True, False):
             with pytest.raises(ACKDError, match="shares a linear layer with a bias"):
                 Run(network, adapt_teacher=adapt)
-
-
-def test_building_without_networks_is_refused():
-    spec = probe(create_model("resnet8", CLASSES), SIDE)
-    with pytest.raises(ACKDError, match="attached to 0 teachers and is built for 1"):
-        ATSC().build(Networks(student=spec, teachers=(spec,)))

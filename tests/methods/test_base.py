@@ -96,7 +96,7 @@ def test_a_description_without_a_class_is_refused():
 
 @pytest.mark.parametrize("path", ["os.path.join", "torch.nn.Linear", "ackd_lightning.methods.base.describe", "json"])
 def test_a_class_that_is_not_a_method_is_refused(path):
-    with pytest.raises(ACKDError, match="sub-class of ackd_lightning.methods.Method"):
+    with pytest.raises(ACKDError, match=r"sub-class of ackd_lightning.methods.Method"):
         from_description({"class_path": path, "init_args": {}})
 
 

@@ -49,6 +49,7 @@ def test_a_draw_depends_on_seed_step_image_and_position_alone():
     assert (drawn != sampler(seed=1)(index, TARGETS[index], STEP)).float().mean() > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler (g++)")
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_compiled_it_draws_the_same():

@@ -34,7 +34,7 @@ def test_stages_meet_by_resolution_in_order_and_none_is_left_out(student, teache
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_network_without_known_stages_is_refused_by_its_role(role):
     specs = {"student": spec(8), "teacher": spec(8), role: NetSpec(10)}
-    with pytest.raises(ACKDError, match=f"method AT compares features and the stages of the {role} are not known"):
+    with pytest.raises(ACKDError, match=f"the {role}.*method AT"):
         pair_stages(specs["student"], specs["teacher"], method="AT")
 
 

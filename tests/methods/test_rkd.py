@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import RKD
+from ackd_lightning.methods import RKD, Networks
 from ackd_lightning.methods.rkd import rkd_loss
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -154,7 +154,8 @@ def test_a_negative_weight_is_refused(name):
         RKD(**{name: -1.0})
 
 
-@pytest.mark.parametrize(("role", "widths"), [("student", (0, 4)), ("teacher", (4, 0))])
+@pytest.mark.parametrize(("role", "widths"), [("student", (None, 4)), ("teacher", (4, None))])
 def test_a_network_without_pooled_features_is_refused(role, widths):
-    with pytest.raises(ACKDError, match=rf"method RKD compares pooled features and the stages of the {role} are not"):
-        RKD().build(*(NetSpec(3, embedding=width) for width in widths))
+    student, teacher = (NetSpec(3, embedding=width) for width in widths)
+    with pytest.raises(ACKDError, match=rf"the {role}.*method RKD"):
+        RKD().build(Networks(student=student, teachers=(teacher,)))

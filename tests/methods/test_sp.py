@@ -29,7 +29,8 @@ def output(last, logits=None):
 
 def built(ours, theirs):
     method = SP()
-    method.build(*(NetSpec(4, ((2, 4, 4), (2, 4, 4), tuple(each.shape[1:])), each.shape[1]) for each in (ours, theirs)))
+    mine, its = (NetSpec(4, ((2, 4, 4), (2, 4, 4), tuple(each.shape[1:])), each.shape[1]) for each in (ours, theirs))
+    method.build(Networks(student=mine, teachers=(its,)))
     return method
 
 
@@ -122,5 +123,5 @@ def test_images_of_other_processes_are_compared_and_only_the_student_learns(monk
 
 
 def test_networks_without_stages_are_refused():
-    with pytest.raises(ACKDError, match="method SP compares features and the stages of the teacher are not known"):
+    with pytest.raises(ACKDError, match=r"the teacher.*method SP"):
         SP().build(Networks(student=NetSpec(4, ((3, 8, 8), (3, 4, 4)), 3), teachers=(NetSpec(4),)))

@@ -23,16 +23,23 @@ def fits(tmp_path_factory):
     """Return ``fits(name, devices)``: the result of a scenario of ddp_script.py with one or two processes."""
     folder = tmp_path_factory.mktemp("ddp")
     script = Path(__file__).with_name("ddp_script.py")
-    for devices in (1, 2):
-        done = subprocess.run(
+    started = [
+        subprocess.Popen(
             [sys.executable, "-W", "ignore", str(script), str(devices), str(folder)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=240,
-            check=False,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        for devices in (2, 1)
+    ]
+    try:
+        for each in started:
+            output, _ = each.communicate(timeout=240)
+            assert each.returncode == 0, output[-3000:]
+    finally:
+        for each in started:
+            each.kill()
     return lambda name, devices: torch.load(folder / f"{name}-{devices}.pt", weights_only=True)
 
 

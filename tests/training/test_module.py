@@ -385,10 +385,10 @@ def test_frozen_teacher_is_used_as_it_is():
 
 
 def test_readme_script_runs(tmp_path, monkeypatch):
-    """The 30 lines in README that train ACKDModule from somebody's own Lightning script."""
+    """The script in README that trains ACKDModule in any Lightning project."""
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     script = text.split("<!-- script -->")[1].split("```python\n")[1].split("```")[0]
-    assert len(script.splitlines()) <= 32
+    assert len(script.splitlines()) <= 40
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     namespace: dict[str, object] = {"__name__": "__main__"}

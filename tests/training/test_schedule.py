@@ -98,14 +98,14 @@ class Rates(L.Callback):
 
 
 class Save(L.Callback):
-    """Save checkpoints after some steps, and at the end of an epoch."""
+    """Save a checkpoint after a step."""
 
-    def __init__(self, folder: Path, steps: tuple[int, ...], epoch: int) -> None:
-        self.folder, self.steps, self.epoch = folder, steps, epoch
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.step = folder, step
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step in self.steps:
-            trainer.save_checkpoint(self.folder / f"step{trainer.global_step}.ckpt")
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.folder / "step.ckpt")
 
 
 class SaveEpoch(Checkpoint):
@@ -133,9 +133,9 @@ def finished(method, recipe: str, *callbacks: L.Callback, checkpoint: Path | Non
 @both_loops
 @every_recipe
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, method, recipe):
-    whole = finished(method, recipe, Save(tmp_path, (STEPS + 3,), 1), SaveEpoch(tmp_path, 1))
+    whole = finished(method, recipe, Save(tmp_path, STEPS + 3), SaveEpoch(tmp_path, 1))
     assert whole["steps"] == EPOCHS * STEPS
-    for name in ("step11.ckpt", "epoch.ckpt"):
+    for name in ("step.ckpt", "epoch.ckpt"):
         again = finished(method, recipe, checkpoint=tmp_path / name)
         assert largest_difference(again["state"], whole["state"]) == 0.0, name
         assert (again["lr"], again["steps"]) == (whole["lr"], whole["steps"])
@@ -185,7 +185,7 @@ class WithoutBadImages(BadImages):
 @both_loops
 @every_recipe
 def test_a_skipped_step_leaves_no_trace(method, recipe):
-    """The same as a run without that batch; warm-up and schedule have their lengths in steps from the whole data."""
+    """The run equals one without that batch; a schedule by step gets its length, which depends on the batches."""
     options = dict(RECIPES[recipe])
     if options["recipe"].interval == "step":
         options |= {"lr_scheduler": functools.partial(CosineAnnealingLR, T_max=16)}

@@ -1,12 +1,12 @@
 r"""ACKD. Liu, Huang, Liu: Improved Knowledge Distillation via Adversarial Collaboration, 2021 (arXiv:2111.14356).
 
-Auxiliary learners on the student's trunk learn from the teacher as a group that attention weighs (Eq. 1 to 3),
-discriminators keep them apart (Eq. 4, 5), and the target learner learns from the group (Eq. 6):
+Auxiliary learners share the first stages of the student. They learn from the teacher as a group that attention weighs
+(Eq. 1 to 3), discriminators keep them different (Eq. 4, 5), and the target learner learns from the group (Eq. 6):
 
 \(L = \lambda_1 L_{kd}^a + \lambda_2 L_{kd}^s + \lambda_3 L_{ad} + \lambda_4 L_{ce}\) (Eq. 7), all \(\lambda = 1\).
 
-The paper leaves much open and contradicts itself in places; each such place is an argument of [`ACKD`][] whose
-docstring names the choice. What the typeset equations say to the letter is the config ``ackd_literal``.
+The paper leaves much open and contradicts itself in places. Each of these places is an argument of [`ACKD`][]. The
+config ``ackd_literal`` follows the printed equations exactly.
 """
 
 from __future__ import annotations
@@ -35,38 +35,45 @@ from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive, Ran
 
 
 class ACKD(Method):
-    """Adversarial collaborative knowledge distillation. Target learner: kept. Auxiliary learners: dropped at the end.
+    """Adversarial collaborative knowledge distillation. The auxiliary learners are dropped after training.
 
     Args:
-        branches: auxiliary learners as ``DnBm`` (Table 7); None: the paper's two, ``D{K}B1`` and ``D{K-1}B2``.
-        temperature: tau of Eq. 1 (not in the paper; 4 in the same authors' code).
-        scale_temperature: multiply Eq. 2 and 6 by tau squared.
-        direction_aux: Eq. 2. ``forward`` KL(teacher || group) as is usual, ``reverse`` as printed, or ``js``.
-        direction_target: Eq. 6. As printed it *pushes the target away* from the group (it is minus a KL); ``forward``
-            KL(group || target) is the default, ``reverse`` is the printed one with its sign put right.
-        teach: who is taught by the teacher in Eq. 2: the ``ensemble`` (paper), each of the ``learners`` (mean over
-            them), or ``both`` (their sum).
-        detach_group: Eq. 6 does not reach the auxiliary learners.
-        attention: g of Eq. 3 (``pooled``; ``flattened`` is the paper's; ``scaled``), or ``off`` for the mean of logits.
-        attention_hidden: width of the MLP of Eq. 3.
-        attention_lr_scale: its learning rate relative to the student's. The literal flattened input at 1.0 gave all
-            weight to one learner within an epoch of a first measurement.
-        adversarial: direction of the game for the learners: ``fool`` (minimise Eq. 5, as Eq. 7 prints it),
-            ``diversify`` (maximise it, as the text's purpose asks), or ``off``.
-        adversarial_form: loss of ``fool``: ``minimax`` (literal) or ``non_saturating`` (flipped labels).
-        adversarial_warmup_epochs: epochs over which lambda_adv grows linearly from 0.
-        discriminator_inputs: un-pooled ``map`` or ``pooled`` features.
-        discriminator_optimizer: ``sgd`` (momentum 0.9, weight decay 5e-4) or ``adam`` (betas 0.5, 0.999).
-        discriminator_lr: its learning rate, decayed together with the student's.
-        lambda_kd_aux: lambda_1, teacher to group (Eq. 2).
-        lambda_kd_target: lambda_2, group to target (Eq. 6).
-        lambda_adv: lambda_3 (Eq. 5).
-        lambda_ce: lambda_4, cross-entropy of the target learner.
-        lambda_ce_aux: lambda_4 of the auxiliary learners' cross-entropies (summed over learners).
-        lambda_direct: weight of a direct teacher-to-target term, which the paper leaves out on purpose.
+        branches: Auxiliary learners as ``DnBm`` (Table 7). None for the paper's two, ``D{K}B1`` and ``D{K-1}B2``.
+        temperature: Temperature tau of Eq. 1 (not in the paper; 4 in other code of the same authors).
+        scale_temperature: Whether Eq. 2 and 6 are multiplied by tau squared.
+        direction_aux: Divergence of Eq. 2: ``forward`` KL(teacher || group) as is usual, ``reverse`` as printed, or
+            ``js``.
+        direction_target: Divergence of Eq. 6. The printed equation is minus a KL and *pushes the target away* from the
+            group. ``forward`` is KL(group || target), ``reverse`` the printed divergence with its sign corrected.
+        teach: Learners that the teacher teaches in Eq. 2: the ``ensemble`` (paper), each of the ``learners`` (mean over
+            them), or ``both`` (sum of the two).
+        detach_group: Whether the gradient of Eq. 6 stops before the auxiliary learners.
+        attention: Function g of Eq. 3 (``pooled``, ``scaled``, or the paper's ``flattened``), or ``off`` for the mean
+            of the logits.
+        attention_hidden: Width of the hidden layer in the MLP of Eq. 3.
+        attention_lr_scale: Learning rate of this MLP relative to the student's. With ``flattened`` input and 1.0 one
+            learner got all weight within an epoch of a first measurement.
+        adversarial: Aim of the learners: ``fool`` the discriminators (minimise Eq. 5, as printed in Eq. 7),
+            ``diversify`` (maximise it, the purpose that the text states), or ``off``.
+        adversarial_form: Loss of ``fool``: ``minimax`` (as printed) or ``non_saturating`` (flipped labels).
+        adversarial_warmup_epochs: Epochs over which lambda_adv grows linearly from 0.
+        discriminator_inputs: Features that discriminators read: every position of the ``map``, or ``pooled``.
+        discriminator_optimizer: Optimizer of the discriminators: ``sgd`` (momentum 0.9, weight decay 5e-4) or ``adam``
+            (betas 0.5 and 0.999).
+        discriminator_lr: Learning rate of this optimizer, decayed together with the student's.
+        lambda_kd_aux: Weight lambda_1 of the distillation from teacher to group (Eq. 2).
+        lambda_kd_target: Weight lambda_2 of the distillation from group to target (Eq. 6).
+        lambda_adv: Weight lambda_3 of the adversarial term (Eq. 5).
+        lambda_ce: Weight lambda_4 of the target learner's cross-entropy.
+        lambda_ce_aux: Weight of the auxiliary learners' cross-entropies (their sum); lambda_4 in the paper.
+        lambda_direct: Weight of a distillation from teacher to target, which the paper leaves out on purpose.
 
     Raises:
-        ACKDError: for values that contradict each other.
+        ACKDError: If a value is not allowed, or values contradict each other.
+
+    Example:
+        >>> ACKD(lambda_adv=0.5).loss_weights
+        {'ce': 1.0, 'ce_aux': 1.0, 'kd_aux': 1.0, 'kd_target': 1.0, 'kd_direct': 0.0, 'adv': 0.5}
     """
 
     teacher = "logits"
@@ -134,13 +141,13 @@ class ACKD(Method):
         self.discriminators: nn.Module = nn.Identity()
 
     def build(self, networks: Networks) -> None:
-        """Make the attention MLP and one discriminator per auxiliary learner.
+        """Create the attention MLP and one discriminator per auxiliary learner.
 
         Args:
             networks: Shapes and structures of student and teachers.
 
         Raises:
-            ACKDError: when the student has too few learners.
+            ACKDError: If the student has too few auxiliary learners.
         """
         shapes = [
             require_stages(each, "the auxiliary learner", "method ACKD")[-1] for each in networks.student.branches
@@ -157,21 +164,21 @@ class ACKD(Method):
             self.discriminators = Discriminators(len(shapes), shapes[0][0], inputs=self.discriminator_inputs)
 
     def set_epoch(self, epoch: int) -> None:
-        """Grow lambda_adv during its warm-up.
+        """Set lambda_adv, which grows during its warm-up.
 
         Args:
-            epoch: from 0.
+            epoch: Number of the epoch, from 0.
         """
         self.loss_weights["adv"] = self.lambda_adv * linear_warmup(epoch, self.adversarial_warmup_epochs, first=0)
 
     def attention_weights(self, student: NetOutput) -> Tensor:
-        """Attention weights of Eq. 3; equal ones when attention is off.
+        """Return the attention weights of Eq. 3; equal ones when attention is off.
 
         Args:
-            student: output with M branches.
+            student: Output with M auxiliary learners.
 
         Returns:
-            ``B x M`` float32, rows sum to 1.
+            ``B x M`` float32 whose rows sum to 1.
         """
         if isinstance(self.attention, LearnerAttention):
             weights: Tensor = self.attention([features_of(branch)[-1] for branch in student.branches])
@@ -180,10 +187,10 @@ class ACKD(Method):
         return torch.full((student.logits.shape[0], count), 1.0 / count, device=student.logits.device)
 
     def ensemble(self, student: NetOutput) -> Tensor:
-        """Logits z of the learning group (Eq. 3).
+        """Return the logits z of the learning group (Eq. 3).
 
         Args:
-            student: output with branches.
+            student: Output with auxiliary learners.
 
         Returns:
             ``B x K`` float32.
@@ -200,17 +207,17 @@ class ACKD(Method):
         )
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms of Eq. 7, all lambda left out.
+        """Return the terms of Eq. 7 without their lambdas.
 
         Args:
-            student: target and auxiliary learners.
-            teacher: the frozen teacher.
-            batch: images and targets.
+            student: Output of the student with its auxiliary learners.
+            teacher: Output of the teacher.
+            batch: Images and targets.
 
         Returns:
             ``ce`` and ``ce_aux`` (cross-entropies of the target and, summed, of the learners), ``kd_aux`` (Eq. 2),
-            ``kd_target`` (Eq. 6), ``kd_direct`` (teacher to target, not in the paper), ``adv`` (Eq. 5 as the learners
-            minimise it; it reaches learners and trunk, not the discriminators, which are frozen in this step).
+            ``kd_target`` (Eq. 6), ``kd_direct`` (teacher to target, not in the paper), and ``adv`` (Eq. 5 as the
+            learners minimise it; the discriminators are frozen in this step).
         """
         assert teacher is not None
         group = self.ensemble(student)
@@ -254,13 +261,13 @@ class ACKD(Method):
     def auxiliary_loss(
         self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminators' side of Eq. 4 and 5: they maximise L_ad on detached features.
+        """Return the loss of the discriminators, which maximise L_ad (Eq. 4 and 5) on detached features.
 
         Args:
             name: ``discriminators``.
             student: Output of the student.
-            teacher: Not used.
-            batch: Not used.
+            teacher: Unused.
+            batch: Unused.
 
         Returns:
             ``-L_ad`` and the values ``disc_loss`` and ``disc_acc``.
@@ -270,10 +277,10 @@ class ACKD(Method):
         return loss, {"disc_loss": loss.detach(), "disc_acc": discriminator_accuracy(logits.detach())}
 
     def statistics(self, student: NetOutput) -> dict[str, Tensor]:
-        """Mean attention weight of every learner and the entropy of the weights in nats.
+        """Return the mean attention weight of every learner and the entropy of the weights in nats.
 
         Args:
-            student: output with branches.
+            student: Output with auxiliary learners.
         """
         weights = self.attention_weights(student)
         entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=1).mean()

@@ -14,17 +14,19 @@ AttentionInput = Literal["pooled", "flattened", "scaled"]
 
 
 class LearnerAttention(nn.Module):
-    r"""Weighs M learners per sample: \(x = g(\mathrm{Concat}(h^{(1)}, …)),\ a = \mathrm{softmax}(\mathrm{MLP}(x))\).
+    r"""Attention that weighs M learners for every image.
+
+    \(x = g(\mathrm{Concat}(h^{(1)}, …)),\ a = \mathrm{softmax}(\mathrm{MLP}(x))\).
 
     Args:
         shapes: ``(C, H, W)`` of each learner's feature map.
-        inputs: g. ``flattened`` is the paper's text; ``pooled`` averages over H and W first; ``scaled`` is the
-            flattened map divided by H·W, so that x has the size that pooling gives.
-        hidden: width of the MLP's hidden layer (not in the paper).
+        inputs: Function g. ``flattened`` is the paper's, ``pooled`` averages over H and W first, and ``scaled`` divides
+            the flattened map by H·W, so that x is as large as with pooling.
+        hidden: Width of the hidden layer of the MLP (not in the paper).
 
     Note:
         In a first measurement the flattened input at the student's learning rate put all weight on one learner
-        within an epoch; see ``attention/entropy`` in the log.
+        within an epoch; see ``val/attention_entropy`` in the log.
     """
 
     def __init__(
@@ -36,13 +38,18 @@ class LearnerAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, len(shapes)))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Attention weights of every learner for every image.
+        """Return the attention weight of every learner for every image.
 
         Args:
-            features: M maps ``B x C x H x W``; the gradient flows into them.
+            features: Feature map ``B x C x H x W`` of each of the M learners; gradients flow into them.
 
         Returns:
-            ``B x M`` float32, rows sum to 1.
+            ``B x M`` float32 whose rows sum to 1.
+
+        Example:
+            >>> attention = LearnerAttention([(4, 2, 2)] * 2)
+            >>> attention([torch.ones(3, 4, 2, 2)] * 2).sum(dim=1)
+            tensor([1., 1., 1.], grad_fn=<SumBackward1>)
         """
         if self.inputs == "pooled":
             joined = torch.cat([pooled(feature) for feature in features], dim=1)

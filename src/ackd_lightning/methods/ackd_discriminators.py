@@ -13,15 +13,15 @@ DiscriminatorInput = Literal["map", "pooled"]
 
 
 class Discriminators(nn.Module):
-    """One stack of 1x1 convolutions with ReLU per learner: D_i says whether a feature comes from learner i.
+    """One stack of 1x1 convolutions with ReLU per learner; D_i tells whether a feature comes from learner i.
 
-    Widths C, C/2, C/4, 1; no normalisation, no ReLU on the logit (specs A25, A26, A29: the paper says only "a simple
-    stack of 1x1 Conv with ReLU"). All learners' features go through all of them in one product for each layer.
+    The paper only mentions "a simple stack of 1x1 Conv with ReLU". Here the widths are C, C/2, C/4 and 1, with no
+    normalisation and no ReLU on the logit. One matrix product per layer evaluates all of them on all learners.
 
     Args:
-        count: M, number of learners.
-        channels: C of the learners' feature maps.
-        inputs: ``map`` looks at every position of the un-pooled map, ``pooled`` at its mean.
+        count: Number M of learners.
+        channels: Channels C of the learners' feature maps.
+        inputs: Features that are read: every position of the ``map``, or its mean (``pooled``).
     """
 
     def __init__(self, count: int, channels: int, *, inputs: DiscriminatorInput = "map") -> None:
@@ -40,13 +40,13 @@ class Discriminators(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Every discriminator's opinion of every learner's features.
+        """Return the logits of all discriminators for the features of all learners.
 
         Args:
-            features: M maps ``B x C x H x W`` of equal shape.
+            features: Feature map ``B x C x H x W`` of each of the M learners.
 
         Returns:
-            ``M x M x N`` float32 logits: entry ``[i, j]`` is what D_i says of learner j's features, N = B·H·W.
+            ``M x M x N`` float32 logits with N = B·H·W; entry ``[i, j]`` is D_i on the features of learner j.
         """
         maps = [F.adaptive_avg_pool2d(each, 1) for each in features] if self.inputs == "pooled" else list(features)
         rows = torch.cat(maps).permute(0, 2, 3, 1).flatten(0, 2)
@@ -70,19 +70,23 @@ def _own_and_others(table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adversarial_value(logits: Tensor, *, flipped: bool = False) -> Tensor:
-    r"""Value of the game, Eq. 4 and 5, from logits.
+    r"""Return the adversarial value of Eq. 4 and 5.
 
     \(L_{ad} = \frac1M \sum_i \frac1{M-1} \sum_{j \ne i} \mathbb{E}\log D_i(h_i) + \mathbb{E}\log(1 - D_i(h_j))\)
 
     Discriminators maximise it. Zero for one learner, for which Eq. 4 is not defined.
 
     Args:
-        logits: ``M x M x N``; entry ``[i, j]`` is the logit of D_i for learner j.
-        flipped: with the labels swapped, \(\log(1 - D_i(h_i)) + \log D_i(h_j)\); its negative is the
+        logits: Logits ``M x M x N``; entry ``[i, j]`` is D_i on the features of learner j.
+        flipped: Whether the labels are swapped, \(\log(1 - D_i(h_i)) + \log D_i(h_j)\). The negative is the
             non-saturating loss of the learners.
 
     Returns:
-        Scalar float32 <= 0; \(-2\log 2\) when every D says one half.
+        Scalar float32 <= 0; \(-2\log 2\) when every probability is one half.
+
+    Example:
+        >>> adversarial_value(torch.zeros(2, 2, 8))  # -2 log 2
+        tensor(-1.3863)
     """
     count = logits.shape[0]
     if count < 2:
@@ -94,10 +98,10 @@ def adversarial_value(logits: Tensor, *, flipped: bool = False) -> Tensor:
 
 
 def discriminator_accuracy(logits: Tensor) -> Tensor:
-    """Share of right answers, own and other learners weighted equally; one half is guessing.
+    """Return the accuracy with own and other learners weighted equally; one half is chance.
 
     Args:
-        logits: ``M x M x N`` as in [`adversarial_value`][].
+        logits: Logits ``M x M x N`` as in [`adversarial_value`][].
 
     Returns:
         Scalar in [0, 1].

@@ -1,12 +1,12 @@
 r"""ACN. Zhang, Hu, Qin, Xu, Wang: Adversarial co-distillation learning for image recognition, 2021.
 
-An implementation of the abstract: only that was within reach. From the abstract are the n classifiers that train in
-parallel and learn from each other; the *divergent examples*, images on which their predictions differ, generated from
-the training images alone; the two phases, adversarial and co-distillation, that alternate; and the names of two modules
-that keep the examples good and the training stable, *Weakly Residual Connection* and *Restricted Adversarial Search*.
-**Every equation, architecture and number below is ours.**
+An implementation of the abstract; the full text was not available to us. The abstract describes n classifiers that
+train in parallel and learn from each other; *divergent examples*, images on which their predictions differ, generated
+from the training images alone; two alternating phases, adversarial and co-distillation; and two modules for good
+examples and stable training, *Weakly Residual Connection* and *Restricted Adversarial Search*. **All equations,
+architectures and numbers below are ours.**
 
-With \(p_i = \mathrm{softmax}(z_i)\) of classifier i, \(\tilde x\) an image made out of x
+With \(p_i = \mathrm{softmax}(z_i)\) of classifier i, \(\tilde x\) an image generated from x
 ([`Generator`][ackd_lightning.methods.acn_networks.Generator]) and sg a stopped gradient:
 
 * divergence, \(J(x) = H(\bar p) - \frac1n \sum_i H(p_i)\) with \(\bar p = \frac1n \sum_i p_i\), from 0 to \(\log n\)
@@ -20,36 +20,43 @@ With \(p_i = \mathrm{softmax}(z_i)\) of classifier i, \(\tilde x\) an image made
   + w_{gen} \big[ \sum_i \mathrm{CE}(z_i(\tilde x), y) + M(\tilde x) \big]\)
   with \(M = \sum_i \frac{\tau^2}{n - 1} \sum_{j \ne i} \mathrm{KL}(\mathrm{sg}\,p_j^\tau \| p_i^\tau)\)
 
-The restrictions of the search are the cap c (no reward for more divergence), the hinge with margin m (the classifiers'
-mean must know the label still), and one step of the generator a batch.
+The search is restricted by the cap c (no reward for more divergence), the hinge with margin m (the mean of the
+classifiers must still predict the label), and one step of the generator per batch.
 
 Without examples (\(w_{gen} = 0\)) and with \(\tau = 1\) this is DML: Zhang, Xiang, Hospedales, Lu: Deep Mutual
-Learning, 2018. There the networks step in turn, each after a fresh look at the others; here all step at once, from one
-forward pass of each.
+Learning, 2018. There the networks are updated in turn, each after a new forward pass of the others; here all are
+updated at once, after one forward pass of each.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.functional import cross_entropy, kd_loss
+from ackd_lightning.functional import cross_entropy
+from ackd_lightning.methods.acn_losses import (
+    all_logits,
+    disagreement,
+    js_divergence,
+    mean_log_probability,
+    mutual_loss,
+)
 from ackd_lightning.methods.acn_networks import (
     Generator,
     ImageDiscriminator,
     ResidualConnection,
+    evaluated,
     image_noise,
+    statistics_kept,
 )
 from ackd_lightning.methods.base import FitInfo, Method, Networks
 from ackd_lightning.types import Batch, Examples, NetOutput
@@ -59,140 +66,38 @@ _WARMUP = 10  # epochs
 _WIDEST = 1024
 
 
-def mutual_loss(logits: Sequence[Tensor], *, temperature: float) -> Tensor:
-    r"""Distillation among n classifiers, M of this module's equations.
-
-    \(\sum_i \frac{\tau^2}{n - 1} \sum_{j \ne i} \mathrm{KL}(p_j \| p_i)\), batch mean; no gradient flows into the
-    \(p_j\).
-
-    Args:
-        logits: of n >= 2 classifiers, ``B x K`` each.
-        temperature: tau, > 0.
-
-    Returns:
-        Scalar float32, in nats.
-    """
-    pairs = [
-        kd_loss(own, other, temperature=temperature)
-        for i, own in enumerate(logits)
-        for j, other in enumerate(logits)
-        if i != j
-    ]
-    return torch.stack(pairs).sum() / (len(logits) - 1)
-
-
-def mean_log_probability(logits: Sequence[Tensor]) -> Tensor:
-    r"""Logarithm of the classifiers' mean prediction, \(\log \bar p\).
-
-    Args:
-        logits: of n classifiers, ``B x K`` each.
-
-    Returns:
-        ``B x K`` float32.
-    """
-    every = torch.stack([F.log_softmax(each.float(), dim=1) for each in logits])
-    return every.logsumexp(dim=0) - math.log(len(logits))
-
-
-def js_divergence(logits: Sequence[Tensor]) -> Tensor:
-    r"""How far n classifiers' predictions are apart: Jensen-Shannon divergence, J of this module's equations.
-
-    It is computed as the equal \(\frac1n \sum_i \mathrm{KL}(p_i \| \bar p)\), which loses no digits near 0. The
-    gradient flows into all logits.
-
-    Args:
-        logits: of n classifiers, ``B x K`` each.
-
-    Returns:
-        ``B`` float32 from 0 to log n, in nats.
-    """
-    every = torch.stack([F.log_softmax(each.float(), dim=1) for each in logits])
-    ratio = every - mean_log_probability(logits)
-    return (every.exp() * ratio).sum(dim=2).mean(dim=0)
-
-
-def disagreement(logits: Sequence[Tensor]) -> Tensor:
-    """Share of the images to which any two classifiers give different answers.
-
-    Args:
-        logits: of n classifiers, ``B x K`` each.
-
-    Returns:
-        Scalar in [0, 1].
-    """
-    answers = torch.stack([each.argmax(dim=1) for each in logits])
-    return (answers != answers[0]).any(dim=0).float().mean()
-
-
-@contextlib.contextmanager
-def bystanders(*networks: nn.Module) -> Iterator[None]:
-    """Networks that a player's loss only goes through: evaluation mode, no gradient for their parameters.
-
-    Afterwards every layer and parameter is as before.
-
-    Args:
-        networks: whose weights and buffers stay.
-    """
-    modes = [(layer, layer.training) for network in networks for layer in network.modules()]
-    trainable = [each for network in networks for each in network.parameters() if each.requires_grad]
-    try:
-        for layer, _ in modes:
-            layer.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for layer, training in modes:
-            layer.training = training
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Running statistics of BatchNorm stay; in training mode batches are normalised by their own, as ever.
-
-    Args:
-        network: whose layers are looked through.
-    """
-    layers = [each for each in network.modules() if isinstance(each, _NormBase) and each.track_running_stats]
-    try:
-        for layer in layers:
-            layer.track_running_stats = False
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
-
-
 class ACN(Method):
-    """Classifiers that teach each other, also on images that a generator makes for them to disagree on.
+    """Classifiers that teach each other, also on generated images on which they disagree.
 
-    Classifier 1 is the student, the others its peers. Any of them can be exported. All defaults are our choice.
+    Classifier 1 is the student, the others are its peers. Any of them can be exported. All defaults are our choice.
 
     Args:
-        classifiers: the peers: ``peer`` is a network of the student's structure with fresh weights, a model name such
-            as ``resnet14`` one of another; n is one more than they are.
-        temperature: tau of the mutual distillation.
-        weight_ce: weight of the student's cross-entropy.
-        weight_ce_aux: weight of the peers' cross-entropies (their sum).
-        weight_mutual: w_kd, weight of the mutual distillation on training images.
-        weight_generated: w_gen, weight of cross-entropy and mutual distillation on generated images; 0: none are made,
-            which is deep mutual learning.
-        weight_gan: w_gan, the generator's reward for images that look real; 0: there is no discriminator.
-        weight_divergence: w_div, its reward for divergent predictions.
-        weight_label: w_lab, its penalty for images whose label the classifiers' mean no longer knows.
-        rho: share of the original in a generated image; where the learned one begins.
-        residual: the weakly residual connection, see `Generator`.
-        cap: c, the divergence beyond which there is no reward, as a share of log n.
-        margin: m in nats, cross-entropy of the mean prediction beyond which there is a penalty; None: no penalty.
-        warmup_epochs: epochs without generated images: untrained classifiers disagree on everything. None: 10, but at
-            most a quarter of the training.
-        generator_width: channels of the first convolution of generator and discriminator.
-        adversary_lr: learning rate of both (Adam, betas 0.5 and 0.999), decayed together with the student's.
+        classifiers: Peers of the student, n - 1 of them: ``peer`` for a network of the student's structure with new
+            weights, or a model name such as ``resnet14``.
+        temperature: Temperature tau of the mutual distillation.
+        weight_ce: Weight of the student's cross-entropy.
+        weight_ce_aux: Weight of the peers' cross-entropies (their sum).
+        weight_mutual: Weight w_kd of the mutual distillation on training images.
+        weight_generated: Weight w_gen of cross-entropy and mutual distillation on generated images; 0 for no generated
+            images, which is deep mutual learning.
+        weight_gan: Weight w_gan of the generator's reward for images that look real; 0 for no discriminator.
+        weight_divergence: Weight w_div of the generator's reward for divergent predictions.
+        weight_label: Weight w_lab of the generator's penalty for images whose label the mean prediction misses.
+        rho: Share of the original in a generated image; the initial value of a learned share.
+        residual: Kind of the weakly residual connection, see `Generator`.
+        cap: Divergence c above which there is no reward, as a share of log n.
+        margin: Cross-entropy m of the mean prediction above which there is a penalty, in nats; None for no penalty.
+        warmup_epochs: Number of epochs without generated images, since untrained classifiers disagree on all images.
+            None for 10, but at most a quarter of the training.
+        generator_width: Channels of the first convolution of generator and discriminator.
+        adversary_lr: Learning rate of both (Adam, betas 0.5 and 0.999), decayed together with the student's.
 
     Raises:
-        ACKDError: for a value that is out of its range.
+        ACKDError: If a value is not allowed.
+
+    Example:
+        >>> ACN(classifiers=["peer", "resnet14"], weight_generated=0.5).loss_weights
+        {'ce': 1.0, 'ce_aux': 1.0, 'mutual': 1.0, 'generated': 0.5}
     """
 
     teacher = "none"
@@ -219,7 +124,7 @@ class ACN(Method):
     ) -> None:
         super().__init__()
         if not classifiers:
-            raise ACKDError("classifiers is empty in method ACN; give a list of at least one, such as ['peer']")
+            raise ACKDError("classifiers is empty in method ACN; name at least one, such as ['peer']")
         for name in classifiers:
             if re.match(r"D\d|last$", name):
                 raise ACKDError(
@@ -245,7 +150,7 @@ class ACN(Method):
         self.generates = weight_generated > 0
         self.epoch = 0
         self.knows_range = False
-        self._made: tuple[Tensor, Tensor] | None = None  # images and what was made of them, between two players' steps
+        self._made: tuple[Tensor, Tensor] | None = None  # images and generated ones
         self.generator: Generator | None = None
         self.image_discriminator: ImageDiscriminator | None = None
         self.classifier_nets: nn.Module | None
@@ -257,7 +162,7 @@ class ACN(Method):
         """Create generator and discriminator where they are needed.
 
         Args:
-            networks: The student's network is run on generated images, which keep the range of its inputs.
+            networks: Networks of the training; the student's network is run on generated images.
 
         Raises:
             ACKDError: If the student has no peer.
@@ -267,7 +172,7 @@ class ACN(Method):
         self.knows_range = networks.pixel_range is not None
         if not student.branches:
             raise ACKDError(
-                "method ACN needs two classifiers or more and the student has no peer; name one in `classifiers`"
+                "method ACN needs at least two classifiers and the student has no peer; name one in `classifiers`"
             )
         if not self.generates:
             return
@@ -278,15 +183,14 @@ class ACN(Method):
             self.image_discriminator = ImageDiscriminator(len(low), width=width)
 
     def begin_fit(self, fit: FitInfo) -> None:
-        """Fit the default warm-up to a short training, and warn about what would not work as expected.
+        """Shorten the default warm-up in a short training, and warn about an unknown pixel range or a long warm-up.
 
         Args:
-            fit: Its number of epochs is read.
+            fit: Facts about the fit, of which the number of epochs is read.
         """
         if self.generator is not None and not self.knows_range:
             warnings.warn(
-                "method ACN does not know the range of the images and takes -1 to 1 for it; pass mean and std of the "
-                "data to the module",
+                "method ACN assumes that pixels are from -1 to 1; pass mean and std of the data to the training module",
                 stacklevel=2,
             )
         epochs = fit.epochs
@@ -296,15 +200,15 @@ class ACN(Method):
             self.warmup_epochs = min(_WARMUP, epochs // 4)
         elif self.generates and self.warmup_epochs >= epochs:
             warnings.warn(
-                f"method ACN makes no images: warmup_epochs is {self.warmup_epochs} of {epochs} epochs; lower it",
+                f"method ACN generates no images: warmup_epochs is {self.warmup_epochs} of {epochs} epochs; lower it",
                 stacklevel=2,
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Know the epoch, for the warm-up and the noise.
+        """Store the epoch, which warm-up and noise depend on.
 
         Args:
-            epoch: from 0.
+            epoch: Number of the epoch, from 0.
         """
         self.epoch = epoch
 
@@ -316,16 +220,16 @@ class ACN(Method):
         return self.generator is not None and self.epoch >= self.warmup_epochs
 
     def make(self, batch: Batch) -> Tensor:
-        """Images that the generator makes of a batch's, in this epoch.
+        """Return generated images of a batch in this epoch.
 
         Args:
-            batch: images with their indices, which the noise depends on.
+            batch: Images with their indices, which the noise depends on.
 
         Returns:
-            ``B x C x H x W``; the gradient flows into the generator.
+            Images ``B x C x H x W``; gradients flow into the generator.
 
         Raises:
-            ACKDError: without a generator.
+            ACKDError: If there is no generator.
         """
         if self.generator is None:
             raise ACKDError("method ACN has no generator; set weight_generated above 0 and call `build`")
@@ -343,11 +247,11 @@ class ACN(Method):
     # ---------------------------------------------------------------- co-distillation phase
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce``, ``ce_aux``, ``mutual`` and ``generated``; arguments as in the base class.
+        """Return the terms ``ce``, ``ce_aux``, ``mutual`` and ``generated``; arguments as in the base class.
 
-        ``generated`` reaches the classifiers, not the generator, and is 0 in warm-up. It runs the classifiers a second
-        time: normalised by the statistics of the generated batch, while the running statistics, which evaluation and
-        export use, remain those of real images.
+        Gradients of ``generated`` reach the classifiers, not the generator; it is 0 in the warm-up. The classifiers run
+        a second time for it, normalised by the statistics of the generated batch. The running statistics, which
+        evaluation and export use, remain those of real images.
         """
         logits = all_logits(student)
         return {
@@ -371,7 +275,7 @@ class ACN(Method):
     # ---------------------------------------------------------------- adversarial phase
 
     def auxiliary_optimizers(self) -> dict[str, Optimizer]:
-        """Return Adam for discriminator and generator, in this order; none when no images are generated."""
+        """Return Adam for discriminator and generator, in this order; none without generated images."""
         networks = {"image_discriminator": self.image_discriminator, "generator": self.generator}
         return {
             name: torch.optim.Adam(network.parameters(), lr=self.adversary_lr, betas=(0.5, 0.999))
@@ -382,12 +286,12 @@ class ACN(Method):
     def auxiliary_loss(
         self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Loss of the discriminator or the generator; None in warm-up.
+        """Return the loss of the discriminator or the generator; None in the warm-up.
 
         Args:
             name: ``image_discriminator`` or ``generator``.
-            student: Not used; the classifiers are run on generated images.
-            teacher: Not used.
+            student: Unused; the classifiers are run on generated images.
+            teacher: Unused.
             batch: Images, targets and indices.
         """
         if not self.is_searching:
@@ -396,7 +300,7 @@ class ACN(Method):
 
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.image_discriminator is not None
-        made = self.make(batch)  # with its graph: the generator's turn is next, and it is the same until then
+        made = self.make(batch)  # with its graph: the generator, which is next, has not changed until then
         self._made = (batch.image, made)
         real, fake = self.image_discriminator(torch.cat([batch.image, made.detach()])).chunk(2)
         loss = F.softplus(-real).mean() + F.softplus(fake).mean()
@@ -406,9 +310,9 @@ class ACN(Method):
     def _generator_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.generator is not None
         classifiers, discriminator = self._classifiers(), self.image_discriminator
-        there, self._made = self._made, None
-        made = there[1] if there is not None and there[0] is batch.image else self.make(batch)
-        with bystanders(classifiers, *([discriminator] if discriminator is not None else [])):
+        kept, self._made = self._made, None
+        made = kept[1] if kept is not None and kept[0] is batch.image else self.make(batch)
+        with evaluated(classifiers, *([discriminator] if discriminator is not None else [])):
             logits = all_logits(classifiers(made))
             opinion = discriminator(made) if discriminator is not None else None
         divergence, mean = js_divergence(logits), mean_log_probability(logits)
@@ -432,10 +336,10 @@ class ACN(Method):
     # ---------------------------------------------------------------- validation
 
     def ensemble(self, student: NetOutput) -> Tensor:
-        """Mean of all classifiers' logits.
+        """Return the mean of all classifiers' logits.
 
         Args:
-            student: output with peers.
+            student: Output of the student with its peers.
 
         Returns:
             ``B x K`` float32.
@@ -443,25 +347,25 @@ class ACN(Method):
         return torch.stack([each.float() for each in all_logits(student)]).mean(dim=0)
 
     def statistics(self, student: NetOutput) -> dict[str, Tensor]:
-        """Divergence of all classifiers on real images, in nats and as the share of images that divide them.
+        """Return the divergence of all classifiers on real images, in nats and as the share of images they disagree on.
 
         Args:
-            student: output with peers.
+            student: Output of the student with its peers.
         """
         logits = all_logits(student)
         return {"divergence_js": js_divergence(logits).mean(), "divergence_rate": disagreement(logits)}
 
     @torch.no_grad()
     def examples(self, batch: Batch) -> Examples | None:
-        """Generated images with the classifiers' answers, in evaluation mode; None in warm-up and without a generator.
+        """Return generated images and predicted classes in evaluation mode; None while there are none.
 
         Args:
-            batch: of validation data.
+            batch: Batch of validation data.
         """
         if not self.is_searching:
             return None
         classifiers, made = self._classifiers(), self.make(batch)
-        with bystanders(classifiers):
+        with evaluated(classifiers):
             before, after = (all_logits(classifiers(each)) for each in (batch.image, made))
         names = [f"{number} {name}" for number, name in enumerate(("student", *(self.branches or ())))]
         answers = [
@@ -469,15 +373,3 @@ class ACN(Method):
             for first, second in zip(before, after, strict=True)
         ]
         return Examples(batch.image, made, dict(zip(names, answers, strict=True)), batch.target)
-
-
-def all_logits(student: NetOutput) -> list[Tensor]:
-    """Logits of all classifiers, the student's first.
-
-    Args:
-        student: output with peers.
-
-    Returns:
-        ``B x K`` each.
-    """
-    return [student.logits, *(branch.logits for branch in student.branches)]

@@ -1,20 +1,21 @@
-"""A generator of images that stay near the ones they are made from, and a discriminator of images (for ACN).
+"""Networks of ACN: a generator of images that stay near their originals, and a discriminator of images.
 
-Both are of our design: of the paper only the abstract was within reach, which names a "Weakly Residual Connection" and
-generative adversarial networks, and describes neither.
+Both are our design: the abstract, the only part of the paper that was available to us, names a "Weakly Residual
+Connection" and generative adversarial networks, and describes neither.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ackd_lightning.errors import ACKDError
@@ -22,20 +23,19 @@ from ackd_lightning.random import keyed_bits, keyed_uniform
 
 ResidualConnection = Literal["convex", "learned", "additive"]
 RESIDUAL_CONNECTIONS = ("convex", "learned", "additive")
-_STREAM = 0x41434E  # keeps the noise apart from other draws with equal keys
+_STREAM = 0x41434E  # keeps this noise apart from all other random numbers
 
 
 def image_noise(index: Tensor, epoch: int, height: int, width: int) -> Tensor:
-    """One channel of noise for every image: a function of the epoch, the image and the pixel alone.
+    """Return one channel of noise for every image, which depends only on the epoch, the image and the pixel.
 
-    So it depends neither on the device nor on the other images of the batch.
+    The noise depends neither on the device nor on the other images of the batch.
 
     Args:
-        index: ``B`` int64 positions in the training set; an image whose position is unknown (-1) has its noise from
-            its place in the batch.
-        epoch: from 0.
-        height: H.
-        width: W.
+        index: Positions in the training set, ``B`` int64; for an unknown position (-1) the place in the batch is used.
+        epoch: Number of the epoch, from 0.
+        height: Height H in pixels.
+        width: Width W in pixels.
 
     Returns:
         ``B x 1 x H x W`` float32, uniform in [-1, 1).
@@ -47,13 +47,13 @@ def image_noise(index: Tensor, epoch: int, height: int, width: int) -> Tensor:
 
 
 def without_weight_cache(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Mixed precision as it is set outside, but for the cache of converted weights.
+    """Return a context with the current mixed precision, but without the cache of converted weights.
 
-    In one training step a generator runs without gradient and with it, and its optimizer steps in between; the cache
-    would hand out weights that have no gradient, or old ones.
+    In one training step a generator runs with and without gradient, and its optimizer steps in between. The cache would
+    return weights without gradient, or old ones.
 
     Args:
-        device: of the tensors.
+        device: Device of the tensors.
     """
     kind = device.type
     if not (is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
@@ -71,10 +71,10 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around which the feature goes.
+    """Two 3x3 convolutions with a residual connection.
 
     Args:
-        channels: C.
+        channels: Channels C of input and output.
     """
 
     def __init__(self, channels: int) -> None:
@@ -88,32 +88,32 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Feature plus correction, ``B x C x H x W`` both."""
+        """Return the feature ``B x C x H x W`` plus the result of the convolutions."""
         corrected: Tensor = feature + self.body(feature)
         return corrected
 
 
 class Generator(nn.Module):
-    r"""Makes an image \(\tilde x\) out of an image x and noise e, with a weakly residual connection.
+    r"""Generator of an image \(\tilde x\) from an image x and noise e, with a weakly residual connection.
 
     * ``convex``: \(\tilde x = \rho x + (1 - \rho)\,G(x, e)\), which bounds \(|\tilde x - x|\) by \(1 - \rho\) times the
       range of an image
-    * ``learned``: the same, \(\rho\) in (0, 1) being a parameter of the generator
+    * ``learned``: the same, with \(\rho\) in (0, 1) a parameter of the generator
     * ``additive``: \(\tilde x = \mathrm{clamp}(\rho x + G(x, e))\)
 
     G is fully convolutional: three convolutions (strides 1, 2, 2), four residual blocks, two stages that double the
     size (nearest neighbour, then a convolution), and a last convolution whose tanh covers the range of an image. Any
-    height and width will do. It has no dropout and no running statistics, so training and evaluation mode are one.
+    height and width is allowed. Without dropout and running statistics, training and evaluation mode are equal.
 
     Args:
-        low: smallest value of an image per channel.
-        high: largest value of an image per channel.
-        width: channels of the first convolution; the inner ones have up to four times as many.
-        residual: the connection.
-        rho: share of the original; where the learned one begins.
+        low: Smallest pixel value of each channel.
+        high: Largest pixel value of each channel.
+        width: Channels of the first convolution; inner ones have up to four times as many.
+        residual: Kind of the connection.
+        rho: Share of the original; the initial value of a learned share.
 
     Raises:
-        ACKDError: for a range without extent.
+        ACKDError: If a smallest value is not below the largest.
     """
 
     def __init__(
@@ -128,12 +128,12 @@ class Generator(nn.Module):
         super().__init__()
         if len(low) != len(high) or not low or not all(a < b for a, b in zip(low, high, strict=True)):
             raise ACKDError(
-                f"images go from {list(low)} to {list(high)} for the generator; the data must give one range with low "
-                "below high for every channel (check mean and std)"
+                f"pixels are from {list(low)} to {list(high)} for the generator; every channel needs a range with low "
+                "below high (check mean and std of the data)"
             )
         self.low: Tensor
         self.high: Tensor
-        for name, values in (("low", low), ("high", high)):  # known from the data, so not part of a checkpoint
+        for name, values in (("low", low), ("high", high)):  # known from the data, therefore not in a checkpoint
             self.register_buffer(name, torch.tensor([float(each) for each in values]).view(1, -1, 1, 1), False)
         self.residual = residual
         self.share: Tensor
@@ -155,18 +155,18 @@ class Generator(nn.Module):
 
     @property
     def rho(self) -> Tensor:
-        """Share of the original in what is made, a scalar."""
+        """Share of the original in a generated image, a scalar."""
         return self.share.sigmoid() if self.residual == "learned" else self.share
 
     def paint(self, image: Tensor, noise: Tensor) -> Tensor:
-        """G(x, e), before the connection.
+        """Return G(x, e), the image before the connection.
 
         Args:
-            image: ``B x C x H x W``.
-            noise: ``B x 1 x H x W``.
+            image: Images ``B x C x H x W``.
+            noise: Noise ``B x 1 x H x W``.
 
         Returns:
-            ``B x C x H x W`` float32 in the range of an image.
+            Images ``B x C x H x W`` float32 in the pixel range.
         """
         with without_weight_cache(image.device):
             feature, sizes = torch.cat([image, noise.to(image.dtype)], dim=1), []
@@ -181,14 +181,14 @@ class Generator(nn.Module):
         return painted
 
     def connect(self, image: Tensor, painted: Tensor) -> Tensor:
-        """The weakly residual connection.
+        """Apply the weakly residual connection.
 
         Args:
-            image: ``B x C x H x W``.
-            painted: of equal shape.
+            image: Images ``B x C x H x W``.
+            painted: Result of ``paint``, of the same shape.
 
         Returns:
-            Of equal shape, float32; the gradient flows into both, and into a learned rho.
+            Images of the same shape, float32; gradients flow into both and into a learned rho.
         """
         image = image.float()
         if self.residual == "additive":
@@ -196,20 +196,20 @@ class Generator(nn.Module):
         return self.rho * image + (1 - self.rho) * painted
 
     def forward(self, image: Tensor, noise: Tensor) -> Tensor:
-        """The image that is made.
+        """Return the generated images.
 
         Args:
-            image: ``B x C x H x W``, normalised.
-            noise: ``B x 1 x H x W``, such as ``image_noise`` gives.
+            image: Normalised images ``B x C x H x W``.
+            noise: Noise ``B x 1 x H x W`` of ``image_noise``.
 
         Returns:
-            ``B x C x H x W`` of the image's type.
+            Images ``B x C x H x W`` of the same type.
         """
         return self.connect(image, self.paint(image, noise)).to(image.dtype)
 
 
 class _Conv(nn.Conv2d):
-    """A convolution whose weight, spectrally normalised, is found in float32 under mixed precision, too."""
+    """Convolution whose weight is spectrally normalised in float32 also under mixed precision."""
 
     def forward(self, feature: Tensor) -> Tensor:
         with _in_float32(feature.device):
@@ -219,14 +219,14 @@ class _Conv(nn.Conv2d):
 
 
 class ImageDiscriminator(nn.Module):
-    """Says of every patch of an image whether it is a real one: four spectrally normalised 3x3 convolutions.
+    """Discriminator that tells for every patch whether the image is real: four spectrally normalised 3x3 convolutions.
 
-    Strides 2, 2, 1, 1, so a patch has 23 x 23 pixels; LeakyReLU between. Any height and width will do. In training mode
-    every pass moves the vectors of the spectral norm, in evaluation mode none does.
+    The strides are 2, 2, 1, 1, so a patch has 23 x 23 pixels, with LeakyReLU between. Any height and width is allowed.
+    In training mode every pass updates the vectors of the spectral norm, in evaluation mode none does.
 
     Args:
-        channels: C of the images.
-        width: channels of the first convolution; the third has four times as many.
+        channels: Channels C of the images.
+        width: Channels of the first convolution; the third has four times as many.
     """
 
     def __init__(self, channels: int = 3, *, width: int = 32) -> None:
@@ -238,14 +238,55 @@ class ImageDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, image: Tensor) -> Tensor:
-        """Opinion of every patch.
+        """Return the logits of every patch for being real.
 
         Args:
-            image: ``B x C x H x W``.
+            image: Images ``B x C x H x W``.
 
         Returns:
-            ``B x N`` float32 logits of being real.
+            ``B x N`` float32, N patches.
         """
         with without_weight_cache(image.device):
-            opinion: Tensor = self.layers(image)
-        return opinion.float().flatten(1)
+            logits: Tensor = self.layers(image)
+        return logits.float().flatten(1)
+
+
+@contextlib.contextmanager
+def evaluated(*networks: nn.Module) -> Iterator[None]:
+    """Run networks in evaluation mode without gradients for their parameters; gradients still flow through them.
+
+    Modes and ``requires_grad`` are restored afterwards.
+
+    Args:
+        networks: Networks whose weights and buffers must not change.
+    """
+    modes = [(layer, layer.training) for network in networks for layer in network.modules()]
+    trainable = [each for network in networks for each in network.parameters() if each.requires_grad]
+    try:
+        for layer, _ in modes:
+            layer.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of BatchNorm; in training mode batches are normalised by their own statistics.
+
+    Args:
+        network: Network with BatchNorm layers.
+    """
+    layers = [each for each in network.modules() if isinstance(each, _NormBase) and each.track_running_stats]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

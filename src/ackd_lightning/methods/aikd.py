@@ -1,10 +1,9 @@
 r"""AI-KD. H. Kim et al.: Adversarial learning and Implicit regularization for self-Knowledge Distillation, 2022.
 
-(arXiv:2211.10938.) The student learns from itself, three times over: from a pretrained network of its own
-architecture (*deterministic* knowledge), from what it predicted an epoch ago (*progressive* knowledge), and from a
-discriminator that tells the pretrained network's predictive distributions from its own, which it shall fool. That much
-the abstract says, and no more of the paper was at hand: the equations below, the networks and the numbers are choices
-of this package.
+(arXiv:2211.10938.) The student learns from itself in three ways: from a pretrained network of its own architecture
+(*deterministic* knowledge), from its predictions in the previous epoch (*progressive* knowledge), and by fooling a
+discriminator that tells the predictions of the pretrained network from its own. This is what the abstract states; the
+full text was not available to us. The equations, networks and numbers below are choices of this package.
 
 The progressive part is PS-KD (K. Kim et al.: Self-Knowledge Distillation with Progressive Refinement of Targets, 2021).
 In epoch t of E, counted from 0, with \(\alpha_t = \alpha_T (t + 1) / E\) and \(q = (1 - \alpha_t)\,y
@@ -17,14 +16,14 @@ In epoch t of E, counted from 0, with \(\alpha_t = \alpha_T (t + 1) / E\) and \(
   \(\mathbb{E}\,D(p^s) - \mathbb{E}\,D(p^{pre}) + \gamma\,\mathbb{E}(\|\nabla D(\hat p)\| - 1)^2\), \(\hat p\) on the
   line between both
 
-CE(q, ·) is linear in q, so it stands here as two terms, ``ce`` and ``progressive``. Without the second and third part
-of the loss this is PS-KD (config ``pskd``), with \(\alpha_T = 0\) besides it is plain training, bit for bit.
+CE(q, ·) is linear in q and appears here as two terms, ``ce`` and ``progressive``. Without the second and third part of
+the loss this is PS-KD (config ``pskd``); with \(\alpha_T = 0\) in addition it is plain training, bit for bit.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -34,114 +33,50 @@ from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
+from ackd_lightning.methods.aikd_networks import PredictionDiscriminator, gradient_penalty, soft_cross_entropy
 from ackd_lightning.methods.base import FitInfo, Method, Networks
 from ackd_lightning.random import keyed_uniform
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import Fraction, NonNegative, Positive, Range
 
-_STREAM = 0x41494B44  # keeps the draws apart from others with equal keys
-
-
-def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
-    r"""Cross-entropy with soft targets, \(-\sum_k q_k \log p_k\), mean over the batch.
-
-    Args:
-        logits: ``B x K``; the gradient flows into them.
-        probabilities: ``B x K``, rows that sum to 1; no gradient flows into them.
-
-    Returns:
-        Scalar float32, in nats.
-    """
-    return -(probabilities.detach().float() * F.log_softmax(logits.float(), dim=1)).sum(dim=1).mean()
-
-
-def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, share: Tensor) -> Tensor:
-    r"""\((\|\nabla_x D(x)\| - 1)^2\) between pairs of real and fake, mean over the batch (Gulrajani et al. 2017).
-
-    The gradient flows into the critic only.
-
-    Args:
-        critic: maps ``B x K`` to ``B``, each row by itself.
-        real: ``B x K`` float32.
-        fake: ``B x K`` float32.
-        share: ``B`` in [0, 1], of the real one in the point where the slope is measured.
-
-    Returns:
-        Scalar float32.
-    """
-    between = torch.lerp(fake.detach(), real.detach(), share[:, None]).requires_grad_()
-    with torch.autocast(between.device.type, enabled=False):  # which would reach the backward pass, too
-        (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
-    excess: Tensor = torch.linalg.vector_norm(slope, dim=1) - 1
-    return excess.square().mean()
-
-
-class PredictionDiscriminator(nn.Module):
-    """Says whether a prediction comes from the pretrained network: MLP K, hidden, hidden, 1 with LeakyReLU of 0.2.
-
-    It computes in float32, under mixed precision, too.
-
-    Args:
-        num_classes: K.
-        hidden: width of both hidden layers.
-    """
-
-    def __init__(self, num_classes: int, hidden: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Linear(entering, leaving) for entering, leaving in ((num_classes, hidden), (hidden, hidden), (hidden, 1))
-        )
-
-    def forward(self, predictions: Tensor) -> Tensor:
-        """Logits, above 0 for the pretrained network.
-
-        Args:
-            predictions: ``B x K``.
-
-        Returns:
-            ``B`` float32.
-        """
-        first, *others = self.layers
-        with torch.autocast(predictions.device.type, enabled=False):
-            value = _linear(first, predictions.float())
-            for layer in others:
-                value = _linear(layer, F.leaky_relu(value, 0.2))
-        return value[:, 0]
-
-
-def _linear(layer: nn.Module, value: Tensor) -> Tensor:
-    assert isinstance(layer, nn.Linear)
-    return F.linear(value, layer.weight.float(), layer.bias.float())
+_STREAM = 0x41494B44  # keeps these random numbers apart from all others
 
 
 class AIKD(Method):
-    """Self-distillation from a pretrained network, from the epoch before, and through a discriminator.
+    """Self-distillation from a pretrained network, from the previous epoch, and through a discriminator.
 
-    The teacher is the pretrained network: the student's own architecture, trained before with cross-entropy. (Any
-    network of the same classes will do, but then the student does not learn from itself.) A term whose weight is 0 is
-    not computed and reads 0; without ``det`` and ``adv`` there is no teacher.
+    The teacher is the pretrained network: the student's own architecture, trained with cross-entropy. (Any network with
+    the same classes is allowed, but then the student does not learn from itself.) A term whose weight is 0 is not
+    computed and is 0; without ``det`` and ``adv`` the method has no teacher.
 
-    The student of the epoch before is a copy of it, run in evaluation mode on the batch's own augmented images, or a
-    table of what it predicted while it trained, by ``Batch.index``. A sample is visited once an epoch, so one row
-    each is enough: it is read in this epoch before it is written. Copy or table are part of a checkpoint, with the
-    epoch that they belong to, so that a resumed fit knows whether to copy anew.
+    The student of the previous epoch is either a copy in evaluation mode, run on the augmented images of the batch, or
+    a table of its predictions during training by ``Batch.index``. Each image is used once per epoch, so one row per
+    image is enough: it is read before it is written. Copy and table are part of a checkpoint, with the epoch that they
+    belong to, so that a resumed fit copies the student at the right time.
 
     Args:
-        previous: ``snapshot`` (a copy of the student, taken when an epoch begins) or ``table`` (as PS-KD has it;
-            needs data that give an index).
-        weight_ce: of CE(q, p), that is of ``ce`` and ``progressive`` together.
-        weight_progressive: alpha_T, share of the epoch before in the target q when training ends; 0.8 in PS-KD.
-        weight_det: of the distillation from the pretrained network.
-        weight_adv: of the game as the student plays it.
-        temperature: tau of ``det``; everything else is at 1.
-        adversarial_form: ``gan`` (cross-entropy, non-saturating for the student) or ``wgan_gp``.
-        gradient_penalty: gamma, of ``wgan_gp`` only.
-        discriminator_inputs: ``probabilities`` or ``logits``.
-        discriminator_hidden: width of the discriminator.
-        discriminator_lr: of its Adam optimizer.
+        previous: Source of the previous epoch's predictions: ``snapshot`` (a copy of the student, taken when an epoch
+            begins) or ``table`` (as in PS-KD; needs data with an index).
+        weight_ce: Weight of CE(q, p), which is ``ce`` and ``progressive`` together.
+        weight_progressive: Share alpha_T of the previous epoch in the target q when training ends; 0.8 in PS-KD.
+        weight_det: Weight of the distillation from the pretrained network.
+        weight_adv: Weight of the student's adversarial term.
+        temperature: Temperature tau of ``det``; all other terms have temperature 1.
+        adversarial_form: Adversarial loss: ``gan`` (cross-entropy, non-saturating for the student) or ``wgan_gp``.
+        gradient_penalty: Weight gamma of the gradient penalty, for ``wgan_gp`` only.
+        discriminator_inputs: Predictions that the discriminator reads: ``probabilities`` or ``logits``.
+        discriminator_hidden: Width of the hidden layers of the discriminator.
+        discriminator_lr: Learning rate of the discriminator's Adam optimizer.
 
     Raises:
-        ACKDError: for a value that is out of its range.
+        ACKDError: If a value is not allowed.
+
+    Example:
+        >>> method = AIKD(weight_progressive=0.5)
+        >>> method.begin_fit(FitInfo(epochs=10))
+        >>> method.set_epoch(4)  # half of the training
+        >>> method.loss_weights
+        {'ce': 0.75, 'progressive': 0.25, 'det': 1.0, 'adv': 0.1}
     """
 
     replicated_buffers = ("epoch_begun", "table")
@@ -177,16 +112,16 @@ class AIKD(Method):
         self.register_buffer("epoch_begun", torch.zeros((), dtype=torch.int64))
         self.table: Tensor | None
         self.register_buffer("table", torch.zeros(0, 0) if previous == "table" and weight_progressive > 0 else None)
-        self.epoch = 0  # what epoch_begun says, without waiting for a GPU
+        self.epoch = 0  # the same as epoch_begun, without waiting for a GPU
         self.total_epochs: int | None = None
         self._targets, self._checked = torch.zeros(0, dtype=torch.int64), False
         self._weigh()
 
     def build(self, networks: Networks) -> None:
-        """Copy the student, where the copy stands for the epoch before, and create the discriminator.
+        """Copy the student for ``previous="snapshot"``, and create the discriminator.
 
         Args:
-            networks: The student's network is copied; its classes are those of the discriminator and the table.
+            networks: Networks of the training, of which the student is read.
         """
         student = networks.student
         if self.previous == "snapshot" and self.weight_progressive > 0 and networks.student_network is not None:
@@ -204,13 +139,13 @@ class AIKD(Method):
             self.snapshot.eval()
         return self
 
-    # ---------------------------------------------------------------- the epoch before
+    # ---------------------------------------------------------------- the previous epoch
 
     def begin_fit(self, fit: FitInfo) -> None:
-        """Take the length over which alpha grows, and create the table; keep one for as many images.
+        """Store the number of epochs, and create the table; a table of the right size is kept.
 
         Args:
-            fit: Its number of epochs is read, and its targets where there is a table.
+            fit: Facts about the fit, of which epochs are read, and targets for ``previous="table"``.
         """
         self.total_epochs = fit.epochs or self.total_epochs
         if self.table is None:
@@ -222,18 +157,18 @@ class AIKD(Method):
 
     @torch.no_grad()
     def set_epoch(self, epoch: int) -> None:
-        """Copy the student when an epoch begins; forget an earlier training when epoch 0 does.
+        """Copy the student when an epoch begins, and clear the table when a training begins.
 
         Args:
-            epoch: from 0.
+            epoch: Number of the epoch, from 0.
 
         Raises:
-            ACKDError: when the number of epochs is not known.
+            ACKDError: If the number of epochs is unknown.
         """
         if self.weight_progressive > 0 and self.total_epochs is None:
             raise ACKDError(
-                "method AIKD lets the share of the epoch before grow until training ends and does not know when that "
-                "is; limit the training by trainer.max_epochs, or set weight_progressive to 0"
+                "the number of epochs, over which method AIKD raises the share of the previous epoch, is unknown; set "
+                "trainer.max_epochs, or set weight_progressive to 0"
             )
         if epoch == self.epoch:
             self._weigh()
@@ -249,13 +184,13 @@ class AIKD(Method):
         self._weigh()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Take the number of images from the checkpoint when nobody has told it, and the epoch that it was made in."""
+        """Take the number of images, unless it is known, and the epoch from the checkpoint."""
         stored = state_dict.get(f"{prefix}table")
         if self.table is not None and isinstance(stored, Tensor) and len(stored) != len(self.table):
             if len(self._targets):
                 raise ACKDError(
-                    f"the checkpoint keeps {len(stored)} training images for method AIKD and the data have "
-                    f"{len(self._targets)}; go on with the data that it was trained on"
+                    f"the checkpoint has {len(stored)} training images for method AIKD and the data have "
+                    f"{len(self._targets)}; use the data that it was trained on"
                 )
             self.table = self.table.new_zeros(len(stored), self.table.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -264,33 +199,33 @@ class AIKD(Method):
     def _check(self, batch: Batch) -> None:
         rows = len(self._targets)
         if not rows:
-            raise ACKDError("method AIKD does not know the training images yet; call begin_fit with their targets")
+            raise ACKDError("the training images are unknown to method AIKD; call begin_fit with their targets")
         index, target = batch.index.cpu(), batch.target.cpu()
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= rows:
             raise ACKDError(
-                f"batch.index goes from {low} to {high} and the table of method AIKD has {rows} training images; the "
-                "data must give (image, target, index) with the image's position in the training set, or set previous "
-                "to snapshot"
+                f"batch.index is from {low} to {high} and the table of method AIKD has {rows} training images; the "
+                "data must return (image, target, index) with the position of the image in the training set, or set "
+                "previous to snapshot"
             )
         if not torch.equal(self._targets[index], target):
             raise ACKDError(
-                "batch.index does not fit batch.target in method AIKD: the class of an image differs from the one "
-                "that `train_targets` has for its index; both must count the same training set"
+                "batch.index does not fit batch.target in method AIKD: an image has another class than `train_targets` "
+                "states for its index; both must describe the same training set"
             )
 
     @torch.no_grad()
     def previous_probabilities(self, batch: Batch) -> Tensor:
-        """What the student of the epoch before predicts; the label's one-hot vector where it predicts nothing yet.
+        """Return the predictions of the previous epoch; the one-hot label where there is none yet.
 
         Args:
-            batch: the images with targets and indices.
+            batch: Images with targets and indices.
 
         Returns:
-            ``B x K`` float32, rows sum to 1, without gradient.
+            ``B x K`` float32 without gradient whose rows sum to 1.
 
         Raises:
-            ACKDError: when the method was given neither a student to copy nor the training images.
+            ACKDError: If the method has neither a copy of the student nor a table.
         """
         if self.table is not None:
             rows = self.table[batch.index].float()
@@ -303,9 +238,9 @@ class AIKD(Method):
 
     @torch.no_grad()
     def update(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
-        """Write the rows of the whole batch into the table; arguments as in the base class.
+        """Write the predictions for the global batch into the table; arguments as in the base class.
 
-        An image that stands in the batch twice leaves its last prediction.
+        An image that is in the batch twice leaves its last prediction.
         """
         if self.table is None:
             return
@@ -321,7 +256,7 @@ class AIKD(Method):
     # ---------------------------------------------------------------- loss
 
     def alpha(self) -> float:
-        """Share of the epoch before in this epoch's targets: alpha_t, from alpha_T / E to alpha_T."""
+        """Return alpha_t, the share of the previous epoch in this epoch's targets, from alpha_T / E to alpha_T."""
         return self.weight_progressive * min(1.0, (self.epoch + 1) / (self.total_epochs or 1))
 
     def _weigh(self) -> None:
@@ -335,13 +270,13 @@ class AIKD(Method):
         }
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce``, ``progressive``, ``det`` and ``adv``; arguments as in the base class.
+        """Return the terms ``ce``, ``progressive``, ``det`` and ``adv``; arguments as in the base class.
 
-        The gradient reaches the student and, in ``adv``, the discriminator unless that is frozen; never the pretrained
-        network nor the student of the epoch before.
+        Gradients reach the student and, from ``adv``, a discriminator that is not frozen; never the pretrained network
+        or the student of the previous epoch.
 
         Raises:
-            ACKDError: when there is a table and ``begin_fit`` was not called, or indices do not fit.
+            ACKDError: If there is a table and ``begin_fit`` was not called, or the indices do not fit.
         """
         ce = cross_entropy(student.logits, batch.target)
         nothing = torch.zeros((), device=student.logits.device)
@@ -361,15 +296,15 @@ class AIKD(Method):
             terms["adv"] = -verdict.mean() if self.adversarial_form == "wgan_gp" else F.softplus(-verdict).mean()
         return terms
 
-    # ---------------------------------------------------------------- game
+    # ---------------------------------------------------------------- discriminator
 
     def _view(self, output: NetOutput) -> Tensor:
-        """What the discriminator sees of a network."""
+        """Return the predictions that the discriminator reads."""
         logits = output.logits.float()
         return logits if self.discriminator_inputs == "logits" else logits.softmax(dim=1)
 
     def auxiliary_optimizers(self) -> dict[str, Optimizer]:
-        """Return the discriminator's Adam with betas 0.5 and 0.999; none when ``adv`` has no weight."""
+        """Return Adam with betas 0.5 and 0.999 for the discriminator; none when the weight of ``adv`` is 0."""
         if self.discriminator is None:
             return {}
         parameters = self.discriminator.parameters()
@@ -378,17 +313,17 @@ class AIKD(Method):
     def auxiliary_loss(
         self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's side: the pretrained network's predictions are real, the student's are not.
+        """Return the loss of the discriminator: the pretrained network's predictions are real, the student's are fake.
 
         Args:
             name: ``discriminator``.
-            student: detached here.
-            teacher: the pretrained network's output.
-            batch: its indices are keys of where a gradient penalty is measured.
+            student: Output of the student, which is detached here.
+            teacher: Output of the pretrained network.
+            batch: Images whose indices determine where the gradient penalty is measured.
 
         Returns:
-            The loss, and the log entries ``disc_loss`` and ``disc_acc``: share of right answers, one half is guessing.
-            (A critic of ``wgan_gp`` has no zero of its own: its answers are cut in the middle between both means.)
+            The loss, and the values ``disc_loss`` and ``disc_acc`` (accuracy; one half is chance). The outputs of a
+            ``wgan_gp`` critic have no fixed threshold and are divided at the middle of the two means.
         """
         assert self.discriminator is not None
         assert teacher is not None
@@ -406,11 +341,11 @@ class AIKD(Method):
         return loss, {"disc_loss": loss.detach(), "disc_acc": right}
 
     def _shares(self, batch: Batch) -> Tensor:
-        """A number for every image, by epoch and index; by the step's generator where the index is not known."""
+        """Return a number for every image that depends on epoch and index, or a random one for an unknown index."""
         drawn = torch.rand(len(batch.index), device=batch.index.device)
         return torch.where(batch.index >= 0, keyed_uniform(_STREAM, self.epoch, batch.index), drawn)
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:
-    """Weights and buffers in an order that a network shares with its copies."""
+    """Return weights and buffers in an order that a network shares with its copies."""
     return [*network.parameters(), *network.buffers()]

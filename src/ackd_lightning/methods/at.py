@@ -1,14 +1,14 @@
 r"""AT. Zagoruyko, Komodakis: Paying More Attention to Attention, 2017 (arXiv:1612.03928).
 
-The student learns where the teacher's features are strong, whatever channels they are strong in:
+The student learns at which positions the teacher's features are strong, whatever the channels:
 
 \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{at} \sum_{(n,m)} \mathrm{mean}\,(Q(F_n^s) - Q(F_m^t))^2\),
 \(\quad Q(F) = q / \|q\|_2\), \(\quad q = \mathrm{vec}(\mathrm{mean}_c F_c^2)\) (the paper's sum of squares, p = 2).
 
 As in the benchmark the squared difference is a mean over images and positions, hence the large weight. The benchmark
-leaves out stages of the longer network; here every stage has a partner. The last feature is the one that pooling sees:
-for WRN after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution, where the benchmark reads before them:
-one rule, what pooling sees, serves networks that the benchmark does not have.
+leaves out stages of the longer network; here every stage has a partner. The last feature is the input of global
+pooling: for WRN after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution. The benchmark reads before
+these layers; the rule here also holds for networks that the benchmark does not have.
 """
 
 from __future__ import annotations
@@ -28,37 +28,41 @@ from ackd_lightning.validation import NonNegative
 
 
 def attention_map(feature: Tensor) -> Tensor:
-    r"""Where a feature map is strong: mean over channels of squares, flattened, with an L2 norm of 1 per image.
+    r"""Return the attention map: mean of squares over channels, flattened, with an L2 norm of 1 per image.
 
     Args:
-        feature: ``B x C x H x W``; the gradient flows into it.
+        feature: Feature map ``B x C x H x W``; gradients flow into it.
 
     Returns:
-        ``B x (H * W)`` float32, no unit; zero for an image whose feature is zero.
+        ``B x (H * W)`` float32; zero for an image whose feature is zero.
+
+    Example:
+        >>> attention_map(torch.tensor([[[[3.0, 0.0], [0.0, 0.0]]]]))
+        tensor([[1., 0., 0., 0.]])
     """
     return F.normalize(feature.float().square().mean(dim=1).flatten(1), dim=1)
 
 
 def at_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
-    """Activation-based attention transfer: squared distance of attention maps, mean over images and positions.
+    """Return the squared distance of attention maps, mean over images and positions, summed over the pairs.
 
-    Summed over the pairs. In a pair of unequal height or width the larger map is pooled first. No gradient flows into
+    In a pair of unequal height or width the larger map is pooled first. No gradient flows into
     the teacher.
 
     Args:
-        student_features: maps ``B x C x H x W``.
-        teacher_features: maps ``B x C' x H' x W'``, as many and in the same order.
+        student_features: Feature maps ``B x C x H x W``.
+        teacher_features: Feature maps ``B x C' x H' x W'``, one for each of the student's.
 
     Returns:
-        Scalar float32, no unit.
+        Scalar float32.
 
     Raises:
-        ACKDError: when there are no features, or more of one network than of the other.
+        ACKDError: If there are no features, or their numbers differ.
     """
     if not student_features or len(student_features) != len(teacher_features):
         raise ACKDError(
             f"at_loss got {len(student_features)} features of the student and {len(teacher_features)} of the teacher; "
-            "pass pairs, at least one, such as pair_stages makes"
+            "pass one or more pairs, such as those of pair_stages"
         )
     losses = []
     for ours, theirs in zip(student_features, teacher_features, strict=True):
@@ -68,11 +72,11 @@ def at_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tenso
 
 
 class AT(Method):
-    """Cross-entropy with the labels plus distance of the stages' attention maps from the teacher's.
+    """Cross-entropy with the labels plus the distance between attention maps of student and teacher.
 
     Args:
-        weight_ce: weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
-        weight_at: weight of the distance; 1000 there.
+        weight_ce: Weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
+        weight_at: Weight of the distance; 1000 in the benchmark.
     """
 
     def __init__(self, *, weight_ce: NonNegative = 1.0, weight_at: NonNegative = 1000.0) -> None:
@@ -86,13 +90,13 @@ class AT(Method):
             networks: Shapes of student and teacher.
 
         Raises:
-            ACKDError: when the stages of a network are not known.
+            ACKDError: If the stages of a network are unknown.
         """
         student, teacher = networks.student, networks.teacher
         self.layers = pair_stages(student, teacher, method="AT")
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce`` and ``at``; arguments as in the base class."""
+        """Return the terms ``ce`` and ``at``; arguments as in the base class."""
         assert teacher is not None
         return {
             "ce": cross_entropy(student.logits, batch.target),

@@ -1,25 +1,26 @@
 r"""ATSC. Jang, Kim, Lim, Lee: Adaptive Teaching with Shared Classifier for Knowledge Distillation, 2024.
 
 The student imitates the teacher's last feature map through a projector P and predicts with the teacher's own
-classifier. The pretrained teacher adapts itself to the student, and an anchor holds it near where it began
-(arXiv:2406.08528). With K teachers, each with a projector and a classifier of its own:
+classifier. The pretrained teacher is trained as well, and an anchor keeps it near its first weights (arXiv:2406.08528).
+With K teachers, each with a projector and a classifier of its own:
 
-* \(L_{features} = \frac{1}{K} \sum_k \mathrm{mean}\,(P_k(F^s) - F^{t_k})^2\), the gradient reaches both sides
+* \(L_{features} = \frac{1}{K} \sum_k \mathrm{mean}\,(P_k(F^s) - F^{t_k})^2\), gradients reach both sides
 * \(L_{anchor} = \frac{1}{K} \sum_k \sum_W \|\theta_0^{t_k} - \theta^{t_k}\|^2\), a sum over all entries
 * \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{kd}\,\frac{1}{K} \sum_k \tau^2 \mathrm{KL}(p^{t_k} \| p^s)
   + w_{features} L_{features} + w_{anchor} L_{anchor}\), where \(z^s\) is the student's own classifier's
 * prediction, also of the network that is kept: \(\frac{1}{K} \sum_k W^{t_k}\,\mathrm{GAP}(P_k(F^s)) + b^{t_k}\)
 
-The teachers' classifiers learn in a step of their own, from \(\frac{1}{K} \sum_k \mathrm{CE}(z^{t_k}, y)\). A teacher
-that is held fixed, in evaluation mode, makes this SimKD (Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation
+The teachers' classifiers learn in a step of their own, from \(\frac{1}{K} \sum_k \mathrm{CE}(z^{t_k}, y)\). With a
+fixed teacher in evaluation mode this is SimKD (Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation
 with the Reused Teacher Classifier, CVPR 2022).
 
-The abstract says no more than the first two sentences; the equations for one teacher are those of the code that the
-authors released, and several teachers are our reading. Differences from that code: the classifier's step comes before
-the learners' step of a batch and not after it, so the two sequences differ by a phase only; the bias of the classifier
-is in the optimizer of its own step only, where the code has it in both and decays it twice; what is evaluated and kept
-is the shared classifier behind the projector, where the code evaluates the student's own classifier, which nothing has
-trained, and keeps neither projector nor the classifier as it has become.
+The abstract states no more than the first two sentences. The equations for one teacher are those of the authors' code;
+several teachers are our reading. Differences from that code:
+
+* The classifier's step comes before the student's step of a batch, not after it, which only shifts the sequence.
+* The bias of the classifier is only in the optimizer of its own step; the code has it in both and decays it twice.
+* The shared classifier after the projector is evaluated and kept; the code evaluates the student's own classifier,
+  which is not trained, and keeps neither the projector nor the trained classifier.
 """
 
 from __future__ import annotations
@@ -36,9 +37,14 @@ from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kl_divergence
+from ackd_lightning.methods.atsc_networks import (
+    anchor_distance,
+    feature_distance,
+    shared_classifier,
+    trainable_copy,
+)
 from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of, features_of
-from ackd_lightning.methods.pairing import same_size
-from ackd_lightning.models.features import require_plan, require_stages
+from ackd_lightning.models.features import require_stages
 from ackd_lightning.models.heads import SharedClassifiers
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher, Teacher
@@ -46,70 +52,42 @@ from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, Positive, PositiveInt
 
 
-def feature_distance(projected: Tensor, feature: Tensor) -> Tensor:
-    """Squared distance of the projected student's map from the teacher's, mean over everything.
-
-    The gradient flows into both. The larger map is pooled to the size of the smaller.
-
-    Args:
-        projected: ``B x C x H x W``.
-        feature: ``B x C x H' x W'``.
-
-    Returns:
-        Scalar float32, in squared units of the teacher's feature.
-    """
-    return F.mse_loss(*same_size(projected.float(), feature.float()))
-
-
-def anchor_distance(parameters: Sequence[Tensor], start: Tensor) -> Tensor:
-    r"""How far a teacher has gone: \(\sum_W \|\theta_0 - \theta\|^2\), a sum over all entries.
-
-    The gradient flows into the parameters, not into the start.
-
-    Args:
-        parameters: of any shapes.
-        start: ``N``, the same numbers in the same order when training began.
-
-    Returns:
-        Scalar float32, in squared units of the parameters.
-    """
-    now = torch.cat([parameter.flatten() for parameter in parameters]).float()
-    return (start.detach().float() - now).square().sum()
-
-
 class ATSC(Method):
-    """A teacher, or several, that adapt themselves to the student and lend it their classifiers.
+    """One or several teachers that adapt to the student and share their classifiers with it.
 
-    The adapting teachers are copies and a part of the method: they are trained by the student's optimizer, and they
-    are in the checkpoint. The teachers themselves stay as they are.
+    The adapting teachers are copies and part of the method: the student's optimizer trains them, and checkpoints
+    contain them. The given teachers are not changed.
 
     Args:
-        weight_ce: c, weight of the cross-entropy of the student's own classifier, which is not kept; 0 in the code.
-        weight_kd: d, weight of the distillation from the teachers' logits into that classifier; 0 in the code. The
-            gradient reaches the teachers, too.
-        temperature: tau of that distillation.
-        weight_features: b, weight of the distance between projected and teacher's features; 1 in the code.
-        weight_anchor: w, weight of the anchor; 1 for CIFAR-100 and 10 for ImageNet in the code. SGD is
-            stable while the learning rate times 2 w is below 2 (1 + momentum).
-        classifier_update: what the step of the teachers' classifiers trains: the ``bias`` (the code), the whole
-            ``layer`` (whose weight is then held by no anchor), or ``none``.
-        classifier_lr: learning rate of that step (SGD, momentum 0.9, weight decay 5e-4), decayed together with the
+        weight_ce: Weight of the cross-entropy of the student's own classifier, which is not kept; 0 in the code.
+        weight_kd: Weight of the distillation from the teachers' logits into that classifier; 0 in the code. Gradients
+            also reach the teachers.
+        temperature: Temperature tau of that distillation.
+        weight_features: Weight of the distance between projected and teacher's features; 1 in the code.
+        weight_anchor: Weight w of the anchor; 1 for CIFAR-100 and 10 for ImageNet in the code. SGD is stable while the
+            learning rate times 2 w is below 2 (1 + momentum).
+        classifier_update: Part of the teachers' classifiers that their own step trains: the ``bias`` (the code), the
+            whole ``layer`` (whose weight then has no anchor), or ``none``.
+        classifier_lr: Learning rate of that step (SGD, momentum 0.9, weight decay 5e-4), decayed together with the
             student's; 0.05 in the code, as that of the student.
-        anchor_scope: what is anchored: ``all`` parameters; ``weights`` of two or more dimensions, the classifier's
-            among them (the code); or ``weights_no_classifier`` (what its names say). The default is not the code's on
-            purpose: with BatchNorm's scales free, the features of both sides shrank past the anchor in every
-            measurement of ours, down to a teacher that knows nothing (docs/results.md).
-            What the classifiers' step trains is never anchored. A part of the classifier that neither anchor nor step
-            reaches is not trained.
-        teacher_bn: BatchNorm of the adapting teachers normalises by the batch (``train``, the code) or by its running
-            statistics, which then stay (``eval``).
-        adapt_teacher: whether the teachers learn. If not, they stay in evaluation mode and keep their classifiers,
-            whatever the arguments about adapting say: SimKD.
-        factor: by which the projectors' inner maps are narrower than the teacher's; 2 in the code.
-        average: with several teachers, what the prediction is the mean of: ``logits`` or ``probabilities``.
+        anchor_scope: Anchored parameters: ``all``; ``weights`` of two or more dimensions, including the classifier's
+            (the code); or ``weights_no_classifier`` (which the names in the code suggest). The default differs from the
+            code on purpose: without an anchor on BatchNorm's scales the features of both sides collapsed in all of
+            our measurements (docs/results.md). Parameters of the classifiers' own step have no anchor. A part of the
+            classifier with neither anchor nor step is not trained.
+        teacher_bn: Mode of BatchNorm in the adapting teachers: statistics of the batch (``train``, the code), or fixed
+            running statistics (``eval``).
+        adapt_teacher: Whether the teachers are trained. If not, they stay in evaluation mode, and the arguments about
+            adapting have no effect: SimKD.
+        factor: Ratio of the teacher's channels to those of the projectors' inner maps; 2 in the code.
+        average: Mean over several teachers that is the prediction: of ``logits`` or ``probabilities``.
 
     Raises:
-        ACKDError: for values out of range.
+        ACKDError: If a value is not allowed.
+
+    Example:
+        >>> ATSC(weight_anchor=10.0).loss_weights
+        {'ce': 0.0, 'kd': 0.0, 'features': 1.0, 'anchor': 10.0}
     """
 
     teacher = "own"
@@ -147,7 +125,7 @@ class ATSC(Method):
         self.fixed: tuple[FrozenTeacher, ...]
         self.keep_outside("fixed", ())
         self.adopted = False
-        self.has_weights = False  # then a second fit, or one after a checkpoint was loaded, does not set teachers back
+        self.has_weights = False  # a second fit, or one after a restored checkpoint, keeps the teachers
 
     # ---------------------------------------------------------------- networks
 
@@ -175,7 +153,7 @@ class ATSC(Method):
             average=self.average,
         )
         if self.adapts:
-            self.head.classifiers = nn.ModuleList(_classifier(each.network) for each in self._adapting())
+            self.head.classifiers = nn.ModuleList(shared_classifier(each.network) for each in self._adapting())
         else:
             self.head.classifiers.requires_grad_(False)
         if len(specs) == 1:
@@ -183,16 +161,16 @@ class ATSC(Method):
 
     def _copy_teachers(self, student: nn.Module | None, teachers: Sequence[nn.Module]) -> None:
         for network in teachers:
-            _classifier(network)
+            shared_classifier(network)
         if isinstance(student, BranchyStudent) and student.plan is not None and not (self.weight_ce or self.weight_kd):
             student.plain().get_submodule(student.plan.classifier).requires_grad_(False)
         if not self.adapts:
             return
-        self.teachers.extend(Teacher(_trainable_copy(network)) for network in teachers)
+        self.teachers.extend(Teacher(trainable_copy(network)) for network in teachers)
         for number, teacher in enumerate(self._adapting()):
             anchored = self._anchored(teacher)
             held = {id(parameter) for parameter in (*anchored.values(), *self._updated(teacher))}
-            for parameter in _classifier(teacher.network).parameters():
+            for parameter in shared_classifier(teacher.network).parameters():
                 parameter.requires_grad_(id(parameter) in held)
             size = sum(parameter.numel() for parameter in anchored.values())
             self.register_buffer(f"start_{number}", torch.zeros(size), persistent=False)
@@ -200,10 +178,10 @@ class ATSC(Method):
         self.train(self.training)
 
     def begin_fit(self, fit: FitInfo) -> None:
-        """Take the teachers' normalisation, their weights as the anchor, and as a start unless they have learnt since.
+        """Take the teachers' normalisation and anchor, and their weights unless a training has changed them.
 
         Args:
-            fit: Its teachers are read.
+            fit: Facts about the fit, of which the teachers are read.
         """
         teachers = fit.teachers
         if self.adapts:
@@ -218,7 +196,7 @@ class ATSC(Method):
         else:
             self.keep_outside("fixed", tuple(teachers))
             for classifier, given in zip(self._head().classifiers, teachers, strict=True):
-                classifier.load_state_dict(_classifier(given.network).state_dict())
+                classifier.load_state_dict(shared_classifier(given.network).state_dict())
         self.adopted = self.has_weights = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -226,7 +204,7 @@ class ATSC(Method):
         self.has_weights = True
 
     def train(self, mode: bool = True) -> ATSC:
-        """Training mode, but for the teachers' BatchNorm when ``teacher_bn`` is ``eval``."""
+        """Switch the mode of everything but the teachers' BatchNorm with ``teacher_bn="eval"``."""
         super().train(mode)
         if self.teacher_bn == "eval":
             for layer in self.teachers.modules():
@@ -242,20 +220,20 @@ class ATSC(Method):
         return self.head
 
     def _updated(self, teacher: Teacher) -> list[nn.Parameter]:
-        """Parameters of a teacher's classifier that its own step trains."""
+        """Return the parameters of a teacher's classifier that its own step trains."""
         if self.classifier_update == "none":
             return []
-        classifier = _classifier(teacher.network)
+        classifier = shared_classifier(teacher.network)
         return [
             each for name, each in classifier.named_parameters() if self.classifier_update == "layer" or name == "bias"
         ]
 
     def _anchored(self, teacher: Teacher) -> dict[str, nn.Parameter]:
-        """Parameters of a teacher that the anchor holds, by name."""
+        """Return the anchored parameters of a teacher by name."""
         if not self.weight_anchor:
-            left_out = _classifier(teacher.network).parameters()  # nothing but weight decay would move it
+            left_out = shared_classifier(teacher.network).parameters()  # only weight decay would change it
         elif self.anchor_scope == "weights_no_classifier":
-            left_out = _classifier(teacher.network).parameters()
+            left_out = shared_classifier(teacher.network).parameters()
         else:
             left_out = iter(self._updated(teacher))
         skipped = {id(parameter) for parameter in left_out}
@@ -265,20 +243,20 @@ class ATSC(Method):
             if id(parameter) not in skipped and (parameter.ndim > 1 or self.anchor_scope == "all")
         }
 
-    # ---------------------------------------------------------------- learners
+    # ---------------------------------------------------------------- the student's step
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce``, ``kd``, ``features`` and ``anchor``, each a mean over the teachers, which are run here.
+        """Run the teachers and return the terms ``ce``, ``kd``, ``features`` and ``anchor``, means over the teachers.
 
-        ``ce`` and ``kd`` are not computed, and read 0, when their weight is 0.
+        ``ce`` and ``kd`` are 0 and not computed when their weight is 0.
 
-        ``features`` reaches student, projectors and adapting teachers; ``anchor`` reaches these teachers; ``ce`` and
-        ``kd`` reach the student with its own classifier, ``kd`` the adapting teachers as well.
+        Gradients of ``features`` reach student, projectors and adapting teachers, those of ``anchor`` these teachers,
+        those of ``ce`` and ``kd`` the student with its own classifier, and those of ``kd`` also the adapting teachers.
 
         Args:
-            student: of this batch.
-            teacher: not used.
-            batch: images and targets.
+            student: Output of the student.
+            teacher: Unused.
+            batch: Images and targets.
         """
         self._check_adopted()
         running: Sequence[nn.Module] = self._adapting() if self.adapts else self.fixed
@@ -304,9 +282,9 @@ class ATSC(Method):
     # ---------------------------------------------------------------- classifiers
 
     def auxiliary_optimizers(self) -> dict[str, Optimizer]:
-        """Return SGD with momentum 0.9 and weight decay 5e-4, as in the released code, for what trains the classifiers.
+        """Return SGD with momentum 0.9 and weight decay 5e-4 for the classifiers, as in the authors' code.
 
-        There is none with fixed teachers.
+        With fixed teachers there is no optimizer.
         """
         parameters = [parameter for teacher in self._adapting() for parameter in self._updated(teacher)]
         if not parameters:
@@ -316,34 +294,34 @@ class ATSC(Method):
     def auxiliary_loss(
         self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the teachers, which reaches their classifiers only.
+        """Return the cross-entropy of the teachers, whose gradients reach their classifiers only.
 
-        The teachers run once more for it, as in the released code: with ``teacher_bn="train"`` the running statistics
-        of their BatchNorm move twice in every step.
+        The teachers run once more for it, as in the authors' code: with ``teacher_bn="train"`` the running statistics
+        of their BatchNorm change twice in every step.
 
         Args:
             name: ``classifier``.
-            student: Not used.
-            teacher: Not used.
+            student: Unused.
+            teacher: Unused.
             batch: Images and targets.
 
         Returns:
             Mean over the teachers, float32, and the values ``teacher_loss``, ``teacher_acc`` and
             ``teacher_feature_std``, the standard deviation of the pooled features over the images of this batch, which
-            tells when they collapse.
+            is near 0 after a collapse.
         """
         self._check_adopted()
         losses, shares, deviations = [], [], []
         for own in self._adapting():
             with torch.no_grad():
                 embedding = embedding_of(own(batch.image))
-            classifier = _classifier(own.network)
+            classifier = shared_classifier(own.network)
             weight = classifier.weight if self.classifier_update == "layer" else classifier.weight.detach()
             logits = F.linear(embedding, weight, classifier.bias)
             losses.append(cross_entropy(logits, batch.target))
             shares.append((logits.detach().argmax(dim=1) == batch.target).float().mean())
             deviations.append(embedding.float().std(dim=0, correction=0).mean())
-        torch.clear_autocast_cache()  # of weights that were cast without gradient: older torch would use them again
+        torch.clear_autocast_cache()  # holds weights that were cast without gradient, which older torch would use again
         loss = torch.stack(losses).mean()
         return loss, {
             "teacher_loss": loss.detach(),
@@ -354,37 +332,5 @@ class ATSC(Method):
     def _check_adopted(self) -> None:
         if not self.adopted:
             raise ACKDError(
-                "method ATSC has no weights of its teachers yet; call begin_fit with them before the first step"
+                "method ATSC has no weights of its teachers yet; call begin_fit with the teachers before the first step"
             )
-
-
-def _classifier(network: nn.Module) -> nn.Linear:
-    """The classifier that a student can share.
-
-    Args:
-        network: of a teacher.
-
-    Raises:
-        ACKDError: when it is not known, or no linear layer with a bias.
-    """
-    plan = require_plan(network, f"the teacher {type(network).__name__}", "method ATSC")
-    found = network.get_submodule(plan.classifier)
-    while isinstance(found, nn.Sequential) and len(found) == 1:
-        found = found[0]
-    if not isinstance(found, nn.Linear) or found.bias is None:
-        raise ACKDError(
-            f"the classifier of the teacher {type(network).__name__} is {found}, and method ATSC shares a linear layer "
-            "with a bias; choose another teacher"
-        )
-    return found
-
-
-def _trainable_copy(network: nn.Module) -> nn.Module:
-    """A copy in training mode; zeros in the place of weights that are not there."""
-    own = copy.deepcopy(network)
-    if any(each.is_meta for each in (*own.parameters(), *own.buffers())):
-        own = own.to_empty(device="cpu")
-        with torch.no_grad():
-            for each in (*own.parameters(), *own.buffers()):
-                each.zero_()
-    return own.requires_grad_(True).train()

@@ -1,7 +1,7 @@
 r"""Correlation congruence. Peng et al.: Correlation Congruence for Knowledge Distillation, 2019.
 
 \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{cc}\,L_{cc}\) on embeddings \(e = W f + b\) of both pooled features f, with
-trained W and b on either side. What is compared within a batch of B images depends on ``kernel``:
+trained W and b for each network. The argument ``kernel`` chooses what is compared within a batch of B images:
 
 * ``consecutive``, the benchmark's: \(L_{cc} = \frac{1}{B - 1} \sum_i \langle\delta_i, \delta_{i+1}\rangle\) with
   \(\delta_i = |e^s_i - e^t_i|\), images in the order of the batch
@@ -28,16 +28,20 @@ CCKernel = Literal["consecutive", "rbf"]
 
 
 def cc_loss(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
-    """Products of neighbours' differences, as the benchmark has it: mean over the B - 1 pairs, sum over D.
+    """Return the benchmark's loss: products of the differences of neighbours, mean over B - 1 pairs, sum over D.
 
-    It depends on the order of the images. The gradient flows into both arguments.
+    It depends on the order of the images. Gradients flow into both arguments.
 
     Args:
-        student_embedding: ``B x D``.
-        teacher_embedding: ``B x D``.
+        student_embedding: Embeddings ``B x D`` of the student.
+        teacher_embedding: Embeddings ``B x D`` of the teacher.
 
     Returns:
         Scalar float32; 0 for a single image, which has no neighbour.
+
+    Example:
+        >>> cc_loss(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.zeros(2, 2))  # 1 * 0 + 2 * 3
+        tensor(6.)
     """
     difference = (student_embedding.float() - teacher_embedding.float()).abs()
     return (difference[:-1] * difference[1:]).sum() / max(1, len(difference) - 1)
@@ -46,16 +50,16 @@ def cc_loss(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
 def cc_kernel_loss(
     student_embedding: Tensor, teacher_embedding: Tensor, *, gamma: float = 0.4, order: int = 2
 ) -> Tensor:
-    r"""Mean squared difference of two Gaussian correlation matrices, each expanded to a Taylor polynomial.
+    r"""Return the mean squared difference of two Gaussian correlation matrices, each a Taylor polynomial.
 
     For embeddings x, y of length 1: \(e^{-\gamma \|x - y\|^2} \approx e^{-2\gamma} \sum_{p=0}^{P}
-    \frac{(2\gamma)^p}{p!} \langle x, y\rangle^p\). The gradient flows into both arguments.
+    \frac{(2\gamma)^p}{p!} \langle x, y\rangle^p\). Gradients flow into both arguments.
 
     Args:
-        student_embedding: ``B x D``, scaled to length 1 in here.
-        teacher_embedding: ``B x D'``.
-        gamma: of the Gaussian, > 0.
-        order: P, 1 or more.
+        student_embedding: Embeddings ``B x D`` of any length; they are normalised here.
+        teacher_embedding: Embeddings ``B x D'``.
+        gamma: Exponent of the Gaussian, above 0.
+        order: Order P of the polynomial, 1 or more.
 
     Returns:
         Scalar float32.
@@ -77,20 +81,20 @@ class CC(Method):
     Both networks' pooled features are embedded by a linear layer each, and both layers are trained, as in the
     benchmark: nothing but weight decay and chance keeps the embeddings from shrinking to a point.
 
-    With several processes the batch is put together in the order in which the usual samplers deal it out (process r
-    has every image whose number leaves the remainder r), so that ``consecutive`` sees the neighbours that one process
-    would see. With a sampler that deals otherwise its value is that of another order of the same images.
+    With several processes the global batch is put together in the order of torch's samplers (process r of W has the
+    images r, r + W, ...), so that ``consecutive`` compares the same neighbours as one process. With another sampler
+    its value is that of another order of the same images.
 
     Args:
-        kernel: what is compared, see above.
-        embedding_size: D of the embeddings.
-        gamma: of the kernel ``rbf``.
-        order: of its Taylor expansion.
-        weight_ce: weight of the cross-entropy.
-        weight_cc: weight of the congruence; 0.02 is the benchmark's for ``consecutive``.
+        kernel: ``consecutive`` or ``rbf``, see above.
+        embedding_size: Width D of the embeddings.
+        gamma: Exponent of the kernel ``rbf``.
+        order: Order of the Taylor expansion of ``rbf``.
+        weight_ce: Weight of the cross-entropy.
+        weight_cc: Weight of the congruence; 0.02 is the benchmark's for ``consecutive``.
 
     Raises:
-        ACKDError: for a kernel that is not known, or a number that is out of its range.
+        ACKDError: If a value is not allowed.
     """
 
     def __init__(
@@ -110,13 +114,13 @@ class CC(Method):
         self.embed_source: nn.Module = nn.Identity()
 
     def build(self, networks: Networks) -> None:
-        """Make the two linear embeddings.
+        """Create the two linear embeddings.
 
         Args:
             networks: Shapes of student and teacher.
 
         Raises:
-            ACKDError: when a network hands out no pooled feature.
+            ACKDError: If the pooled feature of a network is unknown.
         """
         student, teacher = networks.student, networks.teacher
         ours = require_embedding(student, "the student", "method CC")
@@ -125,9 +129,9 @@ class CC(Method):
         self.embed_source = nn.Linear(theirs, self.embedding_size)
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce`` and ``cc``; arguments as in the base class.
+        """Return the terms ``ce`` and ``cc``; arguments as in the base class.
 
-        ``cc`` reaches the student and both embedding layers.
+        Gradients of ``cc`` reach the student and both embedding layers.
         """
         assert teacher is not None
         ours = whole_batch(self.embed_learner(embedding_of(student)))

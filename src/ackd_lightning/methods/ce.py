@@ -11,10 +11,14 @@ from ackd_lightning.validation import NonNegative
 
 
 class CE(Method):
-    """Cross-entropy alone: how teachers and "student alone" rows are trained.
+    """Cross-entropy alone, for teachers and for the student without distillation.
 
     Args:
-        weight_ce: weight of the cross-entropy.
+        weight_ce: Weight of the cross-entropy.
+
+    Example:
+        >>> CE().loss_weights
+        {'ce': 1.0}
     """
 
     teacher = "none"
@@ -24,5 +28,5 @@ class CE(Method):
         self.loss_weights = {"ce": weight_ce}
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Term ``ce``; arguments as in the base class."""
+        """Return the term ``ce``; arguments as in the base class."""
         return {"ce": cross_entropy(student.logits, batch.target)}

@@ -1,8 +1,8 @@
 r"""CRD. Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020 (arXiv:1910.10699).
 
 Both networks' pooled embeddings go through a linear head to the unit sphere, \(e^s\) and \(e^t\). Two memories keep
-running embeddings of all N training images, \(m^s\) and \(m^t\). An embedding shall be close to the other network's
-memory of the same image and far from its memories of K images of other classes (noise-contrastive estimation):
+running embeddings of all N training images, \(m^s\) and \(m^t\). An embedding is pulled towards the other network's
+memory of the same image and pushed away from its memories of K images of other classes (noise-contrastive estimation):
 
 \(h(e, m) = \exp(e \cdot m / \tau) / Z,\quad c = K / N\)
 
@@ -11,8 +11,8 @@ memory of the same image and far from its memories of K images of other classes 
 
 \(L = w_{ce}\,\mathrm{CE} + w_{kd}\,L_{KD} + w_{crd}\,[L(e^s, m^t) + L(e^t, m^s)]\)
 
-Each Z is N times the mean of \(\exp(e \cdot m / \tau)\) over the first batch and stays. After every step the rows of
-the batch are moved, \(m \leftarrow \mathrm{norm}(\mu m + (1 - \mu) e)\).
+Each Z is N times the mean of \(\exp(e \cdot m / \tau)\) over the first batch and is not changed later. After every
+step the rows of the batch are moved, \(m \leftarrow \mathrm{norm}(\mu m + (1 - \mu) e)\).
 """
 
 from __future__ import annotations
@@ -24,199 +24,42 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
 from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of
+from ackd_lightning.methods.crd_loss import contrast_scores, crd_loss, moved_rows, normaliser, unit
 from ackd_lightning.methods.crd_negatives import NegativeSampler
 from ackd_lightning.models.features import require_embedding
 from ackd_lightning.random import mix
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, Positive, PositiveInt, Range
 
-_STREAM = 0x435244  # keeps the draws apart from others with equal keys
-_DENSE = 64
-"""Up to so many images per sample it is faster, and smaller, to score all rows than to gather those of the samples."""
-
-
-def contrast_scores(embedding: Tensor, memory: Tensor, samples: Tensor, *, temperature: float) -> Tensor:
-    r"""Scaled similarities \(e_b \cdot m_{n_{bk}} / \tau\) of each image with its samples.
-
-    The gradient flows into the embedding, not into the memory.
-
-    Args:
-        embedding: ``B x D`` of unit length.
-        memory: ``N x D``.
-        samples: ``B x (1 + K)`` int64 rows of the memory: the image itself, then its negatives.
-        temperature: tau, > 0.
-
-    Returns:
-        ``B x (1 + K)`` float32.
-    """
-    embedding, memory = embedding.float() / temperature, memory.detach().float()
-    with torch.autocast(embedding.device.type, enabled=False):
-        if memory.shape[0] <= _DENSE * samples.shape[1]:
-            return (embedding @ memory.T).gather(1, samples)
-        return torch.bmm(memory[samples], embedding[:, :, None])[:, :, 0]
-
-
-def normaliser(scores: Tensor, *, rows: int) -> Tensor:
-    """Estimate of the constant Z: N times the mean exponential of the scores, without gradient.
-
-    Args:
-        scores: ``B x (1 + K)``, from ``contrast_scores``.
-        rows: N.
-
-    Returns:
-        Scalar float32.
-    """
-    flat = scores.detach().float().flatten()
-    return (torch.logsumexp(flat, dim=0) + math.log(rows / flat.numel())).exp()
-
-
-def nce_loss(scores: Tensor, *, normaliser: Tensor | float, rows: int) -> Tensor:
-    """Noise-contrastive estimation of one direction, L of this module's equations, in log space.
-
-    Args:
-        scores: ``B x (1 + K)``, the positive first; with gradient.
-        normaliser: Z, > 0.
-        rows: N.
-
-    Returns:
-        Scalar float32 in nats, summed over the samples and averaged over the batch.
-    """
-    scores = scores.float()
-    odds = scores - torch.as_tensor(normaliser, device=scores.device).float().log()
-    odds = odds - math.log((scores.shape[1] - 1) / rows)
-    return -(F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(dim=1)).mean()
-
-
-def _contrast(
-    embedding: Tensor, memory: Tensor, samples: Tensor, temperature: float, normaliser: Tensor | float
-) -> Tensor:
-    """One direction of the loss."""
-    with torch.autocast(embedding.device.type, enabled=False):
-        scores = contrast_scores(embedding, memory, samples, temperature=temperature)
-        return nce_loss(scores, normaliser=normaliser, rows=memory.shape[0])
-
-
-class _Contrast(torch.autograd.Function):
-    """One direction of the loss, whose gradient is computed at once, while the memory is as it was.
-
-    So nothing of the size of the memory or of the samples is kept for the backward pass, and the memory's rows may
-    move before it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        embedding: Tensor,
-        memory: Tensor,
-        samples: Tensor,
-        temperature: float,
-        normaliser: Tensor | float,
-    ) -> Tensor:
-        with torch.enable_grad():
-            own = embedding.detach().float().requires_grad_()
-            loss = _contrast(own, memory, samples, temperature, normaliser)
-            ctx.save_for_backward(*torch.autograd.grad(loss, own))
-        ctx.dtype = embedding.dtype
-        return loss.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (own,) = ctx.saved_tensors
-        return (gradient * own).to(ctx.dtype), None, None, None, None
-
-
-def crd_loss(
-    student_embedding: Tensor,
-    teacher_embedding: Tensor,
-    student_memory: Tensor,
-    teacher_memory: Tensor,
-    samples: Tensor,
-    *,
-    temperature: float,
-    student_normaliser: Tensor | float,
-    teacher_normaliser: Tensor | float,
-) -> Tensor:
-    """Contrastive loss of CRD: the student against the teacher's memory, plus the reverse.
-
-    The gradient flows into both embeddings (the teacher's head learns, too), not into the memories. It is computed
-    at once, so the memories may be changed before the backward pass; there is no second derivative.
-
-    Args:
-        student_embedding: ``B x D`` of unit length.
-        teacher_embedding: ``B x D`` of unit length.
-        student_memory: ``N x D``.
-        teacher_memory: ``N x D``.
-        samples: ``B x (1 + K)`` int64 rows of the memories: the image itself, then images of other classes.
-        temperature: tau, > 0.
-        student_normaliser: Z of the scores of the student's embeddings, > 0.
-        teacher_normaliser: Z of the teacher's, > 0.
-
-    Returns:
-        Scalar float32 in nats, averaged over the batch.
-    """
-    learns = torch.is_grad_enabled() and (student_embedding.requires_grad or teacher_embedding.requires_grad)
-    contrast = _Contrast.apply if learns else _contrast
-    ours: Tensor = contrast(student_embedding, teacher_memory, samples, temperature, student_normaliser)
-    theirs: Tensor = contrast(teacher_embedding, student_memory, samples, temperature, teacher_normaliser)
-    return ours + theirs
-
-
-def moved_rows(memory: Tensor, index: Tensor, embedding: Tensor, *, momentum: float) -> Tensor:
-    """New rows of a memory; an image that stands in the batch twice gets its last embedding both times.
-
-    Args:
-        memory: ``N x D``.
-        index: ``B`` int64.
-        embedding: ``B x D`` of unit length.
-        momentum: share of the old row.
-
-    Returns:
-        ``B x D`` of unit length, in the memory's type.
-    """
-    places = torch.arange(len(index), device=index.device)
-    last = torch.where(index[:, None] == index[None, :], places, -1).amax(dim=1)
-    rows = momentum * memory[index].float() + (1 - momentum) * embedding.float()[last]
-    return unit(rows).to(memory.dtype)
-
-
-def unit(rows: Tensor) -> Tensor:
-    """Rows of length 1; a row of zeros stays.
-
-    Args:
-        rows: ``B x D``.
-    """
-    return F.normalize(rows, dim=1, eps=1e-6)
+_STREAM = 0x435244  # keeps these random numbers apart from all others
 
 
 class CRD(Method):
-    """Cross-entropy plus contrastive representation distillation, and plain distillation when it is given a weight.
+    """Cross-entropy plus contrastive representation distillation, and plain distillation if its weight is above 0.
 
-    It knows every training image by its ``Batch.index``: ``begin_fit`` makes one row for each in two memories, which
-    are part of a checkpoint. Negatives are images of other classes, drawn with replacement by a hash of (seed, step,
-    image, position), so they depend neither on the device nor on the number of processes. (The benchmark draws without
-    replacement where there are enough images; K = 16384 of 50,000.) In a multi-process run every process keeps the
-    same memories, moved by the whole batch.
+    Two memories, which are part of a checkpoint, have one row for every training image by ``Batch.index``. Negatives
+    are images of other classes, drawn with replacement. They depend only on (seed, step, image, position), not on the
+    device or the number of processes. (The benchmark draws without replacement where there are enough images; K = 16384
+    of 50,000.) With several processes each has the same memories, which the global batch moves.
 
-    Indices are checked in the first step only, since a check waits for the GPU.
+    Indices are checked in the first step only, since the check waits for the GPU.
 
     Args:
-        embedding_size: D, width of both heads.
-        negatives: K.
-        temperature: tau of the contrast, > 0.
-        momentum: mu, share of a memory's old row, in [0, 1).
-        kd_temperature: tau of the distillation term, > 0.
-        weight_ce: weight of the cross-entropy.
-        weight_kd: weight of the distillation term; the paper's CRD+KD has 1.
-        weight_crd: weight of the contrastive term.
+        embedding_size: Width D of both heads.
+        negatives: Number K of negatives for every image.
+        temperature: Temperature tau of the contrast, above 0.
+        momentum: Share mu of the old row when a memory is moved, in [0, 1).
+        kd_temperature: Temperature of the distillation term, above 0.
+        weight_ce: Weight of the cross-entropy.
+        weight_kd: Weight of the distillation term; 1 for the paper's CRD+KD.
+        weight_crd: Weight of the contrastive term.
 
     Raises:
-        ACKDError: for arguments out of range.
+        ACKDError: If a value is not allowed.
     """
 
     replicated_buffers = (
@@ -253,13 +96,13 @@ class CRD(Method):
         self._first_step = True
 
     def build(self, networks: Networks) -> None:
-        """Make both heads.
+        """Create both heads.
 
         Args:
             networks: Shapes and structures of student and teachers.
 
         Raises:
-            ACKDError: when an embedding is not known.
+            ACKDError: If the pooled feature of a network is unknown.
         """
         student, teacher = networks.student, networks.teacher
         ours = require_embedding(student, "the student", "method CRD")
@@ -270,13 +113,13 @@ class CRD(Method):
     # ---------------------------------------------------------------- memories
 
     def begin_fit(self, fit: FitInfo) -> None:
-        """Create both memories and the tables of the classes; keep memories for as many images.
+        """Create both memories and the tables of the classes; memories of the right size are kept.
 
         Args:
-            fit: Its targets and its seed are read.
+            fit: Facts about the fit, of which targets and seed are read.
 
         Raises:
-            ACKDError: for images of fewer than two classes, which have no negatives.
+            ACKDError: If the targets are unknown or belong to one class, which has no negatives.
         """
         targets, seed = fit.required_targets(self), fit.seed
         self.sampler.set_targets(targets, seed)
@@ -291,13 +134,13 @@ class CRD(Method):
         self._first_step = True
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Take the number of images from the checkpoint: without a fit nobody else knows it."""
+        """Take the number of images from the checkpoint, the only source of it outside a fit."""
         stored = state_dict.get(f"{prefix}memory_student")
         if isinstance(stored, Tensor) and len(stored) != len(self.memory_student):
             if known := len(self.sampler.targets):
                 raise ACKDError(
-                    f"the checkpoint keeps {len(stored)} training images for method CRD and the data have "
-                    f"{known}; go on with the data that it was trained on"
+                    f"the checkpoint has {len(stored)} training images for method CRD and the data have {known}; use "
+                    "the data that it was trained on"
                 )
             for name in ("memory_student", "memory_teacher"):
                 setattr(self, name, getattr(self, name).new_zeros(len(stored), self.embedding_size))
@@ -307,23 +150,23 @@ class CRD(Method):
     def _check(self, batch: Batch) -> None:
         targets = self.sampler.targets
         if not len(targets):
-            raise ACKDError("method CRD does not know the training images yet; call begin_fit with their targets")
+            raise ACKDError("the training images are unknown to method CRD; call begin_fit with their targets")
         low, high, rows = int(batch.index.min()), int(batch.index.max()), len(targets)
         if low < 0 or high >= rows:
             raise ACKDError(
-                f"batch.index goes from {low} to {high} and method CRD keeps {rows} training images; the data must "
-                "give (image, target, index) with the image's position in the training set"
+                f"batch.index is from {low} to {high} and method CRD has {rows} training images; the data must return "
+                "(image, target, index) with the position of the image in the training set"
             )
         if not torch.equal(targets[batch.index], batch.target):
             raise ACKDError(
-                "batch.index does not fit batch.target in method CRD: the class of an image differs from the one that "
-                "`train_targets` has for its index; both must count the same training set"
+                "batch.index does not fit batch.target in method CRD: an image has another class than `train_targets` "
+                "states for its index; both must describe the same training set"
             )
 
     # ---------------------------------------------------------------- loss
 
     def _embed(self, student: NetOutput, teacher: NetOutput) -> tuple[Tensor, Tensor]:
-        """Unit embeddings ``B x D`` of both, in float32 under mixed precision, too."""
+        """Return the unit embeddings ``B x D`` of both networks, in float32 also under mixed precision."""
         device = student.logits.device.type
         with torch.autocast(device, enabled=False):
             ours, theirs = (
@@ -336,13 +179,13 @@ class CRD(Method):
         return ours, theirs
 
     def _samples(self, batch: Batch) -> Tensor:
-        """Every image itself, then its negatives."""
+        """Return the rows of every image: itself, then its negatives."""
         negatives: Tensor = self.sampler(batch.index, batch.target, self.steps)
         return torch.cat([batch.index[:, None], negatives], dim=1)
 
     @torch.no_grad()
     def _normalisers(self, student: Tensor, teacher: Tensor, samples: Tensor) -> Tensor:
-        """Both Z: those of the first step; before it, of this batch over all processes."""
+        """Return both Z: those of the first step, or in the first step those of the global batch."""
         if not self._first_step or bool((self.normalisers > 0).all()):
             return self.normalisers.float()
         rows = len(self.memory_student)
@@ -353,10 +196,10 @@ class CRD(Method):
         return whole_batch(torch.stack([normaliser(each, rows=rows) for each in scores])[None]).mean(dim=0)
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce``, ``kd`` and ``crd``; arguments as in the base class.
+        """Return the terms ``ce``, ``kd`` and ``crd``; arguments as in the base class.
 
         Raises:
-            ACKDError: when ``begin_fit`` was not called, or indices do not fit.
+            ACKDError: If ``begin_fit`` was not called, or the indices do not fit.
         """
         assert teacher is not None
         if self._first_step:
@@ -380,13 +223,7 @@ class CRD(Method):
 
     @torch.no_grad()
     def update(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
-        """Keep Z of the first step, move the rows of the whole batch, count the step; arguments as in the base class.
-
-        Args:
-            student: the outputs that ``forward`` had.
-            teacher: as there.
-            batch: as there.
-        """
+        """Keep Z of the first step, move rows of the global batch, count the step; arguments as in the base class."""
         assert teacher is not None
         embeddings = self._embed(student, teacher)
         if self._first_step:

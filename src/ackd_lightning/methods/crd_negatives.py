@@ -1,4 +1,4 @@
-"""Negatives for contrastive methods: training images of other classes, drawn by a hash."""
+"""Negatives for contrastive methods: training images of other classes, drawn with stateless random numbers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ackd_lightning.random import keyed_bits
 
 
 class NegativeSampler(nn.Module):
-    """Draws images of other classes with replacement, each of them equally likely, whatever the classes' sizes.
+    """Sampler that draws images of other classes with replacement, each with the same probability.
 
-    A draw is a function of (stream, seed, step, image, position) alone: it depends neither on the device nor on the
-    number of processes nor on the rest of the batch. It is a module so that it can be compiled, which makes it about
-    ten times as fast; what it draws stays the same bit for bit.
+    A draw depends only on (stream, seed, step, image, position), not on the device, the number of processes or the rest
+    of the batch. The sampler is a module so that it can be compiled, which makes it about ten times as fast and changes
+    no draw.
 
     Args:
-        count: K, draws for every image.
-        stream: keeps the draws apart from others with equal keys.
+        count: Number K of negatives for every image.
+        stream: Number that separates these draws from other random numbers.
     """
 
     TABLES = ("targets", "by_class", "class_start", "class_count")
@@ -35,21 +35,21 @@ class NegativeSampler(nn.Module):
             self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
 
     def set_targets(self, targets: Tensor, seed: int) -> None:
-        """Make the tables of the classes.
+        """Create the tables of the classes.
 
         Args:
-            targets: ``N`` int64, the class of every training image by its index.
-            seed: of the draws.
+            targets: Class of every training image by its index, ``N`` int64.
+            seed: Seed of the draws.
 
         Raises:
-            ACKDError: for images of fewer than two classes, which have no negatives.
+            ACKDError: If all images belong to one class, which has no negatives.
         """
         device, self.seed = self.targets.device, seed
         targets = targets.to("cpu", torch.int64)
         counts = torch.bincount(targets)
         if int((counts > 0).sum()) < 2:
             raise ACKDError(
-                f"all {len(targets)} training images are of one class, and the method contrasts images of different "
+                f"all {len(targets)} training images belong to one class, and the method contrasts images of different "
                 "classes; train on two classes or more"
             )
         self.targets, self.class_count = targets.to(device), counts.to(device)
@@ -57,12 +57,12 @@ class NegativeSampler(nn.Module):
         self.class_start = (counts.cumsum(0) - counts).to(device)
 
     def forward(self, index: Tensor, target: Tensor, step: Tensor) -> Tensor:
-        """Negatives of every image in this step.
+        """Return the negatives of every image in this step.
 
         Args:
-            index: ``B`` int64.
-            target: ``B`` int64, their classes.
-            step: int64 scalar.
+            index: Indices of the images, ``B`` int64.
+            target: Classes of the images, ``B`` int64.
+            step: Number of the step, int64 scalar.
 
         Returns:
             ``B x K`` int64 indices.
@@ -71,5 +71,5 @@ class NegativeSampler(nn.Module):
         bits = keyed_bits(self.stream, self.seed, step, index[:, None], position[None, :])
         own = self.class_count[target][:, None]
         place = ((bits >> 31) * (len(self.by_class) - own)) >> 32  # 32 random bits times the choices, without bias
-        place = place + own * (place >= self.class_start[target][:, None])  # step over the own class
+        place = place + own * (place >= self.class_start[target][:, None])  # skip the image's own class
         return self.by_class[place]

@@ -5,8 +5,8 @@ With \(P = \mathrm{softmax}(z / \tau)\), a ``B x K`` matrix, and \(\rho\) Pearso
 * between classes: \(L_{inter} = \frac1B \sum_i \left(1 - \rho(P^s_{i,:}, P^t_{i,:})\right)\), one row per image
 * within classes: \(L_{intra} = \frac1K \sum_j \left(1 - \rho(P^s_{:,j}, P^t_{:,j})\right)\), one column per class
 
-\(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{dist}\,\tau^2 (\beta L_{inter} + \gamma L_{intra})\), \(\tau^2\) as in public
-code for CIFAR.
+\(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{dist}\,\tau^2 (\beta L_{inter} + \gamma L_{intra})\), with \(\tau^2\) as
+in public code for CIFAR.
 """
 
 from __future__ import annotations
@@ -38,21 +38,25 @@ def _correlation(first: Tensor, second: Tensor, *, dim: int) -> Tensor:
 def dist_loss(
     student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: float, temperature: float
 ) -> Tensor:
-    """Missing correlation between the class probabilities of student and teacher, over rows and over columns.
+    """Return one minus the correlation of class probabilities of student and teacher, over rows and over columns.
 
-    A correlation ignores scale and shift of the probabilities. A row or column that is constant has none: it counts
-    as uncorrelated and gets no gradient, so a batch of one image has no relation within classes. No gradient flows
-    into the teacher.
+    A correlation ignores scale and shift of the probabilities. A constant row or column counts as uncorrelated and gets
+    no gradient, so a batch of one image has no relation within classes. No gradient flows into the teacher.
 
     Args:
-        student_logits: ``B x K``.
-        teacher_logits: ``B x K``.
-        beta: weight of the relation between classes (rows).
-        gamma: weight of the relation within classes (columns).
-        temperature: tau, > 0.
+        student_logits: Logits ``B x K`` of the student.
+        teacher_logits: Logits ``B x K`` of the teacher.
+        beta: Weight of the relation between classes (rows).
+        gamma: Weight of the relation within classes (columns).
+        temperature: Temperature tau, above 0.
 
     Returns:
         Scalar float32, times tau squared.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> dist_loss(student, teacher, beta=1.0, gamma=1.0, temperature=1.0)  # all four correlations are -1
+        tensor(4.)
     """
     student = (student_logits.float() / temperature).softmax(dim=1)
     teacher = (teacher_logits.detach().float() / temperature).softmax(dim=1)
@@ -62,17 +66,17 @@ def dist_loss(
 
 
 class DIST(Method):
-    """Cross-entropy plus correlation, not equality, with the probabilities of a teacher that may be much stronger.
+    """Cross-entropy plus correlation with the probabilities of a teacher that may be much stronger.
 
     Args:
-        beta: weight of the relation between classes.
-        gamma: weight of the relation within classes.
-        temperature: tau; 4 for CIFAR, 1 for ImageNet.
-        weight_ce: weight of the cross-entropy.
-        weight_dist: weight of the whole term.
+        beta: Weight of the relation between classes.
+        gamma: Weight of the relation within classes.
+        temperature: Temperature tau; 4 for CIFAR, 1 for ImageNet.
+        weight_ce: Weight of the cross-entropy.
+        weight_dist: Weight of the correlation term.
 
     Raises:
-        ACKDError: for a temperature that is not positive.
+        ACKDError: If a value is not allowed.
     """
 
     teacher = "logits"
@@ -91,7 +95,7 @@ class DIST(Method):
         self.loss_weights = {"ce": weight_ce, "dist": weight_dist}
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce`` and ``dist``, the latter on the global batch; arguments as in the base class."""
+        """Return the terms ``ce`` and ``dist``, the latter on the global batch; arguments as in the base class."""
         assert teacher is not None
         return {
             "ce": cross_entropy(student.logits, batch.target),

@@ -25,21 +25,26 @@ from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive
 def dkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    r"""Decoupled distillation loss \(\alpha\,\mathrm{TCKD} + \beta\,\mathrm{NCKD}\) (Eq. 7), mean over the batch.
+    r"""Return the loss \(\alpha\,\mathrm{TCKD} + \beta\,\mathrm{NCKD}\) (Eq. 7), mean over the batch.
 
-    The target class is taken out of the logits, not masked by a large number, so that nothing is lost when one class
-    has all the probability. No gradient flows into the teacher.
+    The target class is removed from the logits, not masked by a large number, so the result is exact even when one
+    class has all the probability. No gradient flows into the teacher.
 
     Args:
-        student_logits: ``B x K``, K of 2 or more.
-        teacher_logits: ``B x K``.
-        target: ``B`` int64.
-        alpha: weight of the target class against the rest (TCKD).
-        beta: weight of what is said about the other classes (NCKD).
-        temperature: tau, > 0.
+        student_logits: Logits ``B x K`` of the student, K at least 2.
+        teacher_logits: Logits ``B x K`` of the teacher.
+        target: Classes, ``B`` int64.
+        alpha: Weight of the target class against the rest (TCKD).
+        beta: Weight of the other classes among themselves (NCKD).
+        temperature: Temperature tau, above 0.
 
     Returns:
         Scalar float32, in nats, times tau squared.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0]])
+        >>> dkd_loss(student, teacher, torch.tensor([0]), alpha=1.0, beta=8.0, temperature=4.0)
+        tensor(0.7923)
     """
     other = torch.arange(student_logits.shape[1] - 1, device=target.device).expand(target.shape[0], -1)
     other = other + (other >= target[:, None])  # B x (K - 1): every class but the target
@@ -58,20 +63,20 @@ def dkd_loss(
 
 
 class DKD(Method):
-    """Cross-entropy plus distillation whose parts, target class and the other classes, have weights of their own.
+    """Cross-entropy plus distillation with separate weights for the target class and the other classes.
 
     Args:
-        alpha: weight of the target class against the rest (TCKD).
-        beta: weight of the other classes among themselves (NCKD); 8 for ResNets in the authors' code, but 2 for
+        alpha: Weight of the target class against the rest (TCKD).
+        beta: Weight of the other classes among themselves (NCKD); 8 for ResNets in the authors' code, but 2 for
             resnet56 to resnet20 and resnet110 to resnet32, and 6 for VGG and wide ResNets.
-        temperature: tau, > 0.
-        warmup_epochs: epochs over which the weight of ``dkd`` grows linearly, 1/n in the first; 0: none. A run that
-            is shorter than that ends below the full weight.
-        weight_ce: weight of the cross-entropy.
-        weight_dkd: weight of the distillation term after the warm-up.
+        temperature: Temperature tau, above 0.
+        warmup_epochs: Number of epochs over which the weight of ``dkd`` grows linearly, from 1/n in the first of n; 0
+            for no warm-up. A shorter run ends below the full weight.
+        weight_ce: Weight of the cross-entropy.
+        weight_dkd: Weight of the distillation term after the warm-up.
 
     Raises:
-        ACKDError: for a temperature that is not positive or a negative warm-up.
+        ACKDError: If a value is not allowed.
     """
 
     teacher = "logits"
@@ -92,15 +97,15 @@ class DKD(Method):
         self.loss_weights = {"ce": weight_ce, "dkd": weight_dkd}
 
     def set_epoch(self, epoch: int) -> None:
-        """Grow the weight of ``dkd`` during the warm-up.
+        """Set the weight of ``dkd``, which grows during the warm-up.
 
         Args:
-            epoch: from 0.
+            epoch: Number of the epoch, from 0.
         """
         self.loss_weights["dkd"] = self.weight_dkd * linear_warmup(epoch, self.warmup_epochs)
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce`` and ``dkd``; arguments as in the base class."""
+        """Return the terms ``ce`` and ``dkd``; arguments as in the base class."""
         assert teacher is not None
         return {
             "ce": cross_entropy(student.logits, batch.target),

@@ -1,19 +1,18 @@
 r"""FitNet. Romero, Ballas, Ebrahimi Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, 2015.
 
-A middle stage of the student, sent through a regressor r that is thrown away, imitates a middle stage of the teacher
-(arXiv:1412.6550, Eq. 3):
+A middle stage of the student imitates a middle stage of the teacher through a regressor r, which is dropped after
+training (arXiv:1412.6550, Eq. 3):
 
 \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{hint}\,\mathrm{mean}\,(r(F_n^s) - F_m^t)^2\)
 
-Differences from the paper: it trains up to the hint first and then with knowledge distillation; here, as in the
-benchmark, both terms are there from the first step. The regressor is a 1x1 convolution, BatchNorm and ReLU. Where
-height or width differ the larger map is pooled first; the benchmark has a strided convolution there if the student's
-map is twice as large and a transposed one if it is half as large, and nothing for other sizes. The ReLU is the
-benchmark's: for a teacher whose stages do not end in one (WRN, MobileNetV2) the negative half of the hint is out of
-reach.
+The paper first trains the layers up to the hint and then distils; here, as in the benchmark, both terms are trained
+from the first step. The regressor is a 1x1 convolution, BatchNorm and ReLU. Where height or width differ the larger map
+is pooled first; the benchmark uses a strided convolution if the student's map is twice as large, a transposed one if it
+is half as large, and supports no other sizes. The ReLU is the benchmark's: for a teacher whose stages do not end in one
+(WRN, MobileNetV2) the regressor cannot reach negative values of the hint.
 
-BatchNorm takes the statistics of each process's own batch, as the student's does; ``sync_batchnorm`` joins both. It
-keeps no running ones, since the regressor is never evaluated.
+BatchNorm uses the batch statistics of its process, as in the student; ``sync_batchnorm`` synchronises both. It has no
+running statistics, since the regressor is never evaluated.
 """
 
 from __future__ import annotations
@@ -30,39 +29,43 @@ from ackd_lightning.validation import NonNegative, PositiveInt
 
 
 def fitnet_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """Hint loss (Eq. 3): squared distance of two feature maps, mean over everything.
+    """Return the hint loss (Eq. 3): squared distance of two feature maps, mean over all entries.
 
     No gradient flows into the teacher.
 
     Args:
-        student_feature: ``B x C x H x W``, after the regressor.
-        teacher_feature: ``B x C x H x W``.
+        student_feature: Feature map ``B x C x H x W`` of the student after the regressor.
+        teacher_feature: Feature map ``B x C x H x W`` of the teacher.
 
     Returns:
         Scalar float32, in squared units of the teacher's feature.
 
+    Example:
+        >>> fitnet_loss(torch.ones(1, 2, 4, 4), torch.full((1, 2, 4, 4), 3.0))
+        tensor(4.)
+
     Raises:
-        ACKDError: when the shapes differ.
+        ACKDError: If the shapes differ.
     """
     if student_feature.shape != teacher_feature.shape:
         raise ACKDError(
             f"fitnet_loss got a feature {tuple(student_feature.shape)} of the student and "
-            f"{tuple(teacher_feature.shape)} of the teacher; send the student's through a regressor first"
+            f"{tuple(teacher_feature.shape)} of the teacher; pass the student's through a regressor first"
         )
     return F.mse_loss(student_feature.float(), teacher_feature.detach().float())
 
 
 class FitNet(Method):
-    """Cross-entropy with the labels plus distance of one stage, after a regressor, from the teacher's.
+    """Cross-entropy with the labels plus the distance of one stage, after a regressor, from the teacher's.
 
     Args:
-        hint_stage: n of the student's F_n that is guided, from 1; its partner is found by resolution, and the deepest
-            is taken where several stages of the teacher have the same partner. 2 in the benchmark.
-        weight_ce: weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
-        weight_hint: weight of the hint; 100 there.
+        hint_stage: Number n of the student's stage F_n that is guided, from 1; 2 in the benchmark. The teacher's stage
+            is found by resolution; of several that fit, the deepest is used.
+        weight_ce: Weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
+        weight_hint: Weight of the hint; 100 in the benchmark.
 
     Raises:
-        ACKDError: for a stage below 1.
+        ACKDError: If a value is not allowed.
     """
 
     def __init__(
@@ -74,13 +77,13 @@ class FitNet(Method):
         self.regressor: nn.Module = nn.Identity()
 
     def build(self, networks: Networks) -> None:
-        """Find the teacher's partner of the guided stage and make the regressor.
+        """Find the teacher's stage for the guided stage and create the regressor.
 
         Args:
             networks: Shapes of student and teacher.
 
         Raises:
-            ACKDError: when the stages of a network are not known or the student has no such stage.
+            ACKDError: If the stages of a network are unknown, or the student has fewer.
         """
         student, teacher = networks.student, networks.teacher
         every = pair_stages(student, teacher, method="FitNet")
@@ -100,7 +103,7 @@ class FitNet(Method):
         )
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce`` and ``hint``; arguments as in the base class."""
+        """Return the terms ``ce`` and ``hint``; arguments as in the base class."""
         assert teacher is not None
         (ours,), (theirs,) = layer_features(self.layers, student, teacher)
         guided, hint = same_size(ours, theirs.float())

@@ -1,8 +1,8 @@
 r"""ONE. Lan, Zhu, Gong: Knowledge Distillation by On-the-Fly Native Ensemble, 2018.
 
-There is no teacher. The last stage of the student exists M + 1 times: once in the target learner, which is kept (the
-paper's branch 1), and in M auxiliary learners. A gate weighs their logits for every image by the feature F they share,
-the input of the last stage:
+The method has no teacher. The last stage of the student exists M + 1 times: in the target learner, which is kept (the
+paper's branch 1), and in each of M auxiliary learners. For every image a gate weighs their logits by the feature F that
+they share, the input of the last stage:
 
 * \(g = \mathrm{softmax}(\mathrm{ReLU}(\mathrm{BN}(W\,\mathrm{GAP}(F))))\) and
   \(z^e = \sum_k g_k z^{(k)}\) (Eq. 3 of that paper)
@@ -28,45 +28,50 @@ from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive, Pos
 
 
 def one_loss(logits: Sequence[Tensor], ensemble_logits: Tensor, *, temperature: float) -> Tensor:
-    r"""Distillation of the ensemble into each learner: \(\tau^2 \sum_k \mathrm{KL}(p^e \| p^{(k)})\), batch mean.
+    r"""Return the distillation of the ensemble into each learner.
 
-    No gradient flows into the ensemble.
+    \(\tau^2 \sum_k \mathrm{KL}(p^e \| p^{(k)})\), mean over the batch. No gradient flows into the ensemble.
 
     Args:
-        logits: of every learner, ``B x K`` each.
-        ensemble_logits: ``B x K``.
-        temperature: tau, > 0.
+        logits: Logits ``B x K`` of every learner.
+        ensemble_logits: Logits ``B x K`` of the ensemble.
+        temperature: Temperature tau, above 0.
 
     Returns:
         Scalar float32, in nats.
+
+    Example:
+        >>> learners = [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
+        >>> one_loss(learners, torch.tensor([[1.0, 0.0]]), temperature=3.0)
+        tensor(0.2440)
     """
     return torch.stack([kd_loss(each, ensemble_logits, temperature=temperature) for each in logits]).sum()
 
 
 class Gate(nn.Module):
-    """Weighs the learners of an image by the feature that they share.
+    """Gate that weighs the learners for every image by the feature that they share.
 
-    While training, the scores are normalised over the global batch, also with several processes. ``forward`` leaves
-    the running statistics alone; ``remember`` updates them.
+    In training mode the scores are normalised over the global batch of all processes. ``forward`` does not change the
+    running statistics; ``remember`` updates them.
 
     Args:
-        channels: C of the shared feature.
-        learners: how many are weighed.
+        channels: Channels C of the shared feature.
+        learners: Number of learners.
     """
 
     def __init__(self, channels: int, learners: int) -> None:
         super().__init__()
-        self.score = nn.Linear(channels, learners, bias=False)  # the normalisation would take a bias away again
+        self.score = nn.Linear(channels, learners, bias=False)  # the normalisation would remove a bias
         self.norm = nn.BatchNorm1d(learners)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Weight of every learner for every image.
+        """Return the weight of every learner for every image.
 
         Args:
-            feature: ``B x C x H x W``; the gradient flows into it.
+            feature: Feature map ``B x C x H x W``; gradients flow into it.
 
         Returns:
-            ``B x L`` float32, rows sum to 1.
+            ``B x L`` float32 whose rows sum to 1.
         """
         scores: Tensor = self.score(pooled(feature)).float()
         if not self.training:
@@ -78,10 +83,10 @@ class Gate(nn.Module):
         return normal.relu().softmax(dim=1)
 
     def remember(self, feature: Tensor) -> None:
-        """Update the running mean and variance of the scores; a single image has no variance and is passed over.
+        """Update the running mean and variance of the scores; a single image, which has no variance, is ignored.
 
         Args:
-            feature: ``B x C x H x W``.
+            feature: Feature map ``B x C x H x W``.
         """
         scores = whole_batch(self.score(pooled(feature)).float())
         if self.training and len(scores) > 1:
@@ -92,16 +97,18 @@ class ONE(Method):
     """Learners on the student's last stage and their gated ensemble, which teaches each of them.
 
     Args:
-        learners: auxiliary learners, each with a last stage and classifier of its own; 2 make the paper's 3 branches.
-        temperature: tau; 3 in the paper.
-        ramp_epochs: epochs over which the weight of ``one`` grows along a Gaussian from exp(-5) to 1; 0: none.
-        weight_ce: weight of the target learner's cross-entropy.
-        weight_ce_aux: weight of the auxiliary learners' cross-entropies (their sum).
-        weight_ce_ensemble: weight of the ensemble's cross-entropy, from which the gate learns.
-        weight_one: weight of the distillation after the ramp.
+        learners: Number of auxiliary learners, each with its own last stage and classifier. 2 are the paper's 3
+            branches.
+        temperature: Temperature tau; 3 in the paper.
+        ramp_epochs: Number of epochs over which the weight of ``one`` grows along a Gaussian from exp(-5) to 1; 0 for
+            the full weight from the start.
+        weight_ce: Weight of the target learner's cross-entropy.
+        weight_ce_aux: Weight of the auxiliary learners' cross-entropies (their sum).
+        weight_ce_ensemble: Weight of the ensemble's cross-entropy, from which the gate learns.
+        weight_one: Weight of the distillation after the ramp.
 
     Raises:
-        ACKDError: for a number that is out of its range.
+        ACKDError: If a value is not allowed.
     """
 
     teacher = "none"
@@ -129,7 +136,7 @@ class ONE(Method):
         self.gate: nn.Module = nn.Identity()
 
     def build(self, networks: Networks) -> None:
-        """Make the gate.
+        """Create the gate.
 
         Args:
             networks: Shapes and structures of student and teachers.
@@ -138,31 +145,31 @@ class ONE(Method):
         self.gate = Gate(features[-2][0], 1 + len(networks.student.branches))
 
     def set_epoch(self, epoch: int) -> None:
-        """Grow the weight of ``one``.
+        """Set the weight of ``one``, which grows along the ramp.
 
         Args:
-            epoch: from 0.
+            epoch: Number of the epoch, from 0.
         """
         missing = max(0.0, 1 - epoch / self.ramp_epochs) if self.ramp_epochs else 0.0
         self.loss_weights["one"] = self.weight_one * math.exp(-5 * missing**2)
 
     def gate_weights(self, student: NetOutput) -> Tensor:
-        """Weight of every learner for every image.
+        """Return the weight of every learner for every image.
 
         Args:
-            student: output with M branches.
+            student: Output with M auxiliary learners.
 
         Returns:
-            ``B x (1 + M)`` float32, the target learner first; rows sum to 1.
+            ``B x (1 + M)`` float32 whose rows sum to 1; the target learner is first.
         """
         weights: Tensor = self.gate(features_of(student)[-2])
         return weights
 
     def ensemble(self, student: NetOutput) -> Tensor:
-        """Logits of the native ensemble: target and auxiliary learners as the gate weighs them.
+        """Return the logits of the native ensemble: target and auxiliary learners, weighed by the gate.
 
         Args:
-            student: output with branches.
+            student: Output with auxiliary learners.
 
         Returns:
             ``B x K`` float32.
@@ -175,9 +182,9 @@ class ONE(Method):
             self.gate.remember(features_of(student)[-2])
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce``, ``ce_aux``, ``ce_ensemble`` and ``one``; arguments as in the base class.
+        """Return the terms ``ce``, ``ce_aux``, ``ce_ensemble`` and ``one``; arguments as in the base class.
 
-        ``ce_ensemble`` reaches all learners, the gate and the trunk; ``one`` reaches learners and trunk, not the gate.
+        Gradients of ``ce_ensemble`` reach all learners and the gate, those of ``one`` all learners but not the gate.
         """
         group = self.ensemble(student)
         return {
@@ -188,10 +195,10 @@ class ONE(Method):
         }
 
     def statistics(self, student: NetOutput) -> dict[str, Tensor]:
-        """Mean weight that the gate gives to the target and every auxiliary learner.
+        """Return the mean gate weight of the target and of every auxiliary learner.
 
         Args:
-            student: output with branches.
+            student: Output with auxiliary learners.
         """
         target, *others = self.gate_weights(student).mean(dim=0)
         auxiliary = {f"gate_weight_aux{number}": share for number, share in enumerate(others, start=1)}

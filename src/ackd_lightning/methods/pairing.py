@@ -1,4 +1,4 @@
-"""Which stage of the student is compared with which stage of the teacher."""
+"""Pairs of stages of student and teacher that are compared."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from ackd_lightning.types import NetOutput, NetSpec
 
 
 def pair_stages(student: NetSpec, teacher: NetSpec, *, method: str) -> tuple[tuple[int, int], ...]:
-    """Pairs (n, m): feature F_n of the student is compared with F_m of the teacher; stems are left out.
+    """Return pairs (n, m) of a feature F_n of the student and F_m of the teacher, without the stems.
 
-    With equally many stages these are (1, 1), (2, 2), ... Otherwise the last stages form a pair, and from there to the
-    front every stage of the longer network takes the partner of its successor or the one before that, whichever is
-    nearer in resolution (the deeper when both are). So the order is kept and no stage of either network is left out.
+    With equally many stages these are (1, 1), (2, 2), ... Otherwise the last stages form a pair. From there towards the
+    input, every stage of the longer network is paired with the partner of the next stage or with the stage before that
+    partner, whichever is closer in resolution (the deeper if both are). The order is kept, and no stage is left out.
 
     Args:
-        student: its shapes.
-        teacher: its shapes.
-        method: name of the caller, for the message.
+        student: Shapes of the student.
+        teacher: Shapes of the teacher.
+        method: Name of the method, for the message.
 
     Raises:
-        ACKDError: when a network has no stages that are known.
+        ACKDError: If the stages of a network are unknown.
+
+    Example:
+        >>> student = NetSpec(10, ((16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)))
+        >>> teacher = NetSpec(10, ((16, 32, 32), (32, 16, 16), (64, 8, 8)))
+        >>> pair_stages(student, teacher, method="AT")
+        ((1, 1), (2, 1), (3, 2))
     """
     our_shapes = require_stages(student, "the student", f"method {method}")
     their_shapes = require_stages(teacher, "the teacher", f"method {method}")
@@ -52,11 +58,11 @@ def same_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Pool the larger of two feature maps to the height and width of the smaller.
 
     Args:
-        first: ``B x C x H x W``.
-        second: ``B x D x H' x W'``.
+        first: Feature map ``B x C x H x W``.
+        second: Feature map ``B x D x H' x W'``.
 
     Returns:
-        Both, of equal height and width.
+        Both maps, with equal height and width.
     """
     size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
     return tuple(  # type: ignore[return-value]

@@ -1,17 +1,17 @@
 r"""ReviewKD. Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, 2021 (arXiv:2104.09044).
 
-From the deepest level to the shallowest, the student's feature is fused with what the deeper levels handed on
-(attention based fusion, ABF), so each level of the teacher is learnt from by all deeper ones of the student:
+From the deepest level to the shallowest, the student's feature is fused with the result of the next deeper level
+(attention based fusion, ABF), so that all deeper levels of the student learn from a level of the teacher:
 
 \(U_i = \mathrm{ABF}(F_{n_i}^s, U_{i+1})\), \(\quad L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{review}\,\rho(e) \sum_i
 \mathrm{HCL}(\mathrm{out}(U_i), F_{m_i}^t)\) (Eq. 7 and 8)
 
-Levels are the pairs of stages and the pooled embedding. \(\rho\) grows linearly over the first epochs and is 1 from
-then on. The hierarchical context loss HCL compares two maps as they are and pooled to 4 x 4, 2 x 2 and 1 x 1.
+Levels are the pairs of stages and the pooled embedding. \(\rho\) grows linearly over the first epochs to 1. The
+hierarchical context loss HCL compares two maps at full size and pooled to 4 x 4, 2 x 2 and 1 x 1.
 
-The authors' code reads features before the last ReLU of a stage; here they are the stages' outputs, and the last is
-the one that pooling sees. BatchNorm in the fusion takes the statistics of each process's own batch, as the student's
-does; ``sync_batchnorm`` joins both. It keeps no running ones, since the fusion is never evaluated.
+The authors' code reads features before the last ReLU of a stage; here they are the outputs of the stages, and the last
+is the input of global pooling. BatchNorm in the fusion uses the batch statistics of its process, as in the student;
+``sync_batchnorm`` synchronises both. It has no running statistics, since the fusion is never evaluated.
 """
 
 from __future__ import annotations
@@ -36,27 +36,31 @@ WIDEST = 512
 
 
 def hcl_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
-    """Hierarchical context loss (Sec. 3.4): squared distance of maps and of their poolings.
+    """Return the hierarchical context loss (Sec. 3.4): squared distance of maps and of pooled maps.
 
-    Weights are 1 for the map itself and 1/2, 1/4, 1/8 for those of the poolings to 4 x 4, 2 x 2 and 1 x 1 that make it
-    smaller, divided by their sum. Mean over images, channels and positions; summed over the pairs. No gradient flows
+    Weights are 1 for the map itself and 1/2, 1/4, 1/8 for the poolings to 4 x 4, 2 x 2 and 1 x 1 that make it smaller,
+    divided by their sum. Mean over images, channels and positions; summed over the pairs. No gradient flows
     into the teacher.
 
     Args:
-        student_features: maps ``B x C x H x W``.
-        teacher_features: maps of the same shapes in the same order.
+        student_features: Feature maps ``B x C x H x W``.
+        teacher_features: Feature maps of the same shapes in the same order.
 
     Returns:
         Scalar float32, in squared units of the teacher's features.
 
+    Example:
+        >>> hcl_loss([torch.full((1, 2, 8, 8), 3.0)], [torch.ones(1, 2, 8, 8)])
+        tensor(4.)
+
     Raises:
-        ACKDError: when the shapes differ or there are no features.
+        ACKDError: If the shapes differ, or there are no features.
     """
     ours, theirs = ([tuple(each.shape) for each in features] for features in (student_features, teacher_features))
     if not ours or ours != theirs:
         raise ACKDError(
             f"hcl_loss got features {ours} of the student and {theirs} of the teacher; "
-            "pass pairs of equal shape, at least one"
+            "pass one or more pairs of equal shape"
         )
     losses = []
     for student_feature, teacher_feature in zip(student_features, teacher_features, strict=True):
@@ -76,13 +80,13 @@ def _convolution(inputs: int, outputs: int, side: int) -> nn.Sequential:
 
 
 class Fusion(nn.Module):
-    """Attention based fusion (ABF, Fig. 3) of one level with what deeper levels handed on.
+    """Attention based fusion (ABF, Fig. 3) of one level with the result of the next deeper level.
 
     Args:
-        student_channels: of the student's feature.
-        middle_channels: of what is handed from level to level.
-        teacher_channels: of the teacher's feature.
-        deepest: there is nothing to fuse with.
+        student_channels: Channels of the student's feature.
+        middle_channels: Channels M of the fused map.
+        teacher_channels: Channels D of the teacher's feature.
+        deepest: Whether this is the deepest level, which has no other to fuse with.
     """
 
     def __init__(self, student_channels: int, middle_channels: int, teacher_channels: int, *, deepest: bool) -> None:
@@ -91,21 +95,21 @@ class Fusion(nn.Module):
         self.attention = None if deepest else nn.Conv2d(2 * middle_channels, 2, 1)
         self.leave = _convolution(middle_channels, teacher_channels, 3)
 
-    def forward(self, feature: Tensor, handed_on: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fuse, resize and predict.
+    def forward(self, feature: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Fuse two levels, resize the result and predict the teacher's feature.
 
         Args:
-            feature: ``B x C x H x W`` of the student.
-            handed_on: ``B x M x H' x W'`` from the next deeper level, M middle channels; None for the deepest.
-            size: height and width of the teacher's feature.
+            feature: Feature ``B x C x H x W`` of the student.
+            deeper: Fused map ``B x M x H' x W'`` of the next deeper level; None for the deepest.
+            size: Height and width of the teacher's feature.
 
         Returns:
-            Fused map to hand on, ``B x M`` x size, and the prediction of the teacher's feature, ``B x D`` x size.
+            Fused map, ``B x M`` x size, and prediction of the teacher's feature, ``B x D`` x size.
         """
         fused = self.enter(feature)
         if self.attention is not None:
-            assert handed_on is not None
-            deeper = F.interpolate(handed_on, fused.shape[2:])
+            assert deeper is not None
+            deeper = F.interpolate(deeper, fused.shape[2:])
             own, other = self.attention(torch.cat([fused, deeper], dim=1)).sigmoid().split(1, dim=1)
             fused = own * fused + other * deeper
         if fused.shape[2:] != torch.Size(size):
@@ -114,18 +118,17 @@ class Fusion(nn.Module):
 
 
 class ReviewKD(Method):
-    """Cross-entropy with the labels plus hierarchical context loss of reviewed features.
+    """Cross-entropy with the labels plus the hierarchical context loss of fused features.
 
     Args:
-        warmup_epochs: epochs over which the weight of the review grows linearly to its full value, which it has in
-            the last of them; 0 for none. 20 in the authors' code, which starts at 0 and so ends one epoch later.
-        mid_channels: channels of what is handed from level to level; None: those of the student's embedding, 512 at
-            most.
-        weight_ce: weight of the cross-entropy; 1 in the authors' code.
-        weight_review: weight of the review; 1 there, up to 8 for some pairs of networks.
+        warmup_epochs: Number of epochs over which the weight of the review grows linearly; the last of them has the
+            full weight. 0 for no warm-up. 20 in the authors' code, which starts at 0 and ends one epoch later.
+        mid_channels: Channels of the fused maps; None for the width of the student's embedding, at most 512.
+        weight_ce: Weight of the cross-entropy; 1 in the authors' code.
+        weight_review: Weight of the review; 1 in the authors' code, and up to 8 for some pairs of networks.
 
     Raises:
-        ACKDError: for a negative number of epochs, or less than one channel.
+        ACKDError: If a value is not allowed.
     """
 
     def __init__(
@@ -144,13 +147,13 @@ class ReviewKD(Method):
         self.fusions = nn.ModuleList()
 
     def build(self, networks: Networks) -> None:
-        """Pair the stages and make a fusion for every pair and for the embeddings.
+        """Pair the stages and create a fusion for every pair and for the embeddings.
 
         Args:
             networks: Shapes of student and teacher.
 
         Raises:
-            ACKDError: when the stages of a network are not known.
+            ACKDError: If the stages of a network are unknown.
         """
         student, teacher = networks.student, networks.teacher
         self.layers = pair_stages(student, teacher, method="ReviewKD")
@@ -164,35 +167,35 @@ class ReviewKD(Method):
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Grow the weight of the review during the warm-up.
+        """Set the weight of the review, which grows during the warm-up.
 
         Args:
-            epoch: from 0.
+            epoch: Number of the epoch, from 0.
         """
         self.loss_weights["review"] = self.weight_review * linear_warmup(epoch, self.warmup_epochs)
 
     def review(self, student: NetOutput, teacher: NetOutput) -> tuple[list[Tensor], list[Tensor]]:
-        """What the student predicts of the teacher's features, and these.
+        """Return the student's predictions of the teacher's features, and these features.
 
         Args:
-            student: the gradient flows into its features and embedding.
-            teacher: the target.
+            student: Output of the student; gradients flow into its features and embedding.
+            teacher: Output of the teacher.
 
         Returns:
-            Predictions and targets, each ``B x C x H x W``, from the shallowest level to the embedding's.
+            Predictions and features, each ``B x C x H x W``, from the shallowest level to the embedding.
         """
         ours, theirs = layer_features(self.layers, student, teacher)
         ours = [*ours, embedding_of(student)[:, :, None, None]]
         theirs = [*theirs, embedding_of(teacher)[:, :, None, None]]
         predictions: list[Tensor] = []
-        handed_on: Tensor | None = None
+        fused: Tensor | None = None
         for fusion, feature, target in zip(reversed(self.fusions), reversed(ours), reversed(theirs), strict=True):
-            handed_on, prediction = fusion(feature, handed_on, target.shape[2:])
+            fused, prediction = fusion(feature, fused, target.shape[2:])
             predictions.insert(0, prediction)
         return predictions, theirs
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce`` and ``review``; arguments as in the base class."""
+        """Return the terms ``ce`` and ``review``; arguments as in the base class."""
         assert teacher is not None
         return {
             "ce": cross_entropy(student.logits, batch.target),

@@ -2,7 +2,7 @@ r"""Relational knowledge distillation. Park, Kim, Lu, Cho: Relational Knowledge 
 
 On the pooled features \(e_i\) of a batch, with \(\ell\) the Huber loss (smooth L1):
 
-* distances (Eq. 5 to 7): \(d_{ij} = \|e_i - e_j\| / \mu\), \(\mu\) the mean over the pairs that are not equal;
+* distances (Eq. 5 to 7): \(d_{ij} = \|e_i - e_j\| / \mu\), \(\mu\) the mean over the pairs that differ;
   \(L_d = \mathrm{mean}_{ij}\,\ell(d^s_{ij}, d^t_{ij})\)
 * angles (Eq. 8, 9): \(a_{ijk} = \langle u_{ij}, u_{ik}\rangle\), \(u_{ij} = (e_j - e_i) / \|e_j - e_i\|\);
   \(L_a = \mathrm{mean}_{ijk}\,\ell(a^s_{ijk}, a^t_{ijk})\)
@@ -27,21 +27,26 @@ from ackd_lightning.validation import NonNegative
 def rkd_loss(
     student_embedding: Tensor, teacher_embedding: Tensor, *, distance_weight: float, angle_weight: float
 ) -> Tensor:
-    """Difference of the relations between images: distances in pairs, angles in triplets.
+    """Return the difference of the relations between images: distances of pairs, angles of triplets.
 
-    Relations do not change when the embeddings are shifted, rotated or scaled, so D may differ between the two. Two
-    images with the same embedding are at distance 0, form no angle, and get no gradient from this pair. Differences
-    are formed before they are squared (the benchmark subtracts squares and loses small distances). No gradient flows
-    into the teacher.
+    Relations do not change when the embeddings are shifted, rotated or scaled, and D may differ between the networks.
+    Two images with the same embedding have distance 0, form no angle, and get no gradient from this pair. Differences
+    are taken before squaring (the benchmark subtracts squares, which loses small distances). No gradient flows into the
+    teacher.
 
     Args:
-        student_embedding: ``B x D``.
-        teacher_embedding: ``B x D'``.
-        distance_weight: weight of distances.
-        angle_weight: weight of angles.
+        student_embedding: Embeddings ``B x D`` of the student.
+        teacher_embedding: Embeddings ``B x D'`` of the teacher.
+        distance_weight: Weight of the distances.
+        angle_weight: Weight of the angles.
 
     Returns:
         Scalar float32.
+
+    Example:
+        >>> line, corner = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+        >>> rkd_loss(line, corner, distance_weight=25.0, angle_weight=50.0)
+        tensor(5.5137)
     """
 
     def relations(embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,13 +72,13 @@ class RKD(Method):
     """Cross-entropy plus the relations between images that the teacher sees.
 
     Args:
-        distance_weight: weight of distances inside the term; 25 in the paper and the benchmark.
-        angle_weight: weight of angles; 50 there.
-        weight_ce: weight of the cross-entropy.
-        weight_rkd: weight of the whole term.
+        distance_weight: Weight of the distances inside the term; 25 in the paper and the benchmark.
+        angle_weight: Weight of the angles inside the term; 50 in both.
+        weight_ce: Weight of the cross-entropy.
+        weight_rkd: Weight of the whole term.
 
     Raises:
-        ACKDError: for a negative weight of distances or angles.
+        ACKDError: If a value is not allowed.
     """
 
     def __init__(
@@ -89,19 +94,19 @@ class RKD(Method):
         self.loss_weights = {"ce": weight_ce, "rkd": weight_rkd}
 
     def build(self, networks: Networks) -> None:
-        """Check that both networks hand out a pooled feature; nothing is made.
+        """Check that the pooled features of both networks are known.
 
         Args:
             networks: Shapes of student and teacher.
 
         Raises:
-            ACKDError: when one does not.
+            ACKDError: If one of them is unknown.
         """
         require_embedding(networks.student, "the student", "method RKD")
         require_embedding(networks.teacher, "the teacher", "method RKD")
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce`` and ``rkd``, the latter on the global batch; arguments as in the base class."""
+        """Return the terms ``ce`` and ``rkd``, the latter on the global batch; arguments as in the base class."""
         assert teacher is not None
         return {
             "ce": cross_entropy(student.logits, batch.target),

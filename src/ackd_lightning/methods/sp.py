@@ -1,14 +1,14 @@
 r"""SP. Tung, Mori: Similarity-Preserving Knowledge Distillation, 2019 (arXiv:1907.09682).
 
-Images that are alike for the teacher become alike for the student, each network in its own feature space:
+Images that are similar for the teacher become similar for the student, each network in its own feature space:
 
 \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{sp}\,\frac{1}{B^2} \|G^t - G^s\|_F^2\),
 \(\quad G = \mathrm{rows\ of\ } A A^\top \mathrm{\ divided\ by\ their\ L2\ norm}\) (Eq. 1 to 4), A the last feature,
 ``B x (C * H * W)``.
 
-The paper sums over several layers and the benchmark takes the last one; so does this file. It is the map that pooling
-sees: for WRN after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution, where the benchmark reads
-before them.
+The paper sums over several layers; this file uses the last one, as the benchmark does. It is the input of global
+pooling: for WRN after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution. The benchmark reads before
+these layers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ from ackd_lightning.validation import NonNegative
 
 
 def similarities(feature: Tensor) -> Tensor:
-    """How alike the images of a batch are: inner products of their features, with an L2 norm of 1 per row.
+    """Return the similarities of the images of a batch: inner products of features, with an L2 norm of 1 per row.
 
     Args:
-        feature: ``B x ...``; the gradient flows into it.
+        feature: Features ``B x ...``; gradients flow into them.
 
     Returns:
-        ``B x B`` float32, no unit; a row is zero where the feature is.
+        ``B x B`` float32; the row of an image whose feature is zero is zero.
+
+    Example:
+        >>> similarities(torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
+        tensor([[0.3162, 0.9487],
+                [0.1191, 0.9929]])
     """
     with torch.autocast(feature.device.type, enabled=False):  # it would round the product to half precision
         flat = feature.float().flatten(1)
@@ -39,27 +44,27 @@ def similarities(feature: Tensor) -> Tensor:
 
 
 def sp_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """Similarity-preserving loss (Eq. 4): squared distance of two similarity matrices, mean over pairs of images.
+    """Return the similarity-preserving loss (Eq. 4): squared distance of similarities, mean over pairs of images.
 
-    The shapes of the features may differ. No gradient flows into the teacher. It depends on which images share a
-    batch: in several processes gather them first (``whole_batch``), as [`SP`][] does.
+    The shapes of the features may differ. No gradient flows into the teacher. The value depends on the images of the
+    batch: with several processes gather them first (``whole_batch``), as [`SP`][] does.
 
     Args:
-        student_feature: ``B x ...``.
-        teacher_feature: ``B x ...``.
+        student_feature: Features ``B x ...`` of the student.
+        teacher_feature: Features ``B x ...`` of the teacher.
 
     Returns:
-        Scalar float32, no unit.
+        Scalar float32.
     """
     return F.mse_loss(similarities(student_feature), similarities(teacher_feature.detach()))
 
 
 class SP(Method):
-    """Cross-entropy with the labels plus distance of the batch's similarities from the teacher's.
+    """Cross-entropy with the labels plus the distance between similarities of student and teacher.
 
     Args:
-        weight_ce: weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
-        weight_sp: weight of the distance; 3000 there.
+        weight_ce: Weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
+        weight_sp: Weight of the distance; 3000 in the benchmark.
     """
 
     def __init__(self, *, weight_ce: NonNegative = 1.0, weight_sp: NonNegative = 3000.0) -> None:
@@ -73,13 +78,13 @@ class SP(Method):
             networks: Shapes of student and teacher.
 
         Raises:
-            ACKDError: when the stages of a network are not known.
+            ACKDError: If the stages of a network are unknown.
         """
         student, teacher = networks.student, networks.teacher
         self.layers = pair_stages(student, teacher, method="SP")[-1:]
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce`` and ``sp``; arguments as in the base class."""
+        """Return the terms ``ce`` and ``sp``; arguments as in the base class."""
         assert teacher is not None
         (ours,), (theirs,) = layer_features(self.layers, student, teacher)
         return {

@@ -1,8 +1,8 @@
 r"""VID. Ahn, Hu, Damianou, Lawrence, Dai: Variational Information Distillation, 2019 (arXiv:1904.05835).
 
-The student's features should tell as much as possible about the teacher's. The mutual information is bounded from
-below by a Gaussian whose mean \(\mu\) is a small network on the student's feature and whose variance \(\sigma_c^2\)
-is learnt for each of the teacher's channels (Eq. 6):
+The mutual information of the student's and the teacher's features is maximised. Its lower bound is a Gaussian whose
+mean \(\mu\) is a small network on the student's feature and whose variance \(\sigma_c^2\) is learnt for each of the
+teacher's channels (Eq. 6):
 
 \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{vid} \sum_{(n,m)} \mathrm{mean}\;
 \frac12 \left( \frac{(\mu(F_n^s) - F_m^t)^2}{\sigma_c^2} + \log \sigma_c^2 \right)\),
@@ -10,10 +10,10 @@ is learnt for each of the teacher's channels (Eq. 6):
 
 The constant of the Gaussian is left out, so the term can be negative. As in the benchmark, \(\mu\) is three 1x1
 convolutions with ReLU between them and as many channels as the teacher, the term is a mean over images, channels and
-positions, and the weight decay of the optimizer holds for everything that is learnt here. The benchmark leaves out
-stages of the longer network; here every stage has a partner. The last feature is the one that pooling sees: for WRN
-after BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution, where the benchmark reads before them:
-one rule, what pooling sees, serves networks that the benchmark does not have.
+positions, and the weight decay of the optimizer also applies to the parameters here. The benchmark leaves out stages of
+the longer network; here every stage has a partner. The last feature is the input of global pooling: for WRN after
+BatchNorm and ReLU, for MobileNetV2 after the last 1x1 convolution. The benchmark reads before these layers; the rule
+here also holds for networks that the benchmark does not have.
 """
 
 from __future__ import annotations
@@ -38,26 +38,31 @@ Variance = Annotated[float, Range(LEAST_VARIANCE, open_low=True)]
 
 
 def vid_loss(predicted_mean: Tensor, log_scale: Tensor, teacher_feature: Tensor) -> Tensor:
-    """Negative log-likelihood of a teacher's feature without its constant (Eq. 6), mean over everything.
+    """Return the negative log-likelihood of a teacher's feature without its constant (Eq. 6), mean over all entries.
 
-    The gradient flows into the prediction and the scale, not into the teacher.
+    Gradients flow into the prediction and the scale, not into the teacher.
 
     Args:
-        predicted_mean: ``B x C x H x W``, mean of the Gaussian.
-        log_scale: ``C``, alpha: the variance is its softplus plus 1e-5, in squared units of the feature.
-        teacher_feature: ``B x C x H x W``.
+        predicted_mean: Mean ``B x C x H x W`` of the Gaussian.
+        log_scale: Parameter alpha of each channel, ``C``. The variance is its softplus plus 1e-5, in squared units of
+            the feature.
+        teacher_feature: Feature ``B x C x H x W`` of the teacher.
 
     Returns:
         Scalar float32, in nats.
 
     Raises:
-        ACKDError: when the three do not fit.
+        ACKDError: If the shapes do not fit.
+
+    Example:
+        >>> vid_loss(torch.zeros(1, 2, 4, 4), torch.zeros(2), torch.ones(1, 2, 4, 4))  # (1 / log 2 + log log 2) / 2
+        tensor(0.5381)
     """
     if predicted_mean.shape != teacher_feature.shape or log_scale.shape != predicted_mean.shape[1:2]:
         raise ACKDError(
             f"vid_loss got a prediction {tuple(predicted_mean.shape)}, a scale {tuple(log_scale.shape)} and a "
             f"teacher's feature {tuple(teacher_feature.shape)}; "
-            "make prediction and feature equal, and the scale one per channel"
+            "prediction and feature must have one shape, and the scale one number per channel"
         )
     variance = (F.softplus(log_scale.float()) + LEAST_VARIANCE).reshape(1, -1, 1, 1)
     squares = (predicted_mean.float() - teacher_feature.detach().float()).square()
@@ -68,9 +73,9 @@ class Gaussian(nn.Module):
     """The variational distribution q of one pair of features.
 
     Args:
-        student_channels: of the feature that is given.
-        teacher_channels: C of the feature that is predicted.
-        variance: sigma squared at the start.
+        student_channels: Channels of the student's feature.
+        teacher_channels: Channels C of the predicted feature.
+        variance: Initial sigma squared.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, *, variance: float) -> None:
@@ -84,11 +89,11 @@ class Gaussian(nn.Module):
         self.log_scale = nn.Parameter(torch.full((teacher_channels,), excess + math.log(-math.expm1(-excess))))
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-        """Loss of Eq. 6.
+        """Return the loss of Eq. 6. The larger of the two maps is pooled to the size of the smaller.
 
         Args:
-            student_feature: ``B x C' x H' x W'``.
-            teacher_feature: ``B x C x H x W``; the larger map of the two is pooled first.
+            student_feature: Feature ``B x C' x H' x W'`` of the student.
+            teacher_feature: Feature ``B x C x H x W`` of the teacher.
 
         Returns:
             Scalar float32, in nats.
@@ -98,15 +103,15 @@ class Gaussian(nn.Module):
 
 
 class VID(Method):
-    """Cross-entropy with the labels plus, per stage, how badly the student's feature predicts the teacher's.
+    """Cross-entropy with the labels plus the likelihood of the teacher's features given the student's.
 
     Args:
-        init_variance: sigma squared of every channel at the start; 5 in the benchmark.
-        weight_ce: weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
-        weight_vid: weight of the prediction term; 1 there.
+        init_variance: Initial sigma squared of every channel; 5 in the benchmark.
+        weight_ce: Weight of the cross-entropy; 1 in the benchmark that the ACKD paper compares with.
+        weight_vid: Weight of the likelihood term; 1 in that benchmark.
 
     Raises:
-        ACKDError: for a variance of 1e-5 or less.
+        ACKDError: If a value is not allowed.
     """
 
     def __init__(
@@ -118,13 +123,13 @@ class VID(Method):
         self.gaussians = nn.ModuleList()
 
     def build(self, networks: Networks) -> None:
-        """Pair the stages and make a distribution for every pair.
+        """Pair the stages and create a distribution for every pair.
 
         Args:
             networks: Shapes of student and teacher.
 
         Raises:
-            ACKDError: when the stages of a network are not known.
+            ACKDError: If the stages of a network are unknown.
         """
         student, teacher = networks.student, networks.teacher
         self.layers = pair_stages(student, teacher, method="VID")
@@ -134,7 +139,7 @@ class VID(Method):
         )
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Terms ``ce`` and ``vid`` (summed over the pairs); arguments as in the base class."""
+        """Return the terms ``ce`` and ``vid`` (summed over the pairs); arguments as in the base class."""
         assert teacher is not None
         features = layer_features(self.layers, student, teacher)
         losses = [gaussian(ours, theirs) for gaussian, ours, theirs in zip(self.gaussians, *features, strict=True)]

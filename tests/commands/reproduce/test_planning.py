@@ -106,7 +106,7 @@ class TestTable2:
             *[("resnet20", "resnet110", 200, [100, 150])] * 2,
         ]
         keys = ("model.student", "model.teacher.network", "trainer.max_epochs", "model.lr_scheduler.milestones")
-        assert [tuple(job.settings[key] for key in keys) for job in second] == networks
+        assert [tuple(job.settings.get(key) for key in keys) for job in second] == networks
         assert [job.epochs for job in second] == [epochs for _, _, epochs, _ in networks]
 
     def test_all_images_are_trained_on(self, second):
