@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import os
@@ -15,25 +14,13 @@ from typing import Any
 
 import lightning.pytorch as L
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
-from ackd_lightning.callbacks.disk import DiskSpaceCheck
-from ackd_lightning.callbacks.metrics_csv import CurvesFile
-from ackd_lightning.callbacks.predictions import PredictionFile
-from ackd_lightning.callbacks.progress import EpochLine
-from ackd_lightning.callbacks.settings import RunConfig
-from ackd_lightning.callbacks.stopping import StopSafely
 from ackd_lightning.callbacks.summary import RunSummary
-from ackd_lightning.callbacks.wandb import SafeWandbLogger, offline
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.lightning import ACKDCLI
-from ackd_lightning.launch.messages import first_cause, refused_by_trainer
+from ackd_lightning.launch.messages import first_cause
 from ackd_lightning.launch.preflight import (
     check_checkpoint,
     check_name,
@@ -41,6 +28,7 @@ from ackd_lightning.launch.preflight import (
     check_world,
     check_writable,
 )
+from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.runs.claim import Claim, claim
 from ackd_lightning.runs.files import read_summary, run_folder, write_json
 from ackd_lightning.runs.resume import changed_settings, resume_auto, resume_from
@@ -84,7 +72,7 @@ class Execution:
         self._content: dict[str, Any] | None = None  # of the checkpoint that is resumed, until it was checked
         self.dry = bool(cli.option("trainer.fast_dev_run"))
         weights_dir = cli.option("weights_dir")
-        self.published = Path(weights_dir) / f"{cli.config_name}.safetensors" if weights_dir else None
+        self.copy_to = Path(weights_dir) / f"{cli.config_name}.safetensors" if weights_dir else None
 
     def run(self) -> None:
         """Build everything, check what can be known to fail, and run.
@@ -176,13 +164,13 @@ class Execution:
         self.claim = claim(self.folder.parent, self.folder.name if named else None, resume=own)
         self.cli.folder = self.folder = self.claim.folder
         os.environ[_RUN_NAME] = self.folder.name
-        if self.published is not None and self.published.exists() and not own:
+        if self.copy_to is not None and self.copy_to.exists() and not own:
             raise ACKDError(
-                f"weights {self.published} exist and this run would replace them; move them, or choose another "
+                f"weights {self.copy_to} exist and this run would replace them; move them, or choose another "
                 "--weights_dir"
             )
-        if self.published is not None:
-            check_writable(self.published.parent, "--weights_dir")
+        if self.copy_to is not None:
+            check_writable(self.copy_to.parent, "--weights_dir")
 
     def _resume(self, launched_by_us: bool) -> None:
         """Find the run to resume and its checkpoint."""
@@ -213,81 +201,25 @@ class Execution:
     # ---------------------------------------------------------------- Trainer
 
     def make_trainer(self) -> L.Trainer:
-        """Make the Trainer with the loggers and callbacks of a run, unless the settings name their own logger.
+        """Make the Trainer with the loggers and callbacks of a run.
 
         Raises:
             ACKDError: When Lightning refuses the settings.
         """
-        settings: dict[str, Any] = dict(self.cli.built.trainer.items(branches=True, nested=False))
-        callbacks = _as_list(settings["callbacks"])
-        own_logger = self.option("trainer.logger") is not None
-        if own_logger and (self.option("wandb") or self.option("tensorboard")):
-            raise ACKDError(
-                "trainer.logger replaces the run's own loggers; leave it out beside --wandb or --tensorboard"
-            )
-        if not self.fit:
-            settings["logger"] = settings["enable_checkpointing"] = False
-        elif not own_logger:
-            settings["logger"] = [] if self.dry else self._loggers()
-        if self.fit:
-            callbacks += self._fit_callbacks()
-            if not self.dry:
-                settings["plugins"] = _with_whole_checkpoints(_as_list(settings["plugins"]))
-            if settings["logger"]:
-                callbacks.append(LearningRateMonitor(logging_interval="epoch"))
-        if self.cli.command == "predict":
-            callbacks.append(PredictionFile(Path(self.option("output"))))
-        if not sys.stdout.isatty() and settings["enable_progress_bar"] is None:
-            settings["enable_progress_bar"] = False
-            callbacks += [EpochLine()] if self.fit else []
-        if self.cli.model.automatic_optimization is False and settings["gradient_clip_val"]:
-            raise ACKDError(
-                "trainer.gradient_clip_val does not work with auxiliary optimizers (manual optimization); "
-                "use --model.recipe.gradient_clip_val"
-            )
-        try:
-            self.trainer = L.Trainer(**{**settings, "callbacks": callbacks})
-        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
-            raise ACKDError(refused_by_trainer(error, inspect.signature(L.Trainer).parameters)) from error
+        self.trainer = make_trainer(self.cli, self.folder, copy_to=self.copy_to)
         if self.fit and isinstance(self.trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
         return self.trainer
-
-    def _fit_callbacks(self) -> list[L.Callback]:
-        self.summary = RunSummary(self.folder, config=self.cli.config_name, copy_to=self.published)
-        if self.dry:
-            return [self.summary]
-        advice = f"the same command with --resume {self.folder} resumes the run"
-        return [
-            *checkpoints(self.folder / "checkpoints", select=not self.cli.datamodule.val_is_test),
-            self.summary,
-            StopSafely(self.folder / "checkpoints" / "last.ckpt", advice=advice),
-            DiskSpaceCheck(self.folder, copies=2 if self.published else 1),
-            RunConfig(self.cli.parser, self.cli.config, folder=self.folder),
-        ]
-
-    def _loggers(self) -> list[Logger]:
-        """``metrics.csv`` always, W&B and TensorBoard when asked for."""
-        root, config, name = self.folder.parents[1], self.folder.parent.name, self.folder.name
-        loggers: list[Logger] = [CurvesFile(root, name=config, version=name)]
-        project = self.option("wandb")
-        if project is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            loggers.append(
-                SafeWandbLogger(project=project, name=f"{config}/{name}", save_dir=self.folder, offline=offline())
-            )
-        if self.option("tensorboard"):
-            loggers.append(TensorBoardLogger(root, name=config, version=name))
-        return loggers
 
     # ---------------------------------------------------------------- afterwards
 
     def _after_fit(self) -> None:
         """Print the summary, when the progress bar has ended, and test when asked to."""
-        self.summary.show()
+        summary = next(each for each in self.trainer.callbacks if isinstance(each, RunSummary))  # type: ignore[attr-defined]
+        summary.show()
         if not self.option("test") or self.dry:
             return
-        if self.cli.datamodule.val_is_test and self.summary.up_to_date:
+        if self.cli.datamodule.val_is_test and summary.up_to_date:
             return  # the last epoch was measured on the test set
         for name in ("last", "best"):
             checkpoint = self.folder / "checkpoints" / f"{name}.ckpt"
@@ -315,15 +247,6 @@ class Execution:
         summary = json.loads(path.read_text(encoding="utf-8"))
         summary.setdefault("test", {})[checkpoint.stem] = values
         write_json(summary, path)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def _with_whole_checkpoints(plugins: list[Any]) -> list[Any]:
-    """Plugins and ours that writes checkpoints, unless they contain one."""
-    return plugins if any(isinstance(each, CheckpointIO) for each in plugins) else [*plugins, WholeCheckpoints()]
 
 
 def _rank() -> int:

@@ -200,13 +200,13 @@ def shorten(refused: RefusedError, given: Given) -> str:
     if "Unable to load config" in text:
         return f"setting {key[1]} holds settings, not a value; set {key[1]}.NAME, or name a file of settings"
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\.? Got value| - | Given value|$)", text))
-    plain = (re.sub(r"typing\.|<class '([\w.]+)'>", r"\1", each) for each in expected)
-    kinds = [re.sub(r"Literal\[(.*)\]", r"\1", each) for each in plain if each != "NoneType"]
+    bare = (re.sub(r"typing\.|<class '([\w.]+)'>", r"\1", each) for each in expected)
+    kinds = [re.sub(r"Literal\[(.*)\]", r"\1", each) for each in bare if each != "NoneType"]
     classes = [each for each in kinds if each.startswith(("path but", "dot import", "one of: - a class"))]
     kinds = [_KINDS.get(each, each) for each in kinds if each not in classes]
     kinds += [_CLASS] * bool(classes or not kinds)
-    class_named = re.sub(r"^\{'class_path': '([^']*)'\}$", r"\1", value[1]) if value else ""
-    shown = f" is {class_named!r}" if value else ""
+    stated = re.sub(r"^\{'class_path': '([^']*)'\}$", r"\1", value[1]) if value else ""
+    shown = f" is {stated!r}" if value else ""
     return f"setting {key[1]}{shown}; it must be {' or '.join(kinds)[:300]}{given.at(key[1])}"
 
 

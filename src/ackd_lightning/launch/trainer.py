@@ -1,0 +1,100 @@
+"""The Trainer of a run: loggers, callbacks, and settings that Lightning refuses."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
+from ackd_lightning.callbacks.disk import DiskSpaceCheck
+from ackd_lightning.callbacks.metrics_csv import CurvesFile
+from ackd_lightning.callbacks.predictions import PredictionFile
+from ackd_lightning.callbacks.progress import EpochLine
+from ackd_lightning.callbacks.settings import RunConfig
+from ackd_lightning.callbacks.stopping import StopSafely
+from ackd_lightning.callbacks.summary import RunSummary
+from ackd_lightning.callbacks.wandb import SafeWandbLogger, offline
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.launch.messages import refused_by_trainer
+
+
+def make_trainer(cli: ACKDCLI, folder: Path, *, copy_to: Path | None = None) -> L.Trainer:
+    """Make a Trainer with the loggers and callbacks of a run, unless the settings name their own logger.
+
+    Args:
+        cli: Settings, with data module and training module built.
+        folder: Folder of the run.
+        copy_to: Second file that gets the student's weights; None for no copy.
+
+    Raises:
+        ACKDError: When Lightning refuses the settings.
+    """
+    settings: dict[str, Any] = dict(cli.built.trainer.items(branches=True, nested=False))
+    fit, dry = cli.command == "fit", bool(settings["fast_dev_run"])
+    callbacks = _as_list(settings["callbacks"])
+    own_logger = settings["logger"] is not None
+    if own_logger and (cli.option("wandb") or cli.option("tensorboard")):
+        raise ACKDError("trainer.logger replaces the run's own loggers; leave it out beside --wandb or --tensorboard")
+    if cli.model.automatic_optimization is False and settings["gradient_clip_val"]:
+        raise ACKDError(
+            "trainer.gradient_clip_val does not work with auxiliary optimizers (manual optimization); "
+            "use --model.recipe.gradient_clip_val"
+        )
+    if not fit:
+        settings["logger"] = settings["enable_checkpointing"] = False
+    elif not own_logger:
+        settings["logger"] = [] if dry else _loggers(cli, folder)
+    if fit:
+        summary = RunSummary(folder, config=cli.config_name, copy_to=copy_to)
+        callbacks += [summary] if dry else _callbacks(cli, folder, summary)
+        callbacks += [LearningRateMonitor(logging_interval="epoch")] if settings["logger"] else []
+        plugins = _as_list(settings["plugins"])
+        if not dry and not any(isinstance(each, CheckpointIO) for each in plugins):
+            settings["plugins"] = [*plugins, WholeCheckpoints()]
+    if cli.command == "predict":
+        callbacks.append(PredictionFile(Path(cli.option("output"))))
+    if not sys.stdout.isatty() and settings["enable_progress_bar"] is None:
+        settings["enable_progress_bar"] = False
+        callbacks += [EpochLine()] if fit else []
+    try:
+        return L.Trainer(**{**settings, "callbacks": callbacks})
+    except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ACKDError(refused_by_trainer(error, inspect.signature(L.Trainer).parameters)) from error
+
+
+def _callbacks(cli: ACKDCLI, folder: Path, summary: RunSummary) -> list[L.Callback]:
+    return [
+        *checkpoints(folder / "checkpoints", select=not cli.datamodule.val_is_test),
+        summary,
+        StopSafely(
+            folder / "checkpoints" / "last.ckpt", advice=f"the same command with --resume {folder} resumes the run"
+        ),
+        DiskSpaceCheck(folder, copies=2 if summary.copy_to else 1),
+        RunConfig(cli.parser, cli.config, folder=folder),
+    ]
+
+
+def _loggers(cli: ACKDCLI, folder: Path) -> list[Logger]:
+    """``metrics.csv`` always, W&B and TensorBoard when asked for."""
+    root, config, name = folder.parents[1], folder.parent.name, folder.name
+    loggers: list[Logger] = [CurvesFile(root, name=config, version=name)]
+    project = cli.option("wandb")
+    if project is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        loggers.append(SafeWandbLogger(project=project, name=f"{config}/{name}", save_dir=folder, offline=offline()))
+    if cli.option("tensorboard"):
+        loggers.append(TensorBoardLogger(root, name=config, version=name))
+    return loggers
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
