@@ -61,7 +61,7 @@ def seed_device(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def keyed_bits(*keys: int | Tensor) -> Tensor:
+def stateless_bits(*keys: int | Tensor) -> Tensor:
     """Hash the keys of each sample: `mix` for tensors, with the same bits on every device.
 
     Args:
@@ -80,20 +80,20 @@ def keyed_bits(*keys: int | Tensor) -> Tensor:
     return _shift(state, 1)
 
 
-def keyed_integers(high: int, *keys: int | Tensor) -> Tensor:
+def stateless_integers(high: int, *keys: int | Tensor) -> Tensor:
     """Return ``B`` int64 in ``[0, high)`` that depend only on the keys.
 
     Args:
         high: Upper bound, itself excluded.
-        keys: Integers and ``B`` int64 tensors, as for `keyed_bits`.
+        keys: Integers and ``B`` int64 tensors, as for `stateless_bits`.
     """
-    return keyed_bits(*keys) % high
+    return stateless_bits(*keys) % high
 
 
-def keyed_uniform(*keys: int | Tensor) -> Tensor:
+def stateless_uniform(*keys: int | Tensor) -> Tensor:
     """Return ``B`` float32 in ``[0, 1)`` with 24 random bits that depend only on the keys.
 
     Args:
-        keys: Integers and ``B`` int64 tensors, as for `keyed_bits`.
+        keys: Integers and ``B`` int64 tensors, as for `stateless_bits`.
     """
-    return (keyed_bits(*keys) >> 39).to(torch.float32) * 2.0**-24
+    return (stateless_bits(*keys) >> 39).to(torch.float32) * 2.0**-24

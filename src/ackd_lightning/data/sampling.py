@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.random import keyed_bits, mix
+from ackd_lightning.random import mix, stateless_bits
 
 Part = Literal["train", "val", "test"]
 
@@ -68,7 +68,7 @@ def stratified_split(targets: Tensor, fraction: float, *, split_seed: int = 0) -
     positions = torch.arange(len(targets))
     if not len(targets) or fraction == 0:
         return positions, positions[:0]
-    rank = _rank_in_class(targets, keyed_bits(split_seed, positions, STREAM_SPLIT))
+    rank = _rank_in_class(targets, stateless_bits(split_seed, positions, STREAM_SPLIT))
     quota = {label: min(round(fraction * n), n - 1) for label, n in _class_counts(targets).items()}
     held_out = rank < _per_sample(targets, quota)
     return positions[~held_out], positions[held_out]
@@ -89,7 +89,7 @@ def subset(indices: Tensor, targets: Tensor, train_fraction: float = 1.0, max_pe
     if not len(indices) or (train_fraction == 1 and max_per_class is None):
         return indices
     chosen = targets[indices]
-    rank = _rank_in_class(chosen, keyed_bits(0, indices, STREAM_SUBSET))
+    rank = _rank_in_class(chosen, stateless_bits(0, indices, STREAM_SUBSET))
     quota = {label: max(1, round(train_fraction * n)) for label, n in _class_counts(chosen).items()}
     if max_per_class is not None:
         quota = {label: min(n, max_per_class) for label, n in quota.items()}

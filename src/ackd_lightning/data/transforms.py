@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ackd_lightning.data.sampling import STREAM_CROP_X, STREAM_CROP_Y, STREAM_FLIP, Part
-from ackd_lightning.random import keyed_bits, keyed_integers
+from ackd_lightning.random import stateless_bits, stateless_integers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -91,9 +91,9 @@ def crop_flip(batch: RawBatch, *, pad: int, flip: bool, seed: int) -> Tensor:
     keys = (seed, batch.epoch, batch.index)
     train = batch.epoch >= 0
     zero = torch.zeros_like(batch.epoch)
-    down = torch.where(train, keyed_integers(2 * pad + 1, *keys, STREAM_CROP_Y) - pad, zero)
-    right = torch.where(train, keyed_integers(2 * pad + 1, *keys, STREAM_CROP_X) - pad, zero)
-    mirror = train & (keyed_bits(*keys, STREAM_FLIP) % 2 == 1) if flip else torch.zeros_like(train)
+    down = torch.where(train, stateless_integers(2 * pad + 1, *keys, STREAM_CROP_Y) - pad, zero)
+    right = torch.where(train, stateless_integers(2 * pad + 1, *keys, STREAM_CROP_X) - pad, zero)
+    mirror = train & (stateless_bits(*keys, STREAM_FLIP) % 2 == 1) if flip else torch.zeros_like(train)
     return shift_and_flip(batch.image, down, right, mirror)
 
 

@@ -35,7 +35,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
 from ackd_lightning.methods.aikd_networks import PredictionDiscriminator, gradient_penalty, soft_cross_entropy
 from ackd_lightning.methods.base import FitInfo, Method, Networks
-from ackd_lightning.random import keyed_uniform
+from ackd_lightning.random import stateless_uniform
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import Fraction, NonNegative, Positive, Range
 
@@ -343,7 +343,7 @@ class AIKD(Method):
     def _shares(self, batch: Batch) -> Tensor:
         """Return a number for every image that depends on epoch and index, or a random one for an unknown index."""
         drawn = torch.rand(len(batch.index), device=batch.index.device)
-        return torch.where(batch.index >= 0, keyed_uniform(_STREAM, self.epoch, batch.index), drawn)
+        return torch.where(batch.index >= 0, stateless_uniform(_STREAM, self.epoch, batch.index), drawn)
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

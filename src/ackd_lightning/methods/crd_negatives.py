@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.random import keyed_bits
+from ackd_lightning.random import stateless_bits
 
 
 class NegativeSampler(nn.Module):
@@ -68,7 +68,7 @@ class NegativeSampler(nn.Module):
             ``B x K`` int64 indices.
         """
         position = torch.arange(self.count, device=index.device)
-        bits = keyed_bits(self.stream, self.seed, step, index[:, None], position[None, :])
+        bits = stateless_bits(self.stream, self.seed, step, index[:, None], position[None, :])
         own = self.class_count[target][:, None]
         place = ((bits >> 31) * (len(self.by_class) - own)) >> 32  # 32 random bits times the choices, without bias
         place = place + own * (place >= self.class_start[target][:, None])  # skip the image's own class
