@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 import subprocess
 import sys
@@ -98,10 +99,12 @@ def write(name: str, root: Path = ROOT) -> list[Path]:
     Raises:
         SystemExit: If the name cannot be a module or the method exists.
     """
-    if re.fullmatch(r"[a-z][a-z0-9_]*", name) is None:
+    if re.fullmatch(r"[a-z][a-z0-9_]*", name) is None or keyword.iskeyword(name):
         raise SystemExit(f"NAME is {name!r}; use lower-case letters, digits and underscores, such as my_method")
     methods = root / "src" / "ackd_lightning" / "methods"
     cls = class_name(name)
+    if cls in {"Method", "Networks", "Sum", "Tensor", "Batch", "Positive", "NetOutput"}:
+        raise SystemExit(f"NAME is {name!r}, and the class {cls} has another meaning here; choose another NAME")
     texts = {
         methods / f"{name}.py": METHOD,
         root / "configs" / "methods" / f"{name}.yaml": FRAGMENT,

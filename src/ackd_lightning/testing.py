@@ -116,6 +116,7 @@ class Harness:
             student, method=method, teacher=configs, data=self.data.info, **{**usual, **arguments}
         )
         self.method = method
+        self._begun = False
 
     def begin_fit(self, *, epochs: int = 100, epoch: int = 0) -> None:
         """Tell the method that a fit starts, as the module does; `train` does it by itself.
@@ -124,6 +125,7 @@ class Harness:
             epochs: Length of the fit.
             epoch: Epoch in which the fit starts or resumes.
         """
+        self._begun = True
         self.method.begin_fit(
             FitInfo(
                 epochs=epochs,
@@ -141,6 +143,8 @@ class Harness:
         Args:
             batch: Batch of images; the first of the data by default.
         """
+        if not self._begun:
+            self.begin_fit()
         batch = batch or self.data.batch()
         return (*self.module.outputs(batch), batch)
 

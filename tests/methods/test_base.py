@@ -9,6 +9,7 @@ from torch import nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
 from ackd_lightning.methods.base import describe, from_description, public_path, weighted_loss
+from ackd_lightning.testing import Harness, RandomImages
 
 
 class Positional(Method):
@@ -134,7 +135,7 @@ def test_parameters_of_an_auxiliary_optimizer_have_its_name():
 def test_the_loss_is_the_weighted_sum_and_a_term_without_weight_is_refused():
     method, terms = KD(weight_ce=0.5, weight_kd=2.0), {"ce": torch.tensor(3.0), "kd": torch.tensor(1.0)}
     assert weighted_loss(method, terms).item() == 3.5
-    with pytest.raises(ACKDError, match=r"'extra' of method KD"):
+    with pytest.raises(ACKDError, match=r"'extra' .*method KD"):
         weighted_loss(method, {**terms, "extra": torch.tensor(1.0)})
 
 
@@ -164,3 +165,79 @@ def test_defaults_of_the_base_class_do_nothing(scene):
     assert method.auxiliary_parameters() == {}
     assert method.head is None
     assert method.branches == ()
+
+
+class Wrong(Method):
+    """Cross-entropy alone, with one mistake that a first method often has."""
+
+    teacher = "none"
+
+    def __init__(self, *, mistake: str = "") -> None:
+        super().__init__()
+        self.mistake = mistake
+        self.loss_weights = {"ce": 1.0, **({"more": 1.0} if mistake == "weight" else {})}
+        if mistake == "teacher":
+            self.teacher = "logit"
+        if mistake == "buffer":
+            self.replicated_buffers = ("memo",)
+        if mistake == "scale":
+            self.lr_scales = {"nothing": 2.0}
+
+    def forward(self, student, teacher, batch):
+        ce = torch.nn.functional.cross_entropy(student.logits, batch.target)
+        wrong = {"vector": {"ce": ce[None]}, "number": {"ce": float(ce.detach())}, "term": {"ce": ce, "kd": ce}, "tensor": ce}
+        return wrong.get(self.mistake, {"ce": ce})
+
+
+@pytest.mark.parametrize(
+    ("mistake", "named"),
+    [
+        ("teacher", "'logit'"),
+        ("buffer", "'memo'"),
+        ("scale", "'nothing'"),
+        ("weight", "'more'"),
+        ("term", "'kd'"),
+        ("vector", "'ce'"),
+        ("number", "'ce'"),
+        ("tensor", "Tensor"),
+    ],
+)
+def test_mistakes_of_a_first_method_are_named(mistake, named):
+    with pytest.raises(ACKDError, match=named):
+        Harness(Wrong(mistake=mistake)).step()
+    assert float(Harness(Wrong()).step()) > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: KD(weight_k=1.0), "'weight_kd'"),
+        (lambda: KD(2.0), "method KD"),
+        (lambda: Sum([KD]), "instances"),
+        (lambda: Harness(KD), "instance"),
+    ],
+)
+def test_wrong_calls_of_a_constructor_are_named(make, named):
+    with pytest.raises(ACKDError, match=named):
+        make()
+
+
+class Rows(Wrong):
+    """Asks for the targets of a fit."""
+
+    def begin_fit(self, fit):
+        self.rows = len(fit.required_targets(self))
+
+
+def test_batches_without_an_index_are_refused_where_it_is_needed():
+    data = RandomImages()
+    loader = data.train_dataloader
+
+    def without_index():
+        images = loader().dataset
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*images.tensors[:2]), batch_size=8)
+
+    data.train_dataloader = without_index
+    assert len(Harness(Wrong(), data=data).train(steps=2)) == 2
+    with pytest.raises(ACKDError, match="Rows"):
+        Harness(Rows(), data=data).train(steps=2)

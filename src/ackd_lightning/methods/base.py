@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.heads import SharedClassifiers
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch, NetOutput, NetSpec
@@ -87,6 +87,7 @@ class FitInfo:
                 f"method {type(method).__name__} keeps a row for every training image; give the data module an "
                 "attribute `train_targets`, the class of every image by its index, and batches with that index"
             )
+        method.reads_index = True
         return self.targets
 
 
@@ -125,11 +126,19 @@ class Method(nn.Module):
     compile_modules: tuple[str, ...] = ()
     replicated_buffers: tuple[str, ...] = ()
     init_args: dict[str, Any]
+    reads_index: bool = False  # set when the method asks for the targets of a fit
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
         """Check the constructor's arguments and keep them, so that a checkpoint can name the method in plain data."""
         method = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs).arguments
+        signature = inspect.signature(cls.__init__)
+        try:
+            bound = signature.bind_partial(None, *args, **kwargs).arguments
+        except TypeError as error:
+            unknown = [name for name in kwargs if name not in signature.parameters]
+            known = [name for name in signature.parameters if name != "self"]
+            hint = f"; {near_matches(unknown[0], known)}" if unknown else "; pass arguments by name"
+            raise ACKDError(f"method {cls.__name__} {error}{hint}") from error
         given = {key: value for key, value in bound.items() if key != "self"}
         check_arguments(cls, given)
         object.__setattr__(method, "init_args", given)
@@ -327,6 +336,39 @@ def from_description(description: Mapping[str, Any]) -> Method:
     return found(**{key: built(value) for key, value in (description.get("init_args") or {}).items()})
 
 
+def check_method(method: Method) -> None:
+    """Refuse what a method says about itself and does not keep, after ``build``.
+
+    Args:
+        method: Method that was built.
+
+    Raises:
+        ACKDError: Naming the attribute.
+    """
+    name = type(method).__name__
+    if method.teacher not in get_args(TeacherAccess):
+        choices = ", ".join(get_args(TeacherAccess))
+        raise ACKDError(f"teacher is {method.teacher!r} in method {name}; it must be one of {choices}")
+    children = {each for each, _ in method.named_modules()}
+    buffers = {each for each, _ in method.named_buffers()} | {each for each, _ in _declared_buffers(method)}
+    for attribute, names, known, kind in (
+        ("lr_scales", method.lr_scales, children, "sub-module"),
+        ("compile_modules", method.compile_modules, children, "sub-module"),
+        ("replicated_buffers", method.replicated_buffers, buffers, "buffer"),
+    ):
+        for each in names:
+            if each not in known:
+                raise ACKDError(f"{attribute} names {each!r} and method {name} has no such {kind}; correct the name")
+
+
+def _declared_buffers(method: nn.Module) -> Iterator[tuple[str, None]]:
+    """Names of buffers that are None until a fit begins."""
+    for prefix, module in method.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                yield f"{prefix}.{name}".lstrip("."), None
+
+
 def weighted_loss(method: Method, terms: Mapping[str, Tensor]) -> Tensor:
     """Return the weighted sum of a method's terms.
 
@@ -335,15 +377,26 @@ def weighted_loss(method: Method, terms: Mapping[str, Tensor]) -> Tensor:
         terms: Unweighted scalars by name.
 
     Raises:
-        ACKDError: If a term has no weight.
+        ACKDError: If the terms are not scalars by name, or terms and weights do not have the same names.
     """
-    missing = [name for name in terms if name not in method.loss_weights]
-    if missing:
-        raise ACKDError(
-            f"term {missing[0]!r} of method {type(method).__name__} has no weight; add it to loss_weights, which has "
-            f"{', '.join(method.loss_weights) or 'none'}"
+    name, weights = type(method).__name__, method.loss_weights
+    if not isinstance(terms, Mapping):
+        raise ACKDError(f"forward of method {name} returns a {type(terms).__name__}; return scalar terms by name")
+    if terms.keys() != weights.keys():
+        without, extra = (
+            [each for each in terms if each not in weights],
+            [each for each in weights if each not in terms],
         )
-    return torch.stack([method.loss_weights[name] * value for name, value in terms.items()]).sum()
+        problem = f"term {without[0]!r} has no weight" if without else f"weight {extra[0]!r} has no term"
+        raise ACKDError(
+            f"{problem} in method {name}, whose loss_weights are {', '.join(weights) or 'empty'}; name every term that "
+            "forward returns, and no other"
+        )
+    for term, value in terms.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ACKDError(f"term {term!r} of method {name} is {found}; it must be a tensor without dimensions")
+    return torch.stack([weights[term] * value for term, value in terms.items()]).sum()
 
 
 def features_of(output: NetOutput) -> tuple[Tensor, ...]:

@@ -39,6 +39,8 @@ class Sum(Method):
 
     def __init__(self, methods: Sequence[Method], *, weights: Sequence[NonNegative] | None = None) -> None:
         super().__init__()
+        if any(not isinstance(each, Method) for each in methods):
+            raise ACKDError(f"methods is {list(methods)!r} in Sum; give instances of methods, such as [KD(), CRD()]")
         if not methods:
             raise ACKDError("methods is empty in Sum; give at least one, such as [KD(), CRD()]")
         if weights is not None and len(weights) != len(methods):
@@ -76,6 +78,7 @@ class Sum(Method):
             for number, (method, scale) in enumerate(zip(self._each(), self.scales, strict=True))
             for name, weight in method.loss_weights.items()
         }
+        self.reads_index = any(method.reads_index for method in self._each())
         self.layers = tuple(dict.fromkeys(pair for method in self._each() for pair in method.layers))
         self.lr_scales = self._prefixed_mapping(lambda method: method.lr_scales)
         self.compile_modules = tuple(self._prefixed_mapping(lambda method: dict.fromkeys(method.compile_modules, 1.0)))

@@ -19,7 +19,7 @@ from ackd_lightning.callbacks.health import HealthMonitor, TeacherGate
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.ackd import ACKD
-from ackd_lightning.methods.base import Method, Networks, describe, from_description, weighted_loss
+from ackd_lightning.methods.base import Method, Networks, check_method, describe, from_description, weighted_loss
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.models.features import probe
 from ackd_lightning.models.student import BranchyStudent
@@ -130,6 +130,11 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self.channels_last, self.compiles = channels_last, compile
         self.matches_classes = on_class_mismatch == "stop"
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if seed is None else seed
+        if not isinstance(self.method, Method) or "_modules" not in vars(self.method):
+            raise ACKDError(
+                f"method is {method!r}; pass an instance, such as KD(), of a class whose constructor calls "
+                "super().__init__() first"
+            )
         configs = chosen(as_configs(teacher), self.method)
         if isinstance(student, nn.Module) and any(each.network is student for each in configs):
             raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
@@ -161,6 +166,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             pixel_range=self._pixel_range(),
         )
         self.method.build(networks)
+        check_method(self.method)
         self.auxiliary = self.method.auxiliary_parameters()
         self.monitors = {}
         # read by torch's DistributedDataParallel
@@ -413,6 +419,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             The weighted loss, 0 for a skipped batch; None with manual optimization.
         """
         batch = self.as_batch(batch)
+        if self.method.reads_index and batch_idx == 0:  # one check an epoch: it waits for a GPU
+            self._check_index(batch)
         if not self.automatic_optimization:
             self.manual_step(batch)
             return None
@@ -425,6 +433,13 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self._last = student, teacher, batch
         self.log_terms(loss, terms, batch)
         return loss
+
+    def _check_index(self, batch: Batch) -> None:
+        if bool((batch.index < 0).any()):
+            raise ACKDError(
+                f"method {type(self.method).__name__} keeps a row for every training image and the batches have no "
+                "index; let the data give (image, target, index) with the image's position in `train_targets`"
+            )
 
     def on_after_backward(self) -> None:
         """Update the method's memories."""
