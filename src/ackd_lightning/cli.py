@@ -143,26 +143,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ACKD_DEBUG"):
             raise
-        ours = isinstance(error, (ACKDError, RunsFailedError))
+        if isinstance(error, ACKDError | RunsFailedError):
+            return _failed(str(error), 2 if isinstance(error, ACKDError) else 1)
         first = (str(error).splitlines() or [""])[0]
-        text = str(error) if ours else f"{type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)"
-        print(f"ackd: {text}", file=sys.stderr)
-        return 2 if isinstance(error, ACKDError) else 1
+        return _failed(f"{type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)", 1)
     except KeyboardInterrupt:
-        print("ackd: interrupted", file=sys.stderr)
-        return 130
+        return _failed("interrupted", 130)
     except RunStoppedError as end:
-        print(f"ackd: {end.sentence}", file=sys.stderr)
-        return int(end.code or 0)
+        return _failed(end.sentence, int(end.code or 0))
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
-            print("ackd: interrupted; --resume auto resumes from the last completed epoch", file=sys.stderr)
-            return 130
+            return _failed("interrupted; --resume auto resumes from the last completed epoch", 130)
         if type(end).__name__ == "SIGTERMException":  # Lightning's, which would exit with 0
-            print("ackd: terminated", file=sys.stderr)
-            return 143
+            return _failed("terminated", 143)
         raise
     return 0
+
+
+def _failed(sentence: str, code: int) -> int:
+    print(f"ackd: {sentence}", file=sys.stderr)
+    return code
 
 
 def script() -> None:

@@ -24,36 +24,28 @@ from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.training.speed import fast_settings
 
-_FIT_OPTIONS: dict[str, dict[str, Any]] = {
-    "name": {"help": "name of the run; default: a time stamp"},
-    "runs_dir": {"type": str, "default": "runs", "help": "the run is written to RUNS_DIR/CONFIG/NAME"},
-    "resume": {
-        "metavar": "auto|PATH",
-        "help": "resume the newest unfinished run of this configuration (of this --name, if given), or the run at PATH",
-    },
-    "weights_dir": {
-        "help": "folder that also gets the student's weights, as CONFIG.safetensors (teacher configurations set it)"
-    },
-    "wandb": {
-        "nargs": "?",
-        "const": "ackd-lightning",
-        "metavar": "PROJECT",
-        "help": "log to Weights & Biases; offline when no key is known",
-    },
-    "tensorboard": {"action": "store_true", "help": "log to TensorBoard, into the run's folder"},
-    "test": {"action": "store_true", "help": "test the last and the best checkpoint after the fit"},
-    "on_nonfinite": {
-        "type": Literal["stop", "skip"] | None,
-        "help": "how to handle a non-finite loss: end the run, or skip the step and count it; short for "
-        "--model.on_nonfinite",
-    },
-    "fast": {
-        "action": "store_true",
-        "help": "bfloat16 where the hardware has it, channels-last layout and compiled networks; short for "
-        "--trainer.precision bf16-mixed --model.channels_last true --model.compile true",
-    },
+_FIT_HELP = {
+    "name": "name of the run; default: a time stamp",
+    "runs_dir": "the run is written to RUNS_DIR/CONFIG/NAME",
+    "resume": "resume the newest unfinished run of this configuration (of this --name, if given), or the run at PATH",
+    "weights_dir": "folder that also gets the student's weights, as CONFIG.safetensors (teacher configurations set it)",
+    "wandb": "log to Weights & Biases; offline when no key is known",
+    "tensorboard": "log to TensorBoard, into the run's folder",
+    "test": "test the last and the best checkpoint after the fit",
+    "on_nonfinite": "how to handle a non-finite loss: end the run, or skip the step and count it; short for "
+    "--model.on_nonfinite",
+    "fast": "bfloat16 where the hardware has it, channels-last layout and compiled networks; short for "
+    "--trainer.precision bf16-mixed --model.channels_last true --model.compile true",
 }
-FIT_ONLY = tuple(_FIT_OPTIONS)
+_TEXT = {"type": str | None, "default": None}
+_KINDS: dict[str, dict[str, Any]] = {
+    **{name: {"action": "store_true"} for name in ("tensorboard", "test", "fast")},
+    "runs_dir": {"type": str, "default": "runs"},
+    "resume": {**_TEXT, "metavar": "auto|PATH"},
+    "wandb": {**_TEXT, "metavar": "PROJECT", "nargs": "?", "const": "ackd-lightning"},
+    "on_nonfinite": {"type": Literal["stop", "skip"] | None, "default": None},
+}
+FIT_ONLY = tuple(_FIT_HELP)
 """Options that only ``ackd fit`` has."""
 
 
@@ -62,8 +54,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing pages of usage."""
-        names = {action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")}
-        raise RefusedError(message, names) from ex
+        names = {action.dest for action in self._actions}
+        raise RefusedError(message, {each for each in names if not each.endswith(("help", "==SUPPRESS=="))}) from ex
 
 
 def make_parser(command: str) -> Parser:
@@ -97,9 +89,8 @@ def make_parser(command: str) -> Parser:
     parser.set_defaults({"model.recipe": asdict(Recipe())})
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to start from or to evaluate")
     if command == "fit":
-        for name, option in _FIT_OPTIONS.items():
-            kind = {} if "action" in option else {"type": str | None}
-            parser.add_argument(f"--{name}", **{**kind, **option})
+        for name, text in _FIT_HELP.items():
+            parser.add_argument(f"--{name}", help=text, **_KINDS.get(name, _TEXT))
     if command == "predict":
         parser.add_argument("--output", type=str, default="predictions.csv", help="CSV file for the predictions")
     return parser
