@@ -47,7 +47,8 @@ def lines() -> Iterator[str]:
     """The text: one line for each option of each subcommand, then one for each public name."""
     from ackd_lightning import cli
     from ackd_lightning.data import DigitsDataModule
-    from ackd_lightning.launch.options import COMMANDS, make_parser
+    from ackd_lightning.launch import LIGHTNING
+    from ackd_lightning.launch.options import make_parser
     from ackd_lightning.models.teacher import TeacherConfig
     from ackd_lightning.training import Recipe
 
@@ -55,12 +56,12 @@ def lines() -> Iterator[str]:
     yield from (f"ackd {name}" for name in of_argparse(parser))
     subcommands: Any = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
     for command, sub in subcommands.choices.items():
-        found = set(of_argparse(make_parser(command) if command in COMMANDS else sub))
+        found = set(of_argparse(make_parser(command) if command in LIGHTNING else sub))
         if command == "fit":
             found |= {f"--data.{name}" for name in arguments_of(DigitsDataModule)}
             found |= {f"--model.teacher.{name}" for name in arguments_of(TeacherConfig)}
             found |= {f"--model.recipe.{name}" for name in arguments_of(Recipe)}
-        elif command in COMMANDS:
+        elif command in LIGHTNING:
             found = {name for name in found if not name.startswith(("--model.", "--data."))}
         yield from (f"ackd {command} {name}" for name in sorted(found))
     for room in PUBLIC:
@@ -83,10 +84,14 @@ def test_options_and_public_names_are_those_that_were_decided():
 
 def test_every_option_has_a_help_text():
     from ackd_lightning import cli
-    from ackd_lightning.launch.options import COMMANDS, make_parser
+    from ackd_lightning.launch import LIGHTNING
+    from ackd_lightning.launch.options import make_parser
 
     subcommands: Any = next(each for each in cli.make_parser()._actions if isinstance(each, argparse._SubParsersAction))
-    parsers = [*(sub for name, sub in subcommands.choices.items() if name not in COMMANDS), *map(make_parser, COMMANDS)]
+    parsers = [
+        *(sub for name, sub in subcommands.choices.items() if name not in LIGHTNING),
+        *map(make_parser, LIGHTNING),
+    ]
     silent = [
         action.option_strings or action.dest
         for parser in parsers

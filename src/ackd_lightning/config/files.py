@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -89,14 +89,26 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     if len(classes) == 2:
         result = {}
     for key, value in over.items():
-        below = result.get(key)
-        if isinstance(value, dict) and isinstance(below, dict):
-            result[key] = merge(below, value)
-        else:
-            result[key] = copy.deepcopy(value)
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else copy.deepcopy(value)
     if "class_path" in result:  # first, where a reader looks for it
         result = {"class_path": result["class_path"], **result}
     return result
+
+
+def walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name of every setting below a value, ``init_args`` left out of it, and its value.
+
+    Args:
+        value: Settings; the elements of a list have the name of the list.
+        name: Dotted name of the value.
+    """
+    items = value.items() if isinstance(value, Mapping) else ()
+    for key, inner in [("", each) for each in value] if isinstance(value, list | tuple) else items:
+        below = name if key in ("", "init_args") else f"{name}.{key}".lstrip(".")
+        if key != "init_args":
+            yield below, inner
+        yield from walk(inner, below)
 
 
 def read_yaml(path: Path) -> Any:
@@ -151,9 +163,7 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     if path.resolve() in _seen:
         raise ACKDError(f"{path} includes itself through {_seen[-1]}; remove it from `include`")
-    content = read_yaml(path)
-    if content is None:
-        content = {}
+    content = {} if (read := read_yaml(path)) is None else read
     if not isinstance(content, dict):
         raise ACKDError(f"{path} holds a {type(content).__name__}, not settings; write `key: value` lines")
     result: dict[str, Any] = {}
@@ -164,15 +174,12 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         candidates = [path.parent / f"{name}.yaml", config_folder() / f"{name}.yaml"]
         found = next((each for each in candidates if each.is_file()), None)
         if found is None:
-            raise ACKDError(f"{path} includes {name!r}, which does not exist; {near_matches(str(name), _fragments())}")
+            known = (
+                str(each.relative_to(config_folder()).with_suffix("")) for each in config_folder().glob("*/*.yaml")
+            )
+            raise ACKDError(f"{path} includes {name!r}, which does not exist; {near_matches(str(name), known)}")
         result = merge(result, read_config(found, (*_seen, path.resolve())))
     return merge(result, content)
-
-
-def _fragments() -> Iterator[str]:
-    folder = config_folder()
-    for path in folder.glob("*/*.yaml"):
-        yield str(path.relative_to(folder).with_suffix(""))
 
 
 def load_configs(values: Sequence[str]) -> tuple[dict[str, Any], str]:

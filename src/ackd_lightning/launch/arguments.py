@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any, cast
 
 import yaml
 
-from ackd_lightning.config.files import merge
+from ackd_lightning.config.files import merge, walk
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.files import find_checkpoint, run_folder
 
@@ -28,20 +29,12 @@ def split_configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns:
         Values in order, and the other arguments.
     """
-    configs: list[str] = []
-    rest: list[str] = []
-    waiting = iter(arguments)
-    for argument in waiting:
-        if argument in ("--config", "-c"):
-            value = next(waiting, None)
-            if value is None:
-                raise ACKDError("--config needs a value; `ackd configs` lists the packaged configurations")
-            configs.append(value)
-        elif argument.startswith("--config="):
-            configs.append(argument.removeprefix("--config="))
-        else:
-            rest.append(argument)
-    return configs, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", nargs="?", default=[])
+    found, rest = parser.parse_known_args(arguments)
+    if None in found.config:
+        raise ACKDError("--config needs a value; `ackd configs` lists the packaged configurations")
+    return found.config, rest
 
 
 def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
@@ -145,12 +138,11 @@ def set_length(scheduler: Any, *, epochs: int | None, steps: int, interval: str)
 
 def _holder(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str]:
     """The mapping and the key of the class in the settings that an option may replace; an empty mapping for none."""
-    holder: Any = settings
-    *parts, key = option.removeprefix("--").removesuffix(".class_path").replace(f"{_INIT}.", "").split(".")
-    for part in parts:
-        holder = holder.get(part) if isinstance(holder, dict) else None
-        if isinstance(holder, dict) and isinstance(holder.get(_INIT), dict):
-            holder = holder[_INIT]
+    name = option.removeprefix("--").removesuffix(".class_path").replace(f"{_INIT}.", "")
+    parent, _, key = name.rpartition(".")
+    holder = dict(walk(settings)).get(parent) if parent else settings
+    if isinstance(holder, dict) and isinstance(holder.get(_INIT), dict):
+        holder = holder[_INIT]
     value = holder.get(key) if isinstance(holder, dict) else None
     is_class = "class_path" in value if isinstance(value, dict) else value is None and key == "lr_scheduler"
     return (holder, key) if is_class and isinstance(holder, dict) and option.startswith("--") else ({}, key)

@@ -21,13 +21,7 @@ from ackd_lightning.callbacks.summary import RunSummary
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.messages import first_cause
-from ackd_lightning.launch.preflight import (
-    check_checkpoint,
-    check_name,
-    check_processes,
-    check_world,
-    check_writable,
-)
+from ackd_lightning.launch.preflight import check_checkpoint, check_name, check_processes, check_writable
 from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.runs.claim import Claim, claim
 from ackd_lightning.runs.files import read_summary, run_folder, write_json
@@ -58,7 +52,6 @@ class Execution:
         cli: Settings.
 
     Attributes:
-        folder: Folder of the run.
         claim: Claim of the folder; None where nothing is written to it.
         trainer: Trainer, after ``make_trainer``.
     """
@@ -67,7 +60,6 @@ class Execution:
 
     def __init__(self, cli: ACKDCLI) -> None:
         self.cli, self.option, self.fit = cli, cli.option, cli.command == "fit"
-        self.folder = cli.folder
         self.claim: Claim | None = None
         self._content: dict[str, Any] | None = None  # of the checkpoint that is resumed, until it was checked
         self.dry = bool(cli.option("trainer.fast_dev_run"))
@@ -108,15 +100,14 @@ class Execution:
             return
         command = getattr(self.trainer, self.cli.command)
         command(self.cli.model, datamodule=data, ckpt_path=checkpoint)
-        if self.cli.command == "test":
-            self._after_test(Path(checkpoint))
+        if self.cli.command == "test" and self.cli.altered:
+            print(f"not kept in {run_folder(Path(checkpoint))}: the test was changed on the command line")
+        elif self.cli.command == "test":
+            self._keep_test(Path(checkpoint))
 
     def _check(self) -> None:
         """Check processes, batch size and checkpoint."""
-        cpu = isinstance(self.trainer.accelerator, CPUAccelerator)
-        check_processes("cpu" if cpu else "other", self.trainer.num_devices)
-        if self.fit:
-            check_world(self.cli.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
+        check_processes(self.trainer, self.cli.datamodule.batch_size if self.fit else None)
         if checkpoint := self.option("ckpt_path"):
             check_checkpoint(Path(checkpoint), self.cli.model, self._content)
             self._content = None
@@ -135,12 +126,11 @@ class Execution:
         if self.option("name") is not None:
             check_name(self.option("name"))
         launched_by_us = "LOCAL_RANK" in os.environ and _RUN_NAME in os.environ
-        name = os.environ[_RUN_NAME] if launched_by_us else self.folder.name
+        name = os.environ[_RUN_NAME] if launched_by_us else self.cli.folder.name
         os.environ[_RUN_NAME] = name  # read by the processes that Lightning starts for DDP
-        self.folder = self.folder.with_name(name)
+        self.cli.folder = self.cli.folder.with_name(name)
         if self.fit and self.option("resume"):
             self._resume(launched_by_us)
-        self.cli.folder = self.folder
         if not self.fit:
             self._check_evaluation()
         elif not (self.dry or launched_by_us or _rank() != 0):
@@ -159,18 +149,19 @@ class Execution:
         resumed = self.option("ckpt_path")
         if resumed and not Path(resumed).is_file():
             raise ACKDError(f"--ckpt_path {resumed} does not exist; name a checkpoint that `ackd fit` wrote")
-        own = bool(resumed) and self.folder.resolve() in Path(resumed).resolve().parents
+        own = bool(resumed) and self.cli.folder.resolve() in Path(resumed).resolve().parents
         named = own or self.option("name")
-        self.claim = claim(self.folder.parent, self.folder.name if named else None, resume=own)
-        self.cli.folder = self.folder = self.claim.folder
-        os.environ[_RUN_NAME] = self.folder.name
-        if self.copy_to is not None and self.copy_to.exists() and not own:
+        self.claim = claim(self.cli.folder.parent, self.cli.folder.name if named else None, resume=own)
+        self.cli.folder = self.claim.folder
+        os.environ[_RUN_NAME] = self.cli.folder.name
+        if self.copy_to is None:
+            return
+        if self.copy_to.exists() and not own:
             raise ACKDError(
                 f"weights {self.copy_to} exist and this run would replace them; move them, or choose another "
                 "--weights_dir"
             )
-        if self.copy_to is not None:
-            check_writable(self.copy_to.parent, "--weights_dir")
+        check_writable(self.copy_to.parent, "--weights_dir")
 
     def _resume(self, launched_by_us: bool) -> None:
         """Find the run to resume and its checkpoint."""
@@ -179,7 +170,7 @@ class Execution:
         if launched_by_us:
             found = resume_from(os.environ[_RESUMED]) if _RESUMED in os.environ else None
         elif self.option("resume") == "auto":
-            found = resume_auto(self.folder.parent, self.option("name"), self.option("seed_everything"))
+            found = resume_auto(self.cli.folder.parent, self.option("name"), self.option("seed_everything"))
         else:
             found = resume_from(self.option("resume"))
         os.environ.pop(_RESUMED, None)
@@ -187,11 +178,11 @@ class Execution:
             return
         os.environ[_RESUMED] = str(found.checkpoint)  # as the name, for the processes that Lightning starts
         os.environ[_RUN_NAME] = found.folder.name
-        self.folder, self._content = found.folder, found.content
+        self.cli.folder, self._content = found.folder, found.content
         self.cli.config.ckpt_path = str(found.checkpoint)
         if _rank() == 0 and not launched_by_us:
             print(f"resuming from {found.checkpoint}" + (f"; {found.note}" if found.note else ""), flush=True)
-            if changes := changed_settings(self.folder, self.cli.settings()):
+            if changes := changed_settings(self.cli.folder, self.cli.settings()):
                 print(
                     f"settings that differ from the run's start: {', '.join(changes)} "
                     "(learning rates in the checkpoint's optimizer stay)",
@@ -206,7 +197,7 @@ class Execution:
         Raises:
             ACKDError: When Lightning refuses the settings.
         """
-        self.trainer = make_trainer(self.cli, self.folder, copy_to=self.copy_to)
+        self.trainer = make_trainer(self.cli, self.cli.folder, copy_to=self.copy_to)
         if self.fit and isinstance(self.trainer.accelerator, CPUAccelerator):
             keep_freed_memory()
         return self.trainer
@@ -222,20 +213,13 @@ class Execution:
         if self.cli.datamodule.val_is_test and summary.up_to_date:
             return  # the last epoch was measured on the test set
         for name in ("last", "best"):
-            checkpoint = self.folder / "checkpoints" / f"{name}.ckpt"
+            checkpoint = self.cli.folder / "checkpoints" / f"{name}.ckpt"
             if checkpoint.is_file():
                 self.trainer.test(
                     self.cli.model, datamodule=self.cli.datamodule, ckpt_path=str(checkpoint), verbose=False
                 )
                 self._keep_test(checkpoint)
                 print(f"test, {name}: accuracy {float(self.trainer.callback_metrics['test/acc']):.2%}")
-
-    def _after_test(self, checkpoint: Path) -> None:
-        """Keep the test accuracies with the run."""
-        if self.cli.altered:
-            print(f"not kept in {run_folder(checkpoint)}: the test was changed on the command line")
-        else:
-            self._keep_test(checkpoint)
 
     def _keep_test(self, checkpoint: Path) -> None:
         """Write the accuracies of a test into the summary of its run."""

@@ -69,7 +69,7 @@ class ACKDCLI:
         given = Given({each: find_config(each).resolve() for each in configs}, options, settings)
         check_shape(given)
         options = choose_classes(settings, options)
-        given.known.update(check_classes(settings, _CLASSES, _ARGUMENTS_OF))
+        check_classes(settings, _CLASSES, _ARGUMENTS_OF)
         self.parser = make_parser(command)
         try:
             self.config: Any = self.parser.parse_args([f"--config={json.dumps(settings)}", *options])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import pkgutil
+import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ackd_lightning.config.files import read_config
+from ackd_lightning.config.files import read_config, walk
 from ackd_lightning.errors import ACKDError, near_matches
 
 FROM_DATA = ("num_classes", "input_size", "mean", "std", "class_names")
@@ -33,7 +32,7 @@ class RefusedError(ValueError):
 
     Args:
         message: jsonargparse's own account, up to hundreds of lines.
-        known: Names that the parser knows.
+        known: Names that the parser knows: all settings, or the arguments of one class.
     """
 
     def __init__(self, message: str, known: Iterable[str]) -> None:
@@ -49,13 +48,11 @@ class Given:
         configs: Paths of the configuration files by the name that the user gave.
         options: Command line without ``--config``.
         settings: Merged content of the files.
-        known: Names of all settings, and of the arguments of every class that the settings name.
     """
 
     configs: Mapping[str, Path]
     options: Sequence[str]
     settings: Mapping[str, Any]
-    known: set[str] = field(default_factory=set)
 
     def place(self, name: str) -> str:
         """Return the option, or the setting with its file, whose dotted name ends in a name; empty if there is none.
@@ -63,28 +60,12 @@ class Given:
         Args:
             name: Name of a setting, or the last parts of it.
         """
-        options = [argument.split("=")[0] for argument in self.options if argument.startswith("--")]
-        if found := next((option for option in options if _ends_in(option[2:].removesuffix("+"), name)), ""):
-            return found
+        end = f".{_plain(name)}"
+        options = [option.split("=")[0] for option in self.options if option.startswith("--")]
+        found = [option for option in options if f".{_plain(option)}".endswith(end)]
         for config, path in reversed(list(self.configs.items())):
-            if found := next((each for each in _dotted(read_config(path), "") if _ends_in(each, name)), ""):
-                return f"{found} in {config}"
-        return ""
-
-    def neighbours(self, place: str) -> set[str]:
-        """Return the arguments of the class that a setting belongs to.
-
-        Args:
-            place: Result of ``place``.
-        """
-        parts = place.partition(" in ")[0].removeprefix("--").replace(f"{_INIT}.", "").split(".")
-        value: Any = self.settings
-        for part in parts[:-1]:
-            value = value.get(part) or (value.get(_INIT) or {}).get(part) if isinstance(value, Mapping) else None
-        path = value.get("class_path") if isinstance(value, Mapping) else None
-        if not isinstance(path, str) or "." not in path:
-            return set()
-        return {*inspect.signature(pkgutil.resolve_name(path)).parameters} - {*FROM_DATA, "self"}
+            found += [f"{each} in {config}" for each, _ in walk(read_config(path)) if f".{each}".endswith(end)]
+        return found[0] if found else ""
 
     def at(self, name: str) -> str:
         """Return the place of a setting in brackets; empty if there is none."""
@@ -92,16 +73,9 @@ class Given:
         return f" ({place})" if place else ""
 
 
-def _ends_in(dotted: str, name: str) -> bool:
-    return any(f".{each}".endswith(f".{name}") for each in (dotted, dotted.replace(f"{_INIT}.", "")))
-
-
-def _dotted(value: Any, prefix: str) -> Iterator[str]:
-    """Every key below a mapping as a dotted name without ``init_args``."""
-    for key, inner in value.items() if isinstance(value, Mapping) else ():
-        if key != _INIT:
-            yield f"{prefix}{key}"
-        yield from _dotted(inner, prefix if key == _INIT else f"{prefix}{key}.")
+def _plain(place: str) -> str:
+    """Dotted name of a setting without what an option or a place adds to it."""
+    return place.partition(" in ")[0].removeprefix("--").removesuffix("+").replace(f"{_INIT}.", "")
 
 
 def check_shape(given: Given) -> None:
@@ -117,33 +91,20 @@ def check_shape(given: Given) -> None:
         value = given.settings.get(section)
         if value is not None and not isinstance(value, Mapping) and not (section == "data" and isinstance(value, str)):
             raise _wrong(section, value, _SECTION, given)
-        if section == "data" or not isinstance(value, Mapping):
-            _check_class(value, section, given)
-            continue
-        if "class_path" in value:
+        if section != "data" and isinstance(value, Mapping) and "class_path" in value:
             raise ACKDError(
                 f"setting {section} names the class {str(value['class_path'])!r} but holds settings directly; leave "
                 f"class_path and init_args out{given.at(section)}"
             )
-        for name, inner in value.items():
-            if name in FROM_DATA and section == "model":
-                raise ACKDError(_from_data(str(name)))
-            _check_class(inner, f"{section}.{name}", given)
-
-
-def _check_class(value: Any, place: str, given: Given) -> None:
-    if not isinstance(value, Mapping) or not {"class_path", _INIT} & set(value):
-        return
-    if not isinstance(value.get("class_path", ""), str):
-        raise _wrong(f"{place}.class_path", value["class_path"], "the name of a class", given)
-    for key in value:
-        if key not in _CLASS_KEYS:
-            raise ACKDError(_unknown(str(key), f"{place}.{key}", _CLASS_KEYS, given))
-    arguments = value.get(_INIT)
-    if arguments is not None and not isinstance(arguments, Mapping):
-        raise _wrong(f"{place}.{_INIT}", arguments, _SECTION, given)
-    for name, inner in (arguments or {}).items():
-        _check_class(inner, f"{place}.{name}", given)
+    for place, value in walk(given.settings):
+        if not isinstance(value, Mapping) or not {"class_path", _INIT} & set(value):
+            continue
+        if not isinstance(value.get("class_path", ""), str):
+            raise _wrong(f"{place}.class_path", value["class_path"], "the name of a class", given)
+        if not isinstance(value.get(_INIT) or {}, Mapping):
+            raise _wrong(f"{place}.{_INIT}", value[_INIT], _SECTION, given)
+        if unknown := next((str(key) for key in value if key not in _CLASS_KEYS), None):
+            raise ACKDError(_unknown(unknown, f"{place}.{unknown}", _CLASS_KEYS, given))
 
 
 def _wrong(place: str, value: Any, kind: str, given: Given) -> ACKDError:
@@ -152,17 +113,10 @@ def _wrong(place: str, value: Any, kind: str, given: Given) -> ACKDError:
 
 
 def _unknown(name: str, place: str, valid: Iterable[str], given: Given) -> str:
-    found, valid = given.place(place), sorted(map(str, valid))
-    dotted = found.partition(" in ")[0].removeprefix("--")
-    beside = [each for each in valid if each.startswith(f"{dotted.rpartition('.')[0]}.") and "." in dotted]
-    neighbours = given.neighbours(found)
-    hint = near_matches(name.rpartition(".")[2], neighbours) if neighbours else ""
-    if beside and not neighbours:
-        name, hint = dotted, near_matches(dotted, beside)
-    if not hint.startswith("did"):
-        wider = near_matches(name, valid)
-        hint = wider if wider.startswith("did") or not hint else hint
-    return f"there is no setting {name!r} here; {hint}" + (f" ({found})" if found else "")
+    stated = {each for each, _ in walk(given.settings) if not each.startswith(name)}
+    near = [near_matches(name, names) for names in (valid, stated)]
+    hint = next((each for each in near if each.startswith("did")), near[0])
+    return f"there is no setting {name!r} here; {hint}{given.at(place)}"
 
 
 def _from_data(name: str) -> str:
@@ -180,14 +134,14 @@ def shorten(refused: RefusedError, given: Given) -> str:
     patterns = (
         r"NestedArg\(key='([^']+)'",
         r"(?:Option|Key) '([^']+)' is not (?:accepted|expected)",
-        r"does not accept option '([^']+)'",
+        r"Group '([^']+)' does not accept option '([^']+)'",
         r"[Uu]nrecognized arguments?: -*([^\s=]+)",
     )
     if unknown := next((found for pattern in patterns if (found := re.search(pattern, text))), None):
-        name = unknown[1]
+        name = ".".join(unknown.groups())
         if name.removeprefix("model.") in (*FROM_DATA, "data") and given.place(f"model.{name.removeprefix('model.')}"):
             return _from_data(name.removeprefix("model."))
-        return _unknown(name, name, refused.known | given.known, given)
+        return _unknown(name, name, refused.known, given)
     if required := re.search(r"arguments are required: (.+)", text):
         return f"{required[1]} missing; name a configuration with --config (`ackd configs` lists them), or set it"
     if "expected one argument" in text:
@@ -200,22 +154,22 @@ def shorten(refused: RefusedError, given: Given) -> str:
     if "Unable to load config" in text:
         return f"setting {key[1]} holds settings, not a value; set {key[1]}.NAME, or name a file of settings"
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\.? Got value| - | Given value|$)", text))
-    bare = (re.sub(r"typing\.|<class '([\w.]+)'>", r"\1", each) for each in expected)
-    kinds = [re.sub(r"Literal\[(.*)\]", r"\1", each) for each in bare if each != "NoneType"]
-    classes = [each for each in kinds if each.startswith(("path but", "dot import", "one of: - a class"))]
-    kinds = [_KINDS.get(each, each) for each in kinds if each not in classes]
-    kinds += [_CLASS] * bool(classes or not kinds)
+    bare = (re.sub(r"(?:typing\.)?Literal\[(.*)\]|typing\.|<class '([\w.]+)'>", r"\1\2", each) for each in expected)
+    kinds = sorted({_kind(each): None for each in bare if each != "NoneType"} or [_CLASS], key=_CLASS.__eq__)
     stated = re.sub(r"^\{'class_path': '([^']*)'\}$", r"\1", value[1]) if value else ""
     shown = f" is {stated!r}" if value else ""
     return f"setting {key[1]}{shown}; it must be {' or '.join(kinds)[:300]}{given.at(key[1])}"
 
 
+def _kind(expected: str) -> str:
+    is_class = expected.startswith(("path but", "dot import", "one of: - a class"))
+    return _CLASS if is_class else _KINDS.get(expected, expected)
+
+
 def _without_value(options: Sequence[str]) -> str | None:
     """The first option that is followed by another one, or by nothing."""
-    for option, then in zip(options, [*options[1:], "--"], strict=True):
-        if option.startswith("--") and "=" not in option and then.startswith("--"):
-            return option
-    return None
+    pairs = zip(options, [*options[1:], "--"], strict=True)
+    return next((each for each, then in pairs if re.fullmatch("--[^=]+", each) and then.startswith("--")), None)
 
 
 def first_cause(error: BaseException | None) -> ACKDError | RefusedError | None:
@@ -228,7 +182,7 @@ def first_cause(error: BaseException | None) -> ACKDError | RefusedError | None:
     while error is not None:
         if isinstance(error, ACKDError) or (isinstance(error, RefusedError) and not isinstance(found, ACKDError)):
             found = error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return found
 
 
@@ -247,12 +201,8 @@ def failed_constructor(error: Exception) -> ACKDError:
 def _place_of(error: Exception) -> str:
     """File and line of an exception: in the user's own file if it passed through one, else outside torch if it did."""
     frames = traceback.extract_tb(error.__traceback__)
-    package = Path(__file__).parents[1]
-    own = [
-        each
-        for each in frames
-        if not each.filename.startswith((*_LIBRARIES, "<")) and package not in Path(each.filename).parents
-    ]
+    others = (*_LIBRARIES, "<", str(Path(__file__).parents[1]) + os.sep)
+    own = [each for each in frames if not each.filename.startswith(others)]
     frame = (own or [each for each in frames if "/torch/" not in Path(each.filename).as_posix()] or frames)[-1]
     path = Path(frame.filename)
     root = next((Path(each) for each in _LIBRARIES if Path(each) in path.parents), path.parent)
@@ -266,8 +216,6 @@ def refused_by_trainer(error: Exception, names: Iterable[str]) -> str:
         error: Exception of its constructor.
         names: Names of its arguments.
     """
-    if isinstance(ours := first_cause(error), ACKDError):
-        return str(ours)
     text = " ".join(str(error).split())
     if "backend found" in text:
         return "trainer.accelerator is gpu and torch finds no GPU on this machine; leave it out, or use cpu"

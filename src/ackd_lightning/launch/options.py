@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch import LIGHTNING
 from ackd_lightning.launch.arguments import set_length
 from ackd_lightning.launch.messages import RefusedError
 from ackd_lightning.models.branches import default_branches
@@ -23,13 +24,28 @@ from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.training.speed import fast_settings
 
-COMMANDS = {
-    "fit": "Train a student or a teacher.",
-    "validate": "Evaluate a run on its validation data: ackd validate RUN.",
-    "test": "Evaluate a run on the test set: ackd test RUN.",
-    "predict": "Write a run's predictions as CSV: ackd predict RUN.",
+_FIT_HELP = {
+    "name": "name of the run; default: a time stamp",
+    "runs_dir": "the run is written to RUNS_DIR/CONFIG/NAME",
+    "resume": "resume the newest unfinished run of this configuration (of this --name, if given), or the run at PATH",
+    "weights_dir": "folder that also gets the student's weights, as CONFIG.safetensors (teacher configurations set it)",
+    "wandb": "log to Weights & Biases; offline when no key is known",
+    "tensorboard": "log to TensorBoard, into the run's folder",
+    "test": "test the last and the best checkpoint after the fit",
+    "on_nonfinite": "how to handle a non-finite loss: end the run, or skip the step and count it; short for "
+    "--model.on_nonfinite",
+    "fast": "bfloat16 where the hardware has it, channels-last layout and compiled networks; short for "
+    "--trainer.precision bf16-mixed --model.channels_last true --model.compile true",
 }
-FIT_ONLY = ("name", "runs_dir", "resume", "weights_dir", "wandb", "tensorboard", "test", "on_nonfinite", "fast")
+_TEXT = {"type": str | None, "default": None}
+_KINDS: dict[str, dict[str, Any]] = {
+    **{name: {"action": "store_true"} for name in ("tensorboard", "test", "fast")},
+    "runs_dir": {"type": str, "default": "runs"},
+    "resume": {**_TEXT, "metavar": "auto|PATH"},
+    "wandb": {**_TEXT, "metavar": "PROJECT", "nargs": "?", "const": "ackd-lightning"},
+    "on_nonfinite": {"type": Literal["stop", "skip"] | None, "default": None},
+}
+FIT_ONLY = tuple(_FIT_HELP)
 """Options that only ``ackd fit`` has."""
 
 
@@ -38,8 +54,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing pages of usage."""
-        names = {action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")}
-        raise RefusedError(message, names) from ex
+        names = {action.dest for action in self._actions}
+        raise RefusedError(message, {each for each in names if not each.endswith(("help", "==SUPPRESS=="))}) from ex
 
 
 def make_parser(command: str) -> Parser:
@@ -49,7 +65,7 @@ def make_parser(command: str) -> Parser:
         command: fit, validate, test or predict.
     """
     # no abbreviations: a mistyped option must not become another one
-    parser = Parser(prog=f"ackd {command}", description=COMMANDS[command], allow_abbrev=False)
+    parser = Parser(prog=f"ackd {command}", description=LIGHTNING[command], allow_abbrev=False)
     parser.add_argument(
         "-c",
         "--config",
@@ -73,52 +89,11 @@ def make_parser(command: str) -> Parser:
     parser.set_defaults({"model.recipe": asdict(Recipe())})
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to start from or to evaluate")
     if command == "fit":
-        _add_fit_options(parser)
+        for name, text in _FIT_HELP.items():
+            parser.add_argument(f"--{name}", help=text, **_KINDS.get(name, _TEXT))
     if command == "predict":
         parser.add_argument("--output", type=str, default="predictions.csv", help="CSV file for the predictions")
     return parser
-
-
-def _add_fit_options(parser: Parser) -> None:
-    parser.add_argument("--name", type=str | None, default=None, help="name of the run; default: a time stamp")
-    parser.add_argument("--runs_dir", type=str, default="runs", help="the run is written to RUNS_DIR/CONFIG/NAME")
-    parser.add_argument(
-        "--resume",
-        type=str | None,
-        default=None,
-        metavar="auto|PATH",
-        help="resume the newest unfinished run of this configuration (of this --name, if given), or the run at PATH",
-    )
-    parser.add_argument(
-        "--weights_dir",
-        type=str | None,
-        default=None,
-        help="folder that also gets the student's weights, as CONFIG.safetensors (teacher configurations set it)",
-    )
-    parser.add_argument(
-        "--wandb",
-        type=str | None,
-        nargs="?",
-        const="ackd-lightning",
-        default=None,
-        metavar="PROJECT",
-        help="log to Weights & Biases; offline when no key is known",
-    )
-    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, into the run's folder")
-    parser.add_argument("--test", action="store_true", help="test the last and the best checkpoint after the fit")
-    parser.add_argument(
-        "--on_nonfinite",
-        type=Literal["stop", "skip"] | None,
-        default=None,
-        help="how to handle a non-finite loss: end the run, or skip the step and count it; short for "
-        "--model.on_nonfinite",
-    )
-    parser.add_argument(
-        "--fast",
-        action="store_true",
-        help="bfloat16 where the hardware has it, channels-last layout and compiled networks; short for "
-        "--trainer.precision bf16-mixed --model.channels_last true --model.compile true",
-    )
 
 
 def spell_out(settings: Any) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
+from lightning.pytorch.accelerators import CPUAccelerator
 from torch import nn
 
+from ackd_lightning.config.files import walk
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import check_fit
 from ackd_lightning.runs.files import read_checkpoint
@@ -47,24 +50,13 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
     Raises:
         ACKDError: Naming the setting.
     """
-    for place, value in _numbers(settings, ""):
+    for place, value in walk(settings):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
         allowed = _RANGES.get(place, Range())
         if value not in allowed and (place, value) not in _UNLIMITED:
             words = f"a whole number from 0 to {_LARGEST_SEED}" if place == "seed_everything" else allowed
             raise ACKDError(f"setting {place} is {value}; it must be {words}")
-
-
-def _numbers(value: Any, place: str) -> Iterator[tuple[str, int | float]]:
-    """Every number below a value with its dotted name, ``init_args`` left out."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            below = place if key == "init_args" else f"{place}.{key}".lstrip(".")
-            yield from _numbers(inner, below)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _numbers(inner, place)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield place, value
 
 
 def check_name(name: str) -> None:
@@ -90,7 +82,7 @@ def check_writable(folder: Path, option: str) -> None:
     Raises:
         ACKDError: When it cannot be made or written to.
     """
-    made = _missing(folder)
+    missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -100,47 +92,31 @@ def check_writable(folder: Path, option: str) -> None:
             f"{option} {folder} cannot be written ({error.strerror}); choose a folder that is writable"
         ) from error
     finally:
-        for each in made:
+        for each in missing:
             with contextlib.suppress(OSError):
                 each.rmdir()
 
 
-def _missing(folder: Path) -> list[Path]:
-    """The folder and its parents that do not exist, the deepest first."""
-    return [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
-
-
-def check_world(batch_size: int, world_size: int) -> None:
-    """Refuse a global batch that does not divide.
+def check_processes(trainer: L.Trainer, batch_size: int | None) -> None:
+    """Refuse more processes than the machine has processors, all of which Lightning would start.
 
     Args:
-        batch_size: Global batch size.
-        world_size: Number of processes.
+        trainer: Trainer of the run.
+        batch_size: Global batch size, which the processes must divide; None for an evaluation.
 
     Raises:
-        ACKDError: Naming both.
+        ACKDError: Naming the number of processors, or batch size and number of processes.
     """
-    if batch_size % world_size:
+    devices, most = trainer.num_devices, max(2, os.cpu_count() or 1)
+    if isinstance(trainer.accelerator, CPUAccelerator) and devices > most:
+        raise ACKDError(
+            f"trainer.devices is {devices} and this machine has {os.cpu_count()} processors; use at most {most}"
+        )
+    world_size = devices * trainer.num_nodes
+    if batch_size is not None and batch_size % world_size:
         raise ACKDError(
             f"batch_size {batch_size} is the global batch and cannot be divided among {world_size} processes; "
             f"use a multiple of {world_size}"
-        )
-
-
-def check_processes(accelerator: str, devices: int) -> None:
-    """Refuse more processes than the machine has processors: Lightning would start every one of them.
-
-    Args:
-        accelerator: ``cpu`` or another.
-        devices: Number of processes as Lightning counts them.
-
-    Raises:
-        ACKDError: Naming the number of processors.
-    """
-    most = max(2, os.cpu_count() or 1)
-    if accelerator == "cpu" and devices > most:
-        raise ACKDError(
-            f"trainer.devices is {devices} and this machine has {os.cpu_count()} processors; use at most {most}"
         )
 
 
@@ -158,21 +134,16 @@ def check_checkpoint(path: Path, module: nn.Module, content: Mapping[str, Any] |
     checkpoint = content or read_checkpoint(path)
     hparams = checkpoint.get("hyper_parameters", {})
     there, here = (_what(each) for each in (hparams, getattr(module, "hparams", {})))
-    problem: ACKDError | None = None
+    state = module.state_dict()
+    empty = {key for key, each in state.items() if not each.numel()}  # memories, which only a fit creates
+    own = {key: each for key, each in state.items() if key not in empty}
+    stored = {key: each for key, each in checkpoint["state_dict"].items() if key not in empty}
     try:
-        state = module.state_dict()
-        empty = {key for key, each in state.items() if not each.numel()}  # memories, which only a fit creates
-        own = {key: each for key, each in state.items() if key not in empty}
-        stored = {key: each for key, each in checkpoint["state_dict"].items() if key not in empty}
         check_fit(stored, own, path, "the settings")
-    except ACKDError as error:
-        problem = error
-    if problem is not None:  # outside the handler, so that it does not count as the first cause
-        raise (
-            problem
-            if there == here
-            else ACKDError(f"{path} was made with {there} and the settings have {here}; choose another one")
-        )
+    except ACKDError:
+        if there == here:
+            raise
+        raise ACKDError(f"{path} was made with {there} and the settings have {here}; choose another one") from None
 
 
 def _what(hparams: Mapping[str, Any]) -> str:
