@@ -26,8 +26,6 @@ SETTINGS = ["--data.max_per_class", "30", "--data.batch_size", "10", "--trainer.
 SETTINGS += [
     "--model.lr_scheduler.milestones",
     "[4, 6]",
-    "--model.teacher.gate",
-    "warn",
     "--trainer.enable_progress_bar",
     "false",
 ]
@@ -36,7 +34,8 @@ SETTINGS += [
 def command(config: str, name: str, *more: str) -> list[str]:
     """Return the command of a fit of a configuration."""
     start = [sys.executable, "-m", "ackd_lightning", "fit", "--config", config, "--name", name]
-    return [*start, *SETTINGS, *more]
+    gate = [] if name == "teacher" else ["--model.teacher.gate", "warn"]
+    return [*start, *SETTINGS, *gate, *more]
 
 
 def weights(run: Path) -> str:

@@ -185,7 +185,7 @@ class Wrong(Method):
 
     def forward(self, student, teacher, batch):
         ce = torch.nn.functional.cross_entropy(student.logits, batch.target)
-        wrong = {"vector": {"ce": ce[None]}, "number": {"ce": float(ce.detach())}, "term": {"ce": ce, "kd": ce}, "tensor": ce}
+        wrong = {"vector": {"ce": ce[None]}, "number": {"ce": 1.0}, "term": {"ce": ce, "kd": ce}, "tensor": ce}
         return wrong.get(self.mistake, {"ce": ce})
 
 
@@ -241,3 +241,27 @@ def test_batches_without_an_index_are_refused_where_it_is_needed():
     assert len(Harness(Wrong(), data=data).train(steps=2)) == 2
     with pytest.raises(ACKDError, match="Rows"):
         Harness(Rows(), data=data).train(steps=2)
+
+
+class Narrow(KD):
+    """A sub-class that passes arguments on."""
+
+    def __init__(self, *, extra: float = 1.0, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class Fixed(KD):
+    """A sub-class that sets an argument of its base class."""
+
+    def __init__(self, *, temp: float = 1.0) -> None:
+        super().__init__(temperature=temp)
+
+
+def test_a_sub_class_keeps_the_ranges_of_its_base_class_and_can_be_described():
+    with pytest.raises(ACKDError, match=r"temperature is -3"):
+        Narrow(temperature=-3.0)
+    with pytest.raises(ACKDError, match=r"temperature is -4"):
+        Fixed(temp=-4.0)
+    method = Narrow(extra=2.0, temperature=3.0)
+    assert describe(method)["init_args"] == {"extra": 2.0, "temperature": 3.0}

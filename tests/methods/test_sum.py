@@ -6,6 +6,7 @@ import torch
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD, ACN, ATSC, CE, CRD, KD, ONE, SP, FitInfo, Networks, Sum
 from ackd_lightning.methods.base import weighted_loss
+from ackd_lightning.testing import Harness
 
 
 def test_terms_keep_their_names_and_a_taken_one_gets_the_number_of_its_method(scene):
@@ -81,3 +82,11 @@ def test_buffers_that_are_replicated_keep_their_place():
 def test_what_cannot_be_summed_is_refused(methods, weights, named):
     with pytest.raises(ACKDError, match=named):
         Sum(methods, weights=weights)
+
+
+def test_terms_of_nested_sums_all_count():
+    single = [KD(temperature=2.0), KD(), KD(temperature=8.0)]
+    nested = Sum([Sum([KD(temperature=2.0), KD()]), KD(temperature=8.0)])
+    total = sum(float(Harness(each).loss().detach()) for each in single)
+    assert float(Harness(nested).loss().detach()) == pytest.approx(total)
+    assert len(nested.loss_weights) == 6

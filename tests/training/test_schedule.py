@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import (
 from ackd_lightning import ACKD, KD, ACKDError, ACKDModule, DistillationModule, Recipe
 from ackd_lightning.data.sampling import EpochSampler, ResumableLoader
 from ackd_lightning.methods import CE
-from ackd_lightning.training.schedule import WarmUp, build_scheduler, step_scheduler
+from ackd_lightning.training.schedule import WarmUp, build_scheduler, describe_factory, step_scheduler
 from training.helpers import BadImages, Blobs, TinyNet, build, largest_difference, module, state, trainer
 from training.test_nonfinite import skipping
 
@@ -492,3 +492,33 @@ def test_a_tiny_net_trains_with_defaults():
     run.fit(DistillationModule(TinyNet(), data=build(CE()).data), datamodule=Blobs())
     assert isinstance(run.optimizers[0], SGD)
     assert rates_of(run) == [[0.1]]
+
+
+class Mixin:
+    def configure_optimizers(self):
+        return AdamW(self.learner_groups(), lr=1e-3)
+
+
+class Mixed(Mixin, ACKDModule):
+    """Takes its optimizer from a class that knows nothing of methods."""
+
+
+def test_an_optimizer_of_a_mixin_is_completed():
+    net = build(ACKD(attention="off"), kind=Mixed)
+    trainer(max_epochs=1).fit(net, datamodule=Blobs())
+    student, _ = net.trainer.optimizers
+    assert {group["lr"] for group in student.param_groups} == {1e-3}
+
+
+def test_the_plain_data_of_a_factory_stay():
+    given = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+    assert describe_factory(given) == given
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [functools.partial(OneCycleLR, max_lr=-0.1, total_steps=9), functools.partial(CosineAnnealingLR, T_max=-3)],
+)
+def test_a_negative_rate_or_length_is_refused(scheduler):
+    with pytest.raises(ACKDError, match="use 0 or more"):
+        trainer(max_epochs=1).fit(build(KD(), lr_scheduler=scheduler), datamodule=Blobs())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +37,7 @@ class RunSummary(L.Callback):
 
     def __init__(self, folder: Path, *, config: str, copy_to: Path | None = None) -> None:
         self.folder, self.config, self.copy_to = folder, config, copy_to
+        self.replaces = copy_to is not None and copy_to.exists()  # its own, of a run that is resumed
         self.started = 0.0
         self.seconds = 0.0
         self.measured_at = -1
@@ -98,6 +100,12 @@ class RunSummary(L.Callback):
             # only metrics that were measured with the very weights that are written
             known = self.last if self.measured_at == trainer.global_step else {}
             measured = {key.replace("/", "_"): f"{value:.6f}" for key, value in known.items() if key.endswith("/acc")}
+            if self.copy_to is not None and self.copy_to.exists() and not self.replaces:
+                rank_zero_warn(
+                    f"{self.copy_to} was written by another run meanwhile and is not replaced; this run's weights are "
+                    f"{self.folder / 'student.safetensors'}"
+                )
+                self.copy_to = None
             targets = [self.folder / "student.safetensors", *([self.copy_to] if self.copy_to else [])]
             for target in targets:
                 export_student(last, target, extra={**measured, "weights": "last epoch"}, overwrite=True)

@@ -47,6 +47,7 @@ def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
     module.load_teacher()
     data.prepare_data()
     data.setup()
+    module.match_classes(data)
     accelerator = str(planned.option("trainer.accelerator"))
     module.to("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     images = view_key(module, data, precision)["images"]

@@ -17,7 +17,7 @@ from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.heads import SharedClassifiers
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch, NetOutput, NetSpec
-from ackd_lightning.validation import check_arguments
+from ackd_lightning.validation import checked
 
 TeacherAccess = Literal["none", "logits", "output", "own"]
 
@@ -129,7 +129,7 @@ class Method(nn.Module):
     reads_index: bool = False  # set when the method asks for the targets of a fit
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
-        """Check the constructor's arguments and keep them, so that a checkpoint can name the method in plain data."""
+        """Keep the constructor's arguments, so that a checkpoint can name the method in plain data."""
         method = super().__new__(cls)
         signature = inspect.signature(cls.__init__)
         try:
@@ -139,10 +139,20 @@ class Method(nn.Module):
             known = [name for name in signature.parameters if name != "self"]
             hint = f"; {near_matches(unknown[0], known)}" if unknown else "; pass arguments by name"
             raise ACKDError(f"method {cls.__name__} {error}{hint}") from error
-        given = {key: value for key, value in bound.items() if key != "self"}
-        check_arguments(cls, given)
+        given: dict[str, Any] = {}
+        for key, value in bound.items():
+            if signature.parameters[key].kind is inspect.Parameter.VAR_KEYWORD:
+                given |= value
+            elif key != "self":
+                given[key] = value
         object.__setattr__(method, "init_args", given)
         return method
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the arguments of every constructor, also of one that a sub-class calls."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self) -> None:
         super().__init__()
@@ -382,6 +392,8 @@ def weighted_loss(method: Method, terms: Mapping[str, Tensor]) -> Tensor:
     name, weights = type(method).__name__, method.loss_weights
     if not isinstance(terms, Mapping):
         raise ACKDError(f"forward of method {name} returns a {type(terms).__name__}; return scalar terms by name")
+    if "loss" in terms or "loss_step" in terms:
+        raise ACKDError(f"method {name} calls a term `loss`, which is the weighted sum in logs; give it another name")
     if terms.keys() != weights.keys():
         without, extra = (
             [each for each in terms if each not in weights],

@@ -67,8 +67,10 @@ class Sum(Method):
     def _term(self, number: int, name: str) -> str:
         """Name in the sum of a term of the method at a position from 0."""
         if (number, name) not in self._terms:
-            taken = name in self._terms.values()
-            self._terms[number, name] = f"{name}_{number + 1}" if taken else name
+            taken, free, suffix = set(self._terms.values()), name, number + 1
+            while free in taken:
+                free, suffix = f"{name}_{suffix}", suffix + 1
+            self._terms[number, name] = free
         return self._terms[number, name]
 
     def _collect(self) -> None:
@@ -137,7 +139,9 @@ class Sum(Method):
         self._owners = {}
         for number, method in enumerate(self._each(), start=1):
             for own, optimizer in method.auxiliary_optimizers().items():
-                name = f"{own}_{number}" if own in found else own
+                name, suffix = own, number
+                while name in found:
+                    name, suffix = f"{own}_{suffix}", suffix + 1
                 found[name], self._owners[name] = optimizer, (method, own)
         return found
 

@@ -277,8 +277,10 @@ def _disturb(network: nn.Module, generator: torch.Generator) -> None:
     """Change norms, biases and running statistics, because a fresh BatchNorm that a plan forgets is the identity."""
     for module in network.modules():
         for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
-            if tensor is None or tensor.dim() != 1 or not tensor.is_floating_point():
+            if tensor is None or not tensor.is_floating_point() or not tensor.numel():
                 continue
+            if tensor.dim() != 1 and bool((tensor != tensor.flatten()[0]).any()):
+                continue  # random weights; constant ones, such as a layer scale, are changed
             if name in module._buffers and name not in ("running_mean", "running_var"):
                 continue
             factor, shift = torch.rand(2, *tensor.shape, generator=generator, device="cpu").to(tensor)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from ackd_lightning._version import __version__
@@ -84,13 +85,26 @@ class SelfDescribing(OpenOptimizers):
             )
         )
 
+    def _take_class_names(self, data: Any) -> None:
+        if names := getattr(data, "class_names", None):
+            self.data = replace(self.data, class_names=tuple(names))
+
+    def match_classes(self, data: Any) -> None:
+        """Take the class names of the data, and bring the logits of loaded teachers into their order.
+
+        Args:
+            data: Data module after ``setup``; None, or one without ``class_names``, changes nothing.
+        """
+        self._take_class_names(data)
+        self._match_teachers()
+
     def _match_teachers(self) -> None:
         """Bring the teachers' logits into the order of the data's classes, and say so."""
         if self.data.class_names is None or not self.matches_classes:
             return
         reordered = self.teachers.match_classes(self.data.class_names, reorder=self.method.teacher != "own")
         if reordered:
-            self.print(f"classes of teacher {', '.join(reordered)} are reordered to those of the data")
+            rank_zero_only(print)(f"classes of teacher {', '.join(reordered)} are reordered to those of the data")
 
     def _match_data(self, names: Sequence[str], origin: str) -> None:
         """Bring the data's classes into the order in which a checkpoint was trained, and say so."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -253,13 +253,12 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
 
     def setup(self, stage: str) -> None:
         """Load the teachers and tell the method about the fit."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        if names:
-            self.data = replace(self.data, class_names=tuple(names))
+        data = getattr(self.trainer, "datamodule", None)
         if stage != "fit":
+            self._take_class_names(data)
             return
         self.load_teacher()
-        self._match_teachers()
+        self.match_classes(data)
         before = self._method_sizes()
         self._begin_fit()
         self._speed_up()

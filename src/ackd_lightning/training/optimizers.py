@@ -43,7 +43,8 @@ class OpenOptimizers(ManualSteps):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let an overridden ``configure_optimizers`` return the student's optimizer alone."""
         super().__init_subclass__(**kwargs)
-        if (own := cls.__dict__.get("configure_optimizers")) is not None:
+        own = cls.configure_optimizers
+        if own is not OpenOptimizers.configure_optimizers and not hasattr(own, "adds_method_optimizers"):
             cls.configure_optimizers = _with_method_optimizers(own)  # type: ignore[method-assign, assignment]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -196,6 +197,7 @@ def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
             )
         return optimizers, schedules
 
+    configure_optimizers.adds_method_optimizers = True  # type: ignore[attr-defined]
     return configure_optimizers
 
 

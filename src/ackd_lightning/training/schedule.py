@@ -144,6 +144,12 @@ def build_scheduler(
     """
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     scheduler = factory(optimizer)
+    lowest = min((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
+    period = getattr(scheduler, "T_max", 0)
+    if lowest < 0 or period < 0:
+        raise ACKDError(
+            f"{type(scheduler).__name__} starts with learning rate {lowest:g} and T_max {period}; use 0 or more"
+        )
     _keep_ratios(scheduler, rates, own_rate=own_rate)
     name = _LENGTHS.get(type(scheduler).__name__)
     if name is not None and getattr(scheduler, name) == 0:
@@ -222,6 +228,8 @@ def describe_factory(factory: Any) -> dict[str, Any] | None:
         >>> describe_factory(functools.partial(torch.optim.SGD, lr=0.1))
         {'class_path': 'torch.optim.SGD', 'init_args': {'lr': 0.1}}
     """
+    if isinstance(factory, Mapping):
+        return dict(factory)  # as a checkpoint has it
     arguments: dict[str, Any] = {}
     found = factory
     if isinstance(factory, functools.partial):

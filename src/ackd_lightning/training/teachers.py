@@ -121,6 +121,11 @@ class Teachers:
         """Frozen teacher of a given network, told how the data are normalised."""
         network = config.network
         assert isinstance(network, nn.Module)
+        if isinstance(network, FrozenTeacher) and (config.mean or config.std or config.input_size or config.bf16):
+            raise ACKDError(
+                "TeacherConfig gives mean, std, input_size or bf16 of a FrozenTeacher, which has its own; give them to "
+                "the FrozenTeacher"
+            )
         frozen = (
             network
             if isinstance(network, FrozenTeacher)
