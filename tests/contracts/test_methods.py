@@ -7,6 +7,7 @@ a direction of ACKD share the path of another fragment.
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_with_cross_entropy_alone_it_is_plain_training_bit_for_bit(path):
     description = description_in(path)
     weights = {
         name
-        for name in from_description(description).__init__.__kwdefaults__ or {}
+        for name in inspect.signature(type(from_description(description))).parameters
         if name.startswith(("lambda_", "weight_"))
     }
     assert weights & {"lambda_ce", "weight_ce"}
