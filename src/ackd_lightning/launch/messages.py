@@ -114,8 +114,16 @@ def _wrong(place: str, value: Any, kind: str, given: Given) -> ACKDError:
 
 def _unknown(name: str, place: str, valid: Iterable[str], given: Given) -> str:
     stated = {each for each, _ in walk(given.settings) if not each.startswith(name)}
+    own, last = _plain(given.place(place)), name.rpartition(".")[2]
+    elsewhere = sorted(each for each in stated - {own} if each.endswith(f".{last}"))
+    values = (value for _, value in walk(given.settings))
+    beside_class = any(isinstance(value, Mapping) and {"class_path", last} <= set(value) for value in values)
     near = [near_matches(name, names) for names in (valid, stated)]
     hint = next((each for each in near if each.startswith("did")), near[0])
+    if beside_class and not near_matches(last, _CLASS_KEYS).startswith("did"):
+        hint = f"write it below {_INIT}"
+    elif elsewhere:
+        hint = f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
     return f"there is no setting {name!r} here; {hint}{given.at(place)}"
 
 
@@ -143,7 +151,9 @@ def shorten(refused: RefusedError, given: Given) -> str:
             return _from_data(name.removeprefix("model."))
         return _unknown(name, name, refused.known, given)
     if required := re.search(r"arguments are required: (.+)", text):
-        return f"{required[1]} missing; name a configuration with --config (`ackd configs` lists them), or set it"
+        inside = re.search(r'Parser key "([^"]+)"', text)
+        missing = f"{inside[1]}.{required[1].split()[0]}" if inside else required[1]
+        return f"{missing} missing; name a configuration with --config (`ackd configs` lists them), or set it"
     if "expected one argument" in text:
         named = re.search(r"argument (--[\w.]+)", text)
         return f"{_without_value(given.options) or (named[1] if named else 'an option')} needs a value"
