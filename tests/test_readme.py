@@ -14,7 +14,7 @@ from ackd_lightning import DistillationModule, load_student
 from ackd_lightning.cli import main, make_parser
 from ackd_lightning.config.files import config_folder, find_config, load_configs
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods.base import from_description
+from ackd_lightning.methods.description import from_description
 from ackd_lightning.testing import Harness
 
 ROOT = Path(__file__).parents[1]

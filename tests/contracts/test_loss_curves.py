@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ackd_lightning.config.files import config_folder, read_config
-from ackd_lightning.methods.base import from_description
+from ackd_lightning.methods.description import from_description
 from ackd_lightning.testing import Harness
 
 RECORD = Path(__file__).parents[1] / "golden" / "losses_20_steps.txt"

@@ -20,7 +20,8 @@ from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
-from ackd_lightning.methods.base import describe, from_description, weighted_loss
+from ackd_lightning.methods.base import weighted_loss
+from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.testing import Harness, RandomImages
 from ackd_lightning.training.manual import frozen

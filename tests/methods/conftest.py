@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,15 +8,6 @@ import torch
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 CLASSES, CHANNELS, SIDE, IMAGES = 5, 8, 2, 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Steps of a millisecond: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Scene:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ackd_lightning.config.files import find_config, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD
-from ackd_lightning.methods.base import Networks, from_description
+from ackd_lightning.methods.base import Networks
+from ackd_lightning.methods.description import from_description
 from ackd_lightning.models.features import probe
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model

@@ -14,7 +14,8 @@ from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ATSC
 from ackd_lightning.methods.atsc_networks import anchor_distance, feature_distance
-from ackd_lightning.methods.base import FitInfo, Networks, describe, from_description, weighted_loss
+from ackd_lightning.methods.base import FitInfo, Networks, weighted_loss
+from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.features import StagePlan, probe, staged_forward
 from ackd_lightning.models.heads import HeadedNetwork, with_head
 from ackd_lightning.models.student import BranchyStudent

@@ -8,7 +8,8 @@ from torch import nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
-from ackd_lightning.methods.base import describe, from_description, public_path, weighted_loss
+from ackd_lightning.methods.base import weighted_loss
+from ackd_lightning.methods.description import describe, from_description, public_path
 from ackd_lightning.testing import Harness, RandomImages
 
 
@@ -95,7 +96,9 @@ def test_a_description_without_a_class_is_refused():
         from_description({})
 
 
-@pytest.mark.parametrize("path", ["os.path.join", "torch.nn.Linear", "ackd_lightning.methods.base.describe", "json"])
+@pytest.mark.parametrize(
+    "path", ["os.path.join", "torch.nn.Linear", "ackd_lightning.methods.description.describe", "json"]
+)
 def test_a_class_that_is_not_a_method_is_refused(path):
     with pytest.raises(ACKDError, match=r"sub-class of ackd_lightning.methods.Method"):
         from_description({"class_path": path, "init_args": {}})

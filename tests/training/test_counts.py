@@ -19,7 +19,7 @@ import ackd_lightning
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods import ACKD, CE, Method
-from ackd_lightning.methods.base import from_description
+from ackd_lightning.methods.description import from_description
 from training.helpers import Blobs, IndexedBlobs, game, trainer
 
 FRAGMENTS = sorted((config_folder() / "methods").glob("*.yaml"))

@@ -19,8 +19,9 @@ from ackd_lightning.callbacks.health import HealthMonitor, TeacherGate
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.ackd import ACKD
-from ackd_lightning.methods.base import Method, Networks, check_method, describe, from_description, weighted_loss
+from ackd_lightning.methods.base import Method, Networks, check_method, weighted_loss
 from ackd_lightning.methods.ce import CE
+from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.features import probe
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher

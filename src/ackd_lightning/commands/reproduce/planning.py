@@ -14,7 +14,7 @@ from ackd_lightning.config.files import find_config, load_configs
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import plan as plan_fit
 from ackd_lightning.launch.lightning import ACKDCLI
-from ackd_lightning.methods.base import from_description
+from ackd_lightning.methods.description import from_description
 
 _MILESTONES = "model.lr_scheduler.milestones"
 _TEACHER_SEED = 0
