@@ -21,7 +21,7 @@ from ackd_lightning.runs.versions import device_name, versions
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
     from ackd_lightning.models.teacher import FrozenTeacher
-    from ackd_lightning.types import NetSpec
+    from ackd_lightning.types import ImageSize, NetSpec
 
 
 class RunSummary(L.Callback):
@@ -222,7 +222,7 @@ def _shape(spec: NetSpec, stage: int) -> str:
     return f"F{stage}{shape}"
 
 
-def _teacher_summary(teacher: FrozenTeacher, input_size: int) -> dict[str, Any]:
+def _teacher_summary(teacher: FrozenTeacher, input_size: ImageSize) -> dict[str, Any]:
     measured = teacher.metadata.get("measured_acc")
     return {
         "model": teacher.metadata.get("model", type(teacher.network).__name__),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.random import seed_device
-from ackd_lightning.types import NetOutput, NetSpec
+from ackd_lightning.types import ImageSize, NetOutput, NetSpec, height_width
 
 _TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that is put down to rounding (float32)."""
@@ -220,18 +220,18 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
-def skeleton(network: nn.Module, input_size: int, *, channels: int = 3) -> tuple[nn.Module, Tensor]:
+def skeleton(network: nn.Module, input_size: ImageSize, *, channels: int = 3) -> tuple[nn.Module, Tensor]:
     """Copy the structure of a network to the meta device, where running it computes shapes alone.
 
     Weights are not copied; mode, hooks and buffers of the network stay as they are.
 
     Args:
         network: Any network.
-        input_size: Height and width of the image in pixels.
+        input_size: Side of the image in pixels, or its height and width.
         channels: Channels of the image.
 
     Returns:
-        The copy in evaluation mode, and an image ``1 x channels x input_size x input_size`` to run it on.
+        The copy in evaluation mode, and an image ``1 x channels x H x W`` to run it on.
 
     Raises:
         ValueError: If the network is shared with its copies, as a ``FrozenTeacher`` is: probe its ``network``.
@@ -239,7 +239,7 @@ def skeleton(network: nn.Module, input_size: int, *, channels: int = 3) -> tuple
     # deepcopy takes from the memo what it finds there, so that no weight is copied
     memo: dict[int, Any] = {id(each): _on_meta(each) for each in (*network.parameters(), *network.buffers())}
     ghost = _twin(network, memo)
-    return ghost, torch.empty(1, channels, input_size, input_size, device="meta", dtype=_dtype(network))
+    return ghost, torch.empty(1, channels, *height_width(input_size), device="meta", dtype=_dtype(network))
 
 
 def _spec(output: NetOutput) -> NetSpec:
@@ -255,12 +255,12 @@ def _spec(output: NetOutput) -> NetSpec:
 
 
 @torch.no_grad()
-def probe(network: nn.Module, input_size: int, *, channels: int = 3) -> NetSpec:
+def probe(network: nn.Module, input_size: ImageSize, *, channels: int = 3) -> NetSpec:
     """Find the shapes of everything a network returns for one image, on the meta device and without computing it.
 
     Args:
         network: Network that returns logits or a `NetOutput`.
-        input_size: Height and width of the image in pixels.
+        input_size: Side of the image in pixels, or its height and width.
         channels: Channels of the image.
 
     Raises:
@@ -290,7 +290,7 @@ def _disturb(network: nn.Module, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def check_plan(network: nn.Module, plan: StagePlan, input_size: int, channels: int = 3) -> None:
+def check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize, channels: int = 3) -> None:
     """Compare a stage plan with the network's own forward, on two random images and a copy of the network.
 
     The copy is in evaluation mode and has other norms and biases, so that a norm that the plan leaves out shows in a
@@ -300,7 +300,7 @@ def check_plan(network: nn.Module, plan: StagePlan, input_size: int, channels: i
     Args:
         network: Any network.
         plan: Plan to check.
-        input_size: Height and width of the images in pixels.
+        input_size: Side of the images in pixels, or their height and width.
         channels: Channels of the images.
 
     Raises:
@@ -313,7 +313,7 @@ def check_plan(network: nn.Module, plan: StagePlan, input_size: int, channels: i
     name = type(network).__name__
     twin, generator = _twin(network), torch.Generator().manual_seed(0)
     _disturb(twin, generator)
-    shape = (2, channels, input_size, input_size)
+    shape = (2, channels, *height_width(input_size))
     image = torch.randn(shape, generator=generator, device="cpu").to(device, _dtype(network))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seed_device(0, device)

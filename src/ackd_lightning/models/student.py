@@ -20,7 +20,7 @@ from ackd_lightning.models.features import (
     staged_forward,
 )
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import NetOutput
+from ackd_lightning.types import ImageSize, NetOutput
 
 
 def init_fresh(module: nn.Module) -> None:
@@ -146,7 +146,7 @@ class BranchyStudent(nn.Module):
         branches: Sequence[str] | None = None,
         *,
         num_classes: int | None = None,
-        input_size: int | None = None,
+        input_size: ImageSize | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan_for(backbone)
@@ -159,7 +159,7 @@ class BranchyStudent(nn.Module):
         self.backbone = backbone
         self.branches = nn.ModuleList(self._learner(spec, num_classes, input_size) for spec in self.specs)
 
-    def _learner(self, spec: str, num_classes: int | None, input_size: int | None) -> AuxiliaryLearner | Peer:
+    def _learner(self, spec: str, num_classes: int | None, input_size: ImageSize | None) -> AuxiliaryLearner | Peer:
         name = type(self.backbone).__name__
         if spec == PEER:
             network = copy.deepcopy(self.backbone)
