@@ -96,7 +96,7 @@ class RunSummary(L.Callback):
         summary = self._summary(trainer, module)
         files = {"settings": "config.yaml", "curves": "metrics.csv", "checkpoints": "checkpoints"}
         last = self.folder / "checkpoints" / "last.ckpt"
-        if last.is_file() and isinstance(module.hparams.get("student"), str):
+        if last.is_file() and module.model_name is not None:
             # only metrics that were measured with the very weights that are written
             known = self.last if self.measured_at == trainer.global_step else {}
             measured = {key.replace("/", "_"): f"{value:.6f}" for key, value in known.items() if key.endswith("/acc")}
@@ -213,8 +213,7 @@ def _label_and_size(network: str, summary: dict[str, Any]) -> tuple[str, str]:
 
 
 def _student_name(module: TrainingModule) -> str:
-    name = module.hparams.get("student")
-    return name if isinstance(name, str) else type(module.student.plain()).__name__
+    return module.model_name or type(module.student.plain()).__name__
 
 
 def _shape(spec: NetSpec, stage: int) -> str:

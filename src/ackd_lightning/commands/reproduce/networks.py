@@ -57,7 +57,7 @@ class Networks:
             method.begin_fit(FitInfo(epochs=None, batch_size=None, targets=targets, seed=0, teachers=()))
         teacher = next(iter(module.teachers.configs), None)
         return cls(
-            student=f"{module.hparams['student']} {module.student.specs}",
+            student=f"{module.model_name} {module.student.specs}",
             teacher=None if teacher is None else str(teacher.network),
             teacher_options=dict((teacher and teacher.options) or {}),
             image_shape=data.image_shape,
