@@ -22,7 +22,7 @@ def grey(path):
 
 def sixteen_bit(path):
     Image.fromarray(np.full((4, 4), 77 * 256 + 200, np.uint16)).save(path)
-    return (78, 78, 78)  # of 65535
+    return (77, 77, 77)
 
 
 def palette(path):

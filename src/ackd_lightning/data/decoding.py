@@ -197,7 +197,7 @@ def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
 
 
 def _deep_png(file: ImageFile) -> NDArray[Any]:
-    """Decode a PNG of colours in 16 bits, of which PIL keeps the upper 8 in one way of reading and the lower in another."""
+    """Decode a PNG with 16 bits for each colour: PIL returns the upper 8, or the lower 8 in another byte order."""
     halves = []
     for order in "BL":
         with Image.open(stream(file)) as image:

@@ -15,6 +15,7 @@ from ackd_lightning.data.folders import (
     class_folders,
     class_names_of,
     part_of,
+    refuse_other_classes,
     require_classes,
     say_order,
     scan_class_folders,
@@ -81,6 +82,8 @@ class ImageFolderDataModule(CustomImagesDataModule):
             scan_class_folders(self._folders["train"])  # its error states what the folder holds instead
         require_classes(self._folders["test" if self._flat else "train"], self._names)
         say_order(self._names, class_order)
+        for part in set(self._folders) - {"train"}:
+            refuse_other_classes(self._folders[part], self._names)
         self.class_names = self._names
         self.num_classes = len(self._names)
 

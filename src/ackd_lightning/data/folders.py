@@ -222,9 +222,9 @@ def require_classes(path: Path, names: Sequence[str]) -> None:
             raise ACKDError(f"{path / name} holds {below[0]}, so {name} is not a class: set root to {path / name}")
     if len(names) == 1:
         deeper = path / names[0]
-        while len(below := class_folders(deeper)) == 1:
-            deeper = below[0]
-        remedy = f"set root to {deeper}" if below else "add a folder for each further class"
+        while len(inner := class_folders(deeper)) == 1:
+            deeper = inner[0]
+        remedy = f"set root to {deeper}" if inner else "add a folder for each further class"
         raise ACKDError(f"{path} holds a single class folder, {names[0]}, and a classifier needs two classes: {remedy}")
 
 
@@ -285,13 +285,27 @@ def scan_class_folders(
         paths += files
         labels += [label] * len(files)
     _check_empty(path, folders, empty, whole=classes is None)
-    unknown = [name for name in found if name not in set(names)]
-    if unknown and others == "refuse" and (unknown := [name for name in unknown if walk.images(folders[name])]):
-        raise ACKDError(
-            f"{path} has classes that the training part lacks ({_listed(unknown)}): both need the same class folders"
-        )
+    if classes is not None and others == "refuse":
+        refuse_other_classes(path, names)
     walk.report(path)
     return Files(path, names, tuple(paths), torch.tensor(labels, dtype=torch.int64))
+
+
+def refuse_other_classes(path: Path, classes: Sequence[str]) -> None:
+    """Refuse class folders with images that the training part lacks.
+
+    Args:
+        path: Folder of class folders.
+        classes: Names of the classes of the training part.
+
+    Raises:
+        ACKDError: Naming up to three of them.
+    """
+    unknown = [folder for folder in class_folders(path) if class_name(folder) not in set(classes)]
+    if unknown and (named := [class_name(folder) for folder in unknown if Walk().images(folder)]):
+        raise ACKDError(
+            f"{path} has classes that the training part lacks ({_listed(named)}): both need the same class folders"
+        )
 
 
 def _check_empty(path: Path, folders: Iterable[str], empty: Sequence[str], *, whole: bool) -> None:
