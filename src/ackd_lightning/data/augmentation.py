@@ -84,25 +84,25 @@ class ImageAugmentation:
                 "the colours of images with 1 or 3, so set it to none"
             )
         self.seed = seed
-        steps: list[v2.Transform] = []
+        steps: list[v2.Transform] = [v2.Identity()]
         if augmentation.policy == "randaugment":
             steps.append(v2.RandAugment(augmentation.operations, augmentation.magnitude))
         elif augmentation.policy == "trivialaugment":
             steps.append(v2.TrivialAugmentWide())
-        if augmentation.erasing:
-            steps.append(v2.RandomErasing(augmentation.erasing, value=[round(255 * each) for each in mean]))
-        self.transform = v2.Compose(steps)
+        self.policy = v2.Compose(steps)
+        colours = {torch.uint8: [float(round(255 * each)) for each in mean], torch.float32: list(mean)}
+        self.erasing = {kind: v2.RandomErasing(augmentation.erasing, value=each) for kind, each in colours.items()}
 
     def __call__(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Augment one image.
 
         Args:
-            image: ``C x H x W`` uint8.
+            image: ``C x H x W`` uint8, or float32 from 0 to 1.
             epoch: Epoch.
             index: Position in the training part.
         """
         with seeded(mix(self.seed, epoch, index, STREAM_POLICY)):
-            changed: Tensor = self.transform(image)
+            changed: Tensor = self.erasing[image.dtype](self.policy(image))
         return changed
 
 
