@@ -10,6 +10,7 @@ from ackd_lightning.data.imagenet import ImageNetDataModule
 from ackd_lightning.data.table import TableDataModule
 from ackd_lightning.data.tiny_imagenet import TinyImageNetDataModule
 from ackd_lightning.data.transforms import RawBatch
+from ackd_lightning.data.webdataset import WebDatasetDataModule
 
 __all__ = [
     "CIFAR100DataModule",
@@ -22,4 +23,5 @@ __all__ = [
     "RawBatch",
     "TableDataModule",
     "TinyImageNetDataModule",
+    "WebDatasetDataModule",
 ]
