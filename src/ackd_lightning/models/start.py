@@ -101,7 +101,8 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
     Args:
         network: Any network.
     """
-    found = network.get_classifier() if callable(getattr(network, "get_classifier", None)) else None
+    ask: Any = getattr(network, "get_classifier", None)  # of timm
+    found = ask() if callable(ask) else None
     modules = found if isinstance(found, (tuple, list)) else [found]
     names = [name for name, module in network.named_modules() if any(module is each for each in modules)]
     if names:
