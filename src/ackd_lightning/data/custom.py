@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from PIL import ImageColor
+from torch import Tensor
 
 from ackd_lightning.data.decoding import ImageFormat, is_deep, label, load_image
 from ackd_lightning.data.messages import say
-from ackd_lightning.data.sampling import Part
+from ackd_lightning.data.sampling import stratified_split
 from ackd_lightning.data.sources import Files, Records, Source
 from ackd_lightning.data.stored import StoredDataModule
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -22,6 +24,8 @@ Side = Annotated[int, Range(8, 4096)]
 
 _IN_MEMORY = 64
 """Largest side in pixels at which images are kept in memory."""
+_TEST_SHARE = 0.2
+_TEST_SPLIT_SEED = 1  # another one than that of the validation split, which is taken from the remaining images
 _GREY = ((sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,))
 
 
@@ -46,6 +50,9 @@ class CustomImagesDataModule(StoredDataModule):
         background: Colour that shows through transparent pixels: a name, or ``#rrggbb``.
         options: Argument ``cache``, and those of [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
     """
+
+    _has_validation = False
+    """Whether the data have a validation part of their own."""
 
     @checked
     def __init__(
@@ -79,24 +86,47 @@ class CustomImagesDataModule(StoredDataModule):
         self._deep: bool | None = None
 
     @property
+    def _own_validation(self) -> bool:
+        return self._has_validation and not self.val_is_test
+
+    @property
+    def _validation_share(self) -> float:
+        return 1.0
+
+    @property
     def image_format(self) -> ImageFormat:
         """What image files become."""
         return ImageFormat(
             height_width(self.input_size), self.channels, self.value_range, self.background, bool(self._deep)
         )
 
-    def _read(self, files: Files | Records, folder: Path, part: Part) -> Source:
+    def _read(self, files: Files | Records, folder: Path, part: str) -> Source:
         """Decode small images, or check the files of large ones."""
         if self._deep is None and len(files):
             first = files.file(0)
             self._deep = is_deep(load_image(first))
-            if self._deep and part == "train":
+            if self._deep:
                 say(f"images are kept as float32, since the first one, {label(first)}, has more than 8 bits")
         if max(height_width(self.input_size)) <= _IN_MEMORY:
             return self._decoded(files, folder, part)
         if isinstance(files, Records):
             return self._checked(files, folder, part)
         return self._checked(files, folder, part)
+
+
+def split_test(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Split data without a test part: a stratified fifth of the labelled images, always the same, is the test set.
+
+    Args:
+        targets: ``N`` int64 class indices, -1 without a label.
+
+    Returns:
+        Sorted positions (int64) of the training part and of the test part.
+    """
+    labelled = (targets >= 0).nonzero().flatten()
+    kept, held_out = stratified_split(targets[labelled], _TEST_SHARE, split_seed=_TEST_SPLIT_SEED)
+    train = torch.cat([labelled[kept], (targets < 0).nonzero().flatten()])
+    return train.sort().values, labelled[held_out]
 
 
 def _normalisation(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ackd_lightning.data.custom import CustomImagesDataModule
+from ackd_lightning.data.custom import CustomImagesDataModule, split_test
 from ackd_lightning.data.folders import (
     ClassOrder,
     Walk,
@@ -20,15 +20,10 @@ from ackd_lightning.data.folders import (
     say_order,
     scan_class_folders,
 )
-from ackd_lightning.data.sampling import Part, stratified_split
+from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import NO_LABEL, Files, Source
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import checked
-
-TEST_SHARE = 0.2
-"""Share of the images that is the test set of data without one."""
-TEST_SPLIT_SEED = 1
-"""Seed of that split: another one than that of the validation split, which is taken from the remaining images."""
 
 
 class ImageFolderDataModule(CustomImagesDataModule):
@@ -71,6 +66,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
         super().__init__(root, **options)
         self.class_order: ClassOrder = class_order
         self._folders = self._layout({"train": train_dir, "val": val_dir, "test": test_dir})
+        self._has_validation = "val" in self._folders
         self._unlabelled = None if unlabelled is None else self.root / unlabelled
         if self._unlabelled is not None and not self._unlabelled.is_dir():
             raise ACKDError(f"there is no folder {self._unlabelled}: set unlabelled to a folder of images")
@@ -112,14 +108,6 @@ class ImageFolderDataModule(CustomImagesDataModule):
             raise ACKDError(f"{self.root} holds the folder {name} but no folder train: name it with train_dir")
         return {"train": self.root, **found}
 
-    @property
-    def _own_validation(self) -> bool:
-        return "val" in getattr(self, "_folders", {}) and not self.val_is_test
-
-    @property
-    def _validation_share(self) -> float:
-        return 1.0
-
     def _load(self, part: Part) -> Source:
         return self._read(self._files(part), self.root, part)
 
@@ -129,7 +117,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
         if part == "train" or part not in self._folders:
             files = scan_class_folders(self._folders["train"], order=self.class_order)
             if "test" not in self._folders:
-                kept, held_out = stratified_split(files.targets, TEST_SHARE, split_seed=TEST_SPLIT_SEED)
+                kept, held_out = split_test(files.targets)
                 files = files.select(kept if part == "train" else held_out)
         else:
             files = scan_class_folders(self._folders[part], classes=self._names, order=self.class_order)

@@ -10,7 +10,6 @@ from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.cache import cached, fingerprint
 from ackd_lightning.data.folders import class_names_of, say_order
 from ackd_lightning.data.reading import check_files, decode, paths_of
-from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files, Pixels, Records
 from ackd_lightning.types import height_width
 from ackd_lightning.validation import checked
@@ -53,7 +52,7 @@ class StoredDataModule(ImageDataModule):
         size = f"{height}px" if height == width else f"{height}x{width}px"
         return folder / f"ackd-cache-{part}-{size}.pt" if self.cache else None
 
-    def _decoded(self, files: Files | Records, folder: Path, part: Part) -> Pixels:
+    def _decoded(self, files: Files | Records, folder: Path, part: str) -> Pixels:
         """Decode small images, or read them from the cache in ``folder``."""
         form = self.image_format
         targets = hashlib.sha256(files.targets.numpy().tobytes()).hexdigest()
@@ -64,7 +63,7 @@ class StoredDataModule(ImageDataModule):
         """Return what the pixels of images that are not files depend on."""
         return ""
 
-    def _checked(self, files: Found, folder: Path, part: Part) -> Found:
+    def _checked(self, files: Found, folder: Path, part: str) -> Found:
         """Check for broken files, unless a file in ``folder`` states that they were checked before."""
         check_files(files, self.image_format, self._mark(), folder / f"ackd-checked-{part}.pt" if self.cache else None)
         return files
