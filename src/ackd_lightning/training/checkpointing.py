@@ -18,6 +18,7 @@ from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.start import Start, match_head
 from ackd_lightning.runs.export import Exported, write_student
+from ackd_lightning.training.labels import Labels
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
 from ackd_lightning.training.teachers import Teachers, compare_classes
@@ -30,6 +31,7 @@ class SelfDescribing(OpenOptimizers):
     Attributes:
         data: Classes, image size and normalisation of the data.
         teachers: The teachers.
+        labelling: Label smoothing and class weights.
         matches_classes: Whether class names must be those of the data.
         seed: Seed of the run.
         start: What the student was started from; None for fresh weights, and after a checkpoint was loaded.
@@ -37,6 +39,7 @@ class SelfDescribing(OpenOptimizers):
 
     data: DataInfo
     teachers: Teachers
+    labelling: Labels
     matches_classes: bool
     seed: int
     start: Start | None
@@ -85,6 +88,7 @@ class SelfDescribing(OpenOptimizers):
         """Tell the method about the fit."""
         data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
         targets = getattr(data, "train_targets", None)
+        self.labelling.begin_fit(None if targets is None else torch.as_tensor(targets))
         self.method.begin_fit(
             FitInfo(
                 epochs=epochs if epochs is not None and epochs > 0 else None,
