@@ -25,10 +25,8 @@ from ackd_lightning.methods.base import Method, Networks, check_method, weighted
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.features import probe
-from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher import FrozenTeacher
-from ackd_lightning.models.zoo import create_model
 from ackd_lightning.random import mix, seed_device
 from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
@@ -42,6 +40,7 @@ from ackd_lightning.training.schedule import (
     SchedulerFactory,
     describe_factory,
 )
+from ackd_lightning.training.students import build_student, keep_frozen_in_evaluation
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
 from ackd_lightning.training.teachers import (
     GivenTeacher,
@@ -140,22 +139,12 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
                 "super().__init__() first"
             )
         configs = chosen(as_configs(teacher), self.method)
-        chosen_student = as_student_config(student)
-        if any(each.network is chosen_student.network for each in configs if isinstance(each.network, nn.Module)):
+        self.student_config = as_student_config(student)
+        if any(each.network is self.student_config.network for each in configs if isinstance(each.network, nn.Module)):
             raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
 
-        if isinstance(chosen_student.network, str):
-            if given_data is None:
-                raise ACKDError(
-                    f"the student is named {chosen_student.network!r} and its number of classes is unknown; pass "
-                    "data=DataInfo(...)"
-                )
-            backbone = create_model(chosen_student.network, given_data.num_classes, **(chosen_student.options or {}))
-        else:
-            backbone = chosen_student.network
+        self.student, self.start = build_student(self.student_config, self.method.branches, given_data)
         size = 32 if given_data is None else given_data.input_size
-        classes = None if given_data is None else given_data.num_classes
-        self.student = BranchyStudent(backbone, self.method.branches, num_classes=classes, input_size=size)
         self.spec: NetSpec = probe(self.student, size)
         self.data = given_data or DataInfo(self.spec.num_classes, size)
         if self.spec.num_classes != self.data.num_classes:
@@ -187,7 +176,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self._last: tuple[NetOutput, NetOutput | None, Batch] | None = None
         self.save_hyperparameters(
             {
-                "student": describe_student(chosen_student, backbone),
+                "student": describe_student(self.student_config, self.student.plain()),
                 "method": describe(self.method),
                 "teacher": describe_teachers(configs),
                 "data": {
@@ -254,6 +243,17 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         """
         self.teachers.load()
 
+    def train(self, mode: bool = True) -> DistillationModule:
+        """Set the mode; parts whose parameters are all frozen stay in evaluation mode.
+
+        Args:
+            mode: Whether to train rather than to evaluate.
+        """
+        super().train(mode)
+        if mode:
+            keep_frozen_in_evaluation(self)
+        return self
+
     def _apply(self, fn: Any, recurse: bool = True) -> DistillationModule:
         if "teachers" in self.__dict__:
             self.teachers.apply(fn, recurse)
@@ -267,15 +267,18 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         if stage != "fit":
             self._take_class_names(data)
             return
+        if not (self.training and self.student.training and self.student.backbone.training):
+            self.train()  # Lightning trains in the mode that it finds
         self.check_data(data)
         self.load_teacher()
+        matched = self.start is not None and self.start.class_names is not None
         self.match_classes(data)
         before = self._method_sizes()
         self._begin_fit()
         check_sampling(self.method, data)
         self._speed_up()
         self._open_cache()
-        if self.method.teacher == "own" or self._method_sizes() != before:
+        if self.method.teacher == "own" or self._method_sizes() != before or matched:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
@@ -494,8 +497,7 @@ class ACKDModule(DistillationModule):
     A `DistillationModule` whose default method is `ACKD` with the paper's two auxiliary learners and all weights 1.
 
     Example:
-        >>> from ackd_lightning.models.zoo import create_model
-        >>> module = ACKDModule(create_model("resnet8", 10), teacher=create_model("resnet14", 10))
+        >>>         >>> module = ACKDModule(create_model("resnet8", 10), teacher=create_model("resnet14", 10))
         >>> module.student.specs
         ('D3B1', 'D2B2')
     """
