@@ -464,6 +464,17 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self._shares, batch = batch.soft, self.labelling(batch)
         if self.method.reads_index and batch_idx == 0:  # one check an epoch: it waits for a GPU
             self._check_index(batch)
+        try:
+            return self._step(batch)
+        except ValueError as error:  # BatchNorm's
+            if len(batch.target) > 1 or "more than 1 value" not in str(error):
+                raise
+            raise ACKDError(
+                f"a batch has 1 image and BatchNorm needs more to train ({error}); set drop_last=True in your "
+                "DataLoader, or choose a batch size that leaves more than 1 image over"
+            ) from error
+
+    def _step(self, batch: Batch) -> Tensor | None:
         if not self.automatic_optimization:
             self.manual_step(batch)
             return None
