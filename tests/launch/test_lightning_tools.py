@@ -38,7 +38,7 @@ def summary():
 @pytest.mark.parametrize(
     "tool",
     [
-        ["--trainer.callbacks+=LearningRateFinder", "--trainer.callbacks.num_training_steps=30"],
+        ["--trainer.callbacks+=LearningRateFinder", "--trainer.callbacks.num_training_steps=25", "--data.batch_size=2"],
         ["--trainer.callbacks+=BatchSizeFinder", "--trainer.callbacks.max_trials=1"],
     ],
     ids=["rate", "batch"],
@@ -65,7 +65,7 @@ def test_what_a_finder_found_is_in_the_files_of_the_run(tool):
         ["--trainer.callbacks+=TQDMProgressBar"],
         ["--trainer.callbacks+=RichProgressBar"],
         ["--trainer.callbacks+=RichModelSummary"],
-        ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"],
+        ["--trainer.callbacks+=ModelSummary"],
         ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "elsewhere"],
         ["--model.lr_scheduler", "ReduceLROnPlateau"],
         ["--model.lr_scheduler", "ReduceLROnPlateau", "--trainer.check_val_every_n_epoch", "2"],

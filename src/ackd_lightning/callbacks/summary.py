@@ -73,7 +73,7 @@ class RunSummary(L.Callback):
         if trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics.items()
-        values = {key: float(value) for key, value in metrics if key.startswith(("val/", "test/"))}
+        values = {key: float(value) for key, value in metrics if key.startswith(("val", "test"))}
         self.last = {**values, "epoch": float(trainer.current_epoch + 1)}
         self.measured_at = trainer.global_step
         if values.get("val/acc", -1.0) > self.best.get("val/acc", -1.0):

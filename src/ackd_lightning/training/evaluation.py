@@ -18,6 +18,7 @@ from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.base import Method
 from ackd_lightning.metrics.cka import LearnerStatistics
 from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.training.batches import require_labels
 from ackd_lightning.training.nonfinite import remedies
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -145,7 +146,7 @@ class EvaluationSteps(L.LightningModule):
     evaluation: Evaluation
 
     @abstractmethod
-    def as_batch(self, batch: Any) -> Batch:
+    def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
         """Read a batch of any data module."""
 
     @abstractmethod
@@ -167,7 +168,8 @@ class EvaluationSteps(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure the student, each auxiliary learner and their ensemble on a batch."""
-        batch = self.as_batch(batch)
+        batch = self.as_batch(batch, first=batch_idx == 0)
+        require_labels(batch)
         student: NetOutput = self.student(batch.image)
         if dataloader_idx > len(self.evaluation.others):
             self._metric_attributes = None  # Lightning's memory of the metrics that it has found in the module
