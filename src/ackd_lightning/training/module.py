@@ -41,6 +41,7 @@ from ackd_lightning.training.schedule import (
     SchedulerFactory,
     describe_factory,
 )
+from ackd_lightning.training.strategies import refuse_sharding
 from ackd_lightning.training.students import build_student, keep_frozen_in_evaluation
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
 from ackd_lightning.training.teachers import (
@@ -267,6 +268,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
 
     def setup(self, stage: str) -> None:
         """Load the teachers and tell the method about the fit."""
+        refuse_sharding(self.trainer.strategy)
         data = getattr(self.trainer, "datamodule", None)
         if stage != "fit":
             self._take_class_names(data)
