@@ -72,12 +72,13 @@ class ImageAugmentation:
         augmentation: What to do.
         mean: Mean of each channel, of pixels in 0 to 1: the colour of erased rectangles.
         seed: Seed of the run.
+        deep: Whether images are float32 from 0 to 1, instead of uint8.
 
     Raises:
         ACKDError: If a policy, which changes colours, is asked for images that are neither grey nor RGB.
     """
 
-    def __init__(self, augmentation: Augmentation, mean: Sequence[float], seed: int) -> None:
+    def __init__(self, augmentation: Augmentation, mean: Sequence[float], seed: int, *, deep: bool = False) -> None:
         if augmentation.policy != "none" and len(mean) not in (1, 3):
             raise ACKDError(
                 f"data.augmentation.policy is {augmentation.policy} and images have {len(mean)} channels; it changes "
@@ -89,9 +90,10 @@ class ImageAugmentation:
             steps.append(v2.RandAugment(augmentation.operations, augmentation.magnitude))
         elif augmentation.policy == "trivialaugment":
             steps.append(v2.TrivialAugmentWide())
-        self.policy = v2.Compose(steps)
-        colours = {torch.uint8: [float(round(255 * each)) for each in mean], torch.float32: list(mean)}
-        self.erasing = {kind: v2.RandomErasing(augmentation.erasing, value=each) for kind, each in colours.items()}
+        if augmentation.erasing:
+            colour = [float(each) if deep else round(255 * each) for each in mean]
+            steps.append(v2.RandomErasing(augmentation.erasing, value=colour))
+        self.transform = v2.Compose(steps)
 
     def __call__(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Augment one image.
@@ -102,7 +104,7 @@ class ImageAugmentation:
             index: Position in the training part.
         """
         with seeded(mix(self.seed, epoch, index, STREAM_POLICY)):
-            changed: Tensor = self.erasing[image.dtype](self.policy(image))
+            changed: Tensor = self.transform(image)
         return changed
 
 
