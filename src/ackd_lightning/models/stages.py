@@ -1,0 +1,117 @@
+"""Stages of any network, found in the calls of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ackd_lightning.models.tracing import Call, Trace
+
+_SMALLEST_BACKBONE = 16
+"""Reduction of the resolution from which on a network's first layers, down to a half, are its stem."""
+
+_PARTS = 4
+"""Stages of a network whose resolution is the same everywhere, such as a vision transformer."""
+
+
+def stage_names(network: nn.Module, traced: Trace, image_size: tuple[int, int]) -> tuple[str, ...]:
+    """Return the names of the modules whose outputs are F_0 .. F_K; empty where there are fewer than two.
+
+    A stage ends at the last module, not inside another, before the resolution changes. Blocks of one resolution, as
+    those of a vision transformer, are split into four stages. F_0 is the output of what comes before the first stage;
+    layers at half of the image's resolution belong to it where the network reduces the resolution 16-fold or more.
+    The last feature is the map that global average pooling reads, where there is one.
+
+    Args:
+        network: Network that was traced.
+        traced: Calls of its modules.
+        image_size: Height and width of the image in pixels.
+    """
+    points = _trunk(traced)
+    if not points:
+        return ()
+    whole = image_size[0] * image_size[1]
+    layers = sorted(traced.calls[name].start for name in _weighted(network) if name in traced.calls)
+    stages, last = [], 0
+    for end in (_end(run) for run in _runs(points)):
+        if any(last < start < end.end for start in layers):  # not pooling alone
+            stages.append(end)
+            last = end.end
+    stem: list[Call] = []
+    if whole >= _SMALLEST_BACKBONE**2 * _area(stages[-1]):
+        stem = [each for each in stages[:-2] if whole <= 4.5 * _area(each)]
+        stages = stages[len(stem) :]
+    begin = stages[0].start
+    if stem:
+        begin = next(start for start in layers if start > stem[-1].end)
+    if len(stages) < 3 and len(chain := _longest_chain(network, points)) >= _PARTS:
+        stages = [chain[-(-len(chain) * part // _PARTS) - 1] for part in range(1, _PARTS + 1)]
+        begin = chain[0].start
+    pooled = [each for each in points if each.name in traced.pooled and each.end >= stages[-1].end]
+    if pooled:
+        stages[-1] = min((each for each in pooled if each.node is pooled[0].node), key=lambda each: each.depth)
+    first = [each for each in points if each.end < begin][-1:]
+    names = [each.name for each in first + stages]
+    return tuple(names) if len(names) > 1 else ()
+
+
+def _area(call: Call) -> int:
+    assert call.shape is not None
+    return call.shape[1] * call.shape[2]
+
+
+def _trunk(traced: Trace) -> list[Call]:
+    """Return the points where the network can be cut and has a map, up to global pooling."""
+    points = [each for each in traced.spine if each.shape is not None]
+    if traced.classifier is not None and traced.classifier in traced.calls:
+        before = traced.calls[traced.classifier].start
+        points = [each for each in points if each.end < before]
+    largest = max((_area(each) for each in points), default=0)
+    if largest > 1:  # a pooled map is no stage, unless the images are tiny
+        final = next((number for number, each in enumerate(points) if _area(each) == 1), len(points))
+        if _has_weights_after(traced, points, final):
+            final = len(points)
+        points = points[:final]
+    return points
+
+
+def _has_weights_after(traced: Trace, points: Sequence[Call], start: int) -> bool:
+    """Whether maps of one position change their number of channels, as those of convolutions on tiny images do."""
+    return len({each.shape for each in points[start:]}) > 1
+
+
+def _end(run: Sequence[Call]) -> Call:
+    depth = min(each.depth for each in run)
+    return [each for each in run if each.depth == depth][-1]
+
+
+def _weighted(network: nn.Module) -> list[str]:
+    """Return the names of the layers with weights."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if any(each.dim() > 1 for each in module.parameters(recurse=False))
+    ]
+
+
+def _longest_chain(network: nn.Module, points: Sequence[Call]) -> list[Call]:
+    """Return the largest group of modules of one class and one parent."""
+    groups: dict[tuple[str, type], list[Call]] = {}
+    for each in points:
+        parent = each.name.rpartition(".")[0]
+        module = network.get_submodule(each.name)
+        if any(True for _ in module.parameters()):
+            groups.setdefault((parent, type(module)), []).append(each)
+    return max(groups.values(), key=len, default=[])
+
+
+def _runs(points: Sequence[Call]) -> list[list[Call]]:
+    """Group consecutive points of one resolution; a convolution without padding does not begin another."""
+    runs: list[list[Call]] = []
+    for each in points:
+        if runs and _area(each) > 0.6 * _area(runs[-1][0]):
+            runs[-1].append(each)
+        else:
+            runs.append([each])
+    return runs
