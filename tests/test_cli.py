@@ -75,7 +75,7 @@ class TestRunFolder:
         rows = read_rows(run / "metrics.csv")
         assert {row["val/acc"] for row in rows} - {""}
         settings = yaml.safe_load((run / "config.yaml").read_text())
-        assert settings["model"]["student"] == "resnet8"
+        assert settings["model"]["student"]["network"] == "resnet8"
         assert settings["model"]["method"]["init_args"]["branches"] == ["D3B1", "D2B2"]
         assert settings["seed_everything"] == 0
 
@@ -311,7 +311,7 @@ def test_methods_swap_and_flags_win(beside):
     model = yaml.safe_load((run / "config.yaml").read_text())["model"]
     assert model["method"]["class_path"] == "ackd_lightning.methods.KD"
     assert (model["optimizer"]["init_args"]["lr"], model["method"]["init_args"]["temperature"]) == (0.011, 2.0)
-    assert model["student"] == "resnet8"
+    assert model["student"]["network"] == "resnet8"
 
 
 def test_paper_protocol_selects_nothing_on_the_test_set(beside, capsys):
@@ -378,7 +378,7 @@ def test_wandb_offline_without_a_key(beside, monkeypatch):
     in_csv = {key for row in read_rows(run / "metrics.csv") for key, value in row.items() if value}
     assert {"train/loss", "val/acc"} <= logged
     assert in_csv - {"step", "epoch"} <= logged
-    assert config["cli"]["model"]["student"] == "resnet20"
+    assert config["cli"]["model"]["student"]["network"] == "resnet20"
 
 
 def synthetic(self, part):

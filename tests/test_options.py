@@ -49,6 +49,7 @@ def lines() -> Iterator[str]:
     from ackd_lightning.data import DigitsDataModule
     from ackd_lightning.launch import LIGHTNING
     from ackd_lightning.launch.options import make_parser
+    from ackd_lightning.models.student_config import StudentConfig
     from ackd_lightning.models.teacher import TeacherConfig
     from ackd_lightning.training import Recipe
 
@@ -60,6 +61,7 @@ def lines() -> Iterator[str]:
         if command == "fit":
             found |= {f"--data.{name}" for name in arguments_of(DigitsDataModule)}
             found |= {f"--model.teacher.{name}" for name in arguments_of(TeacherConfig)}
+            found |= {f"--model.student.{name}" for name in arguments_of(StudentConfig)}
             found |= {f"--model.recipe.{name}" for name in arguments_of(Recipe)}
         elif command in LIGHTNING:
             found = {name for name in found if not name.startswith(("--model.", "--data."))}

@@ -24,6 +24,7 @@ from ackd_lightning.config.class_paths import check_classes, declared
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.download import extract
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.training.module import DistillationModule
 
 SOURCE = Path(__file__).parents[1] / "src" / "ackd_lightning"
@@ -147,7 +148,8 @@ PLACES = {
     "model": {"model": "HERE"},
     "model.method": {"model": {"method": "HERE"}},
     "model.student": {"model": {"student": "HERE"}},
-    "model.student_options": {"model": {"student_options": {"a": "HERE"}}},
+    "model.student.network": {"model": {"student": {"network": "HERE"}}},
+    "model.student.options": {"model": {"student": {"network": "resnet8", "options": {"a": "HERE"}}}},
     "model.optimizer": {"model": {"optimizer": "HERE"}},
     "model.lr_scheduler": {"model": {"lr_scheduler": "HERE"}},
     "model.recipe": {"model": {"recipe": "HERE"}},
@@ -213,8 +215,8 @@ def test_settings_name_no_foreign_class(place, path, called, capsys, monkeypatch
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--model.student_options", '{"a": {"class_path": "evil_module.Thing"}}'],
-        ["--model.student_options.a", "{class_path: evil_module.Thing}"],
+        ["--model.student.options", '{"a": {"class_path": "evil_module.Thing"}}'],
+        ["--model.student.options.a", "{class_path: evil_module.Thing}"],
         ["--model.method", "evil_module.Thing"],
         ["--model.optimizer", "evil_module.Thing"],
         ["--model.teacher.options.a", "{class_path: evil_module.Thing}"],
@@ -235,7 +237,7 @@ def test_the_command_line_names_no_foreign_class(flags, called):
 def test_plain_data_is_refused_before_its_class_is_imported(called, capsys):
     """A type can be told only of what is imported; where no class fits, nothing is."""
     Path("loud_module.py").write_text("import builtins\nbuiltins.evil_calls.append('imported')\n")
-    content = put(PLACES["model.student_options"], "loud_module.Thing")
+    content = put(PLACES["model.student.options"], "loud_module.Thing")
     Path("c.yaml").write_text(yaml.safe_dump({"include": ["digits_resnet20"], **content}))
     assert main(["fit", "--config", "c.yaml"]) == 2
     assert "takes plain data" in capsys.readouterr().err
@@ -269,7 +271,7 @@ def test_declared_types_are_read_through_sub_classes():
         def __init__(self, *args, extra: L.Callback | None = None, **kwargs):
             super().__init__(*args, **kwargs)
 
-    assert declared(DistillationModule, "student_options") == ()
+    assert declared(StudentConfig, "options") == ()
     assert [each.__name__ for each in declared(DistillationModule, "method")] == ["Method"]
     assert [each.__name__ for each in declared(Own, "method")] == ["Method"]
     assert declared(Own, "nothing") == ()

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from ackd_lightning.types import Batch, NetOutput, NetSpec
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec, read_batch
 
 
 def test_a_batch_unpacks_in_order_and_its_index_is_a_tensor():
@@ -36,3 +37,30 @@ def test_specs_compare_by_value():
     spec = NetSpec(num_classes=5, features=((4, 2, 2),), embedding=4)
     assert spec == NetSpec(5, ((4, 2, 2),), 4)
     assert spec != NetSpec(5, ((4, 2, 2),), 4, branches=(spec,))
+
+
+@pytest.mark.parametrize(
+    ("info", "shape"),
+    [
+        (DataInfo(10), (3, 32, 32)),
+        (DataInfo(10, (48, 64)), (3, 48, 64)),
+        (DataInfo(10, 28, mean=(0.5,), std=(0.2,)), (1, 28, 28)),
+        (DataInfo(10, (20, 30), channels=13), (13, 20, 30)),
+        (DataInfo(10, [24, 24], mean=[0.5] * 4, std=[0.2] * 4, class_names=["a", "b"]), (4, 24, 24)),
+    ],
+)
+def test_the_shape_of_an_image_follows_from_size_and_normalisation(info, shape):
+    assert info.image_shape == shape
+    assert hash(info) == hash(DataInfo(**dataclasses.asdict(info)))
+
+
+def test_equal_sides_are_one_number():
+    assert DataInfo(10, (24, 24)) == DataInfo(10, 24)
+
+
+@pytest.mark.parametrize(("size", "shape"), [(16, (16, 16)), ((16, 24), (16, 24)), ((24, 16), (24, 16))])
+def test_batches_of_the_stated_size_are_read(size, shape):
+    image, target = torch.zeros(2, 3, *shape), torch.tensor([0, 1])
+    assert read_batch((image, target), size).index.tolist() == [-1, -1]
+    with pytest.raises(ACKDError, match=f"{shape[0]} x {shape[1]}"):
+        read_batch((image, target), (8, 16))

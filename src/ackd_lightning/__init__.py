@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ackd_lightning.errors import ACKDError
     from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
     from ackd_lightning.models.student import BranchyStudent
+    from ackd_lightning.models.student_config import StudentConfig
     from ackd_lightning.models.teacher import FrozenTeacher, TeacherConfig
     from ackd_lightning.models.weights import load_weights, save_weights
     from ackd_lightning.models.zoo import create_model
@@ -41,6 +42,7 @@ _HOMES = {
     "runs.export": ("load_student",),
     "methods": ("ACKD", "CE", "KD", "FitInfo", "Method", "Networks", "Sum"),
     "models.student": ("BranchyStudent",),
+    "models.student_config": ("StudentConfig",),
     "models.teacher": ("FrozenTeacher", "TeacherConfig"),
     "models.weights": ("load_weights", "save_weights"),
     "models.zoo": ("create_model",),
@@ -72,6 +74,7 @@ __all__ = [
     "NetSpec",
     "Networks",
     "Recipe",
+    "StudentConfig",
     "Sum",
     "TeacherConfig",
     "TinyImageNetDataModule",

@@ -11,6 +11,22 @@ from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
 
+ImageSize = int | tuple[int, int]
+"""Side of square images in pixels, or their height and width."""
+
+
+def height_width(size: ImageSize) -> tuple[int, int]:
+    """Return height and width in pixels.
+
+    Args:
+        size: Side of square images, or height and width.
+
+    Example:
+        >>> height_width(32), height_width((48, 64))
+        ((32, 32), (48, 64))
+    """
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
 
 class Batch(NamedTuple):
     """One batch as networks and methods see it.
@@ -70,17 +86,38 @@ class DataInfo:
 
     Attributes:
         num_classes: K.
-        input_size: Height and width of the images in pixels.
+        input_size: Side of square images in pixels, or their height and width.
         mean: Mean of each channel that the images were normalised with, of pixels in 0 to 1; None when unknown.
         std: Standard deviation of each channel, as ``mean``.
         class_names: Name of each class in the order of the targets; None when unknown.
+        channels: Channels of the images. None for as many as ``mean`` has, or 3 without one.
+
+    Example:
+        >>> DataInfo(10, input_size=(48, 64), mean=(0.5,), std=(0.25,)).image_shape
+        (1, 48, 64)
     """
 
     num_classes: int
-    input_size: int = 32
+    input_size: ImageSize = 32
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    channels: int | None = None
+
+    def __post_init__(self) -> None:
+        """Turn lists, which plain data have, into tuples, and equal sides into one number."""
+        if not isinstance(self.input_size, int):
+            height, width = self.input_size
+            object.__setattr__(self, "input_size", height if height == width else (height, width))
+        for name in ("mean", "std", "class_names"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(values))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of one image."""
+        channels = self.channels or (len(self.mean) if self.mean else 3)
+        return (channels, *height_width(self.input_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +137,12 @@ class Examples:
     target: Tensor
 
 
-def read_batch(batch: Any, input_size: int) -> Batch:
+def read_batch(batch: Any, input_size: ImageSize) -> Batch:
     """Read ``(image, target)`` or ``(image, target, index)``.
 
     Args:
         batch: Batch of any data module.
-        input_size: Height and width in pixels that the images must have.
+        input_size: Side in pixels that the images must have, or height and width.
 
     Raises:
         ACKDError: If the batch has another form, or the images another size.
@@ -117,9 +154,10 @@ def read_batch(batch: Any, input_size: int) -> Batch:
         result = Batch(image, target, batch[2] if len(batch) == 3 else torch.full_like(target, -1))
     else:
         raise ACKDError(f"a batch is {type(batch).__name__}; the data must give (image, target) or add an index")
-    height, width = result.image.shape[-2:]
-    if (height, width) != (input_size, input_size):
+    found, expected = tuple(result.image.shape[-2:]), height_width(input_size)
+    if found != expected:
         raise ACKDError(
-            f"images are {height} x {width} and input_size is {input_size}; set input_size to the side of your images"
+            f"images are {found[0]} x {found[1]} (height x width) and input_size is {expected[0]} x {expected[1]}; set "
+            "input_size to the size of your images"
         )
     return result

@@ -30,7 +30,7 @@ NAMES = [
     *("model.optimizer", "model.optimizer.lr", "model.optimizer.momentum", "model.optimizer.weight_decay"),
     *("model.lr_scheduler", "model.lr_scheduler.milestones", "model.lr_scheduler.gamma", "model.lr_scheduler.T_max"),
     *("model.recipe", "model.recipe.warmup_epochs", "model.recipe.interval", "model.recipe.gradient_clip_val"),
-    *("model.seed", "model.student", "model.student_options", "model.teacher", "model.teacher.gate"),
+    *("model.seed", "model.student", "model.student.options", "model.teacher", "model.teacher.gate"),
     *("model.method", "model.method.temperature", "model.method.branches", "model.method.attention"),
     *("model.method.attention_hidden", "model.method.lambda_adv", "model.method.adversarial"),
     *("data.batch_size", "data.eval_batch_size", "data.val_fraction", "data.train_fraction", "data.max_per_class"),

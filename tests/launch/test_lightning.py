@@ -141,7 +141,7 @@ def test_a_plan_builds_networks_and_runs_nothing(tmp_path, monkeypatch):
     assert planned.model.data.num_classes == planned.datamodule.num_classes == 10
     assert planned.option("trainer.max_epochs") == 60
     assert planned.folder == Path("runs/digits_resnet20_resnet8/x")
-    assert planned.settings()["model"]["student"] == "resnet8"
+    assert planned.settings()["model"]["student"]["network"] == "resnet8"
     hparams = planned.model.hparams
     assert hparams["optimizer"]["class_path"] == "torch.optim.SGD"
     assert hparams["lr_scheduler"]["init_args"]["T_max"] == 60

@@ -326,6 +326,13 @@ def test_networks_with_side_outputs_give_logits_alone_in_training(name):
         ("timm:resnet10tt", "'resnet10t'"),
         ("timm:zzzzqqq", "timm.list_models()"),
         ("timm:", "named ''"),
+        ("vit_tiny_patch16_224", "'timm:vit_tiny_patch16_224'"),
+        ("timm/resnet10t", "'timm:resnet10t'"),
+        ("lcnet-050", "'timm:lcnet_050'"),
+        ("mobilenetv3_small_05", "'timm:mobilenetv3_small_050'"),
+        ("resnet10t.c3_in1k", "'timm:resnet10t.c3_in1k'"),
+        ("torchvision:ResNet18", "'resnet18'"),
+        ("timm:resnet18.a9_in1k", "'resnet18.a1_in1k'"),
     ],
 )
 def test_unknown_name_is_answered_with_near_ones(name, said):

@@ -18,10 +18,19 @@ NAMES = ["cat", "dog", "bird \N{BIRD}"]
 def checkpoint(path, **metadata):
     """A checkpoint of a student that was trained without auxiliary learners."""
     network = create_model("resnet8", 3).eval()
-    known = {"num_classes": 3, "input_size": 16, "mean": None, "std": None, "data": "d", "method": "CE", "seed": 0}
+    known = {
+        "num_classes": 3,
+        "input_size": 16,
+        "mean": None,
+        "std": None,
+        "data": "d",
+        "method": "CE",
+        "seed": 0,
+        "model": "resnet8",
+    }
     state = {f"student.backbone.{key}": value for key, value in network.state_dict().items()}
     content = {"ackd_lightning": {**known, "epoch": 1, **metadata}, "state_dict": state}
-    torch.save({**content, "hyper_parameters": {"student": "resnet8"}}, path)
+    torch.save(content, path)
     return network
 
 

@@ -25,6 +25,7 @@ from ackd_lightning import (
     DistillationModule,
     FrozenTeacher,
     Recipe,
+    StudentConfig,
     TeacherConfig,
     create_model,
     load_student,
@@ -354,7 +355,7 @@ class TestSavedStudent:
         if given.startswith("network"):
             net = build(KD(), student=create_model(name, CLASSES, **options))
         else:
-            net = build(KD(), student=name, student_options=options)
+            net = build(KD(), student=StudentConfig(name, options=options))
         trainer(fast_dev_run=1).fit(net, datamodule=Blobs())
         self.check(net, tmp_path)
 

@@ -52,8 +52,8 @@ class TrainingModule(Protocol):
         """Where the module is."""
 
     @property
-    def hparams(self) -> Any:
-        """Arguments of its constructor, as plain data."""
+    def model_name(self) -> str | None:
+        """Name of the student for ``create_model``; None for a network that it does not build."""
 
     @property
     def teacher_spec(self) -> NetSpec | None:

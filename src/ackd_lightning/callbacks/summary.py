@@ -21,7 +21,7 @@ from ackd_lightning.runs.versions import device_name, versions
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
     from ackd_lightning.models.teacher import FrozenTeacher
-    from ackd_lightning.types import NetSpec
+    from ackd_lightning.types import ImageSize, NetSpec
 
 
 class RunSummary(L.Callback):
@@ -96,7 +96,7 @@ class RunSummary(L.Callback):
         summary = self._summary(trainer, module)
         files = {"settings": "config.yaml", "curves": "metrics.csv", "checkpoints": "checkpoints"}
         last = self.folder / "checkpoints" / "last.ckpt"
-        if last.is_file() and isinstance(module.hparams.get("student"), str):
+        if last.is_file() and module.model_name is not None:
             # only metrics that were measured with the very weights that are written
             known = self.last if self.measured_at == trainer.global_step else {}
             measured = {key.replace("/", "_"): f"{value:.6f}" for key, value in known.items() if key.endswith("/acc")}
@@ -213,8 +213,7 @@ def _label_and_size(network: str, summary: dict[str, Any]) -> tuple[str, str]:
 
 
 def _student_name(module: TrainingModule) -> str:
-    name = module.hparams.get("student")
-    return name if isinstance(name, str) else type(module.student.plain()).__name__
+    return module.model_name or type(module.student.plain()).__name__
 
 
 def _shape(spec: NetSpec, stage: int) -> str:
@@ -222,7 +221,7 @@ def _shape(spec: NetSpec, stage: int) -> str:
     return f"F{stage}{shape}"
 
 
-def _teacher_summary(teacher: FrozenTeacher, input_size: int) -> dict[str, Any]:
+def _teacher_summary(teacher: FrozenTeacher, input_size: ImageSize) -> dict[str, Any]:
     measured = teacher.metadata.get("measured_acc")
     return {
         "model": teacher.metadata.get("model", type(teacher.network).__name__),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -18,6 +18,8 @@ _INCLUDE = "include"
 _DEEPEST, _MOST = 50, 100_000
 """Largest number of levels and of values in a YAML file; an alias counts as often as it is used."""
 _METHODS = "methods"
+_SHORT = {"student": "network"}
+"""Settings whose name or class is short for a mapping with this key."""
 
 
 @cache
@@ -77,7 +79,8 @@ def find_config(value: str) -> Path:
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Lay one configuration over another: mappings merge, everything else is replaced.
 
-    Where ``over`` names another ``class_path``, the arguments of the old class are dropped.
+    Where ``over`` names another ``class_path``, the arguments of the old class are dropped. ``student: resnet20`` is
+    short for ``student: {network: resnet20}``: it replaces a mapping, and a mapping is laid over it.
 
     Args:
         base: Lower configuration.
@@ -89,11 +92,32 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     if len(classes) == 2:
         result = {}
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both else copy.deepcopy(value)
+        lower = result.get(key)
+        if key in _SHORT and isinstance(value, dict):
+            if "class_path" not in value:
+                lower = long_form(lower, key)
+            elif isinstance(lower, dict) and "class_path" not in lower:
+                lower = None  # the short form replaces the long one
+        both = isinstance(value, dict) and isinstance(lower, dict)
+        result[key] = merge(cast("dict[str, Any]", lower), value) if both else copy.deepcopy(value)
     if "class_path" in result:  # first, where a reader looks for it
         result = {"class_path": result["class_path"], **result}
     return result
+
+
+def long_form(value: Any, key: str) -> Any:
+    """Write a value that stands for a mapping with one key as that mapping; any other value is returned as it is.
+
+    Args:
+        value: Value of a setting, such as ``resnet20``.
+        key: Name of the setting, such as ``student``.
+
+    Example:
+        >>> long_form("resnet20", "student")
+        {'network': 'resnet20'}
+    """
+    short = isinstance(value, str) or (isinstance(value, dict) and "class_path" in value)
+    return {_SHORT[key]: value} if key in _SHORT and short else value
 
 
 def walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

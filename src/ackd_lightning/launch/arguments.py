@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import yaml
 
-from ackd_lightning.config.files import merge, walk
+from ackd_lightning.config.files import long_form, merge, walk
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.files import find_checkpoint, run_folder
 
@@ -90,6 +90,12 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
     waiting = iter(options)
     for option in waiting:
         name, equals, value = option.partition("=")
+        if name == "--model.student":
+            settings["model"] = {
+                **(settings.get("model") or {}),
+                "student": _network(value if equals else next(waiting, "")),
+            }
+            continue
         if name == "--model.teacher" and isinstance(settings.get("model"), dict):
             settings["model"].pop("teacher", None)  # a list would inherit from the teacher of the files
         holder, key = _holder(settings, name)
@@ -103,6 +109,8 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
         else:
             holder[key] = merge(holder[key] or {}, spec)
     model = settings.get("model")
+    if isinstance(model, dict) and "student" in model:
+        model["student"] = long_form(model["student"], "student")
     scheduler = model.get("lr_scheduler") if isinstance(model, dict) else None
     length = _LENGTHS.get(_last_part(scheduler))
     stated = {option.partition("=")[0].rpartition(".")[2] for option in others if "lr_scheduler" in option}
@@ -146,6 +154,15 @@ def _holder(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str]
     value = holder.get(key) if isinstance(holder, dict) else None
     is_class = "class_path" in value if isinstance(value, dict) else value is None and key == "lr_scheduler"
     return (holder, key) if is_class and isinstance(holder, dict) and option.startswith("--") else ({}, key)
+
+
+def _network(value: str) -> Any:
+    """A student as it was written: its name, or a mapping."""
+    try:
+        read = yaml.safe_load(value)
+    except Exception:  # whatever PyYAML's constructors raise
+        return value
+    return read if isinstance(read, dict) else value
 
 
 def _as_class(value: str) -> dict[str, Any] | None:

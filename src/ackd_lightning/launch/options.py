@@ -18,6 +18,7 @@ from ackd_lightning.launch.arguments import set_length
 from ackd_lightning.launch.messages import RefusedError
 from ackd_lightning.models.branches import default_branches
 from ackd_lightning.models.features import plan_for
+from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.teacher import TeacherConfig
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.module import DistillationModule
@@ -74,8 +75,15 @@ def make_parser(command: str) -> Parser:
     )
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, data order and augmentation")
     parser.add_lightning_class_args(L.Trainer, "trainer")
-    parser.add_class_arguments(DistillationModule, "model", skip={"teacher"}, fail_untyped=False, sub_configs=True)
-    # the annotation in Python takes names and networks as well, and then jsonargparse finds no options below it
+    parser.add_class_arguments(
+        DistillationModule, "model", skip={"student", "teacher"}, fail_untyped=False, sub_configs=True
+    )
+    # the annotations in Python take names and networks as well, and then jsonargparse finds no options below them
+    parser.add_argument(
+        "--model.student",
+        type=StudentConfig,
+        help="student, such as --model.student resnet8, short for --model.student.network resnet8",
+    )
     parser.add_argument(
         "--model.teacher",
         type=TeacherConfig | list[TeacherConfig] | None,
@@ -116,7 +124,7 @@ def spell_out(settings: Any) -> None:
     interval = "epoch" if model.recipe is None else model.recipe.interval
     set_length(model.lr_scheduler, epochs=trainer.max_epochs, steps=trainer.max_steps, interval=interval)
     arguments = model.method.get("init_args") if model.method is not None else None
-    if arguments is not None and arguments.get("branches", ()) is None and isinstance(model.student, str):
+    if arguments is not None and arguments.get("branches", ()) is None and isinstance(model.student.network, str):
         with contextlib.suppress(ACKDError), torch.device("meta"):  # a wrong name is reported by the constructor
-            plan = plan_for(create_model(model.student, 10, **(model.student_options or {})))
+            plan = plan_for(create_model(model.student.network, 10, **(model.student.options or {})))
             arguments.branches = list(default_branches(plan)) if plan is not None else None

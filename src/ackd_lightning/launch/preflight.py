@@ -11,12 +11,12 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.accelerators import CPUAccelerator
-from torch import nn
 
 from ackd_lightning.config.files import walk
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import check_fit
 from ackd_lightning.runs.files import read_checkpoint
+from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.validation import Range
 
 _COUNT, _FROM_0, _ABOVE_0 = Range(1), Range(0), Range(0, open_low=True)
@@ -120,7 +120,7 @@ def check_processes(trainer: L.Trainer, batch_size: int | None) -> None:
         )
 
 
-def check_checkpoint(path: Path, module: nn.Module, content: Mapping[str, Any] | None = None) -> None:
+def check_checkpoint(path: Path, module: DistillationModule, content: Mapping[str, Any] | None = None) -> None:
     """Compare a checkpoint with the networks that the settings build.
 
     Args:
@@ -132,8 +132,7 @@ def check_checkpoint(path: Path, module: nn.Module, content: Mapping[str, Any] |
         ACKDError: When it cannot be read, or was made with other networks.
     """
     checkpoint = content or read_checkpoint(path)
-    hparams = checkpoint.get("hyper_parameters", {})
-    there, here = (_what(each) for each in (hparams, getattr(module, "hparams", {})))
+    there, here = (_what(each) for each in (checkpoint["ackd_lightning"], module.metadata()))
     state = module.state_dict()
     empty = {key for key, each in state.items() if not each.numel()}  # memories, which only a fit creates
     own = {key: each for key, each in state.items() if key not in empty}
@@ -146,8 +145,6 @@ def check_checkpoint(path: Path, module: nn.Module, content: Mapping[str, Any] |
         raise ACKDError(f"{path} was made with {there} and the settings have {here}; choose another one") from None
 
 
-def _what(hparams: Mapping[str, Any]) -> str:
-    """Student and method of a module's hyperparameters, in words."""
-    method = hparams.get("method")
-    path = str(method.get("class_path", "?")) if isinstance(method, Mapping) else "?"
-    return f"student {hparams.get('student', '?')} and method {path.rpartition('.')[2]}"
+def _what(metadata: Mapping[str, Any]) -> str:
+    """Student and method of a module's metadata, in words."""
+    return f"student {metadata.get('model') or 'of your own'} and method {metadata.get('method')}"

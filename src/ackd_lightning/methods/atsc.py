@@ -162,9 +162,9 @@ class ATSC(Method):
     def _copy_teachers(self, student: nn.Module | None, teachers: Sequence[nn.Module]) -> None:
         for network in teachers:
             shared_classifier(network)
-        if isinstance(student, BranchyStudent) and student.plan is not None and not (self.weight_ce or self.weight_kd):
-            if student.plan.classifier is not None:
-                student.plain().get_submodule(student.plan.classifier).requires_grad_(False)
+        plan = student.plan if isinstance(student, BranchyStudent) else None
+        if plan is not None and plan.classifier is not None and not (self.weight_ce or self.weight_kd):
+            cast(BranchyStudent, student).plain().get_submodule(plan.classifier).requires_grad_(False)
         if not self.adapts:
             return
         self.teachers.extend(Teacher(trainable_copy(network)) for network in teachers)

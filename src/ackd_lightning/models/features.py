@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.stages import stage_names
 from ackd_lightning.models.tracing import (
-    ImageSize,
     Trace,
     as_map,
     examples,
@@ -23,11 +22,10 @@ from ackd_lightning.models.tracing import (
     image_channels,
     logits_of,
     name_of,
-    sides,
     skeleton,
     trace,
 )
-from ackd_lightning.types import NetOutput, NetSpec
+from ackd_lightning.types import ImageSize, NetOutput, NetSpec, height_width
 
 __all__ = ["image_channels", "skeleton"]
 
@@ -113,7 +111,7 @@ def plan_for(network: nn.Module, input_size: ImageSize | None = None) -> StagePl
         result = traced(network, size)
         if result is not None:
             copied, _, record = result
-            names = stage_names(copied, record, sides(size))
+            names = stage_names(copied, record, height_width(size))
             if names:
                 found = StagePlan(names, record.classifier, names[-1] in record.pooled)
             break
@@ -404,9 +402,9 @@ def probe(network: nn.Module, input_size: ImageSize, *, channels: int | None = N
             raise
         except Exception as error:  # what cannot be run without numbers is run with them
             reason = error
-    height, width = sides(input_size)
+    height, width = height_width(input_size)
     works = next((size for size in native_sizes(network) if traced(network, size) is not None), None)
-    remedy = "" if works is None else f"; it can read {' x '.join(map(str, sides(works)))}"
+    remedy = "" if works is None else f"; it can read {' x '.join(map(str, height_width(works)))}"
     said = (str(reason).strip() or type(reason).__name__).partition("\n")[0]
     raise ACKDError(
         f"{getattr(network, 'model_name', name_of(network))} cannot read images of {height} x {width} pixels "

@@ -21,9 +21,9 @@ from ackd_lightning.models.features import (
     traced,
 )
 from ackd_lightning.models.suffix import Suffix, difference
-from ackd_lightning.models.tracing import ImageSize, logits_of, name_of, sides
+from ackd_lightning.models.tracing import logits_of, name_of
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import NetOutput
+from ackd_lightning.types import ImageSize, NetOutput, height_width
 
 
 def init_fresh(module: nn.Module) -> None:
@@ -65,7 +65,7 @@ class AuxiliaryLearner(nn.Module):
 
     def __init__(self, backbone: nn.Module, plan: StagePlan, entry: int, input_size: ImageSize) -> None:
         super().__init__()
-        height, width = sides(input_size)
+        height, width = height_width(input_size)
         self.entry, self.ratio = entry, height / width
         self.suffix = Suffix(backbone, plan.features[entry - 1], input_size)
         self.plan = StagePlan(plan.features[-1:], plan.classifier, plan.pooled)

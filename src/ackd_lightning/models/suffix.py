@@ -13,16 +13,15 @@ from torch.utils import _pytree as pytree
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.features import StagePlan, capture
 from ackd_lightning.models.tracing import (
-    ImageSize,
     Trace,
     dtype_of,
     first_tensor,
     logits_of,
-    sides,
     skeleton,
     trace,
     twin,
 )
+from ackd_lightning.types import ImageSize, height_width
 
 _TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that is put down to rounding (float32)."""
@@ -220,7 +219,7 @@ def difference(network: nn.Module, plan: StagePlan, entry: str, input_size: Imag
     except ACKDError as error:
         return str(error)
     place = next((each.device for each in network.parameters()), torch.device("cpu"))
-    height, width = sides(input_size)
+    height, width = height_width(input_size)
     shape = (3, suffix.image.rest[0], height, width)
     image = torch.randn(shape, generator=generator, device="cpu").to(place, dtype_of(network))
     with torch.random.fork_rng(devices=[]):

@@ -19,7 +19,7 @@ from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.metadata import LARGEST_INPUT, typed_metadata
 from ackd_lightning.models.weights import load_weights
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import NetOutput
+from ackd_lightning.types import ImageSize, NetOutput, height_width
 from ackd_lightning.validation import Positive, Range, check_arguments
 
 Gate = Literal["stop", "warn", "off"]
@@ -107,7 +107,7 @@ class Teacher(nn.Module):
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        input_size: int | None = None,
+        input_size: ImageSize | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -122,7 +122,7 @@ class Teacher(nn.Module):
         if input_size is not None:
             self._check_plan(input_size)
 
-    def _check_plan(self, input_size: int) -> None:
+    def _check_plan(self, input_size: ImageSize) -> None:
         if self.plan is not None and not self._plan_checked:
             check_plan(self.network, self.plan, input_size, image_channels(self.network))
             self._plan_checked = True
@@ -140,7 +140,7 @@ class Teacher(nn.Module):
             value = getattr(other, name)
             setattr(self, name, None if value is None else value.clone().to(device))
 
-    def adapt_to(self, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: int) -> None:
+    def adapt_to(self, mean: Sequence[float] | None, std: Sequence[float] | None, input_size: ImageSize) -> None:
         """Set how the images that the teacher will get are normalised, so that it can convert them to its own.
 
         The network's stage plan is compared with its own forward, unless the constructor has done so.
@@ -193,7 +193,7 @@ class Teacher(nn.Module):
             image = image * self.scale + self.shift
         if self.input_size is not None:
             image = F.interpolate(
-                image, size=(self.input_size, self.input_size), mode="bilinear", antialias=True, align_corners=False
+                image, size=height_width(self.input_size), mode="bilinear", antialias=True, align_corners=False
             )
         return staged_forward(self.running(), self.plan, image)
 
@@ -227,7 +227,7 @@ class FrozenTeacher(Teacher):
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        input_size: int | None = None,
+        input_size: ImageSize | None = None,
         bf16: bool = False,
         metadata: dict[str, str] | None = None,
         copy_network: bool = True,
@@ -274,7 +274,7 @@ class FrozenTeacher(Teacher):
         options: dict[str, Any] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        input_size: int | None = None,
+        input_size: ImageSize | None = None,
         bf16: bool = False,
     ) -> FrozenTeacher:
         """Build a teacher from a model name and a weight file.
@@ -315,7 +315,7 @@ class FrozenTeacher(Teacher):
         super().requires_grad_(False)
         return self
 
-    def fuse(self, input_size: int) -> bool:
+    def fuse(self, input_size: ImageSize) -> bool:
         """Run a copy of the network from now on whose BatchNorms are fused: faster, with different rounding.
 
         Args:
@@ -324,9 +324,9 @@ class FrozenTeacher(Teacher):
         Returns:
             Whether that is possible; if not, the network itself is run as before.
         """
-        side = self.input_size or input_size
+        height, width = height_width(self.input_size or input_size)
         image = torch.randn(
-            2, image_channels(self.network), side, side, generator=torch.Generator().manual_seed(0), device="cpu"
+            2, image_channels(self.network), height, width, generator=torch.Generator().manual_seed(0), device="cpu"
         )
         place = next(self.network.parameters(), image)
         image = image.to(place.device, place.dtype)

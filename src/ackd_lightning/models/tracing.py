@@ -13,21 +13,24 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.types import ImageSize, height_width
 
-_POOLING: tuple[str, ...] = ("Mean", "AdaptiveAvgPool", "AvgPool", "View", "Reshape", "UnsafeView", "Squeeze", "Alias", "Clone", "Permute")
-_POOLING += ("Transpose", "ToCopy", "AsStrided")
+_POOLING = (
+    "Mean",
+    "AdaptiveAvgPool",
+    "AvgPool",
+    "View",
+    "Reshape",
+    "UnsafeView",
+    "Squeeze",
+    "Alias",
+    "Clone",
+    "Permute",
+    "Transpose",
+    "ToCopy",
+    "AsStrided",
+)
 """Autograd nodes that average a map over its positions and change nothing else."""
-
-ImageSize = int | tuple[int, int]
-
-
-def sides(input_size: ImageSize) -> tuple[int, int]:
-    """Return height and width.
-
-    Args:
-        input_size: Height and width in pixels, or one number for both.
-    """
-    return (input_size, input_size) if isinstance(input_size, int) else (input_size[0], input_size[1])
 
 
 def image_channels(network: nn.Module) -> int:
@@ -104,7 +107,7 @@ def skeleton(network: nn.Module, input_size: ImageSize, *, channels: int | None 
     for module in network.modules():  # tensors that are neither parameters nor buffers
         memo |= {id(each): _on_meta(each) for each in vars(module).values() if isinstance(each, Tensor)}
     ghost = twin(network, memo)
-    shape = (1, image_channels(network) if channels is None else channels, *sides(input_size))
+    shape = (1, image_channels(network) if channels is None else channels, *height_width(input_size))
     return ghost, torch.empty(shape, device="meta", dtype=dtype_of(network))
 
 
@@ -121,7 +124,7 @@ def examples(
     yield skeleton(network, input_size, channels=channels)
     tensors = [*network.parameters(), *network.buffers()]
     if not any(each.is_meta for each in tensors):
-        shape = (2, image_channels(network) if channels is None else channels, *sides(input_size))
+        shape = (2, image_channels(network) if channels is None else channels, *height_width(input_size))
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
         yield twin(network), image.to(tensors[0].device if tensors else "cpu", dtype_of(network))
 
@@ -177,7 +180,7 @@ def as_map(output: Any, ratio: float, prefix: int | None = None) -> Tensor | Non
     """Read what a module returns as a feature map.
 
     Args:
-        output: Map ``B x C x H x W`` or ``B x H x W x C``, or tokens ``B x N x C``, the class token and others in front.
+        output: Map ``B x C x H x W`` or ``B x H x W x C``, or tokens ``B x N x C``, any class token first.
         ratio: Height of the image divided by its width.
         prefix: Number of the tokens in front; None for the smallest number that leaves a grid of the image's shape.
 

@@ -85,8 +85,7 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
         ACKDError: If there is no such learner, or it is a branch and not a network of its own.
     """
     metadata, state = checkpoint["ackd_lightning"], checkpoint["state_dict"]
-    hparams = checkpoint.get("hyper_parameters", {})
-    name, options = hparams.get("student"), hparams.get("student_options") or {}
+    name, options = metadata.get("model"), metadata.get("model_options") or {}
     if not isinstance(name, str):
         raise ACKDError(
             f"{path} was trained with a network of your own, not one by name; in Python, save it with "

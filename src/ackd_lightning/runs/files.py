@@ -138,7 +138,8 @@ def _damage(checkpoint: Mapping[str, Any]) -> str | None:
         if not isinstance(metadata[key], int) or not 1 <= metadata[key] <= largest:
             return f"its {key} is {str(metadata[key])[:40]}"
     kinds: tuple[tuple[Mapping[str, Any], str, type | tuple[type, ...]], ...] = (
-        (hparams, "student_options", dict),
+        (metadata, "model", str),
+        (metadata, "model_options", dict),
         (metadata, "head", dict),
         (metadata, "learners", list),
         (metadata, "class_names", (list, tuple)),

@@ -38,6 +38,12 @@ class SelfDescribing(OpenOptimizers):
     matches_classes: bool
     seed: int
 
+    @property
+    def model_name(self) -> str | None:
+        """Name of the student for `create_model`; None for a network that it does not build."""
+        name: str | None = getattr(self.student.plain(), "model_name", None)
+        return name
+
     def kept_network(self) -> nn.Module:
         """Return the network that is left after training: the plain student, with the head that the method gives it."""
         head = self.method.head
@@ -55,7 +61,7 @@ class SelfDescribing(OpenOptimizers):
                 of the written network differ.
         """
         target, own = Path(path), self.student.plain()
-        if getattr(own, "model_name", None) is None:
+        if self.model_name is None:
             raise ACKDError(
                 f"the student is a {type(own).__name__}, which create_model does not build, so {target} could not "
                 "describe it; write its weights with save_weights(module.kept_network(), path)"
@@ -132,6 +138,8 @@ class SelfDescribing(OpenOptimizers):
         data = getattr(self._trainer, "datamodule", None)
         return {
             "version": __version__,
+            "model": self.model_name,
+            "model_options": dict(getattr(self.student.plain(), "model_options", {})),
             "num_classes": self.data.num_classes,
             "input_size": self.data.input_size,
             "mean": list(self.data.mean) if self.data.mean else None,

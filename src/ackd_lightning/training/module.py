@@ -24,6 +24,7 @@ from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.features import probe
 from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.random import mix, seed_device
@@ -57,13 +58,12 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
     its own is trained by manual optimization, every other by automatic optimization.
 
     Args:
-        student: Model name for `create_model`, or a network.
+        student: Model name for `create_model`, network, or `StudentConfig`.
         method: Distillation method; None for plain training.
         teacher: Model name, network, `FrozenTeacher` or `TeacherConfig`; a list of these for methods that learn from
             several teachers; None for methods without one.
         data: Classes, image size and normalisation of the data. None is allowed for a student that is a network: then
             its classes are counted, images have 32 x 32 pixels, and their normalisation is unknown.
-        student_options: Options of a student given by name, for `create_model`.
         optimizer: Function of parameter groups that returns the student's optimizer. Default: SGD with learning rate
             0.1, momentum 0.9 and weight decay 5e-4, as in the ACKD paper.
         lr_scheduler: Function of an optimizer that returns its learning rate schedule, for the student's optimizer and
@@ -95,12 +95,11 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
 
     def __init__(
         self,
-        student: str | nn.Module,
+        student: str | nn.Module | StudentConfig,
         *,
         method: Method | None = None,
         teacher: GivenTeacher | Sequence[GivenTeacher] | None = None,
         data: DataInfo | None = None,
-        student_options: dict[str, Any] | None = None,
         optimizer: OptimizerFactory = lambda groups: SGD(groups, lr=0.1, momentum=0.9, weight_decay=5e-4),
         lr_scheduler: SchedulerFactory | None = lambda optimizer: MultiStepLR(optimizer, milestones=[100, 150]),
         recipe: Recipe | None = None,
@@ -137,17 +136,19 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
                 "super().__init__() first"
             )
         configs = chosen(as_configs(teacher), self.method)
-        if isinstance(student, nn.Module) and any(each.network is student for each in configs):
+        chosen_student = as_student_config(student)
+        if any(each.network is chosen_student.network for each in configs if isinstance(each.network, nn.Module)):
             raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
 
-        if isinstance(student, str):
+        if isinstance(chosen_student.network, str):
             if given_data is None:
                 raise ACKDError(
-                    f"the student is named {student!r} and its number of classes is unknown; pass data=DataInfo(...)"
+                    f"the student is named {chosen_student.network!r} and its number of classes is unknown; pass "
+                    "data=DataInfo(...)"
                 )
-            backbone = create_model(student, given_data.num_classes, **(student_options or {}))
+            backbone = create_model(chosen_student.network, given_data.num_classes, **(chosen_student.options or {}))
         else:
-            backbone = student
+            backbone = chosen_student.network
         size = 32 if given_data is None else given_data.input_size
         classes = None if given_data is None else given_data.num_classes
         self.student = BranchyStudent(backbone, self.method.branches, num_classes=classes, input_size=size)
@@ -179,8 +180,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self._last: tuple[NetOutput, NetOutput | None, Batch] | None = None
         self.save_hyperparameters(
             {
-                "student": getattr(backbone, "model_name", None),
-                "student_options": getattr(backbone, "model_options", None),
+                "student": describe_student(chosen_student, backbone),
                 "method": describe(self.method),
                 "teacher": describe_teachers(configs),
                 "data": {
@@ -197,12 +197,14 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
                 self.hparams.pop(name)  # a network, or a function: not plain data
 
     @classmethod
-    def from_data(cls, data: L.LightningDataModule, student: str | nn.Module, **arguments: Any) -> DistillationModule:
+    def from_data(
+        cls, data: L.LightningDataModule, student: str | nn.Module | StudentConfig, **arguments: Any
+    ) -> DistillationModule:
         """Build a module for the classes, image size and normalisation of a data module.
 
         Args:
             data: Data module with an attribute ``info`` (`DataInfo`), as all of this package.
-            student: Model name or network.
+            student: Model name, network or `StudentConfig`.
             arguments: Further arguments of the constructor.
 
         Raises:

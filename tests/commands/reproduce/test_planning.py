@@ -105,7 +105,7 @@ class TestTable2:
             *[("resnet20", "resnet44", 200, [100, 150])] * 2,
             *[("resnet20", "resnet110", 200, [100, 150])] * 2,
         ]
-        keys = ("model.student", "model.teacher.network", "trainer.max_epochs", "model.lr_scheduler.milestones")
+        keys = ("model.student.network", "model.teacher.network", "trainer.max_epochs", "model.lr_scheduler.milestones")
         assert [tuple(job.settings.get(key) for key in keys) for job in second] == networks
         assert [job.epochs for job in second] == [epochs for _, _, epochs, _ in networks]
 
@@ -339,7 +339,10 @@ class TestRunsThatAreThere:
             ({"model__optimizer__init_args__lr": 0.5}, "model.optimizer.lr = 0.5 and would now have 0.05"),
             ({"trainer__max_epochs": 60}, "trainer.max_epochs = 60 and would now have 2"),
             ({"data__init_args__max_per_class": 3}, "data.max_per_class = 3 and would now have null"),
-            ({"model__student": "resnet14"}, 'model.student = "resnet14" and would now have "resnet8"'),
+            (
+                {"model__student__network": "resnet14"},
+                'model.student.network = "resnet14" and would now have "resnet8"',
+            ),
         ],
     )
     def test_another_setting_is_refused_by_name(self, job, changes, sentence, finished):
@@ -429,7 +432,7 @@ def test_a_student_that_learns_from_itself_gets_the_run_of_its_seed_alone(here):
     for alone, taught in (jobs[:2], jobs[2:]):
         assert taught.needs == (alone.folder,)
         assert taught.source == alone.student_file
-        assert taught.settings["model.teacher.network"] == alone.settings["model.student"] == "resnet8"
+        assert taught.settings["model.teacher.network"] == alone.settings["model.student.network"] == "resnet8"
 
 
 def test_the_row_of_the_student_alone_is_shared(here):

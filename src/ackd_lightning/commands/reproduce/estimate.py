@@ -42,21 +42,23 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.known: dict[tuple[str, int, bool], float] = {}
+        self.known: dict[tuple[str, tuple[int, int, int], bool], float] = {}
 
-    def seconds(self, make: Callable[[], torch.nn.Module], name: str, size: int, *, train: bool) -> float:
+    def seconds(
+        self, make: Callable[[], torch.nn.Module], name: str, shape: tuple[int, int, int], *, train: bool
+    ) -> float:
         """Seconds per image.
 
         Args:
             make: Function that builds the network, which returns a tensor or a ``NetOutput``.
             name: Name, equal for equal networks.
-            size: Side of the images in pixels.
+            shape: ``(C, H, W)`` of an image.
             train: Whether to include the backward pass.
         """
-        key = (name, size, train)
+        key = (name, shape, train)
         if key not in self.known:
-            count = 64 if self.device.type == "cuda" else max(2, min(16, 16 * 32**2 // size**2))
-            image = torch.randn(count, 3, size, size, device=self.device)
+            count = 64 if self.device.type == "cuda" else max(2, min(16, 16 * 32**2 // (shape[1] * shape[2])))
+            image = torch.randn(count, *shape, device=self.device)
             network = make().to(self.device).train(train)
             times = []
             for _ in range(1 + _PASSES):  # the first is warm-up
@@ -82,12 +84,12 @@ class Stopwatch:
         images = train_images(job.planned.datamodule)
         if images is None:
             return None
-        networks, size = job.networks, job.networks.input_size
-        each = self.seconds(lambda: plan(job.arguments).model.student, networks.student, size, train=True)
+        networks, shape = job.networks, job.networks.image_shape
+        each = self.seconds(lambda: plan(job.arguments).model.student, networks.student, shape, train=True)
         if networks.teacher is not None:
             name = networks.teacher
             make = functools.partial(create_model, name, networks.num_classes, **networks.teacher_options)
-            each += self.seconds(make, name, size, train=False)
+            each += self.seconds(make, name, shape, train=False)
         return each * images * job.epochs * _OVERHEAD
 
 

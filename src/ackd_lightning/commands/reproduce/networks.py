@@ -22,7 +22,7 @@ class Networks:
         student: Name of the student, including its auxiliary learners.
         teacher: Name of the teacher; None for a method without one.
         teacher_options: Keyword arguments of the teacher.
-        input_size: Side of the images in pixels.
+        image_shape: ``(C, H, W)`` of an image.
         num_classes: Number of classes K.
         trained: Number of trained parameters.
         kept: Number of parameters of the plain student.
@@ -32,7 +32,7 @@ class Networks:
     student: str
     teacher: str | None
     teacher_options: dict[str, Any]
-    input_size: int
+    image_shape: tuple[int, int, int]
     num_classes: int
     trained: int
     kept: int
@@ -57,10 +57,10 @@ class Networks:
             method.begin_fit(FitInfo(epochs=None, batch_size=None, targets=targets, seed=0, teachers=()))
         teacher = next(iter(module.teachers.configs), None)
         return cls(
-            student=f"{module.hparams['student']} {module.student.specs}",
+            student=f"{module.model_name} {module.student.specs}",
             teacher=None if teacher is None else str(teacher.network),
             teacher_options=dict((teacher and teacher.options) or {}),
-            input_size=data.input_size,
+            image_shape=data.image_shape,
             num_classes=data.num_classes,
             trained=trained,
             kept=sum(each.numel() for each in module.student.plain().parameters()),

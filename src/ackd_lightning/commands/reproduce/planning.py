@@ -100,7 +100,8 @@ class Planner:
         """Model names of a pair's teacher and student, and the weight file of the teacher."""
         model: dict[str, Any] = load_configs([str(pair.config)])[0].get("model", {})
         teacher = model.get("teacher")
-        names = {"student": model.get("student"), "teacher.network": None}
+        student = model.get("student")
+        names = {"student": student.get("network") if isinstance(student, dict) else student, "teacher.network": None}
         if isinstance(teacher, dict):
             names["teacher.network"] = teacher.get("network")
         for key, name in names.items():

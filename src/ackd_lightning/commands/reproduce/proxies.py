@@ -57,7 +57,7 @@ def measure(job: Job, teacher: tuple[str, str]) -> dict[str, float]:
     values = proxy_measurements(
         _network(*teacher, job, proxy["options"]).to(device),
         _network(proxy["network"], proxy["weights"], job, proxy["options"]).to(device),
-        _network(model["student"], str(job.student_file), job, model["student_options"]).to(device),
+        _network(model["student"]["network"], str(job.student_file), job, model["student"]["options"]).to(device),
         _test_batches(job, device),
     )
     write_json({"networks": networks, "values": values}, kept)

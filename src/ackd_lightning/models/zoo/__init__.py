@@ -1,4 +1,4 @@
-"""Networks by name: those of the CIFAR benchmarks, and any of torchvision or timm; no weights are downloaded."""
+"""Networks by name: those of the CIFAR benchmarks, and any of torchvision or timm. Nothing is downloaded here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _CIFAR: dict[str, Callable[[int], nn.Module]] = {
     "shufflenetv1": CifarShuffleNetV1,
 }
 
-_TIMM = "timm:"
+TIMM = "timm:"
 _STEMS = ("imagenet", "cifar")
 # options with which torchvision or timm would download weights; here they come from local files only
 _FETCHING = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_cfg", "checkpoint_path"})
@@ -74,38 +74,60 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     for option in options:
         if option in _FETCHING:
             raise ACKDError(
-                f"option {option!r} of {name!r} would download weights; leave it out and use load_weights on a file"
+                f"option {option!r} of {name!r} would download weights; leave it out, and ask for published weights "
+                "with `pretrained: true` or load a file with load_weights"
             )
     if name in _CIFAR:
         if options:
             raise ACKDError(
                 f"option {next(iter(options))!r} is unknown to {name!r}, which takes no options; leave it out"
             )
-        return _named(_CIFAR[name](num_classes), name, options)
-    if name.startswith(_TIMM):
-        return _named(_from_timm(name, num_classes, options), name, options)
-    if name in _torchvision_names():
-        return _named(_from_torchvision(name, num_classes, options), name, options)
+        return named(_CIFAR[name](num_classes), name, options)
+    if name.startswith(TIMM):
+        return named(_from_timm(name, num_classes, options), name, options)
+    if name in torchvision_names():
+        return named(_from_torchvision(name, num_classes, options), name, options)
+    raise ACKDError(
+        f"no network is named {name!r}; {_similar(name)} (or a torchvision classification network, or timm:NAME)"
+    )
+
+
+def _similar(name: str) -> str:
+    """Hint at the names of any library that are near an unknown one."""
+    import timm  # slow to import, and needed here for the message alone
+
+    bare = re.sub(r"^(timm|torchvision|hf-hub|tv)[:/_.]", "", name.strip(), flags=re.IGNORECASE).rpartition("/")[2]
     known = list_models()
-    wanted = name.lower()
-    # torchvision has too many names to list them if none is similar
-    near = difflib.get_close_matches(wanted, known, cutoff=0.6)
-    hint = near_matches(wanted, known if near else _CIFAR)
-    raise ACKDError(f"no network is named {name!r}; {hint} (or a torchvision classification network, or timm:NAME)")
+    for wanted in (bare, bare.lower(), bare.lower().replace("-", "_")):
+        if wanted in known:
+            return f"did you mean {wanted!r}?"
+        if timm.is_model(wanted):
+            return f"did you mean {TIMM + wanted!r}?"
+    wanted = bare.lower()
+    near = difflib.get_close_matches(wanted, [*known, *timm.list_models()], cutoff=0.6)
+    if not near:
+        return near_matches(wanted, _CIFAR)  # all would be too many
+    return f"did you mean {' or '.join(repr(each if each in known else TIMM + each) for each in near)}?"
 
 
-def _named(network: nn.Module, name: str, options: dict[str, Any]) -> nn.Module:
-    """Store how a network was built, so that an exported file can describe it."""
+def named(network: nn.Module, name: str, options: dict[str, Any]) -> nn.Module:
+    """Store how a network was built, so that an exported file can describe it.
+
+    Args:
+        network: Network.
+        name: Name for `create_model`.
+        options: Options that were given with it.
+    """
     network.__dict__.update(model_name=name, model_options=dict(options))
     return network
 
 
 def list_models() -> list[str]:
     """List the names for :func:`create_model`: CIFAR networks, then torchvision's; those of timm are not listed."""
-    return [*_CIFAR, *_torchvision_names()]
+    return [*_CIFAR, *torchvision_names()]
 
 
-def _torchvision_names() -> list[str]:
+def torchvision_names() -> list[str]:
     """Return the sorted names of torchvision's classification networks."""
     import torchvision.models  # slow to import, and not needed for CIFAR networks
 
@@ -123,7 +145,7 @@ def _from_torchvision(name: str, num_classes: int, options: dict[str, Any]) -> n
     if stem not in _STEMS:
         raise ACKDError(f"option 'stem' of {name!r} is {stem!r}; choose {' or '.join(repr(known) for known in _STEMS)}")
     build = partial(torchvision.models.get_model, name, weights=None, num_classes=num_classes)
-    model = _build(build, name, {**_TORCHVISION_DEFAULTS.get(name, {}), **rest})
+    model = construct(build, name, {**_TORCHVISION_DEFAULTS.get(name, {}), **rest})
     if stem == "cifar":
         conv = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -136,17 +158,46 @@ def _from_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modul
     """Build the network of timm whose name follows ``timm:``."""
     import timm
 
-    bare = name.removeprefix(_TIMM)
+    bare = timm_name(name)
+    return construct(partial(timm.create_model, bare, pretrained=False, num_classes=num_classes), name, options)
+
+
+def timm_name(name: str) -> str:
+    """Return timm's own name of a network, which may end in a tag of published weights.
+
+    Args:
+        name: Name that begins with ``timm:``.
+
+    Raises:
+        ACKDError: If timm has no such network or tag.
+    """
+    import timm
+
+    bare = name.removeprefix(TIMM)
     if not timm.is_model(bare):
         known = timm.list_models()
         near = difflib.get_close_matches(bare, known, cutoff=0.6)
         hint = near_matches(bare, known) if near else "timm.list_models() lists them all"
         raise ACKDError(f"timm has no network named {bare!r}; {hint}")
-    return _build(partial(timm.create_model, bare, pretrained=False, num_classes=num_classes), name, options)
+    architecture, _, tag = bare.partition(".")
+    if tag and not timm.is_model_pretrained(bare):
+        tags = timm.list_pretrained(f"{architecture}.*")
+        hint = near_matches(bare, tags) if tags else f"use {architecture!r}"
+        raise ACKDError(f"timm has no weights {tag!r} of {architecture!r}; {hint}")
+    return bare
 
 
-def _build(constructor: Callable[..., Any], name: str, options: dict[str, Any]) -> nn.Module:
-    """Call ``constructor`` with ``options``; an unknown option becomes an error in one sentence."""
+def construct(constructor: Callable[..., Any], name: str, options: dict[str, Any]) -> nn.Module:
+    """Call a constructor; an unknown option becomes an error in one sentence.
+
+    Args:
+        constructor: Function of keyword arguments that returns the network.
+        name: Name of the network in the message.
+        options: Arguments of the constructor.
+
+    Raises:
+        ACKDError: If an option is unknown to the network.
+    """
     try:
         model: nn.Module = constructor(**options)
     except TypeError as error:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ackd_lightning.models.features import skeleton
+from ackd_lightning.types import ImageSize
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -18,15 +19,15 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def multiply_adds(model: nn.Module, input_size: int, channels: int = 3) -> int:
+def multiply_adds(model: nn.Module, input_size: ImageSize, channels: int = 3) -> int:
     """Count the multiply-adds of convolutions and linear layers for one image.
 
     Adding biases, normalisation, activations and pooling are not counted; the products inside attention are. The
     network is run on the meta device: nothing is computed, and its mode, hooks and buffers stay as they are.
 
     Args:
-        model: Network that maps images ``1 x channels x input_size x input_size`` to logits.
-        input_size: Height and width of the image in pixels.
+        model: Network that maps images ``1 x channels x H x W`` to logits.
+        input_size: Side of the image in pixels, or its height and width.
         channels: Channels of the image.
     """
     ghost, image = skeleton(model, input_size, channels=channels)

@@ -1,0 +1,103 @@
+"""How a configuration names a student: network, weights to start from, frozen parts, learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.validation import Positive, check_arguments
+
+InitBranches = Literal["fresh", "backbone"]
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """A student with the weights it starts from, and how its parts are trained.
+
+    Args:
+        network: Name for ``create_model`` (such as resnet20), or a network.
+        options: Options for ``create_model``; none by default.
+        weights: Weight file to start from; None for fresh weights, or those of a given network. A head for other
+            classes is replaced.
+        pretrained: Start from the weights that timm or torchvision publish for the network.
+        freeze: Parts that are not trained, BatchNorm statistics included: names of stages (stem, stage1, stage2, ...)
+            or of modules of the network.
+        backbone_lr_scale: Factor of the learning rate for everything before the classifier.
+        init_branches: Weights of the stages that auxiliary learners own: "fresh" for random ones, "backbone" for those
+            of the student. Their classifiers are fresh either way.
+        taps: Names of the modules whose outputs are the stages; None for those that are found in the network.
+
+    Raises:
+        ACKDError: If a value is not allowed, or values contradict each other.
+    """
+
+    network: str | nn.Module
+    options: dict[str, Any] | None = None
+    weights: str | None = None
+    pretrained: bool = False
+    freeze: tuple[str, ...] = ()
+    backbone_lr_scale: Positive = 1.0
+    init_branches: InitBranches = "fresh"
+    taps: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_arguments(type(self), vars(self))
+        given = isinstance(self.network, nn.Module)
+        if not given and not isinstance(self.network, str):
+            raise ACKDError(
+                f"network is {self.network!r} in StudentConfig; it must be a name for create_model or a network"
+            )
+        if self.options is not None and not isinstance(self.options, dict):
+            raise ACKDError(
+                f"options is {self.options!r} in StudentConfig; it must be a dict of create_model's options"
+            )
+        if given and self.options:
+            raise ACKDError(
+                f"options is {self.options!r} in StudentConfig and the student is a network; build it with these "
+                "options, or give it by name"
+            )
+        if given and self.pretrained:
+            raise ACKDError(
+                "pretrained is True in StudentConfig and the student is a network, which has weights already; give it "
+                "by name"
+            )
+        if self.pretrained and self.weights is not None:
+            raise ACKDError(
+                f"pretrained is True and weights is {self.weights!r} in StudentConfig; choose one of them to start from"
+            )
+        for name in ("freeze", "taps"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else tuple(value))
+
+
+def as_student_config(given: str | nn.Module | StudentConfig | Mapping[str, Any]) -> StudentConfig:
+    """Return a given student as a `StudentConfig`.
+
+    Args:
+        given: Name, network, configuration or its plain data.
+    """
+    if isinstance(given, StudentConfig):
+        return given
+    return StudentConfig(**given) if isinstance(given, Mapping) else StudentConfig(network=given)
+
+
+def describe_student(config: StudentConfig, network: nn.Module) -> dict[str, Any] | None:
+    """Return a student as plain data for a checkpoint, or None for a network that ``create_model`` does not build.
+
+    The weights that it started from are left out: a checkpoint has its own.
+
+    Args:
+        config: The student.
+        network: Network that was built or given.
+    """
+    name = getattr(network, "model_name", None)
+    if name is None:
+        return None
+    plain = {key: list(each) if isinstance(each, tuple) else each for key, each in vars(config).items()}
+    kept = {key: each for key, each in plain.items() if key not in ("weights", "pretrained")}
+    return {**kept, "network": name, "options": dict(getattr(network, "model_options", {}))}
