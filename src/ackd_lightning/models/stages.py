@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import nn
@@ -67,18 +68,10 @@ def _trunk(traced: Trace) -> list[Call]:
     if traced.classifier is not None and traced.classifier in traced.calls:
         before = traced.calls[traced.classifier].start
         points = [each for each in points if each.end < before]
-    largest = max((_area(each) for each in points), default=0)
-    if largest > 1:  # a pooled map is no stage, unless the images are tiny
-        final = next((number for number, each in enumerate(points) if _area(each) == 1), len(points))
-        if _has_weights_after(traced, points, final):
-            final = len(points)
-        points = points[:final]
+    for before, each in itertools.pairwise(points):
+        if _area(each) == 1 and _area(before) > 4:  # pooled at once, and not halved as on tiny images
+            return points[: points.index(each)]
     return points
-
-
-def _has_weights_after(traced: Trace, points: Sequence[Call], start: int) -> bool:
-    """Whether maps of one position change their number of channels, as those of convolutions on tiny images do."""
-    return len({each.shape for each in points[start:]}) > 1
 
 
 def _end(run: Sequence[Call]) -> Call:
