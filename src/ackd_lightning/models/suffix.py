@@ -16,6 +16,7 @@ from ackd_lightning.models.tracing import (
     Trace,
     dtype_of,
     first_tensor,
+    image_channels,
     logits_of,
     skeleton,
     trace,
