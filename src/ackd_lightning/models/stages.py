@@ -60,6 +60,34 @@ def stage_names(network: nn.Module, traced: Trace, image_size: tuple[int, int]) 
     return tuple(names) if len(names) > 1 else ()
 
 
+def stage_parts(network: nn.Module, traced: Trace, features: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the modules and parameters of each stage, by ``stem``, ``stage1``, ``stage2``, ...
+
+    Args:
+        network: Network that was traced.
+        traced: Calls of its modules.
+        features: Names of the modules that return F_0 .. F_K.
+    """
+    ends = [traced.calls[name].end for name in features]
+    names = ["stem", *(f"stage{number}" for number in range(1, len(ends)))]
+    parts: dict[str, list[str]] = {name: [] for name in names}
+
+    def place(module: nn.Module, prefix: str) -> None:
+        # parameters of a module that is called across stages, such as position embeddings, are read before all of them
+        parts["stem"] += [f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False)]
+        for name, child in module.named_children():
+            full = f"{prefix}{name}"
+            call = traced.calls.get(full)
+            number = None if call is None else sum(end < call.end for end in ends)
+            if call is None or number is None or (number and call.start < ends[number - 1]):
+                place(child, f"{full}.")
+            elif number < len(names) and any(True for _ in child.parameters()):
+                parts[names[number]].append(full)
+
+    place(network, "")
+    return {name: tuple(each) for name, each in parts.items()}
+
+
 def _area(call: Call) -> int:
     assert call.shape is not None
     return call.shape[1] * call.shape[2]
