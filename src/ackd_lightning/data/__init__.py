@@ -5,7 +5,9 @@ from ackd_lightning.data.cifar import CIFAR100DataModule
 from ackd_lightning.data.cinic10 import CINIC10DataModule
 from ackd_lightning.data.digits import DigitsDataModule
 from ackd_lightning.data.folder import ImageFolderDataModule
+from ackd_lightning.data.huggingface import HuggingFaceDataModule
 from ackd_lightning.data.imagenet import ImageNetDataModule
+from ackd_lightning.data.table import TableDataModule
 from ackd_lightning.data.tiny_imagenet import TinyImageNetDataModule
 from ackd_lightning.data.transforms import RawBatch
 
@@ -13,9 +15,11 @@ __all__ = [
     "CIFAR100DataModule",
     "CINIC10DataModule",
     "DigitsDataModule",
+    "HuggingFaceDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageNetDataModule",
     "RawBatch",
+    "TableDataModule",
     "TinyImageNetDataModule",
 ]
