@@ -60,7 +60,7 @@ def native_sizes(network: nn.Module, input_size: ImageSize | None = None) -> Ite
     stated = getattr(network, "pretrained_cfg", None)
     size = stated.get("input_size") if isinstance(stated, dict) else None
     own = getattr(network, "image_size", None) if size is None else size[-2:]
-    fixed = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    fixed = getattr(_sized(network), "img_size", None)
     given = [fixed, own, 224, input_size, 32, 28]
     seen: list[ImageSize] = []
     for each in given:
@@ -109,7 +109,8 @@ def plan_for(network: nn.Module, input_size: ImageSize | None = None) -> StagePl
     plan = getattr(network, "stage_plan", None)
     if plan is not None and not isinstance(plan, StagePlan):
         raise ACKDError(
-            f"stage_plan of {name_of(network)} is {plan!r}; set it to a StagePlan, such as StagePlan(('layer1', 'layer2'))"
+            f"stage_plan of {name_of(network)} is {plan!r}; set it to a StagePlan with the names of modules, such as "
+            "StagePlan(('layer1', 'layer2'))"
         )
     if plan is not None or "stage_plan" in network.__dict__:
         return plan
@@ -412,11 +413,19 @@ def probe(network: nn.Module, input_size: ImageSize, *, channels: int | None = N
     height, width = height_width(input_size)
     works = next((size for size in native_sizes(network) if traced(network, size) is not None), None)
     remedy = "" if works is None else f"; it can read {' x '.join(map(str, height_width(works)))}"
+    option = next((each for each in ("img_size", "image_size") if hasattr(_sized(network), each)), None)
+    if option is not None:
+        remedy += f", or others with the network's option {option}"
     said = (str(reason).strip() or type(reason).__name__).partition("\n")[0]
     raise ACKDError(
         f"{getattr(network, 'model_name', name_of(network))} cannot read images of {height} x {width} pixels "
         f"({said}){remedy}"
     ) from reason
+
+
+def _sized(network: nn.Module) -> Any:
+    """Return what states the image size of a network, as timm and torchvision name it."""
+    return network if hasattr(network, "image_size") else getattr(network, "patch_embed", None)
 
 
 def check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize, channels: int | None = None) -> None:

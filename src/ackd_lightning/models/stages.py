@@ -35,12 +35,15 @@ def stage_names(network: nn.Module, traced: Trace, image_size: tuple[int, int]) 
     whole = image_size[0] * image_size[1]
     layers = sorted(traced.calls[name].start for name in _weighted(network) if name in traced.calls)
     runs = _runs(points)
-    stages, last = [], 0
+    stages: list[Call] = []
+    last = 0
     for number in range(len(runs)):
         end = _end(runs, number, last, layers, traced)
         if any(last < start < end.end for start in layers):  # not pooling alone
             stages.append(end)
             last = end.end
+    if not stages:
+        return ()
     stem: list[Call] = []
     if whole >= _SMALLEST_BACKBONE**2 * _area(stages[-1]):
         stem = [each for each in stages[:-2] if whole <= 4.5 * _area(each)]
@@ -70,8 +73,8 @@ def _trunk(traced: Trace) -> list[Call]:
     if traced.classifier is not None and traced.classifier in traced.calls:
         before = traced.calls[traced.classifier].start
         points = [each for each in points if each.end < before]
-    for before, each in itertools.pairwise(points):
-        if _area(each) == 1 and _area(before) > 4:  # pooled at once, and not halved as on tiny images
+    for previous, each in itertools.pairwise(points):
+        if _area(each) == 1 and _area(previous) > 4:  # pooled at once, and not halved as on tiny images
             return points[: points.index(each)]
     return points
 

@@ -16,6 +16,7 @@ from ackd_lightning.models.tracing import (
     Trace,
     dtype_of,
     first_tensor,
+    image_channels,
     logits_of,
     skeleton,
     trace,
@@ -29,12 +30,30 @@ _TOLERANCE = 1e-4
 _Memory = dict[str, Any]
 
 
-class _Entry(nn.Module):
-    """Place of the module whose output a suffix reads."""
+class _Place(nn.Module):
+    """Place of a module that is not run.
 
-    def __init__(self, memory: _Memory) -> None:
+    Args:
+        original: The module on the meta device, for a forward that asks it for something else than its output.
+        memory: What the suffix was given.
+    """
+
+    def __init__(self, original: nn.Module, memory: _Memory) -> None:
         super().__init__()
+        self.__dict__["original"] = original  # not a sub-module: it has no weights
         self.memory = memory
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["original"], name)
+
+
+class _Entry(_Place):
+    """Place of the module whose output a suffix reads."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the suffix was given."""
@@ -53,19 +72,15 @@ class _Zeros:
         return zeros.expand(shape)
 
 
-class _Blank(nn.Module):
+class _Blank(_Place):
     """Place of a module before the entry, which returns zeros of the shapes that the module returned.
 
     They are discarded at the entry, and only let the network's own forward arrive there.
     """
 
-    def __init__(self, module: nn.Module, output: Any, memory: _Memory) -> None:
-        super().__init__()
-        own = set(vars(self))
-        # what a forward may ask a module for, such as its number of patches
-        self.__dict__.update({key: value for key, value in vars(module).items() if key not in own})
+    def __init__(self, original: nn.Module, memory: _Memory, output: Any) -> None:
+        super().__init__(original, memory)
         self.output = pytree.tree_map(lambda each: _Zeros(each) if isinstance(each, Tensor) else each, output)
-        self.memory = memory
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros for the batch that the suffix was given."""
@@ -108,8 +123,9 @@ class Suffix(nn.Module):
         assert tensor is not None
         self.each = tensor.shape[0]
         self.image = _Zeros(image)
-        _cut(self.network, "", entry, record, self.memory)
-        _cut(ghost, "", entry, record, memory := {"dense": False})
+        originals = dict(ghost.named_modules(remove_duplicate=False))
+        _cut(self.network, "", entry, record, originals, self.memory)
+        _cut(ghost, "", entry, record, originals, memory := {"dense": False})
         used = self._used(ghost, given, memory)
         for name, parameter in list(self.network.named_parameters()):
             if name not in used:  # as the class token of a transformer that is cut after its first block
@@ -162,7 +178,9 @@ class Suffix(nn.Module):
         return self._run(self.network, given, self.memory)
 
 
-def _cut(module: nn.Module, prefix: str, entry: str, record: Trace, memory: _Memory) -> None:
+def _cut(
+    module: nn.Module, prefix: str, entry: str, record: Trace, originals: dict[str, nn.Module], memory: _Memory
+) -> None:
     """Replace the entry, and the outermost modules whose calls end before it."""
     end = record.calls[entry].end
     for name, child in list(module._modules.items()):
@@ -170,12 +188,12 @@ def _cut(module: nn.Module, prefix: str, entry: str, record: Trace, memory: _Mem
         if child is None:
             continue
         if full == entry:
-            module._modules[name] = _Entry(memory)
+            module._modules[name] = _Entry(originals[full], memory)
         elif full in record.calls and not entry.startswith(f"{full}."):
             if record.calls[full].end < end:
-                module._modules[name] = _Blank(child, record.calls[full].value, memory)
+                module._modules[name] = _Blank(originals[full], memory, record.calls[full].value)
         else:
-            _cut(child, f"{full}.", entry, record, memory)
+            _cut(child, f"{full}.", entry, record, originals, memory)
 
 
 def _disturb(network: nn.Module, generator: torch.Generator) -> None:
@@ -214,17 +232,19 @@ def difference(network: nn.Module, plan: StagePlan, entry: str, input_size: Imag
         return None
     whole, generator = twin(network), torch.Generator().manual_seed(0)
     _disturb(whole, generator)
-    try:
-        suffix = Suffix(whole, entry, input_size).eval()
-    except ACKDError as error:
-        return str(error)
     place = next((each.device for each in network.parameters()), torch.device("cpu"))
     height, width = height_width(input_size)
-    shape = (3, suffix.image.rest[0], height, width)
+    shape = (3, image_channels(network), height, width)
     image = torch.randn(shape, generator=generator, device="cpu").to(place, dtype_of(network))
-    with torch.random.fork_rng(devices=[]):
-        output, _, _, values = capture(whole, plan, image, height / width)
-        own, found = logits_of(output).float(), logits_of(suffix(values[entry])).float()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            suffix = Suffix(whole, entry, input_size).eval()
+            output, _, _, values = capture(whole, plan, image, height / width)
+            own, found = logits_of(output).float(), logits_of(suffix(values[entry])).float()
+    except ACKDError as error:
+        return str(error)
+    except Exception as error:  # anything may happen in a part of a network
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     allowed = max(_TOLERANCE, 8 * torch.finfo(image.dtype).eps) * float(own.abs().nan_to_num(0.0, posinf=0.0).max())
     if torch.allclose(found, own, rtol=0.0, atol=allowed, equal_nan=True):
         return None

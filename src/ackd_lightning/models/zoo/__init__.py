@@ -1,4 +1,4 @@
-"""Networks by name: those of the CIFAR benchmarks, and any of torchvision or timm. Nothing is downloaded here."""
+"""Networks by name: those of the CIFAR benchmarks, any of torchvision or timm, and folders of Hugging Face."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
+from ackd_lightning.models.zoo.huggingface import HF, from_config
 from ackd_lightning.models.zoo.mobilenetv2 import CifarMobileNetV2
 from ackd_lightning.models.zoo.resnet_cifar import CifarResNet
 from ackd_lightning.models.zoo.shufflenetv1 import CifarShuffleNetV1
@@ -60,7 +61,8 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
 
     Args:
         name: CIFAR network of :func:`list_models` (``resnet20``, ``wrn_40_2``, …), classification network of
-            torchvision (``resnet18``), or ``timm:NAME``. No name stands for two networks.
+            torchvision (``resnet18``), ``timm:NAME``, or ``hf:FOLDER`` for an image classifier of Hugging Face's
+            transformers on disk. No name stands for two networks.
         num_classes: Number K of classes.
         **options: Options of the network. CIFAR networks have none. ResNets of torchvision have ``stem``: ``imagenet``
             (the default, 7x7 with stride 2 and max-pooling) or ``cifar`` (3x3 with stride 1, no pooling). All other
@@ -85,6 +87,8 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         return named(_CIFAR[name](num_classes), name, options)
     if name.startswith(TIMM):
         return named(_from_timm(name, num_classes, options), name, options)
+    if name.startswith(HF):
+        return named(from_config(name, num_classes, options), name, options)
     if name in torchvision_names():
         return named(_from_torchvision(name, num_classes, options), name, options)
     raise ACKDError(
