@@ -26,6 +26,8 @@ COMMON = {
     "val_fraction": 0.1,
     "train_fraction": 1.0,
     "max_per_class": None,
+    "augmentation": None,
+    "sampling": "shuffle",
     "num_workers": 0,
     "seed": None,
 }

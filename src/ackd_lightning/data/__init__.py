@@ -1,5 +1,6 @@
 """One data module for each data set, with reading and augmentation of images; networks and losses may not be here."""
 
+from ackd_lightning.data.augmentation import Augmentation
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.cifar import CIFAR100DataModule
 from ackd_lightning.data.cinic10 import CINIC10DataModule
@@ -12,6 +13,7 @@ from ackd_lightning.data.tiny_imagenet import TinyImageNetDataModule
 from ackd_lightning.data.transforms import RawBatch
 
 __all__ = [
+    "Augmentation",
     "CIFAR100DataModule",
     "CINIC10DataModule",
     "DigitsDataModule",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,6 +14,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 
 from ackd_lightning.data.arguments import PlainArguments
+from ackd_lightning.data.augmentation import Augmentation, AugmentedImages, ImageAugmentation, Mixing
 from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
 from ackd_lightning.data.decoding import ImageFormat
 from ackd_lightning.data.sampling import (
@@ -61,6 +63,9 @@ class ImageDataModule(PlainArguments):
         val_fraction: Share of the training set that is held out for validation; 0 holds nothing out.
         train_fraction: Share of each class of the training part that is used, for small runs.
         max_per_class: Largest number of training images of each class; None uses all.
+        augmentation: Policy, erasing and mixing of training images besides crop and mirror image; none by default.
+        sampling: Order of training images in an epoch: ``shuffle`` reads every image once; ``balanced`` reads images of
+            all classes equally often, and repeats those of small classes.
         num_workers: Number of worker processes of each loader; results do not depend on it.
         seed: Seed of shuffling and augmentation; None takes the one of ``seed_everything`` (``PL_GLOBAL_SEED``), or 0.
 
@@ -96,10 +101,16 @@ class ImageDataModule(PlainArguments):
         val_fraction: Fraction = 0.1,
         train_fraction: Annotated[float, Range(0, 1, open_low=True)] = 1.0,
         max_per_class: PositiveInt | None = None,
+        augmentation: Augmentation | None = None,
+        sampling: Literal["shuffle", "balanced"] = "shuffle",
         num_workers: NonNegativeInt = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        # a checkpoint holds plain data, which comes back here
+        given = Augmentation(**augmentation) if isinstance(augmentation, Mapping) else augmentation
+        self.augmentation = given or Augmentation()
+        self.sampling = sampling
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
@@ -280,8 +291,11 @@ class ImageDataModule(PlainArguments):
                 f"batch_size {self.batch_size} does not divide by {world} processes: it is the global batch, "
                 f"so use a multiple of {world}"
             )
-        dataset = self._dataset("train")
-        sampler = EpochSampler(dataset, num_replicas=world, rank=rank, seed=self.run_seed)
+        dataset: Any = self._dataset("train")
+        if self.augmentation.changes_images or self.augmentation.mixing():
+            dataset = self._augmented(dataset)
+        balance = self.train_targets if self.sampling == "balanced" else None
+        sampler = EpochSampler(dataset, num_replicas=world, rank=rank, seed=self.run_seed, balance=balance)
         if self.trainer is not None:
             # Lightning calls set_epoch only after workers have started (#21938): a resumed run would replay epoch 0.
             progress: Any = self.trainer.fit_loop.epoch_progress.current
@@ -315,9 +329,22 @@ class ImageDataModule(PlainArguments):
             sampler = UnrepeatedDistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
         return ImageLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._options(dataset))
 
-    def _options(self, dataset: TensorImages | FileImages | HeldImages) -> dict[str, Any]:
+    def _augmented(self, dataset: TensorImages | FileImages | HeldImages) -> AugmentedImages:
+        """Let a training set augment its images as they are read, and remember what mixing depends on."""
+        if not self.augmentation.changes_images:
+            return AugmentedImages(dataset, None, None)
+        change = ImageAugmentation(self.augmentation, self.mean, self.run_seed)
+        crop = self._crop if isinstance(dataset, TensorImages) and self.augment != "none" else None
+        return AugmentedImages(dataset, crop and crop(), change)
+
+    def _crop(self) -> Callable[[RawBatch], Tensor]:
+        """Return crop and mirror image of a batch."""
+        pad = min(height_width(self.input_size)) // 8  # 4 pixels at 32, 8 at 64
+        return functools.partial(crop_flip, pad=pad, flip=self.augment == "crop_flip", seed=self.run_seed)
+
+    def _options(self, dataset: Any) -> dict[str, Any]:
         """Return the options of a loader; positions need no workers and no pinned memory."""
-        if isinstance(dataset, HeldImages):
+        if isinstance(getattr(dataset, "images", dataset), HeldImages):
             return {"collate_fn": as_is}
         return {"num_workers": self.num_workers, "collate_fn": as_is, "pin_memory": torch.cuda.is_available()}
 
@@ -329,7 +356,8 @@ class ImageDataModule(PlainArguments):
             self.setup()
         source, rows = self._part(part)
         if isinstance(source, Pixels):
-            if self._hold(len(rows) * source.images[0].nbytes):
+            changed = part == "train" and self.augmentation.changes_images  # by the process, image by image
+            if not changed and self._hold(len(rows) * source.images[0].nbytes):
                 return HeldImages(part, len(rows))
             return TensorImages(source.images, source.targets, rows)
         return FileImages(source.opener(), source.targets, rows, form=self.image_format, seed=self.run_seed)
@@ -352,7 +380,7 @@ class ImageDataModule(PlainArguments):
                 images[start : start + _COPY] = source.images[rows[start : start + _COPY]]
             self._held[keys.part] = images, source.targets[rows].to(device)
         images, targets = self._held[keys.part]
-        return RawBatch(images[keys.index], targets[keys.index], keys.index, keys.epoch)
+        return RawBatch(images[keys.index], targets[keys.index], keys.index, keys.epoch, keys.first)
 
     def teardown(self, stage: str | None = None) -> None:
         """Free what the device holds.
@@ -376,8 +404,9 @@ class ImageDataModule(PlainArguments):
         image = batch.image
         # On a GPU, waiting for the answer to `any` would cost more than the augmentation.
         if self.augment != "none" and (image.is_cuda or bool((batch.epoch >= 0).any())):
-            pad = min(height_width(self.input_size)) // 8  # 4 pixels at 32, 8 at 64
-            image = crop_flip(batch, pad=pad, flip=self.augment == "crop_flip", seed=self.run_seed)
+            image = self._crop()(batch)
         done = Batch(normalise(image, self.mean, self.std), batch.target, batch.index)
+        if batch.first is not None and self.augmentation.mixing():
+            done = Mixing(self.augmentation, self.num_classes, self.run_seed)(done, batch.first)
         # Under true half precision the trainer converted the batch while it was still uint8: convert it now.
         return done if self.trainer is None else self.trainer.precision_plugin.convert_input(done)

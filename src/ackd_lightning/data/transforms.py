@@ -29,12 +29,15 @@ class RawBatch(NamedTuple):
         index: ``B`` int64 positions in the part that is read (training, validation or test), from 0.
         epoch: ``B`` int64 epochs that the augmentation depends on, or -1 where nothing is left to augment (evaluation,
             and images that a worker has augmented).
+        first: Epoch and index of the first training image, which a mixture of the images depends on; None in
+            evaluation.
     """
 
     image: Tensor
     target: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index on purpose
     epoch: Tensor
+    first: tuple[int, int] | None = None
 
 
 class Keys(NamedTuple):
@@ -44,11 +47,13 @@ class Keys(NamedTuple):
         part: Part that is read.
         index: ``B`` int64 positions in that part.
         epoch: ``B`` int64, as in `RawBatch`.
+        first: Epoch and index of the first training image; None in evaluation.
     """
 
     part: Part
     index: Tensor  # type: ignore[assignment]  # hides tuple.index on purpose
     epoch: Tensor
+    first: tuple[int, int] | None = None
 
 
 def shift_and_flip(image: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:

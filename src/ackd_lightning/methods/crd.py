@@ -67,6 +67,7 @@ class CRD(Method):
         *(f"sampler.{name}" for name in NegativeSampler.TABLES),
     )
     compile_modules = ("sampler",)
+    labels = "smoothed"
 
     def __init__(
         self,
@@ -216,7 +217,7 @@ class CRD(Method):
             teacher_normaliser=constants[1],
         )
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "kd": kd_loss(student.logits, teacher.logits, temperature=self.kd_temperature),
             "crd": contrast,
         }

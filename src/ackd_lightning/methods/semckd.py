@@ -166,6 +166,8 @@ class SemCKD(Method):
         ACKDError: If a value is not allowed.
     """
 
+    labels = "mixed"
+
     def __init__(
         self,
         *,
@@ -289,7 +291,7 @@ class SemCKD(Method):
         projected = [project(feature) for project, (feature, _) in zip(self.projections, pairs, strict=True)]
         targets = [target for _, target in pairs]
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "kd": kd_loss(student.logits, teacher.logits, temperature=self.temperature),
             "semckd": semckd_loss(projected, targets, self.attention(ours, theirs)),
         }
