@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast, overload
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.stages import stage_names
 from ackd_lightning.models.tracing import (
+    WATCH,
     Trace,
     as_map,
     examples,
@@ -276,40 +275,58 @@ def pooled(feature: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(feature, 1).flatten(1)
 
 
-@dataclass(slots=True)
-class Capture:
-    """Outputs of named modules during one forward pass, as they were returned.
+class _Watch:
+    """Hooks on the modules of a plan, which keep what the modules return while a forward pass is watched.
 
-    Attributes:
-        values: What each module returned, by name.
-        embedding: What the classifier read.
+    They are installed once, because torch.compile traces hooks and not their installation.
     """
 
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)
-    embedding: Any = None
+    def __init__(self, network: nn.Module, plan: StagePlan) -> None:
+        self.plan, self.active = plan, False
+        self.values: dict[str, Any] = {}
+        self.embedding: list[Any] = []
+        self.modules = {name: network.get_submodule(name) for name in plan.features}
+        self.handles = [module.register_forward_hook(_Keep(self, name)) for name, module in self.modules.items()]
+        if plan.classifier is not None:
+            self.modules[plan.classifier] = module = network.get_submodule(plan.classifier)
+            self.handles.append(module.register_forward_pre_hook(_KeepInput(self)))
+
+    def fits(self, network: nn.Module, plan: StagePlan) -> bool:
+        """Return whether the hooks are on the modules that a plan names."""
+        return self.plan == plan and all(network.get_submodule(name) is each for name, each in self.modules.items())
 
 
-@contextmanager
-def _watching(network: nn.Module, names: Sequence[str], classifier: str | None) -> Iterator[Capture]:
-    kept = Capture()
-    handles = []
-    for name in names:
+class _Keep:
+    def __init__(self, watch: _Watch, name: str) -> None:
+        self.watch, self.name = watch, name
 
-        def after(module: nn.Module, args: Any, value: Any, name: str = name) -> None:
-            kept.values[name] = value
+    def __call__(self, module: nn.Module, args: Any, value: Any) -> None:
+        if self.watch.active:
+            self.watch.values[self.name] = value
 
-        handles.append(network.get_submodule(name).register_forward_hook(after))
-    if classifier is not None:
 
-        def before(module: nn.Module, args: Any) -> None:
-            kept.embedding = first_tensor(args)
+class _KeepInput:
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
 
-        handles.append(network.get_submodule(classifier).register_forward_pre_hook(before))
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.watch.active:
+            self.watch.embedding.append(first_tensor(args))
+
+
+def watch(network: nn.Module, plan: StagePlan | None) -> None:
+    """Install the hooks that `capture` needs, which it does by itself outside of torch.compile.
+
+    Args:
+        network: Network that the plan describes.
+        plan: Stages of the network; without one nothing is done.
+    """
+    present: _Watch | None = getattr(network, WATCH, None)
+    if plan is None or (present is not None and present.fits(network, plan)):
+        return
+    for handle in [] if present is None else present.handles:
+        handle.remove()
+    network.__dict__[WATCH] = _Watch(network, plan)
 
 
 def capture(
@@ -328,18 +345,22 @@ def capture(
         What the network returns; the features as maps ``B x C x H x W``; the embedding ``B x D``; the features as the
         modules returned them, by name.
     """
-    with _watching(network, plan.features, plan.classifier) as kept:
+    watch(network, plan)
+    kept: _Watch = getattr(network, WATCH)
+    kept.active = True
+    try:
         output = (network if run is None else run)(given)
+        values, read = dict(kept.values), list(kept.embedding)
+    finally:
+        kept.active = False
+        kept.values.clear()
+        kept.embedding.clear()
     prefix = getattr(network, "num_prefix_tokens", None)
-    features = tuple(_map_of(network, name, kept.values, ratio, prefix) for name in plan.features)
-    embedding = kept.embedding
-    if embedding is None:
-        embedding = pooled(features[-1])
-    elif embedding.dim() == 4:
-        embedding = pooled(embedding)
-    elif embedding.dim() == 3:
-        embedding = embedding.mean(dim=1)
-    return output, features, embedding, kept.values
+    features = tuple(_map_of(network, name, values, ratio, prefix) for name in plan.features)
+    embedding: Tensor = features[-1] if len(read) != 1 else read[0]
+    if embedding.dim() > 2:
+        embedding = pooled(embedding) if embedding.dim() == 4 else embedding.mean(dim=1)
+    return output, features, embedding, values
 
 
 def _map_of(network: nn.Module, name: str, values: dict[str, Any], ratio: float, prefix: int | None) -> Tensor:

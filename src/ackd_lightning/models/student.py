@@ -19,6 +19,7 @@ from ackd_lightning.models.features import (
     require_plan,
     staged_forward,
     traced,
+    watch,
 )
 from ackd_lightning.models.suffix import Suffix, difference
 from ackd_lightning.models.tracing import logits_of, name_of
@@ -69,6 +70,7 @@ class AuxiliaryLearner(nn.Module):
         self.entry, self.ratio = entry, height / width
         self.suffix = Suffix(backbone, plan.features[entry - 1], input_size)
         self.plan = StagePlan(plan.features[-1:], plan.classifier, plan.pooled)
+        watch(self.suffix.network, self.plan)
         init_fresh(self)
 
     def forward(self, value: Any) -> NetOutput:
@@ -97,6 +99,7 @@ class Peer(nn.Module):
         super().__init__()
         self.network = network
         self.plan = plan_for(network)
+        watch(network, self.plan)
 
     def forward(self, image: Tensor) -> NetOutput:
         """Compute the peer's logits, last feature map and embedding.
@@ -158,6 +161,7 @@ class BranchyStudent(nn.Module):
         last = LAST if self.plan is None else branch_names(self.plan)[0]
         self.specs = tuple(last if spec == LAST else spec for spec in branches)
         self.backbone = backbone
+        watch(backbone, self.plan)
         self.branches = nn.ModuleList(self._learner(spec, num_classes, input_size) for spec in self.specs)
 
     def _learner(self, spec: str, num_classes: int | None, input_size: ImageSize | None) -> AuxiliaryLearner | Peer:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import check_plan, image_channels, plan_for, staged_forward
+from ackd_lightning.models.features import check_plan, image_channels, plan_for, staged_forward, watch
 from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.metadata import LARGEST_INPUT, typed_metadata
 from ackd_lightning.models.weights import load_weights
@@ -112,6 +112,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.network = network
         self.plan = plan_for(network)
+        watch(network, self.plan)
         self._own = (tuple(mean) if mean else None, tuple(std) if std else None, input_size)
         self._plan_checked = self.plan is None
         self.input_size = input_size

@@ -33,6 +33,10 @@ _POOLING = (
 """Autograd nodes that average a map over its positions and change nothing else."""
 
 
+WATCH = "_stage_watch"
+"""Attribute of a network that holds the hooks on its stages."""
+
+
 def image_channels(network: nn.Module) -> int:
     """Number of channels of the images that a network reads: those of its first convolution, 3 without one.
 
@@ -78,6 +82,7 @@ def twin(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             for key, hook in list(hooks.items()):
                 if not type(hook).__module__.startswith("torch.nn.utils"):  # spectral_norm makes weights in a hook
                     del hooks[key]
+        module.__dict__.pop(WATCH, None)
     return result.eval()
 
 
