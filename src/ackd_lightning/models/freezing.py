@@ -7,19 +7,35 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ackd_lightning.errors import ACKDError, near_matches
-from ackd_lightning.models.features import plan_for
+from ackd_lightning.models.features import plan_for, traced
 
 
 def stage_modules(network: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the modules of each stage of a network, by ``stem``, ``stage1``, ``stage2``, ...; empty if unknown.
+    """Return the outermost modules of each stage, by ``stem``, ``stage1``, ``stage2``, ...; empty if unknown.
 
     Args:
         network: Any network.
     """
-    plan = plan_for(network)
-    if plan is None:
+    plan, found = plan_for(network), traced(network)
+    if plan is None or found is None:
         return {}
-    return {"stem": plan.stem, **{f"stage{number}": names for number, names in enumerate(plan.stages, start=1)}}
+    calls = found[2].calls
+    ends = [calls[name].end for name in plan.features if name in calls]
+    stages: dict[str, list[str]] = {f"stage{number}" if number else "stem": [] for number in range(len(ends))}
+
+    def assign(module: nn.Module, prefix: str) -> None:
+        for own, child in module.named_children():
+            name, start = f"{prefix}{own}", 0
+            for stage, end in zip(stages, ends, strict=True):
+                if name in calls and start <= calls[name].start and calls[name].end <= end:
+                    stages[stage].append(name)
+                    break
+                start = end
+            else:
+                assign(child, f"{name}.")
+
+    assign(network, "")
+    return {stage: tuple(names) for stage, names in stages.items()}
 
 
 def freeze(network: nn.Module, names: Sequence[str]) -> None:

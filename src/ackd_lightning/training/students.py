@@ -89,11 +89,7 @@ def start_branches(student: BranchyStudent) -> None:
     state = {key: each for key, each in student.backbone.state_dict().items() if not key.startswith(heads)}
     for spec, learner in zip(student.specs, student.branches, strict=True):
         if isinstance(learner, AuxiliaryLearner):
-            assert student.plan is not None
-            owned = [*student.plan.stages[learner.entry - 1 :], student.plan.tail]
-            for names, stage in zip((each for each in owned if each), learner.stages, strict=True):
-                for name, module in zip(names, stage.children(), strict=True):
-                    module.load_state_dict(student.backbone.get_submodule(name).state_dict())
+            learner.suffix.network.load_state_dict(state, strict=False)
         elif isinstance(learner, Peer) and spec == "peer":
             learner.network.load_state_dict(state, strict=False)
 
@@ -115,7 +111,7 @@ def slow_parameters(student: BranchyStudent, config: StudentConfig) -> list[nn.P
     if config.init_branches == "backbone":
         for spec, learner in zip(student.specs, student.branches, strict=True):
             if isinstance(learner, AuxiliaryLearner):
-                found += body(learner, [learner.classifier])
+                found += body(learner, map(learner.suffix.network.get_submodule, names))
             elif isinstance(learner, Peer) and spec == "peer":
                 found += body(learner.network, map(learner.network.get_submodule, names))
     return found
