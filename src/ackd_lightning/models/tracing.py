@@ -34,6 +34,9 @@ _POOLING = (
 """Autograd nodes that average a map over its positions and change nothing else."""
 
 
+EXAMPLES = 2
+"""Number of images on which a network is tried."""
+
 WATCH = "_stage_watch"
 """Attribute of a network that holds the hooks on its stages."""
 
@@ -127,10 +130,11 @@ def examples(
         input_size: Height and width of the images in pixels.
         channels: Channels of the images; None for those of the network's first convolution.
     """
-    yield skeleton(network, input_size, channels=channels)
+    ghost, image = skeleton(network, input_size, channels=channels)
+    yield ghost, image.expand(EXAMPLES, *image.shape[1:]).clone()
     tensors = [*network.parameters(), *network.buffers()]
     if not any(each.is_meta for each in tensors):
-        shape = (2, image_channels(network) if channels is None else channels, *height_width(input_size))
+        shape = (EXAMPLES, image_channels(network) if channels is None else channels, *height_width(input_size))
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
         yield twin(network), image.to(tensors[0].device if tensors else "cpu", dtype_of(network))
 
