@@ -234,7 +234,9 @@ class FrozenTeacher(Teacher):
         copy_network: bool = True,
     ) -> None:
         own = copy.deepcopy(network) if copy_network else network
-        super().__init__(own.requires_grad_(False).eval(), mean=mean, std=std, input_size=input_size)
+        for parameter in own.parameters():  # the method of a network that was compiled by TorchScript raises
+            parameter.requires_grad_(False)
+        super().__init__(own.eval(), mean=mean, std=std, input_size=input_size)
         self.bf16 = bf16
         self.metadata = dict(metadata or {})
         self.training = False
