@@ -40,13 +40,8 @@ from ackd_lightning.training.schedule import (
     describe_factory,
 )
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
-from ackd_lightning.training.teachers import (
-    GivenTeacher,
-    Teachers,
-    as_configs,
-    chosen,
-    describe_teachers,
-)
+from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
+from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec, read_batch
 from ackd_lightning.validation import check_arguments
 
@@ -60,8 +55,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
     Args:
         student: Model name for `create_model`, network, or `StudentConfig`.
         method: Distillation method; None for plain training.
-        teacher: Model name, network, `FrozenTeacher` or `TeacherConfig`; a list of these for methods that learn from
-            several teachers; None for methods without one.
+        teacher: Model name, network, `FrozenTeacher` or `TeacherConfig`; a list of these for methods that run several
+            teachers, and for those that read logits alone, which get the mean of all; None for methods without one.
         data: Classes, image size and normalisation of the data. None is allowed for a student that is a network: then
             its classes are counted, images have 32 x 32 pixels, and their normalisation is unknown.
         optimizer: Function of parameter groups that returns the student's optimizer. Default: SGD with learning rate
@@ -370,7 +365,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         if self.cache is not None:
             return self.student(batch.image), self.cache.read(self.current_epoch, batch.index)
         runs = self.teacher is not None and self.method.teacher != "own"
-        teacher = cast(FrozenTeacher, self.teacher)(batch.image) if runs else None
+        teacher = self.teachers(batch.image) if runs else None
         return self.student(batch.image), teacher
 
     def training_parameters(self) -> int:
