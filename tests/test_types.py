@@ -11,7 +11,8 @@ from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec, read_batch
 
 def test_a_batch_unpacks_in_order_and_its_index_is_a_tensor():
     batch = Batch(torch.zeros(2, 3, 4, 4), torch.tensor([1, 0]), torch.tensor([7, 8]))
-    image, target, index = batch
+    image, target, index, soft = batch
+    assert soft is None
     assert image is batch.image
     assert target is batch.target
     assert index is batch.index

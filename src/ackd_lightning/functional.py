@@ -84,11 +84,11 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute the cross-entropy with hard labels in float32, averaged over the batch.
+    """Compute the cross-entropy with the labels in float32, averaged over the batch.
 
     Args:
         logits: Logits, ``B x K``.
-        target: Class indices, ``B`` int64.
+        target: Class indices, ``B`` int64, or the weight of each class, ``B x K`` float (`Batch.labels` is either).
 
     Returns:
         Scalar float32, in nats.

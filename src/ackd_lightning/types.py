@@ -35,11 +35,20 @@ class Batch(NamedTuple):
         image: ``B x C x H x W`` float, augmented and normalised, on the training device.
         target: ``B`` int64 class indices.
         index: ``B`` int64 positions in the training set (stable over epochs), -1 when unknown.
+        soft: ``B x K`` float32 labels that are not one class each; None when ``target`` says all. In the images of a
+            data module they are the shares of the classes in a mixed image, of which ``target`` has the largest. In a
+            training step they are smoothed and weighted by class, too, as the cross-entropy reads them.
     """
 
     image: Tensor
     target: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index on purpose
+    soft: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels that a cross-entropy learns from: ``soft``, or ``target`` without it."""
+        return self.target if self.soft is None else self.soft
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +145,7 @@ class Examples:
 
 
 def read_batch(batch: Any, input_size: ImageSize) -> Batch:
-    """Read ``(image, target)`` or ``(image, target, index)``.
+    """Read ``(image, target)`` or ``(image, target, index)``; a target may be ``B x K`` shares of the classes.
 
     Args:
         batch: Batch of any data module.
@@ -149,7 +158,9 @@ def read_batch(batch: Any, input_size: ImageSize) -> Batch:
         result = batch
     elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
         image, target = batch[0], batch[1]
-        result = Batch(image, target, batch[2] if len(batch) == 3 else torch.full_like(target, -1))
+        soft = target.float() if target.ndim == 2 and target.is_floating_point() else None
+        target = target if soft is None else soft.argmax(dim=1)
+        result = Batch(image, target, batch[2] if len(batch) == 3 else torch.full_like(target, -1), soft)
     else:
         raise ACKDError(f"a batch is {type(batch).__name__}; the data must give (image, target) or add an index")
     found, expected = tuple(result.image.shape[-2:]), height_width(input_size)

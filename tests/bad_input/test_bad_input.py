@@ -403,8 +403,8 @@ CASES = [
     Case("images_of_size_0", [*FOLDER, "--data.image_size", "0"], ("image_size is 0", "at least 8"), images()),
     Case("images_of_huge_size", [*FOLDER, "--data.image_size", "99999999"], ("image_size is 99999999",), images()),
     Case("images_train_dir", [*FOLDER, "--data.train_dir", "trian"], ("mine/trian", "mine holds"), images()),
-    Case("images_mean", [*FOLDER, "--data.mean", "[1, 2]"], ("--data.mean", "[1, 2]"), images()),
-    Case("images_std", [*FOLDER, "--data.std", "[0, 1, 1]"], ("std is (0", "above 0"), images()),
+    Case("images_mean", [*FOLDER, "--data.mean", "[1, 2]"], ("mean has 2 values", "channels is 3"), images()),
+    Case("images_std", [*FOLDER, "--data.std", "[0, 1, 1]"], ("std is [0", "above 0"), images()),
     # --------------------------------------------------------------- reproduce
     Case("table_unknown", ["reproduce", "table9"], ("'table9'", "did you mean")),
     Case("table_none", ["reproduce"], ("table", "--help")),

@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
 def assert_same_end(again, whole):
     assert largest_difference(again["state"], whole["state"]) == 0.0
     assert again["steps"] == whole["steps"] == STEPS
-    for key in ("best", "early", "lr"):
+    for key in ("best", "early", "waited", "lr"):
         assert again[key] == whole[key], key
 
 
@@ -57,6 +57,9 @@ def assert_same_end(again, whole):
         ("crd", 8, signal.SIGUSR1, 0),
         # a teacher that is replaced after each epoch: in the third one it is that of the second
         ("aikd", 11, signal.SIGTERM, 0),
+        # mixed and repeated images, an average of the weights and early stopping, in the middle of an epoch
+        ("recipe", 7, signal.SIGTERM, 0),
+        pytest.param("recipe", 6, signal.SIGTERM, 2, marks=pytest.mark.slow),
         pytest.param("ackd", 7, signal.SIGUSR1, 2, marks=pytest.mark.slow),
         pytest.param("one", 6, signal.SIGTERM, 2, marks=pytest.mark.slow),
         pytest.param("atsc", 7, signal.SIGTERM, 0, marks=pytest.mark.slow),
@@ -117,12 +120,13 @@ def test_a_process_stops_when_only_another_one_got_the_signal(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ackd", "recipe"])
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
-def test_two_processes_stop_together_and_are_resumed(tmp_path):
+def test_two_processes_stop_together_and_are_resumed(tmp_path, method):
     """Only one of them gets the signal."""
     script = Path(__file__).parents[1] / "training" / "resume_script.py"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(tmp_path), "7"],
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path), "7", method],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -26,19 +26,33 @@ COMMON = {
     "val_fraction": 0.1,
     "train_fraction": 1.0,
     "max_per_class": None,
+    "augmentation": None,
+    "sampling": "shuffle",
     "num_workers": 0,
     "seed": None,
 }
 STORED = {**COMMON, "root": "data", "cache": True}
 DOWNLOADED = {**STORED, "download": True, "url": None}
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CUSTOM = {
+    **STORED,
+    "image_size": 32,
+    "channels": 3,
+    "mean": None,
+    "std": None,
+    "value_range": None,
+    "background": "white",
+}
 DEFAULTS = {
     DigitsDataModule: COMMON,
     ImageNetDataModule: STORED,
     CIFAR100DataModule: DOWNLOADED,
     TinyImageNetDataModule: DOWNLOADED,
     CINIC10DataModule: {**DOWNLOADED, "val_fraction": 1.0},
-    ImageFolderDataModule: {**STORED, **IMAGENET, "image_size": 32, "train_dir": None, "test_dir": None},
+    ImageFolderDataModule: {
+        **CUSTOM,
+        **dict.fromkeys(("train_dir", "val_dir", "test_dir", "unlabelled")),
+        "class_order": "text",
+    },
 }
 EVERY = pytest.mark.parametrize("cls", DEFAULTS, ids=lambda cls: cls.__name__)
 

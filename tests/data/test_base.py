@@ -128,7 +128,7 @@ def test_workers_do_not_change_the_batches(folder, size):
         return [module.on_after_batch_transfer(batch, 0) for batch in raw]
 
     for a, b in zip(batches(0), batches(2), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
 
 
 def test_an_image_that_breaks_while_training_is_named_by_a_worker(folder):
@@ -147,12 +147,12 @@ def broken(folder: Path) -> str:
 
 def other_classes(folder: Path) -> str:
     (folder / "test" / "dog").rename(folder / "test" / "cow")
-    return "classes differ .*only in train: dog; only in test: cow"
+    return r"classes that the training part lacks \(cow\)"
 
 
 def empty_class(folder: Path) -> str:
-    (folder / "test" / "cow").mkdir()
-    return "classes differ .*only in test: cow"
+    (folder / "train" / "cow").mkdir()
+    return "train/cow holds no images"
 
 
 def no_test_images(folder: Path) -> str:
@@ -459,7 +459,7 @@ def test_held_images_make_the_same_batches(folder, hold, monkeypatch, options):
     assert [len(module._held[part][0]) for part in copied] == [len(module._rows[part][1]) for part in copied]
     for mine, theirs in zip(batches, usual, strict=True):
         assert type(mine) is Batch
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(mine[:3], theirs[:3], strict=True))
 
 
 def test_only_keys_leave_the_loader_of_held_images(folder, hold):

@@ -58,7 +58,7 @@ def require_reversed(module, expected, made=None):
 
 def test_info_of_class_folders_is_complete_at_construction(make):
     module = make()
-    assert module.info == DataInfo(2, module.input_size, module.mean, module.std, ("cat", "dog"))
+    assert module.info == DataInfo(2, module.input_size, module.mean, module.std, ("cat", "dog"), 3)
     module.setup()
     assert module.info.class_names == ("cat", "dog")
 

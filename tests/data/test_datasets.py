@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ackd_lightning.data.datasets import FileImages, TensorImages
-from ackd_lightning.data.decoding import read_image
+from ackd_lightning.data.decoding import ImageFormat, read_image
+from ackd_lightning.data.folders import scan_class_folders
 from ackd_lightning.data.sampling import STREAM_TRANSFORM
-from ackd_lightning.data.sources import scan_class_folders
 from ackd_lightning.data.transforms import random_crop
 from ackd_lightning.random import mix
 
@@ -32,7 +30,7 @@ def test_tensor_images_gather_rows_and_keep_positions():
 def file_images(tmp_path, write_classes):
     write_classes(tmp_path, {"a": 4}, size=(60, 40))
     files = scan_class_folders(tmp_path)
-    return FileImages(files.paths, files.targets, torch.tensor([3, 1]), size=28, seed=7)
+    return FileImages(files.opener(), files.targets, torch.tensor([3, 1]), form=ImageFormat((28, 28)), seed=7)
 
 
 def test_file_images_depend_on_epoch_and_index_and_leave_the_generator_alone(file_images):
@@ -52,12 +50,16 @@ def test_file_images_depend_on_epoch_and_index_and_leave_the_generator_alone(fil
 def test_file_images_are_random_resized_crops(tmp_path, write_classes, suffix):
     write_classes(tmp_path, {"a": 12}, size=(60, 40), suffix=suffix)
     files = scan_class_folders(tmp_path)
-    dataset = FileImages(files.paths, files.targets, torch.arange(12).flip(0), size=28, seed=7)
+    dataset = FileImages(files.opener(), files.targets, torch.arange(12).flip(0), form=ImageFormat((28, 28)), seed=7)
     batch = dataset.__getitems__([(2, index) for index in range(12)])
     mirrored = 0
     for index, image in enumerate(batch.image):
         box, mirror = random_crop(60, 40, mix(7, 2, index, STREAM_TRANSFORM))
-        cut = read_image(files.paths[11 - index]).crop(box).resize((28, 28), Image.Resampling.BILINEAR)
+        cut = (
+            read_image(files.paths[11 - index], ImageFormat((28, 28)))
+            .crop(box)
+            .resize((28, 28), Image.Resampling.BILINEAR)
+        )
         expected = np.array(cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else cut).transpose(2, 0, 1)
         apart = np.abs(image.numpy().astype(int) - expected)
         assert apart.max() <= 1  # torch and PIL round differently
@@ -67,7 +69,7 @@ def test_file_images_are_random_resized_crops(tmp_path, write_classes, suffix):
 
 
 def test_file_images_evaluate_the_centre(file_images):
-    path = os.fsdecode(bytes(file_images.paths[3]))
+    path = str(file_images.opener(3))
     with Image.open(path) as image:
         resized = image.resize((48, 32), Image.Resampling.BILINEAR).crop((10, 2, 38, 30))
     expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1)

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ackd_lightning.data.folders import scan_class_folders
 from ackd_lightning.data.sources import (
     Files,
     Pixels,
     new_positions,
     reorder,
     require_same_classes,
-    scan_class_folders,
 )
 from ackd_lightning.errors import ACKDError
 
@@ -29,7 +29,7 @@ def test_scan_sorts_and_passes_over_other_files(tmp_path, write_classes):
         "a/images/0000.JPEG",
         "b/0000.png",
     ]
-    assert scan_class_folders(tmp_path, keep=["b"]).targets.tolist() == [0, 0]
+    assert scan_class_folders(tmp_path, classes=["b"], others="skip").targets.tolist() == [0, 0]
 
 
 def missing(root, write_classes):

@@ -48,7 +48,7 @@ def test_a_sample_does_not_depend_on_its_batch():
     raw = batch()
     whole = crop_flip(raw, pad=4, flip=True, seed=0)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2))[:11]
-    part = RawBatch(*(field[order] for field in raw))
+    part = RawBatch(*(field[order] for field in raw[:4]))
     assert torch.equal(crop_flip(part, pad=4, flip=True, seed=0), whole[order])
 
 
@@ -113,5 +113,5 @@ def test_random_crop_of_an_image_that_no_crop_fits_is_its_centre(size, box):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_same_numbers_on_the_gpu():
     raw = batch()
-    cuda = RawBatch(*(field.cuda() for field in raw))
+    cuda = RawBatch(*(field.cuda() for field in raw[:4]))
     assert torch.equal(crop_flip(cuda, pad=4, flip=True, seed=3).cpu(), crop_flip(raw, pad=4, flip=True, seed=3))

@@ -425,9 +425,9 @@ def test_an_image_is_made_of_its_own_key_alone():
     run = Run()
     whole = run.method.make(run.batch)
     order = torch.tensor([4, 0, 5, 2, 1, 3])
-    shuffled = Batch(*(each[order] for each in run.batch))
+    shuffled = Batch(*(each[order] for each in run.batch[:3]))
     torch.testing.assert_close(run.method.make(shuffled), whole[order])
-    halves = [Batch(*(each[part] for each in run.batch)) for part in (slice(0, 2), slice(2, 6))]
+    halves = [Batch(*(each[part] for each in run.batch[:3])) for part in (slice(0, 2), slice(2, 6))]
     torch.testing.assert_close(torch.cat([run.method.make(half) for half in halves]), whole)
     torch.manual_seed(99)
     assert torch.equal(run.method.make(run.batch), whole)
@@ -440,7 +440,7 @@ def test_two_halves_of_a_batch_give_the_generators_gradient_of_the_whole():
     run.student.eval()  # whose running statistics would move from call to call
     own = run.method.auxiliary_parameters()["generator"]
     whole = torch.autograd.grad(run.auxiliary("generator")[0], own)
-    halves = [Batch(*(each[part] for each in run.batch)) for part in (slice(0, 3), slice(3, 6))]
+    halves = [Batch(*(each[part] for each in run.batch[:3])) for part in (slice(0, 3), slice(3, 6))]
     parts = [torch.autograd.grad(run.auxiliary("generator", half)[0], own) for half in halves]
     for total, first, second in zip(whole, *parts, strict=True):
         torch.testing.assert_close((first + second) / 2, total, rtol=1e-3, atol=1e-5)

@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ackd_lightning import DataInfo, DigitsDataModule, DistillationModule
 from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
 from ackd_lightning.callbacks.stopping import StopSafely
+from ackd_lightning.data import Augmentation
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import RunStoppedError
-from ackd_lightning.methods import ACKD, ACN, AIKD, ATSC, CRD, ONE
+from ackd_lightning.methods import ACKD, ACN, AIKD, ATSC, CRD, KD, ONE
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training import Recipe
 from training.helpers import milestones, sgd, state, teaching
 
 EPOCHS, BATCH, PER_CLASS = 3, 16, 8  # 5 steps an epoch
@@ -73,7 +75,10 @@ METHODS: dict[str, Any] = {
     "acn": lambda: ACN(warmup_epochs=1, generator_width=4),
     "crd": lambda: CRD(negatives=32),
     "one": lambda: ONE(ramp_epochs=2),
+    "recipe": KD,
 }
+RECIPE = Recipe(label_smoothing=0.1, class_weights="auto", ema_decay=0.9, early_stopping=50)
+AUGMENTATION = Augmentation(policy="randaugment", erasing=0.25, mixup=0.8, cutmix=1.0)
 
 
 def module(method: str) -> DistillationModule:
@@ -87,12 +92,13 @@ def module(method: str) -> DistillationModule:
         data=data,
         optimizer=sgd(),
         lr_scheduler=milestones(1, 2),
+        recipe=RECIPE if method == "recipe" else None,
         seed=0,
     )
 
 
-def data(workers: int = 0) -> ImageDataModule:
-    return DigitsDataModule(batch_size=BATCH, max_per_class=PER_CLASS, num_workers=workers, seed=0)
+def data(workers: int = 0, **options: Any) -> ImageDataModule:
+    return DigitsDataModule(batch_size=BATCH, max_per_class=PER_CLASS, num_workers=workers, seed=0, **options)
 
 
 def fit(
@@ -106,10 +112,11 @@ def fit(
 ) -> dict[str, Any]:
     """Run one fit and return how it ended."""
     net = module(method)
-    early = EarlyStopping("val/acc", mode="max", patience=50)
-    average = EMAWeightAveraging(decay=0.9)
     last = folder / "checkpoints" / "last.ckpt"
-    callbacks: list[L.Callback] = [early, average, *checkpoints(folder / "checkpoints", select=True)]
+    callbacks: list[L.Callback] = checkpoints(folder / "checkpoints", select=True)
+    images = data(workers, augmentation=AUGMENTATION, sampling="balanced") if method == "recipe" else data(workers)
+    if method != "recipe":  # which brings its own
+        callbacks += [EarlyStopping("val/acc", mode="max", patience=50), EMAWeightAveraging(decay=0.9)]
     callbacks += [StopSafely(last, advice="resume it"), *([stop] if stop else [])]
     quiet = {
         "logger": False,
@@ -122,28 +129,30 @@ def fit(
     trainer = L.Trainer(callbacks=callbacks, plugins=[WholeCheckpoints()], **{**quiet, **single, **options})
     code = 0
     try:
-        trainer.fit(net, data(workers), ckpt_path=str(resume) if resume else None)
+        trainer.fit(net, images, ckpt_path=str(resume) if resume else None)
     except RunStoppedError as end:
         code = end.code
+    (early,) = trainer.early_stopping_callbacks
     return {
         "code": code,
         "steps": trainer.global_step,
         "state": state(net),
         "best": [each.best_model_score for each in trainer.checkpoint_callbacks if hasattr(each, "best_model_score")],
         "early": float(early.best_score),
+        "waited": early.wait_count,
         "lr": [group["lr"] for group in trainer.optimizers[0].param_groups] if trainer.optimizers else [],
     }
 
 
-def main(folder: Path, step: int) -> None:
+def main(folder: Path, step: int, method: str) -> None:
     """Run two processes, of which one gets the signal; rank 0 saves how both ended."""
     two = {"devices": 2, "strategy": "ddp"}
-    whole = fit(folder / "whole", "ackd", **two)
-    stopped = fit(folder / "stopped", "ackd", stop=Signal(step, signal.SIGTERM, rank=1), **two)
-    again = fit(folder / "stopped", "ackd", resume=folder / "stopped" / "checkpoints" / "last.ckpt", **two)
+    whole = fit(folder / "whole", method, **two)
+    stopped = fit(folder / "stopped", method, stop=Signal(step, signal.SIGTERM, rank=1), **two)
+    again = fit(folder / "stopped", method, resume=folder / "stopped" / "checkpoints" / "last.ckpt", **two)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         torch.save({"whole": whole, "stopped": stopped, "again": again}, folder / "result.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

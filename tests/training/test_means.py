@@ -65,9 +65,9 @@ class Counting(DistillationModule):
         super().on_train_start()
         self.losses, self.asked = [], collections.Counter()
 
-    def log_terms(self, loss, terms, batch):
+    def log_terms(self, loss, terms, student, batch):
         self.losses.append((self.current_epoch, float(loss.detach()), len(batch.target)))
-        super().log_terms(loss, terms, batch)
+        super().log_terms(loss, terms, student, batch)
 
     def log(self, name, *arguments, **options):
         self.asked[name] += name.startswith("train/")
@@ -80,7 +80,7 @@ def test_lightning_logs_in_the_steps_that_are_written_and_at_the_end_of_an_epoch
     logger = CSVLogger(tmp_path)
     fitting = trainer(logger=logger, log_every_n_steps=every, max_epochs=2, limit_train_batches=4)
     fitting.fit(net, datamodule=Blobs())
-    assert +net.asked == {"train/loss_step": expected, "train/loss": 2, "train/ce": 2}
+    assert +net.asked == {"train/loss_step": expected, "train/loss": 2, "train/ce": 2, "train/acc": 2}
     with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     steps = [row["train/loss_step"] for row in rows if row.get("train/loss_step")]
@@ -158,7 +158,7 @@ def test_an_epoch_that_is_cut_short_has_its_own_mean(capsys):
 def test_steps_are_not_logged_with_log_every_n_steps_0():
     net = build(CE(), kind=Counting)
     trainer(max_epochs=1, log_every_n_steps=0).fit(net, datamodule=Blobs())
-    assert +net.asked == {"train/loss": 1, "train/ce": 1}
+    assert +net.asked == {"train/loss": 1, "train/ce": 1, "train/acc": 1}
 
 
 def test_an_interrupted_epoch_leaves_nothing_to_the_next_fit():

@@ -165,6 +165,7 @@ def test_everything_is_logged():
     run.fit(module(), datamodule=Blobs())
     expected = {
         "train/loss",
+        "train/acc",
         "train/ce",
         "train/ce_aux",
         "train/kd_aux",

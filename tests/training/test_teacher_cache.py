@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from ackd_lightning import ACKD, KD, ACKDError, DigitsDataModule, TeacherConfig, create_model, save_weights
 from ackd_lightning.cli import main
+from ackd_lightning.data import Augmentation
 from ackd_lightning.methods import AT, ATSC, CE, DKD
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.training import teacher_cache as cache
@@ -117,6 +119,31 @@ def test_a_run_in_bfloat16_is_kept_in_bfloat16():
     assert largest_difference(first, second) == 0.0
 
 
+def test_mixed_views_are_kept_and_found(place):
+    mixed = {"policy": "trivialaugment", "erasing": 0.5, "mixup": 0.8, "cutmix": 1.0}
+    options = [f"--data.augmentation.{name}={value}" for name, value in mixed.items()]
+    assert main(["cache", *SHARED, *options, "--out", "mixed"]) == 0
+    images = {"augmentation": Augmentation(**mixed)}
+    first, second = (fitted(kept=kept, images=images) for kept in ("mixed", None))
+    assert largest_difference(first, second) == 0.0
+    for other in ({}, {"augmentation": Augmentation(**{**mixed, "mixup": 0.7})}):
+        with pytest.raises(ACKDError, match="augmentation"):
+            fitted(kept="mixed", images=other)
+
+
+def test_mixed_views_depend_on_the_number_of_processes(monkeypatch):
+    images = data(augmentation=Augmentation(mixup=0.2))
+    images.trainer = SimpleNamespace(world_size=2)
+    net = module()
+    images.setup()
+    net.load_teacher()
+    assert cache.view_key(net, images, "32-true")["processes"] == 2
+    plain = data()
+    plain.trainer = images.trainer
+    plain.setup()
+    assert cache.view_key(net, plain, "32-true")["processes"] == 1
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_continues_with_it(tmp_path, without):
     saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
@@ -145,6 +172,7 @@ def test_an_interrupted_cache_is_completed_and_keeps_its_files(capsys):
         ({"images": {"seed": 1}}, "seed of the data '0' .* '1'"),
         ({"images": {"max_per_class": 5}}, "images '60' .* '50'"),
         ({"images": {"batch_size": 8}}, "batch_size '16'"),
+        ({"images": {"sampling": "balanced"}}, "balanced"),
         ({"run": {"precision": "bf16-mixed"}}, "precision '32-true' .* 'bf16-mixed'"),
         ({"weights": "weights/1.safetensors"}, "with teacher: weights '"),
         ({"run": {"max_epochs": 4}}, "lacks epoch 4 of 4"),

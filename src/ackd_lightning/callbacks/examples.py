@@ -169,7 +169,7 @@ class ExamplePictures(L.Callback):
         """Keep the first images."""
         if batch_idx == 0 and dataloader_idx == 0 and self._is_due(trainer):
             first = cast("TrainingModule", pl_module).as_batch(batch)
-            self._batch = Batch(*(each[: self.count].clone() for each in first))
+            self._batch = Batch(*(each[: self.count].clone() for each in first[:3]))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the picture."""

@@ -1,4 +1,4 @@
-"""Stop a fit without loss: signals wait for the end of a step, and a checkpoint is saved there."""
+"""Stop a fit without loss after a signal, or early when the validation accuracy no longer grows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 
 from ackd_lightning.errors import RunStoppedError
 
@@ -91,3 +91,23 @@ class StopSafely(Checkpoint):
         trainer.save_checkpoint(self.checkpoint)
         place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
         raise RunStoppedError(number, f"received; stopped in {place}, saved {self.checkpoint}; {self.advice}")
+
+
+class StopEarly(EarlyStopping):
+    """End a fit when ``val/acc`` has not grown for some validations, and say so.
+
+    Args:
+        patience: Number of validations without a better accuracy.
+    """
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val/acc", mode="max", patience=patience, check_on_train_epoch_end=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say when and why the fit ended."""
+        if self.stopped_epoch and trainer.is_global_zero:
+            print(
+                f"stopped early after epoch {self.stopped_epoch + 1}: val/acc has not grown for {self.patience} "
+                f"validations (best {float(self.best_score):.2%})",
+                flush=True,
+            )

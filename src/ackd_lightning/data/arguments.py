@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,20 @@ def plain_arguments(cls: type, args: Sequence[Any], options: Mapping[str, Any]) 
     except TypeError as error:
         raise ACKDError(f"{cls.__name__} cannot be created: {error}; name its arguments") from None
     bound.apply_defaults()
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in bound.arguments.items()}
+    values = {
+        name: str(value)
+        if isinstance(value, Path)
+        else asdict(value)
+        if is_dataclass(value) and not isinstance(value, type)
+        else value
+        for name, value in bound.arguments.items()
+    }
     return {name: value for name, value in values.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(each) for each in value.values())
     if isinstance(value, (list, tuple)):
         return all(_is_plain(each) for each in value)
     return isinstance(value, _PLAIN)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,7 +14,9 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 
 from ackd_lightning.data.arguments import PlainArguments
+from ackd_lightning.data.augmentation import Augmentation, AugmentedImages, ImageAugmentation, Mixing
 from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
+from ackd_lightning.data.decoding import ImageFormat
 from ackd_lightning.data.sampling import (
     EpochSampler,
     ImageLoader,
@@ -23,10 +26,10 @@ from ackd_lightning.data.sampling import (
     stratified_split,
     subset,
 )
-from ackd_lightning.data.sources import Pixels, Source, new_positions, reorder, require_same_classes
+from ackd_lightning.data.sources import Pixels, Source, new_positions, renumber, reorder, require_same_classes
 from ackd_lightning.data.transforms import Keys, RawBatch, crop_flip, normalise
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.types import Batch, DataInfo
+from ackd_lightning.types import Batch, DataInfo, ImageSize, height_width
 from ackd_lightning.validation import Fraction, NonNegativeInt, PositiveInt, Range, checked
 
 _HELD_SHARE = 0.25
@@ -60,14 +63,18 @@ class ImageDataModule(PlainArguments):
         val_fraction: Share of the training set that is held out for validation; 0 holds nothing out.
         train_fraction: Share of each class of the training part that is used, for small runs.
         max_per_class: Largest number of training images of each class; None uses all.
+        augmentation: Policy, erasing and mixing of training images besides crop and mirror image; none by default.
+        sampling: Order of training images in an epoch: ``shuffle`` reads every image once; ``balanced`` reads images of
+            all classes equally often, and repeats those of small classes.
         num_workers: Number of worker processes of each loader; results do not depend on it.
         seed: Seed of shuffling and augmentation; None takes the one of ``seed_everything`` (``PL_GLOBAL_SEED``), or 0.
 
     Attributes:
         num_classes: Number of classes of the data; the data set's full number until its files are found.
-        mean: Mean of each colour channel, of pixels in 0 to 1.
-        std: Standard deviation of each colour channel, of pixels in 0 to 1.
-        input_size: Height and width in pixels.
+        mean: Mean of each channel, of pixels in 0 to 1.
+        std: Standard deviation of each channel, of pixels in 0 to 1.
+        input_size: Side of square images in pixels, or their height and width.
+        channels: Number of channels of the images.
         class_names: Name of each class in the order of the targets; None while unknown.
         num_train_samples: Number of images in the training part, known after `setup`.
     """
@@ -75,9 +82,10 @@ class ImageDataModule(PlainArguments):
     num_classes: int
     published_train_images: ClassVar[int | None] = None
     """Number of images of the whole training part; None where that depends on the files."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: ImageSize
+    channels: int = 3
     class_names: tuple[str, ...] | None = None
     num_train_samples: int = 0
 
@@ -93,10 +101,16 @@ class ImageDataModule(PlainArguments):
         val_fraction: Fraction = 0.1,
         train_fraction: Annotated[float, Range(0, 1, open_low=True)] = 1.0,
         max_per_class: PositiveInt | None = None,
+        augmentation: Augmentation | None = None,
+        sampling: Literal["shuffle", "balanced"] = "shuffle",
         num_workers: NonNegativeInt = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        # a checkpoint holds plain data, which comes back here
+        given = Augmentation(**augmentation) if isinstance(augmentation, Mapping) else augmentation
+        self.augmentation = given or Augmentation()
+        self.sampling = sampling
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
@@ -132,12 +146,22 @@ class ImageDataModule(PlainArguments):
         """Whether the data set has a validation part of its own and it is used."""
         return False
 
+    @property
+    def _validation_share(self) -> float:
+        """Share of the data set's own validation part that is used."""
+        return self.val_fraction
+
     # ------------------------------------------------------------------------------------------------ what is known
 
     @property
     def info(self) -> DataInfo:
         """Number of classes, image size, normalisation and class names, as far as they are known."""
-        return DataInfo(self.num_classes, self.input_size, self.mean, self.std, self.class_names)
+        return DataInfo(self.num_classes, self.input_size, self.mean, self.std, self.class_names, self.channels)
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """What image files become."""
+        return ImageFormat(height_width(self.input_size), self.channels)
 
     @property
     def val_is_test(self) -> bool:
@@ -180,9 +204,9 @@ class ImageDataModule(PlainArguments):
         # In place, since the datasets of existing loaders share these tensors.
         for part, source in self._sources.items():
             self._sources[part] = replace(source, class_names=order)
-            source.targets.copy_(positions[source.targets])
+            source.targets.copy_(renumber(source.targets, positions))
         for _, targets in self._held.values():
-            targets.copy_(positions.to(targets.device)[targets])
+            targets.copy_(renumber(targets, positions.to(targets.device)))
         return changed
 
     # ------------------------------------------------------------------------------------------------ reading, splits
@@ -206,25 +230,28 @@ class ImageDataModule(PlainArguments):
         self._read_all()
         train, test = self._sources["train"], self._sources["test"]
         everything = torch.arange(len(train.targets))
+        labelled, unlabelled = everything[train.targets >= 0], everything[train.targets < 0]
         test_rows = torch.arange(len(test.targets))
         val_part: Part
         if self.val_is_test:
-            train_rows, val_part, val_rows = everything, "test", test_rows
+            train_rows, val_part, val_rows = labelled, "test", test_rows
         elif self._own_validation:
             val_part = "val"
             val_targets = self._sources["val"].targets
-            train_rows, val_rows = everything, torch.arange(len(val_targets))
-            if self.val_fraction < 1:
-                val_rows = stratified_split(val_targets, self.val_fraction)[1]
+            train_rows, val_rows = labelled, torch.arange(len(val_targets))
+            if self._validation_share < 1:
+                val_rows = stratified_split(val_targets, self._validation_share)[1]
         else:
             val_part = "train"
-            train_rows, val_rows = stratified_split(train.targets, self.val_fraction)
+            kept, held_out = stratified_split(train.targets[labelled], self.val_fraction)
+            train_rows, val_rows = labelled[kept], labelled[held_out]
         if not len(val_rows):
             raise ACKDError(
                 f"val_fraction {self.val_fraction:g} of {len(self._sources[val_part].targets):,} images leaves none "
                 "for validation: make it larger, or 0 to validate on the test set"
             )
         train_rows = subset(train_rows, train.targets, self.train_fraction, self.max_per_class)
+        train_rows = torch.cat([train_rows, unlabelled])
         if len(train_rows) < self.batch_size:
             raise ACKDError(
                 f"the training part holds {len(train_rows):,} images, fewer than one batch of {self.batch_size}: "
@@ -264,8 +291,11 @@ class ImageDataModule(PlainArguments):
                 f"batch_size {self.batch_size} does not divide by {world} processes: it is the global batch, "
                 f"so use a multiple of {world}"
             )
-        dataset = self._dataset("train")
-        sampler = EpochSampler(dataset, num_replicas=world, rank=rank, seed=self.run_seed)
+        dataset: Any = self._dataset("train")
+        if self.augmentation.changes_images or self.augmentation.mixing():
+            dataset = self._augmented(dataset)
+        balance = self.train_targets if self.sampling == "balanced" else None
+        sampler = EpochSampler(dataset, num_replicas=world, rank=rank, seed=self.run_seed, balance=balance)
         if self.trainer is not None:
             # Lightning calls set_epoch only after workers have started (#21938): a resumed run would replay epoch 0.
             progress: Any = self.trainer.fit_loop.epoch_progress.current
@@ -299,9 +329,22 @@ class ImageDataModule(PlainArguments):
             sampler = UnrepeatedDistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
         return ImageLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._options(dataset))
 
-    def _options(self, dataset: TensorImages | FileImages | HeldImages) -> dict[str, Any]:
+    def _augmented(self, dataset: TensorImages | FileImages | HeldImages) -> AugmentedImages:
+        """Let a training set augment its images as they are read, and remember what mixing depends on."""
+        if not self.augmentation.changes_images:
+            return AugmentedImages(dataset, None, None)
+        change = ImageAugmentation(self.augmentation, self.mean, self.run_seed)
+        crop = self._crop if isinstance(dataset, TensorImages) and self.augment != "none" else None
+        return AugmentedImages(dataset, crop and crop(), change)
+
+    def _crop(self) -> Callable[[RawBatch], Tensor]:
+        """Return crop and mirror image of a batch."""
+        pad = min(height_width(self.input_size)) // 8  # 4 pixels at 32, 8 at 64
+        return functools.partial(crop_flip, pad=pad, flip=self.augment == "crop_flip", seed=self.run_seed)
+
+    def _options(self, dataset: Any) -> dict[str, Any]:
         """Return the options of a loader; positions need no workers and no pinned memory."""
-        if isinstance(dataset, HeldImages):
+        if isinstance(getattr(dataset, "images", dataset), HeldImages):
             return {"collate_fn": as_is}
         return {"num_workers": self.num_workers, "collate_fn": as_is, "pin_memory": torch.cuda.is_available()}
 
@@ -313,10 +356,11 @@ class ImageDataModule(PlainArguments):
             self.setup()
         source, rows = self._part(part)
         if isinstance(source, Pixels):
-            if self._hold(len(rows) * source.images[0].nbytes):
+            changed = part == "train" and self.augmentation.changes_images  # by the process, image by image
+            if not changed and self._hold(len(rows) * source.images[0].nbytes):
                 return HeldImages(part, len(rows))
             return TensorImages(source.images, source.targets, rows)
-        return FileImages(source.paths, source.targets, rows, size=self.input_size, seed=self.run_seed)
+        return FileImages(source.opener(), source.targets, rows, form=self.image_format, seed=self.run_seed)
 
     # --------------------------------------------------------------------------------------------------- the device
 
@@ -331,12 +375,12 @@ class ImageDataModule(PlainArguments):
         if keys.part not in self._held or self._held[keys.part][0].device != device:
             source, rows = self._part(keys.part)
             assert isinstance(source, Pixels)
-            images = torch.empty(len(rows), *source.images.shape[1:], dtype=torch.uint8, device=device)
+            images = torch.empty(len(rows), *source.images.shape[1:], dtype=source.images.dtype, device=device)
             for start in range(0, len(rows), _COPY):
                 images[start : start + _COPY] = source.images[rows[start : start + _COPY]]
             self._held[keys.part] = images, source.targets[rows].to(device)
         images, targets = self._held[keys.part]
-        return RawBatch(images[keys.index], targets[keys.index], keys.index, keys.epoch)
+        return RawBatch(images[keys.index], targets[keys.index], keys.index, keys.epoch, keys.first)
 
     def teardown(self, stage: str | None = None) -> None:
         """Free what the device holds.
@@ -360,8 +404,9 @@ class ImageDataModule(PlainArguments):
         image = batch.image
         # On a GPU, waiting for the answer to `any` would cost more than the augmentation.
         if self.augment != "none" and (image.is_cuda or bool((batch.epoch >= 0).any())):
-            pad = self.input_size // 8  # 4 pixels at 32, 8 at 64
-            image = crop_flip(batch, pad=pad, flip=self.augment == "crop_flip", seed=self.run_seed)
+            image = self._crop()(batch)
         done = Batch(normalise(image, self.mean, self.std), batch.target, batch.index)
+        if batch.first is not None and self.augmentation.mixing():
+            done = Mixing(self.augmentation, self.num_classes, self.run_seed)(done, batch.first)
         # Under true half precision the trainer converted the batch while it was still uint8: convert it now.
         return done if self.trainer is None else self.trainer.precision_plugin.convert_input(done)

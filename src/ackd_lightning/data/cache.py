@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from ackd_lightning.data.decoding import broken_image
 from ackd_lightning.data.sources import Pixels
-from ackd_lightning.errors import ACKDError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def fingerprint(paths: Sequence[Path], root: Path, *settings: object) -> str:
@@ -39,19 +39,8 @@ def fingerprint(paths: Sequence[Path], root: Path, *settings: object) -> str:
             stat = path.stat()
         except OSError as error:
             raise broken_image(path, error) from None
-        digest.update(f"{os.path.relpath(path, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
     return digest.hexdigest()
-
-
-def broken_image(path: Path, error: BaseException) -> ACKDError:
-    """Return the error for a file that is not a whole image.
-
-    Args:
-        path: The file.
-        error: What was raised when it was read.
-    """
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ACKDError(f"could not read the image {path} ({reason}): replace the file or delete it")
 
 
 def read_cache(path: Path, mark: str) -> dict[str, Any] | None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
+from ackd_lightning.data.folders import scan_class_folders
 from ackd_lightning.data.sampling import Part
-from ackd_lightning.data.sources import Pixels, scan_class_folders
+from ackd_lightning.data.sources import Pixels
 from ackd_lightning.data.stored import ROOT
 from ackd_lightning.validation import Fraction
 
@@ -67,4 +68,5 @@ class CINIC10DataModule(DownloadedDataModule):
     def _load(self, part: Part) -> Pixels:
         place = self._place()
         remedy = "CINIC-10 has the folders train, valid and test with one folder for each class, as in its archive"
-        return self._decoded(scan_class_folders(place / _FOLDERS[part], remedy=remedy), place, part)
+        classes = None if part == "train" else self._folder_classes()
+        return self._decoded(scan_class_folders(place / _FOLDERS[part], classes=classes, remedy=remedy), place, part)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as vision
 
-from ackd_lightning.data.decoding import read_image
+from ackd_lightning.data.decoding import Decoded, ImageFile, ImageFormat, fit, height_and_width, read_image, to_tensor
 from ackd_lightning.data.sampling import STREAM_TRANSFORM, Part
 from ackd_lightning.data.transforms import Keys, RawBatch, random_crop
 from ackd_lightning.random import mix
 
+EVAL_BORDER = 256 / 224
+"""Size of an image before its centre is cropped in evaluation, relative to that after it."""
 Key = tuple[int, int]
 """Epoch and index of a training sample."""
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """Copy an RGB image to ``3 x H x W`` uint8 (colours innermost in memory)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _as_keys(keys: Sequence[int | Key]) -> tuple[Tensor, Tensor]:
@@ -35,11 +28,26 @@ def _as_keys(keys: Sequence[int | Key]) -> tuple[Tensor, Tensor]:
     return both[:, 0].contiguous(), both[:, 1].contiguous()
 
 
+def augmented_crop(image: Decoded, form: ImageFormat, seed: int) -> Tensor:
+    """Return a random resized crop of an image, mirrored half of the time, as ``C x H x W``.
+
+    Args:
+        image: Decoded image.
+        form: What it becomes.
+        seed: Seed of the draw, which depends on nothing else.
+    """
+    height, width = height_and_width(image)
+    (left, top, right, bottom), mirror = random_crop(width, height, seed)
+    crop = to_tensor(vision.crop(image, top, left, bottom - top, right - left), form)[None]
+    resized = F.interpolate(crop, size=form.size, mode="bilinear", antialias=True)[0]
+    return resized.flip(2) if mirror else resized
+
+
 class TensorImages(Dataset[RawBatch]):
     """Images in memory; a whole batch is gathered at once.
 
     Args:
-        images: ``M x 3 x S x S`` uint8.
+        images: ``M x C x H x W`` uint8, or float32 from 0 to 1.
         targets: ``M`` int64 class indices.
         rows: ``N`` positions in ``images`` that make up this part; a sample's index is its position in ``rows``.
     """
@@ -89,43 +97,39 @@ class FileImages(Dataset[RawBatch]):
 
     Training (keys with an epoch): random resized crop and mirror image, which depend only on (seed, epoch, index). The
     crop is resized bilinearly with antialiasing by torch on uint8, which is faster than PIL; some pixels differ from
-    PIL's by one grey level. Evaluation: shorter side resized to 8/7 of the size, centre crop, by PIL. Nothing is left
+    PIL's by one grey level. Evaluation: resized until it covers 8/7 of the size, centre crop, by PIL. Nothing is left
     to augment, so ``epoch`` is -1 in every batch.
 
     Args:
-        paths: ``M`` image files.
-        targets: ``M`` int64 class indices.
-        rows: ``N`` positions in ``paths`` that make up this part; a sample's index is its position in ``rows``.
-        size: Height and width of the images that are returned, in pixels.
+        opener: Function that returns an image file for each of ``M`` positions; it can be pickled.
+        targets: ``M`` int64 class indices, -1 without a label.
+        rows: ``N`` positions that make up this part; a sample's index is its position in ``rows``.
+        form: What the files become.
         seed: Seed of the run.
     """
 
-    def __init__(self, paths: Sequence[Path], targets: Tensor, rows: Tensor, *, size: int, seed: int) -> None:
-        # An array of bytes, not a list: a worker that changes the reference counts of a list copies its memory.
-        self.paths = np.array([os.fsencode(path) for path in paths])
+    def __init__(
+        self, opener: Callable[[int], ImageFile], targets: Tensor, rows: Tensor, *, form: ImageFormat, seed: int
+    ) -> None:
+        self.opener = opener
         self.targets = targets
         self.rows = rows
-        self.size = size
+        self.form = form
         self.seed = seed
-        self.eval_transform = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def _image(self, row: int, epoch: int, index: int) -> Tensor:
-        path = Path(os.fsdecode(bytes(self.paths[row])))
+        image = read_image(self.opener(row), self.form)
         if epoch < 0:
-            return _pixels(self.eval_transform(read_image(path)))
-        image = read_image(path)
-        box, mirror = random_crop(*image.size, mix(self.seed, epoch, index, STREAM_TRANSFORM))
-        crop = _pixels(image.crop(box))[None]
-        resized = F.interpolate(crop, size=(self.size, self.size), mode="bilinear", antialias=True)[0]
-        return resized.flip(2) if mirror else resized
+            return to_tensor(fit(image, self.form.size, border=EVAL_BORDER), self.form)
+        return augmented_crop(image, self.form, mix(self.seed, epoch, index, STREAM_TRANSFORM))
 
     def __getitems__(self, keys: Sequence[int | Key]) -> RawBatch:
         epoch, index = _as_keys(keys)
         rows = self.rows[index]
-        images = torch.empty(len(rows), 3, self.size, self.size, dtype=torch.uint8)
+        images = torch.empty(len(rows), self.form.channels, *self.form.size, dtype=self.form.dtype)
         each = zip(images, rows.tolist(), epoch.tolist(), index.tolist(), strict=True)
         for image, *key in each:
             image.copy_(self._image(*key))

@@ -1,149 +1,408 @@
-"""Reading of image files: decoding, resizing, and the check for broken ones."""
+"""Reading of one image file: pixels of any depth and mode to the channels and the size of a network's input."""
 
 from __future__ import annotations
 
+import functools
+import io
 import os
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from ackd_lightning.data.cache import broken_image, fingerprint, read_cache, save_cache
-from ackd_lightning.data.sources import Files, Pixels
+from ackd_lightning.errors import ACKDError
 
-# What PIL raises on a file that is not a whole image; ValueError and SyntaxError come from broken PNG chunks.
-_BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# ValueError and SyntaxError come from broken PNG chunks
+BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+"""Exceptions of PIL for a file that is not a whole image."""
 
-_WITH_PROGRESS = 2000
-"""Number of images from which a progress bar is shown."""
+_DEPTH = 65535
+_TWELVE_BITS = 4095
+_LOWER = ("RGB;16B", "RGBA;16B")
+_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 258
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+HEIF = frozenset({".heic", ".heif", ".hif"})
+"""Endings of photos of phones, which PIL reads with the package pillow-heif."""
 
 
-def on_first_process() -> bool:
-    """Whether this process is the one that prints."""
-    rank: Any = getattr(rank_zero_only, "rank", 0)  # set by Lightning
-    return rank in (None, 0)
+class Encoded(NamedTuple):
+    """An image file that is held in memory.
 
-
-def read_image(path: Path) -> Image.Image:
-    """Decode a file to RGB, whatever its mode (grey, palette, CMYK, 16 bit, with transparency).
-
-    Raises:
-        ACKDError: If the file is not a whole image.
+    Attributes:
+        name: Name for messages.
+        content: Bytes of the file.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode.startswith("I"):  # 16 bit: keep the upper 8
-                upper = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-                return Image.merge("RGB", [Image.fromarray(upper)] * 3)
-            rgb: Image.Image = image
-            if image.mode == "P" and "transparency" in image.info:
-                rgb = image.convert("RGBA")
-            return rgb if rgb.mode == "RGB" else rgb.convert("RGB")  # convert would copy an RGB image
-    except _BROKEN as error:
-        raise broken_image(path, error) from None
+
+    name: str
+    content: bytes
 
 
-def fit_square(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to ``size`` (bilinear) and crop the centre; an image of that size is returned as it is.
+ImageFile = Path | Encoded
+Decoded = Image.Image | Tensor
+"""An image of 8 bits, or ``C x H x W`` float32 from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What image files become.
+
+    Attributes:
+        size: Height and width in pixels.
+        channels: Number of channels. Files with another number are converted to 1 (grey) or 3 (RGB); any other number
+            must be that of the files.
+        value_range: Pixel values that become 0 and 1; values outside are clipped. None for the range of the file's
+            own type: 255 for 8 bits, 65535 for 16 bits, 0 to 1 for floats.
+        background: Colour that shows through transparent pixels, where alpha is not a channel.
+        deep: Whether pixels are kept as float32 from 0 to 1, instead of uint8.
+    """
+
+    size: tuple[int, int]
+    channels: int = 3
+    value_range: tuple[float, float] | None = None
+    background: str = "white"
+    deep: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the tensors that images become."""
+        return torch.float32 if self.deep else torch.uint8
+
+
+def label(file: ImageFile) -> str:
+    """Return the name of an image file for messages.
 
     Args:
-        image: Image of any size.
-        size: Height and width of the result in pixels.
+        file: Image file.
     """
-    if image.size == (size, size):
+    return str(file) if isinstance(file, Path) else file.name
+
+
+def broken_image(file: ImageFile, error: BaseException) -> ACKDError:
+    """Return the error for a file that is not a whole image.
+
+    Args:
+        file: Image file.
+        error: Exception that reading it raised.
+    """
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ACKDError(f"could not read the image {label(file)} ({reason}): replace the file or delete it")
+
+
+def _bytes(file: ImageFile) -> bytes:
+    return file.read_bytes() if isinstance(file, Path) else file.content
+
+
+def stream(file: ImageFile) -> Path | io.BytesIO:
+    """Return what PIL opens.
+
+    Args:
+        file: Image file.
+    """
+    return file if isinstance(file, Path) else io.BytesIO(file.content)
+
+
+def suffix_of(file: ImageFile) -> str:
+    """Return the ending of an image file in small letters.
+
+    Args:
+        file: Image file.
+    """
+    return os.path.splitext(label(file))[1].lower()  # noqa: PTH122
+
+
+@functools.cache
+def register_heif() -> bool:
+    """Let PIL read HEIC photos where pillow-heif is installed; return whether it is."""
+    if find_spec("pillow_heif") is None:
+        return False
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _oriented(image: Image.Image) -> Image.Image:
+    """Apply the orientation that a camera has stored."""
+    try:
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data that cannot be read, in any way, name no orientation
         return image
-    resized: Image.Image = vision.center_crop(vision.resize(image, [size], antialias=True), [size])
-    return resized
 
 
-def _array(image: Image.Image) -> NDArray[np.uint8]:
-    return np.asarray(image, dtype=np.uint8)
-
-
-def run_over(paths: Sequence[Path], work: Callable[[int], None], what: str) -> None:
-    """Call ``work(position)`` for every file on a few threads, with a progress bar for many files on a terminal.
+def has_deep_colours(image: Image.Image) -> bool:
+    """Whether an open image has more than 8 bits for each colour, which PIL would cut to 8.
 
     Args:
-        paths: Files.
-        work: Function of the position of a file in ``paths``.
-        what: Text beside the progress bar.
+        image: Image that is not loaded yet.
     """
-    show = len(paths) >= _WITH_PROGRESS and sys.stderr.isatty() and on_first_process()
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    threads = min(16, os.cpu_count() or 1)
-    with Progress(*columns, disable=not show, transient=True) as bar, ThreadPoolExecutor(threads) as pool:
-        task = bar.add_task(what, total=len(paths))
-        try:
-            for _ in pool.map(work, range(len(paths))):
-                bar.advance(task)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    if image.mode not in ("RGB", "RGBA"):
+        return False
+    if image.format == "PNG":
+        tiles: Any = getattr(image, "tile", ())
+        return bool(tiles) and str(tiles[0][3]).endswith("16B")
+    tags: Any = getattr(image, "tag_v2", {})
+    return image.format == "TIFF" and any(bits > 8 for bits in tags.get(_BITS_PER_SAMPLE, ()))
 
 
-def decode(files: Files, size: int) -> Pixels:
-    """Read all the files into one uint8 tensor.
+def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
+    """Decode a file as it is.
 
     Args:
-        files: ``N`` labelled image files.
-        size: Height and width of the decoded images in pixels.
+        file: Image file.
+
+    Returns:
+        An image of 8 bits; an array ``H x W`` or ``H x W x C`` for other depths and for arrays.
 
     Raises:
-        ACKDError: For the first file, in order, that is not a whole image.
+        ACKDError: If the file is not a whole image, or needs a package that is not installed.
     """
-    images = torch.empty(len(files.paths), 3, size, size, dtype=torch.uint8)
-    store = images.numpy()
-
-    def work(position: int) -> None:
-        store[position] = _array(fit_square(read_image(files.paths[position]), size)).transpose(2, 0, 1)
-
-    run_over(files.paths, work, f"reading {files.root.name}")
-    return Pixels(files.class_names, images, files.targets)
-
-
-def check_image_file(path: Path) -> None:
-    """Check for a broken image by its header and end marker, without decoding it; decode it only when in doubt.
-
-    Raises:
-        ACKDError: If the file is empty, not an image, or cut off.
-    """
+    suffix = suffix_of(file)
+    if suffix in HEIF:
+        register_heif()
     try:
-        with Image.open(path) as image:
-            kind = image.format
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 16))
-            tail = file.read()
-    except _BROKEN as error:
-        raise broken_image(path, error) from None
-    if (kind == "JPEG" and b"\xff\xd9" in tail) or (kind == "PNG" and b"IEND" in tail):
-        return
-    read_image(path)
+        if suffix == ".npy":
+            stored: NDArray[Any] = np.load(io.BytesIO(_bytes(file)), allow_pickle=False)
+            return stored
+        with Image.open(stream(file)) as image:
+            if has_deep_colours(image):
+                return _deep_png(file) if image.format == "PNG" else _tiff(file)
+            if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1 and find_spec("tifffile") is not None:
+                return _tiff(file)
+            image.load()
+            image = _oriented(image)
+            if image.mode.startswith(("I", "F")):
+                array = np.asarray(image)
+                return array.astype(np.uint16) if array.dtype.kind == "u" or image.mode == "I;16B" else array
+            return image
+    except UnidentifiedImageError as error:
+        if suffix in (".tif", ".tiff"):
+            return _tiff(file)
+        if suffix in HEIF and not register_heif():
+            raise ACKDError(
+                f"{label(file)} needs the package pillow-heif: pip install 'ackd-lightning[heic]'"
+            ) from None
+        raise broken_image(file, error) from None
+    except BROKEN as error:
+        raise broken_image(file, error) from None
 
 
-def check_files(files: Files, cache: Path | None) -> None:
-    """Check every file for a broken image, unless ``cache`` states that the same files were checked before.
+def _deep_png(file: ImageFile) -> NDArray[Any]:
+    """Decode a PNG with 16 bits for each colour: PIL returns the upper 8, or the lower 8 in another byte order."""
+    halves = []
+    for order in "BL":
+        with Image.open(stream(file)) as image:
+            handle: Any = image
+            kind, box, offset, mode = handle.tile[0]
+            if mode in _LOWER:
+                handle.tile = [type(handle.tile[0])(kind, box, offset, f"{mode[:-1]}{order}")]
+            halves.append(np.array(image, dtype=np.uint16))
+    array: NDArray[Any] = halves[0] << 8 | halves[1]
+    return array
+
+
+def _tiff(file: ImageFile) -> NDArray[Any]:
+    """Decode a TIFF with channels, depths or pages that PIL does not read."""
+    if find_spec("tifffile") is None:
+        raise ACKDError(
+            f"{label(file)} is not read whole by Pillow and needs the package tifffile: pip install "
+            "'ackd-lightning[tiff]'"
+        )
+    import tifffile
+
+    try:
+        array: NDArray[Any] = tifffile.imread(io.BytesIO(_bytes(file)))
+        return array
+    except Exception as error:  # a damaged file can fail in any way
+        raise broken_image(file, error) from None
+
+
+def is_deep(raw: Image.Image | NDArray[Any]) -> bool:
+    """Whether a decoded file has more than 8 bits.
 
     Args:
-        files: Labelled image files.
-        cache: Cache file, written when all files are good; None checks every time.
+        raw: Result of `load_image`.
+    """
+    return not isinstance(raw, Image.Image) and raw.dtype != np.uint8 and raw.dtype != np.bool_
+
+
+def largest_value(raw: Image.Image | NDArray[Any]) -> int | None:
+    """Largest value of an image of 16 bits without sign; None for any other.
+
+    Args:
+        raw: Result of `load_image`.
+    """
+    return None if isinstance(raw, Image.Image) or raw.dtype != np.uint16 else int(raw.max(initial=0))
+
+
+def require_full_range(values: list[int], name: str) -> None:
+    """Refuse 16-bit images none of which uses more than 12 bits, which would come out black.
+
+    Args:
+        values: Largest value of each image of 16 bits.
+        name: Name of the first such image.
 
     Raises:
-        ACKDError: For the first broken file.
+        ACKDError: Naming the largest value.
     """
-    mark = fingerprint(files.paths, files.root, "checked")
-    if cache is not None and read_cache(cache, mark) is not None:
-        return
-    run_over(files.paths, lambda position: check_image_file(files.paths[position]), f"checking {files.root.name}")
-    if cache is not None:
-        save_cache(cache, {"fingerprint": mark})
+    if values and 0 < max(values) <= _TWELVE_BITS:
+        top = 2 ** max(8, max(values).bit_length()) - 1
+        raise ACKDError(
+            f"the {len(values):,} images of 16 bits, such as {name}, have no value above {max(values):,} and would "
+            f"come out black: set value_range to [0, {top}], or to [0, {_DEPTH}] if they are that dark"
+        )
+
+
+def read_image(file: ImageFile, form: ImageFormat) -> Decoded:
+    """Decode a file of any mode and depth to the channels of a format, at its own size.
+
+    Args:
+        file: Image file.
+        form: What it becomes.
+
+    Raises:
+        ACKDError: If the file is not a whole image, has another number of channels, or an unknown range of values.
+    """
+    return convert(load_image(file), form, label(file))
+
+
+def convert(raw: Image.Image | NDArray[Any], form: ImageFormat, name: str) -> Decoded:
+    """Bring a decoded file to the channels and the range of a format.
+
+    Args:
+        raw: Result of `load_image`.
+        form: What it becomes.
+        name: Name of the file.
+
+    Raises:
+        ACKDError: If it has another number of channels, or an unknown range of values.
+    """
+    if isinstance(raw, Image.Image):
+        image = _with_channels(raw, form, name)
+        if form.value_range is None:
+            return image
+        raw = np.asarray(image)
+    return _array_channels(_scaled(_channels_last(raw, form.channels, name), form, name), form, name)
+
+
+def _with_channels(image: Image.Image, form: ImageFormat, name: str) -> Image.Image:
+    mode = _MODES.get(form.channels)
+    if mode is None or (form.channels in (2, 4) and len(image.getbands()) != form.channels):
+        if image.mode == "P" and form.channels == 4 and "transparency" in image.info:
+            return image.convert("RGBA")
+        raise _wrong_channels(name, len(image.getbands()), form.channels)
+    if form.channels in (2, 4) or (image.mode == mode and "transparency" not in image.info):
+        return image  # convert would copy it
+    if ("A" in image.mode.upper() and image.mode != "LAB") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        canvas = Image.new("RGBA", layer.size, ImageColor.getrgb(form.background))
+        image = Image.alpha_composite(canvas, layer)
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _wrong_channels(name: str, found: int, channels: int) -> ACKDError:
+    return ACKDError(f"{name} has {found} channels and channels is {channels}: set channels to {found}")
+
+
+def _channels_last(array: NDArray[Any], channels: int, name: str) -> NDArray[Any]:
+    """Return an array as ``H x W x C``; arrays ``C x H x W`` are recognised by the number of channels."""
+    if array.ndim == 2:
+        return array[:, :, None]
+    if array.ndim != 3 or 0 in array.shape:
+        raise ACKDError(f"{name} is an array of shape {array.shape}: it must be H x W, H x W x C or C x H x W")
+    first, last = array.shape[0], array.shape[2]
+    known = (channels, 1, 3, 4)
+    if (last not in known and first in known) or last > 16 >= first:
+        moved: NDArray[Any] = array.transpose(1, 2, 0)
+        return moved
+    return array
+
+
+def _scaled(array: NDArray[Any], form: ImageFormat, name: str) -> NDArray[np.float32]:
+    """Scale pixel values to 0 to 1."""
+    values: NDArray[np.float32] = array.astype(np.float32)
+    if form.value_range is not None:
+        low, high = form.value_range
+        scaled: NDArray[np.float32] = np.nan_to_num(((values - low) / (high - low)).clip(0, 1)).astype(np.float32)
+        return scaled
+    if array.dtype == np.bool_:
+        return values
+    if array.dtype in (np.uint8, np.uint16):
+        values /= 255 if array.dtype == np.uint8 else _DEPTH
+        return values
+    low, high = float(values.min()), float(values.max())
+    if array.dtype.kind == "f" and low >= 0 and high <= 1:
+        return values
+    raise ACKDError(
+        f"{name} has {array.dtype} pixels from {low:g} to {high:g}, whose full range is unknown: set value_range to "
+        "[lowest, highest]"
+    )
+
+
+def _array_channels(pixels: NDArray[np.float32], form: ImageFormat, name: str) -> Tensor:
+    """Return ``C x H x W`` float32 with the channels of a format."""
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    found = image.shape[0]
+    if found == form.channels:
+        return image
+    if form.channels not in (1, 3) or found not in (1, 2, 3, 4):
+        raise _wrong_channels(name, found, form.channels)
+    if found in (2, 4):
+        colour = torch.tensor(ImageColor.getrgb(form.background)[:3]).view(3, 1, 1) / 255
+        alpha = image[-1:]
+        image = image[:-1].expand(3, -1, -1) * alpha + colour * (1 - alpha)
+    return vision.rgb_to_grayscale(image) if form.channels == 1 and len(image) == 3 else image.expand(3, -1, -1)
+
+
+def height_and_width(image: Decoded) -> tuple[int, int]:
+    """Height and width of an image in pixels.
+
+    Args:
+        image: Decoded image.
+    """
+    height, width = vision.get_size(image)
+    return height, width
+
+
+def fit(image: Decoded, size: tuple[int, int], *, border: float = 1.0) -> Decoded:
+    """Resize an image (bilinear) until it covers a size, and crop the centre; one of that size is returned as it is.
+
+    Args:
+        image: Decoded image of any size.
+        size: Height and width of the result in pixels.
+        border: Size before the crop, relative to that after it.
+    """
+    height, width = height_and_width(image)
+    if (height, width) == size and border == 1:
+        return image
+    tall, wide = round(size[0] * border), round(size[1] * border)
+    if tall * width >= wide * height:  # the rounding is that of torchvision
+        wide = int(tall * width / height)
+    else:
+        tall = int(wide * height / width)
+    resized = vision.resize(image, [tall, wide], antialias=True)
+    return cast("Decoded", vision.center_crop(resized, list(size)))
+
+
+def to_tensor(image: Decoded, form: ImageFormat) -> Tensor:
+    """Return an image as ``C x H x W`` of the type of a format, channels innermost in memory.
+
+    Args:
+        image: Decoded image.
+        form: Format.
+    """
+    if isinstance(image, Tensor):
+        return image if form.deep else (image * 255).round().clamp(0, 255).to(torch.uint8)
+    pixels = np.array(image)
+    tensor = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
+    return tensor / 255 if form.deep else tensor

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torchvision.datasets.utils import calculate_md5
 
-from ackd_lightning.data.decoding import on_first_process
+from ackd_lightning.data.messages import on_first_process
 from ackd_lightning.data.stored import ROOT, StoredDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import checked

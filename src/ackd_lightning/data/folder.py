@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from ackd_lightning.data.sampling import Part, stratified_split
-from ackd_lightning.data.sources import Source, class_folders, require_same_classes, scan_class_folders
-from ackd_lightning.data.stored import StoredDataModule
-from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+import torch
+
+from ackd_lightning.data.custom import CustomImagesDataModule, split_test
+from ackd_lightning.data.folders import (
+    ClassOrder,
+    Walk,
+    class_folders,
+    class_names_of,
+    part_of,
+    refuse_other_classes,
+    require_classes,
+    say_order,
+    scan_class_folders,
+)
+from ackd_lightning.data.sampling import Part
+from ackd_lightning.data.sources import NO_LABEL, Files, Source
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.validation import Positive, Range, checked
-
-_TEST_NAMES = ("test", "val", "valid", "validation")
-_TEST_SHARE = 0.2
-_TEST_SPLIT_SEED = 1  # another one than that of the validation split, which is taken from the remaining images
-_IN_MEMORY = 64
-"""Largest size in pixels at which images are kept in memory."""
+from ackd_lightning.validation import checked
 
 
-class ImageFolderDataModule(StoredDataModule):
-    """Any folder of class folders: ``root/train/<class>/*`` and ``root/test/<class>/*`` (or ``val``, ``valid``).
+class ImageFolderDataModule(CustomImagesDataModule):
+    """Any folder of class folders: ``root/train/<class>/*`` and ``root/test/<class>/*``.
 
-    A folder that holds the class folders themselves is split: a stratified fifth of it, always the same, is the test
-    set. Up to 64 pixels the images are decoded once, kept in memory and augmented by zero-padded crop and mirror image
-    (an image of another size is resized by its shorter side and cropped in the centre); larger ones are read by worker
-    processes with random resized crops.
+    Parts may have other usual names, such as ``Training``, ``val`` or ``testset``. Where there are folders for
+    validation and for test, validation reads its own; where there is one of them, it is the test set. A folder that
+    holds the class folders themselves is split: a stratified fifth of it, always the same, is the test set. What is
+    passed over (hidden and system folders, files that are not images) is said in one line.
 
     Args:
         root: Folder of the data.
-        image_size: Height and width of the network's input in pixels.
-        train_dir: Folder in ``root`` with the training images; None takes ``train``, or ``root`` itself.
-        test_dir: Folder in ``root`` with the test images; None takes the first of ``test``, ``val``, ``valid`` and
-            ``validation`` that exists.
-        mean: Mean of each colour channel, of pixels in 0 to 1; by default ImageNet's.
-        std: Standard deviation of each colour channel, of pixels in 0 to 1; by default ImageNet's.
-        options: Argument ``cache``, and those of [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
+        train_dir: Folder in ``root`` with the training images; None for the one that is named so, or ``root`` itself.
+        val_dir: Folder in ``root`` with the validation images; None for the one that is named so, if there is a test
+            folder too.
+        test_dir: Folder in ``root`` with the test images; None for the one that is named so, else the validation
+            folder.
+        unlabelled: Folder, absolute or in ``root``, of further training images without labels, for methods whose
+            labels are read by the cross-entropy alone; None for none.
+        class_order: Order of the class folders: ``text``, or ``natural`` with numbers sorted by value (1, 2, 10).
+        options: Arguments of `CustomImagesDataModule`, and those of
+            [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
 
     Raises:
         ACKDError: If ``root`` holds no such folders.
@@ -46,58 +56,80 @@ class ImageFolderDataModule(StoredDataModule):
         self,
         root: str | Path,
         *,
-        image_size: Annotated[int, Range(8, 4096)] = 32,
         train_dir: str | None = None,
+        val_dir: str | None = None,
         test_dir: str | None = None,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[Positive, Positive, Positive] = IMAGENET_STD,
+        unlabelled: str | None = None,
+        class_order: ClassOrder = "text",
         **options: Any,
     ) -> None:
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != 3:
-                raise ACKDError(f"{name} has {len(values)} values: give one for each of the 3 colour channels")
         super().__init__(root, **options)
-        self.input_size = image_size
-        self.mean = (mean[0], mean[1], mean[2])
-        self.std = (std[0], std[1], std[2])
-        self._train_folder, self._test_folder = self._layout(train_dir, test_dir)
-        folders = class_folders(self._train_folder)
-        if not folders:
-            scan_class_folders(self._train_folder)  # its error states what the folder holds instead
-        self.class_names = tuple(folder.name for folder in folders)
-        self.num_classes = len(self.class_names)
-        if self._test_folder is not None and (test_folders := class_folders(self._test_folder)):
-            require_same_classes(self.class_names, [folder.name for folder in test_folders], "train", "test")
+        self.class_order: ClassOrder = class_order
+        self._folders = self._layout({"train": train_dir, "val": val_dir, "test": test_dir})
+        self._has_validation = "val" in self._folders
+        self._unlabelled = None if unlabelled is None else self.root / unlabelled
+        if self._unlabelled is not None and not self._unlabelled.is_dir():
+            raise ACKDError(f"there is no folder {self._unlabelled}: set unlabelled to a folder of images")
+        self._names = class_names_of(self._folders["train"], class_order)
+        self._flat = not self._names and "test" in self._folders and bool(Walk().images(self._folders["train"]))
+        if self._flat:
+            self._names = class_names_of(self._folders["test"], class_order)
+        if not self._names:
+            scan_class_folders(self._folders["train"])  # its error states what the folder holds instead
+        require_classes(self._folders["test" if self._flat else "train"], self._names)
+        say_order(self._names, class_order)
+        for part in set(self._folders) - {"train"}:
+            refuse_other_classes(self._folders[part], self._names)
+        self.class_names = self._names
+        self.num_classes = len(self._names)
 
-    def _layout(self, train_dir: str | None, test_dir: str | None) -> tuple[Path, Path | None]:
-        """Return the folders of both parts; without a test folder the training folder is split."""
+    def _layout(self, given: dict[Part, str | None]) -> dict[Part, Path]:
+        """Return the folder of each part; without a test folder the training folder is split."""
         if not self.root.is_dir():
             raise ACKDError(f"there is no folder {self.root}: set root to a folder of class folders")
-        for name in (train_dir, test_dir):
+        there = [folder.name for folder in class_folders(self.root)]
+        found: dict[Part, Path] = {}
+        for part, name in given.items():
             if name is not None and not (self.root / name).is_dir():
-                there = ", ".join(folder.name for folder in class_folders(self.root)[:5]) or "no folders"
-                raise ACKDError(f"there is no folder {self.root / name}: {self.root} holds {there}")
-        if train_dir is not None:
-            train = self.root / train_dir
-        else:
-            train = self.root / "train" if (self.root / "train").is_dir() else self.root
-        if test_dir is not None:
-            return train, self.root / test_dir
-        found = [name for name in _TEST_NAMES if (self.root / name).is_dir()]
-        if found and train == self.root:
-            raise ACKDError(
-                f"{self.root} holds the folder {found[0]} but no folder train: name the training folder with train_dir"
-            )
-        return train, self.root / found[0] if found else None
+                holds = ", ".join(there[:5]) or "no folders"
+                raise ACKDError(f"there is no folder {self.root / name}: {self.root} holds {holds}")
+            if name is None:
+                named = [each for each in there if part_of(each) == part and each not in given.values()]
+                exact = [each for each in named if each == part]
+                if len(named) > 1 and not exact:
+                    raise ACKDError(f"{self.root} holds {' and '.join(named[:3])}: choose one with {part}_dir")
+                name = next(iter(exact or named), None)
+            if name is not None:
+                found[part] = self.root / name
+        if "test" not in found and given["val"] is None and "val" in found:
+            found["test"] = found.pop("val")
+        if "train" not in found and found:
+            name = next(iter(found.values())).name
+            raise ACKDError(f"{self.root} holds the folder {name} but no folder train: name it with train_dir")
+        return {"train": self.root, **found}
 
     def _load(self, part: Part) -> Source:
-        if part == "train" or self._test_folder is None:
-            files = scan_class_folders(self._train_folder)
-            if self._test_folder is None:
-                kept, held_out = stratified_split(files.targets, _TEST_SHARE, split_seed=_TEST_SPLIT_SEED)
+        return self._read(self._files(part), self.root, part)
+
+    def _files(self, part: Part) -> Files:
+        if part == "train" and self._flat:
+            return self._without_labels(self._folders["train"])
+        if part == "train" or part not in self._folders:
+            files = scan_class_folders(self._folders["train"], order=self.class_order)
+            if "test" not in self._folders:
+                kept, held_out = split_test(files.targets)
                 files = files.select(kept if part == "train" else held_out)
         else:
-            files = scan_class_folders(self._test_folder)
-        if self.input_size <= _IN_MEMORY:
-            return self._decoded(files, self.root, part)
-        return self._checked(files, self.root, part)
+            files = scan_class_folders(self._folders[part], classes=self._names, order=self.class_order)
+        if part != "train" or self._unlabelled is None:
+            return files
+        more = self._without_labels(self._unlabelled)
+        return replace(files, paths=files.paths + more.paths, targets=torch.cat([files.targets, more.targets]))
+
+    def _without_labels(self, folder: Path) -> Files:
+        walk = Walk()
+        paths = walk.images(folder)
+        walk.report(folder)
+        if not paths:
+            raise ACKDError(f"{folder} holds no images: set unlabelled to a folder of images")
+        return Files(folder, self._names, tuple(paths), torch.full((len(paths),), NO_LABEL))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ackd_lightning.data.folders import class_folders, image_files, scan_class_folders
 from ackd_lightning.data.sampling import Part
-from ackd_lightning.data.sources import Files, class_folders, image_files, scan_class_folders
+from ackd_lightning.data.sources import Files
 from ackd_lightning.data.stored import StoredDataModule
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ackd_lightning.errors import ACKDError
@@ -45,4 +46,5 @@ class ImageNetDataModule(StoredDataModule):
                 f"{folder} holds {loose:,} images in one flat folder, so their classes are unknown: "
                 f"sort them into {folder}/<wnid>/ by the official ground truth"
             )
-        return self._checked(scan_class_folders(folder, remedy=_LAYOUT), self.root, part)
+        classes = None if part == "train" else self._folder_classes()
+        return self._checked(scan_class_folders(folder, classes=classes, remedy=_LAYOUT), self.root, part)

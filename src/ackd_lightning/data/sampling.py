@@ -21,10 +21,15 @@ Part = Literal["train", "val", "test"]
 STREAM_SPLIT = 101
 STREAM_SUBSET = 102
 STREAM_SHUFFLE = 103
+STREAM_BALANCE = 104
+REPEAT = 1 << 32
+"""What the epoch of the second, third ... appearance of an image in a balanced epoch grows by, for another view."""
 STREAM_CROP_Y = 201
 STREAM_CROP_X = 202
 STREAM_FLIP = 203
 STREAM_TRANSFORM = 204
+STREAM_POLICY = 205
+STREAM_MIX = 206
 
 
 def _rank_in_class(targets: Tensor, keys: Tensor) -> Tensor:
@@ -108,13 +113,25 @@ class EpochSampler(DistributedSampler[Any]):
         num_replicas: Number of processes.
         rank: Number of this process, from 0.
         seed: Seed of the run.
+        balance: ``N`` int64 class indices of the samples, for epochs of the usual length in which all classes appear
+            equally often: images of small classes are repeated, each in another view, and some images of large classes
+            are left out. None to read every image once.
     """
 
-    def __init__(self, dataset: Sized, *, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Sized,
+        *,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        balance: Tensor | None = None,
+    ) -> None:
         super().__init__(
             cast("Any", dataset), num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed, drop_last=True
         )
         self._resume: tuple[int, int] = (-1, 0)
+        self.balance = balance
 
     def resume_at(self, epoch: int, start: int) -> None:
         """Skip the first samples of this rank the next time that an epoch is iterated.
@@ -134,10 +151,36 @@ class EpochSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch, STREAM_SHUFFLE))
         order = torch.randperm(len(cast("Sized", self.dataset)), generator=generator)
-        mine = order[self.rank : self.total_size : self.num_replicas]
+        epochs = torch.full_like(order, self.epoch)
+        if self.balance is not None:
+            order, repeats = balanced(self.balance, mix(self.seed, self.epoch, STREAM_BALANCE), order)
+            epochs += REPEAT * repeats
+        mine = slice(self.rank, self.total_size, self.num_replicas)
         start, self._resume = self.start, (-1, 0)
-        epoch = self.epoch
-        return iter([(epoch, index) for index in mine[start:].tolist()])
+        return iter(list(zip(epochs[mine][start:].tolist(), order[mine][start:].tolist(), strict=True)))
+
+
+def balanced(targets: Tensor, seed: int, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose N of N samples so that all classes appear equally often, up to one, and those of a class likewise.
+
+    Args:
+        targets: ``N`` int64 class indices.
+        seed: Seed of the choice.
+        places: Permutation of ``N`` places, in which the samples are put.
+
+    Returns:
+        Positions of the samples, and how often each was chosen before it, both ``N`` int64.
+    """
+    count, positions = len(targets), torch.arange(len(targets))
+    rank = _rank_in_class(targets, stateless_bits(seed, positions))
+    members = torch.argsort(targets * count + rank)  # by class, each in a random order
+    classes, sizes = torch.unique(targets, return_counts=True)
+    starts, turn = sizes.cumsum(0) - sizes, positions // len(classes)
+    own = torch.argsort(stateless_bits(seed, -1 - torch.arange(len(classes))))[positions % len(classes)]
+    chosen, repeats = torch.empty_like(positions), torch.empty_like(positions)
+    chosen[places] = members[starts[own] + turn % sizes[own]]
+    repeats[places] = turn // sizes[own]
+    return chosen, repeats
 
 
 class ImageLoader(DataLoader[Any]):

@@ -1,22 +1,42 @@
-"""Images of one part of a data set, decoded or as files of class folders, with their classes."""
+"""Images of one part of a data set, decoded or as files, with their classes."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ackd_lightning.data.decoding import Encoded, ImageFile
 from ackd_lightning.errors import ACKDError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+NO_LABEL = -1
+"""Target of an image without a label."""
 
 _SHOWN = 3
 """Class names that a message lists."""
+
+
+class PathTable:
+    """Paths of image files by position, as an array of bytes.
+
+    A worker that changes the reference counts of a list copies its memory.
+
+    Args:
+        paths: Image files.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = np.array([os.fsencode(path) for path in paths])
+
+    def __call__(self, position: int) -> ImageFile:
+        """Return the path of an image."""
+        return Path(os.fsdecode(bytes(self.paths[position])))
 
 
 @dataclass(frozen=True)
@@ -27,13 +47,28 @@ class Files:
         root: Folder of the part, for messages.
         class_names: Name of each class; the position is the class index.
         paths: ``N`` image files.
-        targets: ``N`` int64 class indices.
+        targets: ``N`` int64 class indices, -1 for an image without a label.
     """
 
     root: Path
     class_names: tuple[str, ...]
     paths: tuple[Path, ...]
     targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def file(self, position: int) -> Path:
+        """Return an image file.
+
+        Args:
+            position: Position of the image.
+        """
+        return self.paths[position]
+
+    def opener(self) -> PathTable:
+        """Return a function of the position of an image for worker processes."""
+        return PathTable(self.paths)
 
     def select(self, rows: Tensor) -> Files:
         """Return some of the files.
@@ -46,13 +81,45 @@ class Files:
 
 
 @dataclass(frozen=True)
+class Records:
+    """Labelled images of one part of a data set that are read from a table, each as the bytes of a file.
+
+    Attributes:
+        root: Folder of the table, for messages.
+        class_names: Name of each class; the position is the class index.
+        read: Function of the position of an image; it can be pickled.
+        targets: ``N`` int64 class indices, -1 for an image without a label.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    read: Callable[[int], Encoded]
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def file(self, position: int) -> Encoded:
+        """Return an image file.
+
+        Args:
+            position: Position of the image.
+        """
+        return self.read(position)
+
+    def opener(self) -> Callable[[int], ImageFile]:
+        """Return a function of the position of an image for worker processes."""
+        return self.read
+
+
+@dataclass(frozen=True)
 class Pixels:
     """Decoded images of one part of a data set.
 
     Attributes:
         class_names: Name of each class; the position is the class index.
-        images: ``N x 3 x S x S`` uint8.
-        targets: ``N`` int64 class indices.
+        images: ``N x C x H x W`` uint8, or float32 from 0 to 1.
+        targets: ``N`` int64 class indices, -1 for an image without a label.
     """
 
     class_names: tuple[str, ...]
@@ -60,59 +127,7 @@ class Pixels:
     targets: Tensor
 
 
-Source = Files | Pixels
-
-
-def image_files(folder: Path) -> list[Path]:
-    """List the images in ``folder`` and below, sorted by path, without hidden files."""
-    found: list[Path] = []
-    for place, _, names in os.walk(folder, followlinks=True):
-        here = Path(place)
-        found += [here / n for n in names if not n.startswith(".") and os.path.splitext(n)[1].lower() in EXTENSIONS]  # noqa: PTH122
-    return sorted(found)
-
-
-def class_folders(path: Path) -> list[Path]:
-    """List the folders directly below ``path``, sorted by name, without hidden ones."""
-    if not path.is_dir():
-        return []
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def scan_class_folders(path: Path, *, keep: Iterable[str] | None = None, remedy: str = "") -> Files:
-    """List the images of a folder of class folders; the class index is the position in the sorted folder names.
-
-    Args:
-        path: Folder that holds one folder for each class.
-        keep: Names of the classes to list; None lists all of them.
-        remedy: Remedy for a wrong layout, added to the messages.
-
-    Returns:
-        The files, sorted by class and then by path.
-
-    Raises:
-        ACKDError: If the folder is missing, has no class folders, or a class folder holds no image.
-    """
-    hint = remedy or "make one folder for each class and put its images there"
-    if not path.is_dir():
-        raise ACKDError(f"there is no folder {path}: {hint}")
-    folders = class_folders(path)
-    if keep is not None:
-        wanted = frozenset(keep)
-        folders = [folder for folder in folders if folder.name in wanted]
-    if not folders:
-        loose = len(image_files(path))
-        what = f"{loose:,} images but no class folders" if loose else "neither images nor class folders"
-        raise ACKDError(f"{path} holds {what}: {hint}")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        files = image_files(folder)
-        if not files:
-            raise ACKDError(f"the class folder {folder} holds no images: add some or delete the folder")
-        paths += files
-        labels += [label] * len(files)
-    return Files(path, tuple(folder.name for folder in folders), tuple(paths), torch.tensor(labels))
+Source = Files | Records | Pixels
 
 
 def require_same_classes(train: Sequence[str], test: Sequence[str], train_name: str, test_name: str) -> None:
@@ -166,6 +181,16 @@ def new_positions(class_names: Sequence[str], order: Sequence[str]) -> Tensor:
     return torch.tensor([position[name] for name in class_names], dtype=torch.int64)
 
 
+def renumber(targets: Tensor, positions: Tensor) -> Tensor:
+    """Return targets with other class indices; those of images without a label stay.
+
+    Args:
+        targets: ``N`` int64 class indices, -1 without a label.
+        positions: ``K`` int64: new index of each class.
+    """
+    return torch.where(targets < 0, targets, positions[targets.clamp(min=0)])
+
+
 def reorder(source: Source, order: Sequence[str]) -> Source:
     """Return a source with its classes in another order; images and files are shared, targets are new.
 
@@ -177,4 +202,4 @@ def reorder(source: Source, order: Sequence[str]) -> Source:
         ACKDError: If ``order`` holds other names than the source.
     """
     positions = new_positions(source.class_names, order)
-    return replace(source, class_names=tuple(order), targets=positions[source.targets])
+    return replace(source, class_names=tuple(order), targets=renumber(source.targets, positions))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.cache import cached, fingerprint
-from ackd_lightning.data.decoding import check_files, decode
-from ackd_lightning.data.sampling import Part
-from ackd_lightning.data.sources import Files, Pixels, class_folders
+from ackd_lightning.data.folders import class_names_of, say_order
+from ackd_lightning.data.reading import check_files, decode, paths_of
+from ackd_lightning.data.sources import Files, Pixels, Records
+from ackd_lightning.types import height_width
 from ackd_lightning.validation import checked
 
 ROOT = "data"
+Found = TypeVar("Found", Files, Records)
 
 
 class StoredDataModule(ImageDataModule):
@@ -30,23 +33,37 @@ class StoredDataModule(ImageDataModule):
         self.root = Path(root).expanduser()
         self.cache = cache
         place = self._class_place()
-        if place is not None and (folders := class_folders(place)):
-            self.class_names = tuple(folder.name for folder in folders)
-            self.num_classes = len(folders)
+        if place is not None and (names := class_names_of(place)):
+            self.class_names = names
+            self.num_classes = len(names)
+            say_order(names, "text")
 
     def _class_place(self) -> Path | None:
         """Return the folder with the class folders of the training part; None for another layout."""
         return None
 
+    def _folder_classes(self) -> tuple[str, ...] | None:
+        """Return the names of the class folders of the training part in their own order, for the other parts."""
+        place = self._class_place()
+        return None if place is None else class_names_of(place)
+
     def _cache_file(self, folder: Path, part: str) -> Path | None:
-        return folder / f"ackd-cache-{part}-{self.input_size}px.pt" if self.cache else None
+        height, width = height_width(self.input_size)
+        size = f"{height}px" if height == width else f"{height}x{width}px"
+        return folder / f"ackd-cache-{part}-{size}.pt" if self.cache else None
 
-    def _decoded(self, files: Files, folder: Path, part: Part) -> Pixels:
+    def _decoded(self, files: Files | Records, folder: Path, part: str) -> Pixels:
         """Decode small images, or read them from the cache in ``folder``."""
-        mark = fingerprint(files.paths, files.root, self.input_size, files.class_names)
-        return cached(self._cache_file(folder, part), mark, lambda: decode(files, self.input_size))
+        form = self.image_format
+        targets = hashlib.sha256(files.targets.numpy().tobytes()).hexdigest()
+        mark = fingerprint(paths_of(files), files.root, form, files.class_names, targets, self._mark())
+        return cached(self._cache_file(folder, part), mark, lambda: decode(files, form))
 
-    def _checked(self, files: Files, folder: Path, part: Part) -> Files:
+    def _mark(self) -> str:
+        """Return what the pixels of images that are not files depend on."""
+        return ""
+
+    def _checked(self, files: Found, folder: Path, part: str) -> Found:
         """Check for broken files, unless a file in ``folder`` states that they were checked before."""
-        check_files(files, folder / f"ackd-checked-{part}.pt" if self.cache else None)
+        check_files(files, self.image_format, self._mark(), folder / f"ackd-checked-{part}.pt" if self.cache else None)
         return files

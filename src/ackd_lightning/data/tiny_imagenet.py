@@ -6,12 +6,14 @@ Source: Stanford CS231n; http://cs231n.stanford.edu/tiny-imagenet-200.zip
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
+from ackd_lightning.data.folders import class_folders, image_files, scan_class_folders
 from ackd_lightning.data.sampling import Part
-from ackd_lightning.data.sources import Files, Pixels, class_folders, image_files, scan_class_folders
+from ackd_lightning.data.sources import Files, Pixels
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ackd_lightning.errors import ACKDError
 
@@ -67,9 +69,9 @@ class TinyImageNetDataModule(DownloadedDataModule):
                 f"{val} holds {len(image_files(val)):,} images but neither {_ANNOTATIONS} nor class folders, so their "
                 f"classes are unknown: put the official {_ANNOTATIONS} there"
             )
-        official = (place / "wnids.txt").is_file()
-        keep = train.class_names if official else None
-        return self._decoded(scan_class_folders(val, keep=keep, remedy=remedy), place, part)
+        others: Literal["refuse", "skip"] = "skip" if (place / "wnids.txt").is_file() else "refuse"
+        found = scan_class_folders(val, classes=train.class_names, others=others, remedy=remedy)
+        return self._decoded(found, place, part)
 
 
 def annotated(val: Path, class_names: tuple[str, ...]) -> Files:

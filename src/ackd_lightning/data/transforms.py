@@ -24,17 +24,20 @@ class RawBatch(NamedTuple):
     """One batch as a loader returns it, before augmentation and normalisation.
 
     Attributes:
-        image: ``B x C x H x W`` uint8.
+        image: ``B x C x H x W`` uint8, or float32 from 0 to 1.
         target: ``B`` int64 class indices.
         index: ``B`` int64 positions in the part that is read (training, validation or test), from 0.
         epoch: ``B`` int64 epochs that the augmentation depends on, or -1 where nothing is left to augment (evaluation,
             and images that a worker has augmented).
+        first: Epoch and index of the first training image, which a mixture of the images depends on; None in
+            evaluation.
     """
 
     image: Tensor
     target: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index on purpose
     epoch: Tensor
+    first: tuple[int, int] | None = None
 
 
 class Keys(NamedTuple):
@@ -44,11 +47,13 @@ class Keys(NamedTuple):
         part: Part that is read.
         index: ``B`` int64 positions in that part.
         epoch: ``B`` int64, as in `RawBatch`.
+        first: Epoch and index of the first training image; None in evaluation.
     """
 
     part: Part
     index: Tensor  # type: ignore[assignment]  # hides tuple.index on purpose
     epoch: Tensor
+    first: tuple[int, int] | None = None
 
 
 def shift_and_flip(image: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
@@ -98,17 +103,18 @@ def crop_flip(batch: RawBatch, *, pad: int, flip: bool, seed: int) -> Tensor:
 
 
 def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn uint8 pixels into ``(pixel / 255 - mean) / std`` per channel.
+    """Turn pixels into ``(pixel - mean) / std`` per channel, those of uint8 divided by 255 first.
 
     Args:
-        image: ``B x C x H x W`` uint8.
+        image: ``B x C x H x W`` uint8, or float from 0 to 1.
         mean: Mean of each channel, of pixels in 0 to 1.
         std: Standard deviation of each channel, of pixels in 0 to 1.
 
     Returns:
         ``B x C x H x W`` float32.
     """
-    scale = torch.tensor([1.0 / (255.0 * s) for s in std], device=image.device)
+    largest = 1.0 if image.is_floating_point() else 255.0
+    scale = torch.tensor([1.0 / (largest * s) for s in std], device=image.device)
     offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=image.device)
     return image.to(torch.float32, copy=True).mul_(scale[:, None, None]).sub_(offset[:, None, None])
 

@@ -112,10 +112,18 @@ class ACKDCLI:
                 raise
 
         try:
-            self.built = self.parser.instantiate(self.config, instantiators=[(construct, object, True)])
+            self.built = self.parser.instantiate(self._without_start(), instantiators=[(construct, object, True)])
         except Exception as error:
             raise failed_constructor(failed[0] if failed else error) from error
         self.datamodule, self.model = self.built.data, self.built.model
+
+    def _without_start(self) -> Any:
+        """Return the settings without the weights to start from where a checkpoint is loaded, which has its own."""
+        if not self.option("ckpt_path"):
+            return self.config
+        settings = self.config.clone()
+        settings.model.student.weights, settings.model.student.pretrained = None, False
+        return settings
 
     def forget_networks(self) -> None:
         """Free the memory of the networks; settings and data module stay."""

@@ -77,6 +77,7 @@ class ACKD(Method):
     """
 
     teacher = "logits"
+    labels = "mixed"
 
     def __init__(
         self,
@@ -222,8 +223,8 @@ class ACKD(Method):
         assert teacher is not None
         group = self.ensemble(student)
         terms = {
-            "ce": cross_entropy(student.logits, batch.target),
-            "ce_aux": torch.stack([cross_entropy(each.logits, batch.target) for each in student.branches]).sum(),
+            "ce": cross_entropy(student.logits, batch.labels),
+            "ce_aux": torch.stack([cross_entropy(each.logits, batch.labels) for each in student.branches]).sum(),
         }
         taught = torch.zeros((), device=group.device)
         if self.teach != "learners":

@@ -125,6 +125,7 @@ class ACN(Method):
         super().__init__()
         if not classifiers:
             raise ACKDError("classifiers is empty in method ACN; name at least one, such as ['peer']")
+        self.labels = "smoothed" if weight_generated else "mixed"  # generated images have the class of one image
         for name in classifiers:
             if re.match(r"D\d|last$", name):
                 raise ACKDError(
@@ -255,8 +256,8 @@ class ACN(Method):
         """
         logits = all_logits(student)
         return {
-            "ce": cross_entropy(student.logits, batch.target),
-            "ce_aux": torch.stack([cross_entropy(each, batch.target) for each in logits[1:]]).sum(),
+            "ce": cross_entropy(student.logits, batch.labels),
+            "ce_aux": torch.stack([cross_entropy(each, batch.labels) for each in logits[1:]]).sum(),
             "mutual": mutual_loss(logits, temperature=self.temperature),
             "generated": self._generated(batch),
         }

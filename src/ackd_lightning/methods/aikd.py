@@ -112,6 +112,7 @@ class AIKD(Method):
         self.register_buffer("epoch_begun", torch.zeros((), dtype=torch.int64))
         self.table: Tensor | None
         self.register_buffer("table", torch.zeros(0, 0) if previous == "table" and weight_progressive > 0 else None)
+        self.labels = "mixed" if self.table is None else "smoothed"
         self.epoch = 0  # the same as epoch_begun, without waiting for a GPU
         self.total_epochs: int | None = None
         self._targets, self._checked = torch.zeros(0, dtype=torch.int64), False
@@ -278,7 +279,7 @@ class AIKD(Method):
         Raises:
             ACKDError: If there is a table and ``begin_fit`` was not called, or the indices do not fit.
         """
-        ce = cross_entropy(student.logits, batch.target)
+        ce = cross_entropy(student.logits, batch.labels)
         nothing = torch.zeros((), device=student.logits.device)
         terms = {"ce": ce, "progressive": nothing, "det": nothing, "adv": nothing}
         if self.table is not None and not self._checked:

@@ -79,6 +79,8 @@ class AT(Method):
         weight_at: Weight of the distance; 1000 in the benchmark.
     """
 
+    labels = "mixed"
+
     def __init__(self, *, weight_ce: NonNegative = 1.0, weight_at: NonNegative = 1000.0) -> None:
         super().__init__()
         self.loss_weights = {"ce": weight_ce, "at": weight_at}
@@ -99,6 +101,6 @@ class AT(Method):
         """Return the terms ``ce`` and ``at``; arguments as in the base class."""
         assert teacher is not None
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "at": at_loss(*layer_features(self.layers, student, teacher)),
         }

@@ -92,6 +92,7 @@ class ATSC(Method):
     """
 
     teacher = "own"
+    labels = "mixed"
 
     def __init__(
         self,
@@ -274,7 +275,7 @@ class ATSC(Method):
             for number, own in enumerate(self._adapting())
         ]
         return {
-            "ce": cross_entropy(student.logits, batch.target) if self.weight_ce else nothing,
+            "ce": cross_entropy(student.logits, batch.labels) if self.weight_ce else nothing,
             "kd": torch.stack(divergences).mean() if self.weight_kd else nothing,
             "features": torch.stack(distances).mean(),
             "anchor": torch.stack(anchors).mean() if anchors else nothing,
@@ -319,7 +320,7 @@ class ATSC(Method):
             classifier = shared_classifier(own.network)
             weight = classifier.weight if self.classifier_update == "layer" else classifier.weight.detach()
             logits = F.linear(embedding, weight, classifier.bias)
-            losses.append(cross_entropy(logits, batch.target))
+            losses.append(cross_entropy(logits, batch.labels))
             shares.append((logits.detach().argmax(dim=1) == batch.target).float().mean())
             deviations.append(embedding.float().std(dim=0, correction=0).mean())
         torch.clear_autocast_cache()  # holds weights that were cast without gradient, which older torch would use again

@@ -18,6 +18,9 @@ from ackd_lightning.types import Batch, NetOutput, NetSpec
 from ackd_lightning.validation import checked
 
 TeacherAccess = Literal["none", "logits", "output", "own"]
+Labels = Literal["hard", "smoothed", "mixed"]
+LABELS: tuple[Labels, ...] = get_args(Labels)
+"""From the least to the most that a method can learn from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,9 @@ class Method(nn.Module):
             ``set_epoch``.
         branches: Auxiliary learners of the student: ``DnBm`` branches, ``last``, ``peer`` or names of models; empty
             for none, None for the two of the ACKD paper.
+        labels: Labels that the method can learn from. ``hard``: it reads ``batch.target`` alone. ``smoothed``: its
+            cross-entropies read ``batch.labels``, and it needs the class or the index of every image besides.
+            ``mixed``: it needs neither, so images may be mixtures of two.
         layers: Pairs (n, m) of the student's F_n and the teacher's F_m that are compared; printed when a fit starts.
         head: Replaces the student's own classifier in predictions and in the export.
         lr_scales: Learning rate of a sub-module's parameters relative to the student's, by name of the sub-module.
@@ -116,6 +122,7 @@ class Method(nn.Module):
     """
 
     teacher: TeacherAccess = "output"
+    labels: Labels = "hard"
     loss_weights: dict[str, float]
     branches: tuple[str, ...] | None = ()
     layers: tuple[tuple[int, int], ...] = ()
@@ -294,6 +301,8 @@ def check_method(method: Method) -> None:
     if method.teacher not in get_args(TeacherAccess):
         choices = ", ".join(get_args(TeacherAccess))
         raise ACKDError(f"teacher is {method.teacher!r} in method {name}; it must be one of {choices}")
+    if method.labels not in LABELS:
+        raise ACKDError(f"labels is {method.labels!r} in method {name}; it must be one of {', '.join(LABELS)}")
     children = {each for each, _ in method.named_modules()}
     buffers = {each for each, _ in method.named_buffers()} | {each for each, _ in _declared_buffers(method)}
     for attribute, names, known, kind in (

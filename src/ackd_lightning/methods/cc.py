@@ -97,6 +97,8 @@ class CC(Method):
         ACKDError: If a value is not allowed.
     """
 
+    labels = "mixed"
+
     def __init__(
         self,
         *,
@@ -140,4 +142,4 @@ class CC(Method):
             congruence = cc_kernel_loss(ours, theirs, gamma=self.gamma, order=self.order)
         else:
             congruence = cc_loss(ours, theirs)
-        return {"ce": cross_entropy(student.logits, batch.target), "cc": congruence}
+        return {"ce": cross_entropy(student.logits, batch.labels), "cc": congruence}

@@ -22,6 +22,7 @@ class CE(Method):
     """
 
     teacher = "none"
+    labels = "mixed"
 
     def __init__(self, *, weight_ce: NonNegative = 1.0) -> None:
         super().__init__()
@@ -29,4 +30,4 @@ class CE(Method):
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Return the term ``ce``; arguments as in the base class."""
-        return {"ce": cross_entropy(student.logits, batch.target)}
+        return {"ce": cross_entropy(student.logits, batch.labels)}

@@ -67,6 +67,7 @@ class CRD(Method):
         *(f"sampler.{name}" for name in NegativeSampler.TABLES),
     )
     compile_modules = ("sampler",)
+    labels = "smoothed"
 
     def __init__(
         self,
@@ -217,7 +218,7 @@ class CRD(Method):
         )
         logits = student.logits if self.loss_weights["kd"] == 0 else teacher.logits  # those may be of other classes
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "kd": kd_loss(student.logits, logits, temperature=self.kd_temperature),
             "crd": contrast,
         }

@@ -80,6 +80,7 @@ class DIST(Method):
     """
 
     teacher = "logits"
+    labels = "mixed"
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class DIST(Method):
         """Return the terms ``ce`` and ``dist``, the latter on the global batch; arguments as in the base class."""
         assert teacher is not None
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "dist": dist_loss(
                 whole_batch(student.logits),
                 whole_batch(teacher.logits.detach()),

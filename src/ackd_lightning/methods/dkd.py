@@ -80,6 +80,7 @@ class DKD(Method):
     """
 
     teacher = "logits"
+    labels = "smoothed"
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class DKD(Method):
         """Return the terms ``ce`` and ``dkd``; arguments as in the base class."""
         assert teacher is not None
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "dkd": dkd_loss(
                 student.logits,
                 teacher.logits,

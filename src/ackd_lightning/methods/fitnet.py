@@ -69,6 +69,8 @@ class FitNet(Method):
         ACKDError: If a value is not allowed.
     """
 
+    labels = "mixed"
+
     def __init__(
         self, *, hint_stage: PositiveInt = 2, weight_ce: NonNegative = 1.0, weight_hint: NonNegative = 100.0
     ) -> None:
@@ -109,6 +111,6 @@ class FitNet(Method):
         (ours,), (theirs,) = layer_features(self.layers, student, teacher)
         guided, hint = same_size(ours, theirs.float())
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "hint": fitnet_loss(self.regressor(guided), hint),
         }

@@ -34,6 +34,7 @@ class KD(Method):
     """
 
     teacher = "logits"
+    labels = "mixed"
 
     def __init__(
         self, *, temperature: Positive = 4.0, weight_ce: NonNegative = 0.1, weight_kd: NonNegative = 0.9
@@ -46,6 +47,6 @@ class KD(Method):
         """Return the terms ``ce`` and ``kd``; arguments as in the base class."""
         assert teacher is not None
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "kd": kd_loss(student.logits, teacher.logits, temperature=self.temperature),
         }

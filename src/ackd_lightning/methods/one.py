@@ -112,6 +112,7 @@ class ONE(Method):
     """
 
     teacher = "none"
+    labels = "mixed"
 
     def __init__(
         self,
@@ -188,9 +189,9 @@ class ONE(Method):
         """
         group = self.ensemble(student)
         return {
-            "ce": cross_entropy(student.logits, batch.target),
-            "ce_aux": torch.stack([cross_entropy(each.logits, batch.target) for each in student.branches]).sum(),
-            "ce_ensemble": cross_entropy(group, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
+            "ce_aux": torch.stack([cross_entropy(each.logits, batch.labels) for each in student.branches]).sum(),
+            "ce_ensemble": cross_entropy(group, batch.labels),
             "one": one_loss(_all_logits(student), group, temperature=self.temperature),
         }
 

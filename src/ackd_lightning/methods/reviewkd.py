@@ -131,6 +131,8 @@ class ReviewKD(Method):
         ACKDError: If a value is not allowed.
     """
 
+    labels = "mixed"
+
     def __init__(
         self,
         *,
@@ -198,6 +200,6 @@ class ReviewKD(Method):
         """Return the terms ``ce`` and ``review``; arguments as in the base class."""
         assert teacher is not None
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "review": hcl_loss(*self.review(student, teacher)),
         }

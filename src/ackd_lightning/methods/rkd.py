@@ -81,6 +81,8 @@ class RKD(Method):
         ACKDError: If a value is not allowed.
     """
 
+    labels = "mixed"
+
     def __init__(
         self,
         *,
@@ -109,7 +111,7 @@ class RKD(Method):
         """Return the terms ``ce`` and ``rkd``, the latter on the global batch; arguments as in the base class."""
         assert teacher is not None
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "rkd": rkd_loss(
                 whole_batch(embedding_of(student)),
                 whole_batch(embedding_of(teacher).detach()),

@@ -166,6 +166,8 @@ class SemCKD(Method):
         ACKDError: If a value is not allowed.
     """
 
+    labels = "mixed"
+
     def __init__(
         self,
         *,
@@ -290,7 +292,7 @@ class SemCKD(Method):
         targets = [target for _, target in pairs]
         logits = student.logits if self.loss_weights["kd"] == 0 else teacher.logits  # those may be of other classes
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "kd": kd_loss(student.logits, logits, temperature=self.temperature),
             "semckd": semckd_loss(projected, targets, self.attention(ours, theirs)),
         }

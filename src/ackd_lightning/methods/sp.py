@@ -67,6 +67,8 @@ class SP(Method):
         weight_sp: Weight of the distance; 3000 in the benchmark.
     """
 
+    labels = "mixed"
+
     def __init__(self, *, weight_ce: NonNegative = 1.0, weight_sp: NonNegative = 3000.0) -> None:
         super().__init__()
         self.loss_weights = {"ce": weight_ce, "sp": weight_sp}
@@ -88,6 +90,6 @@ class SP(Method):
         assert teacher is not None
         (ours,), (theirs,) = layer_features(self.layers, student, teacher)
         return {
-            "ce": cross_entropy(student.logits, batch.target),
+            "ce": cross_entropy(student.logits, batch.labels),
             "sp": sp_loss(whole_batch(ours), whole_batch(theirs)),
         }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods.base import FitInfo, Method, Networks, TeacherAccess
+from ackd_lightning.methods.base import LABELS, FitInfo, Method, Networks, TeacherAccess
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative
 
@@ -56,6 +56,7 @@ class Sum(Method):
         self.methods = nn.ModuleList(methods)
         self.scales = tuple(weights or (1.0,) * len(methods))
         self.teacher = _ACCESS[max(_ACCESS.index(each.teacher) for each in methods)]
+        self.labels = LABELS[min(LABELS.index(each.labels) for each in methods)]
         self.branches = next((each.branches for each in methods if each.branches is None or each.branches), ())
         self._terms: dict[tuple[int, str], str] = {}
         self._owners: dict[str, tuple[Method, str]] = {}

@@ -114,6 +114,8 @@ class VID(Method):
         ACKDError: If a value is not allowed.
     """
 
+    labels = "mixed"
+
     def __init__(
         self, *, init_variance: Variance = 5.0, weight_ce: NonNegative = 1.0, weight_vid: NonNegative = 1.0
     ) -> None:
@@ -143,4 +145,4 @@ class VID(Method):
         assert teacher is not None
         features = layer_features(self.layers, student, teacher)
         losses = [gaussian(ours, theirs) for gaussian, ours, theirs in zip(self.gaussians, *features, strict=True)]
-        return {"ce": cross_entropy(student.logits, batch.target), "vid": torch.stack(losses).sum()}
+        return {"ce": cross_entropy(student.logits, batch.labels), "vid": torch.stack(losses).sum()}

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
-import pickle
-import re
 import secrets
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.heads import HeadedNetwork
+from ackd_lightning.models.weight_files import (
+    damaged,
+    first_bytes,
+    is_safetensors,
+    local_file,
+    read_tensors,
+    refuse_url,
+    tell,
+)
 
 STUDENT_PREFIX = "student.backbone."
 """Prefix of the target learner's keys in this package's own Lightning checkpoints."""
@@ -29,10 +36,11 @@ _SHOWN = 3
 def load_weights(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> dict[str, str]:
     """Load the weights of a local file into a network whose keys and shapes are all those of the file.
 
-    The file may be ``.safetensors``, a plain state dict saved by torch, a checkpoint that keeps its state dict under
-    ``model`` or ``state_dict`` (public teachers), or a Lightning checkpoint of this package, of which only the target
-    learner is loaded. Prefixes of ``DataParallel`` and ``torch.compile`` are removed. The format is recognised by the
-    content, not by the name. Nothing in the file is executed (``weights_only=True``), and nothing is downloaded.
+    The file may be ``.safetensors``, a plain state dict saved by torch, a checkpoint of timm, Lightning and others
+    that keeps its state dict under ``state_dict`` or ``model``, or a checkpoint of this package, of which only the
+    target learner is loaded. A prefix that all names have in common is removed, and said unless it is that of
+    ``DataParallel`` or ``torch.compile``. The format is recognised by the content, not by the name. Nothing in the
+    file is executed (``weights_only=True``), and nothing is downloaded.
 
     Args:
         model: Network to fill in place, on any device; unchanged when an error is raised.
@@ -69,8 +77,8 @@ def fitting_tensors(
         ACKDError: If the file does not exist, is not a weight file, holds other objects than tensors, or has other
             keys or shapes.
     """
-    file = _local_file(path)
-    tensors, metadata = _read(file)
+    file = local_file(path)
+    tensors, metadata = read_tensors(file)
     if "head" in metadata and not isinstance(model, HeadedNetwork):
         what, whose = metadata.get("model", "a network"), metadata.get("method", "a method")
         raise ACKDError(
@@ -78,7 +86,9 @@ def fitting_tensors(
             "ackd_lightning.load_student"
         )
     own = model.state_dict()
-    tensors = _without_prefixes(tensors, own)
+    tensors = own_names(tensors, own, str(file))
+    if tensors.keys() != own.keys():
+        tensors = as_torch_loads(tensors, model)
     check_fit(tensors, own, file, name or type(model).__name__)
     return tensors, metadata
 
@@ -104,7 +114,7 @@ def save_weights(
     Raises:
         ACKDError: If the path is a URL or a folder, or cannot be written, or metadata are not text.
     """
-    file = _refuse_url(path)
+    file = refuse_url(path)
     notes = dict(metadata or {})
     for key, note in notes.items():
         if not isinstance(key, str) or not isinstance(note, str):
@@ -163,8 +173,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         ACKDError: If the file does not exist or is not ``.safetensors``.
     """
-    file = _local_file(path)
-    if not _is_safetensors(_head(file)):
+    file = local_file(path)
+    if not is_safetensors(first_bytes(file)):
         raise ACKDError(
             f"{file} is not a .safetensors file, and only those have metadata; name one, or export the network again"
         )
@@ -172,135 +182,81 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         with safe_open(file, framework="pt") as handle:
             return dict(handle.metadata() or {})
     except SafetensorError as error:
-        raise _damaged(file, error) from error
+        raise damaged(file, error) from error
 
 
-def _refuse_url(path: str | os.PathLike[str]) -> Path:
-    """Return ``path`` as a path, unless it is a URL."""
-    text = os.fspath(path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # a single letter is a drive, and a Path keeps only one slash
-        raise ACKDError(f"{text} is a URL, and weights are read from local files only; download it and give its path")
-    return Path(text).expanduser()
+def own_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
+    """Give the tensors of a file the names that a network has for them.
 
+    Names are compared without one prefix, the one with which most of them agree: that of the target learner in a
+    training checkpoint, of ``DataParallel`` and ``torch.compile``, and whatever another trainer put before them,
+    which is said in one line. A prefix that the network's own names have is kept.
 
-def _local_file(path: str | os.PathLike[str]) -> Path:
-    """Return ``path`` as the path of an existing file."""
-    file = _refuse_url(path)
-    if file.is_dir():
-        raise ACKDError(f"{file} is a folder; name the weight file in it")
-    if not file.exists():
-        raise ACKDError(f"weight file {file} does not exist; correct the path, or create the file first")
-    return file
+    Args:
+        tensors: Tensors of the file by its own names.
+        own: State dict of the network.
+        file: Where the tensors come from, for messages.
 
+    Returns:
+        Tensors by new names; where no prefix helps, by those of the file.
 
-def _head(file: Path) -> bytes:
-    """Return the first bytes of ``file``."""
-    try:
-        with file.open("rb") as handle:
-            return handle.read(64)
-    except OSError as error:
-        raise ACKDError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _is_safetensors(head: bytes) -> bool:
-    """Whether a file begins like ``.safetensors``: eight bytes of length, then JSON."""
-    return head[8:9] == b"{"
-
-
-def _damaged(file: Path, error: Exception) -> ACKDError:
-    """Make the error for a file that begins as it should but cannot be read to its end."""
-    return ACKDError(
-        f"{file} is truncated or is not a weight file ({type(error).__name__} while reading it); fetch or make it again"
-    )
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of ``file``, on the CPU, and its metadata."""
-    head = _head(file)
-    if _is_safetensors(head):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  not a mapping
-                return _nothing_but_tensors(tensors, file), dict(handle.metadata() or {})
-        except SafetensorError as error:
-            raise _damaged(file, error) from error
-    if head.startswith((b"PK", b"\x80")):  # a zip archive, or a bare pickle as torch wrote it before 1.6
-        return _split(_read_torch(file), file)
-    if head.startswith(b"version https://git-lfs"):
-        raise ACKDError(f"{file} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
-    what = "is empty" if not head else "is neither a .safetensors file nor one written by torch.save"
-    raise ACKDError(f"{file} {what}; fetch or make the weight file again, or correct the path")
-
-
-def _read_torch(file: Path) -> Any:
-    """Load a file of ``torch.save``; only tensors and plain data are allowed in it."""
-    try:
-        with warnings.catch_warnings():
-            # for pickles of other programs, whose fault the error below names
-            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
-        if refused is None:
-            raise _damaged(file, error) from error
-        held = refused[1]
-        remedy = "if you trust the file, re-save only its 'model' entry (the state dict), and give that file"
-        if held == "argparse.Namespace":  # harmless, and part of every `_last.pth` of the public teachers
-            remedy = (
-                "re-save only its 'model' entry, `with torch.serialization.safe_globals([argparse.Namespace]): "
-                "torch.save({'model': torch.load(OLD, weights_only=True)['model']}, NEW)`, and give NEW"
-            )
-        raise ACKDError(
-            f"{file} holds Python objects besides tensors ({held}), which the safe loader refuses; {remedy}"
-        ) from error
-    except Exception as error:  # a damaged pickle or archive can fail in any way
-        raise _damaged(file, error) from error
-
-
-def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Find the state dict in a loaded object, and turn the plain values beside it into text."""
-    if not isinstance(loaded, Mapping):
-        raise ACKDError(f"{file} holds a {type(loaded).__name__}; give a state dict, or a checkpoint that contains one")
-    for entry in ("state_dict", "model"):
-        inner = loaded.get(entry)
-        if isinstance(inner, Mapping):
-            beside = {key: _as_text(value) for key, value in loaded.items() if key != entry}
-            notes = {str(key): text for key, text in beside.items() if text is not None}
-            return _nothing_but_tensors(inner, file), notes
-    return _nothing_but_tensors(loaded, file), {}
-
-
-def _as_text(value: Any) -> str | None:
-    """Return a number, a string or a tensor with one number as text, and None for anything else."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    return str(value) if isinstance(value, str | int | float) else None
-
-
-def _nothing_but_tensors(state: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
-    """Return ``state`` as a dict after checking that every value is a tensor with a name."""
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ACKDError(
-                f"{file} is not a state dict, because its entry {key!r} is a {type(value).__name__}; "
-                "give a state dict, or a checkpoint with one under 'model' or 'state_dict'"
-            )
-    if not state:
-        raise ACKDError(f"{file} holds no tensors; make the weight file again, or correct the path")
-    return dict(state)
-
-
-def _without_prefixes(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the target learner out of a training checkpoint, and remove the prefixes that wrappers add to keys.
-
-    A prefix that the network's own keys have is kept.
+    Raises:
+        ACKDError: If the file holds several networks that fit equally well.
     """
     if not any("_orig_mod." in key for key in own):  # torch.compile
         tensors = {key.replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}
-    if all(key.startswith("module.") for key in tensors) and not any(key.startswith("module.") for key in own):
-        tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}  # DataParallel
-    student = {key.removeprefix(STUDENT_PREFIX): tensors[key] for key in tensors if key.startswith(STUDENT_PREFIX)}
-    return tensors if not student or any(key.startswith(STUDENT_PREFIX) for key in own) else student
+    ends = {end for key in own for end in _ends(key)}
+    fits: Counter[str] = Counter()
+    for key, tensor in tensors.items():
+        for end in _ends(key):
+            if end in ends and end in own and own[end].shape[1:] == tensor.shape[1:]:
+                fits[key.removesuffix(end)] += 1
+    best = max(fits.values(), default=0)
+    found = [prefix for prefix, count in fits.items() if count == best]
+    if STUDENT_PREFIX in found:
+        found = [STUDENT_PREFIX]
+    if 2 * best < len(own) or fits[""] == best:
+        return dict(tensors)
+    if len(found) > 1:
+        raise ACKDError(
+            f"{file} holds several networks that fit ({', '.join(map(repr, sorted(found)))}); re-save the tensors of "
+            "one of them"
+        )
+    prefix = found[0]
+    inside = {key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)}
+    if prefix not in (STUDENT_PREFIX, "module."):
+        others = len(tensors) - len(inside)
+        rest = f", {others} others are not read" if others else ""
+        tell(f"{file}: the names of {len(inside)} tensors are read without {prefix!r}{rest}")
+    return inside
+
+
+def _ends(key: str) -> list[str]:
+    """Return a name and what is left of it after each of its dots."""
+    parts = key.split(".")
+    return [".".join(parts[number:]) for number in range(len(parts))]
+
+
+def as_torch_loads(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Let torch complete and rename tensors as a strict ``load_state_dict`` does.
+
+    Files that were saved before torch 0.4.1 have no ``num_batches_tracked``, and layers may read old names.
+
+    Args:
+        tensors: Tensors by the names of the network.
+        model: Network; it is not changed.
+
+    Returns:
+        Tensors by the network's own keys; those that were given where torch refuses them.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ghost = copy.deepcopy(model).to("meta")
+            ghost.load_state_dict(dict(tensors), strict=True, assign=True)
+    except Exception:  # `check_fit` says what does not fit
+        return dict(tensors)
+    return {key: each for key, each in ghost.state_dict().items() if not each.is_meta}
 
 
 def check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path, name: str) -> None:

@@ -133,6 +133,8 @@ def _plain_metadata(checkpoint: Mapping[str, Any], source: _Source, extra: Mappi
         "std": metadata["std"],
         "data": metadata["data"],
         "method": metadata["method"],
+        "started_from": metadata.get("started_from"),
+        "frozen": metadata.get("frozen") or None,
         "seed": metadata["seed"],
         "epochs": metadata["epoch"],
         "ackd_lightning": __version__,

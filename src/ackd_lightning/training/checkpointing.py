@@ -16,7 +16,9 @@ from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.models.heads import HeadedNetwork
+from ackd_lightning.models.start import Start, match_head
 from ackd_lightning.runs.export import Exported, write_student
+from ackd_lightning.training.labels import Labels
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
 from ackd_lightning.training.teacher_choice import compare_classes
@@ -30,14 +32,19 @@ class SelfDescribing(OpenOptimizers):
     Attributes:
         data: Classes, image size and normalisation of the data.
         teachers: The teachers.
+        labelling: Label smoothing and class weights.
         matches_classes: Whether class names must be those of the data.
         seed: Seed of the run.
+        start: What the student was started from; None for fresh weights, and after a checkpoint was loaded.
     """
 
     data: DataInfo
     teachers: Teachers
+    labelling: Labels
     matches_classes: bool
     seed: int
+    start: Start | None
+    _started_from: dict[str, Any] | None = None
 
     @property
     def model_name(self) -> str | None:
@@ -82,6 +89,7 @@ class SelfDescribing(OpenOptimizers):
         """Tell the method about the fit."""
         data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
         targets = getattr(data, "train_targets", None)
+        self.labelling.begin_fit(None if targets is None else torch.as_tensor(targets))
         self.method.begin_fit(
             FitInfo(
                 epochs=epochs if epochs is not None and epochs > 0 else None,
@@ -95,6 +103,10 @@ class SelfDescribing(OpenOptimizers):
     def _take_class_names(self, data: Any) -> None:
         if names := getattr(data, "class_names", None):
             self.data = replace(self.data, class_names=tuple(names))
+        started, names = self.start, self.data.class_names
+        if started is not None and started.class_names is not None and names is not None and self.matches_classes:
+            match_head(self.student.plain(), started.class_names, names, started.origin)
+            self.start = replace(started, class_names=None)  # once, and not after a fit
 
     def match_classes(self, data: Any) -> None:
         """Take the class names of the data, and bring the logits of loaded teachers into their order.
@@ -153,6 +165,8 @@ class SelfDescribing(OpenOptimizers):
             "skipped": self.guard.skipped,
             "head": None if self.method.head is None else self.method.head.description(),
             "learners": list(self.student.specs),
+            "started_from": self._started_from if self.start is None else self.start.notes,
+            "frozen": list(self.student_config.freeze),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -171,5 +185,7 @@ class SelfDescribing(OpenOptimizers):
         """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""
         metadata = checkpoint.get("ackd_lightning", {})
         self.guard.skipped = metadata.get("skipped", 0)
+        self._started_from = metadata.get("started_from")
+        self.start = None  # the checkpoint has other weights, with its own classes
         if names := metadata.get("class_names"):
             self._match_data(names, "the checkpoint")

@@ -72,12 +72,13 @@ class ManualSteps(SkippingModule):
         """
         raise NotImplementedError(f"{type(self).__name__} has no method `outputs`")
 
-    def log_terms(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Batch) -> None:
+    def log_terms(self, loss: Tensor, terms: Mapping[str, Tensor], student: NetOutput, batch: Batch) -> None:
         """Log the loss and every unweighted term.
 
         Args:
             loss: Weighted sum.
             terms: Unweighted terms.
+            student: Output of the student.
             batch: Batch of the step.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method `log_terms`")
@@ -213,4 +214,4 @@ class ManualSteps(SkippingModule):
         self.update_memories(student, teacher, batch)
         optimizer.step()
         self._step_schedulers("step")
-        self.log_terms(loss, terms, batch)
+        self.log_terms(loss, terms, student, batch)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
+from ackd_lightning.callbacks.averaging import EMA
 from ackd_lightning.callbacks.health import HealthMonitor, TeacherGate
+from ackd_lightning.callbacks.stopping import StopEarly
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.ackd import ACKD
@@ -23,13 +25,12 @@ from ackd_lightning.methods.base import Method, Networks, check_method, weighted
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.features import probe
-from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher import FrozenTeacher
-from ackd_lightning.models.zoo import create_model
 from ackd_lightning.random import mix, seed_device
 from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
+from ackd_lightning.training.labels import Labels, accuracy, check_batch, check_labels, check_sampling
 from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite
 from ackd_lightning.training.optimizers import constant, factory_of
@@ -39,6 +40,7 @@ from ackd_lightning.training.schedule import (
     SchedulerFactory,
     describe_factory,
 )
+from ackd_lightning.training.students import build_student, keep_frozen_in_evaluation
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
 from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
 from ackd_lightning.training.teachers import Teachers
@@ -64,7 +66,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         lr_scheduler: Function of an optimizer that returns its learning rate schedule, for the student's optimizer and
             those of the method. Default: times 0.1 after epochs 100 and 150. None for a constant learning rate. A
             ``CosineAnnealingLR`` with ``T_max`` 0 is as long as the fit.
-        recipe: Interval of the schedule, warm-up, gradient clipping, and which parameters have weight decay.
+        recipe: Interval of the schedule, warm-up, gradient clipping, which parameters have weight decay, labels,
+            average of the weights, early stopping.
         on_nonfinite: How to handle a non-finite loss: ``stop`` ends the run before such a step reaches a checkpoint,
             ``skip`` skips the step and counts it (``train/skipped``).
         on_class_mismatch: How to handle class names of a teacher's file or a checkpoint that are not those of the data:
@@ -131,22 +134,12 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
                 "super().__init__() first"
             )
         configs = chosen(as_configs(teacher), self.method)
-        chosen_student = as_student_config(student)
-        if any(each.network is chosen_student.network for each in configs if isinstance(each.network, nn.Module)):
+        self.student_config = as_student_config(student)
+        if any(each.network is self.student_config.network for each in configs if isinstance(each.network, nn.Module)):
             raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
 
-        if isinstance(chosen_student.network, str):
-            if given_data is None:
-                raise ACKDError(
-                    f"the student is named {chosen_student.network!r} and its number of classes is unknown; pass "
-                    "data=DataInfo(...)"
-                )
-            backbone = create_model(chosen_student.network, given_data.num_classes, **(chosen_student.options or {}))
-        else:
-            backbone = chosen_student.network
+        self.student, self.start = build_student(self.student_config, self.method.branches, given_data)
         size = 32 if given_data is None else given_data.input_size
-        classes = None if given_data is None else given_data.num_classes
-        self.student = BranchyStudent(backbone, self.method.branches, num_classes=classes, input_size=size)
         self.spec: NetSpec = probe(self.student, size)
         self.data = given_data or DataInfo(self.spec.num_classes, size)
         if self.spec.num_classes != self.data.num_classes:
@@ -154,6 +147,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
                 f"the student has {self.spec.num_classes} classes and the data have {self.data.num_classes}; make them "
                 "equal"
             )
+        self.labelling = Labels(self.recipe, self.data.num_classes)
         self.teachers = Teachers(configs, self.data)
         networks = Networks(
             student=self.spec,
@@ -164,6 +158,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         )
         self.method.build(networks)
         check_method(self.method)
+        check_labels(self.method, self.recipe, None)
         self.auxiliary = self.method.auxiliary_parameters()
         self.monitors = {}
         # read by torch's DistributedDataParallel
@@ -172,10 +167,11 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             self.use_manual_optimization()
         self.evaluation = Evaluation(self.spec, self.method)
         self.cache = cast("TeacherCache | None", None)
+        self._shares: Tensor | None = None  # of the classes in mixed images
         self._last: tuple[NetOutput, NetOutput | None, Batch] | None = None
         self.save_hyperparameters(
             {
-                "student": describe_student(chosen_student, backbone),
+                "student": describe_student(self.student_config, self.student.plain()),
                 "method": describe(self.method),
                 "teacher": describe_teachers(configs),
                 "data": {
@@ -242,6 +238,17 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         """
         self.teachers.load()
 
+    def train(self, mode: bool = True) -> DistillationModule:
+        """Set the mode; parts whose parameters are all frozen stay in evaluation mode.
+
+        Args:
+            mode: Whether to train rather than to evaluate.
+        """
+        super().train(mode)
+        if mode:
+            keep_frozen_in_evaluation(self)
+        return self
+
     def _apply(self, fn: Any, recurse: bool = True) -> DistillationModule:
         if "teachers" in self.__dict__:
             self.teachers.apply(fn, recurse)
@@ -255,16 +262,40 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         if stage != "fit":
             self._take_class_names(data)
             return
+        if not (self.training and self.student.training and self.student.backbone.training):
+            self.train()  # Lightning trains in the mode that it finds
+        self.check_data(data)
         self.load_teacher()
+        matched = self.start is not None and self.start.class_names is not None
         self.match_classes(data)
         before = self._method_sizes()
         self._begin_fit()
+        check_sampling(self.method, data)
         self._speed_up()
         self._open_cache()
-        if self.method.teacher == "own" or self._method_sizes() != before:
+        if self.method.teacher == "own" or self._method_sizes() != before or matched:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
+
+    def check_data(self, data: Any) -> None:
+        """Refuse a data module that does not go with method and recipe.
+
+        Args:
+            data: Data module, which need not be set up; None for loaders alone.
+
+        Raises:
+            ACKDError: Naming the setting.
+        """
+        check_labels(self.method, self.recipe, data)
+        if self.recipe.early_stopping is None or self._trainer is None:
+            return
+        if not self.trainer.enable_validation or self.looks_at_test():
+            problem = "validation reads the test set" if self.looks_at_test() else "there is no validation"
+            raise ACKDError(
+                f"recipe.early_stopping is {self.recipe.early_stopping} and {problem}; set it to null, or hold "
+                "validation data out (data.val_fraction)"
+            )
 
     def _open_cache(self) -> None:
         """Open the cache of the teacher's logits, where one is named."""
@@ -297,10 +328,14 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         return {name: tensor.shape for name, tensor in self.method.state_dict().items()}
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the teacher gate and the alarms, which come with the module into any Trainer."""
+        """Return what comes with the module into any Trainer: alarms, the teacher gate, and callbacks of the recipe."""
         own: list[L.Callback] = getattr(self._trainer, "callbacks", [])
         watched = any(isinstance(each, HealthMonitor) for each in own)
         callbacks: list[L.Callback] = [HealthMonitor()] if self.spec.branches and not watched else []
+        if self.recipe.ema_decay is not None:
+            callbacks.append(EMA(decay=self.recipe.ema_decay))
+        if self.recipe.early_stopping is not None:
+            callbacks.append(StopEarly(self.recipe.early_stopping))
         gates = {each.gate for each in self.teachers.configs} - {"off"}
         if gates:
             callbacks.append(TeacherGate(stop="stop" in gates))
@@ -376,16 +411,20 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         """Return student and method."""
         return self.student, self.method
 
-    def log_terms(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Batch) -> None:
+    def log_terms(self, loss: Tensor, terms: Mapping[str, Tensor], student: NetOutput, batch: Batch) -> None:
         """Log means over the epoch of the loss and every unweighted term, and the loss of steps that loggers write.
 
         Args:
             loss: Weighted sum.
             terms: Unweighted terms.
+            student: Output of the student.
             batch: Batch of the step.
         """
         size = batch.image.shape[0]
-        self.means.add({"train/loss": loss, **{f"train/{name}": value for name, value in terms.items()}}, size)
+        values = {"train/loss": loss, **{f"train/{name}": value for name, value in terms.items()}}
+        if self.method.head is None:  # else these logits are not trained
+            values["train/acc"] = accuracy(student.logits, batch.target, self._shares)
+        self.means.add(values, size)
         trainer = self.trainer
         shown = trainer.progress_bar_callback is not None  # a bar waits for the number in every step
         if shown or trainer.fast_dev_run or trainer._logger_connector.should_update_logs:  # type: ignore[attr-defined]
@@ -416,6 +455,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             The weighted loss, 0 for a skipped batch; None with manual optimization.
         """
         batch = self.as_batch(batch)
+        check_batch(self.method, batch)
+        self._shares, batch = batch.soft, self.labelling(batch)
         if self.method.reads_index and batch_idx == 0:  # one check an epoch: it waits for a GPU
             self._check_index(batch)
         if not self.automatic_optimization:
@@ -428,7 +469,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         if self.skips({**terms, "loss": loss}, before):
             return torch.zeros_like(loss)  # without a backward pass: Lightning refuses None with several processes
         self._last = student, teacher, batch
-        self.log_terms(loss, terms, batch)
+        self.log_terms(loss, terms, student, batch)
         return loss
 
     def _check_index(self, batch: Batch) -> None:

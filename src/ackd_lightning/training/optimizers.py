@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.training.manual import ManualSteps
 from ackd_lightning.training.schedule import (
     OptimizerFactory,
@@ -23,6 +25,7 @@ from ackd_lightning.training.schedule import (
     scale_learning_rates,
     without_decay,
 )
+from ackd_lightning.training.students import slow_parameters
 
 
 class OpenOptimizers(ManualSteps):
@@ -30,12 +33,14 @@ class OpenOptimizers(ManualSteps):
 
     Attributes:
         student: The student.
+        student_config: How it is named and trained.
         recipe: Interval of the schedule, warm-up, clipping, weight decay.
         optimizer_factory: Builds the student's optimizer.
         scheduler_factory: Builds the schedule of an optimizer.
     """
 
     student: BranchyStudent
+    student_config: StudentConfig
     recipe: Recipe
     optimizer_factory: OptimizerFactory
     scheduler_factory: SchedulerFactory
@@ -56,13 +61,14 @@ class OpenOptimizers(ManualSteps):
     def on_train_start(self) -> None:
         """Warn about a learning rate scale that an overridden ``configure_optimizers`` does not apply."""
         self._resume_loader()
-        scales = {each["name"]: each["lr_scale"] for each in self.method.parameter_groups() if each["lr_scale"] != 1.0}
+        scales = self._learning_rate_scales()
         overridden = type(self).configure_optimizers is not OpenOptimizers.configure_optimizers
         rates = {group["lr"] for group in self.trainer.optimizers[0].param_groups}
         if scales and overridden and len(rates) == 1:
-            name, scale = next(iter(scales.items()))
+            name, (scale, _) = next(iter(scales.items()))
+            owner = "student.backbone_lr_scale" if name == "backbone" else f"method {type(self.method).__name__}"
             rank_zero_warn(
-                f"method {type(self.method).__name__} trains {name} at {scale} times the learning rate, and "
+                f"{owner} trains {name} at {scale} times the learning rate, and "
                 f"{type(self).__name__}.configure_optimizers does not; call self.scale_learning_rates(optimizer) there"
             )
 
@@ -82,17 +88,38 @@ class OpenOptimizers(ManualSteps):
 
         For an overridden ``configure_optimizers``: ``AdamW(self.learner_groups(), lr=1e-3)`` trains at 1e-3.
         """
-        groups = [{"name": "student", "params": list(self.student.parameters())}]
+        slow = self._backbone_parameters()
+        taken = {id(each) for each in slow}
+        groups: list[dict[str, Any]] = [
+            {"name": "student", "params": [each for each in self.student.parameters() if id(each) not in taken]}
+        ]
+        groups += [{"name": "backbone", "params": slow}] if slow else []
         groups += [{"name": each["name"], "params": each["params"]} for each in self.method.parameter_groups()]
+        for group in groups:
+            group["params"] = [each for each in group["params"] if each.requires_grad]
+        groups = [each for each in groups if each["params"]]
         return groups if self.recipe.decay_norm_and_bias else without_decay(groups)
 
+    def _backbone_parameters(self) -> list[nn.Parameter]:
+        """Parameters with a learning rate of their own; none where that is the student's."""
+        scale = self.student_config.backbone_lr_scale
+        return [] if scale == 1.0 else slow_parameters(self.student, self.student_config)
+
+    def _learning_rate_scales(self) -> dict[str, tuple[float, list[nn.Parameter]]]:
+        """Factors of learning rates that are not the student's, with their parameters, by the name of the group."""
+        groups = {each["name"]: (each["lr_scale"], each["params"]) for each in self.method.parameter_groups()}
+        if slow := self._backbone_parameters():
+            groups["backbone"] = (self.student_config.backbone_lr_scale, slow)
+        return {name: each for name, each in groups.items() if each[0] != 1.0}
+
     def scale_learning_rates(self, optimizer: Optimizer) -> None:
-        """Multiply the learning rates of groups that the method trains more slowly or faster than the student.
+        """Multiply the learning rates of groups that are trained more slowly or faster than the student.
 
         Args:
             optimizer: Optimizer of `learner_groups`, without a schedule yet.
         """
-        scales = {id(each): group["lr_scale"] for group in self.method.parameter_groups() for each in group["params"]}
+        found = self._learning_rate_scales().values()
+        scales = {id(each): scale for scale, parameters in found for each in parameters}
         scale_learning_rates(optimizer, scales)
 
     def _schedule(self, optimizer: Optimizer, name: str, *, own_rate: bool) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.validation import NonNegativeInt, Positive, check_arguments
+from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive, PositiveInt, Range, check_arguments
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -31,12 +31,26 @@ class Recipe:
         gradient_clip_val: Largest norm of the gradient; None for no clipping. (The Trainer's own argument works in
             automatic optimization only.)
         decay_norm_and_bias: Apply weight decay to parameters with fewer than two dimensions (norms and biases), too.
+        label_smoothing: Share of the label that all classes divide equally in every cross-entropy with the labels, from
+            0 to below 1. Distillation terms have no labels and do not change.
+        class_weights: Weight of each class in every cross-entropy with the labels, in the order of the class names.
+            ``auto`` for weights inversely proportional to the number of training images, whose mean over the images is
+            1; None for equal weights.
+        ema_decay: Decay of an exponential moving average of the weights, which is validated, saved and exported in
+            place of the weights. After n steps it is at most (1 + n) / (10 + n), so that short runs work. None for no
+            average.
+        early_stopping: Number of validations without a better ``val/acc`` after which the fit ends; None trains all
+            epochs.
     """
 
     interval: Literal["epoch", "step"] = "epoch"
     warmup_epochs: NonNegativeInt = 0
     gradient_clip_val: Positive | None = None
     decay_norm_and_bias: bool = True
+    label_smoothing: Annotated[float, Range(0, 1, open_high=True)] = 0.0
+    class_weights: Literal["auto"] | list[NonNegative] | None = None
+    ema_decay: Annotated[float, Range(0, 1, open_high=True)] | None = None
+    early_stopping: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""

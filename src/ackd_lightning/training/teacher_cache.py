@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,13 +35,19 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
         precision: Lightning's name of the precision of the forward pass.
 
     Raises:
-        ACKDError: If the method reads more of its teacher than the logits, or has no teacher.
+        ACKDError: If the method reads more of its teacher than the logits, or has no teacher, or if images are
+            repeated in an epoch.
     """
     name = type(module.method).__name__
     if module.method.teacher != "logits":
         raise ACKDError(
             f"teacher.cache holds logits only and method {name} "
             f"{'has no teacher' if module.method.teacher == 'none' else 'reads more of its teacher'}; leave it out"
+        )
+    if data.sampling == "balanced":
+        raise ACKDError(
+            "teacher.cache holds one view of each image in an epoch and data.sampling is balanced, which repeats "
+            "images; leave one of them out"
         )
     targets = data.train_targets
     return {
@@ -53,6 +60,9 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
         "mean": list(data.mean),
         "std": list(data.std),
         "augment": data.augment,
+        "augmentation": asdict(data.augmentation),
+        # images of one process are mixed with each other
+        "processes": data.trainer.world_size if data.trainer is not None and data.augmentation.mixing() else 1,
         "views": _VIEWS,
         "seed of the data": data.run_seed,
         "batch_size": data.batch_size,

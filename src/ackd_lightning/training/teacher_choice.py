@@ -14,7 +14,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.class_map import FEATURES_ONLY
 from ackd_lightning.models.teacher_config import TeacherConfig
-from ackd_lightning.models.weights import _read as read_tensors
+from ackd_lightning.models.weight_files import read_tensors
 from ackd_lightning.models.zoo import create_model
 
 GivenTeacher = str | nn.Module | TeacherConfig

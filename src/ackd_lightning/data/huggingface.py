@@ -1,0 +1,163 @@
+"""Hugging Face datasets on disk."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ackd_lightning.data.custom import CustomImagesDataModule, split_test
+from ackd_lightning.data.decoding import Encoded
+from ackd_lightning.data.folders import part_of
+from ackd_lightning.data.labels import classes_of, read_labels, targets_of
+from ackd_lightning.data.sampling import Part
+from ackd_lightning.data.sources import Records, Source
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.validation import checked
+
+_LABELS = ("label", "labels", "fine_label", "target", "class")
+
+
+class HuggingFaceDataModule(CustomImagesDataModule):
+    """A dataset that ``datasets.Dataset.save_to_disk`` wrote, with a column of images and one of labels.
+
+    Splits are taken by their names (``train``, ``validation``, ``test``); where there is one of the latter two, it is
+    the test set; where there is none, a stratified fifth, always the same, is the test set. Nothing is downloaded.
+    Needs the package ``datasets``: ``pip install 'ackd-lightning[datasets]'``.
+
+    Args:
+        root: Folder that ``save_to_disk`` wrote.
+        image_column: Column with the images; None for the only one.
+        label_column: Column with the labels; None for the only column of class labels, or the one that is named so.
+        options: Arguments of `CustomImagesDataModule`, and those of
+            [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
+
+    Raises:
+        ACKDError: If the folder is not such a dataset, or a column is missing or ambiguous.
+    """
+
+    @checked
+    def __init__(
+        self, root: str | Path, *, image_column: str | None = None, label_column: str | None = None, **options: Any
+    ) -> None:
+        super().__init__(root, **options)
+        self._splits = self._open()
+        train = self._splits["train"]
+        self._image = image_column or self._find_image(train)
+        self._label = label_column or self._find_label(train)
+        for argument, column in (("image_column", self._image), ("label_column", self._label)):
+            for split in self._splits.values():
+                if column not in split.column_names:
+                    raise ACKDError(
+                        f"{self.root} has no column {column!r} (it has {', '.join(split.column_names)}): set {argument}"
+                    )
+        labels = {part: self._labels(part) for part in self._splits}
+        names = getattr(train.features[self._label], "names", None)
+        index, found = classes_of(labels["train"], names, str(self.root))
+        self._targets = {
+            part: targets_of(values, index, partial(self._place, part), train=part == "train")
+            for part, values in labels.items()
+        }
+        self._has_validation = "val" in self._splits
+        self._names = tuple(found)
+        self.class_names = self._names
+        self.num_classes = len(found)
+
+    def _open(self) -> dict[str, Any]:
+        if find_spec("datasets") is None:
+            raise ACKDError(f"{self.root} needs the package datasets: pip install 'ackd-lightning[datasets]'")
+        if not self.root.is_dir():
+            raise ACKDError(f"there is no folder {self.root}: set root to a folder that save_to_disk wrote")
+        import datasets
+
+        try:
+            found = datasets.load_from_disk(str(self.root))
+        except Exception as error:  # a folder that is something else can fail in any way
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ACKDError(
+                f"{self.root} cannot be read as a dataset ({reason}): set root to a folder that save_to_disk wrote"
+            ) from None
+        if not isinstance(found, dict):
+            return {"train": found}
+        splits: dict[str, Any] = {}
+        for name, split in found.items():
+            part = part_of(str(name))
+            if part is not None and part not in splits:
+                splits[part] = split
+        if "train" not in splits:
+            raise ACKDError(f"{self.root} has the splits {', '.join(found)} and none for training: name one train")
+        if "test" not in splits and "val" in splits:
+            splits["test"] = splits.pop("val")
+        return splits
+
+    def _find_image(self, split: Any) -> str:
+        import datasets
+
+        columns = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
+        if len(columns) != 1:
+            raise ACKDError(
+                f"{self.root} has {len(columns)} columns of images among {', '.join(split.column_names)}: set "
+                "image_column to one"
+            )
+        return str(columns[0])
+
+    def _find_label(self, split: Any) -> str:
+        import datasets
+
+        columns = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
+        if not columns:
+            columns = [name for name in _LABELS if name in split.column_names][:1]
+        if len(columns) != 1:
+            raise ACKDError(
+                f"{self.root} has {len(columns)} columns of class labels among {', '.join(split.column_names)}: set "
+                "label_column to one"
+            )
+        return str(columns[0])
+
+    def _labels(self, part: str) -> list[Any]:
+        return read_labels(self._splits[part][self._label], partial(self._place, part))
+
+    def _place(self, part: str, row: int) -> str:
+        return f"row {row} of the {part} split of {self.root}"
+
+    def _mark(self) -> str:
+        return ",".join(str(split._fingerprint) for split in self._splits.values())
+
+    def _load(self, part: Part) -> Source:
+        import datasets
+
+        name = part if part in self._splits else "train"
+        split, targets = self._splits[name], self._targets[name]
+        split = split.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+        if "test" not in self._splits:
+            kept, held_out = split_test(targets)
+            rows = kept if part == "train" else held_out
+            split, targets = split.select(rows.tolist()), targets[rows]
+        return self._read(
+            Records(self.root, self._names, _Reader(split, self._image, f"{part} split of {self.root}"), targets),
+            self.root,
+            part,
+        )
+
+
+class _Reader:
+    """Function of a row that returns the encoded image there."""
+
+    def __init__(self, split: Any, column: str, where: str) -> None:
+        self.split, self.column, self.where = split, column, where
+
+    def __call__(self, row: int) -> Encoded:
+        value = self.split[row][self.column]
+        if value is None:
+            raise ACKDError(f"row {row} of the {self.where} has no image: remove it")
+        path, content = value.get("path"), value.get("bytes")
+        if content is None:
+            try:
+                content = Path(str(path)).read_bytes()
+            except OSError as error:
+                raise ACKDError(
+                    f"row {row} of the {self.where} names the image {path}, which cannot be read ({error.strerror}): "
+                    "save the dataset with its images embedded"
+                ) from None
+        return Encoded(f"row {row} of the {self.where}{f', {path}' if path else ''}", content)

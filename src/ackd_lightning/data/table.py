@@ -1,0 +1,200 @@
+"""Images that a CSV or Parquet table lists."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ackd_lightning.data.custom import CustomImagesDataModule, split_test
+from ackd_lightning.data.folders import part_of
+from ackd_lightning.data.labels import Label, classes_of, read_labels, targets_of
+from ackd_lightning.data.messages import say
+from ackd_lightning.data.sampling import Part
+from ackd_lightning.data.sources import Files, Source
+from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.validation import checked
+
+_DELIMITERS = ",;\t|"
+
+
+class TableDataModule(CustomImagesDataModule):
+    """Images that a table lists, a line for each with its path and its label: CSV, TSV or Parquet.
+
+    Labels are class names, or whole numbers; numbers that do not run from 0 are renumbered, with a line. An empty label
+    or -1 in the training part is an image without a label, for methods whose labels are read by the cross-entropy
+    alone. Without a test table and a column of parts, a stratified fifth, always the same, is the test set.
+
+    Args:
+        root: Folder that paths in the tables are relative to.
+        train: Table of the training images, or of all images; relative to ``root``.
+        val: Table of the validation images; None holds out a share of the training images.
+        test: Table of the test images; None takes them from ``train``.
+        path_column: Column with the paths.
+        label_column: Column with the labels.
+        split_column: Column of ``train`` that names the part of each image, such as ``train`` or ``test``; None for
+            none.
+        class_names: Names of the classes of labels that are numbers from 0, or the order of labels that are text; None
+            for the numbers themselves, and for alphabetical order.
+        options: Arguments of `CustomImagesDataModule`, and those of
+            [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
+
+    Raises:
+        ACKDError: If a table, a column or a file is missing, or a label is not a class.
+    """
+
+    @checked
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        path_column: str = "path",
+        label_column: str = "label",
+        split_column: str | None = None,
+        class_names: list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(root, **options)
+        if split_column is not None and (val or test):
+            raise ACKDError("split_column names the parts of one table, so leave val and test out")
+        self._label = Path(train).stem
+        self._rows_of: dict[str, list[_Row]] = {}
+        columns = (path_column, label_column)
+        for part, name in (("train", train), ("val", val), ("test", test)):
+            if name is not None:
+                self._rows_of[part] = _rows(self.root / name, columns, split_column)
+        if split_column is not None:
+            every = self._rows_of["train"]
+            self._rows_of = {part: [row for row in every if row.part == part] for part in ("train", "val", "test")}
+            self._rows_of = {part: rows for part, rows in self._rows_of.items() if rows}
+        if "test" not in self._rows_of and "val" in self._rows_of:
+            self._rows_of["test"] = self._rows_of.pop("val")
+        train_rows = self._rows_of.get("train", [])
+        index, names = classes_of([row.label for row in train_rows], class_names, str(self.root / train))
+        self._targets = {part: self._targets_of(part, index) for part in self._rows_of}
+        self._has_validation = "val" in self._rows_of
+        self._say_shared()
+        self._names = tuple(names)
+        self.class_names = self._names
+        self.num_classes = len(names)
+
+    def _targets_of(self, part: str, index: dict[Label, int]) -> Tensor:
+        rows = self._rows_of[part]
+        return targets_of([row.label for row in rows], index, lambda at: rows[at].place, train=part == "train")
+
+    def _say_shared(self) -> None:
+        paths = {part: {row.path for row in rows} for part, rows in self._rows_of.items()}
+        for part in ("val", "test"):
+            shared = paths.get(part, set()) & paths.get("train", set())
+            if shared:
+                say(f"{len(shared):,} images of the {part} part are in the training part too, such as {min(shared)}")
+
+    def _load(self, part: Part) -> Source:
+        name = part if part in self._rows_of else "train"
+        rows = self._rows_of[name]
+        paths = tuple(self.root / row.path for row in rows)
+        missing = [row for row, path in zip(rows, paths, strict=True) if not path.is_file()]
+        if missing:
+            raise ACKDError(
+                f"{len(missing):,} of {len(rows):,} images of {self.root} are missing, the first is "
+                f"{self.root / missing[0].path} of {missing[0].place}: correct the paths, which are relative to root"
+            )
+        files = Files(self.root, self._names, paths, self._targets[name])
+        if "test" not in self._rows_of:
+            kept, held_out = split_test(files.targets)
+            files = files.select(kept if part == "train" else held_out)
+        return self._read(files, self.root, f"{self._label}-{part}")
+
+
+class _Row:
+    """A line of a table."""
+
+    __slots__ = ("label", "part", "path", "place")
+
+    def __init__(self, path: str, label: Label, part: str, place: str) -> None:
+        self.path, self.label, self.part, self.place = path, label, part, place
+
+
+def _rows(table: Path, columns: tuple[str, str], split_column: str | None) -> list[_Row]:
+    """Read the lines of a table."""
+    if not table.is_file():
+        raise ACKDError(f"there is no table {table}: set train, val and test to CSV or Parquet files")
+    content = _parquet(table) if table.suffix.lower() in (".parquet", ".pq") else _csv(table)
+    for argument, column in (
+        *zip(("path_column", "label_column"), columns, strict=True),
+        ("split_column", split_column),
+    ):
+        if column is not None and column not in content:
+            hint = near_matches(column, content) if content else "it has no header"
+            raise ACKDError(f"{table} has no column {column!r}: {hint}; set {argument}")
+    lines = content.get("", range(2, 2 + len(content[columns[0]])))
+
+    def place(row: int) -> str:
+        return f"line {lines[row]} of {table}"
+
+    paths = content[columns[0]]
+    if not len(paths):
+        raise ACKDError(f"{table} lists no images: add a line for each")
+    empty = next((row for row, path in enumerate(paths) if not str(path or "").strip()), None)
+    if empty is not None:
+        raise ACKDError(f"{place(empty)} has no path in column {columns[0]!r}: add it")
+    labels = read_labels(content[columns[1]], place)
+    parts = ["train"] * len(paths) if split_column is None else _parts(content[split_column], place)
+    return [_Row(str(path), labels[row], parts[row], place(row)) for row, path in enumerate(paths)]
+
+
+def _parts(values: Sequence[Any], place: Any) -> list[str]:
+    parts = []
+    for row, value in enumerate(values):
+        part = part_of(str(value).strip())
+        if part is None:
+            raise ACKDError(f"{place(row)} names the part {value!r}: it must be train, val or test")
+        parts.append(part)
+    return parts
+
+
+def _csv(table: Path) -> Mapping[str, Sequence[Any]]:
+    """Read a CSV file; the entry ``""`` holds the number of each line."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            delimiter = max(_DELIMITERS, key=header.count)
+            file.seek(0)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            names = [name.strip() for name in next(reader, [])]
+            columns: dict[str, list[Any]] = {name: [] for name in names}
+            columns[""] = []
+            for values in reader:
+                if not values:
+                    continue
+                if len(values) != len(names):
+                    raise ACKDError(
+                        f"line {reader.line_num} of {table} has {len(values)} fields and the header {len(names)}: "
+                        "correct it, or quote text that holds the delimiter"
+                    )
+                for name, value in zip(names, values, strict=True):
+                    columns[name].append(value)
+                columns[""].append(reader.line_num)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ACKDError(f"{table} cannot be read as CSV in UTF-8 ({error}): save it so") from None
+    return columns
+
+
+def _parquet(table: Path) -> Mapping[str, Sequence[Any]]:
+    if find_spec("pyarrow") is None:
+        raise ACKDError(f"{table} needs the package pyarrow: pip install 'ackd-lightning[parquet]'")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        content: Mapping[str, Sequence[Any]] = parquet.read_table(table).to_pydict()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ACKDError(f"{table} cannot be read as Parquet ({str(error).splitlines()[0]}): write it again") from None
+    return content

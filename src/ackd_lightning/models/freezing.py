@@ -1,0 +1,62 @@
+"""Parts of a network that are not trained, and the mode that they need for that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.models.features import plan_for
+
+
+def stage_modules(network: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the modules of each stage of a network, by ``stem``, ``stage1``, ``stage2``, ...; empty if unknown.
+
+    Args:
+        network: Any network.
+    """
+    plan = plan_for(network)
+    if plan is None:
+        return {}
+    return {"stem": plan.stem, **{f"stage{number}": names for number, names in enumerate(plan.stages, start=1)}}
+
+
+def freeze(network: nn.Module, names: Sequence[str]) -> None:
+    """Stop training parts of a network: their parameters get no gradient.
+
+    Args:
+        network: Network, changed in place.
+        names: Names of stages (``stem``, ``stage1``, ...) or of modules.
+
+    Raises:
+        ACKDError: If the network has no such part, or nothing is left to train.
+    """
+    stages = stage_modules(network)
+    modules = {name: module for name, module in network.named_modules() if name}
+    for name in names:
+        if name not in stages and name not in modules:
+            known = [*stages, *modules]
+            raise ACKDError(
+                f"student.freeze names {name!r} and {type(network).__name__} has no such part; "
+                f"{near_matches(name, known)}"
+            )
+        # a module of that name is what its author calls the stage
+        for each in (name,) if name in modules else stages[name]:
+            modules[each].requires_grad_(False)
+    if names and not any(each.requires_grad for each in network.parameters()):
+        raise ACKDError(f"student.freeze is {list(names)}, which leaves nothing to train; leave a part out")
+
+
+def frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules whose parameters are all frozen.
+
+    Args:
+        module: Module whose parts are searched.
+    """
+    parameters = list(module.parameters())
+    if parameters and not any(each.requires_grad for each in parameters):
+        yield module
+        return
+    for child in module.children():
+        yield from frozen_modules(child)

@@ -1,0 +1,179 @@
+"""Weights that a student starts from: those of a file, or those that timm and torchvision publish."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.features import plan_for
+from ackd_lightning.models.metadata import typed_metadata
+from ackd_lightning.models.student_config import StudentConfig
+from ackd_lightning.models.weight_files import local_file, read_tensors, tell
+from ackd_lightning.models.weights import as_torch_loads, check_fit, digest, own_names
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a network was started from.
+
+    Attributes:
+        origin: File or published weights, in words.
+        notes: Origin as plain data for checkpoints and exports.
+        class_names: Classes of the head that was loaded; None when they are unknown, or the head is fresh.
+        mean: Mean of each channel that the weights were trained with; None when unknown.
+        std: Standard deviation of each channel, as ``mean``.
+    """
+
+    origin: str
+    notes: dict[str, Any]
+    class_names: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def start(network: nn.Module, config: StudentConfig, num_classes: int | None) -> Start | None:
+    """Load the weights that a student starts from, and say in one line what was loaded.
+
+    Args:
+        network: Network to fill in place.
+        config: The student.
+        num_classes: Number K of classes of the data; None when unknown.
+
+    Returns:
+        What was loaded; None for a student that starts from fresh weights, or from those of a given network.
+
+    Raises:
+        ACKDError: If there are no such weights, or they do not fit.
+    """
+    if config.pretrained:
+        from ackd_lightning.models.zoo.pretrained import pretrained  # imports timm
+
+        source, stated = pretrained(str(config.network), config.options)
+        tensors: dict[str, Tensor] = source.state_dict()
+        origin, notes = f"{config.network} ({stated['weights']})", {"published": str(stated["weights"])}
+    elif config.weights is not None:
+        file = local_file(config.weights)
+        tensors, metadata = read_tensors(file)
+        stated = typed_metadata(metadata, str(file))
+        origin, notes = str(file), {"weights": Path(file).name, "sha256": digest(file)}
+    else:
+        return None
+    fresh = _load(network, tensors, origin, num_classes)
+    names = None if fresh or not stated.get("class_names") else tuple(stated["class_names"])
+    kept = "" if fresh else ", with its head" + ("" if names else ", whose classes are taken in their order")
+    tell(f"the student starts from {origin}{fresh or kept}")
+    mean, std = (tuple(stated[key]) if stated.get(key) else None for key in ("mean", "std"))
+    return Start(origin, notes, names, mean, std)
+
+
+def _load(network: nn.Module, tensors: Mapping[str, Tensor], origin: str, num_classes: int | None) -> str:
+    """Load what fits; return what is said of a fresh head, or nothing where the head was loaded."""
+    own, name = network.state_dict(), getattr(network, "model_name", type(network).__name__)
+    tensors = own_names(tensors, own, origin)
+    if tensors.keys() != own.keys():
+        tensors = as_torch_loads(tensors, network)
+    missing = {key for key in own if key not in tensors and not key.endswith("num_batches_tracked")}
+    heads = tuple(f"{name}." for name in head_names(network))
+    other = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
+    fresh, said = set[str](), ""
+    sizes = {tensors[key].shape[0] if tensors[key].ndim else 0 for key in other}
+    rows = all(own[key].ndim and own[key].shape[1:] == tensors[key].shape[1:] for key in other)
+    if other and not missing and rows and len(sizes) == 1 and {own[key].shape[0] for key in other} == {num_classes}:
+        fresh, said = set(other), f"; its head for {sizes.pop()} classes is replaced by a fresh one for {num_classes}"
+    elif missing and not other and all(key.startswith(heads) for key in missing):
+        fresh, said = missing, f", which has no head; that for {num_classes} classes is fresh"
+    body = {key: each for key, each in tensors.items() if key not in fresh}
+    body |= {key: own[key] for key in own if key in fresh or (key not in body and key.endswith("num_batches_tracked"))}
+    check_fit(body, own, Path(origin), name)
+    network.load_state_dict(body)
+    return said
+
+
+def head_names(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that map the embedding to logits.
+
+    Args:
+        network: Any network.
+    """
+    ask: Any = getattr(network, "get_classifier", None)  # of timm
+    found = ask() if callable(ask) else None
+    modules = found if isinstance(found, (tuple, list)) else [found]
+    names = [name for name, module in network.named_modules() if any(module is each for each in modules)]
+    if names:
+        return tuple(names)
+    plan = plan_for(network)
+    if plan is not None and plan.classifier is not None:
+        return (plan.classifier,)
+    weighted = [name for name, module in network.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    return tuple(weighted[-1:])
+
+
+@torch.no_grad()
+def match_head(network: nn.Module, there: Sequence[str], here: Sequence[str], origin: str) -> None:
+    """Bring the rows of a loaded head into the order of the data's classes, or make it fresh for other classes.
+
+    Args:
+        network: Network whose head was loaded.
+        there: Classes of the head.
+        here: Classes of the data.
+        origin: Where the head comes from, in words.
+    """
+    if tuple(there) == tuple(here):
+        return
+    heads = [network.get_submodule(name) for name in head_names(network)]
+    if set(there) == set(here):
+        place = {name: number for number, name in enumerate(there)}
+        order = [place[name] for name in here]
+        for parameter in (each for head in heads for each in head.parameters()):
+            parameter.copy_(parameter[order])
+        tell(f"the head of {origin} is reordered to the classes of the data")
+        return
+    for layer in (each for head in heads for each in head.modules()):
+        if callable(reset := getattr(layer, "reset_parameters", None)):
+            reset()
+    missing = sorted(set(here) - set(there))
+    tell(f"the head of {origin} is replaced by a fresh one, because it does not know the class {missing[0]!r}")
+
+
+def own_network(network: nn.Module) -> nn.Module:
+    """Check a given network, and bring its weights into the precision in which they are trained.
+
+    Args:
+        network: Network that was given as a student; converted in place.
+
+    Returns:
+        The network.
+
+    Raises:
+        ACKDError: If it cannot be trained.
+    """
+    name = type(network).__name__
+    wrapped = next((each for each in ("module", "_orig_mod") if name in _WRAPPERS and hasattr(network, each)), None)
+    if wrapped is not None:
+        raise ACKDError(f"the student is wrapped in {name}; pass the network in it, student.{wrapped}")
+    parameters = list(network.parameters())
+    if any(isinstance(each, nn.parameter.UninitializedParameter) for each in parameters):
+        raise ACKDError(f"the student {name} has lazy layers without a shape; run it on an image first")
+    if any(each.is_meta for each in (*parameters, *network.buffers())):
+        raise ACKDError(f"the student {name} has no weights, because it is on the meta device; build it on the CPU")
+    if any(each.is_inference() for each in parameters):
+        raise ACKDError(f"the student {name} was made in torch.inference_mode() and cannot learn; build it outside")
+    if not any(each.requires_grad for each in parameters):
+        raise ACKDError(
+            f"the student {name} has no parameter that requires a gradient; call student.requires_grad_(True), or pass "
+            "the network that is to learn"
+        )
+    other = sorted({str(each.dtype) for each in parameters if each.dtype != torch.float32 and each.is_floating_point()})
+    if other:
+        tell(f"the student {name} has {', '.join(other)} weights, which are trained in float32")
+        network.float()
+    return network
+
+
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule")

@@ -1,0 +1,200 @@
+"""Folders as people have them: layouts, names of parts and classes, and what lies between the images."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import unicodedata
+
+import pytest
+
+from ackd_lightning.data import ImageFolderDataModule, folders
+from ackd_lightning.data.folders import class_folders, part_of
+from ackd_lightning.errors import ACKDError
+
+
+def made(root, **options):
+    module = ImageFolderDataModule(
+        root, **{"image_size": 32, "batch_size": 4, "cache": False, "val_fraction": 0.0, **options}
+    )
+    module.setup()
+    return module
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Train", "Test"),
+        ("training", "testing"),
+        ("TRAIN", "VAL"),
+        ("trainset", "testset"),
+        ("train_images", "eval_images"),
+        ("Training Set", "Validation Set"),
+        ("train2017", "val2017"),
+        ("trn", "dev"),
+    ],
+)
+def test_parts_are_recognised_by_their_names(folder, train, test):
+    (folder / "train").rename(folder / "x")
+    (folder / "test").rename(folder / "y")
+    (folder / "x").rename(folder / train)
+    (folder / "y").rename(folder / test)
+    module = made(folder)
+    assert module.class_names == ("cat", "dog")
+    assert (module.num_train_samples, len(module.test_dataloader().dataset)) == (32, 8)
+
+
+@pytest.mark.parametrize("name", ["terrier", "testudo", "trainer", "valley", "device"])
+def test_classes_are_not_taken_for_parts(name):
+    assert part_of(name) is None
+
+
+def test_a_validation_folder_beside_a_test_folder_is_used(folder, write_classes):
+    write_classes(folder / "valid", {"cat": 3, "dog": 2}, seed=90_000)
+    module = made(folder, val_fraction=0.1)
+    assert len(module.val_dataloader().dataset) == 5
+    assert (module.num_train_samples, len(module.test_dataloader().dataset)) == (32, 8)
+    assert made(folder).val_is_test
+
+
+@pytest.mark.parametrize("names", [("train", "Train_2"), ("training", "trainset")])
+def test_two_folders_for_one_part(folder, names):
+    for name in names:
+        if not (folder / name).exists():
+            shutil.copytree(folder / "train", folder / name)
+    if "train" not in names:
+        shutil.rmtree(folder / "train")
+        with pytest.raises(ACKDError, match="train_dir"):
+            made(folder)
+    else:
+        assert made(folder).num_train_samples == 32  # the exact name
+
+
+@pytest.mark.parametrize("levels", [("pets",), ("a", "b")])
+def test_a_root_that_is_too_high_is_refused_with_the_right_one(folder, levels, tmp_path):
+    place = tmp_path.joinpath("high", *levels)
+    place.parent.mkdir(parents=True)
+    folder.rename(place)
+    with pytest.raises(ACKDError, match="set root to"):
+        made(tmp_path / "high")
+
+
+def test_a_single_class_is_refused(tmp_path, write_classes):
+    write_classes(tmp_path / "one", {"cat": 20})
+    with pytest.raises(ACKDError, match="single class folder, cat"):
+        made(tmp_path / "one")
+    write_classes(tmp_path / "two" / "photos", {"cat": 5, "dog": 5})
+    with pytest.raises(ACKDError, match=r"set root to .*photos"):
+        made(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".ipynb_checkpoints",
+        ".Trash-1000/files",
+        ".thumbnails",
+        "@eaDir/x.jpg",
+        "__MACOSX",
+        "$RECYCLE.BIN",
+        "#recycle/a",
+    ],
+)
+@pytest.mark.parametrize("place", ["train/cat", "train"])
+def test_what_systems_leave_behind_is_passed_over_and_said(folder, name, place, caplog):
+    (folder / place / name).mkdir(parents=True)
+    shutil.copy(folder / "train" / "cat" / "0000.png", folder / place / name / "a.png")
+    with caplog.at_level(logging.WARNING):
+        module = made(folder)
+    assert (module.num_train_samples, module.num_classes) == (32, 2)
+    if place == "train/cat":
+        assert name.split("/")[0] in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.jpe", "a.JPG", "a.tga", "a.jp2", "photo"])
+def test_endings_of_images_are_read(folder, picture, name):
+    kind = {"tga": "TGA", "jp2": "JPEG2000"}.get(name.split(".")[-1], "JPEG")
+    picture(7).save(folder / "train" / "cat" / name, format=kind)
+    assert made(folder).num_train_samples == 33
+
+
+@pytest.mark.parametrize("name", ["a.heic", "b.raw", "c.pdf", "d"])
+def test_files_that_are_not_read_are_counted_and_said(folder, name, caplog, monkeypatch):
+    monkeypatch.setattr(folders, "find_spec", lambda package: None)
+    (folder / "train" / "dog" / name).write_bytes(b"0123456789")
+    with caplog.at_level(logging.WARNING):
+        assert made(folder).num_train_samples == 32
+    assert name[1:] in caplog.text
+    assert "1 file" in caplog.text
+    assert ("[heic]" in caplog.text) == (name == "a.heic")
+
+
+def test_looping_links_are_followed_once(folder, caplog):
+    (folder / "train" / "cat" / "again").symlink_to(folder / "train" / "cat")
+    (folder / "train" / "dog" / "up").symlink_to(folder / "train" / "dog" / "..")
+    with caplog.at_level(logging.WARNING):
+        module = made(folder)
+    assert len(module.train_targets) < 100
+    assert "links" in caplog.text
+
+
+def test_names_that_are_composed_differently_are_the_same_class(tmp_path, write_classes):
+    name = "caf\u00e9"
+    write_classes(tmp_path / "train", {unicodedata.normalize("NFD", name): 6, "bar": 6})
+    write_classes(tmp_path / "test", {name: 2, "bar": 2})
+    assert made(tmp_path).class_names == ("bar", name)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+def test_names_that_are_not_utf8(folder):
+    image = folder / "train" / "cat" / "0000.png"
+    shutil.copy(image, os.fsencode(folder / "train" / "cat") + b"/\xff\xfe.png")
+    assert made(folder, cache=True).num_train_samples == 33
+    (folder / "train" / "dog").rename(os.fsdecode(os.fsencode(folder / "train") + b"/d\xf6g"))
+    with pytest.raises(ACKDError, match="UTF-8"):
+        made(folder)
+
+
+@pytest.mark.parametrize("leave", ["nothing", "an empty folder"])
+def test_a_class_that_the_test_part_lacks_is_allowed_and_said(folder, caplog, leave):
+    shutil.rmtree(folder / "test" / "cat")
+    if leave != "nothing":
+        (folder / "test" / "cat").mkdir()
+    with caplog.at_level(logging.WARNING):
+        module = made(folder)
+    targets = [target for batch in module.test_dataloader() for target in batch.target.tolist()]
+    assert targets == [1] * 4
+    assert module.class_names == ("cat", "dog")
+    assert "1 classes of the training part: cat" in caplog.text
+
+
+def test_numbers_as_names(tmp_path, write_classes, caplog):
+    write_classes(tmp_path, {str(number): 6 for number in range(1, 13)})
+    with caplog.at_level(logging.WARNING):
+        assert made(tmp_path).class_names[:3] == ("1", "10", "11")
+    assert "class_order" in caplog.text
+    assert made(tmp_path, class_order="natural").class_names == tuple(str(number) for number in range(1, 13))
+    assert [each.name for each in class_folders(tmp_path, "natural")][:2] == ["1", "2"]
+
+
+def test_unlabelled_images_join_the_training_part(folder, tmp_path, picture):
+    (tmp_path / "more").mkdir()
+    for number in range(5):
+        picture(7000 + number).save(tmp_path / "more" / f"{number}.jpg")
+    module = made(folder, unlabelled=str(tmp_path / "more"), val_fraction=0.2)
+    targets = module.train_targets
+    assert (targets == -1).sum() == 5
+    assert module.use_class_order(["dog", "cat"])
+    assert (module.train_targets == -1).sum() == 5
+    assert (targets == 0).sum() == (module.train_targets == 1).sum()
+
+
+def test_a_flat_training_folder_has_no_labels(folder, picture):
+    shutil.rmtree(folder / "train")
+    (folder / "train").mkdir()
+    for number in range(8):
+        picture(number).save(folder / "train" / f"{number}.png")
+    module = made(folder)
+    assert module.class_names == ("cat", "dog")
+    assert module.train_targets.tolist() == [-1] * 8

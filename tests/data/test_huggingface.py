@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from ackd_lightning.data import HuggingFaceDataModule
+from ackd_lightning.errors import ACKDError
+
+datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def table(picture):
+    def make(count, *, labels=("cat", "dog"), start=0, image="image", label="label"):
+        encoded = []
+        for number in range(count):
+            buffer = io.BytesIO()
+            picture(start + number).save(buffer, format="PNG")
+            encoded.append({"bytes": buffer.getvalue(), "path": None})
+        kind = datasets.ClassLabel(names=list(labels)) if isinstance(labels[0], str) else datasets.Value("int64")
+        targets = [
+            number % len(labels) if isinstance(labels[0], str) else labels[number % len(labels)]
+            for number in range(count)
+        ]
+        features = datasets.Features({image: datasets.Image(), label: kind})
+        return datasets.Dataset.from_dict({image: encoded, label: targets}, features=features)
+
+    return make
+
+
+def made(root, **options):
+    module = HuggingFaceDataModule(root, **{"batch_size": 4, "val_fraction": 0.0, **options})
+    module.setup()
+    return module
+
+
+@pytest.mark.parametrize("size", [32, 72], ids=["in memory", "from files"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_splits_and_class_names(tmp_path, table, size, workers):
+    parts = {"train": table(12), "validation": table(6, start=100), "test": table(4, start=200)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    module = made(tmp_path / "set", image_size=size, val_fraction=0.1, num_workers=workers if size > 64 else 0)
+    assert module.class_names == ("cat", "dog")
+    assert module.train_targets.tolist() == [0, 1] * 6
+    assert len(module.val_dataloader().dataset) == 6
+    batches = [module.on_after_batch_transfer(batch, 0) for batch in module.train_dataloader()]
+    assert all(batch.image.shape == (4, 3, size, size) for batch in batches)
+    again = made(tmp_path / "set", image_size=size, val_fraction=0.1)
+    for one, other in zip(batches, again.train_dataloader(), strict=True):
+        assert torch.equal(one.image, again.on_after_batch_transfer(other, 0).image)
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "labels", "names"),
+    [("img", "fine_label", ("a", "b", "c"), ("a", "b", "c")), ("pixels", "labels", (3, 7), ("3", "7"))],
+)
+def test_one_dataset_with_other_columns(tmp_path, table, image, label, labels, names):
+    table(20, labels=labels, image=image, label=label).save_to_disk(tmp_path / "set")
+    module = made(tmp_path / "set")
+    assert module.class_names == names
+    assert module.num_train_samples + len(module.test_dataloader().dataset) == 20
+
+
+def two_images(table):
+    first = table(8)
+    return first.add_column("other", first["label"]).rename_column("other", "x"), {"image_column": "no"}, "'no'"
+
+
+def no_labels(table):
+    return table(8, labels=(0, 1), label="y"), {}, "set label_column"
+
+
+def text_for_images(table):
+    return datasets.Dataset.from_dict({"image": ["x"] * 8, "label": [0, 1] * 4}), {}, "0 columns of images"
+
+
+@pytest.mark.parametrize("make", [two_images, no_labels, text_for_images])
+def test_columns_that_are_missing(tmp_path, table, make):
+    dataset, options, named = make(table)
+    dataset.save_to_disk(tmp_path / "set")
+    with pytest.raises(ACKDError, match=named):
+        made(tmp_path / "set", **options)
+
+
+def test_a_broken_image_is_named_by_its_row(tmp_path, table):
+    content = [{"bytes": b"no image", "path": None}] * 8
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    datasets.Dataset.from_dict({"image": content, "label": [0, 1] * 4}, features=features).save_to_disk(
+        tmp_path / "set"
+    )
+    with pytest.raises(ACKDError, match="row 0"):
+        made(tmp_path / "set")
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
+def test_folders_that_are_no_datasets(tmp_path, make):
+    make(tmp_path / "set")
+    with pytest.raises(ACKDError, match="save_to_disk"):
+        made(tmp_path / "set")

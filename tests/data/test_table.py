@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+
+from ackd_lightning.data import TableDataModule
+from ackd_lightning.errors import ACKDError
+
+PYARROW = importlib.util.find_spec("pyarrow") is not None
+
+
+@pytest.fixture
+def photos(tmp_path, picture):
+    (tmp_path / "photos").mkdir()
+    for number in range(24):
+        picture(number).save(tmp_path / "photos" / f"{number:02d}.png")
+    return tmp_path
+
+
+def lines(labels, start=0):
+    return [(f"photos/{number + start:02d}.png", label) for number, label in enumerate(labels)]
+
+
+def write(path, rows, header=("path", "label"), delimiter=","):
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(
+            pyarrow.table({name: [row[column] for row in rows] for column, name in enumerate(header)}), path
+        )
+        return
+    text = "\n".join(delimiter.join(map(str, row)) for row in (header, *rows))
+    path.write_text(text + "\n", encoding="utf-8-sig")
+
+
+def made(root, **options):
+    module = TableDataModule(root, **{"batch_size": 4, "cache": False, "val_fraction": 0.0, **options})
+    module.setup()
+    return module
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["dog", "cat"], ("cat", "dog")),
+        ([1, 0], ("0", "1")),
+        ([2, 1], ("1", "2")),
+        ([10, 2], ("2", "10")),
+    ],
+)
+def test_a_table_of_paths_and_labels(photos, suffix, labels, names):
+    if suffix == ".parquet" and not PYARROW:
+        pytest.skip("needs pyarrow")
+    delimiter = "\t" if suffix == ".tsv" else ";"
+    write(photos / f"train{suffix}", lines(labels * 8), delimiter=delimiter)
+    write(photos / f"test{suffix}", lines(labels * 4, start=16), delimiter=delimiter)
+    module = made(photos, train=f"train{suffix}", test=f"test{suffix}")
+    assert module.class_names == names
+    assert module.train_targets.tolist() == [1, 0] * 8
+    assert (module.num_train_samples, len(module.test_dataloader().dataset)) == (16, 8)
+
+
+@pytest.mark.parametrize("names", [("train", "valid", "test"), ("Training", "dev", "holdout")])
+def test_parts_in_a_column(photos, names):
+    split = [names[0]] * 12 + [names[1]] * 6 + [names[2]] * 6
+    rows = [(*line, part) for line, part in zip(lines(["a", "b"] * 12), split, strict=True)]
+    write(photos / "all.csv", rows, header=("path", "label", "set"))
+    module = made(photos, train="all.csv", split_column="set", val_fraction=0.1)
+    sizes = [len(loader.dataset) for loader in (module.val_dataloader(), module.test_dataloader())]
+    assert (module.num_train_samples, sizes) == (12, [6, 6])
+
+
+def test_one_table_is_split_and_its_images_are_those_of_the_files(photos, picture):
+    write(photos / "all.csv", lines(["a", "b"] * 12))
+    module = made(photos, train="all.csv")
+    assert len(module.test_dataloader().dataset) == 4
+    assert module.num_train_samples == 20
+    write(photos / "test.csv", lines(["b", "a"]))
+    batch = next(iter(made(photos, train="all.csv", test="test.csv").test_dataloader()))
+    expected = torch.frombuffer(bytearray(picture(1).tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
+    assert torch.equal(batch.image[1], expected)
+    assert batch.target.tolist() == [1, 0]
+
+
+def test_names_for_numbers(photos):
+    write(photos / "all.csv", lines([0, 2] * 12))
+    module = made(photos, train="all.csv", class_names=["cat", "dog", "owl"])
+    assert module.class_names == ("cat", "dog", "owl")
+    assert set(module.train_targets.tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize("empty", ["", "-1", "nan"])
+def test_images_without_a_label(photos, caplog, empty):
+    write(photos / "all.csv", lines([0, 1] * 10 + [empty] * 4))
+    with caplog.at_level(logging.WARNING):
+        module = made(photos, train="all.csv", val_fraction=0.25)
+    assert (module.train_targets < 0).sum() == 4
+    assert all((batch.target >= 0).all() for batch in module.test_dataloader())
+    assert "4 of 24" in caplog.text
+
+
+GOOD = lines(["a", "b"] * 4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "named"),
+    [
+        (GOOD, {"train": "no.csv"}, r"no\.csv"),
+        (GOOD, {"path_column": "file"}, "'file'.*path_column"),
+        (GOOD, {"label_column": "lable"}, "did you mean 'label'.*label_column"),
+        (GOOD, {"split_column": "set"}, "'set'.*split_column"),
+        ([*GOOD, ("photos/99.png", "a")], {}, r"1 of 9 .*99\.png of line 10"),
+        ([*GOOD, ("", "a")], {}, "line 10"),
+        ([*GOOD, ("photos/09.png", "a", "more")], {}, "line 10 .*3 fields"),
+        (lines([0, 1, "cat", 1]), {}, "'cat' in line 4"),
+        (lines(["dog", "cat", 7, "dog"]), {}, "7 in line 4"),
+        (lines([0, 1, 0.5, 1]), {}, r"'0\.5' in line 4"),
+        (lines([0, 1, -2, 1]), {}, "'-2' in line 4"),
+        (lines(["a"] * 4), {}, "1 classes"),
+        (lines([0, 5]), {"class_names": ["x", "y"]}, "label 5"),
+        ([], {}, "lists no images"),
+    ],
+)
+def test_bad_tables_are_refused_in_one_sentence(photos, rows, options, named):
+    write(photos / "all.csv", rows)
+    with pytest.raises(ACKDError, match=named) as caught:
+        made(photos, **{"train": "all.csv", "batch_size": 2, **options})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["c", ""])
+def test_labels_of_the_test_table_are_classes_of_the_training_table(photos, label):
+    write(photos / "train.csv", GOOD)
+    write(photos / "test.csv", lines(["a", label]))
+    with pytest.raises(ACKDError, match=r"line 3 of .*test\.csv"):
+        made(photos, train="train.csv", test="test.csv")
+
+
+def test_files_that_are_no_tables(photos):
+    (photos / "x.csv").write_bytes(b"\xff\xfe\x00p")
+    with pytest.raises(ACKDError, match=r"x\.csv cannot be read"):
+        made(photos, train="x.csv")
+    if PYARROW:
+        (photos / "x.parquet").write_bytes(b"PAR1 cut off")
+        with pytest.raises(ACKDError, match=r"x\.parquet cannot be read"):
+            made(photos, train="x.parquet")
+
+
+def test_images_in_two_parts_are_said(photos, caplog):
+    write(photos / "train.csv", GOOD)
+    write(photos / "test.csv", GOOD[:3])
+    with caplog.at_level(logging.WARNING):
+        made(photos, train="train.csv", test="test.csv")
+    assert "3 images" in caplog.text
+
+
+def test_a_changed_label_is_seen_through_the_cache(photos):
+    options = {"train": "all.csv", "cache": True}
+    write(photos / "all.csv", lines(["a", "b"] * 12))
+    first = made(photos, **options).train_targets
+    write(photos / "all.csv", lines(["b", "a"] * 12))
+    assert not torch.equal(made(photos, **options).train_targets, first)

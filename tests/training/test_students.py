@@ -1,0 +1,354 @@
+"""Students as people have them: weights to start from, frozen parts, learning rates, modes and precisions."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from ackd_lightning import (
+    ACKD,
+    CE,
+    ACKDError,
+    DataInfo,
+    DistillationModule,
+    FrozenTeacher,
+    StudentConfig,
+    create_model,
+    load_student,
+    save_weights,
+)
+from ackd_lightning.models.freezing import frozen_modules
+from ackd_lightning.models.weights import read_metadata
+from ackd_lightning.models.zoo import pretrained as published
+from training.helpers import CLASSES, DATA, SIZE, Blobs, TinyNet, build, state, trainer
+
+NAMES = ("ape", "bee", "cat", "dog")
+
+
+def fit(module, **options):
+    trainer(**{"max_epochs": 1, **options}).fit(module, datamodule=Blobs())
+    return module
+
+
+def student(config, method=None, **options):
+    options = {"teacher": None, "data": DATA, **options}
+    return build(method or CE(), student=config, **options)
+
+
+def trained(tmp_path, classes=CLASSES, name="resnet8", **metadata):
+    """A weight file of a network with running statistics of its own."""
+    torch.manual_seed(5)
+    network = create_model(name, classes)
+    network(torch.randn(8, 3, SIZE, SIZE))
+    return network, save_weights(network, tmp_path / f"{name}_{classes}.safetensors", metadata)
+
+
+def differing(before, after, start=""):
+    return {key for key in before if key.startswith(start) and not torch.equal(before[key], after[key])}
+
+
+# ------------------------------------------------------------------------------------------ weights to start from
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 7])
+def test_weights_are_loaded_and_the_head_is_replaced_for_other_classes(tmp_path, capsys, classes):
+    source, file = trained(tmp_path, classes)
+    module = student(StudentConfig("resnet8", weights=str(file)))
+    own, theirs = module.student.plain().state_dict(), source.state_dict()
+    fresh = {"fc.weight", "fc.bias"} if classes != CLASSES else set()
+    assert {key for key in own if not torch.equal(own[key], theirs[key])} == fresh
+    said = [line for line in capsys.readouterr().out.splitlines() if str(file) in line]
+    assert len(said) == 1
+    assert ("head for 7 classes" in said[0]) == bool(fresh)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.encoder."])
+def test_a_file_without_a_head_starts_the_backbone(tmp_path, capsys, prefix):
+    source = create_model("resnet8", 9)
+    torch.save({f"{prefix}{key}": v for key, v in source.state_dict().items() if "fc" not in key}, tmp_path / "a.pth")
+    module = student(StudentConfig("resnet8", weights=str(tmp_path / "a.pth")))
+    assert torch.equal(module.student.plain().conv1.weight, source.conv1.weight)
+    assert "no head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(NAMES, None), (NAMES[::-1], "reordered"), ((*NAMES[1:], "eel"), "'ape'")],
+    ids=["same", "reordered", "others"],
+)
+def test_a_head_follows_the_class_names(tmp_path, capsys, names, said):
+    source, file = trained(tmp_path, class_names=json.dumps(names))
+    module = student(StudentConfig("resnet8", weights=str(file)), data=replace(DATA, class_names=NAMES))
+    fit(module, limit_train_batches=0, limit_val_batches=1)
+    rows = module.student.plain().fc.weight
+    if said == "'ape'":
+        assert not torch.equal(rows, source.fc.weight)
+    else:
+        assert torch.equal(rows, torch.stack([source.fc.weight[names.index(name)] for name in NAMES]))
+    out = capsys.readouterr().out
+    assert said is None or said in out
+    before = state(module.student)
+    fit(module, limit_train_batches=0, limit_val_batches=1)  # once is enough
+    assert not differing(before, state(module.student))
+
+
+def test_a_network_of_ones_own_starts_from_a_file(tmp_path):
+    source = TinyNet()
+    file = save_weights(source, tmp_path / "a.safetensors")
+    module = student(StudentConfig(TinyNet(), weights=str(file)))
+    assert not differing(state(source), state(module.student.plain()))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("resnet8", "missing.pth"), ("resnet20", "resnet8_4"), ("wrn_16_2", "resnet8_4")]
+)
+def test_weights_that_do_not_fit_are_refused_in_one_sentence(tmp_path, name, part):
+    _, file = trained(tmp_path)
+    path = file if part == "resnet8_4" else tmp_path / part
+    with pytest.raises(ACKDError, match=part) as caught:
+        student(StudentConfig(name, weights=str(path)))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_other_normalisation_is_said(tmp_path, capsys):
+    _, file = trained(tmp_path, mean="[0.1, 0.1, 0.1]", std="[0.3, 0.3, 0.3]")
+    student(StudentConfig("resnet8", weights=str(file)), data=replace(DATA, mean=(0.5,) * 3, std=(0.3,) * 3))
+    assert "[0.1, 0.1, 0.1]" in capsys.readouterr().out
+
+
+def test_published_weights_start_a_network_with_other_classes(monkeypatch, capsys):
+    torch.manual_seed(3)
+    source = create_model("timm:mobilenetv3_small_050", 1000)
+    monkeypatch.setattr(published, "pretrained", lambda name, options: (source, {"weights": f"{name}.lamb"}))
+    module = student(StudentConfig("timm:mobilenetv3_small_050", pretrained=True), data=DataInfo(CLASSES, 32))
+    own, theirs = state(module.student.plain()), state(source)
+    assert {key for key in own if own[key].shape != theirs[key].shape} == {"classifier.weight", "classifier.bias"}
+    assert torch.equal(own["conv_stem.weight"], theirs["conv_stem.weight"])
+    assert module.metadata()["started_from"] == {"published": "timm:mobilenetv3_small_050.lamb"}
+    assert "1000 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"network": "resnet8", "pretrained": True},
+        {"network": "", "pretrained": True},
+        {"network": TinyNet(), "pretrained": True},
+        {"network": "resnet18", "pretrained": True, "weights": "a.pth"},
+        {"network": "resnet8", "freeze": "stem"},
+        {"network": "resnet8", "backbone_lr_scale": -1.0},
+        {"network": "resnet8", "init_branches": "old"},
+        {"network": 3},
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other_are_refused(arguments):
+    with pytest.raises(ACKDError) as caught:
+        student(StudentConfig(**arguments))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- freezing
+
+
+@pytest.mark.parametrize(
+    ("freeze", "still"),
+    [
+        (["stem"], ("student.backbone.stem",)),
+        (["stem", "stage1"], ("student.backbone.stem", "student.backbone.one")),
+        (["two"], ("student.backbone.two",)),
+        (["three.0"], ("student.backbone.three.0",)),
+        (
+            ["stem", "stage1", "stage2", "stage3"],
+            tuple(f"student.backbone.{n}" for n in ("stem", "one", "two", "three")),
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", [CE, ACKD], ids=["ce", "ackd"])
+def test_frozen_parts_do_not_move_statistics_included(freeze, still, method):
+    module = build(method(), student=StudentConfig(TinyNet(), freeze=freeze))
+    before = state(module)
+    fit(module)
+    moved = differing(before, state(module), "student.backbone.")
+    assert {key for key in before if key.startswith("student.backbone.") and not key.startswith(still)} == moved
+    if method is ACKD:  # copies of frozen stages learn
+        learners = [name for name, _ in module.named_parameters() if name.startswith("student.branches")]
+        assert set(learners) <= differing(before, state(module))
+
+
+def test_a_network_that_was_frozen_by_its_owner_keeps_its_statistics():
+    network = TinyNet()
+    network.one.requires_grad_(False)
+    module = student(network)
+    before = state(network)
+    fit(module)
+    assert not differing(before, state(network), "one")
+    assert differing(before, state(network), "two")
+
+
+def test_frozen_parts_with_averaged_weights_and_after_a_validation():
+    module = student(StudentConfig(TinyNet(), freeze=["stem"]))
+    before = state(module)
+    fit(module, max_epochs=2, callbacks=[EMAWeightAveraging(decay=0.5)])
+    assert not differing(before, state(module), "student.backbone.stem")
+    module.eval()
+    module.train()
+    assert module.student.backbone.stem in list(frozen_modules(module))
+    assert not module.student.backbone.stem.training
+    assert module.student.backbone.one.training
+
+
+@pytest.mark.parametrize("name", ["stage4", "stm", "one.9", "fc.weight"])
+def test_parts_that_do_not_exist_are_refused(name):
+    with pytest.raises(ACKDError, match=name.replace(".", r"\.")):
+        student(StudentConfig(TinyNet(), freeze=[name]))
+
+
+def test_nothing_left_to_train_is_refused():
+    with pytest.raises(ACKDError, match="nothing to train"):
+        student(StudentConfig(TinyNet(), freeze=["stem", "stage1", "stage2", "stage3", "fc"]))
+
+
+# --------------------------------------------------------------------------------- learning rates and initial branches
+
+
+@pytest.mark.parametrize("decay", [True, False])
+@pytest.mark.parametrize("init", ["fresh", "backbone"])
+def test_the_backbone_learns_at_its_own_rate(decay, init):
+    config = StudentConfig(TinyNet(), backbone_lr_scale=0.1, init_branches=init)
+    module = build(ACKD(), student=config, recipe={"decay_norm_and_bias": decay})
+    optimizer = module.optimizer_factory(module.learner_groups())
+    module.scale_learning_rates(optimizer)
+    rates = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    found = {name: round(rates[id(each)] / 0.05, 3) for name, each in module.student.named_parameters()}
+    slow = {name for name in found if name.startswith("backbone.") and not name.startswith("backbone.fc")}
+    if init == "backbone":
+        slow |= {name for name in found if name.startswith("branches.") and "classifier" not in name}
+    assert {name for name, rate in found.items() if rate == 0.1} == slow
+    assert {name for name, rate in found.items() if rate == 1.0} == set(found) - slow
+
+
+def test_branches_can_start_from_the_stages_of_the_backbone():
+    torch.manual_seed(1)
+    network = TinyNet()
+    network(torch.randn(4, 3, SIZE, SIZE))
+    module = build(ACKD(), student=StudentConfig(network, init_branches="backbone"))
+    last, wider = module.student.branches
+    assert not differing(state(network.three), state(last.stages[0][0]))
+    assert not differing(state(network.two), state(wider.stages[0][0]))
+    assert not torch.equal(last.classifier.weight, network.fc.weight)
+    fresh = build(ACKD(), student=StudentConfig(TinyNet())).student
+    assert differing(state(fresh.backbone.three), state(fresh.branches[0].stages[0][0]))
+
+
+# -------------------------------------------------------------------------------- resume, checkpoints, exports
+
+
+def test_a_checkpoint_is_loaded_without_the_weights_and_keeps_what_is_frozen(tmp_path):
+    _, file = trained(tmp_path, classes=7)
+    config = StudentConfig("resnet8", weights=str(file), freeze=["stem", "layer1"], backbone_lr_scale=0.1)
+    run = trainer(max_epochs=1)
+    module = student(config)
+    run.fit(module, datamodule=Blobs())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    file.unlink()
+    again = DistillationModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert not differing(state(module), state(again))
+    assert not any(each.requires_grad for each in again.student.plain().conv1.parameters())
+    assert again.student_config.freeze == ("stem", "layer1")
+    assert again.metadata()["started_from"]["weights"] == "resnet8_7.safetensors"
+    before = state(again)
+    further = trainer(max_epochs=2)
+    further.fit(again, datamodule=Blobs(), ckpt_path=tmp_path / "a.ckpt")
+    moved = differing(before, state(again), "student.backbone.")
+    assert moved
+    assert not [key for key in moved if key.startswith(("student.backbone.conv1", "student.backbone.layer1"))]
+    exported = again.save_student(tmp_path / "student.safetensors")
+    stated = read_metadata(exported.path)
+    assert json.loads(stated["started_from"])["sha256"]
+    assert json.loads(stated["frozen"]) == ["stem", "layer1"]
+    assert load_student(exported.path).fc.out_features == CLASSES
+
+
+# ------------------------------------------------------------------- modes and precisions of networks handed over
+
+
+def test_training_goes_on_from_a_loaded_student(tmp_path):
+    _, file = trained(tmp_path, model="resnet8", num_classes=str(CLASSES))
+    module = student(load_student(file))
+    before = int(module.student.plain().bn1.num_batches_tracked)
+    fit(module)
+    assert int(module.student.plain().bn1.num_batches_tracked) == before + 8
+
+
+@pytest.mark.parametrize(
+    "prepare", [lambda m: m.eval(), lambda m: m.student.eval(), lambda m: m.student.backbone.eval()]
+)
+def test_a_module_that_was_used_for_predictions_trains(prepare):
+    module = build(ACKD())
+    prepare(module)
+    before = state(module)
+    fit(module)
+    assert {key for key in before if "num_batches" in key and key.startswith("student")} <= differing(
+        before, state(module)
+    )
+
+
+def test_parts_in_evaluation_mode_on_purpose_stay():
+    network = TinyNet()
+    network.one.eval()
+    before = state(network)
+    fit(student(network))
+    assert not {key for key in differing(before, state(network), "one") if "running" in key}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_trained_in_float32(capsys, dtype):
+    module = student(TinyNet().to(dtype))
+    assert str(dtype) in capsys.readouterr().out
+    assert {each.dtype for each in module.parameters()} == {torch.float32}
+    fit(module)
+
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
+
+
+def inferred():
+    with torch.inference_mode():
+        return TinyNet()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TinyNet().requires_grad_(False),
+        lambda: FrozenTeacher(TinyNet()),
+        lambda: TinyNet().to("meta"),
+        lambda: nn.DataParallel(TinyNet()),
+        lambda: torch.compile(TinyNet()),
+        lazy,
+        inferred,
+    ],
+    ids=["frozen", "FrozenTeacher", "meta", "DataParallel", "compiled", "lazy", "inference_mode"],
+)
+def test_networks_that_cannot_learn_are_refused_in_one_sentence(make):
+    with pytest.raises(ACKDError) as caught:
+        student(make())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_optimizers_see_no_frozen_parameter():
+    module = student(StudentConfig(TinyNet(), freeze=["stem"]), optimizer=functools.partial(AdamW, lr=1e-3))
+    held = {id(each) for group in module.learner_groups() for each in group["params"]}
+    assert held == {id(each) for each in module.student.parameters() if each.requires_grad}
+    assert isinstance(module.optimizer_factory(module.learner_groups()), AdamW)
+    assert SGD(module.learner_groups(), lr=0.1)
