@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ImageNetDataModule,
         TableDataModule,
         TinyImageNetDataModule,
+        WebDatasetDataModule,
     )
     from ackd_lightning.errors import ACKDError
     from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
@@ -42,6 +43,7 @@ _HOMES = {
         "ImageNetDataModule",
         "TableDataModule",
         "TinyImageNetDataModule",
+        "WebDatasetDataModule",
     ),
     "errors": ("ACKDError",),
     "runs.export": ("load_student",),
@@ -86,6 +88,7 @@ __all__ = [
     "TableDataModule",
     "TeacherConfig",
     "TinyImageNetDataModule",
+    "WebDatasetDataModule",
     "__version__",
     "create_model",
     "load_student",

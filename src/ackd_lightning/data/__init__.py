@@ -11,6 +11,7 @@ from ackd_lightning.data.imagenet import ImageNetDataModule
 from ackd_lightning.data.table import TableDataModule
 from ackd_lightning.data.tiny_imagenet import TinyImageNetDataModule
 from ackd_lightning.data.transforms import RawBatch
+from ackd_lightning.data.webdataset import WebDatasetDataModule
 
 __all__ = [
     "Augmentation",
@@ -24,4 +25,5 @@ __all__ = [
     "RawBatch",
     "TableDataModule",
     "TinyImageNetDataModule",
+    "WebDatasetDataModule",
 ]

@@ -22,7 +22,7 @@ from ackd_lightning.validation import Positive, Range, checked
 
 Side = Annotated[int, Range(8, 4096)]
 
-_IN_MEMORY = 64
+IN_MEMORY = 64
 """Largest side in pixels at which images are kept in memory."""
 _TEST_SHARE = 0.2
 _TEST_SPLIT_SEED = 1  # another one than that of the validation split, which is taken from the remaining images
@@ -107,7 +107,7 @@ class CustomImagesDataModule(StoredDataModule):
             self._deep = is_deep(load_image(first))
             if self._deep:
                 say(f"images are kept as float32, since the first one, {label(first)}, has more than 8 bits")
-        if max(height_width(self.input_size)) <= _IN_MEMORY:
+        if max(height_width(self.input_size)) <= IN_MEMORY:
             return self._decoded(files, folder, part)
         if isinstance(files, Records):
             return self._checked(files, folder, part)

@@ -119,7 +119,7 @@ class FrozenTeacher(Teacher):
         Args:
             groups: Numbers of the network's classes that form each class of the data.
         """
-        self.selection = ClassSelection(groups).to(self._place().device)
+        self.selection = ClassSelection(groups).to(self._place().device).eval()
 
     def for_data(self, data: DataInfo) -> FrozenTeacher:
         """Return a view of this teacher for some data: the same network, with a conversion and classes of its own.

@@ -106,7 +106,7 @@ class Teacher(nn.Module):
             self._plan_checked = True
         complete = replace(own.filled(stated), input_size=size)
         conversion = Conversion(complete, data, channels=channels, name=f"teacher {self.name}")
-        self.conversion = conversion.to(self._place().device)
+        self.conversion = conversion.to(self._place().device).train(self.training)
 
     def forward(self, image: Tensor) -> NetOutput:
         """Convert images to the teacher's own, and run the network on them.

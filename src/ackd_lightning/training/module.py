@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,10 +24,11 @@ from ackd_lightning.methods.ackd import ACKD
 from ackd_lightning.methods.base import Method, Networks, check_method, weighted_loss
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
-from ackd_lightning.models.features import probe
+from ackd_lightning.models.features import image_channels, probe
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.random import mix, seed_device
+from ackd_lightning.training.batches import read_batch
 from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
 from ackd_lightning.training.labels import Labels, accuracy, check_batch, check_labels, check_sampling
@@ -44,7 +45,7 @@ from ackd_lightning.training.students import build_student, keep_frozen_in_evalu
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
 from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
 from ackd_lightning.training.teachers import Teachers
-from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec, read_batch
+from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 from ackd_lightning.validation import check_arguments
 
 
@@ -140,8 +141,11 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
 
         self.student, self.start = build_student(self.student_config, self.method.branches, given_data)
         size = 32 if given_data is None else given_data.input_size
-        self.spec: NetSpec = probe(self.student, size)
-        self.data = given_data or DataInfo(self.spec.num_classes, size)
+        channels = image_channels(self.student)
+        if given_data is not None and (given_data.channels or given_data.mean):
+            channels = given_data.image_shape[0]  # else those that the network reads
+        self.spec: NetSpec = probe(self.student, size, channels=channels)
+        self.data = replace(given_data or DataInfo(self.spec.num_classes, size), channels=channels)
         if self.spec.num_classes != self.data.num_classes:
             raise ACKDError(
                 f"the student has {self.spec.num_classes} classes and the data have {self.data.num_classes}; make them "
@@ -377,16 +381,17 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         logits: Tensor = self.method.head(student.features[-1])
         return logits
 
-    def as_batch(self, batch: Any) -> Batch:
-        """Read ``(image, target)`` or ``(image, target, index)``.
+    def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
+        """Read a batch, as `read_batch` does.
 
         Args:
             batch: Batch of any data module.
+            first: Whether it is the first of an epoch, whose targets are checked on a GPU, too.
 
         Raises:
-            ACKDError: If it is neither, or the images have another size than the module was built for.
+            ACKDError: If it has another form than the module was built for.
         """
-        result = read_batch(batch, self.data.input_size)
+        result = read_batch(batch, self.data, check=first)
         if not self.channels_last:
             return result
         return result._replace(image=result.image.contiguous(memory_format=torch.channels_last))
@@ -422,7 +427,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         """
         size = batch.image.shape[0]
         values = {"train/loss": loss, **{f"train/{name}": value for name, value in terms.items()}}
-        if self.method.head is None:  # else these logits are not trained
+        if self.method.head is None and not self.labelling.unlabelled:  # else these logits are not trained
             values["train/acc"] = accuracy(student.logits, batch.target, self._shares)
         self.means.add(values, size)
         trainer = self.trainer
@@ -454,7 +459,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         Returns:
             The weighted loss, 0 for a skipped batch; None with manual optimization.
         """
-        batch = self.as_batch(batch)
+        batch = self.as_batch(batch, first=batch_idx == 0)
         check_batch(self.method, batch)
         self._shares, batch = batch.soft, self.labelling(batch)
         if self.method.reads_index and batch_idx == 0:  # one check an epoch: it waits for a GPU

@@ -45,7 +45,9 @@ def build_student(
             f"the student is named {config.network!r} and its number of classes is unknown; pass data=DataInfo(...)"
         )
     else:
-        backbone = create_model(config.network, data.num_classes, **(config.options or {}))
+        channels = data.image_shape[0]
+        usual = {"in_chans": channels} if channels != 3 and not config.network.startswith("hf:") else {}
+        backbone = create_model(config.network, data.num_classes, **{**usual, **(config.options or {})})
     classes = None if data is None else data.num_classes
     found = start(backbone, config, classes)
     if found is not None and data is not None:

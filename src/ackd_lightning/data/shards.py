@@ -1,0 +1,266 @@
+"""Images in tar shards, streamed: for sets that no folder holds."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ackd_lightning.data.datasets import EVAL_BORDER, augmented_crop
+from ackd_lightning.data.decoding import Encoded, ImageFormat, fit, read_image, to_tensor
+from ackd_lightning.data.folders import extensions
+from ackd_lightning.data.sampling import STREAM_SHUFFLE, STREAM_TRANSFORM, ImageLoader
+from ackd_lightning.data.transforms import RawBatch
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.random import mix
+
+
+@dataclass(frozen=True)
+class ShardFormat:
+    """What the samples of shards are and become.
+
+    Attributes:
+        image: What image files become.
+        crop: Whether training images are cropped at random when they are read; False leaves them to the device.
+        classes: Class index by the text of a label.
+        label_key: Ending of the files with the labels.
+    """
+
+    image: ImageFormat
+    crop: bool
+    classes: dict[str, int]
+    label_key: str
+
+    def target(self, label: bytes | None, place: str) -> int:
+        """Return the class index of a label.
+
+        Args:
+            label: Content of the file with the label.
+            place: Name of the sample, for messages.
+
+        Raises:
+            ACKDError: If there is none, or it is not a class.
+        """
+        if label is None:
+            raise ACKDError(f"{place} has no file .{self.label_key} with its label: set label_key to its ending")
+        text = label[:200].decode("utf-8", "replace").strip()
+        if text not in self.classes:
+            raise ACKDError(
+                f"the label {text[:60]!r} of {place} is not a class: it must be a name of class_names, or a number "
+                "from 0 to num_classes - 1"
+            )
+        return self.classes[text]
+
+
+class Shards(IterableDataset[RawBatch]):
+    """Batches of the images in tar shards, read by the package webdataset.
+
+    Every process and worker reads its own shards. In training, their order and that of the images in a buffer is a
+    function of (seed, epoch), each process returns the same number of batches, and one whose shards end first starts
+    again with them. In evaluation every image is read once.
+
+    Args:
+        urls: Shards.
+        form: What their samples are and become.
+        batch_size: Images of a batch in this process.
+        batches: Number of batches of an epoch in this process; None reads every image once, in order.
+        seed: Seed of the run.
+        place: Rank of this process, and number of processes.
+        buffer: Number of images that are shuffled among each other.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        form: ShardFormat,
+        *,
+        batch_size: int,
+        batches: int | None,
+        seed: int,
+        place: tuple[int, int],
+        buffer: int,
+    ) -> None:
+        self.urls, self.form = list(urls), form
+        self.batch_size, self.batches = batch_size, batches
+        self.seed, self.place, self.buffer = seed, place, buffer
+        self.epoch, self.done = 0, 0
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        """Yield the batches of this worker, after those that a resumed run has done."""
+        worker = get_worker_info()
+        count, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        if self.batches is None:
+            yield from self._batches(self._samples(number, count, 0), epoch=-1)
+            return
+        role = (number + self.done) % count  # the loader asks worker 0 first, whose turn it need not be
+        first = self.done + (role - self.done) % count
+        turns = range(first, self.batches, count)
+        endless = itertools.chain.from_iterable(self._samples(role, count, again) for again in itertools.count())
+        rest = itertools.islice(endless, len(range(role, first, count)) * self.batch_size, None)
+        yield from itertools.islice(self._batches(rest, epoch=self.epoch), len(turns))
+
+    def _samples(self, role: int, count: int, again: int) -> Iterator[dict[str, Any]]:
+        """Read the samples of one worker's shards."""
+        import webdataset as wds
+
+        rank, world = self.place
+        seed = mix(self.seed, self.epoch, STREAM_SHUFFLE)
+        stages: list[Any] = [wds.SimpleShardList(self.urls, seed=None)]
+        if self.batches is not None:
+            stages.append(wds.detshuffle(len(self.urls), initial=len(self.urls), seed=seed, epoch=-1))
+        stages.append(lambda source: itertools.islice(source, rank * count + role, None, world * count))
+        stages.append(wds.tarfile_to_samples())
+        if self.batches is not None and self.buffer:
+            stages.append(wds.detshuffle(self.buffer, initial=self.buffer, seed=seed, epoch=again))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield from wds.DataPipeline(*stages)
+        except ACKDError:
+            raise
+        except Exception as error:  # a damaged shard can fail in any way
+            raise ACKDError(f"a shard cannot be read ({str(error).splitlines()[0][:300]}): write it again") from None
+
+    def _batches(self, samples: Iterator[dict[str, Any]], *, epoch: int) -> Iterator[RawBatch]:
+        while chosen := list(itertools.islice(samples, self.batch_size)):
+            if epoch >= 0 and len(chosen) < self.batch_size:
+                return
+            read = [self._read(sample, epoch) for sample in chosen]
+            image = torch.stack([each[0] for each in read])
+            target, index = (torch.tensor([each[column] for each in read]) for column in (1, 2))
+            left = epoch >= 0 and not self.form.crop
+            yield RawBatch(image, target, index, torch.full_like(index, epoch if left else -1))
+
+    def _read(self, sample: dict[str, Any], epoch: int) -> tuple[Tensor, int, int]:
+        """Return image, class index and a hash of the key, on which the augmentation depends."""
+        place = f"{sample['__key__']} in {sample['__url__']}"
+        ending = image_ending(sample)
+        if ending is None:
+            raise ACKDError(
+                f"{place} has no image: its files end in {', '.join(key for key in sample if key[0] != '_')}"
+            )
+        target = self.form.target(sample.get(self.form.label_key), place)
+        index = key_hash(f"{sample['__key__']}")
+        form = self.form.image
+        image = read_image(Encoded(f"{place}.{ending}", sample[ending]), form)
+        if epoch >= 0 and self.form.crop:
+            return augmented_crop(image, form, mix(self.seed, epoch, index, STREAM_TRANSFORM)), target, index
+        return to_tensor(fit(image, form.size, border=EVAL_BORDER if self.form.crop else 1), form), target, index
+
+
+def key_hash(key: str) -> int:
+    """Return a number from 0 to 2^62 - 1 that depends on a key alone.
+
+    Args:
+        key: Key of a sample.
+    """
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 2
+
+
+def image_ending(names: Any) -> str | None:
+    """Return the first of some endings that is that of an image, without the dot; None without one.
+
+    Args:
+        names: Endings, such as ``jpg`` and ``cls``.
+    """
+    known = extensions()
+    return next((name for name in names if f".{name.rpartition('.')[2].lower()}" in known), None)
+
+
+class ShardLoader:
+    """Loader of shards with the position in the epoch saved and restored (Lightning's ``_Stateful`` protocol).
+
+    Args:
+        shards: Shards.
+        options: Options of torch's ``DataLoader``.
+    """
+
+    def __init__(self, shards: Shards, **options: Any) -> None:
+        self.shards = shards
+        self.loader = ImageLoader(shards, batch_size=None, **options)
+        self._resume: tuple[int, int] = (-1, 0)
+        self._done = 0
+
+    def __len__(self) -> int:
+        if self.shards.batches is None:
+            raise TypeError("the number of batches is unknown")
+        return self.shards.batches
+
+    batch_sampler = None
+
+    @property
+    def sampler(self) -> ShardLoader:
+        """Object whose ``set_epoch`` Lightning calls."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch.
+
+        Args:
+            epoch: Epoch, from 0.
+        """
+        self.shards.epoch = epoch
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        epoch, done = self._resume
+        self._resume = (-1, 0)
+        self.shards.done = self._done = done if epoch == self.shards.epoch else 0
+        for batch in self.loader:
+            self._done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of its batches that were returned (0 after the last one)."""
+        return {"epoch": self.shards.epoch, "batches": self._done % max(self.shards.batches or 1, 1)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Resume after the batches of a state when its epoch is iterated next.
+
+        Args:
+            state: Result of `state_dict`.
+        """
+        self._resume = (state["epoch"], state["batches"])
+        self.set_epoch(state["epoch"])
+
+
+def expand(root: Path, pattern: str) -> list[Path]:
+    """Return the local shards that a pattern names, sorted.
+
+    Args:
+        root: Folder that the pattern is relative to.
+        pattern: Name with ``*`` or with a range such as ``{000..146}``.
+
+    Raises:
+        ACKDError: If there are none, some are missing, or the pattern is not a local path.
+    """
+    import braceexpand
+
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise ACKDError(f"shards {pattern!r} are not local files: copy them into {root}, nothing is fetched")
+    try:
+        names = list(braceexpand.braceexpand(pattern))
+    except Exception as error:  # unbalanced braces and unequal ranges have exceptions of their own
+        raise ACKDError(
+            f"shards {pattern!r} cannot be expanded ({error}): write a range such as {{000..146}}"
+        ) from None
+    found: list[Path] = []
+    for name in names:
+        relative = str(Path(name).relative_to("/")) if Path(name).is_absolute() else name
+        base = Path("/") if Path(name).is_absolute() else root
+        found += [path for path in sorted(base.glob(relative)) if path.is_file()]
+        if not found and name == names[-1]:
+            raise ACKDError(f"{root} has no shards {pattern!r}: name tar files, such as train-{{000..146}}.tar")
+    missing = [name for name in names if "*" not in name and not (root / name).is_file()]
+    if missing:
+        raise ACKDError(
+            f"{len(missing):,} shards of {pattern!r} are missing, the first is {root / missing[0]}: add them"
+        )
+    return found

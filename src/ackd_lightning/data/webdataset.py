@@ -1,0 +1,245 @@
+"""Data module for tar shards in the layout of WebDataset."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
+from ackd_lightning.data.custom import IN_MEMORY, CustomImagesDataModule
+from ackd_lightning.data.messages import say
+from ackd_lightning.data.sampling import Part
+from ackd_lightning.data.shards import ShardFormat, ShardLoader, Shards, expand, image_ending
+from ackd_lightning.data.sources import Source
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.types import Batch, height_width
+from ackd_lightning.validation import Fraction, NonNegativeInt, PositiveInt, checked
+
+
+class WebDatasetDataModule(CustomImagesDataModule):
+    """Images in tar shards in the layout of WebDataset, streamed: for sets that no folder holds.
+
+    A sample is an image file and a file with its label, of the same name (``000012.jpg``, ``000012.cls``). Every
+    process and every worker reads shards of its own, so there must be as many. docs/scaling.md states what is exact:
+    resuming with the same number of processes and workers is, but the batches depend on these numbers, and images have
+    no index, so methods with a row of memory for each image are refused. Needs the package ``webdataset``:
+    ``pip install 'ackd-lightning[shards]'``.
+
+    Args:
+        root: Folder of the shards.
+        train: Training shards in ``root``, with ``*`` or a range: ``train-{000..146}.tar``.
+        test: Test shards.
+        val: Validation shards; None needs ``val_fraction: 0``.
+        num_classes: Number K of classes, whose labels are 0 to K - 1; None for as many as ``class_names``.
+        class_names: Names of the classes; labels are these names, or their numbers from 0.
+        label_key: Ending of the files with the labels.
+        train_images: Number of images of an epoch. None counts the images, and checks all shards, once.
+        buffer: Number of images that each worker shuffles among each other.
+        val_fraction: 0 validates on the test shards, 1 on those of ``val``.
+        options: Arguments of `CustomImagesDataModule`, and those of
+            [`ImageDataModule`][ackd_lightning.data.ImageDataModule], without shares of the training part.
+
+    Raises:
+        ACKDError: If shards are missing, or the package is not installed.
+    """
+
+    @checked
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        train: str,
+        test: str,
+        val: str | None = None,
+        num_classes: PositiveInt | None = None,
+        class_names: list[str] | None = None,
+        label_key: str = "cls",
+        train_images: PositiveInt | None = None,
+        buffer: NonNegativeInt = 1000,
+        val_fraction: Fraction = 1.0,
+        **options: Any,
+    ) -> None:
+        self._has_validation = val is not None
+        if find_spec("webdataset") is None:
+            raise ACKDError(f"shards in {root} need the package webdataset: pip install 'ackd-lightning[shards]'")
+        if val_fraction not in (0, 1) or (val is None and val_fraction):
+            raise ACKDError(
+                f"val_fraction is {val_fraction:g} and val is {val!r}: shards are not divided, so name shards with "
+                "val, or set val_fraction to 0 to validate on the test shards"
+            )
+        super().__init__(root, val_fraction=val_fraction, **options)
+        if self.train_fraction != 1 or self.max_per_class is not None:
+            raise ACKDError(
+                "train_fraction and max_per_class do not apply to shards, which are read whole: leave them out"
+            )
+        if class_names is None and num_classes is None:
+            raise ACKDError("the classes of the shards are unknown: set num_classes or class_names")
+        if class_names is not None and num_classes not in (None, len(class_names)):
+            raise ACKDError(
+                f"num_classes is {num_classes} and class_names has {len(class_names)}: leave num_classes out"
+            )
+        patterns = {"train": train, "test": test, **({"val": val} if val is not None else {})}
+        self._shards = {part: expand(self.root, pattern) for part, pattern in patterns.items()}
+        self.num_classes = len(class_names) if class_names is not None else int(num_classes or 0)
+        if self.num_classes < 2:
+            raise ACKDError(f"num_classes is {self.num_classes}, and a classifier needs two classes")
+        self._own_names = None if class_names is None else tuple(class_names)
+        self.class_names = self._own_names
+        self.label_key = label_key.lstrip(".")
+        self.buffer = buffer
+        self.train_images = train_images
+        self.num_train_samples = train_images or 0
+
+    # ------------------------------------------------------------------------------------------------ shards
+
+    def _load(self, part: Part) -> Source:
+        raise NotImplementedError("shards are streamed")
+
+    @property
+    def train_targets(self) -> Tensor:
+        """Nothing: the classes of streamed images are unknown before they are read."""
+        raise AttributeError("train_targets")
+
+    def prepare_data(self) -> None:
+        """Count the images and check all shards, unless that was done before."""
+        self._count()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Count the images, and compare the numbers of shards, processes and images.
+
+        Args:
+            stage: Lightning's stage; ignored.
+
+        Raises:
+            ACKDError: If there are too few shards or images.
+        """
+        self.num_train_samples = self.train_images or self._count()
+        world, _ = self._world()
+        for part, shards in self._shards.items():
+            if len(shards) < world:
+                raise ACKDError(f"the {part} part has {len(shards)} shards for {world} processes: write more of them")
+        if self.num_train_samples < self.batch_size:
+            raise ACKDError(
+                f"the training shards hold {self.num_train_samples:,} images, fewer than one batch of "
+                f"{self.batch_size}: set batch_size to {max(1, self.num_train_samples)} or less"
+            )
+
+    def _form(self) -> ShardFormat:
+        names = self.class_names or ()
+        order = {name: index for index, name in enumerate(names)}
+        own = self._own_names or ()
+        numbers = {str(number): order[own[number]] if own else number for number in range(self.num_classes)}
+        crop = max(height_width(self.input_size)) > IN_MEMORY
+        return ShardFormat(self.image_format, crop, {**numbers, **order}, self.label_key)
+
+    def _count(self) -> int:
+        """Check all shards, and return the number of training images."""
+        every = [path for shards in self._shards.values() for path in shards]
+        names = "" if self._own_names is None else json.dumps(self._own_names)
+        mark = fingerprint(every, self.root, "shards", self.num_classes, names, self.label_key)
+        cache = self.root / "ackd-checked-shards.pt" if self.cache else None
+        if cache is not None and (content := read_cache(cache, mark)) is not None:
+            return int(content["images"])
+        form = self._form()
+        counts = {part: sum(_check_shard(path, form) for path in shards) for part, shards in self._shards.items()}
+        if cache is not None:
+            save_cache(cache, {"fingerprint": mark, "images": counts["train"]})
+        return counts["train"]
+
+    # ------------------------------------------------------------------------------------------------ loaders
+
+    def _stream(self, part: str, *, batch_size: int, batches: int | None) -> ShardLoader:
+        world, rank = self._world()
+        paths = self._shards[part]
+        workers = min(self.num_workers, len(paths) // world)
+        if workers < self.num_workers:
+            say(f"{workers} workers instead of {self.num_workers} read the {len(paths)} shards of the {part} part")
+        shards = Shards(
+            [str(path) for path in paths],
+            self._form(),
+            batch_size=batch_size,
+            batches=batches,
+            seed=self.run_seed,
+            place=(rank, world),
+            buffer=self.buffer,
+        )
+        return ShardLoader(shards, num_workers=workers, pin_memory=torch.cuda.is_available())
+
+    def train_dataloader(self) -> Any:
+        """Return the shuffled, resumable loader of the training shards; the last incomplete batch is left out."""
+        if not self.num_train_samples:
+            self.setup()
+        world, _ = self._world()
+        if self.batch_size % world:
+            raise ACKDError(
+                f"batch_size {self.batch_size} does not divide by {world} processes: it is the global batch, so use a "
+                f"multiple of {world}"
+            )
+        batches = self.num_train_samples // self.batch_size
+        loader = self._stream("train", batch_size=self.batch_size // world, batches=batches)
+        if self.trainer is not None:
+            progress: Any = self.trainer.fit_loop.epoch_progress.current
+            loader.set_epoch(progress.processed)
+        return loader
+
+    def _eval_loader(self, part: Part) -> Any:
+        name = "val" if part == "val" and not self.val_is_test else "test"
+        return self._stream(name, batch_size=self.eval_batch_size, batches=None)
+
+    def predict_dataloader(self) -> Any:
+        """Refuse predictions, which name images by their index."""
+        raise ACKDError(
+            "images in shards have no index that predictions could name: unpack the test shards for predict"
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment and normalise on the device; the index of streamed images is unknown.
+
+        Args:
+            batch: Batch of a loader, on the device.
+            dataloader_idx: Number of the loader; ignored.
+        """
+        done = super().on_after_batch_transfer(batch, dataloader_idx)
+        return done._replace(index=torch.full_like(done.index, -1)) if isinstance(done, Batch) else done
+
+
+def _check_shard(path: Path, form: ShardFormat) -> int:
+    """Return the number of samples of a shard whose files are whole, and whose labels are classes."""
+    samples: dict[str, list[str]] = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if not member.isreg() or Path(member.name).name.startswith("."):
+                    continue
+                folder, _, file = member.name.rpartition("/")
+                stem, _, ending = file.partition(".")
+                place = f"{folder}/{stem}".lstrip("/")
+                samples.setdefault(place, []).append(ending.lower())
+                content = archive.extractfile(member)
+                assert content is not None
+                if ending.lower() == form.label_key:
+                    form.target(content.read(), f"{place} in {path}")
+                elif member.size:
+                    content.seek(member.size - 1)
+                    if len(content.read(1)) != 1:
+                        raise tarfile.ReadError("unexpected end of data")
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        if isinstance(error, ACKDError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].strip(" -")
+        raise ACKDError(f"the shard {path} cannot be read ({reason}), perhaps it is cut off: write it again") from None
+    if not samples:
+        raise ACKDError(f"the shard {path} holds no samples: remove it")
+    for place, endings in samples.items():
+        if image_ending(endings) is None or form.label_key not in endings:
+            what = f".{form.label_key} with its label" if image_ending(endings) else "with its image"
+            raise ACKDError(
+                f"{place} in {path} has no file {what} (it has {', '.join(endings)}): write the shard again"
+            )
+    return len(samples)

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import io
+import tarfile
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import nn
+
+from ackd_lightning import CE, DistillationModule
+from ackd_lightning.data import WebDatasetDataModule
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods import CRD, FitInfo
+
+pytest.importorskip("webdataset")
+
+
+def write_shard(path, samples):
+    with tarfile.open(path, "w") as archive:
+        for name, content in samples:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path, picture):
+    """Four training shards of 10, 10, 10 and 6 images, two test shards of 5."""
+
+    def samples(start, count):
+        for number in range(start, start + count):
+            buffer = io.BytesIO()
+            picture(number, (40, 36)).save(buffer, format="PNG")
+            yield f"{number:04d}.png", buffer.getvalue()
+            yield f"{number:04d}.cls", str(number % 3).encode()
+
+    for shard, count in enumerate((10, 10, 10, 6)):
+        write_shard(tmp_path / f"train-{shard}.tar", samples(10 * shard, count))
+    for shard in range(2):
+        write_shard(tmp_path / f"test-{shard}.tar", samples(100 + 5 * shard, 5))
+    return tmp_path
+
+
+def made(root, **options):
+    settings = {"train": "train-{0..3}.tar", "test": "test-*.tar", "num_classes": 3, "val_fraction": 0, "seed": 3}
+    module = WebDatasetDataModule(root, **{**settings, "batch_size": 4, "image_size": 16, "buffer": 8, **options})
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def epoch(module, number=0, state=None):
+    loader = module.train_dataloader()
+    loader.set_epoch(number)
+    if state is not None:
+        loader.load_state_dict(state)
+    return list(loader)
+
+
+def same(first, second):
+    return all(torch.equal(one.image, other.image) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("size", [16, (24, 20), 72])
+def test_an_epoch_reads_every_image_once_in_an_order_of_seed_and_epoch(shards, size):
+    module = made(shards, image_size=size)
+    first, second = epoch(module, 0), epoch(module, 1)
+    assert len(first) == 9
+    index = torch.cat([batch.index for batch in first])
+    assert len(index.unique()) == 36
+    assert not torch.equal(index, torch.cat([batch.index for batch in second]))
+    assert same(first, epoch(made(shards, image_size=size), 0))
+    assert not same(first, epoch(made(shards, image_size=size, seed=4), 0))
+    done = module.on_after_batch_transfer(first[0], 0)
+    assert done.image.shape == (4, *module.info.image_shape)
+    assert done.index.tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_epoch_goes_on_exactly(shards, workers):
+    module = made(shards, num_workers=workers)
+    whole = epoch(module)
+    for done in (1, 4):
+        assert same(epoch(module, 0, {"epoch": 0, "batches": done}), whole[done:])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_read_shards_of_their_own_and_equally_many_batches(shards, world, monkeypatch):
+    parts, tests = [], []
+    for rank in range(world):
+        module = made(shards)
+        monkeypatch.setattr(module, "_world", lambda rank=rank: (world, rank))
+        parts.append(epoch(module))
+        tests += [int(target) for batch in module.test_dataloader() for target in batch.index] if world == 2 else []
+    assert {len(part) for part in parts} == {9}
+    seen = [set(torch.cat([batch.index for batch in part]).tolist()) for part in parts]
+    assert not seen[0] & seen[1]
+    assert len(tests) == len(set(tests)) == (10 if world == 2 else 0)
+
+
+def test_evaluation_reads_every_image_once_with_any_number_of_workers(shards):
+    for workers in (0, 2):
+        module = made(shards, num_workers=workers, eval_batch_size=3)
+        targets = torch.cat([batch.target for batch in module.test_dataloader()])
+        assert targets.bincount().tolist() == [3, 4, 3]
+
+
+class SaveAt(L.Callback):
+    """Write a checkpoint after a step."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_fit_is_resumed_in_the_middle_of_an_epoch(shards, tmp_path):
+    def fit(resume=None):
+        torch.manual_seed(0)
+        data = made(shards)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+        module = DistillationModule(network, method=CE(), data=data.info, seed=1)
+        trainer = L.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, callbacks=[SaveAt(13, tmp_path / "half.ckpt")],
+            enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0, enable_progress_bar=False,
+        )  # fmt: skip
+        trainer.fit(module, data, ckpt_path=resume)
+        assert trainer.global_step == 18
+        return network[1].weight.detach().clone()
+
+    whole = fit()
+    assert torch.equal(fit(tmp_path / "half.ckpt"), whole)
+
+
+def test_methods_with_memories_by_index_are_refused(shards):
+    data = made(shards)
+    module = DistillationModule("resnet8", teacher=None, method=CE(), data=data.info)
+    assert module.data.num_classes == 3
+    fit = FitInfo(targets=getattr(data, "train_targets", None))
+    with pytest.raises(ACKDError, match="CRD"):
+        CRD().begin_fit(fit)
+
+
+def test_names_of_classes_and_their_order(shards):
+    module = made(shards, num_classes=None, class_names=["a", "b", "c"])
+    before = torch.cat([batch.target for batch in module.test_dataloader()])
+    assert module.use_class_order(["c", "a", "b"])
+    after = torch.cat([batch.target for batch in module.test_dataloader()])
+    assert torch.equal(after, torch.tensor([1, 2, 0])[before])
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:9000])
+
+
+def no_tar(path):
+    path.write_bytes(b"not a tar file" * 100)
+
+
+def nothing(path):
+    path.write_bytes(b"")
+
+
+def other_label(path):
+    write_shard(path, [("a.png", b"x"), ("a.cls", b"cat")])
+
+
+def label_too_large(path):
+    write_shard(path, [("a.png", b"x"), ("a.cls", b"3")])
+
+
+def no_label(path):
+    write_shard(path, [("a.png", b"x")])
+
+
+def no_image(path):
+    write_shard(path, [("a.cls", b"1")])
+
+
+@pytest.mark.parametrize("harm", [cut, no_tar, nothing, other_label, label_too_large, no_label, no_image])
+@pytest.mark.parametrize("shard", ["train-2.tar", "test-0.tar"])
+def test_bad_shards_are_named_before_training(shards, harm, shard):
+    harm(shards / shard)
+    with pytest.raises(ACKDError, match=shard) as caught:
+        made(shards)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"train": "tran-*.tar"}, "tran-"),
+        ({"train": "train-{0..5}.tar"}, r"train-4\.tar"),
+        ({"train": "https://example.org/{0..5}.tar"}, "https"),
+        ({"train": "pipe:cat x.tar"}, "pipe"),
+        ({"val_fraction": 1.0}, "val is None"),
+        ({"val": "test-0.tar", "val_fraction": 0.5}, "val_fraction is 0.5"),
+        ({"num_classes": None}, "num_classes"),
+        ({"num_classes": 4, "class_names": ["a", "b"]}, "num_classes is 4"),
+        ({"max_per_class": 3}, "max_per_class"),
+        ({"batch_size": 64}, "36 images"),
+    ],
+)
+def test_bad_arguments(shards, options, named):
+    with pytest.raises(ACKDError, match=named):
+        made(shards, **options)
+
+
+def test_more_processes_than_shards_and_predictions_are_refused(shards, monkeypatch):
+    module = made(shards)
+    with pytest.raises(ACKDError, match="index"):
+        module.predict_dataloader()
+    monkeypatch.setattr(module, "_world", lambda: (3, 0))
+    with pytest.raises(ACKDError, match="2 shards for 3 processes"):
+        module.setup()
