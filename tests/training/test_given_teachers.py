@@ -92,6 +92,16 @@ def test_a_file_of_other_classes_needs_no_count(tmp_path):
     torch.testing.assert_close(module.teachers(images()).logits, network.eval()(images())[:, [0, 1, 2, 5]])
 
 
+@pytest.mark.parametrize(("name", "options"), [("resnet8", {"in_chans": 1}), ("resnet18", {"stem": "cifar"})])
+def test_a_file_says_how_its_network_is_built(tmp_path, name, options):
+    notes = {"model": name, "model_options": json.dumps(options)}
+    path = save_weights(create_model(name, 4, **options), tmp_path / "own.safetensors", notes)
+    data = DataInfo(4, 32, channels=options.get("in_chans"))
+    teachers = Teachers([TeacherConfig(name, weights=str(path))], data)
+    teachers.load()
+    assert teachers(images(data)).logits.shape == (4, 4)
+
+
 @pytest.mark.parametrize("names", [("cow", "ant", "dog", "bee"), ("elk", "dog", "cow", "bee", "ant", "fox")])
 def test_classes_that_both_name_are_picked_by_name(names):
     network = wide(len(names))

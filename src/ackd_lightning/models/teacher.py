@@ -67,7 +67,7 @@ class FrozenTeacher(Teacher):
         copy_network: bool = True,
     ) -> None:
         own = copy.deepcopy(network) if copy_network else network
-        super().__init__(own.requires_grad_(False).eval())
+        super().__init__(own.requires_grad_(False).eval(), input_size=input_size)
         self.bf16 = bf16
         self.metadata = dict(metadata or {})
         self.stated = typed_metadata(self.metadata, f"the weight file of teacher {self.name}")

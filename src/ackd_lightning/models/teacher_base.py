@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import check_plan, plan_for, staged_forward
+from ackd_lightning.models.features import check_plan, image_channels, plan_for, staged_forward
 from ackd_lightning.models.preprocessing import (
     Conversion,
     Interpolation,
@@ -56,6 +56,13 @@ class Teacher(nn.Module):
         )
         self.conversion = Conversion()
         self._plan_checked = self.plan is None
+        if input_size is not None:
+            self._check_plan(input_size, image_channels(network))
+
+    def _check_plan(self, input_size: ImageSize, channels: int) -> None:
+        if self.plan is not None and not self._plan_checked:
+            check_plan(self.network, self.plan, input_size, channels)
+            self._plan_checked = True
 
     @property
     def name(self) -> str:
@@ -101,9 +108,7 @@ class Teacher(nn.Module):
             channels=channels,
             name=f"teacher {self.name}",
         )
-        if self.plan is not None and not self._plan_checked:
-            check_plan(self.network, self.plan, size, channels)
-            self._plan_checked = True
+        self._check_plan(size, channels)
         complete = replace(own.filled(stated), input_size=size)
         conversion = Conversion(complete, data, channels=channels, name=f"teacher {self.name}")
         self.conversion = conversion.to(self._place().device).train(self.training)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from ackd_lightning.methods.base import Method
 from ackd_lightning.models.class_map import FEATURES_ONLY
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.weight_files import read_tensors
+from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import create_model
 
 GivenTeacher = str | nn.Module | TeacherConfig
@@ -94,6 +97,34 @@ def weight_file(config: TeacherConfig) -> str:
         remedy = f"train it with `ackd fit --config {name}`" if known else "set teacher.weights to an existing file"
         raise ACKDError(f"teacher weights {config.weights} do not exist; {remedy}")
     return config.weights
+
+
+def file_metadata(config: TeacherConfig) -> dict[str, str]:
+    """Return the metadata of a teacher's weight file, as far as they can be read without its tensors.
+
+    Args:
+        config: Teacher given by name.
+    """
+    if config.weights is None or not Path(config.weights).is_file():
+        return {}
+    try:
+        return read_metadata(config.weights)
+    except ACKDError:  # another kind of file; what is wrong with one is said when it is loaded
+        return {}
+
+
+def network_options(config: TeacherConfig) -> dict[str, Any]:
+    """Return the options with which a named teacher is built: those given, and those in its weight file.
+
+    Args:
+        config: Teacher given by name.
+    """
+    stated: Any = {}
+    metadata = file_metadata(config)
+    if metadata.get("model") == config.network:
+        with contextlib.suppress(ValueError):
+            stated = json.loads(metadata.get("model_options", "{}"))
+    return {**(stated if isinstance(stated, dict) else {}), **(config.options or {})}
 
 
 def on_meta(name: str, num_classes: int, options: dict[str, Any] | None) -> nn.Module:

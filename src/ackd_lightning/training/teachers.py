@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,15 @@ from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.preprocessing import Preprocessing, channels_of, stated_by, usable_size
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
-from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo.pretrained import published
-from ackd_lightning.training.teacher_choice import classes_in_file, compare_classes, on_meta, weight_file
+from ackd_lightning.training.teacher_choice import (
+    classes_in_file,
+    compare_classes,
+    file_metadata,
+    network_options,
+    on_meta,
+    weight_file,
+)
 from ackd_lightning.types import DataInfo, NetOutput, NetSpec
 
 
@@ -52,7 +57,7 @@ class Teachers:
         self.structures: tuple[nn.Module, ...] = tuple(
             self._given[number].network
             if number in self._given
-            else on_meta(str(each.network), data.num_classes, each.options)
+            else on_meta(str(each.network), data.num_classes, network_options(each))
             for number, each in enumerate(configs)
         )
         self.specs: tuple[NetSpec, ...] = tuple(self._spec(number) for number in range(len(configs)))
@@ -109,9 +114,9 @@ class Teachers:
         facts: dict[str, Any] = {}
         if config.pretrained:
             facts = dict(published(str(config.network)).metadata)
-        elif config.weights is not None and Path(config.weights).is_file():
+        elif metadata := file_metadata(config):
             with contextlib.suppress(ACKDError):  # `load` says what is wrong with the file
-                facts = typed_metadata(read_metadata(config.weights), config.weights)
+                facts = typed_metadata(metadata, str(config.weights))
         return config.preprocessing().filled(
             Preprocessing(facts.get("mean"), facts.get("std"), facts.get("input_size"))
         )
@@ -153,10 +158,9 @@ class Teachers:
             teacher = FrozenTeacher.from_published(name, options=config.options, **_preprocessing(config))
         else:
             weights = weight_file(config)
-            count = classes_in_file(name, weights, config.options, self.data.num_classes)
-            teacher = FrozenTeacher.from_name(
-                name, count, weights=weights, options=config.options, **_preprocessing(config)
-            )
+            options = network_options(config)
+            count = classes_in_file(name, weights, options, self.data.num_classes)
+            teacher = FrozenTeacher.from_name(name, count, weights=weights, options=options, **_preprocessing(config))
             teacher.metadata.setdefault("model", name)
         return self._view(teacher, config)
 
