@@ -41,6 +41,7 @@ from ackd_lightning.training.schedule import (
     SchedulerFactory,
     describe_factory,
 )
+from ackd_lightning.training.strategies import refuse_sharding
 from ackd_lightning.training.students import build_student, keep_frozen_in_evaluation
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
 from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
@@ -262,6 +263,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
 
     def setup(self, stage: str) -> None:
         """Load the teachers and tell the method about the fit."""
+        refuse_sharding(self.trainer.strategy)
         data = getattr(self.trainer, "datamodule", None)
         if stage != "fit":
             self._take_class_names(data)
@@ -464,6 +466,17 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self._shares, batch = batch.soft, self.labelling(batch)
         if self.method.reads_index and batch_idx == 0:  # one check an epoch: it waits for a GPU
             self._check_index(batch)
+        try:
+            return self._step(batch)
+        except ValueError as error:  # BatchNorm's
+            if len(batch.target) > 1 or "more than 1 value" not in str(error):
+                raise
+            raise ACKDError(
+                f"a batch has 1 image and BatchNorm needs more to train ({error}); set drop_last=True in your "
+                "DataLoader, or choose a batch size that leaves more than 1 image over"
+            ) from error
+
+    def _step(self, batch: Batch) -> Tensor | None:
         if not self.automatic_optimization:
             self.manual_step(batch)
             return None

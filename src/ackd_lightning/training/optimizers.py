@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -60,6 +61,9 @@ class OpenOptimizers(ManualSteps):
 
     def on_train_start(self) -> None:
         """Warn about a learning rate scale that an overridden ``configure_optimizers`` does not apply."""
+        if self._rate_changed:  # the finder sets one rate for all groups of all optimizers
+            self._rate_changed = False
+            self.trainer.strategy.setup_optimizers(self.trainer)
         self._resume_loader()
         scales = self._learning_rate_scales()
         overridden = type(self).configure_optimizers is not OpenOptimizers.configure_optimizers
@@ -82,6 +86,24 @@ class OpenOptimizers(ManualSteps):
         if loop.restarting and loop._combined_loader_states_to_load:
             loop._load_combined_loader_states()
             iter(cast(Any, loop._data_fetcher))
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the student's optimizer, which Lightning's ``LearningRateFinder`` reads and replaces."""
+        found = getattr(self.optimizer_factory, "keywords", {}).get("lr")
+        if found is None:
+            raise AttributeError("lr")
+        return float(found)
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        factory = cast("functools.partial[Optimizer]", self.optimizer_factory)
+        self.optimizer_factory = functools.partial(factory, lr=float(value))
+        self._rate_changed = self._trainer is not None
+        if (stored := self.hparams.get("optimizer")) is not None:
+            stored["init_args"]["lr"] = float(value)
+
+    _rate_changed = False
 
     def learner_groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups of student and method, without learning rates.
@@ -138,11 +160,35 @@ class OpenOptimizers(ManualSteps):
             own_rate=own_rate,
         )
         found = {"scheduler": scheduler, "name": name, "interval": self.recipe.interval}
-        return {**found, "monitor": "val/loss", "reduce_on_plateau": True} if reads_metric(scheduler) else found
+        if not reads_metric(scheduler):
+            return found
+        self._check_plateau()
+        every = trainer.check_val_every_n_epoch or 1
+        return {**found, "monitor": "val/loss", "reduce_on_plateau": True, "frequency": every}
+
+    def _check_plateau(self) -> None:
+        """Refuse a schedule that reads ``val/loss`` where there is none at the time of its steps."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.recipe.interval == "step":
+            problem = "recipe.interval is step; set it to epoch"
+        elif not self.trainer.enable_validation:
+            problem = "there is no validation; choose another schedule"
+        elif getattr(data, "val_is_test", False):
+            problem = "validation reads the test set; hold validation data out with data.val_fraction"
+        else:
+            return
+        raise ACKDError(f"ReduceLROnPlateau reads val/loss after an epoch and {problem}")
 
     def configure_optimizers(self) -> Any:
         """Build the student's optimizer, those of the method, and their schedules."""
-        optimizer = self.optimizer_factory(self.learner_groups())
+        try:
+            optimizer = self.optimizer_factory(self.learner_groups())
+        except (AttributeError, TypeError) as error:
+            name = getattr(getattr(self.optimizer_factory, "func", self.optimizer_factory), "__name__", "?")
+            raise ACKDError(
+                f"optimizer {name} cannot be built from parameter groups ({error}); choose one whose first argument is "
+                "the parameters, such as torch.optim.AdamW"
+            ) from error
         self.scale_learning_rates(optimizer)
         return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr", own_rate=False)])
 
@@ -189,14 +235,14 @@ def factory_of(given: Any) -> Any:
         given: A function, or ``class_path`` and ``init_args``.
 
     Raises:
-        ACKDError: If the plain data name a class outside ``torch.optim``.
+        ACKDError: If the plain data name a class outside ``torch.optim`` and ``timm.optim``.
     """
     if not isinstance(given, Mapping):
         return given
     module, _, name = str(given["class_path"]).rpartition(".")
-    if module not in ("torch.optim", "torch.optim.lr_scheduler"):
+    if module not in ("torch.optim", "torch.optim.lr_scheduler", "timm.optim"):
         raise ACKDError(f"the checkpoint was trained with {given['class_path']}; pass that optimizer or schedule again")
-    home = torch.optim if module == "torch.optim" else torch.optim.lr_scheduler
+    home = importlib.import_module(module)
     return functools.partial(getattr(home, name), **given["init_args"])
 
 
