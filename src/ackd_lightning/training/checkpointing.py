@@ -18,6 +18,7 @@ from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.start import Start, match_head
 from ackd_lightning.runs.export import Exported, write_student
+from ackd_lightning.training.continuing import describe_optimizers
 from ackd_lightning.training.labels import Labels, check_unlabelled
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
@@ -166,6 +167,7 @@ class SelfDescribing(OpenOptimizers):
             "skipped": self.guard.skipped,
             "head": None if self.method.head is None else self.method.head.description(),
             "learners": list(self.student.specs),
+            "optimizers": describe_optimizers(self._trainer.optimizers) if self._trainer is not None else [],
             "started_from": self._started_from if self.start is None else self.start.notes,
             "frozen": list(self.student_config.freeze),
         }
@@ -186,6 +188,7 @@ class SelfDescribing(OpenOptimizers):
         """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""
         metadata = checkpoint.get("ackd_lightning", {})
         self.guard.skipped = metadata.get("skipped", 0)
+        self._resumed_optimizers = list(metadata.get("optimizers") or [])
         self._started_from = metadata.get("started_from")
         self.start = None  # the checkpoint has other weights, with its own classes
         if names := metadata.get("class_names"):
