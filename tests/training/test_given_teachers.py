@@ -35,7 +35,7 @@ def wide(classes: int) -> TinyNet:
 
 
 def built(teacher, *, method=None, data=NAMED, student=None, **options) -> DistillationModule:
-    usual = {"optimizer": sgd(), "lr_scheduler": None}
+    usual = {"optimizer": sgd(0.001), "lr_scheduler": None}
     return DistillationModule(
         student or TinyNet(), method=method or KD(), teacher=teacher, data=data, **usual, **options
     )
