@@ -53,6 +53,8 @@ class RunSummary(L.Callback):
         self.started = time.monotonic()
         if not trainer.is_global_zero:
             return
+        if not is_fast_dev_run(trainer):
+            (self.folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is trained longer
         module = cast("TrainingModule", pl_module)
         self.multiply_adds = multiply_adds(module.kept_network(), module.data.input_size, module.data.image_shape[0])
         learners = "".join(f" + {spec}" for spec in module.student.specs)
@@ -237,7 +239,7 @@ def _shape(spec: NetSpec, stage: int) -> str:
 def _teacher_summary(teacher: FrozenTeacher, input_size: ImageSize) -> dict[str, Any]:
     measured = teacher.metadata.get("measured_acc")
     return {
-        "model": teacher.metadata.get("model", type(teacher.network).__name__),
+        "model": teacher.name,
         "acc": float(measured) if measured else None,
         "sha256": teacher.metadata.get("sha256"),
         "parameters": count_parameters(teacher.network),

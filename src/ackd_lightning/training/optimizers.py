@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,14 +17,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.student_config import StudentConfig
-from ackd_lightning.training.manual import ManualSteps
+from ackd_lightning.training.continuing import compare_optimizers, schedule_settings, take_settings
+from ackd_lightning.training.manual import ManualSteps, metric_missing
 from ackd_lightning.training.schedule import (
     OptimizerFactory,
     Recipe,
     SchedulerFactory,
     build_scheduler,
+    describe_factory,
     reads_metric,
     scale_learning_rates,
+    step_scheduler,
     without_decay,
 )
 from ackd_lightning.training.students import slow_parameters
@@ -46,6 +50,11 @@ class OpenOptimizers(ManualSteps):
     optimizer_factory: OptimizerFactory
     scheduler_factory: SchedulerFactory
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._schedule_settings: dict[int, dict[str, Any]] = {}
+        self._resumed_optimizers: list[dict[str, Any]] = []
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let an overridden ``configure_optimizers`` return the student's optimizer alone."""
         super().__init_subclass__(**kwargs)
@@ -59,12 +68,26 @@ class OpenOptimizers(ManualSteps):
             parameters = [each for group in optimizer.param_groups for each in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.recipe.gradient_clip_val)
 
+    def on_fit_start(self) -> None:
+        """Compare the optimizers with those of a checkpoint whose state they will take."""
+        super().on_fit_start()
+        if self._resumed_optimizers and self.trainer.ckpt_path is not None:
+            compare_optimizers(self._resumed_optimizers, self.trainer.optimizers)
+        self._resumed_optimizers = []
+
     def on_train_start(self) -> None:
-        """Warn about a learning rate scale that an overridden ``configure_optimizers`` does not apply."""
+        """Follow the schedule of the settings, and warn about a learning rate scale that is not applied."""
         if self._rate_changed:  # the finder sets one rate for all groups of all optimizers
             self._rate_changed = False
             self.trainer.strategy.setup_optimizers(self.trainer)
         self._resume_loader()
+        changes: list[str] = []
+        for config in self.trainer.lr_scheduler_configs:
+            settings = self._schedule_settings.get(id(config.scheduler))
+            changes += take_settings(config.scheduler, settings) if settings else []
+        if changes:
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            rank_zero_only(print)(f"the schedule is changed: {', '.join(changes)}; the learning rate is now {rate:g}")
         scales = self._learning_rate_scales()
         overridden = type(self).configure_optimizers is not OpenOptimizers.configure_optimizers
         rates = {group["lr"] for group in self.trainer.optimizers[0].param_groups}
@@ -151,14 +174,16 @@ class OpenOptimizers(ManualSteps):
         if self.recipe.interval == "step":
             length = float(trainer.estimated_stepping_batches)  # loads the data, which num_training_batches needs
             per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-        scheduler = build_scheduler(
-            self.scheduler_factory,
-            optimizer,
-            self.recipe,
-            steps_per_epoch=per_epoch,
-            length=length,
-            own_rate=own_rate,
-        )
+        with _refused("lr_scheduler", self.scheduler_factory):
+            scheduler = build_scheduler(
+                self.scheduler_factory,
+                optimizer,
+                self.recipe,
+                steps_per_epoch=per_epoch,
+                length=length,
+                own_rate=own_rate,
+            )
+        self._schedule_settings[id(scheduler)] = schedule_settings(scheduler)
         found = {"scheduler": scheduler, "name": name, "interval": self.recipe.interval}
         if not reads_metric(scheduler):
             return found
@@ -181,14 +206,8 @@ class OpenOptimizers(ManualSteps):
 
     def configure_optimizers(self) -> Any:
         """Build the student's optimizer, those of the method, and their schedules."""
-        try:
+        with _refused("optimizer", self.optimizer_factory):
             optimizer = self.optimizer_factory(self.learner_groups())
-        except (AttributeError, TypeError) as error:
-            name = getattr(getattr(self.optimizer_factory, "func", self.optimizer_factory), "__name__", "?")
-            raise ACKDError(
-                f"optimizer {name} cannot be built from parameter groups ({error}); choose one whose first argument is "
-                "the parameters, such as torch.optim.AdamW"
-            ) from error
         self.scale_learning_rates(optimizer)
         return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr", own_rate=False)])
 
@@ -205,6 +224,34 @@ class OpenOptimizers(ManualSteps):
         added = [self._schedule(each, f"lr/{name}", own_rate=True) for name, each in own.items()]
         return [*optimizers, *own.values()], self._without_monitors([*schedules, *added])
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule; one that reads a metric after every epoch was stepped before checkpoints were written.
+
+        Args:
+            scheduler: Schedule.
+            metric: Value of the metric that it reads; None if it reads none.
+        """
+        if not any(each.scheduler is scheduler for each in self._plateaus()):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def _plateaus(self) -> list[Any]:
+        """Schedules that read a metric after every epoch, which Lightning would step after checkpoints are written."""
+        if not self.automatic_optimization:
+            return []
+        found = self.trainer.lr_scheduler_configs
+        return [each for each in found if each.reduce_on_plateau and each.interval == "epoch"]
+
+    def on_train_epoch_end(self) -> None:
+        """Step schedules that read a metric. Runs before checkpoints are written."""
+        super().on_train_epoch_end()
+        for config in self._plateaus():
+            metrics = self.trainer.callback_metrics
+            metric = metrics.get(str(config.monitor))
+            if metric is None and config.strict:
+                raise metric_missing(str(config.monitor), metrics)
+            if metric is not None and (self.current_epoch + 1) % config.frequency == 0:
+                step_scheduler(cast(LRScheduler, config.scheduler), metric)
+
     def _without_monitors(self, schedules: list[Any]) -> list[Any]:
         """Keep the names of monitored metrics; Lightning would warn and forget them in manual optimization."""
         if self.automatic_optimization:
@@ -217,6 +264,21 @@ class OpenOptimizers(ManualSteps):
                 each = {key: each[key] for key in each if key not in ("monitor", "reduce_on_plateau", "strict")}
             found.append(each)
         return found
+
+
+@contextlib.contextmanager
+def _refused(setting: str, factory: Any) -> Iterator[None]:
+    """Put what torch states against the arguments of an optimizer or a schedule into one sentence."""
+    try:
+        yield
+    except ACKDError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        described = describe_factory(factory)
+        if described is None:  # a function of the user's own: its error shows where
+            raise
+        name, reason = str(described["class_path"]).rpartition(".")[2], " ".join(str(error).split())[:200]
+        raise ACKDError(f"{name} refuses its arguments ({reason.rstrip('.')}); correct model.{setting}") from error
 
 
 def constant(optimizer: Optimizer) -> LRScheduler:
@@ -258,6 +320,14 @@ def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
         auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
         held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
         count = len(optimizers)
+        if auxiliary & held and count == 1:  # such as AdamW(self.parameters())
+            for group in optimizers[0].param_groups:
+                group["params"] = [each for each in group["params"] if id(each) not in auxiliary]
+            rank_zero_only(print)(
+                f"{type(self).__name__}.configure_optimizers trains all parameters; those of "
+                f"{', '.join(self.auxiliary)} have optimizers of the method and are left to them"
+            )
+            held -= auxiliary
         if auxiliary & held:
             schedules = self._without_monitors(schedules)
         else:
