@@ -50,7 +50,12 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
             "images; leave one of them out"
         )
     (teacher,) = module.teachers.frozen
-    targets = data.train_targets
+    targets = getattr(data, "train_targets", None)
+    if targets is None:
+        raise ACKDError(
+            f"teacher.cache keeps a row for every training image and {type(data).__name__} has images without an "
+            "index; leave it out"
+        )
     return {
         "teacher": teacher.metadata.get("sha256"),
         "model": teacher.metadata.get("model"),
