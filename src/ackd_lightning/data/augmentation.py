@@ -85,7 +85,7 @@ class ImageAugmentation:
                 "the colours of images with 1 or 3, so set it to none"
             )
         self.seed = seed
-        steps: list[v2.Transform] = []
+        steps: list[v2.Transform] = [v2.Identity()]
         if augmentation.policy == "randaugment":
             steps.append(v2.RandAugment(augmentation.operations, augmentation.magnitude))
         elif augmentation.policy == "trivialaugment":
