@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.features import check_plan, image_channels, plan_for, staged_forward, watch
 from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.metadata import LARGEST_INPUT, typed_metadata
+from ackd_lightning.models.tracing import clone
 from ackd_lightning.models.weights import load_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import ImageSize, NetOutput, height_width
@@ -233,7 +233,7 @@ class FrozenTeacher(Teacher):
         metadata: dict[str, str] | None = None,
         copy_network: bool = True,
     ) -> None:
-        own = copy.deepcopy(network) if copy_network else network
+        own = clone(network) if copy_network else network
         for parameter in own.parameters():  # the method of a network that was compiled by TorchScript raises
             parameter.requires_grad_(False)
         super().__init__(own.eval(), mean=mean, std=std, input_size=input_size)
