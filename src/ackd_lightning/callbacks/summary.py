@@ -239,7 +239,7 @@ def _shape(spec: NetSpec, stage: int) -> str:
 def _teacher_summary(teacher: FrozenTeacher, input_size: ImageSize) -> dict[str, Any]:
     measured = teacher.metadata.get("measured_acc")
     return {
-        "model": teacher.metadata.get("model", type(teacher.network).__name__),
+        "model": teacher.name,
         "acc": float(measured) if measured else None,
         "sha256": teacher.metadata.get("sha256"),
         "parameters": count_parameters(teacher.network),

@@ -22,7 +22,8 @@ from ackd_lightning.training.continuing import describe_optimizers
 from ackd_lightning.training.labels import Labels, check_unlabelled
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
-from ackd_lightning.training.teachers import Teachers, compare_classes
+from ackd_lightning.training.teacher_choice import compare_classes
+from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import DataInfo
 
 
@@ -119,12 +120,12 @@ class SelfDescribing(OpenOptimizers):
         self._match_teachers()
 
     def _match_teachers(self) -> None:
-        """Bring the teachers' logits into the order of the data's classes, and say so."""
-        if self.data.class_names is None or not self.matches_classes:
-            return
-        reordered = self.teachers.match_classes(self.data.class_names, reorder=self.method.teacher != "own")
-        if reordered:
-            rank_zero_only(print)(f"classes of teacher {', '.join(reordered)} are reordered to those of the data")
+        """Bring the teachers' logits into the order of the data's classes, and say what is done to them."""
+        self.teachers.match_classes(
+            self.data.class_names, reorder=self.method.teacher != "own", by_name=self.matches_classes
+        )
+        for sentence in self.teachers.announce():
+            rank_zero_only(print)(sentence, flush=True)
 
     def _match_data(self, names: Sequence[str], origin: str) -> None:
         """Bring the data's classes into the order in which a checkpoint was trained, and say so."""

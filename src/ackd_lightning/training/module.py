@@ -28,8 +28,10 @@ from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.features import image_channels, probe
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
-from ackd_lightning.models.teacher import FrozenTeacher, TeacherConfig
+from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.random import mix, seed_device
+from ackd_lightning.training.absent import absent_specs, describe_specs
 from ackd_lightning.training.batches import read_batch
 from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
@@ -46,15 +48,8 @@ from ackd_lightning.training.schedule import (
 from ackd_lightning.training.strategies import refuse_sharding
 from ackd_lightning.training.students import build_student, keep_frozen_in_evaluation
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
-from ackd_lightning.training.teachers import (
-    GivenTeacher,
-    Teachers,
-    absent_specs,
-    as_configs,
-    chosen,
-    describe_specs,
-    describe_teachers,
-)
+from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
+from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 from ackd_lightning.validation import check_arguments
 
@@ -70,8 +65,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
     Args:
         student: Model name for `create_model`, network, or `StudentConfig`.
         method: Distillation method; None for plain training.
-        teacher: Model name, network, `FrozenTeacher` or `TeacherConfig`; a list of these for methods that learn from
-            several teachers; None for methods without one.
+        teacher: Model name, network, `FrozenTeacher` or `TeacherConfig`; a list of these for methods that run several
+            teachers, and for those that read logits alone, which get the mean of all; None for methods without one.
         data: Classes, image size and normalisation of the data. None is allowed for a student that is a network: then
             its classes are counted, images have 32 x 32 pixels, and their normalisation is unknown.
         optimizer: Function of parameter groups that returns the student's optimizer. Default: SGD with learning rate
@@ -448,7 +443,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         if self.cache is not None:
             return self.student(batch.image), self.cache.read(self.current_epoch, batch.index)
         runs = self.teacher is not None and self.method.teacher != "own"
-        teacher = cast(FrozenTeacher, self.teacher)(batch.image) if runs else None
+        teacher = self.teachers(batch.image) if runs else None
         return self.student(batch.image), teacher
 
     def training_parameters(self) -> int:
@@ -551,7 +546,8 @@ class ACKDModule(DistillationModule):
     A `DistillationModule` whose default method is `ACKD` with the paper's two auxiliary learners and all weights 1.
 
     Example:
-        >>>         >>> module = ACKDModule(create_model("resnet8", 10), teacher=create_model("resnet14", 10))
+        >>> from ackd_lightning.models.zoo import create_model
+        >>> module = ACKDModule(create_model("resnet8", 10), teacher=create_model("resnet14", 10))
         >>> module.student.specs
         ('D3B1', 'D2B2')
     """
