@@ -17,6 +17,7 @@ RANK = {
     "random": 0,
     "types": 1,
     "validation": 1,
+    "extras": 1,
     "functional": 1,
     "config": 1,
     "models": 2,

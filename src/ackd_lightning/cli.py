@@ -15,6 +15,7 @@ from ackd_lightning.launch import LIGHTNING
 
 _COMMANDS = {
     "configs": "configs:configs",
+    "inspect": "inspect:inspect",
     "export": "export:export_command",
     "compare": "compare:compare_command",
     "demo": "demo:demo",
@@ -51,6 +52,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     configs = commands.add_parser("configs", help="list the packaged configurations")
     configs.add_argument("filter", nargs="?", default="", help="show only names that contain this text")
+
+    look = commands.add_parser(
+        "inspect", help="stages, branch points, size and cost of a network: ackd inspect timm:lcnet_050 --size 96"
+    )
+    look.add_argument("network", help="network of the zoo, of torchvision, timm:NAME or hf:FOLDER")
+    look.add_argument("--size", help="image side in pixels, or HEIGHTxWIDTH; default: the network's own")
+    look.add_argument("--classes", type=int, default=1000, help="number of classes")
+    look.add_argument("--taps", default="", help="modules whose outputs are the stages, separated by commas")
 
     export = commands.add_parser("export", help="write the plain student of a run: ackd export RUN")
     export.add_argument("run", help="run folder or checkpoint")
@@ -118,7 +127,7 @@ def _run(arguments: Sequence[str]) -> None:
         options[name] = others
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    positional = [options.pop(name) for name in ("filter", "run", "runs", "table") if name in options]
+    positional = [options.pop(name) for name in ("filter", "network", "run", "runs", "table") if name in options]
     call = pkgutil.resolve_name(f"ackd_lightning.commands.{_COMMANDS[command]}")
     call(*positional, **options)
     return None

@@ -76,12 +76,14 @@ class NetSpec:
         features: ``(C, H, W)`` of each entry of `NetOutput.features`; None for a network whose stages are unknown.
         embedding: D; None where it is unknown.
         branches: Shapes of the auxiliary learners.
+        pooled: Whether the embedding is the mean of the last feature over its positions.
     """
 
     num_classes: int
     features: tuple[tuple[int, int, int], ...] | None = None
     embedding: int | None = None
     branches: tuple[NetSpec, ...] = ()
+    pooled: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ from ackd_lightning.methods.atsc_networks import (
     trainable_copy,
 )
 from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of, features_of
-from ackd_lightning.models.features import require_stages
+from ackd_lightning.models.features import last_map, last_shape, require_stages
 from ackd_lightning.models.heads import SharedClassifiers
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
@@ -149,7 +149,7 @@ class ATSC(Method):
         self._copy_teachers(networks.student_network, networks.teacher_networks)
         self.head = SharedClassifiers(
             ours[-1][0],
-            [features[-1] for features in theirs],
+            [last_shape(spec) for spec in specs],
             student.num_classes,
             factor=self.factor,
             average=self.average,
@@ -164,8 +164,9 @@ class ATSC(Method):
     def _copy_teachers(self, student: nn.Module | None, teachers: Sequence[nn.Module]) -> None:
         for network in teachers:
             shared_classifier(network)
-        if isinstance(student, BranchyStudent) and student.plan is not None and not (self.weight_ce or self.weight_kd):
-            student.plain().get_submodule(student.plan.classifier).requires_grad_(False)
+        plan = student.plan if isinstance(student, BranchyStudent) else None
+        if plan is not None and plan.classifier is not None and not (self.weight_ce or self.weight_kd):
+            cast(BranchyStudent, student).plain().get_submodule(plan.classifier).requires_grad_(False)
         if not self.adapts:
             return
         self.teachers.extend(Teacher(trainable_copy(network)) for network in teachers)
@@ -264,7 +265,10 @@ class ATSC(Method):
         running: Sequence[nn.Module] = self._adapting() if self.adapts else self.fixed
         outputs: list[NetOutput] = [each(batch.image) for each in running]
         projected = self._head().project(features_of(student)[-1])
-        distances = [feature_distance(ours, features_of(out)[-1]) for ours, out in zip(projected, outputs, strict=True)]
+        distances = [
+            feature_distance(ours, last_map(out, cast(Teacher, each).plan))
+            for ours, out, each in zip(projected, outputs, running, strict=True)
+        ]
         divergences = [
             kl_divergence(student.logits, out.logits, temperature=self.temperature)
             for out in (outputs if self.weight_kd else ())

@@ -59,7 +59,7 @@ def shared_classifier(network: nn.Module) -> nn.Linear:
         ACKDError: If the classifier is unknown, or is not a linear layer with a bias.
     """
     plan = require_plan(network, f"the teacher {type(network).__name__}", "method ATSC")
-    found = network.get_submodule(plan.classifier)
+    found = network if plan.classifier is None else network.get_submodule(plan.classifier)
     while isinstance(found, nn.Sequential) and len(found) == 1:
         found = found[0]
     if not isinstance(found, nn.Linear) or found.bias is None:

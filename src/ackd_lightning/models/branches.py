@@ -30,10 +30,10 @@ def branch_names(plan: StagePlan) -> tuple[str, ...]:
         plan: Stages of the backbone.
 
     Example:
-        >>> branch_names(StagePlan(("stem",), (("layer1",), ("layer2",)), (), "fc"))
+        >>> branch_names(StagePlan(("stem", "layer1", "layer2"), "fc"))
         ('D2B1', 'D1B2')
     """
-    count = len(plan.stages)
+    count = len(plan.features) - 1
     return tuple(f"D{entry}B{count + 1 - entry}" for entry in range(count, 0, -1))
 
 

@@ -1,9 +1,8 @@
-"""Stages of a network: where they are, what flows between them, and whether that description is right."""
+"""Stages of a network: where they are, what flows between them, and what a network returns."""
 
 from __future__ import annotations
 
-import copy
-import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, overload
 
@@ -11,60 +10,162 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError
-from ackd_lightning.random import seed_device
+from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.models.stages import stage_names
+from ackd_lightning.models.tracing import (
+    WATCH,
+    Trace,
+    as_map,
+    examples,
+    first_tensor,
+    image_channels,
+    logits_of,
+    name_of,
+    skeleton,
+    trace,
+)
 from ackd_lightning.types import ImageSize, NetOutput, NetSpec, height_width
 
-_TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest logit, that is put down to rounding (float32)."""
+__all__ = ["image_channels", "skeleton"]
 
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """Names of a network's modules in the order in which they are called.
+    """Names of the modules of a network whose outputs are its features.
 
-    Calling the modules of the stem, of each stage and of the tail, then global average pooling, flattening and the
-    classifier equals the network's own ``forward``. A network of your own supports everything that needs stages as
-    soon as it has such a plan in an attribute ``stage_plan``; `check_plan` compares the two.
+    The network's own ``forward`` is always what runs; the outputs of these modules are kept. Stages of any network are
+    found by `plan_for`. A network of your own can name them itself in an attribute ``stage_plan``.
 
     Attributes:
-        stem: Modules before the first stage; their output is F_0.
-        stages: Modules of each stage S_1 .. S_K; the output of stage n is F_n.
-        tail: Modules between the last stage and the pooling, such as a final BatchNorm and ReLU. Every auxiliary
-            learner has its own copy.
-        classifier: Module that maps the pooled embedding to logits.
+        features: Modules that return F_0 .. F_K, each called once: F_0 is the output of the stem, F_n that of stage n,
+            and F_K the map that global pooling reads, after a final norm where there is one. Maps may be
+            ``B x C x H x W``, ``B x H x W x C``, or tokens ``B x N x C``.
+        classifier: Module that maps the embedding to logits; None where it is unknown.
+        pooled: Whether the embedding is the mean of F_K over its positions.
     """
 
-    stem: tuple[str, ...]
-    stages: tuple[tuple[str, ...], ...]
-    tail: tuple[str, ...]
-    classifier: str
+    features: tuple[str, ...]
+    classifier: str | None = None
+    pooled: bool = True
 
 
-def plan_for(network: nn.Module) -> StagePlan | None:
-    """Return the stage plan of a network, or None when its stages are unknown.
-
-    Stages are known for networks with an attribute ``stage_plan``, which all networks of the zoo have, and for
-    torchvision's ResNets.
+def native_sizes(network: nn.Module, input_size: ImageSize | None = None) -> Iterator[ImageSize]:
+    """Yield image sizes that a network may be able to read, the one that it was designed for first.
 
     Args:
         network: Any network.
+        input_size: Height and width in pixels of the images that it will get; None when unknown.
+    """
+    stated = getattr(network, "pretrained_cfg", None)
+    size = stated.get("input_size") if isinstance(stated, dict) else None
+    own = getattr(network, "image_size", None) if size is None else size[-2:]
+    fixed = getattr(_sized(network), "img_size", None)
+    given = [fixed, own, 224, input_size, 32, 28]
+    seen: list[ImageSize] = []
+    for each in given:
+        size = tuple(each) if isinstance(each, tuple | list) and len(each) == 2 else each
+        if (isinstance(size, int) or (isinstance(size, tuple) and all(isinstance(side, int) for side in size))) and (
+            size not in seen
+        ):
+            seen.append(size)
+            yield size
+
+
+def traced(network: nn.Module, input_size: ImageSize | None = None) -> tuple[nn.Module, Tensor, Trace] | None:
+    """Run a copy of a network on an example and record its calls.
+
+    Args:
+        network: Any network.
+        input_size: Height and width of the images in pixels; None for the size that the network was designed for.
+
+    Returns:
+        The copy, the images, and the record; None if the network cannot be run.
+    """
+    for size in native_sizes(network) if input_size is None else (input_size,):
+        for copied, image in examples(network, size):
+            try:
+                return copied, image, trace(copied, image)
+            except ACKDError:
+                raise
+            except Exception:  # another size, or real numbers, may be what it needs
+                continue
+    return None
+
+
+def plan_for(network: nn.Module, input_size: ImageSize | None = None) -> StagePlan | None:
+    """Return the stages of a network, or None when it has none that can be found.
+
+    They are those of the network's attribute ``stage_plan``, or else are found by running a copy, as described in
+    ``models/stages.py``, and stored in that attribute.
+
+    Args:
+        network: Any network.
+        input_size: Height and width in pixels of the images that it will get, for networks that read no other.
+
+    Raises:
+        ACKDError: If the attribute ``stage_plan`` is something else.
     """
     plan = getattr(network, "stage_plan", None)
-    if isinstance(plan, StagePlan):
+    if plan is not None and not isinstance(plan, StagePlan):
+        raise ACKDError(
+            f"stage_plan of {name_of(network)} is {plan!r}; set it to a StagePlan with the names of modules, such as "
+            "StagePlan(('layer1', 'layer2'))"
+        )
+    if plan is not None or "stage_plan" in network.__dict__:
         return plan
-    from torchvision.models import ResNet  # slow to import, and needed only here
+    found: StagePlan | None = None
+    for size in native_sizes(network, input_size):
+        result = traced(network, size)
+        if result is not None:
+            copied, _, record = result
+            names = stage_names(copied, record, height_width(size))
+            if names:
+                found = StagePlan(names, record.classifier, names[-1] in record.pooled)
+            break
+    network.__dict__["stage_plan"] = found
+    return found
 
-    if isinstance(network, ResNet):
-        stages = tuple((f"layer{number}",) for number in range(1, 5))
-        return StagePlan(stem=("conv1", "bn1", "relu", "maxpool"), stages=stages, tail=(), classifier="fc")
-    return None
+
+def use_taps(network: nn.Module, names: Sequence[str], whose: str = "the network") -> StagePlan:
+    """Take the outputs of named modules as the features of a network.
+
+    Args:
+        network: Any network; its attribute ``stage_plan`` is set.
+        names: Names of modules in the order in which they are called: the outputs of stages 1 .. K.
+        whose: Name of the network in the error message.
+
+    Raises:
+        ACKDError: If a name is unknown, a module is not called exactly once, or does not return a map.
+    """
+    if not names or len(set(names)) < len(names):
+        raise ACKDError(f"taps is {list(names)}; name each module of {whose} that ends a stage once, or leave taps out")
+    known = [name for name, _ in network.named_modules() if name]
+    for name in names:
+        if name not in known:
+            raise ACKDError(f"taps names {name!r} and {whose} has no such module; {near_matches(name, known)}")
+    result = next((found for size in native_sizes(network) if (found := traced(network, size)) is not None), None)
+    if result is None:
+        raise ACKDError(f"taps is {list(names)} and {whose} cannot be run on an example; leave taps out")
+    _, _, record = result
+    for name in names:
+        if name not in record.calls or record.calls[name].shape is None:
+            problem = "is not called exactly once" if name not in record.calls else "does not return a feature map"
+            maps = [each.name for each in record.spine if each.shape is not None and each.depth <= 1]
+            raise ACKDError(f"taps names {name!r} of {whose}, which {problem}; these do: {', '.join(maps[:12])}")
+    ordered = sorted(names, key=lambda name: record.calls[name].end)
+    if list(names) != ordered:
+        raise ACKDError(f"taps is {list(names)} and {whose} calls them in the order {ordered}; give that order")
+    start = record.calls[ordered[0]].start
+    first = [each.name for each in record.spine if each.shape is not None and each.end < start][-1:]
+    plan = StagePlan((*first, *ordered), record.classifier, ordered[-1] in record.pooled)
+    network.__dict__["stage_plan"] = plan
+    return plan
 
 
 def _unknown_stages(whose: str, needed_by: str) -> ACKDError:
     return ACKDError(
-        f"the stages of {whose} are not known, and {needed_by} needs them; give the network an attribute `stage_plan` "
-        "(a StagePlan), or choose a network whose stages are known, such as one of the zoo or a torchvision ResNet"
+        f"no stages were found in {whose}, and {needed_by} needs them; name the modules that end its stages in `taps`, "
+        "or choose another network"
     )
 
 
@@ -137,20 +238,31 @@ def require_embedding(given: NetSpec | NetOutput, whose: str, needed_by: str) ->
     return given.embedding
 
 
-def call_in_order(network: nn.Module, names: tuple[str, ...], feature: Tensor) -> Tensor:
-    """Apply named modules of a network one after the other.
+def last_map(output: NetOutput, plan: StagePlan | None) -> Tensor:
+    """Return the map whose mean over its positions is what the classifier reads.
 
     Args:
-        network: Owner of the modules.
-        names: Dotted module names.
-        feature: Input of the first module, ``B x C x H x W``.
+        output: Output of a network whose stages are known.
+        plan: Stages of the network.
 
     Returns:
-        Output of the last module; ``feature`` itself when there are no names.
+        F_K, ``B x C x H x W``; or the embedding ``B x D x 1 x 1`` where it is not the mean of F_K, as in vision
+        transformers with a class token.
     """
-    for name in names:
-        feature = network.get_submodule(name)(feature)
-    return feature
+    if plan is None or plan.pooled:
+        return require_stages(output, "the network", "a classifier")[-1]
+    return require_embedding(output, "the network", "a classifier")[:, :, None, None]
+
+
+def last_shape(spec: NetSpec) -> tuple[int, int, int]:
+    """Return the shape of `last_map` for one image.
+
+    Args:
+        spec: Shapes of a network whose stages are known.
+    """
+    if spec.pooled:
+        return require_stages(spec, "the network", "a classifier")[-1]
+    return (require_embedding(spec, "the network", "a classifier"), 1, 1)
 
 
 def pooled(feature: Tensor) -> Tensor:
@@ -165,8 +277,108 @@ def pooled(feature: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(feature, 1).flatten(1)
 
 
+class _Watch:
+    """Hooks on the modules of a plan, which keep what the modules return while a forward pass is watched.
+
+    They are installed once, because torch.compile traces hooks and not their installation.
+    """
+
+    def __init__(self, network: nn.Module, plan: StagePlan) -> None:
+        self.plan, self.active = plan, False
+        self.values: dict[str, Any] = {}
+        self.embedding: list[Any] = []
+        self.modules = {name: network.get_submodule(name) for name in plan.features}
+        self.handles = [module.register_forward_hook(_Keep(self, name)) for name, module in self.modules.items()]
+        if plan.classifier is not None:
+            self.modules[plan.classifier] = module = network.get_submodule(plan.classifier)
+            self.handles.append(module.register_forward_pre_hook(_KeepInput(self)))
+
+    def fits(self, network: nn.Module, plan: StagePlan) -> bool:
+        """Return whether the hooks are on the modules that a plan names."""
+        return self.plan == plan and all(network.get_submodule(name) is each for name, each in self.modules.items())
+
+
+class _Keep:
+    def __init__(self, watch: _Watch, name: str) -> None:
+        self.watch, self.name = watch, name
+
+    def __call__(self, module: nn.Module, args: Any, value: Any) -> None:
+        if self.watch.active:
+            self.watch.values[self.name] = value
+
+
+class _KeepInput:
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.watch.active:
+            self.watch.embedding.append(first_tensor(args))
+
+
+def watch(network: nn.Module, plan: StagePlan | None) -> None:
+    """Install the hooks that `capture` needs, which it does by itself outside of torch.compile.
+
+    Args:
+        network: Network that the plan describes.
+        plan: Stages of the network; without one nothing is done.
+    """
+    present: _Watch | None = getattr(network, WATCH, None)
+    if plan is None or (present is not None and present.fits(network, plan)):
+        return
+    _require_modules(network, plan)
+    for handle in [] if present is None else present.handles:
+        handle.remove()
+    network.__dict__[WATCH] = _Watch(network, plan)
+
+
+def capture(
+    network: nn.Module, plan: StagePlan, given: Any, ratio: float, *, run: nn.Module | None = None
+) -> tuple[Any, tuple[Tensor, ...], Tensor, dict[str, Any]]:
+    """Run a network and keep the outputs of its stages.
+
+    Args:
+        network: Network that the plan describes.
+        plan: Stages of the network.
+        given: Argument of the network: images, or for a part of a network what that part reads.
+        ratio: Height of the images divided by their width.
+        run: Module that is called and calls the network; None for the network itself.
+
+    Returns:
+        What the network returns; the features as maps ``B x C x H x W``; the embedding ``B x D``; the features as the
+        modules returned them, by name.
+    """
+    watch(network, plan)
+    kept: _Watch = getattr(network, WATCH)
+    kept.active = True
+    try:
+        output = (network if run is None else run)(given)
+        values, read = dict(kept.values), list(kept.embedding)
+    finally:
+        kept.active = False
+        kept.values.clear()
+        kept.embedding.clear()
+    prefix = getattr(network, "num_prefix_tokens", None)
+    features = tuple(_map_of(network, name, values, ratio, prefix) for name in plan.features)
+    embedding: Tensor = features[-1] if len(read) != 1 else read[0]
+    if embedding.dim() > 2:
+        embedding = pooled(embedding) if embedding.dim() == 4 else embedding.mean(dim=1)
+    return output, features, embedding, values
+
+
+def _map_of(network: nn.Module, name: str, values: dict[str, Any], ratio: float, prefix: int | None) -> Tensor:
+    found = as_map(values[name], ratio, prefix) if name in values else None
+    if found is None:
+        what = f"a tensor {tuple(values[name].shape)}" if isinstance(values.get(name), Tensor) else "no tensor"
+        problem = f"returns {what} and no map" if name in values else "was not called"
+        raise ACKDError(
+            f"module {name!r} of {name_of(network)} {problem}, and a feature is read there; name other modules"
+        )
+    return found
+
+
 def staged_forward(network: nn.Module, plan: StagePlan | None, image: Tensor) -> NetOutput:
-    """Run a network and return logits, stage outputs and the pooled embedding.
+    """Run a network and return logits, stage outputs and the embedding.
 
     Args:
         network: Any network that maps images to logits.
@@ -174,75 +386,18 @@ def staged_forward(network: nn.Module, plan: StagePlan | None, image: Tensor) ->
         image: Images, ``B x C x H x W``.
 
     Returns:
-        Logits ``B x K`` equal to ``network(image)``, features F_0 .. F_S, embedding ``B x D``.
-    """
-    if plan is None:
-        return NetOutput(logits=cast(Tensor, network(image)))
-    feature = call_in_order(network, plan.stem, image)
-    features = [feature]
-    for stage in plan.stages:
-        feature = call_in_order(network, stage, feature)
-        features.append(feature)
-    features[-1] = feature = call_in_order(network, plan.tail, feature)
-    embedding = pooled(feature)
-    logits = network.get_submodule(plan.classifier)(embedding)
-    return NetOutput(logits=logits, features=tuple(features), embedding=embedding)
-
-
-def image_channels(network: nn.Module) -> int:
-    """Number of channels of the images that a network reads: those of its first convolution, 3 without one.
-
-    Args:
-        network: Any network.
-    """
-    return next((each.in_channels for each in network.modules() if isinstance(each, nn.Conv2d)), 3)
-
-
-def _twin(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a network in evaluation mode, without the hooks of its users."""
-    twin = copy.deepcopy(network, memo)
-    if twin is network:
-        raise ValueError(f"{type(network).__name__} is shared with its copies and cannot be probed; probe its network")
-    for module in twin.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith("torch.nn.utils"):  # spectral_norm makes weights in a hook
-                    del hooks[key]
-    return twin.eval()
-
-
-def _dtype(network: nn.Module) -> torch.dtype:
-    return next((each.dtype for each in network.parameters() if each.is_floating_point()), torch.get_default_dtype())
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-def skeleton(network: nn.Module, input_size: ImageSize, *, channels: int = 3) -> tuple[nn.Module, Tensor]:
-    """Copy the structure of a network to the meta device, where running it computes shapes alone.
-
-    Weights are not copied; mode, hooks and buffers of the network stay as they are.
-
-    Args:
-        network: Any network.
-        input_size: Side of the image in pixels, or its height and width.
-        channels: Channels of the image.
-
-    Returns:
-        The copy in evaluation mode, and an image ``1 x channels x H x W`` to run it on.
+        Logits ``B x K``, features F_0 .. F_K, embedding ``B x D``.
 
     Raises:
-        ValueError: If the network is shared with its copies, as a ``FrozenTeacher`` is: probe its ``network``.
+        ACKDError: If no logits are found in what the network returns.
     """
-    # deepcopy takes from the memo what it finds there, so that no weight is copied
-    memo: dict[int, Any] = {id(each): _on_meta(each) for each in (*network.parameters(), *network.buffers())}
-    ghost = _twin(network, memo)
-    return ghost, torch.empty(1, channels, *height_width(input_size), device="meta", dtype=_dtype(network))
+    if plan is None:
+        return NetOutput(logits=logits_of(network(image), name_of(network)))
+    output, features, embedding, _ = capture(network, plan, image, image.shape[2] / image.shape[3])
+    return NetOutput(logits=logits_of(output, name_of(network)), features=features, embedding=embedding)
 
 
-def _spec(output: NetOutput) -> NetSpec:
+def _spec(output: NetOutput, plan: StagePlan | None = None) -> NetSpec:
     features = output.features
     return NetSpec(
         num_classes=output.logits.shape[1],
@@ -251,90 +406,85 @@ def _spec(output: NetOutput) -> NetSpec:
         else tuple(cast("tuple[int, int, int]", tuple(feature.shape[1:])) for feature in features),
         embedding=None if output.embedding is None else output.embedding.shape[1],
         branches=tuple(_spec(branch) for branch in output.branches),
+        pooled=plan is None or plan.pooled,
     )
 
 
 @torch.no_grad()
-def probe(network: nn.Module, input_size: ImageSize, *, channels: int = 3) -> NetSpec:
-    """Find the shapes of everything a network returns for one image, on the meta device and without computing it.
+def probe(network: nn.Module, input_size: ImageSize, *, channels: int | None = None) -> NetSpec:
+    """Find the shapes of everything that a network returns for one image, without computing it where possible.
 
     Args:
         network: Network that returns logits or a `NetOutput`.
-        input_size: Side of the image in pixels, or its height and width.
-        channels: Channels of the image.
+        input_size: Height and width of the image in pixels.
+        channels: Channels of the image; None for those of the network's first convolution.
 
     Raises:
         ValueError: If the network is shared with its copies, as a ``FrozenTeacher`` is: probe its ``network``.
+        ACKDError: If the network cannot read images of this size.
     """
-    ghost, image = skeleton(network, input_size, channels=channels)
-    output = ghost(image)
-    if not isinstance(output, NetOutput):
-        output = staged_forward(ghost, plan_for(ghost), image)
-    return _spec(output)
+    reason: Exception | None = None
+    for copied, image in examples(network, input_size, channels=channels):
+        try:
+            if isinstance(output := copied(image), NetOutput):
+                return _spec(output, getattr(network, "plan", None))
+            plan = plan_for(network, input_size)
+            return _spec(staged_forward(copied, plan, image), plan)
+        except ACKDError:
+            raise
+        except Exception as error:  # what cannot be run without numbers is run with them
+            reason = error
+    height, width = height_width(input_size)
+    works = next((size for size in native_sizes(network) if traced(network, size) is not None), None)
+    remedy = "" if works is None else f"; it can read {' x '.join(map(str, height_width(works)))}"
+    option = next((each for each in ("img_size", "image_size") if hasattr(_sized(network), each)), None)
+    if option is not None:
+        remedy += f", or others with the network's option {option}"
+    said = (str(reason).strip() or type(reason).__name__).partition("\n")[0]
+    raise ACKDError(
+        f"{getattr(network, 'model_name', name_of(network))} cannot read images of {height} x {width} pixels "
+        f"({said}){remedy}"
+    ) from reason
 
 
-def _disturb(network: nn.Module, generator: torch.Generator) -> None:
-    """Change norms, biases and running statistics, because a fresh BatchNorm that a plan forgets is the identity."""
-    for module in network.modules():
-        for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
-            if tensor is None or not tensor.is_floating_point() or not tensor.numel():
-                continue
-            if tensor.dim() != 1 and bool((tensor != tensor.flatten()[0]).any()):
-                continue  # random weights; constant ones, such as a layer scale, are changed
-            if name in module._buffers and name not in ("running_mean", "running_var"):
-                continue
-            factor, shift = torch.rand(2, *tensor.shape, generator=generator, device="cpu").to(tensor)
-            tensor.mul_(0.5 + factor)
-            if name != "running_var":
-                tensor.add_(0.2 * (shift - 0.5))
+def _sized(network: nn.Module) -> Any:
+    """Return what states the image size of a network, as timm and torchvision name it."""
+    return network if hasattr(network, "image_size") else getattr(network, "patch_embed", None)
 
 
-@torch.no_grad()
-def check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize, channels: int = 3) -> None:
-    """Compare a stage plan with the network's own forward, on two random images and a copy of the network.
+def _require_modules(network: nn.Module, plan: StagePlan) -> None:
+    """Refuse a plan that names modules which do not exist."""
+    known = [name for name, _ in network.named_modules() if name]
+    for each in (*plan.features, *((plan.classifier,) if plan.classifier else ())):
+        if each not in known:
+            raise ACKDError(
+                f"the stage plan of {name_of(network)} names {each!r} and there is no such module; "
+                f"{near_matches(each, known)}"
+            )
 
-    The copy is in evaluation mode and has other norms and biases, so that a norm that the plan leaves out shows in a
-    network with fresh weights too. Weights, modes and torch's random numbers stay as they are. Nothing is done for a
-    network on the meta device.
+
+def check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize, channels: int | None = None) -> None:
+    """Check that the modules which a stage plan names exist, and are called in this order with maps as output.
 
     Args:
         network: Any network.
         plan: Plan to check.
-        input_size: Side of the images in pixels, or their height and width.
-        channels: Channels of the images.
+        input_size: Height and width of the images in pixels.
+        channels: Channels of the images; None for those of the network's first convolution.
 
     Raises:
-        ACKDError: If the plan cannot be run, or its logits differ from the network's own.
+        ACKDError: If they do not.
     """
-    tensors = [*network.parameters(), *network.buffers()]
-    if any(each.is_meta for each in tensors):
-        return
-    device = tensors[0].device if tensors else torch.device("cpu")
-    name = type(network).__name__
-    twin, generator = _twin(network), torch.Generator().manual_seed(0)
-    _disturb(twin, generator)
-    shape = (2, channels, *height_width(input_size))
-    image = torch.randn(shape, generator=generator, device="cpu").to(device, _dtype(network))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        seed_device(0, device)
-        own = cast(Tensor, twin(image)).float()
-        seed_device(0, device)
-        try:
-            staged = staged_forward(twin, plan, image).logits.float()
-        except Exception as error:  # a wrong plan can fail in any way
-            reason = str(error).strip().partition("\n")[0]
-            raise ACKDError(
-                f"the stage plan of {name} cannot be run at input size {input_size} ({reason}); its modules must be "
-                "those that forward calls, in the same order"
-            ) from error
-    allowed = max(_TOLERANCE, 8 * torch.finfo(image.dtype).eps) * float(own.abs().nan_to_num(0.0, posinf=0.0).max())
-    if staged.shape != own.shape or not torch.allclose(staged, own, rtol=0.0, atol=allowed, equal_nan=True):
-        found = (
-            f"logits differ by up to {float((staged - own).abs().max()):.3g}"
-            if staged.shape == own.shape
-            else f"logits have the shape {tuple(staged.shape)} instead of {tuple(own.shape)}"
-        )
-        raise ACKDError(
-            f"the stage plan of {name} does not describe its forward ({found}); its modules must be those that forward "
-            "calls, in the same order, with every norm and activation"
-        )
+    _require_modules(network, plan)
+    name = name_of(network)
+    result = traced(network, input_size)
+    if result is None:
+        return  # said by `probe`, with the reason
+    record = result[2]
+    for each in plan.features:
+        if each not in record.calls or record.calls[each].shape is None:
+            problem = "is not called exactly once" if each not in record.calls else "does not return a feature map"
+            raise ACKDError(f"the stage plan of {name} names {each!r}, which {problem}; name another module")
+    ordered = sorted(plan.features, key=lambda each: record.calls[each].end)
+    if list(plan.features) != ordered:
+        raise ACKDError(f"the stage plan of {name} is {list(plan.features)}, and they are called as {ordered}")

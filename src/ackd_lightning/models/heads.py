@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import pooled, require_plan, require_stages, staged_forward
+from ackd_lightning.models.features import capture, pooled, require_plan
+from ackd_lightning.models.tracing import clone
 from ackd_lightning.validation import PositiveInt, checked
 
 Average = Literal["logits", "probabilities"]
@@ -140,14 +140,15 @@ class HeadedNetwork(nn.Module):
     def __init__(self, backbone: nn.Module, head: SharedClassifiers) -> None:
         super().__init__()
         self.plan = require_plan(backbone, type(backbone).__name__, "another head")
-        self.backbone = copy.deepcopy(backbone)
-        self.backbone.set_submodule(self.plan.classifier, nn.Identity())
+        self.backbone = clone(backbone)
+        if self.plan.classifier is not None:
+            self.backbone.set_submodule(self.plan.classifier, nn.Identity())
         self.head = head
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits ``B x K`` of images ``B x C x H x W``."""
-        output = staged_forward(self.backbone, self.plan, image)
-        logits: Tensor = self.head(require_stages(output, "the backbone", "another head")[-1])
+        _, features, _, _ = capture(self.backbone, self.plan, image, image.shape[2] / image.shape[3])
+        logits: Tensor = self.head(features[-1])
         return logits
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -12,13 +11,15 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branches import LAST, PEER, branch_names, default_branches, entry_stage, is_branch
 from ackd_lightning.models.features import (
     StagePlan,
+    capture,
     check_plan,
-    image_channels,
     plan_for,
-    pooled,
     require_plan,
     staged_forward,
+    watch,
 )
+from ackd_lightning.models.suffix import Cuts
+from ackd_lightning.models.tracing import clone, logits_of, name_of
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import ImageSize, NetOutput
 
@@ -26,13 +27,12 @@ from ackd_lightning.types import ImageSize, NetOutput
 def init_fresh(module: nn.Module) -> None:
     """Give every layer of a module new random weights, in place.
 
-    Convolutions get He-normal weights (fan-out) and zero biases, all other layers torch's own initialisation.
+    Convolutions get He-normal weights (fan-out) and zero biases, other layers torch's own initialisation. Parameters
+    of layers without one, such as position embeddings, are drawn from a normal distribution with the mean and the
+    standard deviation that they have; constant ones stay.
 
     Args:
         module: Module to initialise.
-
-    Raises:
-        ACKDError: If a layer has parameters of its own and no ``reset_parameters``.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
@@ -41,45 +41,44 @@ def init_fresh(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
         elif callable(reset := getattr(layer, "reset_parameters", None)):
             reset()
-        elif any(True for _ in layer.parameters(recurse=False)):
-            raise ACKDError(
-                f"{type(layer).__name__} cannot get fresh weights for an auxiliary learner; add a method "
-                "`reset_parameters` to that layer"
-            )
+        else:
+            for parameter in layer.parameters(recurse=False):
+                if parameter.is_floating_point() and parameter.numel() > 1 and not parameter.is_meta:
+                    values = parameter.detach()
+                    nn.init.normal_(parameter, float(values.mean()), float(values.std()))
 
 
 class AuxiliaryLearner(nn.Module):
-    """Branch of the student: a copy of the backbone's last stages with fresh weights, pooling and a classifier.
+    """Branch of the student: the backbone's own structure from a stage to the logits, with fresh weights.
 
     Args:
-        backbone: Network whose structure is copied; no weight is shared.
-        plan: Stages of the backbone.
+        cuts: Places at which the backbone can be cut; no weight is shared with it.
         entry: Number of the first stage that the learner owns, from 1.
+
+    Raises:
+        ACKDError: If the backbone cannot be cut there.
     """
 
-    def __init__(self, backbone: nn.Module, plan: StagePlan, entry: int) -> None:
+    def __init__(self, cuts: Cuts, entry: int) -> None:
         super().__init__()
-        self.entry = entry
-        owned = [*plan.stages[entry - 1 :], plan.tail]
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(copy.deepcopy(backbone.get_submodule(name)) for name in names)) for names in owned if names
-        )
-        self.classifier = copy.deepcopy(backbone.get_submodule(plan.classifier))
+        plan = cuts.plan
+        self.entry, self.ratio = entry, cuts.ratio
+        self.suffix = cuts.suffix(plan.features[entry - 1])
+        self.plan = StagePlan(plan.features[-1:], plan.classifier, plan.pooled)
+        watch(self.suffix.network, self.plan)
         init_fresh(self)
 
-    def forward(self, feature: Tensor) -> NetOutput:
-        """Compute the learner's logits and feature map from the input of its entry stage.
+    def forward(self, value: Any) -> NetOutput:
+        """Compute the learner's logits and last feature map from the input of its entry stage.
 
         Args:
-            feature: F_{entry-1} of the backbone, ``B x C x H x W``; the gradient flows back into the backbone.
+            value: F_{entry-1} of the backbone as its module returns it; the gradient flows back into the backbone.
 
         Returns:
             Logits z^(k) ``B x K``; one feature, h^(k) before pooling; embedding ``B x D``.
         """
-        for stage in self.stages:
-            feature = stage(feature)
-        embedding = pooled(feature)
-        return NetOutput(logits=self.classifier(embedding), features=(feature,), embedding=embedding)
+        output, features, embedding, _ = capture(self.suffix.network, self.plan, value, self.ratio, run=self.suffix)
+        return NetOutput(logits=logits_of(output), features=features, embedding=embedding)
 
 
 class Peer(nn.Module):
@@ -95,6 +94,7 @@ class Peer(nn.Module):
         super().__init__()
         self.network = network
         self.plan = plan_for(network)
+        watch(network, self.plan)
 
     def forward(self, image: Tensor) -> NetOutput:
         """Compute the peer's logits, last feature map and embedding.
@@ -118,18 +118,17 @@ class BranchyStudent(nn.Module):
     class.
 
     Args:
-        backbone: Target learner. Any network; one without known stages can have peers, but no branches.
+        backbone: Target learner. Any network; one in which no stages are found can have peers, but no branches.
         branches: Auxiliary learners, such as ``("D3B1", "D2B2")``. The same name twice makes two learners with
             different fresh weights. ``last`` is D{K}B1 of a backbone with K stages, ``peer`` a second network of the
             backbone's structure, and a name that ``create_model`` knows a peer of that architecture. None for the
             paper's two, an empty sequence for no auxiliary learners.
         num_classes: Number K of classes; peers that are given by name need it.
-        input_size: Height and width of the images in pixels, with which the stage plans of backbone and peers are
-            compared with their own forward passes. None to leave that out.
+        input_size: Height and width of the images in pixels, for which each branch is shown to be a part of the
+            backbone: with the backbone's weights it computes the backbone's logits. None to leave that out.
 
     Raises:
-        ACKDError: If an auxiliary learner does not fit the backbone, the backbone's stages are not known, or a stage
-            plan is wrong.
+        ACKDError: If an auxiliary learner does not fit the backbone, no stages are found in it, or it cannot be cut.
 
     Example:
         >>> from ackd_lightning.models.zoo import create_model
@@ -149,40 +148,61 @@ class BranchyStudent(nn.Module):
         input_size: ImageSize | None = None,
     ) -> None:
         super().__init__()
-        self.plan = plan_for(backbone)
+        self.plan = plan_for(backbone, input_size)
         if self.plan is not None and input_size is not None:
-            check_plan(backbone, self.plan, input_size, image_channels(backbone))
+            check_plan(backbone, self.plan, input_size)
         if branches is None:
             branches = (LAST,) if self.plan is None else default_branches(self.plan)
         last = LAST if self.plan is None else branch_names(self.plan)[0]
         self.specs = tuple(last if spec == LAST else spec for spec in branches)
         self.backbone = backbone
-        self.branches = nn.ModuleList(self._learner(spec, num_classes, input_size) for spec in self.specs)
+        watch(backbone, self.plan)
+        self.branches = nn.ModuleList(self._learners(num_classes, input_size))
 
-    def _learner(self, spec: str, num_classes: int | None, input_size: ImageSize | None) -> AuxiliaryLearner | Peer:
-        name = type(self.backbone).__name__
-        if spec == PEER:
-            network = copy.deepcopy(self.backbone)
-            init_fresh(network)
-            return Peer(network)
-        if num_classes is None or is_branch(spec):
-            plan = require_plan(self.backbone, name, f"branch {spec!r}")
-            return AuxiliaryLearner(self.backbone, plan, entry_stage(spec, plan, name))
+    def _learners(self, num_classes: int | None, input_size: ImageSize | None) -> Iterator[AuxiliaryLearner | Peer]:
+        name, cuts = name_of(self.backbone), None
+        for spec in self.specs:
+            if spec == PEER:
+                network = clone(self.backbone)
+                init_fresh(network)
+                yield Peer(network)
+            elif num_classes is None or is_branch(spec):
+                plan = require_plan(self.backbone, name, f"branch {spec!r}")
+                entry = entry_stage(spec, plan, name)
+                cuts = Cuts(self.backbone, plan, input_size) if cuts is None else cuts
+                yield self._branch(spec, cuts, entry, proved=input_size is not None)
+            else:
+                yield self._other(spec, num_classes)
+
+    def _other(self, spec: str, num_classes: int) -> Peer:
+        """Build a peer of another architecture."""
         try:
-            peer = Peer(create_model(spec, num_classes))
+            return Peer(create_model(spec, num_classes))
         except ACKDError as error:
             if self.plan is None:
                 raise
+            known, name = ", ".join(branch_names(self.plan)), name_of(self.backbone)
+            raise ACKDError(
+                f"branch {spec!r} does not fit {name}, which has {len(self.plan.features) - 1} stages; use one of "
+                f"{known}, or a network of its own ({error})"
+            ) from error
+
+    def _branch(self, spec: str, cuts: Cuts, entry: int, *, proved: bool) -> AuxiliaryLearner:
+        """Build a branch, and show that its structure is the backbone's by running it with the backbone's weights."""
+        features = cuts.plan.features
+        try:
+            reason = cuts.difference(features[entry - 1]) if proved else None
+            if reason is None:
+                return AuxiliaryLearner(cuts, entry)
+        except ACKDError as error:
             reason = str(error)
-        else:
-            if peer.plan is not None and input_size is not None:
-                check_plan(peer.network, peer.plan, input_size, image_channels(peer.network))
-            return peer
-        known = ", ".join(branch_names(self.plan))
-        raise ACKDError(
-            f"branch {spec!r} does not fit {name}, which has {len(self.plan.stages)} stages; use one of {known}, "
-            f"or a network of its own ({reason})"
-        )
+        works = [
+            name
+            for name, feature in zip(branch_names(cuts.plan), reversed(features[:-1]), strict=True)
+            if feature != features[entry - 1] and cuts.difference(feature) is None
+        ]
+        remedy = f"use one of {', '.join(works)}" if works else "use peers, or another network"
+        raise ACKDError(f"branch {spec!r} cannot be cut out of {name_of(self.backbone)} ({reason}); {remedy}")
 
     def forward(self, image: Tensor) -> NetOutput:
         """Run the backbone once and every auxiliary learner on its features.
@@ -193,11 +213,17 @@ class BranchyStudent(nn.Module):
         Returns:
             Output of the target learner, whose ``branches`` hold one output per auxiliary learner.
         """
-        target = staged_forward(self.backbone, self.plan, image)
+        if self.plan is None or not self.branches:
+            target, inputs = staged_forward(self.backbone, self.plan, image), (image,)
+        else:
+            output, features, embedding, values = capture(
+                self.backbone, self.plan, image, image.shape[2] / image.shape[3]
+            )
+            target = NetOutput(logits_of(output, name_of(self.backbone)), features, embedding)
+            inputs = (image, *(values[name] for name in self.plan.features))
         if not self.branches:
             return target
         learners = [cast("AuxiliaryLearner | Peer", branch) for branch in self.branches]
-        inputs = (image, *(target.features or ()))
         outputs = tuple(learner(inputs[learner.entry]) for learner in learners)
         return NetOutput(target.logits, target.features, target.embedding, outputs)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import check_plan, image_channels, plan_for, staged_forward
+from ackd_lightning.models.features import check_plan, image_channels, plan_for, staged_forward, watch
 from ackd_lightning.models.preprocessing import (
     Conversion,
     Interpolation,
@@ -51,6 +51,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.network = network
         self.plan = plan_for(network)
+        watch(network, self.plan)
         self.given = Preprocessing(
             tuple(mean) if mean else None, tuple(std) if std else None, input_size, interpolation
         )

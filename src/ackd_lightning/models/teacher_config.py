@@ -39,6 +39,7 @@ class TeacherConfig:
             mapping, a list in the order of the data's classes, or a YAML or JSON file with either. "features" for a
             teacher of other classes whose features alone are used. None for the same classes, matched by their names
             where both have names.
+        taps: Names of the modules whose outputs are the stages; None for those that are found in the network.
         ensemble_weight: Weight of the teacher's logits in the mean over several teachers, relative to the others.
         bf16: Run the teacher in bfloat16; its weights stay as they are and its logits are returned in float32.
         gate: Reaction to a teacher whose validation accuracy before the first step is near chance, far below the
@@ -59,6 +60,7 @@ class TeacherConfig:
     input_size: _Side | tuple[_Side, _Side] | None = None
     interpolation: Interpolation | None = None
     class_map: dict[str | int, Any] | list[Any] | str | None = None
+    taps: tuple[str, ...] | None = None
     ensemble_weight: Positive = 1.0
     bf16: bool = False
     gate: Gate = "stop"
@@ -104,6 +106,7 @@ class TeacherConfig:
             if len(self.input_size) != 2:
                 raise ACKDError(f"input_size is {self.input_size} in TeacherConfig; give one side, or height and width")
             object.__setattr__(self, "input_size", tuple(self.input_size))
+        object.__setattr__(self, "taps", None if self.taps is None else tuple(self.taps))
         if self.class_map is not None:
             object.__setattr__(self, "class_map", read_class_map(self.class_map))
         self.preprocessing()

@@ -1,4 +1,4 @@
-"""Networks by name: those of the CIFAR benchmarks, and any of torchvision or timm. Nothing is downloaded here."""
+"""Networks by name: those of the CIFAR benchmarks, any of torchvision or timm, and folders of Hugging Face."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.zoo.channels import channels_option, read_channels
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
+from ackd_lightning.models.zoo.huggingface import HF, from_config
 from ackd_lightning.models.zoo.mobilenetv2 import CifarMobileNetV2
 from ackd_lightning.models.zoo.resnet_cifar import CifarResNet
 from ackd_lightning.models.zoo.shufflenetv1 import CifarShuffleNetV1
@@ -61,7 +62,8 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
 
     Args:
         name: CIFAR network of :func:`list_models` (``resnet20``, ``wrn_40_2``, …), classification network of
-            torchvision (``resnet18``), or ``timm:NAME``. No name stands for two networks.
+            torchvision (``resnet18``), ``timm:NAME``, or ``hf:FOLDER`` for an image classifier of Hugging Face's
+            transformers on disk. No name stands for two networks.
         num_classes: Number K of classes.
         **options: Options of the network. All have ``in_chans``, the number of channels of the images. ResNets of
             torchvision have ``stem``: ``imagenet`` (the default, 7x7 with stride 2 and max-pooling) or ``cifar`` (3x3
@@ -87,6 +89,9 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         return named(read_channels(_CIFAR[name](num_classes), channels), name, options)
     if name.startswith(TIMM):
         return named(_from_timm(name, num_classes, options), name, options)
+    if name.startswith(HF):
+        given = {**rest, "num_channels": channels} if "in_chans" in options else rest
+        return named(from_config(name, num_classes, given), name, options)
     if name in torchvision_names():
         return named(read_channels(_from_torchvision(name, num_classes, rest), channels), name, options)
     raise ACKDError(

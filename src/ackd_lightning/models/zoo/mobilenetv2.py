@@ -78,15 +78,7 @@ class CifarMobileNetV2(nn.Module):
     """
 
     stage_plan: ClassVar[StagePlan] = StagePlan(
-        stem=("conv1",),
-        stages=(
-            ("blocks.0", "blocks.1"),
-            ("blocks.2",),
-            ("blocks.3", "blocks.4"),
-            ("blocks.5", "blocks.6", "conv2"),
-        ),
-        tail=(),
-        classifier="classifier",
+        ("conv1", "blocks.1", "blocks.2", "blocks.4", "conv2"), classifier="classifier"
     )
 
     def __init__(self, num_classes: int, *, width: float) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.zoo import TIMM, construct, create_model, named, timm_name, torchvision_names
+from ackd_lightning.models.zoo.huggingface import HF, described, folder_of, with_weights
 
 _HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 
@@ -64,6 +65,8 @@ def published(name: str) -> Published:
         )
     if name.startswith(TIMM):
         return _timm(name)
+    if name.startswith(HF):
+        return _folder(name)
     if name in torchvision_names():
         return _torchvision(name)
     create_model(name, 2)  # an unknown name has its own message
@@ -95,7 +98,8 @@ def pretrained(name: str, options: dict[str, Any] | None = None) -> tuple[nn.Mod
         if option in ("stem", "num_classes", "weights", "pretrained", "pretrained_cfg", "checkpoint_path"):
             raise ACKDError(f"option {option!r} of {name!r} contradicts its published weights; leave it out")
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        place = f"from the local cache, {found.cached} ({found.source})" if found.cached else f"from {found.source}"
+        local = found.cached is not None and str(found.cached) != found.source
+        place = f"from the local cache, {found.cached} ({found.source})" if local else f"from {found.source}"
         print(f"weights of {name} ({found.metadata['weights']}): {place}", flush=True)
     try:
         with _weights_only():
@@ -156,6 +160,12 @@ def _torchvision(name: str) -> Published:
         return construct(partial(get_model, name, weights=entry, progress=_progress()), name, {**fixed, **options})
 
     return Published(name, entry.url, len(words), metadata, _in_hub_folder(entry.url), load)
+
+
+def _folder(name: str) -> Published:
+    folder = folder_of(name)
+    metadata = {"weights": folder.name, **described(folder)}
+    return Published(name, str(folder), len(metadata["class_names"]), metadata, folder, partial(with_weights, name))
 
 
 def _timm(name: str) -> Published:

@@ -64,12 +64,7 @@ class CifarResNet(nn.Module):
         shortcuts; ``resnet8x4`` and ``resnet32x4`` from Tian et al., arXiv:1910.10699.
     """
 
-    stage_plan: ClassVar[StagePlan] = StagePlan(
-        stem=("conv1", "bn1", "relu"),
-        stages=(("layer1",), ("layer2",), ("layer3",)),
-        tail=(),
-        classifier="fc",
-    )
+    stage_plan: ClassVar[StagePlan] = StagePlan(("relu", "layer1", "layer2", "layer3"), classifier="fc")
 
     def __init__(self, num_classes: int, *, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64)) -> None:
         super().__init__()

@@ -96,12 +96,7 @@ class CifarShuffleNetV1(nn.Module):
         parameter names as in the public checkpoints of RepDistiller.
     """
 
-    stage_plan: ClassVar[StagePlan] = StagePlan(
-        stem=("conv1", "bn1", "relu"),
-        stages=(("layer1",), ("layer2",), ("layer3",)),
-        tail=(),
-        classifier="linear",
-    )
+    stage_plan: ClassVar[StagePlan] = StagePlan(("relu", "layer1", "layer2", "layer3"), classifier="linear")
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -88,12 +88,7 @@ class WideResNet(nn.Module):
         CIFAR-100 checkpoints of RepDistiller.
     """
 
-    stage_plan: ClassVar[StagePlan] = StagePlan(
-        stem=("conv1",),
-        stages=(("block1",), ("block2",), ("block3",)),
-        tail=("bn1", "relu"),
-        classifier="fc",
-    )
+    stage_plan: ClassVar[StagePlan] = StagePlan(("conv1", "block1", "block2", "relu"), classifier="fc")
 
     def __init__(self, num_classes: int, *, depth: int, widen: int) -> None:
         super().__init__()

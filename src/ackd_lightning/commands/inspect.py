@@ -1,0 +1,92 @@
+"""``ackd inspect``: stages, branch points, size and cost of a network."""
+
+from __future__ import annotations
+
+import torch
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.branches import branch_names, default_branches
+from ackd_lightning.models.features import native_sizes, plan_for, probe, traced, use_taps
+from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.models.tracing import image_channels, name_of
+from ackd_lightning.models.zoo import count_parameters, create_model, multiply_adds
+from ackd_lightning.types import ImageSize, height_width
+
+
+def read_size(text: str) -> ImageSize:
+    """Read an image size from the command line.
+
+    Args:
+        text: ``96``, or height and width as ``96x128``.
+
+    Raises:
+        ACKDError: If it is neither.
+
+    Example:
+        >>> read_size("96"), read_size("96x128")
+        (96, (96, 128))
+    """
+    parts = text.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ACKDError(f"--size is {text!r}; give a side in pixels such as 96, or height and width as 96x128")
+    sizes = [int(part) for part in parts]
+    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def inspect(network: str, *, size: str | None = None, classes: int = 1000, taps: str = "") -> None:
+    """Print the stages of a network, where auxiliary learners can branch off, and what all of them cost.
+
+    Every branch is run with the network's weights: its logits must be the network's.
+
+    Args:
+        network: Name for `create_model`.
+        size: Image size, ``96`` or ``96x128``; None for the size that the network was designed for.
+        classes: Number of classes.
+        taps: Names of modules whose outputs are taken as stages, separated by commas; default: found in the network.
+
+    Raises:
+        ACKDError: If there is no such network, or it cannot read images of this size.
+    """
+    model = create_model(network, classes)
+    if taps:
+        use_taps(model, [part.strip() for part in taps.split(",") if part.strip()], name_of(model))
+    if size is None:
+        sizes = native_sizes(model)
+        pixels: ImageSize = next((each for each in sizes if traced(model, each) is not None), 224)
+    else:
+        pixels = read_size(size)
+    spec, plan, channels = probe(model, pixels), plan_for(model, pixels), image_channels(model)
+    height, width = height_width(pixels)
+    cost = multiply_adds(model, pixels, channels)
+    print(f"{network}: {channels} x {height} x {width} images, {classes:,} classes")
+    print(f"{count_parameters(model):,} parameters, {cost / 1e6:,.1f} million multiply-adds")
+    if plan is None or spec.features is None:
+        print("no stages were found: methods that compare logits work, others need `taps`; peers instead of branches")
+        return
+    rows: list[tuple[str, ...]] = [("", "module", "C x H x W", "branch", "parameters", "multiply-adds")]
+    names = dict(enumerate(reversed(branch_names(plan))))  # by the feature that the branch reads
+    notes = []
+    for number, (module, shape) in enumerate(zip(plan.features, spec.features, strict=True)):
+        row: tuple[str, ...] = (f"F_{number}", module, " x ".join(map(str, shape)))
+        if number not in names:
+            rows.append((*row, "", "", ""))
+            continue
+        try:
+            with torch.random.fork_rng(devices=[]):
+                student = BranchyStudent(model, [names[number]], input_size=pixels)
+        except ACKDError as error:
+            notes.append(str(error))
+            rows.append((*row, "none", "", ""))
+            continue
+        extra = multiply_adds(student, pixels, channels) - cost
+        rows.append((*row, names[number], f"{count_parameters(student.branches):,}", f"{extra / 1e6:,.1f} million"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.rjust(w) if place > 3 else cell.ljust(w)
+            for place, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+    read = "the mean of the last feature" if plan.pooled else f"embedding of {spec.embedding:,} numbers"
+    print(f"classifier: {plan.classifier or 'not found'} ({read})")
+    print(f"auxiliary learners by default: {', '.join(default_branches(plan))}", *notes, sep="\n")

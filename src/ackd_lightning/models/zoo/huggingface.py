@@ -1,0 +1,120 @@
+"""Image classifiers of Hugging Face from a folder on disk; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.extras import require
+
+HF = "hf:"
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+"""Interpolations as Pillow numbers them."""
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder of a network.
+
+    Args:
+        name: Name that begins with ``hf:``.
+
+    Raises:
+        ACKDError: If it is no folder with a ``config.json``.
+    """
+    folder = Path(name.removeprefix(HF)).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ACKDError(
+            f"network {name!r} names no folder with a config.json; give the folder that `save_pretrained` wrote, as "
+            "hf:FOLDER"
+        )
+    return folder
+
+
+def from_config(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """Build an image classifier with fresh weights.
+
+    Args:
+        name: ``hf:FOLDER``.
+        num_classes: Number K of classes.
+        options: Values that replace those of the folder's ``config.json``.
+
+    Raises:
+        ACKDError: If transformers is missing, or the folder holds no image classifier.
+    """
+    transformers = require("transformers", "huggingface", f"network {name!r}")
+    folder = folder_of(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, num_labels=num_classes, **options
+        )
+        network: nn.Module = transformers.AutoModelForImageClassification.from_config(config)
+    except (ValueError, OSError, KeyError) as error:
+        raise _refused(name, error) from error
+    return network
+
+
+def with_weights(name: str, options: dict[str, Any]) -> nn.Module:
+    """Load an image classifier with its weights and its own classes.
+
+    Args:
+        name: ``hf:FOLDER``; weights are read from safetensors only.
+        options: Values that replace those of the folder's ``config.json``.
+
+    Raises:
+        ACKDError: If transformers is missing, or the folder holds no weights of an image classifier.
+    """
+    transformers = require("transformers", "huggingface", f"network {name!r}")
+    try:
+        network, report = transformers.AutoModelForImageClassification.from_pretrained(
+            folder_of(name),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise _refused(name, error) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ACKDError(
+            f"the weights of {name!r} lack {missing[0]!r} and {len(missing) - 1} others; give the folder of an image "
+            "classifier, and not of its backbone"
+        )
+    return cast(nn.Module, network)
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """Read the classes of a network and how its images are prepared.
+
+    Args:
+        folder: Folder with a ``config.json`` and, perhaps, a ``preprocessor_config.json``.
+
+    Returns:
+        ``class_names``, and ``mean`` and ``std`` of pixels in 0 to 1, ``input_size`` (height, width) and
+        ``interpolation`` where they are stated.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    labels = config.get("id2label") or {str(number): f"LABEL_{number}" for number in range(config.get("num_labels", 2))}
+    result: dict[str, Any] = {"class_names": [labels[number] for number in sorted(labels, key=int)]}
+    file = folder / "preprocessor_config.json"
+    stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if stated.get("do_normalize", True) and "image_mean" in stated and "image_std" in stated:
+        result |= {"mean": tuple(stated["image_mean"]), "std": tuple(stated["image_std"])}
+    size = stated.get("crop_size") if stated.get("do_center_crop") else stated.get("size")
+    size = size if size is not None else config.get("image_size")
+    if isinstance(size, dict):
+        size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+    if size is not None:
+        result["input_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    if stated.get("resample") in _RESAMPLE:
+        result["interpolation"] = _RESAMPLE[stated["resample"]]
+    return result
+
+
+def _refused(name: str, error: Exception) -> ACKDError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return ACKDError(f"network {name!r} cannot be read ({reason}); give a folder with an image classifier")
