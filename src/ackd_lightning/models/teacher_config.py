@@ -23,7 +23,7 @@ class TeacherConfig:
     """A teacher with its weights, its preprocessing and classes, and how it is run and checked.
 
     Args:
-        network: Name for ``create_model`` (such as resnet110), or a network.
+        network: Name for ``create_model`` (such as resnet110), or a network. It has to be given.
         weights: Weight file of a network that is given by name.
         pretrained: Use the weights that timm or torchvision publish for the network, with their own classes and
             preprocessing; they are downloaded unless they are in the library's cache.
@@ -51,7 +51,7 @@ class TeacherConfig:
         ACKDError: If a value is not allowed, or values contradict each other.
     """
 
-    network: str | nn.Module
+    network: str | nn.Module = ""
     weights: str | None = None
     pretrained: bool = False
     options: dict[str, Any] | None = None
@@ -70,11 +70,16 @@ class TeacherConfig:
         """Check the values."""
         check_arguments(type(self), {key: each for key, each in vars(self).items() if key != "class_map"})
         given = isinstance(self.network, nn.Module)
-        if not given and (not isinstance(self.network, str) or not self.network):
-            asks = "pretrained is true and " if self.pretrained else ""
+        if not given and not isinstance(self.network, str):
             raise ACKDError(
-                f"{asks}network is {self.network!r} in TeacherConfig; it must be a name for create_model or a network"
+                f"network is {self.network!r} in TeacherConfig; it must be a name for create_model or a network"
             )
+        if not given and not self.network:
+            given_too = [
+                f"{name} is {getattr(self, name)!r}" for name in ("pretrained", "weights") if getattr(self, name)
+            ]
+            begin = f"{' and '.join(given_too)} and " if given_too else ""
+            raise ACKDError(f"{begin}the teacher has no network; name one, such as teacher.network resnet18")
         if self.options is not None and not isinstance(self.options, dict):
             raise ACKDError(
                 f"options is {self.options!r} in TeacherConfig; it must be a dict of create_model's options"
