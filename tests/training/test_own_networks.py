@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from training.helpers import Blobs, TinyNet, build, teaching, trainer
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD, AT, KD
+from training.helpers import Blobs, TinyNet, build, teaching, trainer
 
 
 class Returns(TinyNet):
