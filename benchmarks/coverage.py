@@ -4,7 +4,7 @@
     python benchmarks/coverage.py --only resnet18 timm:test_vit --out coverage.jsonl
     python benchmarks/coverage.py --table coverage.jsonl            # the table of docs/networks.md
 
-Networks have fresh weights. Images are random, of 96 x 96 pixels or, where a network cannot read these, of its own
+Networks have fresh weights. Images are random, of 64 x 64 pixels or, where a network cannot read these, of its own
 size. ``logits`` is a step of kd, ``features`` are steps of at, crd, reviewkd and simkd, ``branches`` is a step of ackd
 with the paper's two auxiliary learners; each with the network as teacher of resnet8 and as student of resnet8.
 """
@@ -12,6 +12,7 @@ with the paper's two auxiliary learners; each with the network as teacher of res
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import sys
@@ -67,8 +68,8 @@ def names() -> Iterator[str]:
 
 
 def image_size(network: nn.Module) -> int | tuple[int, int]:
-    """Return 96 where a network can read it, or else the size that it was designed for."""
-    return next((size for size in (96, *native_sizes(network)) if traced(network, size) is not None), 96)
+    """Return 64 where a network can read it, or else the size that it was designed for."""
+    return next((size for size in (64, *native_sizes(network)) if traced(network, size) is not None), 64)
 
 
 def attempt(method: Callable[[], Method], student: nn.Module | str, teacher: nn.Module | str, size: Any) -> str | None:
@@ -96,7 +97,7 @@ def measure(name: str) -> dict[str, Any]:
     for method, make in METHODS.items():
         row["steps"][method] = {
             "teacher": attempt(make, "resnet8", network, size),
-            "student": attempt(make, create_model(name, CLASSES), "resnet8", size),
+            "student": attempt(make, copy.deepcopy(network), "resnet8", size),
         }
         gc.collect()
     row["seconds"] = round(time.perf_counter() - started, 1)

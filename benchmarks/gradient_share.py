@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from ackd_lightning import ACKDModule
+from ackd_lightning.models.freezing import stage_modules
 from ackd_lightning.runs.files import read_checkpoint
 
 
@@ -39,11 +40,11 @@ def main(run: Path) -> None:
         batch = module.as_batch(data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0))
         student, teacher = module.outputs(batch)
         terms, weights = module.method(student, teacher, batch), module.method.loss_weights
-        plan = module.student.plan
         entries = [branch.entry for branch in module.student.branches]
-        shared = {*plan.stem, *(name for stage in plan.stages[: min(entries) - 1] for name in stage)}
-        own = {plan.classifier, *plan.tail, *(name for stage in plan.stages[max(entries) - 1 :] for name in stage)}
         backbone = module.student.backbone
+        stages = list(stage_modules(backbone).values())
+        shared = {name for stage in stages[: min(entries)] for name in stage}
+        own = {module.student.plan.classifier, *(name for stage in stages[max(entries) :] for name in stage)}
         parts = [[p for n in sorted(names) for p in backbone.get_submodule(n).parameters()] for names in (shared, own)]
         print(f"{run}, {moment}: value, weight, gradient norms on the common trunk and the student's last stage")
         for name, value in terms.items():

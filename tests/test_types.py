@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ackd_lightning.errors import ACKDError
-from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec, read_batch
+from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 
 
 def test_a_batch_unpacks_in_order_and_its_index_is_a_tensor():
@@ -57,11 +56,3 @@ def test_the_shape_of_an_image_follows_from_size_and_normalisation(info, shape):
 
 def test_equal_sides_are_one_number():
     assert DataInfo(10, (24, 24)) == DataInfo(10, 24)
-
-
-@pytest.mark.parametrize(("size", "shape"), [(16, (16, 16)), ((16, 24), (16, 24)), ((24, 16), (24, 16))])
-def test_batches_of_the_stated_size_are_read(size, shape):
-    image, target = torch.zeros(2, 3, *shape), torch.tensor([0, 1])
-    assert read_batch((image, target), size).index.tolist() == [-1, -1]
-    with pytest.raises(ACKDError, match=f"{shape[0]} x {shape[1]}"):
-        read_batch((image, target), (8, 16))

@@ -18,7 +18,7 @@ from ackd_lightning.models.teacher import TeacherConfig
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.manual import frozen
 from ackd_lightning.training.module import DistillationModule
-from ackd_lightning.types import Batch, DataInfo, NetOutput
+from ackd_lightning.types import Batch, DataInfo, ImageSize, NetOutput, height_width
 
 
 class RandomImages(L.LightningDataModule):
@@ -26,18 +26,20 @@ class RandomImages(L.LightningDataModule):
 
     Args:
         num_classes: K.
-        input_size: Side in pixels.
+        input_size: Side in pixels, or height and width.
         count: Number of images.
         batch_size: Images in a batch.
     """
 
-    def __init__(self, *, num_classes: int = 5, input_size: int = 16, count: int = 80, batch_size: int = 8) -> None:
+    def __init__(
+        self, *, num_classes: int = 5, input_size: ImageSize = 16, count: int = 80, batch_size: int = 8
+    ) -> None:
         super().__init__()
         self.info = DataInfo(num_classes, input_size, mean=(0.5,) * 3, std=(0.25,) * 3)
         self.batch_size = batch_size
         self.train_targets = torch.arange(count) % num_classes
         generator = torch.Generator().manual_seed(3)
-        noise = torch.randn(count, 3, input_size, input_size, generator=generator)
+        noise = torch.randn(count, 3, *height_width(input_size), generator=generator)
         self.images = noise + torch.randn(num_classes, 3, 1, 1, generator=generator)[self.train_targets]
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-from ackd_lightning.errors import ACKDError
 
 ImageSize = int | tuple[int, int]
 """Side of square images in pixels, or their height and width."""
@@ -144,31 +141,3 @@ class Examples:
     made: Tensor
     predictions: Mapping[str, Tensor]
     target: Tensor
-
-
-def read_batch(batch: Any, input_size: ImageSize) -> Batch:
-    """Read ``(image, target)`` or ``(image, target, index)``; a target may be ``B x K`` shares of the classes.
-
-    Args:
-        batch: Batch of any data module.
-        input_size: Side in pixels that the images must have, or height and width.
-
-    Raises:
-        ACKDError: If the batch has another form, or the images another size.
-    """
-    if isinstance(batch, Batch):
-        result = batch
-    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
-        image, target = batch[0], batch[1]
-        soft = target.float() if target.ndim == 2 and target.is_floating_point() else None
-        target = target if soft is None else soft.argmax(dim=1)
-        result = Batch(image, target, batch[2] if len(batch) == 3 else torch.full_like(target, -1), soft)
-    else:
-        raise ACKDError(f"a batch is {type(batch).__name__}; the data must give (image, target) or add an index")
-    found, expected = tuple(result.image.shape[-2:]), height_width(input_size)
-    if found != expected:
-        raise ACKDError(
-            f"images are {found[0]} x {found[1]} (height x width) and input_size is {expected[0]} x {expected[1]}; set "
-            "input_size to the size of your images"
-        )
-    return result

@@ -31,7 +31,7 @@ SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 class Small(nn.Module):
     """A network with a last map of a size of its own, 12 x 2 x 2 for images of 16 x 16."""
 
-    stage_plan = StagePlan(stem=("stem",), stages=(("low",), ("high",)), tail=("norm",), classifier="head")
+    stage_plan = StagePlan(("stem", "low", "norm"), classifier="head")
 
     def __init__(self, *, bias: bool = True, channels: int = 12) -> None:
         super().__init__()

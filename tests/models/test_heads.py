@@ -178,5 +178,5 @@ def test_a_copy_of_a_headed_network_learns_alone():
 
 
 def test_a_backbone_without_known_stages_is_refused():
-    with pytest.raises(ACKDError, match=r"stages of Sequential.*another head"):
+    with pytest.raises(ACKDError, match=r"Sequential.*another head.*`taps`"):
         HeadedNetwork(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), head_of((12, 4, 4)))

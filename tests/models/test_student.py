@@ -14,9 +14,9 @@ from ackd_lightning.models.zoo import create_model
 
 
 class Own(nn.Module):
-    """A user's network with two stages and a tail."""
+    """A user's network that states its two stages, the second with a norm at its end."""
 
-    stage_plan = StagePlan(stem=("stem",), stages=(("low",), ("high", "more")), tail=("norm",), classifier="head")
+    stage_plan = StagePlan(("stem", "low", "norm"), classifier="head")
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,8 @@ class Own(nn.Module):
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.factor = nn.Parameter(torch.ones(1))
+        self.factor = nn.Parameter(torch.ones(8))
+        self.position = nn.Parameter(0.5 + 0.02 * torch.randn(1, 50, 40))
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
         return feature * self.factor
@@ -65,7 +66,7 @@ def test_a_spec_that_does_not_fit_is_refused_with_the_valid_ones(backbone, spec)
         BranchyStudent(backbone, [spec])
     message = str(caught.value)
     assert repr(spec) in message
-    assert "CifarResNet, which has 3 stages; use one of D3B1, D2B2, D1B3" in message
+    assert "resnet8, which has 3 stages; use one of D3B1, D2B2, D1B3" in message
 
 
 def test_four_stages_have_their_own_valid_specs():
@@ -90,8 +91,8 @@ def test_the_papers_two_learners_are_the_default(name, expected):
     student = BranchyStudent(network)
     assert student.specs == expected
     assert [branch.entry for branch in student.branches] == [
-        len(plan_for(network).stages),
-        len(plan_for(network).stages) - 1,
+        len(plan_for(network).features) - 1,
+        len(plan_for(network).features) - 2,
     ]
 
 
@@ -104,7 +105,7 @@ def test_last_is_the_last_stage_of_any_backbone(name, spec):
 
 
 def test_a_network_of_one_stage_has_one_default_learner():
-    assert default_branches(StagePlan((), (("a",),), (), "b")) == ("D1B1",)
+    assert default_branches(StagePlan(("a", "b"), "c")) == ("D1B1",)
 
 
 def test_an_empty_list_grows_nothing(backbone, image):
@@ -131,13 +132,13 @@ def test_weights_of_learners_are_fresh_and_not_shared(backbone):
     convolutions = [key for key, value in own.items() if value.dim() == 4]
     assert convolutions
     for key in convolutions:
-        one, two = first[f"stages.0.0.{key}"], second[f"stages.0.0.{key}"]
+        one, two = first[f"suffix.network.layer3.{key}"], second[f"suffix.network.layer3.{key}"]
         assert not torch.equal(one, own[key]), key
         assert not torch.equal(two, own[key]), key
         assert not torch.equal(one, two), key
-    assert not torch.equal(first["classifier.weight"], backbone.fc.weight)
-    assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
-    assert (first["stages.0.0.0.bn1.weight"] == 1).all()  # BatchNorm starts as new
+    assert not torch.equal(first["suffix.network.fc.weight"], backbone.fc.weight)
+    assert not torch.equal(first["suffix.network.fc.weight"], second["suffix.network.fc.weight"])
+    assert (first["suffix.network.layer3.0.bn1.weight"] == 1).all()  # BatchNorm starts as new
     assert backbone.layer3[0].conv1.weight.equal(before["layer3.0.conv1.weight"])  # the backbone keeps its own
     pointers = [each.data_ptr() for each in student.parameters()]
     assert len(pointers) == len(set(pointers))
@@ -146,7 +147,7 @@ def test_weights_of_learners_are_fresh_and_not_shared(backbone):
 def test_fresh_running_statistics_do_not_come_from_the_backbone(backbone):
     nn.init.constant_(backbone.layer3[0].bn1.running_mean, 7.0)
     (branch,) = BranchyStudent(backbone, ["D3B1"]).branches
-    assert (branch.stages[0][0][0].bn1.running_mean == 0).all()
+    assert (branch.suffix.network.layer3[0].bn1.running_mean == 0).all()
 
 
 def test_fresh_convolutions_are_he_normal_over_the_fan_out():
@@ -157,9 +158,15 @@ def test_fresh_convolutions_are_he_normal_over_the_fan_out():
     assert (layer.bias == 0).all()
 
 
-def test_a_layer_that_cannot_start_afresh_is_named():
-    with pytest.raises(ACKDError, match=r"Scale.*`reset_parameters`"):
-        init_fresh(nn.Sequential(nn.ReLU(), Scale()))
+def test_parameters_of_a_layer_without_an_initialisation_are_drawn_anew():
+    torch.manual_seed(0)
+    layer = Scale()
+    before = layer.position.detach().clone()
+    init_fresh(nn.Sequential(nn.ReLU(), layer))
+    assert not torch.equal(layer.position, before)
+    torch.testing.assert_close(layer.position.std(), before.std(), rtol=0.1, atol=0)
+    torch.testing.assert_close(layer.position.mean(), before.mean(), rtol=0, atol=0.1)
+    assert (layer.factor == 1).all()  # constant, as a layer scale
 
 
 def test_the_plain_backbone_is_the_same_object_and_loads_strictly(backbone):
@@ -202,11 +209,11 @@ def test_every_learner_returns_its_last_map_before_pooling(backbone, image):
 def test_a_learner_reads_the_input_of_its_entry_stage(backbone, image):
     student = BranchyStudent(backbone, ["D2B2"]).eval()
     output = student(image)
-    feature = output.features[1]  # F_1, the input of stage 2
     (branch,) = student.branches
-    for stage in branch.stages:
-        feature = stage(feature)
+    own = branch.suffix.network
+    feature = own.layer3(own.layer2(output.features[1]))  # F_1, the input of stage 2
     assert torch.equal(output.branches[0].features[0], feature)
+    assert torch.equal(output.branches[0].logits, own.fc(feature.mean(dim=(2, 3))))
 
 
 def test_the_gradient_of_a_learner_reaches_the_trunk_below_its_entry_only(backbone, image):
@@ -226,7 +233,8 @@ def test_a_learner_of_a_wide_resnet_has_its_own_batchnorm_and_relu_at_the_end():
     student = BranchyStudent(create_model("wrn_16_2", 5), ["D3B1"]).eval()
     output = student(torch.randn(2, 3, 16, 16))
     assert (output.branches[0].features[0] >= 0).all()
-    assert len(student.branches[0].stages) == 2  # the stage and the tail
+    own = student.branches[0].suffix.network
+    assert torch.equal(output.branches[0].features[0], own.bn1(own.block3(output.features[2])).relu())
 
 
 def test_torchvisions_resnet18_grows_branches():
@@ -252,12 +260,12 @@ def test_a_network_of_ones_own_with_a_plan_grows_branches():
 
 
 @pytest.mark.parametrize("branches", [None, ["D3B1"]])
-def test_a_network_without_a_plan_cannot_grow_branches(branches):
-    with pytest.raises(ACKDError, match=r"stages of Sequential.*`stage_plan`"):
+def test_a_network_without_stages_cannot_grow_branches(branches):
+    with pytest.raises(ACKDError, match=r"Sequential.*`taps`"):
         BranchyStudent(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), branches)
 
 
-def test_a_network_without_a_plan_trains_without_branches():
+def test_a_network_without_stages_trains_without_branches():
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
     image = torch.randn(2, 3, 4, 4)
     assert torch.equal(BranchyStudent(network, [])(image).logits, network(image))

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import StagePlan
+from ackd_lightning.models.features import StagePlan, staged_forward, traced
+from ackd_lightning.models.stages import stage_names
 from ackd_lightning.models.zoo import count_parameters, create_model, list_models, multiply_adds
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -42,18 +43,12 @@ def on_meta(name: str, num_classes: int, **options: object) -> nn.Module:
 
 
 def run_plan(model: nn.Module, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return F_0 .. F_K, the embedding, and the logits, by the plan alone."""
-    plan = model.stage_plan
-    assert isinstance(plan, StagePlan)
-    features, outputs = images, []
-    for names in (plan.stem, *plan.stages):
-        for name in names:
-            features = model.get_submodule(name)(features)
-        outputs.append(features)
-    for name in plan.tail:
-        features = model.get_submodule(name)(features)
-    embedding = nn.functional.adaptive_avg_pool2d(features, 1).flatten(1)
-    return [*outputs, embedding], model.get_submodule(plan.classifier)(embedding)
+    """Return F_0 .. F_K and the embedding, and the logits."""
+    assert isinstance(model.stage_plan, StagePlan)
+    output = staged_forward(model, model.stage_plan, images)
+    assert output.features is not None
+    assert output.embedding is not None
+    return [*output.features, output.embedding], output.logits
 
 
 def test_list_models_has_each_network_once():
@@ -161,24 +156,30 @@ def test_other_image_sizes_give_logits(name):
 
 
 @pytest.mark.parametrize("name", CIFAR)
-def test_plan_has_every_module_in_the_order_of_forward(name):
+def test_the_plan_names_the_map_that_is_pooled_and_the_layer_that_reads_it(name):
     torch.manual_seed(0)
-    model = create_model(name, 7)
-    for module in model.modules():  # else a BatchNorm that is left out goes unnoticed in eval mode
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-    model.eval()
-    images = torch.randn(2, 3, 32, 32)
+    model = create_model(name, 7).eval()
+    images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        logits = model(images)
-        assert torch.equal(run_plan(model, images)[1], logits)
-    assert logits.std() > 0
-    plan = model.stage_plan
-    named = [*plan.stem, *(name for stage in plan.stages for name in stage), *plan.tail, plan.classifier]
-    assert len(named) == len(set(named))
-    owned = sum(count_parameters(model.get_submodule(part)) for part in named)
-    assert owned == count_parameters(model)
+        features, logits = run_plan(model, images)
+        torch.testing.assert_close(features[-1], features[-2].mean(dim=(2, 3)))
+        torch.testing.assert_close(model.get_submodule(model.stage_plan.classifier)(features[-1]), logits)
+        assert torch.equal(logits, model(images))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet32x4", "wrn_16_2", "shufflenetv1", "mobilenetv2_x0_5"])
+def test_the_plan_is_what_would_be_found_without_it(name):
+    model = on_meta(name, 7)
+    copied, _, record = traced(model, 32)
+    found = stage_names(copied, record, (32, 32))
+    if name == "mobilenetv2_x0_5":  # the paper's four stages; blocks at half of the resolution belong to a stem else
+        assert found == ("blocks.1", "blocks.2", "blocks.4", "conv2")
+        assert set(found) < set(model.stage_plan.features)
+    else:
+        assert found == model.stage_plan.features
+        assert record.classifier == model.stage_plan.classifier
+    assert found[-1] in record.pooled
+    assert model.stage_plan.pooled
 
 
 @pytest.mark.parametrize("golden", NUMBERS["cifar"])

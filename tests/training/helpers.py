@@ -23,7 +23,7 @@ NORMALISED = DataInfo(CLASSES, SIZE, mean=(0.5,) * 3, std=(0.5,) * 3)
 class TinyNet(nn.Module):
     """Three stages on 8 x 8 images: everything that a CIFAR network has, in a millisecond."""
 
-    stage_plan = StagePlan(stem=("stem",), stages=(("one",), ("two",), ("three",)), tail=(), classifier="fc")
+    stage_plan = StagePlan(("stem", "one", "two", "three"), classifier="fc")
 
     def __init__(self, width: int = 4, *, norm: bool = True, dropout: float = 0.0) -> None:
         super().__init__()

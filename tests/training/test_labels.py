@@ -12,8 +12,9 @@ from ackd_lightning.methods import ACKD, ACN, AIKD, CE, CRD, DKD, KD, Sum
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training import Recipe
+from ackd_lightning.training.batches import read_batch
 from ackd_lightning.training.labels import Labels, accuracy, inverse_frequency
-from ackd_lightning.types import Batch, DataInfo, read_batch
+from ackd_lightning.types import Batch, DataInfo
 from training.helpers import CLASSES, Blobs, IndexedBlobs, build, teaching, trainer
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -132,7 +133,7 @@ def test_labels_that_a_method_cannot_learn_from_are_refused(make, labels):
 
 def test_shares_of_classes_from_other_data_modules():
     image, shares = torch.zeros(2, 3, 8, 8), torch.tensor([[0.2, 0.8], [0.9, 0.1]])
-    read = read_batch((image, shares), 8)
+    read = read_batch((image, shares), DataInfo(2, 8))
     assert read.target.tolist() == [1, 0]
     assert read.index.tolist() == [-1, -1]
     assert read.labels is read.soft

@@ -231,7 +231,7 @@ def test_the_backbone_learns_at_its_own_rate(decay, init):
     found = {name: round(rates[id(each)] / 0.05, 3) for name, each in module.student.named_parameters()}
     slow = {name for name in found if name.startswith("backbone.") and not name.startswith("backbone.fc")}
     if init == "backbone":
-        slow |= {name for name in found if name.startswith("branches.") and "classifier" not in name}
+        slow |= {name for name in found if name.startswith("branches.") and ".fc." not in name}
     assert {name for name, rate in found.items() if rate == 0.1} == slow
     assert {name for name, rate in found.items() if rate == 1.0} == set(found) - slow
 
@@ -242,11 +242,11 @@ def test_branches_can_start_from_the_stages_of_the_backbone():
     network(torch.randn(4, 3, SIZE, SIZE))
     module = build(ACKD(), student=StudentConfig(network, init_branches="backbone"))
     last, wider = module.student.branches
-    assert not differing(state(network.three), state(last.stages[0][0]))
-    assert not differing(state(network.two), state(wider.stages[0][0]))
-    assert not torch.equal(last.classifier.weight, network.fc.weight)
+    assert not differing(state(network.three), state(last.suffix.network.three))
+    assert not differing(state(network.two), state(wider.suffix.network.two))
+    assert not torch.equal(last.suffix.network.fc.weight, network.fc.weight)
     fresh = build(ACKD(), student=StudentConfig(TinyNet())).student
-    assert differing(state(fresh.backbone.three), state(fresh.branches[0].stages[0][0]))
+    assert differing(state(fresh.backbone.three), state(fresh.branches[0].suffix.network.three))
 
 
 # -------------------------------------------------------------------------------- resume, checkpoints, exports

@@ -59,7 +59,7 @@ class TrainingModule(Protocol):
     def teacher_spec(self) -> NetSpec | None:
         """Shapes of the first teacher."""
 
-    def as_batch(self, batch: Any) -> Batch:
+    def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
         """Read a batch of any data module."""
 
     def kept_network(self) -> nn.Module:

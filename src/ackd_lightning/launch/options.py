@@ -17,7 +17,7 @@ from ackd_lightning.launch import LIGHTNING
 from ackd_lightning.launch.arguments import set_length
 from ackd_lightning.launch.messages import RefusedError
 from ackd_lightning.models.branches import default_branches
-from ackd_lightning.models.features import plan_for
+from ackd_lightning.models.features import plan_for, use_taps
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.teacher import TeacherConfig
 from ackd_lightning.models.zoo import create_model
@@ -126,5 +126,6 @@ def spell_out(settings: Any) -> None:
     arguments = model.method.get("init_args") if model.method is not None else None
     if arguments is not None and arguments.get("branches", ()) is None and isinstance(model.student.network, str):
         with contextlib.suppress(ACKDError), torch.device("meta"):  # a wrong name is reported by the constructor
-            plan = plan_for(create_model(model.student.network, 10, **(model.student.options or {})))
+            network = create_model(model.student.network, 10, **(model.student.options or {}))
+            plan = use_taps(network, model.student.taps) if model.student.taps else plan_for(network)
             arguments.branches = list(default_branches(plan)) if plan is not None else None

@@ -101,9 +101,17 @@ def plan_for(network: nn.Module, input_size: ImageSize | None = None) -> StagePl
     Args:
         network: Any network.
         input_size: Height and width in pixels of the images that it will get, for networks that read no other.
+
+    Raises:
+        ACKDError: If the attribute ``stage_plan`` is something else.
     """
     plan = getattr(network, "stage_plan", None)
-    if isinstance(plan, StagePlan) or "stage_plan" in network.__dict__:
+    if plan is not None and not isinstance(plan, StagePlan):
+        raise ACKDError(
+            f"stage_plan of {name_of(network)} is {plan!r}; set it to a StagePlan with the names of modules, such as "
+            "StagePlan(('layer1', 'layer2'))"
+        )
+    if plan is not None or "stage_plan" in network.__dict__:
         return plan
     found: StagePlan | None = None
     for size in native_sizes(network, input_size):

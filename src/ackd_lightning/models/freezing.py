@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ackd_lightning.errors import ACKDError, near_matches
-from ackd_lightning.models.features import plan_for
+from ackd_lightning.models.features import native_sizes, plan_for, traced
+from ackd_lightning.models.stages import stage_parts
+from ackd_lightning.models.tracing import name_of
 
 
-def stage_modules(network: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the modules of each stage of a network, by ``stem``, ``stage1``, ``stage2``, ...; empty if unknown.
+def parts_by_stage(network: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the modules and parameters of each stage by ``stem``, ``stage1``, ``stage2``, ...; empty if unknown.
 
     Args:
         network: Any network.
@@ -19,7 +21,10 @@ def stage_modules(network: nn.Module) -> dict[str, tuple[str, ...]]:
     plan = plan_for(network)
     if plan is None:
         return {}
-    return {"stem": plan.stem, **{f"stage{number}": names for number, names in enumerate(plan.stages, start=1)}}
+    for size in native_sizes(network):
+        if (found := traced(network, size)) is not None:
+            return stage_parts(network, found[2], plan.features)
+    return {}
 
 
 def freeze(network: nn.Module, names: Sequence[str]) -> None:
@@ -32,18 +37,17 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
     Raises:
         ACKDError: If the network has no such part, or nothing is left to train.
     """
-    stages = stage_modules(network)
+    stages = parts_by_stage(network)
     modules = {name: module for name, module in network.named_modules() if name}
     for name in names:
         if name not in stages and name not in modules:
             known = [*stages, *modules]
             raise ACKDError(
-                f"student.freeze names {name!r} and {type(network).__name__} has no such part; "
-                f"{near_matches(name, known)}"
+                f"student.freeze names {name!r} and {name_of(network)} has no such part; {near_matches(name, known)}"
             )
         # a module of that name is what its author calls the stage
         for each in (name,) if name in modules else stages[name]:
-            modules[each].requires_grad_(False)
+            (modules[each] if each in modules else network.get_parameter(each)).requires_grad_(False)
     if names and not any(each.requires_grad for each in network.parameters()):
         raise ACKDError(f"student.freeze is {list(names)}, which leaves nothing to train; leave a part out")
 

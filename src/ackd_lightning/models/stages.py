@@ -34,9 +34,11 @@ def stage_names(network: nn.Module, traced: Trace, image_size: tuple[int, int]) 
         return ()
     whole = image_size[0] * image_size[1]
     layers = sorted(traced.calls[name].start for name in _weighted(network) if name in traced.calls)
+    runs = _runs(points)
     stages: list[Call] = []
     last = 0
-    for end in (_end(run) for run in _runs(points)):
+    for number in range(len(runs)):
+        end = _end(runs, number, last, layers, traced)
         if any(last < start < end.end for start in layers):  # not pooling alone
             stages.append(end)
             last = end.end
@@ -46,7 +48,7 @@ def stage_names(network: nn.Module, traced: Trace, image_size: tuple[int, int]) 
     if whole >= _SMALLEST_BACKBONE**2 * _area(stages[-1]):
         stem = [each for each in stages[:-2] if whole <= 4.5 * _area(each)]
         stages = stages[len(stem) :]
-    begin = stages[0].start
+    begin = _begin(network, points, stages[0], layers)
     if stem:
         begin = next(start for start in layers if start > stem[-1].end)
     if len(stages) < 3 and len(chain := _longest_chain(network, points)) >= _PARTS:
@@ -56,8 +58,36 @@ def stage_names(network: nn.Module, traced: Trace, image_size: tuple[int, int]) 
     if pooled:
         stages[-1] = min((each for each in pooled if each.node is pooled[0].node), key=lambda each: each.depth)
     first = [each for each in points if each.end < begin][-1:]
-    names = [each.name for each in first + stages]
+    names = [each.name for each in first + [each for each in stages if each.end > begin]]
     return tuple(names) if len(names) > 1 else ()
+
+
+def stage_parts(network: nn.Module, traced: Trace, features: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the modules and parameters of each stage, by ``stem``, ``stage1``, ``stage2``, ...
+
+    Args:
+        network: Network that was traced.
+        traced: Calls of its modules.
+        features: Names of the modules that return F_0 .. F_K.
+    """
+    ends = [traced.calls[name].end for name in features]
+    names = ["stem", *(f"stage{number}" for number in range(1, len(ends)))]
+    parts: dict[str, list[str]] = {name: [] for name in names}
+
+    def place(module: nn.Module, prefix: str) -> None:
+        # parameters of a module that is called across stages, such as position embeddings, are read before all of them
+        parts["stem"] += [f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False)]
+        for name, child in module.named_children():
+            full = f"{prefix}{name}"
+            call = traced.calls.get(full)
+            number = None if call is None else sum(end < call.end for end in ends)
+            if call is None or number is None or (number and call.start < ends[number - 1]):
+                place(child, f"{full}.")
+            elif number < len(names) and any(True for _ in child.parameters()):
+                parts[names[number]].append(full)
+
+    place(network, "")
+    return {name: tuple(each) for name, each in parts.items()}
 
 
 def _area(call: Call) -> int:
@@ -77,9 +107,34 @@ def _trunk(traced: Trace) -> list[Call]:
     return points
 
 
-def _end(run: Sequence[Call]) -> Call:
-    depth = min(each.depth for each in run)
-    return [each for each in run if each.depth == depth][-1]
+def _end(runs: Sequence[Sequence[Call]], number: int, last: int, layers: Sequence[int], traced: Trace) -> Call:
+    """Return the last module of one resolution that is not the beginning of a block which changes the resolution."""
+    run, found = runs[number], runs[number][-1]
+    parts = found.name.split(".")
+    for size in range(1, len(parts)):
+        block = traced.calls.get(".".join(parts[:size]))
+        if block is None or block.end < found.end:
+            continue
+        crossed = sum(each[-1].end < block.end for each in runs[number:])
+        own = sum(block.start < start < found.end for start in layers)
+        before = [each for each in run if each.end < block.start]
+        if crossed == 1 and own <= 1 and before and any(last < start < before[-1].end for start in layers):
+            return _end([*runs[:number], before, *runs[number + 1 :]], number, last, layers, traced)
+    return found
+
+
+def _begin(network: nn.Module, points: Sequence[Call], stage: Call, layers: Sequence[int]) -> int:
+    """Return where the first stage begins: at the first of its blocks, or else at the second layer of the network."""
+    parent, kind = stage.name.rpartition(".")[0], type(network.get_submodule(stage.name))
+    begin = min(
+        each.start
+        for each in points
+        if each.name.rpartition(".")[0] == parent and type(network.get_submodule(each.name)) is kind
+    )
+    has_layers = any(stage.start < start < stage.end for start in layers)
+    if (has_layers and any(each.end < begin for each in points)) or len(layers) < 2:
+        return begin
+    return layers[1]
 
 
 def _weighted(network: nn.Module) -> list[str]:

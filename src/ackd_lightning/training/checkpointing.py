@@ -18,7 +18,7 @@ from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.start import Start, match_head
 from ackd_lightning.runs.export import Exported, write_student
-from ackd_lightning.training.labels import Labels
+from ackd_lightning.training.labels import Labels, check_unlabelled
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
 from ackd_lightning.training.teachers import Teachers, compare_classes
@@ -88,6 +88,7 @@ class SelfDescribing(OpenOptimizers):
         """Tell the method about the fit."""
         data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
         targets = getattr(data, "train_targets", None)
+        check_unlabelled(self.method, None if targets is None else torch.as_tensor(targets), data)
         self.labelling.begin_fit(None if targets is None else torch.as_tensor(targets))
         self.method.begin_fit(
             FitInfo(

@@ -15,6 +15,7 @@ from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.base import Method
 from ackd_lightning.metrics.cka import LearnerStatistics
 from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.training.batches import require_labels
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 
@@ -113,7 +114,7 @@ class EvaluationSteps(L.LightningModule):
     evaluation: Evaluation
 
     @abstractmethod
-    def as_batch(self, batch: Any) -> Batch:
+    def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
         """Read a batch of any data module."""
 
     @abstractmethod
@@ -135,7 +136,8 @@ class EvaluationSteps(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the student, each auxiliary learner and their ensemble on a batch."""
-        batch = self.as_batch(batch)
+        batch = self.as_batch(batch, first=batch_idx == 0)
+        require_labels(batch)
         student: NetOutput = self.student(batch.image)
         self.evaluation.update(self, self.method, student, self.prediction(student), batch.target)
 

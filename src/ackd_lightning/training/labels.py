@@ -34,6 +34,7 @@ class Labels:
 
     def __init__(self, recipe: Recipe, num_classes: int) -> None:
         self.smoothing, self.num_classes = recipe.label_smoothing, num_classes
+        self.unlabelled = False
         given = recipe.class_weights
         self.automatic = given == "auto"
         self.weights: Tensor | None = None
@@ -46,14 +47,16 @@ class Labels:
             self.weights = torch.tensor(list(given), dtype=torch.float32)
 
     def begin_fit(self, targets: Tensor | None) -> None:
-        """Compute automatic class weights.
+        """Compute automatic class weights, and note whether there are images without a label.
 
         Args:
-            targets: Class of every training image, ``N`` int64; None when the data module does not have them.
+            targets: Class of every training image, ``N`` int64, -1 without a label; None when the data module does not
+                have them.
 
         Raises:
             ACKDError: If the targets are needed and unknown.
         """
+        self.unlabelled = targets is not None and bool((targets < 0).any())
         if not self.automatic:
             return
         if targets is None:
@@ -69,13 +72,15 @@ class Labels:
         Args:
             batch: Batch with hard or mixed labels.
         """
-        if not self.smoothing and self.weights is None:
+        if not (self.smoothing or self.unlabelled) and self.weights is None:
             return batch
-        labels = F.one_hot(batch.target, self.num_classes).float() if batch.soft is None else batch.soft
+        labels = F.one_hot(batch.target.clamp(min=0), self.num_classes).float() if batch.soft is None else batch.soft
         labels = labels * (1 - self.smoothing) + self.smoothing / self.num_classes
         if self.weights is not None:
             self.weights = self.weights.to(labels.device)
             labels = labels * self.weights
+        if self.unlabelled:
+            labels = labels * (batch.target >= 0)[:, None]  # no term of a cross-entropy
         return batch._replace(soft=labels)
 
 
@@ -93,6 +98,7 @@ def inverse_frequency(targets: Tensor, num_classes: int) -> Tensor:
         >>> inverse_frequency(torch.tensor([0, 0, 0, 1]), 2).tolist()
         [0.6666666865348816, 2.0]
     """
+    targets = targets[targets >= 0]
     counts = torch.bincount(targets.cpu(), minlength=num_classes).float()
     present = counts > 0
     return torch.where(present, len(targets) / (present.sum() * counts.clamp_min(1)), 0.0)
@@ -138,6 +144,30 @@ def check_labels(method: Method, recipe: Recipe, data: Any) -> None:
         raise ACKDError(
             f"data.augmentation mixes images ({mixing}) and {_cannot_mix(method)}; set mixup and cutmix to 0"
         )
+
+
+def check_unlabelled(method: Method, targets: Tensor | None, data: Any) -> None:
+    """Refuse training images without a label for a method that needs one for each.
+
+    Args:
+        method: The method.
+        targets: Class of every training image, ``N`` int64, -1 without a label; None when unknown.
+        data: Data module, of which mixing and sampling are read where it has them.
+
+    Raises:
+        ACKDError: Naming the method or the setting.
+    """
+    missing = 0 if targets is None else int((targets < 0).sum())
+    if targets is None or not missing:
+        return
+    some = f"{missing:,} of {len(targets):,} training images have no label"
+    if method.labels != "mixed":
+        raise ACKDError(f"{some} and {_cannot_mix(method)}; leave them out, or use another method, such as kd")
+    if method.teacher == "none" and missing == len(targets):
+        raise ACKDError(f"{some} and method {type(method).__name__} learns from labels alone; use one with a teacher")
+    if isinstance(data, ImageDataModule) and (data.augmentation.mixing() or data.sampling == "balanced"):
+        setting = "data.augmentation mixes images" if data.augmentation.mixing() else "data.sampling is balanced"
+        raise ACKDError(f"{some} and {setting}, which needs the class of every image; leave one of them out")
 
 
 def check_batch(method: Method, batch: Batch) -> None:

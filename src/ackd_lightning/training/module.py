@@ -28,6 +28,7 @@ from ackd_lightning.models.features import probe
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.random import mix, seed_device
+from ackd_lightning.training.batches import read_batch
 from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
 from ackd_lightning.training.labels import Labels, accuracy, check_batch, check_labels, check_sampling
@@ -49,7 +50,7 @@ from ackd_lightning.training.teachers import (
     chosen,
     describe_teachers,
 )
-from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec, read_batch
+from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 from ackd_lightning.validation import check_arguments
 
 
@@ -382,16 +383,17 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         logits: Tensor = self.method.head(student.features[-1])
         return logits
 
-    def as_batch(self, batch: Any) -> Batch:
-        """Read ``(image, target)`` or ``(image, target, index)``.
+    def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
+        """Read a batch, as `read_batch` does.
 
         Args:
             batch: Batch of any data module.
+            first: Whether it is the first of an epoch, whose targets are checked on a GPU, too.
 
         Raises:
-            ACKDError: If it is neither, or the images have another size than the module was built for.
+            ACKDError: If it has another form than the module was built for.
         """
-        result = read_batch(batch, self.data.input_size)
+        result = read_batch(batch, self.data, check=first)
         if not self.channels_last:
             return result
         return result._replace(image=result.image.contiguous(memory_format=torch.channels_last))
@@ -427,7 +429,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         """
         size = batch.image.shape[0]
         values = {"train/loss": loss, **{f"train/{name}": value for name, value in terms.items()}}
-        if self.method.head is None:  # else these logits are not trained
+        if self.method.head is None and not self.labelling.unlabelled:  # else these logits are not trained
             values["train/acc"] = accuracy(student.logits, batch.target, self._shares)
         self.means.add(values, size)
         trainer = self.trainer
@@ -459,7 +461,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         Returns:
             The weighted loss, 0 for a skipped batch; None with manual optimization.
         """
-        batch = self.as_batch(batch)
+        batch = self.as_batch(batch, first=batch_idx == 0)
         check_batch(self.method, batch)
         self._shares, batch = batch.soft, self.labelling(batch)
         if self.method.reads_index and batch_idx == 0:  # one check an epoch: it waits for a GPU

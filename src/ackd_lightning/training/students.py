@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.features import use_taps
 from ackd_lightning.models.freezing import freeze, frozen_modules
 from ackd_lightning.models.start import Start, head_names, own_network, start
 from ackd_lightning.models.student import AuxiliaryLearner, BranchyStudent, Peer
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.teacher import Teacher
+from ackd_lightning.models.tracing import name_of
 from ackd_lightning.models.weight_files import tell
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import DataInfo
@@ -46,6 +48,8 @@ def build_student(
         )
     else:
         backbone = create_model(config.network, data.num_classes, **(config.options or {}))
+    if config.taps:
+        use_taps(backbone, config.taps, f"the student {name_of(backbone)}")
     classes = None if data is None else data.num_classes
     found = start(backbone, config, classes)
     if found is not None and data is not None:
@@ -89,11 +93,10 @@ def start_branches(student: BranchyStudent) -> None:
     state = {key: each for key, each in student.backbone.state_dict().items() if not key.startswith(heads)}
     for spec, learner in zip(student.specs, student.branches, strict=True):
         if isinstance(learner, AuxiliaryLearner):
-            assert student.plan is not None
-            owned = [*student.plan.stages[learner.entry - 1 :], student.plan.tail]
-            for names, stage in zip((each for each in owned if each), learner.stages, strict=True):
-                for name, module in zip(names, stage.children(), strict=True):
-                    module.load_state_dict(student.backbone.get_submodule(name).state_dict())
+            own = learner.suffix.network.state_dict()
+            learner.suffix.network.load_state_dict(
+                {key: each for key, each in state.items() if key in own}, strict=False
+            )
         elif isinstance(learner, Peer) and spec == "peer":
             learner.network.load_state_dict(state, strict=False)
 
@@ -115,7 +118,7 @@ def slow_parameters(student: BranchyStudent, config: StudentConfig) -> list[nn.P
     if config.init_branches == "backbone":
         for spec, learner in zip(student.specs, student.branches, strict=True):
             if isinstance(learner, AuxiliaryLearner):
-                found += body(learner, [learner.classifier])
+                found += body(learner, map(learner.suffix.network.get_submodule, names))
             elif isinstance(learner, Peer) and spec == "peer":
                 found += body(learner.network, map(learner.network.get_submodule, names))
     return found

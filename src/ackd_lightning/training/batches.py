@@ -1,0 +1,139 @@
+"""Batches of any data module, as a training module reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.types import Batch, DataInfo
+
+_KEYS = {
+    "image": ("image", "images", "pixel_values", "img", "imgs", "input", "inputs", "x"),
+    "target": ("target", "targets", "label", "labels", "class", "y"),
+    "index": ("index", "indices", "idx"),
+}
+_SUM_TOLERANCE = 1e-2  # of shares in half precision
+
+
+def read_batch(batch: Any, data: DataInfo, *, check: bool = False) -> Batch:
+    """Read a batch: ``(image, target)``, ``(image, target, index)``, or a mapping such as ``{"image": …, "label": …}``.
+
+    Targets are class indices of any integer type, ``B`` or ``B x 1``, or ``B x K`` shares of the classes, of which
+    one-hot targets are a case.
+
+    Args:
+        batch: Batch of any data module.
+        data: Classes, image size and channels that the module was built for.
+        check: Whether to compare the targets of a batch on a GPU with the classes, too, which waits for the GPU.
+
+    Raises:
+        ACKDError: If the batch has another form, the images another size, or a target has more than one meaning.
+    """
+    if isinstance(batch, Batch):
+        result = batch
+    elif isinstance(batch, Mapping):
+        image, target, index = (_entry(batch, name) for name in _KEYS)
+        if image is None or target is None:
+            missing = "image" if image is None else "target"
+            raise ACKDError(
+                f"a batch has the entries {', '.join(map(str, batch))} and none of them is the {missing}; call it "
+                f"{missing!r}, or give (image, target)"
+            )
+        result = _made(image, target, index, data)
+    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        result = _made(batch[0], batch[1], batch[2] if len(batch) == 3 else None, data)
+    else:
+        form = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise ACKDError(f"a batch is {form}; the data must give (image, target), or add an index")
+    _check_image(result.image, data)
+    if check or result.target.device.type == "cpu":
+        _check_range(result.target, data.num_classes)
+    return result
+
+
+def _entry(batch: Mapping[Any, Any], name: str) -> Any:
+    return next((batch[key] for key in _KEYS[name] if key in batch), None)
+
+
+def _made(image: Any, target: Any, index: Any, data: DataInfo) -> Batch:
+    for name, value in (("image", image), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise ACKDError(f"the {name} of a batch is {type(value).__name__}; it must be a tensor")
+    target, soft = _targets(target, image.shape[0], data.num_classes)
+    return Batch(image, target, torch.full_like(target, -1) if index is None else torch.as_tensor(index), soft)
+
+
+def _targets(target: Tensor, size: int, classes: int) -> tuple[Tensor, Tensor | None]:
+    """Return class indices ``B`` int64, and shares ``B x K`` where the targets are not one class each."""
+    if target.ndim == 2 and target.shape[1] == 1:
+        target = target[:, 0]
+    if target.ndim == 1 and len(target) == size:
+        if target.is_floating_point() and bool((target != target.round()).any()):
+            raise ACKDError(
+                f"targets are numbers such as {float(target[0]):g}; they must be class indices, or one share for "
+                f"each of the {classes} classes"
+            )
+        return target.long(), None
+    if target.shape != (size, classes):
+        raise ACKDError(
+            f"targets have the shape {tuple(target.shape)} for {size} images and {classes} classes; they must be "
+            f"{size} class indices, or {size} x {classes} shares"
+        )
+    sums = target.sum(dim=1, dtype=torch.float32)
+    if bool(((sums - 1).abs() > _SUM_TOLERANCE).any()) or bool((target < 0).any()):
+        raise ACKDError(
+            f"the shares of the classes of an image sum up to {float(sums.min()):g} to {float(sums.max()):g}; each"
+            " image must have non-negative shares that sum up to 1 (several labels for an image are not supported)"
+        )
+    hard = not target.is_floating_point() or bool(((target == 0) | (target == 1)).all())
+    return target.float().argmax(dim=1), None if hard else target.float()
+
+
+def _check_image(image: Tensor, data: DataInfo) -> None:
+    if image.ndim != 4 or not image.is_floating_point():
+        raise ACKDError(
+            f"images are {image.dtype} of shape {tuple(image.shape)}; they must be float and normalised, B x C x H x W"
+        )
+    channels, *expected = data.image_shape
+    found = list(image.shape[2:])
+    if found != expected:
+        turned = list(image.shape[1:3]) == expected
+        remedy = "put the channels before height and width" if turned else "set input_size to the size of your images"
+        raise ACKDError(
+            f"images are {found[0]} x {found[1]} (height x width) and input_size is {expected[0]} x {expected[1]}; "
+            f"{remedy}"
+        )
+    if image.shape[1] != channels:
+        raise ACKDError(
+            f"images have {image.shape[1]} channels and the data were said to have {channels}; set channels of "
+            "DataInfo, or mean and std with one value for each channel"
+        )
+
+
+def _check_range(target: Tensor, classes: int) -> None:
+    if not target.numel():
+        return
+    low, high = int(target.min()), int(target.max())
+    if low >= -1 and high < classes:
+        return
+    remedy = "subtract 1, if they run from 1 to K" if low >= 1 and high == classes else "correct them, or num_classes"
+    raise ACKDError(
+        f"targets run from {low} to {high} in a batch and the {classes} classes are 0 to {classes - 1}; {remedy}"
+    )
+
+
+def require_labels(batch: Batch) -> None:
+    """Refuse images without a label in validation and test.
+
+    Args:
+        batch: Batch of validation or test data.
+
+    Raises:
+        ACKDError: If a target is -1.
+    """
+    if batch.target.device.type == "cpu" and bool((batch.target < 0).any()):
+        raise ACKDError("a validation or test image has no label (its target is -1); leave such images out")

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.features import plan_for, staged_forward
+from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.models.zoo import create_model
+from ackd_lightning.models.zoo.pretrained import pretrained, published
+
+transformers = pytest.importorskip("transformers", reason="networks hf:FOLDER need the extra huggingface")
+
+NAMES = {0: "ant", 1: "bee", 2: "cat"}
+SMALL = {
+    "vit": lambda: transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    ),
+    "resnet": lambda: transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
+    "convnext": lambda: transformers.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
+}
+
+
+@pytest.fixture(params=SMALL)
+def folder(request, tmp_path):
+    config = SMALL[request.param]()
+    config.id2label, config.label2id = NAMES, {name: number for number, name in NAMES.items()}
+    torch.manual_seed(0)
+    transformers.AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
+    stated = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2], "size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**stated, "resample": 3}))
+    return tmp_path
+
+
+def test_a_folder_gives_its_weights_classes_and_preprocessing(folder, capsys):
+    network, metadata = pretrained(f"hf:{folder}")
+    again = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(staged_forward(network.eval(), None, image).logits, again.eval()(image).logits)
+    assert metadata["class_names"] == list(NAMES.values())
+    assert metadata["mean"] == (0.5, 0.4, 0.3)
+    assert metadata["input_size"] == (32, 32)
+    assert metadata["interpolation"] == "bicubic"
+    assert str(folder) in capsys.readouterr().out
+
+
+def test_its_stages_are_found_and_its_branches_learn(folder):
+    network = create_model(f"hf:{folder}", 5)
+    plan = plan_for(network)
+    assert len(plan.features) >= 4
+    student = BranchyStudent(network, input_size=32)
+    output = student(torch.randn(2, 3, 32, 32))
+    assert output.logits.shape == (2, 5)
+    assert [tuple(branch.logits.shape) for branch in output.branches] == [(2, 5)] * 2
+    sum(branch.logits.square().mean() for branch in output.branches).backward()
+    assert all(each.grad is not None for each in student.branches.parameters())
+
+
+def test_a_folder_without_a_network_is_refused(tmp_path):
+    for call in (lambda: create_model(f"hf:{tmp_path}", 5), lambda: published(f"hf:{tmp_path / 'missing'}")):
+        with pytest.raises(ACKDError, match=r"config\.json"):
+            call()
+
+
+def test_a_backbone_without_a_classifier_is_refused(tmp_path):
+    transformers.ViTModel(SMALL["vit"]()).save_pretrained(tmp_path)
+    with pytest.raises(ACKDError, match="classifier"):
+        pretrained(f"hf:{tmp_path}")
