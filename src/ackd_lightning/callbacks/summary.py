@@ -133,7 +133,7 @@ class RunSummary(L.Callback):
             "best": self.best,
             "training_parameters": module.training_parameters(),
             "parameters": count_parameters(network),
-            "multiply_adds": multiply_adds(network, module.data.input_size),
+            "multiply_adds": multiply_adds(network, module.data.input_size, module.data.image_shape[0]),
             "plain_parameters": count_parameters(module.student.plain()),
             "learners": list(module.student.specs),
             "learner_parameters": [count_parameters(each) for each in module.student.branches],

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.models.features import image_channels
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.export import export_student
 from ackd_lightning.runs.files import Which, find_checkpoint, read_summary, run_folder
@@ -40,7 +41,7 @@ def export_command(run: str, *, which: Which, out: str | None, overwrite: bool, 
     table = Table()
     for column in ("network", "parameters", "multiply-adds"):
         table.add_column(column, justify="left" if column == "network" else "right")
-    adds = multiply_adds(exported.network, exported.input_size)
+    adds = multiply_adds(exported.network, exported.input_size, image_channels(exported.network))
     if teacher := summary.get("teacher"):
         table.add_row(f"teacher {teacher['model']}", f"{teacher['parameters']:,}", f"{teacher['multiply_adds']:,}")
     if "training_parameters" in summary:

@@ -114,7 +114,8 @@ class ImageDataModule(PlainArguments):
         super().__init__()
         if len(mean or ()) != len(std or ()) or (mean is not None and len(mean) != self.channels):
             raise ACKDError(
-                f"mean is {mean} and std is {std} in {type(self).__name__}: give both, with {self.channels} numbers each"
+                f"mean is {mean} and std is {std} in {type(self).__name__}: give both, with {self.channels} numbers "
+                "each"
             )
         if mean is not None and std is not None:
             self.mean, self.std = tuple(mean), tuple(std)

@@ -13,6 +13,11 @@ LARGEST_INPUT = 4096
 """Largest height and width of an image, in pixels, that a weight file or a configuration may state."""
 
 
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(type(side) is int and 0 < side <= LARGEST_INPUT for side in sides)
+
+
 def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
     """Read preprocessing and accuracy from the metadata of a weight file, as numbers.
 
@@ -32,8 +37,8 @@ def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
         ("std", lambda values: len(values) > 0 and all(0 < each < math.inf for each in values), "numbers above 0"),
         (
             "input_size",
-            lambda value: type(value) is int and 0 < value <= LARGEST_INPUT,
-            f"a whole number of pixels from 1 to {LARGEST_INPUT}",
+            _is_size,
+            f"a whole number of pixels from 1 to {LARGEST_INPUT}, or height and width",
         ),
         (
             "class_names",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.features import image_channels
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers, with_head
 from ackd_lightning.models.weights import (
     STUDENT_PREFIX,
@@ -26,6 +27,7 @@ from ackd_lightning.models.weights import (
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.complexity import count_parameters
 from ackd_lightning.runs.files import read_checkpoint, whole_file
+from ackd_lightning.types import ImageSize, height_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Exported:
         largest_difference: Largest absolute difference between the logits of the trained network and of the network
             in the file, on a batch of random images.
         network: Network that was loaded from the file.
-        input_size: Height and width of its images in pixels.
+        input_size: Side of its images in pixels, or their height and width.
         plain_parameters: Number of parameters of the backbone with its own classifier; the same as those of
             ``network`` unless that has the head of a method.
     """
@@ -45,7 +47,7 @@ class Exported:
     path: Path
     largest_difference: float
     network: nn.Module
-    input_size: int
+    input_size: ImageSize
     plain_parameters: int
 
 
@@ -193,7 +195,8 @@ def write_student(
     Raises:
         ACKDError: If the network is not one that `create_model` builds, or the logits differ.
     """
-    size, source = checkpoint["ackd_lightning"]["input_size"], _source(checkpoint, origin, learner)
+    stated, source = checkpoint["ackd_lightning"]["input_size"], _source(checkpoint, origin, learner)
+    size: ImageSize = stated if isinstance(stated, int) else (stated[0], stated[1])
     with torch.device("meta"):  # before anything of the stated size is allocated
         check_fit(source.state, source.fresh().state_dict(), origin, source.name)
     trained = source.fresh()
@@ -203,7 +206,8 @@ def write_student(
             save_weights(source.state, partial, _plain_metadata(checkpoint, source, extra))
             reloaded = source.fresh()
             load_weights(reloaded, partial)
-            image = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+            shape = (image_channels(trained), *height_width(size))
+            image = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
                 difference = float((trained(image) - reloaded(image)).abs().max())
             if not difference <= 1e-5:

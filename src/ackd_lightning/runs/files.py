@@ -134,8 +134,11 @@ def _damage(checkpoint: Mapping[str, Any]) -> str | None:
         return "its settings are not mappings"
     if missing := _REQUIRED - set(metadata):
         return f"it lacks {', '.join(sorted(missing))}"
-    for key, largest in (("num_classes", _MAX_CLASSES), ("input_size", _MAX_INPUT_SIZE)):
-        if not isinstance(metadata[key], int) or not 1 <= metadata[key] <= largest:
+    sides = metadata["input_size"] if isinstance(metadata["input_size"], (list, tuple)) else [metadata["input_size"]]
+    numbers = [("num_classes", metadata["num_classes"], _MAX_CLASSES)]
+    numbers += [("input_size", side, _MAX_INPUT_SIZE) for side in sides]
+    for key, value, largest in numbers:
+        if not isinstance(value, int) or not 1 <= value <= largest or len(sides) not in (1, 2):
             return f"its {key} is {str(metadata[key])[:40]}"
     kinds: tuple[tuple[Mapping[str, Any], str, type | tuple[type, ...]], ...] = (
         (metadata, "model", str),

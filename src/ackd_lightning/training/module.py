@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,7 +24,7 @@ from ackd_lightning.methods.ackd import ACKD
 from ackd_lightning.methods.base import Method, Networks, check_method, weighted_loss
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
-from ackd_lightning.models.features import probe
+from ackd_lightning.models.features import image_channels, probe
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.random import mix, seed_device
@@ -146,8 +146,11 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
 
         self.student, self.start = build_student(self.student_config, self.method.branches, given_data)
         size = 32 if given_data is None else given_data.input_size
-        self.spec: NetSpec = probe(self.student, size)
-        self.data = given_data or DataInfo(self.spec.num_classes, size)
+        channels = image_channels(self.student)
+        if given_data is not None and (given_data.channels or given_data.mean):
+            channels = given_data.image_shape[0]  # else those that the network reads
+        self.spec: NetSpec = probe(self.student, size, channels=channels)
+        self.data = replace(given_data or DataInfo(self.spec.num_classes, size), channels=channels)
         if self.spec.num_classes != self.data.num_classes:
             raise ACKDError(
                 f"the student has {self.spec.num_classes} classes and the data have {self.data.num_classes}; make them "

@@ -47,7 +47,9 @@ def build_student(
             f"the student is named {config.network!r} and its number of classes is unknown; pass data=DataInfo(...)"
         )
     else:
-        backbone = create_model(config.network, data.num_classes, **(config.options or {}))
+        channels = data.image_shape[0]
+        usual = {"in_chans": channels} if channels != 3 and not config.network.startswith("hf:") else {}
+        backbone = create_model(config.network, data.num_classes, **{**usual, **(config.options or {})})
     if config.taps:
         use_taps(backbone, config.taps, f"the student {name_of(backbone)}")
     classes = None if data is None else data.num_classes

@@ -142,7 +142,7 @@ class Teachers:
 
     def _spec(self, number: int) -> NetSpec:
         size = self._given[number].input_size if number in self._given else self.configs[number].input_size
-        spec = probe(self.structures[number], size or self.data.input_size)
+        spec = probe(self.structures[number], size or self.data.input_size, channels=self.data.image_shape[0])
         if spec.num_classes != self.data.num_classes:
             raise ACKDError(
                 f"the teacher has {spec.num_classes} classes and the data have {self.data.num_classes}; choose a "

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.models.zoo.channels import channels_option, read_channels
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.models.zoo.huggingface import HF, from_config
 from ackd_lightning.models.zoo.mobilenetv2 import CifarMobileNetV2
@@ -53,7 +54,7 @@ _TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """Build a network with fresh weights that maps images (B, 3, H, W) to logits (B, K).
+    """Build a network with fresh weights that maps images (B, C, H, W) to logits (B, K).
 
     >>> from ackd_lightning.models.zoo import count_parameters, create_model
     >>> count_parameters(create_model("resnet20", 100))
@@ -64,9 +65,9 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
             torchvision (``resnet18``), ``timm:NAME``, or ``hf:FOLDER`` for an image classifier of Hugging Face's
             transformers on disk. No name stands for two networks.
         num_classes: Number K of classes.
-        **options: Options of the network. CIFAR networks have none. ResNets of torchvision have ``stem``: ``imagenet``
-            (the default, 7x7 with stride 2 and max-pooling) or ``cifar`` (3x3 with stride 1, no pooling). All other
-            options are passed to the constructor of torchvision or timm.
+        **options: Options of the network. All have ``in_chans``, the number of channels of the images. ResNets of
+            torchvision have ``stem``: ``imagenet`` (the default, 7x7 with stride 2 and max-pooling) or ``cifar`` (3x3
+            with stride 1, no pooling). All other options are passed to the constructor of torchvision or timm.
 
     Raises:
         ACKDError: If the name or an option is unknown, an option would download weights, or there is no class.
@@ -79,18 +80,19 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
                 f"option {option!r} of {name!r} would download weights; leave it out, and ask for published weights "
                 "with `pretrained: true` or load a file with load_weights"
             )
+    channels, rest = channels_option(options, name)
     if name in _CIFAR:
-        if options:
+        if rest:
             raise ACKDError(
-                f"option {next(iter(options))!r} is unknown to {name!r}, which takes no options; leave it out"
+                f"option {next(iter(rest))!r} is unknown to {name!r}, which has in_chans alone; leave it out"
             )
-        return named(_CIFAR[name](num_classes), name, options)
+        return named(read_channels(_CIFAR[name](num_classes), channels), name, options)
     if name.startswith(TIMM):
         return named(_from_timm(name, num_classes, options), name, options)
     if name.startswith(HF):
         return named(from_config(name, num_classes, options), name, options)
     if name in torchvision_names():
-        return named(_from_torchvision(name, num_classes, options), name, options)
+        return named(read_channels(_from_torchvision(name, num_classes, rest), channels), name, options)
     raise ACKDError(
         f"no network is named {name!r}; {_similar(name)} (or a torchvision classification network, or timm:NAME)"
     )
