@@ -63,13 +63,13 @@ def converted(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tenso
         network: EfficientNet of timm.
     """
     names = dict(module_names(network))
-    found = {}
+    theirs = {}
     for key in network.state_dict():
         module, _, entry = key.rpartition(".")
-        found[key] = tensors[f"{names[module]}.{entry}"]
-    if left := tensors.keys() - {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in found}:
-        raise SystemExit(f"{len(left)} tensors of the file have no place in the network, such as {min(left)}")
-    return found
+        theirs[key] = f"{names[module]}.{entry}"
+    if other := tensors.keys() ^ set(theirs.values()):
+        raise SystemExit(f"the file is not one of this network: {len(other)} names differ, such as {min(other)}")
+    return {key: tensors[name] for key, name in theirs.items()}
 
 
 def convert(source: Path, name: str, out: Path) -> None:
