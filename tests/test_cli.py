@@ -436,8 +436,9 @@ def test_every_method_runs_on_a_pair(method, here, one_step):
     assert one_step("digits_resnet20_resnet8.yaml", method) == 0
 
 
-def test_strong_recipe_runs(here, one_step):
-    assert one_step("digits_resnet20.yaml", "recipes/adamw") == 0
+@pytest.mark.parametrize("recipe", ["adamw", "strong", "strong_sgd", "finetune", "patient"])
+def test_every_recipe_runs_on_a_pair(recipe, here, one_step):
+    assert one_step("digits_resnet20_resnet8.yaml", f"recipes/{recipe}") == 0
 
 
 def test_image_folder_of_ones_own(here):

@@ -50,7 +50,7 @@ def lines() -> Iterator[str]:
     from ackd_lightning.launch import LIGHTNING
     from ackd_lightning.launch.options import make_parser
     from ackd_lightning.models.student_config import StudentConfig
-    from ackd_lightning.models.teacher import TeacherConfig
+    from ackd_lightning.models.teacher_config import TeacherConfig
     from ackd_lightning.training import Recipe
 
     parser = cli.make_parser()

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
     from ackd_lightning.models.student import BranchyStudent
     from ackd_lightning.models.student_config import StudentConfig
-    from ackd_lightning.models.teacher import FrozenTeacher, TeacherConfig
+    from ackd_lightning.models.teacher import FrozenTeacher
+    from ackd_lightning.models.teacher_config import TeacherConfig
     from ackd_lightning.models.weights import load_weights, save_weights
     from ackd_lightning.models.zoo import create_model
     from ackd_lightning.runs.export import load_student
@@ -49,7 +50,8 @@ _HOMES = {
     "methods": ("ACKD", "CE", "KD", "FitInfo", "Method", "Networks", "Sum"),
     "models.student": ("BranchyStudent",),
     "models.student_config": ("StudentConfig",),
-    "models.teacher": ("FrozenTeacher", "TeacherConfig"),
+    "models.teacher": ("FrozenTeacher",),
+    "models.teacher_config": ("TeacherConfig",),
     "models.weights": ("load_weights", "save_weights"),
     "models.zoo": ("create_model",),
     "training": ("ACKDModule", "DistillationModule", "Recipe"),

@@ -142,6 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 for a mistake in the input; 1 for a failure while running; 130 and 143 after Ctrl-C and SIGTERM.
     """
+    for name in ("stdout", "stderr"):  # None or closed without a console: a service, pythonw, `>&-`
+        if (stream := getattr(sys, name)) is None or stream.closed:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123  # until the end
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from ackd_lightning.methods.base import FitInfo, Method, weighted_loss
-from ackd_lightning.models.teacher import TeacherConfig
+from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.manual import frozen
 from ackd_lightning.training.module import DistillationModule

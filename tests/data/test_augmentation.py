@@ -97,6 +97,9 @@ def test_erasing_leaves_the_mean_colour():
     change = ImageAugmentation(Augmentation(erasing=1.0), (0.2, 0.4, 0.6), seed=0)
     image = change(torch.zeros(3, 32, 32, dtype=torch.uint8), 0, 0)
     assert image.flatten(1).amax(dim=1).tolist() == [51, 102, 153]
+    change = ImageAugmentation(Augmentation(erasing=1.0), (0.2, 0.4, 0.6), seed=0, deep=True)
+    image = change(torch.zeros(3, 32, 32), 0, 0)
+    assert image.flatten(1).amax(dim=1).tolist() == pytest.approx([0.2, 0.4, 0.6])
 
 
 @pytest.mark.parametrize("channels", [2, 4])

@@ -4,6 +4,7 @@ import io
 import tarfile
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -152,6 +153,35 @@ def test_names_of_classes_and_their_order(shards):
     assert torch.equal(after, torch.tensor([1, 2, 0])[before])
 
 
+@pytest.mark.parametrize("options", [{"policy": "trivialaugment"}, {"erasing": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+@pytest.mark.parametrize("size", [16, 72])
+def test_augmentation_is_a_function_of_seed_epoch_and_key(shards, options, size):
+    module, again, plain = (made(shards, image_size=size, augmentation=each) for each in (options, options, {}))
+    first, second, without = (
+        [each.on_after_batch_transfer(batch, 0) for batch in epoch(each, 1)] for each in (module, again, plain)
+    )
+    assert same(first, second)
+    assert not same(first, without)
+    assert (first[0].soft is not None) == ("mixup" in options)
+    assert same(epoch(module, 1, {"epoch": 1, "batches": 3}), epoch(again, 1)[3:])
+
+
+def test_images_of_16_bits_keep_them(tmp_path):
+    rows = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 60
+    for name, start in (("train-0.tar", 0), ("test-0.tar", 8)):
+        samples = []
+        for number in range(start, start + 8):
+            buffer = io.BytesIO()
+            np.save(buffer, rows)
+            samples += [(f"{number}.npy", buffer.getvalue()), (f"{number}.cls", str(number % 3).encode())]
+        write_shard(tmp_path / name, samples)
+    options = {"channels": 1, "train": "train-0.tar", "image_size": 32, "augmentation": {"erasing": 1.0}}
+    image = epoch(made(tmp_path, **options))[0].image
+    assert image.dtype == torch.float32
+    assert len(image.unique()) > 256
+    assert image.max() <= 1
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:9000])
 
@@ -201,6 +231,7 @@ def test_bad_shards_are_named_before_training(shards, harm, shard):
         ({"num_classes": None}, "num_classes"),
         ({"num_classes": 4, "class_names": ["a", "b"]}, "num_classes is 4"),
         ({"max_per_class": 3}, "max_per_class"),
+        ({"sampling": "balanced"}, "balanced"),
         ({"batch_size": 64}, "36 images"),
     ],
 )

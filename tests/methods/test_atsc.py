@@ -22,7 +22,7 @@ from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.manual import frozen
-from ackd_lightning.types import Batch
+from ackd_lightning.types import Batch, DataInfo
 
 IMAGES, CLASSES, SIDE = 6, 5, 16
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
@@ -612,7 +612,7 @@ def test_a_teacher_gets_its_own_normalisation_and_image_size():
     torch.manual_seed(0)
     network = settled(create_model("resnet8", CLASSES), 0)
     given = FrozenTeacher(network, mean=(0.5,) * 3, std=(0.25,) * 3, input_size=24)
-    given.adapt_to((0.4,) * 3, (0.2,) * 3, SIDE)
+    given.adapt_to(DataInfo(CLASSES, SIDE, (0.4,) * 3, (0.2,) * 3))
     adapting, fixed = (Run(given, adapt_teacher=adapt) for adapt in (True, False))
     adapting.method.eval()
     image = adapting.batch.image

@@ -11,7 +11,7 @@ from ackd_lightning.metrics.cka import linear_cka
 from ackd_lightning.metrics.proxies import proxy_measurements
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.types import Batch, DataInfo, NetOutput
 
 IMAGES, CLASSES = 23, 5
 PAIRS = ("teacher_proxy", "proxy_student", "teacher_student")
@@ -120,7 +120,7 @@ def test_frozen_networks_see_images_in_their_own_normalisation():
     network, student = (create_model(name, CLASSES) for name in ("resnet14", "resnet8x4"))
     # the same weights, with and without a normalisation of their own
     adapted = FrozenTeacher(network, mean=(0.5,) * 3, std=(0.25,) * 3)
-    adapted.adapt_to((0.0,) * 3, (1.0,) * 3, 16)
+    adapted.adapt_to(DataInfo(CLASSES, 16, (0.0,) * 3, (1.0,) * 3))
     plain = FrozenTeacher(network)
     pixels = torch.rand(8, 3, 16, 16)
     target = torch.randint(CLASSES, (8,))

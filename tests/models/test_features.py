@@ -22,7 +22,7 @@ from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher, Teacher
 from ackd_lightning.models.tracing import image_channels
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import NetOutput, NetSpec
+from ackd_lightning.types import DataInfo, NetOutput, NetSpec
 
 
 class Plain(nn.Module):
@@ -186,8 +186,8 @@ BUILT = {
     "branches": lambda network: BranchyStudent(network, input_size=16),
     "teacher": lambda network: Teacher(network, input_size=16),
     "frozen teacher": lambda network: FrozenTeacher(network, input_size=16),
-    "teacher of the data's size": lambda network: FrozenTeacher(network).adapt_to(None, None, 16),
-    "teacher of its own size": lambda network: FrozenTeacher(network, input_size=24).adapt_to(None, None, 16),
+    "teacher of the data's size": lambda network: FrozenTeacher(network).adapt_to(DataInfo(10, 16)),
+    "teacher of its own size": lambda network: FrozenTeacher(network, input_size=24).adapt_to(DataInfo(10, 16)),
 }
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.types import DataInfo
 
 IMAGE = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -78,7 +79,7 @@ def test_what_cannot_be_fused_is_left_alone(network):
 
 def test_a_teacher_runs_the_copy_and_remains_what_it_was():
     teacher = FrozenTeacher(used(create_model("resnet8", 10)), mean=[0.5] * 3, std=[0.25] * 3)
-    teacher.adapt_to([0.4] * 3, [0.2] * 3, 16)
+    teacher.adapt_to(DataInfo(10, 16, (0.4,) * 3, (0.2,) * 3))
     before, keys = teacher(IMAGE), list(teacher.network.state_dict())
     assert teacher.fuse(16)
     assert norms(teacher.running()) == 0

@@ -11,12 +11,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.teacher import FrozenTeacher, TeacherConfig
+from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.types import DataInfo
 
 OWN = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
 DATA = ((0.45, 0.5, 0.55), (0.3, 0.2, 0.4))
+
+
+def info(size=16, mean=DATA[0], std=DATA[1]) -> DataInfo:
+    return DataInfo(5, size, mean, std)
 
 
 def normalise(pixels: torch.Tensor, mean, std) -> torch.Tensor:
@@ -63,7 +69,7 @@ def test_a_forward_pass_in_training_changes_no_weight_and_no_statistic(network, 
 
 def test_without_statistics_it_sees_the_image_as_it_is(network, pixels):
     teacher = FrozenTeacher(network)
-    teacher.adapt_to(*DATA, 16)
+    teacher.adapt_to(info())
     output = teacher(pixels)
     assert torch.equal(output.logits, network.eval()(pixels))
     assert len(output.features) == 4
@@ -72,7 +78,7 @@ def test_without_statistics_it_sees_the_image_as_it_is(network, pixels):
 
 def test_images_are_converted_to_its_own_normalisation(network, pixels):
     teacher = FrozenTeacher(network, mean=OWN[0], std=OWN[1])
-    teacher.adapt_to(*DATA, 16)
+    teacher.adapt_to(info())
     expected = network(normalise(pixels, *OWN))
     torch.testing.assert_close(teacher(normalise(pixels, *DATA)).logits, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(network(normalise(pixels, *DATA)), expected, atol=1e-2)
@@ -80,39 +86,39 @@ def test_images_are_converted_to_its_own_normalisation(network, pixels):
 
 def test_the_same_normalisation_or_none_converts_nothing(network, pixels):
     teacher = FrozenTeacher(network, mean=OWN[0], std=OWN[1])
-    teacher.adapt_to(*DATA, 16)
-    teacher.adapt_to(list(OWN[0]), list(OWN[1]), 16)
-    assert teacher.scale is None
+    teacher.adapt_to(info())
+    teacher.adapt_to(info(16, *OWN))
+    assert teacher.conversion.scale is None
     assert torch.equal(teacher(pixels).logits, network(pixels))
-    with pytest.warns(UserWarning, match="normalisation of the data is unknown"):
-        teacher.adapt_to(None, None, 16)
+    teacher.adapt_to(DataInfo(5, 16))
+    assert any("unknown" in note for note in teacher.conversion.notes)
     assert torch.equal(teacher(pixels).logits, network(pixels))
 
 
 def test_the_conversion_is_in_no_state_dict_and_follows_the_teacher(network):
     teacher = FrozenTeacher(network, mean=OWN[0], std=OWN[1])
-    teacher.adapt_to(*DATA, 16)
+    teacher.adapt_to(info())
     assert set(teacher.state_dict()) == {f"network.{key}" for key in network.state_dict()}
-    assert teacher.double().scale.dtype is torch.float64
+    assert teacher.double().conversion.scale.dtype is torch.float64
 
 
 def test_images_are_resized_to_its_own_size(network, pixels):
     teacher = FrozenTeacher(network, input_size=24)
-    teacher.adapt_to(None, None, 16)
+    teacher.adapt_to(DataInfo(5, 16))
     output = teacher(pixels)
     assert output.features[0].shape[-2:] == (24, 24)
     larger = F.interpolate(pixels, size=(24, 24), mode="bilinear", antialias=True, align_corners=False)
     torch.testing.assert_close(output.logits, network(larger))
     smaller = FrozenTeacher(network, input_size=8)
-    smaller.adapt_to(None, None, 16)
+    smaller.adapt_to(DataInfo(5, 16))
     assert smaller(pixels).features[0].shape[-2:] == (8, 8)
 
 
 def test_images_of_its_own_size_are_not_touched_and_sizes_can_change(network, pixels):
     teacher = FrozenTeacher(network, input_size=16)
-    teacher.adapt_to(None, None, 32)
-    assert teacher.input_size == 16
-    teacher.adapt_to(None, None, 16)
+    teacher.adapt_to(DataInfo(5, 32))
+    assert teacher.input_size == (16, 16)
+    teacher.adapt_to(DataInfo(5, 16))
     assert teacher.input_size is None
     assert torch.equal(teacher(pixels).logits, network(pixels))
 
@@ -148,10 +154,10 @@ def test_from_name_reads_weights_and_metadata(network, pixels, tmp_path):
     teacher = FrozenTeacher.from_name("resnet8", 5, weights=str(path))
     for key, value in network.state_dict().items():
         assert torch.equal(teacher.network.state_dict()[key], value), key
-    assert teacher.metadata == notes
+    assert teacher.metadata.items() >= notes.items()
     assert not teacher.bf16
     assert not any(each.requires_grad or not each.is_leaf for each in teacher.parameters())
-    teacher.adapt_to(*DATA, 16)
+    teacher.adapt_to(info())
     own = F.interpolate(normalise(pixels, *OWN), size=(24, 24), mode="bilinear", antialias=True, align_corners=False)
     expected = network.eval()(own)
     torch.testing.assert_close(teacher(normalise(pixels, *DATA)).logits, expected, rtol=1e-4, atol=1e-4)
@@ -160,9 +166,9 @@ def test_from_name_reads_weights_and_metadata(network, pixels, tmp_path):
 def test_from_name_without_metadata_converts_nothing(network, pixels, tmp_path):
     path = save_weights(network, tmp_path / "teacher.safetensors")
     teacher = FrozenTeacher.from_name("resnet8", 5, weights=str(path), bf16=True)
-    teacher.adapt_to(*DATA, 16)
+    teacher.adapt_to(info())
     assert teacher.bf16
-    assert teacher.scale is None
+    assert teacher.conversion.scale is None
     assert teacher.input_size is None
 
 
@@ -184,8 +190,8 @@ def test_from_name_prefers_the_preprocessing_that_is_passed(network, tmp_path):
     notes = {"mean": json.dumps(OWN[0]), "std": json.dumps(OWN[1]), "input_size": "24"}
     path = save_weights(network, tmp_path / "teacher.safetensors", notes)
     teacher = FrozenTeacher.from_name("resnet8", 5, weights=str(path), mean=DATA[0], std=DATA[1], input_size=16)
-    teacher.adapt_to(*DATA, 16)
-    assert teacher.scale is None
+    teacher.adapt_to(info())
+    assert teacher.conversion.scale is None
     assert teacher.input_size is None
 
 
@@ -245,11 +251,11 @@ def test_a_network_is_copied_once_or_not_at_all(network, tmp_path, monkeypatch):
 
 def test_a_plan_is_checked_once(network, monkeypatch):
     sizes = []
-    monkeypatch.setattr("ackd_lightning.models.teacher.check_plan", lambda _, __, size, ___: sizes.append(size))
+    monkeypatch.setattr("ackd_lightning.models.teacher_base.check_plan", lambda _, __, size, ___: sizes.append(size))
     teacher = FrozenTeacher(network)
     for size in (16, 32):
-        teacher.adapt_to(None, None, size)
-    FrozenTeacher(network, input_size=24).adapt_to(None, None, 16)
+        teacher.adapt_to(DataInfo(5, size))
+    FrozenTeacher(network, input_size=24).adapt_to(DataInfo(5, 16))
     assert sizes == [16, 24]
 
 

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ackd_lightning.cli import main
 from ackd_lightning.launch.preflight import check_checkpoint
 from ackd_lightning.runs.claim import claim
-from ackd_lightning.runs.resume import resume_auto
+from ackd_lightning.runs.resume import Length, resume_auto
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.types import DataInfo
 
@@ -88,6 +88,32 @@ def test_a_finished_run_says_so(place, capsys, value):
     shown = capsys.readouterr().out
     assert f"run {RUNS / 'a'} is finished (2 epochs)" in shown
     assert [each.name for each in RUNS.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("value", ["auto", str(RUNS / "a")])
+def test_a_finished_run_is_trained_longer(place, capsys, value):
+    schedule = ["--model.lr_scheduler", "CosineAnnealingLR"]
+    assert main([*FIT, "--resume", value, "--trainer.max_epochs", "3", *schedule]) == 0
+    assert json.loads((RUNS / "a" / "summary.json").read_text())["epochs"] == 3
+    assert [each.name for each in RUNS.iterdir()] == ["a"]
+    assert main([*FIT, "--resume", value, "--trainer.max_epochs", "3"]) == 0
+    assert "is finished (3 epochs)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "longer"),
+    [
+        ((4, -1), (2, -1), True),
+        ((2, -1), (2, -1), False),
+        ((-1, 20), (-1, 10), True),
+        ((1, -1), (2, -1), False),
+        ((4, 5), (2, 10), False),
+        ((None, -1), (2, -1), True),
+        ((-1, -1), (None, -1), True),
+    ],
+)
+def test_a_length_is_compared_with_that_of_the_run(now, then, longer):
+    assert Length(*now).exceeds({"max_epochs": then[0], "max_steps": then[1]}) is longer
 
 
 def test_auto_with_a_name_starts_that_run_and_leaves_others_alone(place, capsys):

@@ -174,7 +174,7 @@ def test_an_interrupted_cache_is_completed_and_keeps_its_files(capsys):
         ({"images": {"batch_size": 8}}, "batch_size '16'"),
         ({"images": {"sampling": "balanced"}}, "balanced"),
         ({"run": {"precision": "bf16-mixed"}}, "precision '32-true' .* 'bf16-mixed'"),
-        ({"weights": "weights/1.safetensors"}, "with teacher '"),
+        ({"weights": "weights/1.safetensors"}, "with teacher: weights '"),
         ({"run": {"max_epochs": 4}}, "lacks epoch 4 of 4"),
         ({"run": {"max_epochs": -1, "max_steps": 4}}, "trainer.max_epochs"),
         ({"kept": "nothing"}, "nothing is not a cache"),
@@ -204,7 +204,7 @@ def test_a_cache_of_another_augmentation_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "named"),
-    [("{", "cannot be read"), ("[]", "was made with"), ('{"teacher": 1}', "was made with teacher '1'")],
+    [("{", "cannot be read"), ("[]", "was made with"), ('{"teachers": 1}', "was made with")],
 )
 def test_a_damaged_key_is_refused(tmp_path, content, named):
     (tmp_path / "key.json").write_text(content)

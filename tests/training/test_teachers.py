@@ -9,7 +9,7 @@ import torch
 
 from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import ATSC, KD
+from ackd_lightning.methods import AT, ATSC, KD
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
@@ -74,13 +74,17 @@ def test_teachers_are_in_no_state_and_no_optimizer():
 
 
 @pytest.mark.parametrize(
-    ("teacher", "named"),
-    [(["resnet8", "resnet14"], "KD .* 2"), ([], "`teacher` is empty"), (None, "`teacher` is empty")],
+    ("method", "teacher", "named"),
+    [
+        (AT(), ["resnet8", "resnet14"], "AT .* 2"),
+        (KD(), [], "`teacher` is empty"),
+        (KD(), None, "`teacher` is empty"),
+    ],
     ids=["two", "empty", "none"],
 )
-def test_a_method_with_one_teacher_gets_one(teacher, named):
+def test_a_method_that_reads_features_gets_one_teacher(method, teacher, named):
     with pytest.raises(ACKDError, match=named):
-        DistillationModule("resnet8", method=KD(), teacher=teacher, data=TEN)
+        DistillationModule("resnet8", method=method, teacher=teacher, data=TEN)
 
 
 def test_a_named_teacher_needs_a_file():
@@ -137,4 +141,4 @@ def test_the_same_network_cannot_teach_itself():
 def test_a_frozen_teacher_is_used_as_it_is():
     frozen = FrozenTeacher(TinyNet(8))
     net = DistillationModule(TinyNet(), method=KD(), teacher=frozen, data=DATA)
-    assert net.teacher is frozen
+    assert net.teacher.network is frozen.network

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import Fraction, checked
@@ -29,11 +31,11 @@ def is_fast_dev_run(trainer: L.Trainer) -> bool:
 
 
 class TeacherGate(L.Callback):
-    """Measure the accuracy of every teacher on validation data before the first step.
+    """Measure the accuracy of every teacher on validation data before the first step, and the order of its classes.
 
     Args:
-        stop: Whether a teacher near chance, or far below the accuracy that its file states, ends the run. If False,
-            there is a warning.
+        stop: Whether the run ends for a teacher that is near chance, far below the accuracy that its file states, or
+            much better with its classes in another order. If False, there is a warning.
     """
 
     def __init__(self, *, stop: bool = True) -> None:
@@ -48,31 +50,52 @@ class TeacherGate(L.Callback):
         if trainer.val_dataloaders is None:
             return
         for number, teacher in enumerate(module.teachers.frozen, start=1):
+            if teacher.features_only:
+                continue  # without classes there is no accuracy
             self._examine(trainer, module, teacher, str(number) if number > 1 else "")
 
     @torch.no_grad()
     def _examine(self, trainer: L.Trainer, module: TrainingModule, teacher: FrozenTeacher, number: str) -> None:
-        loaders = trainer.val_dataloaders
-        accuracy = MulticlassAccuracy(module.data.num_classes, average="micro").to(module.device)
-        seen = 0
+        loaders, classes = trainer.val_dataloaders, module.data.num_classes
+        halves = [MulticlassConfusionMatrix(classes).to(module.device) for _ in range(2)]
+        generator = torch.Generator().manual_seed(0)  # order of the images and order of the classes may agree
+        between = True  # whether all scores are between 0 and 1
         every = loaders if isinstance(loaders, (list, tuple)) else [loaders]
         for raw in itertools.chain(*every):
             batch = module.as_batch(trainer.strategy.batch_to_device(raw))
             with trainer.precision_plugin.forward_context():
-                accuracy.update(teacher(batch.image).logits, batch.target)
-            seen += batch.target.numel()
+                scores = teacher(batch.image).logits
+            between = between and bool(((scores >= 0) & (scores <= 1)).all())
+            half = (torch.rand(len(batch.target), generator=generator) < 0.5).to(scores.device)
+            for matrix, chosen in zip(halves, (half, ~half), strict=True):
+                if bool(chosen.any()):
+                    matrix.update(scores[chosen], batch.target[chosen])
+        first, second = (matrix.compute().cpu() for matrix in halves)
+        seen = int((first + second).sum())
         split, data = ("test", "test") if module.looks_at_test() else ("val", "validation")
-        measured = float(accuracy.compute())
+        measured = float((first + second).diagonal().sum()) / max(seen, 1)
         teacher.metadata["measured_acc"] = f"{measured:.6f}"
-        name = teacher.metadata.get("model", type(teacher.network).__name__)
+        name = teacher.name
         if trainer.is_global_zero:
             print(f"teacher {name}: accuracy {measured:.2%} on this run's {data} data", flush=True)
         for logger in trainer.loggers:
             logger.log_metrics({f"{split}/teacher{number}_acc": measured}, step=trainer.global_step)
-        problem = self.judge(measured, module.data.num_classes, teacher.metadata, seen)
-        if problem is None:
+        if between and classes > 1 and seen and not teacher.gives_probabilities:
+            rank_zero_warn(
+                f"all outputs of teacher {name} are between 0 and 1, as after a sigmoid or softmax; methods read "
+                "logits, so give the network without its last activation"
+            )
+        order = permutation(first, second)
+        problem = self.judge(measured, classes, teacher.metadata, seen)
+        if problem is None and order is None:
             return
-        sentence = f"teacher {name} {problem}; check its weight file, normalisation and class order"
+        problem = problem or f"has accuracy {measured:.2%}"
+        if order is not None:
+            problem += f" and would have {order.accuracy:.2%} with {order.words(module.data.class_names)}"
+            remedy = "are its classes in another order? if so, give it in teacher.class_map"
+        else:
+            remedy = "check its weight file, normalisation and class order"
+        sentence = f"teacher {name} {problem}; {remedy}"
         if self.stop:
             raise ACKDError(f"{sentence}, or pass --model.teacher.gate warn")
         rank_zero_warn(sentence)
@@ -83,7 +106,7 @@ class TeacherGate(L.Callback):
 
         Args:
             measured: Accuracy in [0, 1].
-            num_classes: K.
+            num_classes: Number K of classes.
             metadata: Metadata of the weight file.
             seen: Number of images. The fewer they are, the further the accuracy may be below the stated one.
         """
@@ -95,6 +118,61 @@ class TeacherGate(L.Callback):
         if stated and measured < float(stated) - tolerance:
             return f"has accuracy {measured:.2%}, far below the {float(stated):.2%} in its file"
         return None
+
+
+class ClassOrder(NamedTuple):
+    """Order of a teacher's classes that explains its accuracy.
+
+    Attributes:
+        places: Teacher's class for each class of the data.
+        accuracy: Accuracy in [0, 1] with that order, on images that it was not found on.
+    """
+
+    places: tuple[int, ...]
+    accuracy: float
+
+    def words(self, names: Sequence[str] | None) -> str:
+        """Return up to three classes that change, in words.
+
+        Args:
+            names: Names of the data's classes; None when unknown.
+        """
+        moved = [(place, number) for number, place in enumerate(self.places) if place != number]
+        shown = [
+            f"its class {place} as {names[number]!r}" if names else f"its class {place} as {number}"
+            for place, number in moved[:3]
+        ]
+        return ", ".join(shown) + (", ..." if len(moved) > 3 else "")
+
+
+def permutation(first: Tensor, second: Tensor) -> ClassOrder | None:
+    """Find out whether a teacher is much better with its classes in another order.
+
+    The best order on one half of the images is judged on the other, so that a teacher that guesses gains nothing.
+
+    Args:
+        first: Confusion matrix of one half, ``K x K``: targets in rows, predictions in columns.
+        second: Confusion matrix of the other half.
+
+    Returns:
+        The order and its accuracy; None where it is the present one, or not clearly better.
+
+    Example:
+        >>> shifted = torch.eye(3, dtype=torch.int64).roll(1, dims=1) * 20
+        >>> permutation(shifted, shifted)
+        ClassOrder(places=(1, 2, 0), accuracy=1.0)
+    """
+    from scipy.optimize import linear_sum_assignment  # slow to import; scipy comes with scikit-learn
+
+    correct, present, count = 0.0, 0.0, float(first.sum() + second.sum())
+    for known, tried in ((first, second), (second, first)):
+        rows, columns = linear_sum_assignment(known.numpy(), maximize=True)
+        correct += float(tried.numpy()[rows, columns].sum())
+        present += float(tried.diagonal().sum())
+    if count == 0 or correct - present < count * (0.05 + 3.0 * math.sqrt(0.25 / count)):
+        return None
+    _, columns = linear_sum_assignment((first + second).numpy(), maximize=True)
+    return ClassOrder(tuple(map(int, columns)), correct / count)
 
 
 class HealthMonitor(L.Callback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as L
 
@@ -44,3 +44,12 @@ class EpochLine(L.Callback):
             left = (total - trainer.current_epoch - 1) * elapsed / done
             parts.append(f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left")
         print("  ".join(parts), flush=True)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal; a program without a console has None, or a stream that is closed.
+
+    Args:
+        stream: ``sys.stdout`` or ``sys.stderr``.
+    """
+    return stream is not None and not stream.closed and bool(stream.isatty())

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
-from ackd_lightning.types import Batch, DataInfo, NetSpec
+from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 
 
 class _Teachers(Protocol):
     @property
     def frozen(self) -> tuple[FrozenTeacher, ...]: ...
+    def key(self) -> list[dict[str, Any]]: ...
+    def __call__(self, image: Tensor) -> NetOutput: ...
 
 
 class _Means(Protocol):

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning.callbacks.health import is_fast_dev_run
+from ackd_lightning.callbacks.progress import is_terminal
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.export import export_student, peer_name
 from ackd_lightning.runs.files import write_json
@@ -40,17 +42,21 @@ class RunSummary(L.Callback):
         self.replaces = copy_to is not None and copy_to.exists()  # its own, of a run that is resumed
         self.started = 0.0
         self.seconds = 0.0
+        self.multiply_adds = 0  # counted before the fit, as the hooks of a profiler cannot be copied
         self.measured_at = -1
         self.finished: tuple[dict[str, Any], dict[str, str]] | None = None
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock and print what is trained."""
+        """Start the clock, count, and print what is trained."""
         self.started = time.monotonic()
         if not trainer.is_global_zero:
             return
+        if not is_fast_dev_run(trainer):
+            (self.folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is trained longer
         module = cast("TrainingModule", pl_module)
+        self.multiply_adds = multiply_adds(module.kept_network(), module.data.input_size, module.data.image_shape[0])
         learners = "".join(f" + {spec}" for spec in module.student.specs)
         method = type(module.method).__name__
         files = "" if is_fast_dev_run(trainer) else f", files in {self.folder}"
@@ -69,7 +75,7 @@ class RunSummary(L.Callback):
         if trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics.items()
-        values = {key: float(value) for key, value in metrics if key.startswith(("val/", "test/"))}
+        values = {key: float(value) for key, value in metrics if key.startswith(("val", "test"))}
         self.last = {**values, "epoch": float(trainer.current_epoch + 1)}
         self.measured_at = trainer.global_step
         if values.get("val/acc", -1.0) > self.best.get("val/acc", -1.0):
@@ -82,14 +88,19 @@ class RunSummary(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to report the best epoch and the time of the whole run."""
-        return {"best": self.best, "seconds": self.seconds + time.monotonic() - self.started}
+        return {"best": self.best, "seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`."""
+        """Restore the result of `state_dict`, and measure from here."""
         self.best, self.seconds = state_dict["best"], state_dict["seconds"]
+        self.started = self.started and time.monotonic()
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the student and the summary."""
+    def _elapsed(self) -> float:
+        """Return the seconds of the whole run; a finder of Lightning's saves a checkpoint before the clock starts."""
+        return self.seconds + (time.monotonic() - self.started if self.started else 0.0)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the student and the summary, before any other callback or a profiler can fail."""
         if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         module = cast("TrainingModule", pl_module)
@@ -107,9 +118,13 @@ class RunSummary(L.Callback):
                 )
                 self.copy_to = None
             targets = [self.folder / "student.safetensors", *([self.copy_to] if self.copy_to else [])]
-            for target in targets:
-                export_student(last, target, extra={**measured, "weights": "last epoch"}, overwrite=True)
-            files["student"] = "student.safetensors"
+            try:
+                for target in targets:
+                    export_student(last, target, extra={**measured, "weights": "last epoch"}, overwrite=True)
+                files["student"] = "student.safetensors"
+            except ACKDError as error:  # what the run has measured is kept
+                rank_zero_warn(f"the student was not exported: {error}")
+                self.copy_to = None
         write_json(summary, self.folder / "summary.json")  # last, as it marks the run as finished
         self.finished = (summary, files)
 
@@ -126,14 +141,14 @@ class RunSummary(L.Callback):
             "class_names": list(names) if names else None,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
-            "seconds": round(self.seconds + time.monotonic() - self.started, 1),
+            "seconds": round(self._elapsed(), 1),
             "skipped_steps": module.guard.skipped,
             "shown": "test" if "test/acc" in self.last else "val",
             "last": self.last,
             "best": self.best,
             "training_parameters": module.training_parameters(),
             "parameters": count_parameters(network),
-            "multiply_adds": multiply_adds(network, module.data.input_size, module.data.image_shape[0]),
+            "multiply_adds": self.multiply_adds,
             "plain_parameters": count_parameters(module.student.plain()),
             "learners": list(module.student.specs),
             "learner_parameters": [count_parameters(each) for each in module.student.branches],
@@ -151,7 +166,7 @@ class RunSummary(L.Callback):
         if self.finished is None:
             return
         summary, files = self.finished
-        Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100).print(accuracy_table(summary))
+        Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 100).print(accuracy_table(summary))
         best_epoch = summary["best"].get("epoch")
         when = f", best in epoch {best_epoch:.0f}" if best_epoch else ""
         print(f"{summary['epochs']} epochs in {summary['seconds']:.0f} s on {summary['device']}{when}")
@@ -224,7 +239,7 @@ def _shape(spec: NetSpec, stage: int) -> str:
 def _teacher_summary(teacher: FrozenTeacher, input_size: ImageSize) -> dict[str, Any]:
     measured = teacher.metadata.get("measured_acc")
     return {
-        "model": teacher.metadata.get("model", type(teacher.network).__name__),
+        "model": teacher.name,
         "acc": float(measured) if measured else None,
         "sha256": teacher.metadata.get("sha256"),
         "parameters": count_parameters(teacher.network),

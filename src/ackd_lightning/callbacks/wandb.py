@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import netrc
 import os
+import secrets
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,6 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from ackd_lightning.runs.files import whole_file
 
 
 class SafeWandbLogger(WandbLogger):
@@ -89,6 +93,19 @@ class SafeWandbLogger(WandbLogger):
             status: How the fit ended.
         """
         self._try(super().finalize, status)
+
+
+def run_id(folder: Path) -> str:
+    """Return the id of a run at Weights & Biases, which stays the same when the run is resumed.
+
+    Args:
+        folder: Folder of the run, which keeps the id.
+    """
+    path = folder / "wandb_id.txt"
+    if not getattr(rank_zero_only, "rank", 0) and not path.is_file():
+        with whole_file(path) as partial:
+            partial.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else secrets.token_hex(4)
 
 
 def offline() -> bool:

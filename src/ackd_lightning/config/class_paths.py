@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, near_matches
 
 _PLAIN = (object, type, type(None), bool, int, float, complex, str, bytes, list, tuple, dict, set, Any)
 
@@ -98,19 +99,34 @@ def _resolve(path: str, kinds: tuple[type, ...], place: str) -> type:
     if not kinds:
         raise ACKDError(f"setting {place} names the class {path!r} but takes plain data; leave class_path out")
     if "." not in path:  # jsonargparse looks a bare name up among the sub-classes
-        below: list[type] = [each for kind in kinds for each in _below(kind)]
-        return next((each for each in below if each.__name__ == path), kinds[0])
+        below = {each.__name__: each for kind in kinds for each in _below(kind)}
+        if path in below:
+            return below[path]
+        hint = _near(path, below) or "write its package, too, as in package.Class"
+        raise ACKDError(f"setting {place} names the class {path!r}, which does not exist; {hint}")
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
+        module = sys.modules.get(path.rpartition(".")[0])
+        classes = [name for name, each in vars(module).items() if isinstance(each, type)] if module else []
+        hint = _near(path.rpartition(".")[2], classes)
         raise ACKDError(
-            f"class_path {path!r} cannot be imported ({error}); check its spelling, and that its file is "
-            "installed or in this folder"
+            f"class_path {path!r} cannot be imported ({error}); "
+            f"{hint or 'check its spelling, and that its file is installed or in this folder'}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, kinds)):
         expected = " or ".join(kind.__qualname__ for kind in kinds)
         raise ACKDError(f"setting {place} names {path!r}; it must be a sub-class of {expected}")
     return found
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """Return a hint at names that are similar, or that differ in upper and lower case alone; empty for none."""
+    names = [each for each in known if not each.startswith("_")]
+    if same := next((each for each in names if each.lower() == name.lower()), None):
+        return f"did you mean {same!r}?"
+    hint = near_matches(name, names)
+    return hint if hint.startswith("did") else ""
 
 
 def _below(kind: type) -> Iterator[type]:

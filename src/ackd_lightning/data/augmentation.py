@@ -72,32 +72,34 @@ class ImageAugmentation:
         augmentation: What to do.
         mean: Mean of each channel, of pixels in 0 to 1: the colour of erased rectangles.
         seed: Seed of the run.
+        deep: Whether images are float32 from 0 to 1, instead of uint8.
 
     Raises:
         ACKDError: If a policy, which changes colours, is asked for images that are neither grey nor RGB.
     """
 
-    def __init__(self, augmentation: Augmentation, mean: Sequence[float], seed: int) -> None:
+    def __init__(self, augmentation: Augmentation, mean: Sequence[float], seed: int, *, deep: bool = False) -> None:
         if augmentation.policy != "none" and len(mean) not in (1, 3):
             raise ACKDError(
                 f"data.augmentation.policy is {augmentation.policy} and images have {len(mean)} channels; it changes "
                 "the colours of images with 1 or 3, so set it to none"
             )
         self.seed = seed
-        steps: list[v2.Transform] = []
+        steps: list[v2.Transform] = [v2.Identity()]
         if augmentation.policy == "randaugment":
             steps.append(v2.RandAugment(augmentation.operations, augmentation.magnitude))
         elif augmentation.policy == "trivialaugment":
             steps.append(v2.TrivialAugmentWide())
         if augmentation.erasing:
-            steps.append(v2.RandomErasing(augmentation.erasing, value=[round(255 * each) for each in mean]))
+            colour = [float(each) if deep else round(255 * each) for each in mean]
+            steps.append(v2.RandomErasing(augmentation.erasing, value=colour))
         self.transform = v2.Compose(steps)
 
     def __call__(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Augment one image.
 
         Args:
-            image: ``C x H x W`` uint8.
+            image: ``C x H x W`` uint8, or float32 from 0 to 1.
             epoch: Epoch.
             index: Position in the training part.
         """

@@ -345,7 +345,7 @@ class ImageDataModule(PlainArguments):
         """Let a training set augment its images as they are read, and remember what mixing depends on."""
         if not self.augmentation.changes_images:
             return AugmentedImages(dataset, None, None)
-        change = ImageAugmentation(self.augmentation, self.mean, self.run_seed)
+        change = ImageAugmentation(self.augmentation, self.mean, self.run_seed, deep=self.image_format.deep)
         crop = self._crop if isinstance(dataset, TensorImages) and self.augment != "none" else None
         return AugmentedImages(dataset, crop and crop(), change)
 

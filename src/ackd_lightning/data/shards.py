@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ackd_lightning.data.augmentation import ImageAugmentation
 from ackd_lightning.data.datasets import EVAL_BORDER, augmented_crop
 from ackd_lightning.data.decoding import Encoded, ImageFormat, fit, read_image, to_tensor
 from ackd_lightning.data.folders import extensions
@@ -32,12 +33,14 @@ class ShardFormat:
         crop: Whether training images are cropped at random when they are read; False leaves them to the device.
         classes: Class index by the text of a label.
         label_key: Ending of the files with the labels.
+        change: Policy and erasing of training images; None for none.
     """
 
     image: ImageFormat
     crop: bool
     classes: dict[str, int]
     label_key: str
+    change: ImageAugmentation | None = None
 
     def target(self, label: bytes | None, place: str) -> int:
         """Return the class index of a label.
@@ -136,8 +139,12 @@ class Shards(IterableDataset[RawBatch]):
             read = [self._read(sample, epoch) for sample in chosen]
             image = torch.stack([each[0] for each in read])
             target, index = (torch.tensor([each[column] for each in read]) for column in (1, 2))
-            left = epoch >= 0 and not self.form.crop
-            yield RawBatch(image, target, index, torch.full_like(index, epoch if left else -1))
+            batch = RawBatch(image, target, index, torch.full_like(index, epoch if self._left_to_device(epoch) else -1))
+            yield batch if epoch < 0 else batch._replace(first=(epoch, int(index[0])))
+
+    def _left_to_device(self, epoch: int) -> bool:
+        """Whether crop and mirror image are left to the device."""
+        return epoch >= 0 and not self.form.crop and self.form.change is None
 
     def _read(self, sample: dict[str, Any], epoch: int) -> tuple[Tensor, int, int]:
         """Return image, class index and a hash of the key, on which the augmentation depends."""
@@ -151,8 +158,10 @@ class Shards(IterableDataset[RawBatch]):
         index = key_hash(f"{sample['__key__']}")
         form = self.form.image
         image = read_image(Encoded(f"{place}.{ending}", sample[ending]), form)
-        if epoch >= 0 and self.form.crop:
-            return augmented_crop(image, form, mix(self.seed, epoch, index, STREAM_TRANSFORM)), target, index
+        if epoch >= 0 and (self.form.crop or self.form.change is not None):
+            cropped = augmented_crop(image, form, mix(self.seed, epoch, index, STREAM_TRANSFORM))
+            change = self.form.change
+            return (cropped if change is None else change(cropped, epoch, index)), target, index
         return to_tensor(fit(image, form.size, border=EVAL_BORDER if self.form.crop else 1), form), target, index
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ackd_lightning.data.augmentation import ImageAugmentation
 from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
 from ackd_lightning.data.custom import IN_MEMORY, CustomImagesDataModule
+from ackd_lightning.data.decoding import Encoded, is_deep, load_image
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.shards import ShardFormat, ShardLoader, Shards, expand, image_ending
@@ -78,6 +80,11 @@ class WebDatasetDataModule(CustomImagesDataModule):
             raise ACKDError(
                 "train_fraction and max_per_class do not apply to shards, which are read whole: leave them out"
             )
+        if self.sampling != "shuffle":
+            raise ACKDError(
+                f"sampling is {self.sampling} and the classes of streamed images are unknown before they are read: use "
+                "shuffle"
+            )
         if class_names is None and num_classes is None:
             raise ACKDError("the classes of the shards are unknown: set num_classes or class_names")
         if class_names is not None and num_classes not in (None, len(class_names)):
@@ -131,12 +138,18 @@ class WebDatasetDataModule(CustomImagesDataModule):
             )
 
     def _form(self) -> ShardFormat:
+        if self._deep is None:
+            self._deep = _first_is_deep(self._shards["train"][0])
         names = self.class_names or ()
         order = {name: index for index, name in enumerate(names)}
         own = self._own_names or ()
         numbers = {str(number): order[own[number]] if own else number for number in range(self.num_classes)}
         crop = max(height_width(self.input_size)) > IN_MEMORY
-        return ShardFormat(self.image_format, crop, {**numbers, **order}, self.label_key)
+        changes = self.augmentation.changes_images
+        change = (
+            ImageAugmentation(self.augmentation, self.mean, self.run_seed, deep=bool(self._deep)) if changes else None
+        )
+        return ShardFormat(self.image_format, crop, {**numbers, **order}, self.label_key, change)
 
     def _count(self) -> int:
         """Check all shards, and return the number of training images."""
@@ -207,6 +220,19 @@ class WebDatasetDataModule(CustomImagesDataModule):
         """
         done = super().on_after_batch_transfer(batch, dataloader_idx)
         return done._replace(index=torch.full_like(done.index, -1)) if isinstance(done, Batch) else done
+
+
+def _first_is_deep(path: Path) -> bool:
+    """Whether the first image of a shard has more than 8 bits; False for a shard that cannot be read."""
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if image_ending([member.name]) else None
+                if content is not None:
+                    return is_deep(load_image(Encoded(member.name, content.read())))
+    except (tarfile.TarError, OSError, EOFError, ValueError):
+        return False  # `_check_shard` names what is wrong with it
+    return False
 
 
 def _check_shard(path: Path, form: ShardFormat) -> int:

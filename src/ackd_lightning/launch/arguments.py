@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.files import find_checkpoint, run_folder
 
 _INIT = "init_args"
+_TORCH = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
 _LENGTHS = {"CosineAnnealingLR": "T_max", "PolynomialLR": "total_iters", "OneCycleLR": "total_steps"}
 """Schedulers that have to know how long a fit is, and the argument that tells them."""
@@ -107,7 +109,7 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
         if spec is None:
             others += [option] if equals or not value else [option, value]
         else:
-            holder[key] = merge(holder[key] or {}, spec)
+            holder[key] = merge(holder[key] or {}, _of_torch(spec, key))
     model = settings.get("model")
     if isinstance(model, dict) and "student" in model:
         model["student"] = long_form(model["student"], "student")
@@ -174,6 +176,15 @@ def _as_class(value: str) -> dict[str, Any] | None:
     if isinstance(read, str) and _NAME.fullmatch(read):
         return {"class_path": read}
     return read if isinstance(read, dict) and isinstance(read.get("class_path"), str) else None
+
+
+def _of_torch(spec: dict[str, Any], key: str) -> dict[str, Any]:
+    """Complete the bare name of one of torch's optimizers or schedules, which other libraries sub-class or repeat."""
+    module = _TORCH.get(key)
+    name = str(spec["class_path"])
+    if module is None or "." in name or not hasattr(importlib.import_module(module), name):
+        return spec
+    return {**spec, "class_path": f"{module}.{name}"}
 
 
 def _last_part(spec: Any) -> str:

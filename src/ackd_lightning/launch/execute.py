@@ -25,7 +25,7 @@ from ackd_lightning.launch.preflight import check_checkpoint, check_name, check_
 from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.runs.claim import Claim, claim
 from ackd_lightning.runs.files import read_summary, run_folder, write_json
-from ackd_lightning.runs.resume import changed_settings, resume_auto, resume_from
+from ackd_lightning.runs.resume import Length, changed_settings, resume_auto, resume_from
 from ackd_lightning.training.speed import keep_freed_memory
 
 _RUN_NAME = "ACKD_RUN_NAME"
@@ -167,12 +167,13 @@ class Execution:
         """Find the run to resume and its checkpoint."""
         if self.option("ckpt_path"):
             raise ACKDError("--resume and --ckpt_path both name a checkpoint; leave --ckpt_path out")
+        length = Length(self.option("trainer.max_epochs"), self.option("trainer.max_steps"))
         if launched_by_us:
             found = resume_from(os.environ[_RESUMED]) if _RESUMED in os.environ else None
         elif self.option("resume") == "auto":
-            found = resume_auto(self.cli.folder.parent, self.option("name"), self.option("seed_everything"))
+            found = resume_auto(self.cli.folder.parent, self.option("name"), self.option("seed_everything"), length)
         else:
-            found = resume_from(self.option("resume"))
+            found = resume_from(self.option("resume"), length)
         os.environ.pop(_RESUMED, None)
         if found is None:
             return
@@ -185,7 +186,7 @@ class Execution:
             if changes := changed_settings(self.cli.folder, self.cli.settings()):
                 print(
                     f"settings that differ from the run's start: {', '.join(changes)} "
-                    "(learning rates in the checkpoint's optimizer stay)",
+                    "(the optimizer keeps the arguments in the checkpoint, the schedule follows its settings)",
                     flush=True,
                 )
 

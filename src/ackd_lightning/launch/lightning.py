@@ -21,6 +21,7 @@ from ackd_lightning.launch.messages import Given, RefusedError, check_shape, fai
 from ackd_lightning.launch.options import FIT_ONLY, make_parser, spell_out
 from ackd_lightning.launch.preflight import check_numbers
 from ackd_lightning.training.module import DistillationModule
+from ackd_lightning.training.strategies import refuse_sharding
 
 _CLASSES = {"data": ImageDataModule}
 _ARGUMENTS_OF = {"model": DistillationModule, "trainer": L.Trainer}
@@ -78,6 +79,7 @@ class ACKDCLI:
             raise ACKDError(shorten(cause, given) if isinstance(cause, RefusedError) else str(cause)) from error
         check_classes(vars(self.config), _CLASSES, _ARGUMENTS_OF)
         check_numbers(self.config.as_dict())
+        refuse_sharding(_strategy_name(self.option("trainer.strategy")))
         spell_out(self.config)
         self.config.pop("config", None)
         name = self.option("name") or time.strftime("%Y%m%d-%H%M%S")
@@ -128,6 +130,11 @@ class ACKDCLI:
     def forget_networks(self) -> None:
         """Free the memory of the networks; settings and data module stay."""
         del self.model, self.built
+
+
+def _strategy_name(given: Any) -> str:
+    """Return the name or the class path of a strategy in settings."""
+    return given if isinstance(given, str) else str(getattr(given, "class_path", "") or "")
 
 
 def _plain_partial(value: Any) -> Any:

@@ -19,7 +19,7 @@ from ackd_lightning.launch.messages import RefusedError
 from ackd_lightning.models.branches import default_branches
 from ackd_lightning.models.features import plan_for, use_taps
 from ackd_lightning.models.student_config import StudentConfig
-from ackd_lightning.models.teacher import TeacherConfig
+from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.schedule import Recipe

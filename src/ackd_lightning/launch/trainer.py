@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
@@ -17,11 +17,11 @@ from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
 from ackd_lightning.callbacks.disk import DiskSpaceCheck
 from ackd_lightning.callbacks.metrics_csv import CurvesFile
 from ackd_lightning.callbacks.predictions import PredictionFile
-from ackd_lightning.callbacks.progress import EpochLine
+from ackd_lightning.callbacks.progress import EpochLine, is_terminal
 from ackd_lightning.callbacks.settings import RunConfig
 from ackd_lightning.callbacks.stopping import StopSafely
 from ackd_lightning.callbacks.summary import RunSummary
-from ackd_lightning.callbacks.wandb import SafeWandbLogger, offline
+from ackd_lightning.callbacks.wandb import SafeWandbLogger, offline, run_id
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.messages import refused_by_trainer
@@ -49,20 +49,28 @@ def make_trainer(cli: ACKDCLI, folder: Path, *, copy_to: Path | None = None) -> 
             "trainer.gradient_clip_val does not work with auxiliary optimizers (manual optimization); "
             "use --model.recipe.gradient_clip_val"
         )
+    if cli.model.automatic_optimization is False and settings["accumulate_grad_batches"] not in (None, 1):
+        raise ACKDError(
+            f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']} and does not work with "
+            "auxiliary optimizers (manual optimization); leave it out, and use --data.batch_size for larger batches"
+        )
     if not fit:
         settings["logger"] = settings["enable_checkpointing"] = False
+        # of the fit, as config.yaml has them
+        callbacks = [each for each in callbacks if not isinstance(each, (Checkpoint, LearningRateMonitor))]
     elif not own_logger:
         settings["logger"] = [] if dry else _loggers(cli, folder)
     if fit:
         summary = RunSummary(folder, config=cli.config_name, copy_to=copy_to)
-        callbacks += [summary] if dry else _callbacks(cli, folder, summary)
+        callbacks = [summary, *callbacks] if dry else [summary, *callbacks, *_callbacks(cli, folder, summary)]
         callbacks += [LearningRateMonitor(logging_interval="epoch")] if settings["logger"] else []
         plugins = _as_list(settings["plugins"])
         if not dry and not any(isinstance(each, CheckpointIO) for each in plugins):
             settings["plugins"] = [*plugins, WholeCheckpoints()]
     if cli.command == "predict":
         callbacks.append(PredictionFile(Path(cli.option("output"))))
-    if not sys.stdout.isatty() and settings["enable_progress_bar"] is None:
+    own_bar = any(isinstance(each, ProgressBar) for each in callbacks)
+    if not own_bar and not is_terminal(sys.stdout) and settings["enable_progress_bar"] is None:
         settings["enable_progress_bar"] = False
         callbacks += [EpochLine()] if fit else []
     try:
@@ -74,7 +82,6 @@ def make_trainer(cli: ACKDCLI, folder: Path, *, copy_to: Path | None = None) -> 
 def _callbacks(cli: ACKDCLI, folder: Path, summary: RunSummary) -> list[L.Callback]:
     return [
         *checkpoints(folder / "checkpoints", select=not cli.datamodule.val_is_test),
-        summary,
         StopSafely(
             folder / "checkpoints" / "last.ckpt", advice=f"the same command with --resume {folder} resumes the run"
         ),
@@ -90,7 +97,16 @@ def _loggers(cli: ACKDCLI, folder: Path) -> list[Logger]:
     project = cli.option("wandb")
     if project is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        loggers.append(SafeWandbLogger(project=project, name=f"{config}/{name}", save_dir=folder, offline=offline()))
+        loggers.append(
+            SafeWandbLogger(
+                project=project,
+                name=f"{config}/{name}",
+                save_dir=folder,
+                offline=offline(),
+                id=run_id(folder),
+                resume="allow",
+            )
+        )
     if cli.option("tensorboard"):
         loggers.append(TensorBoardLogger(root, name=config, version=name))
     return loggers

@@ -47,7 +47,8 @@ from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of,
 from ackd_lightning.models.features import last_map, last_shape, require_stages
 from ackd_lightning.models.heads import SharedClassifiers
 from ackd_lightning.models.student import BranchyStudent
-from ackd_lightning.models.teacher import FrozenTeacher, Teacher
+from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.teacher_base import Teacher
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, Positive, PositiveInt
 

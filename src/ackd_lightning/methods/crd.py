@@ -216,9 +216,10 @@ class CRD(Method):
             student_normaliser=constants[0],
             teacher_normaliser=constants[1],
         )
+        logits = student.logits if self.loss_weights["kd"] == 0 else teacher.logits  # those may be of other classes
         return {
             "ce": cross_entropy(student.logits, batch.labels),
-            "kd": kd_loss(student.logits, teacher.logits, temperature=self.kd_temperature),
+            "kd": kd_loss(student.logits, logits, temperature=self.kd_temperature),
             "crd": contrast,
         }
 

@@ -290,8 +290,9 @@ class SemCKD(Method):
         pairs = [same_size(*pair) for pair in itertools.product(ours, theirs)]
         projected = [project(feature) for project, (feature, _) in zip(self.projections, pairs, strict=True)]
         targets = [target for _, target in pairs]
+        logits = student.logits if self.loss_weights["kd"] == 0 else teacher.logits  # those may be of other classes
         return {
             "ce": cross_entropy(student.logits, batch.labels),
-            "kd": kd_loss(student.logits, teacher.logits, temperature=self.temperature),
+            "kd": kd_loss(student.logits, logits, temperature=self.temperature),
             "semckd": semckd_loss(projected, targets, self.attention(ours, theirs)),
         }

@@ -324,6 +324,7 @@ def watch(network: nn.Module, plan: StagePlan | None) -> None:
     present: _Watch | None = getattr(network, WATCH, None)
     if plan is None or (present is not None and present.fits(network, plan)):
         return
+    _require_modules(network, plan)
     for handle in [] if present is None else present.handles:
         handle.remove()
     network.__dict__[WATCH] = _Watch(network, plan)
@@ -449,6 +450,17 @@ def _sized(network: nn.Module) -> Any:
     return network if hasattr(network, "image_size") else getattr(network, "patch_embed", None)
 
 
+def _require_modules(network: nn.Module, plan: StagePlan) -> None:
+    """Refuse a plan that names modules which do not exist."""
+    known = [name for name, _ in network.named_modules() if name]
+    for each in (*plan.features, *((plan.classifier,) if plan.classifier else ())):
+        if each not in known:
+            raise ACKDError(
+                f"the stage plan of {name_of(network)} names {each!r} and there is no such module; "
+                f"{near_matches(each, known)}"
+            )
+
+
 def check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize, channels: int | None = None) -> None:
     """Check that the modules which a stage plan names exist, and are called in this order with maps as output.
 
@@ -461,13 +473,8 @@ def check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize, chann
     Raises:
         ACKDError: If they do not.
     """
+    _require_modules(network, plan)
     name = name_of(network)
-    known = [each for each, _ in network.named_modules() if each]
-    for each in (*plan.features, *((plan.classifier,) if plan.classifier else ())):
-        if each not in known:
-            raise ACKDError(
-                f"the stage plan of {name} names {each!r} and there is no such module; {near_matches(each, known)}"
-            )
     result = traced(network, input_size)
     if result is None:
         return  # said by `probe`, with the reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ackd_lightning.errors import ACKDError
@@ -18,44 +18,42 @@ def _is_size(value: Any) -> bool:
     return all(type(side) is int and 0 < side <= LARGEST_INPUT for side in sides)
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(each, str) for each in value)
+
+
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "mean": (lambda values: len(values) > 0 and all(map(math.isfinite, values)), "a list of numbers"),
+    "std": (lambda values: len(values) > 0 and all(0 < each < math.inf for each in values), "numbers above 0"),
+    "input_size": (_is_size, f"a whole number of pixels from 1 to {LARGEST_INPUT}, or height and width"),
+    "interpolation": (lambda value: value in ("nearest", "bilinear", "bicubic"), "nearest, bilinear or bicubic"),
+    "class_names": (lambda value: _are_names(value) and len(set(value)) == len(value), "a list of different names"),
+    "class_labels": (_are_names, "a list of words"),
+    "val_acc": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "test_acc": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+}
+
+
 def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
-    """Read preprocessing and accuracy from the metadata of a weight file, as numbers.
+    """Read preprocessing, classes and accuracy from the metadata of a weight file, as numbers.
 
     Args:
         metadata: Text that ``load_weights`` returned.
         weights: Name of the weight file in error messages.
 
     Returns:
-        The entries ``mean``, ``std``, ``input_size``, ``class_names``, ``val_acc`` and ``test_acc`` that the file has.
+        The entries ``mean``, ``std``, ``input_size`` (a side, or height and width), ``interpolation``, ``class_names``,
+        ``class_labels``, ``val_acc`` and ``test_acc`` that the file has.
 
     Raises:
         ACKDError: If an entry has a value that it cannot have.
     """
     found: dict[str, Any] = {}
-    for key, right, allowed in (
-        ("mean", lambda values: len(values) > 0 and all(map(math.isfinite, values)), "a list of numbers"),
-        ("std", lambda values: len(values) > 0 and all(0 < each < math.inf for each in values), "numbers above 0"),
-        (
-            "input_size",
-            _is_size,
-            f"a whole number of pixels from 1 to {LARGEST_INPUT}, or height and width",
-        ),
-        (
-            "class_names",
-            lambda value: (
-                isinstance(value, list)
-                and len(set(value)) == len(value) > 0
-                and all(isinstance(each, str) for each in value)
-            ),
-            "a list of different names",
-        ),
-        ("val_acc", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-        ("test_acc", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    ):
+    for key, (right, allowed) in _ENTRIES.items():
         if key not in metadata:
             continue
         try:
-            found[key] = json.loads(metadata[key])
+            found[key] = metadata[key].strip('"') if key == "interpolation" else json.loads(metadata[key])
             good = right(found[key])
         except (ValueError, TypeError, RecursionError):
             good = False
@@ -64,6 +62,8 @@ def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
                 f"{key} is {metadata[key][:60]!r} in the metadata of {weights}; it must be {allowed}, so export the "
                 "file again"
             )
+        if key in ("mean", "std", "input_size") and isinstance(found[key], list):
+            found[key] = tuple(found[key])
     if ("mean" in found) != ("std" in found) or len(found.get("mean", [])) != len(found.get("std", [])):
         raise ACKDError(f"mean and std have different lengths in the metadata of {weights}; export the file again")
     return found

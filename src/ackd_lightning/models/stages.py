@@ -51,7 +51,8 @@ def stage_names(network: nn.Module, traced: Trace, image_size: tuple[int, int]) 
     begin = _begin(network, points, stages[0], layers)
     if stem:
         begin = next(start for start in layers if start > stem[-1].end)
-    if len(stages) < 3 and len(chain := _longest_chain(network, points)) >= _PARTS:
+    chain = _longest_chain(network, points)
+    if len(stages) < 3 and len(chain) >= _PARTS and _holds_most(chain, layers):
         stages = [chain[-(-len(chain) * part // _PARTS) - 1] for part in range(1, _PARTS + 1)]
         begin = chain[0].start
     pooled = [each for each in points if each.name in traced.pooled and each.end >= stages[-1].end]
@@ -147,14 +148,19 @@ def _weighted(network: nn.Module) -> list[str]:
 
 
 def _longest_chain(network: nn.Module, points: Sequence[Call]) -> list[Call]:
-    """Return the largest group of modules of one class and one parent."""
-    groups: dict[tuple[str, type], list[Call]] = {}
+    """Return the largest group of modules of one class, one parent and one resolution."""
+    groups: dict[tuple[str, type, int], list[Call]] = {}
     for each in points:
         parent = each.name.rpartition(".")[0]
         module = network.get_submodule(each.name)
         if any(True for _ in module.parameters()):
-            groups.setdefault((parent, type(module)), []).append(each)
+            groups.setdefault((parent, type(module), _area(each)), []).append(each)
     return max(groups.values(), key=len, default=[])
+
+
+def _holds_most(chain: Sequence[Call], layers: Sequence[int]) -> bool:
+    """Whether more than half of the layers of a network lie in a chain."""
+    return 2 * sum(chain[0].start < start < chain[-1].end for start in layers) > len(layers)
 
 
 def _runs(points: Sequence[Call]) -> list[list[Call]]:

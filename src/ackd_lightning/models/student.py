@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -14,17 +14,15 @@ from ackd_lightning.models.features import (
     StagePlan,
     capture,
     check_plan,
-    native_sizes,
     plan_for,
     require_plan,
     staged_forward,
-    traced,
     watch,
 )
-from ackd_lightning.models.suffix import Suffix, difference
+from ackd_lightning.models.suffix import Cuts
 from ackd_lightning.models.tracing import logits_of, name_of
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import ImageSize, NetOutput, height_width
+from ackd_lightning.types import ImageSize, NetOutput
 
 
 def init_fresh(module: nn.Module) -> None:
@@ -55,20 +53,18 @@ class AuxiliaryLearner(nn.Module):
     """Branch of the student: the backbone's own structure from a stage to the logits, with fresh weights.
 
     Args:
-        backbone: Network whose structure is copied; no weight is shared.
-        plan: Stages of the backbone.
+        cuts: Places at which the backbone can be cut; no weight is shared with it.
         entry: Number of the first stage that the learner owns, from 1.
-        input_size: Height and width in pixels of the backbone's images.
 
     Raises:
         ACKDError: If the backbone cannot be cut there.
     """
 
-    def __init__(self, backbone: nn.Module, plan: StagePlan, entry: int, input_size: ImageSize) -> None:
+    def __init__(self, cuts: Cuts, entry: int) -> None:
         super().__init__()
-        height, width = height_width(input_size)
-        self.entry, self.ratio = entry, height / width
-        self.suffix = Suffix(backbone, plan.features[entry - 1], input_size)
+        plan = cuts.plan
+        self.entry, self.ratio = entry, cuts.ratio
+        self.suffix = cuts.suffix(plan.features[entry - 1])
         self.plan = StagePlan(plan.features[-1:], plan.classifier, plan.pooled)
         watch(self.suffix.network, self.plan)
         init_fresh(self)
@@ -162,47 +158,49 @@ class BranchyStudent(nn.Module):
         self.specs = tuple(last if spec == LAST else spec for spec in branches)
         self.backbone = backbone
         watch(backbone, self.plan)
-        self.branches = nn.ModuleList(self._learner(spec, num_classes, input_size) for spec in self.specs)
+        self.branches = nn.ModuleList(self._learners(num_classes, input_size))
 
-    def _learner(self, spec: str, num_classes: int | None, input_size: ImageSize | None) -> AuxiliaryLearner | Peer:
-        name = name_of(self.backbone)
-        if spec == PEER:
-            network = copy.deepcopy(self.backbone)
-            init_fresh(network)
-            return Peer(network)
-        if num_classes is None or is_branch(spec):
-            plan = require_plan(self.backbone, name, f"branch {spec!r}")
-            return self._branch(spec, plan, entry_stage(spec, plan, name), input_size)
+    def _learners(self, num_classes: int | None, input_size: ImageSize | None) -> Iterator[AuxiliaryLearner | Peer]:
+        name, cuts = name_of(self.backbone), None
+        for spec in self.specs:
+            if spec == PEER:
+                network = copy.deepcopy(self.backbone)
+                init_fresh(network)
+                yield Peer(network)
+            elif num_classes is None or is_branch(spec):
+                plan = require_plan(self.backbone, name, f"branch {spec!r}")
+                entry = entry_stage(spec, plan, name)
+                cuts = Cuts(self.backbone, plan, input_size) if cuts is None else cuts
+                yield self._branch(spec, cuts, entry, proved=input_size is not None)
+            else:
+                yield self._other(spec, num_classes)
+
+    def _other(self, spec: str, num_classes: int) -> Peer:
+        """Build a peer of another architecture."""
         try:
             return Peer(create_model(spec, num_classes))
         except ACKDError as error:
             if self.plan is None:
                 raise
-            reason = str(error)
-        known = ", ".join(branch_names(self.plan))
-        raise ACKDError(
-            f"branch {spec!r} does not fit {name}, which has {len(self.plan.features) - 1} stages; use one of {known}, "
-            f"or a network of its own ({reason})"
-        )
+            known, name = ", ".join(branch_names(self.plan)), name_of(self.backbone)
+            raise ACKDError(
+                f"branch {spec!r} does not fit {name}, which has {len(self.plan.features) - 1} stages; use one of "
+                f"{known}, or a network of its own ({error})"
+            ) from error
 
-    def _branch(self, spec: str, plan: StagePlan, entry: int, input_size: ImageSize | None) -> AuxiliaryLearner:
+    def _branch(self, spec: str, cuts: Cuts, entry: int, *, proved: bool) -> AuxiliaryLearner:
         """Build a branch, and show that its structure is the backbone's by running it with the backbone's weights."""
-        size = input_size
-        if size is None:
-            size = next((each for each in native_sizes(self.backbone) if traced(self.backbone, each) is not None), 32)
-        reason = None
+        features = cuts.plan.features
         try:
-            if input_size is not None:
-                reason = difference(self.backbone, plan, plan.features[entry - 1], size)
+            reason = cuts.difference(features[entry - 1]) if proved else None
             if reason is None:
-                return AuxiliaryLearner(self.backbone, plan, entry, size)
+                return AuxiliaryLearner(cuts, entry)
         except ACKDError as error:
             reason = str(error)
-        names = branch_names(plan)
         works = [
-            each
-            for number, each in zip(range(len(names), 0, -1), names, strict=True)
-            if number != entry and difference(self.backbone, plan, plan.features[number - 1], size) is None
+            name
+            for name, feature in zip(branch_names(cuts.plan), reversed(features[:-1]), strict=True)
+            if feature != features[entry - 1] and cuts.difference(feature) is None
         ]
         remedy = f"use one of {', '.join(works)}" if works else "use peers, or another network"
         raise ACKDError(f"branch {spec!r} cannot be cut out of {name_of(self.backbone)} ({reason}); {remedy}")

@@ -11,18 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import StagePlan, capture
-from ackd_lightning.models.tracing import (
-    Trace,
-    dtype_of,
-    first_tensor,
-    image_channels,
-    logits_of,
-    skeleton,
-    trace,
-    twin,
-)
-from ackd_lightning.types import ImageSize, height_width
+from ackd_lightning.models.features import StagePlan, capture, native_sizes, traced
+from ackd_lightning.models.tracing import EXAMPLES, Trace, dtype_of, first_tensor, logits_of, name_of, twin
+from ackd_lightning.types import ImageSize
 
 _TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that is put down to rounding (float32)."""
@@ -67,7 +58,8 @@ class _Zeros:
         self.first, self.rest, self.dtype = tensor.shape[0], tuple(tensor.shape[1:]), tensor.dtype
 
     def make(self, batch: int, device: torch.device, dense: bool) -> Tensor:
-        shape = (self.first * batch // 2, *self.rest)
+        grows = self.first % EXAMPLES == 0  # the other ones are the same for all images
+        shape = (self.first * batch // EXAMPLES if grows else self.first, *self.rest)
         zeros = torch.zeros(shape if dense else (1,), dtype=self.dtype, device=device)
         return zeros.expand(shape)
 
@@ -98,35 +90,25 @@ class Suffix(nn.Module):
     Args:
         network: Network whose structure and weights are copied.
         entry: Name of the module whose output is read.
-        input_size: Height and width in pixels of the images of the network.
+        example: Copy of the network, an image, and the calls that it made.
 
     Raises:
         ACKDError: If the network cannot be cut there.
     """
 
-    def __init__(self, network: nn.Module, entry: str, input_size: ImageSize) -> None:
+    def __init__(self, network: nn.Module, entry: str, example: tuple[nn.Module, Tensor, Trace]) -> None:
         super().__init__()
-        ghost, image = skeleton(network, input_size)
-        image = image.expand(2, *image.shape[1:]).clone()
-        try:
-            record = trace(ghost, image)
-        except Exception:  # real numbers may be what it needs
-            ghost, image = twin(network), torch.zeros(image.shape, dtype=image.dtype)
-            record = trace(ghost, image)
+        ghost, image, record = example
         if entry not in record.calls or record.calls[entry] not in record.spine:
             raise ACKDError(f"data also flow past {entry!r}")
-        self.entry = entry
-        self.memory: _Memory = {"dense": False}
-        self.network = copy.deepcopy(network)
         given = record.calls[entry].value
         tensor = first_tensor(given)
         assert tensor is not None
-        self.each = tensor.shape[0]
-        self.image = _Zeros(image)
-        originals = dict(ghost.named_modules(remove_duplicate=False))
-        _cut(self.network, "", entry, record, originals, self.memory)
-        _cut(ghost, "", entry, record, originals, memory := {"dense": False})
-        used = self._used(ghost, given, memory)
+        self.entry, self.image, self.each = entry, _Zeros(image), tensor.shape[0]
+        self.memory: _Memory = {"dense": False}
+        self.network = _cut(network, ghost, entry, record, self.memory)
+        memory: _Memory = {"dense": False}
+        used = self._used(_cut(ghost, ghost, entry, record, memory), given, memory)
         for name, parameter in list(self.network.named_parameters()):
             if name not in used:  # as the class token of a transformer that is cut after its first block
                 owner, _, own = name.rpartition(".")
@@ -162,7 +144,7 @@ class Suffix(nn.Module):
     def _run(self, network: nn.Module, given: Any, memory: _Memory) -> Any:
         tensor = first_tensor(given)
         assert tensor is not None
-        batch = tensor.shape[0] * 2 // self.each
+        batch = tensor.shape[0] * EXAMPLES // self.each
         memory.update(given=given, batch=batch, device=tensor.device)
         try:
             return network(self.image.make(batch, tensor.device, memory["dense"]))
@@ -178,22 +160,23 @@ class Suffix(nn.Module):
         return self._run(self.network, given, self.memory)
 
 
-def _cut(
-    module: nn.Module, prefix: str, entry: str, record: Trace, originals: dict[str, nn.Module], memory: _Memory
-) -> None:
-    """Replace the entry, and the outermost modules whose calls end before it."""
+def _cut(network: nn.Module, ghost: nn.Module, entry: str, record: Trace, memory: _Memory) -> nn.Module:
+    """Copy a network without the entry, and without the outermost modules whose calls end before it."""
     end = record.calls[entry].end
-    for name, child in list(module._modules.items()):
-        full = f"{prefix}{name}"
-        if child is None:
-            continue
-        if full == entry:
-            module._modules[name] = _Entry(originals[full], memory)
-        elif full in record.calls and not entry.startswith(f"{full}."):
-            if record.calls[full].end < end:
-                module._modules[name] = _Blank(originals[full], memory, record.calls[full].value)
-        else:
-            _cut(child, f"{full}.", entry, record, originals, memory)
+    places: dict[int, Any] = {}  # deepcopy takes from its memo what it finds there
+
+    def place(module: nn.Module, original: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            full, meant = f"{prefix}{name}", original.get_submodule(name)
+            if full == entry:
+                places[id(child)] = _Entry(meant, memory)
+            elif full not in record.calls or entry.startswith(f"{full}."):
+                place(child, meant, f"{full}.")
+            elif record.calls[full].end < end:
+                places[id(child)] = _Blank(meant, memory, record.calls[full].value)
+
+    place(network, ghost, "")
+    return copy.deepcopy(network, places)
 
 
 def _disturb(network: nn.Module, generator: torch.Generator) -> None:
@@ -212,40 +195,86 @@ def _disturb(network: nn.Module, generator: torch.Generator) -> None:
                 tensor.add_(0.2 * (shift - 0.5))
 
 
-@torch.no_grad()
-def difference(network: nn.Module, plan: StagePlan, entry: str, input_size: ImageSize) -> str | None:
-    """Compare a network with its stem and stages up to an entry followed by the suffix, on three random images.
+class Cuts:
+    """The places at which a network can be cut, found and proved by running it.
 
-    The copy that is compared is in evaluation mode and has other norms and biases. Weights, modes and torch's random
-    numbers stay as they are.
+    Args:
+        network: Network, with or without weights (meta device).
+        plan: Stages of the network.
+        input_size: Height and width of its images in pixels; None for the size that it was designed for.
+
+    Raises:
+        ACKDError: If the network cannot be run.
+    """
+
+    def __init__(self, network: nn.Module, plan: StagePlan, input_size: ImageSize | None = None) -> None:
+        sizes = native_sizes(network) if input_size is None else [input_size]
+        example = next((found for size in sizes if (found := traced(network, size)) is not None), None)
+        if example is None:
+            raise ACKDError(f"{name_of(network)} cannot be run on an example of {input_size} pixels; give another size")
+        self.network, self.plan, self.example = network, plan, example
+        self.ratio = example[1].shape[2] / example[1].shape[3]
+        self._whole: tuple[nn.Module, Tensor, dict[str, Any]] | None = None
+
+    def suffix(self, entry: str) -> Suffix:
+        """Return the part of the network after a module.
+
+        Args:
+            entry: Name of the module.
+
+        Raises:
+            ACKDError: If the network cannot be cut there.
+        """
+        return Suffix(self.network, entry, self.example)
+
+    @torch.no_grad()
+    def difference(self, entry: str) -> str | None:
+        """Compare the network with its part up to a module followed by its part after it, on three random images.
+
+        A copy in evaluation mode with other norms and biases is compared. Weights, modes and torch's random numbers
+        stay as they are.
+
+        Args:
+            entry: Name of the module.
+
+        Returns:
+            Why the two differ; None if they are equal up to rounding, or the network has no weights.
+        """
+        if any(each.is_meta for each in itertools.chain(self.network.parameters(), self.network.buffers())):
+            return None
+        try:
+            with torch.random.fork_rng(devices=[]):
+                whole, own, values = self._run_whole()
+                found = logits_of(Suffix(whole, entry, self.example).eval()(values[entry])).float()
+        except ACKDError as error:
+            return str(error)
+        except Exception as error:  # anything may happen in a part of a network
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+        rounding = max(_TOLERANCE, 8 * torch.finfo(dtype_of(whole)).eps)
+        allowed = rounding * float(own.abs().nan_to_num(0.0, posinf=0.0).max())
+        if torch.allclose(found, own, rtol=0.0, atol=allowed, equal_nan=True):
+            return None
+        return f"with the same weights its logits differ by up to {float((found - own).abs().max()):.3g}"
+
+    def _run_whole(self) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+        """Return the copy, its logits, and what its stages return."""
+        if self._whole is None:
+            whole, generator = twin(self.network), torch.Generator().manual_seed(0)
+            _disturb(whole, generator)
+            place = next((each.device for each in whole.parameters()), torch.device("cpu"))
+            image = torch.randn(3, *self.example[1].shape[1:], generator=generator, device="cpu")
+            output, _, _, values = capture(whole, self.plan, image.to(place, dtype_of(whole)), self.ratio)
+            self._whole = whole, logits_of(output).float(), values
+        return self._whole
+
+
+def difference(network: nn.Module, plan: StagePlan, entry: str, input_size: ImageSize | None = None) -> str | None:
+    """Return what `Cuts.difference` finds for one module.
 
     Args:
         network: Network with weights.
         plan: Stages of the network.
-        entry: Name of the module after which the suffix begins.
-        input_size: Height and width of the images in pixels.
-
-    Returns:
-        Why the two differ; None if they are equal up to rounding, or the network has no weights (meta device).
+        entry: Name of the module.
+        input_size: Height and width of the images in pixels; None for the size that the network was designed for.
     """
-    if any(each.is_meta for each in itertools.chain(network.parameters(), network.buffers())):
-        return None
-    whole, generator = twin(network), torch.Generator().manual_seed(0)
-    _disturb(whole, generator)
-    place = next((each.device for each in network.parameters()), torch.device("cpu"))
-    height, width = height_width(input_size)
-    shape = (3, image_channels(network), height, width)
-    image = torch.randn(shape, generator=generator, device="cpu").to(place, dtype_of(network))
-    try:
-        with torch.random.fork_rng(devices=[]):
-            suffix = Suffix(whole, entry, input_size).eval()
-            output, _, _, values = capture(whole, plan, image, height / width)
-            own, found = logits_of(output).float(), logits_of(suffix(values[entry])).float()
-    except ACKDError as error:
-        return str(error)
-    except Exception as error:  # anything may happen in a part of a network
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-    allowed = max(_TOLERANCE, 8 * torch.finfo(image.dtype).eps) * float(own.abs().nan_to_num(0.0, posinf=0.0).max())
-    if torch.allclose(found, own, rtol=0.0, atol=allowed, equal_nan=True):
-        return None
-    return f"with the same weights its logits differ by up to {float((found - own).abs().max()):.3g}"
+    return Cuts(network, plan, input_size).difference(entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -32,6 +33,9 @@ _POOLING = (
 )
 """Autograd nodes that average a map over its positions and change nothing else."""
 
+
+EXAMPLES = 2
+"""Number of images on which a network is tried."""
 
 WATCH = "_stage_watch"
 """Attribute of a network that holds the hooks on its stages."""
@@ -126,10 +130,11 @@ def examples(
         input_size: Height and width of the images in pixels.
         channels: Channels of the images; None for those of the network's first convolution.
     """
-    yield skeleton(network, input_size, channels=channels)
+    ghost, image = skeleton(network, input_size, channels=channels)
+    yield ghost, image.expand(EXAMPLES, *image.shape[1:]).clone()
     tensors = [*network.parameters(), *network.buffers()]
     if not any(each.is_meta for each in tensors):
-        shape = (2, image_channels(network) if channels is None else channels, *height_width(input_size))
+        shape = (EXAMPLES, image_channels(network) if channels is None else channels, *height_width(input_size))
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
         yield twin(network), image.to(tensors[0].device if tensors else "cpu", dtype_of(network))
 
@@ -169,8 +174,8 @@ def logits_of(output: Any, whose: str = "the network") -> Tensor:
     )
 
 
-def first_tensor(output: Any) -> Tensor | None:
-    """Return the first tensor with at least three dimensions, or else the first tensor, in what a module returns.
+def tensors_in(output: Any) -> list[Tensor]:
+    """Return every tensor in what a module returns.
 
     Args:
         output: Any nested tuples, lists, dicts and objects with tensors.
@@ -178,6 +183,16 @@ def first_tensor(output: Any) -> Tensor | None:
     found = [each for each in pytree.tree_leaves(output) if isinstance(each, Tensor)]
     if not found and hasattr(output, "to_tuple"):
         found = [each for each in pytree.tree_leaves(output.to_tuple()) if isinstance(each, Tensor)]
+    return found
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """Return the first tensor with at least three dimensions, or else the first tensor, in what a module returns.
+
+    Args:
+        output: Any nested tuples, lists, dicts and objects with tensors.
+    """
+    found = tensors_in(output)
     return next((each for each in found if each.dim() >= 3), found[0] if found else None)
 
 
@@ -225,7 +240,8 @@ class Call:
         start: Number of the event that begins the call.
         end: Number of the event that ends it.
         shape: ``(C, H, W)`` of its output as a map; None if it is no map.
-        node: Autograd node of the output.
+        node: Autograd node of the output's first tensor.
+        nodes: Autograd nodes of all its tensors.
         value: What the module returned.
     """
 
@@ -234,6 +250,7 @@ class Call:
     end: int
     shape: tuple[int, int, int] | None
     node: Any
+    nodes: frozenset[Any]
     value: Any
 
     @property
@@ -286,6 +303,19 @@ def _paths(output: Any, image: Any) -> tuple[dict[Any, int], dict[Any, int]]:
     return above, below
 
 
+def _separate(nodes: frozenset[Any], output: Any, image: Any) -> bool:
+    """Whether every path from the output to the image meets one of some nodes."""
+    seen, stack = set(nodes), [output]
+    while stack:
+        node = stack.pop()
+        if node is image:
+            return False
+        if node not in seen:
+            seen.add(node)
+            stack += [each for each, _ in node.next_functions if each is not None]
+    return True
+
+
 def _only_pooling(start: Any, end: Any, below: dict[Any, int]) -> bool:
     """Whether nothing but pooling happens between a node and an earlier one."""
     node = start
@@ -306,21 +336,17 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
     ratio = image.shape[2] / image.shape[3]
     prefix = getattr(network, "num_prefix_tokens", None)
     events, counts = 0, dict[str, int]()
-    starts: dict[str, list[tuple[int, Any]]] = {}
+    starts: dict[str, list[tuple[int, Tensor | None]]] = {}
     calls: list[Call] = []
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, Tensor | None] = {}
     handles = []
-
-    def node_of(value: Any) -> Any:
-        tensor = first_tensor(value)
-        return None if tensor is None else tensor.grad_fn
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal events
             events += 1
             counts[name] = counts.get(name, 0) + 1
-            starts.setdefault(name, []).append((events, node_of((args, kwargs))))
+            starts.setdefault(name, []).append((events, first_tensor((args, kwargs))))
 
         return hook
 
@@ -331,7 +357,9 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
             start, inputs[name] = starts[name].pop()
             found = as_map(value, ratio, prefix)
             shape = None if found is None else cast("tuple[int, int, int]", tuple(found.shape[1:]))
-            calls.append(Call(name, start, events, shape, node_of(value), value))
+            tensor = first_tensor(value)
+            nodes = frozenset(each.grad_fn for each in tensors_in(value) if each.grad_fn is not None)
+            calls.append(Call(name, start, events, shape, None if tensor is None else tensor.grad_fn, nodes, value))
 
         return hook
 
@@ -341,7 +369,8 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
             handles.append(module.register_forward_hook(after(name)))
     image = image.detach().clone().requires_grad_()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said again when the network itself is run
             logits = logits_of(network(image), name_of(network))
             edge = torch.autograd.graph.get_gradient_edge(image).node
     finally:
@@ -355,7 +384,12 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
     if not total:
         return result
     once = list(result.calls.values())
-    result.spine = [each for each in once if above.get(each.node, 0) * below.get(each.node, 0) == total]
+    result.spine = [
+        each
+        for each in once
+        if above.get(each.node, 0) * below.get(each.node, 0) == total
+        or (len(each.nodes) > 1 and _separate(each.nodes, logits.grad_fn, edge))
+    ]
     modules = dict(network.named_modules())
     result.classifier = next(
         (
@@ -365,10 +399,14 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
         ),
         None,
     )
-    if result.classifier is not None:
-        node = inputs[result.classifier]
+    read = None if result.classifier is None else inputs[result.classifier]
+    if read is not None:
         result.pooled = frozenset(
-            each.name for each in result.spine if each.shape is not None and _only_pooling(node, each.node, below)
+            each.name
+            for each in result.spine
+            if each.shape is not None
+            and (read.dim() != 2 or read.shape[1] == each.shape[0])  # and not flattened
+            and _only_pooling(read.grad_fn, each.node, below)
         )
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -210,6 +211,11 @@ def write_student(
             image = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
                 difference = float((trained(image) - reloaded(image)).abs().max())
+            if not math.isfinite(difference):
+                raise ACKDError(
+                    f"the student's logits are not finite, as training diverged; {target} was not written: lower the "
+                    "learning rate, or export another checkpoint (--which best)"
+                )
             if not difference <= 1e-5:
                 raise ACKDError(f"the exported student's logits differ by {difference:.3g}; {target} was not written")
     except OSError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,34 @@ class Resumed:
     checkpoint: Path
     content: dict[str, Any] = field(repr=False, compare=False)
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a fit is, in epochs or steps.
+
+    Attributes:
+        max_epochs: ``trainer.max_epochs``.
+        max_steps: ``trainer.max_steps``.
+    """
+
+    max_epochs: int | None
+    max_steps: int | None = -1
+
+    def exceeds(self, trainer: Mapping[str, Any]) -> bool:
+        """Return whether this is longer than what the settings of an earlier fit say.
+
+        Args:
+            trainer: Settings of its Trainer.
+        """
+        before = Length(trainer.get("max_epochs"), trainer.get("max_steps"))
+        pairs = list(zip(self._limits(), before._limits(), strict=True))
+        return any(now > then for now, then in pairs) and all(now >= then for now, then in pairs)
+
+    def _limits(self) -> tuple[float, float]:
+        given = (self.max_epochs, self.max_steps)
+        epochs, steps = (math.inf if each in (None, -1) else float(each or 0) for each in given)
+        return (1000.0 if self.max_epochs is None and math.isinf(steps) else epochs), steps  # Lightning's default
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -60,27 +90,35 @@ def _newest_readable(folder: Path) -> Resumed:
     raise ACKDError(f"no checkpoint of run {folder} can be read ({problems[0]}); remove the folder and start again")
 
 
-def _refuse_finished(folder: Path) -> None:
+def _refuse_finished(folder: Path, length: Length | None) -> None:
+    """Refuse a finished run, unless it is to be trained longer than it was."""
     summary = folder / "summary.json"
-    if summary.is_file():
+    if summary.is_file() and not (length is not None and length.exceeds(_config(folder).get("trainer") or {})):
         epochs = json.loads(summary.read_text(encoding="utf-8")).get("epochs")
         raise RunFinishedError(
-            f"run {folder} is finished ({epochs} epochs); leave --resume out, or choose another --name, for a new one"
+            f"run {folder} is finished ({epochs} epochs); raise --trainer.max_epochs to train it longer, or leave "
+            "--resume out for a new one"
         )
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    """Return the settings that a run was started with; none where its ``config.yaml`` is missing."""
+    path = folder / "config.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
 def _seed_of(folder: Path) -> Any:
-    config = folder / "config.yaml"
-    return yaml.safe_load(config.read_text(encoding="utf-8")).get("seed_everything") if config.is_file() else None
+    return _config(folder).get("seed_everything")
 
 
-def resume_auto(place: Path, name: str | None, seed: Any = None) -> Resumed | None:
+def resume_auto(place: Path, name: str | None, seed: Any = None, length: Length | None = None) -> Resumed | None:
     """Find the newest unfinished run of a configuration.
 
     Args:
         place: Folder of the configuration's runs.
         name: Name of the run, if it has one: only this run counts then.
         seed: Seed of the run: without a name, runs with another seed do not count.
+        length: Length of the fit; a finished run that was shorter is trained longer.
 
     Returns:
         The run, or None if there is nothing to resume, so that the run starts from the beginning.
@@ -95,15 +133,18 @@ def resume_auto(place: Path, name: str | None, seed: Any = None) -> Resumed | No
     if unfinished:
         return _newest_readable(max(unfinished)[1])
     if with_checkpoint:
-        _refuse_finished(max(with_checkpoint)[1])
+        newest = max(with_checkpoint)[1]
+        _refuse_finished(newest, length)
+        return _newest_readable(newest)
     return None
 
 
-def resume_from(value: str) -> Resumed:
+def resume_from(value: str, length: Length | None = None) -> Resumed:
     """Find the run that ``--resume PATH`` names.
 
     Args:
         value: Folder of a run, or one of its checkpoints.
+        length: Length of the fit; a finished run that was shorter is trained longer.
 
     Raises:
         RunFinishedError: If the run of a folder is finished.
@@ -111,7 +152,7 @@ def resume_from(value: str) -> Resumed:
     """
     path = Path(value)
     if path.is_dir():
-        _refuse_finished(path)
+        _refuse_finished(path, length)
         if not _newest_first(path):
             find_checkpoint(path)  # raises the error that lists what the folder has
         return _newest_readable(path)
@@ -137,10 +178,8 @@ def changed_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
     Raises:
         ACKDError: If the seed differs, so that it would be another run.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
+    if not (before := _config(folder)):
         return []
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
     if before.get("seed_everything") != settings["seed_everything"]:
         raise ACKDError(
             f"run {folder} has --seed_everything {before.get('seed_everything')} and not "

@@ -18,10 +18,12 @@ from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.start import Start, match_head
 from ackd_lightning.runs.export import Exported, write_student
+from ackd_lightning.training.continuing import describe_optimizers
 from ackd_lightning.training.labels import Labels, check_unlabelled
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
-from ackd_lightning.training.teachers import Teachers, compare_classes
+from ackd_lightning.training.teacher_choice import compare_classes
+from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import DataInfo
 
 
@@ -118,12 +120,12 @@ class SelfDescribing(OpenOptimizers):
         self._match_teachers()
 
     def _match_teachers(self) -> None:
-        """Bring the teachers' logits into the order of the data's classes, and say so."""
-        if self.data.class_names is None or not self.matches_classes:
-            return
-        reordered = self.teachers.match_classes(self.data.class_names, reorder=self.method.teacher != "own")
-        if reordered:
-            rank_zero_only(print)(f"classes of teacher {', '.join(reordered)} are reordered to those of the data")
+        """Bring the teachers' logits into the order of the data's classes, and say what is done to them."""
+        self.teachers.match_classes(
+            self.data.class_names, reorder=self.method.teacher != "own", by_name=self.matches_classes
+        )
+        for sentence in self.teachers.announce():
+            rank_zero_only(print)(sentence, flush=True)
 
     def _match_data(self, names: Sequence[str], origin: str) -> None:
         """Bring the data's classes into the order in which a checkpoint was trained, and say so."""
@@ -165,6 +167,7 @@ class SelfDescribing(OpenOptimizers):
             "skipped": self.guard.skipped,
             "head": None if self.method.head is None else self.method.head.description(),
             "learners": list(self.student.specs),
+            "optimizers": describe_optimizers(self._trainer.optimizers) if self._trainer is not None else [],
             "started_from": self._started_from if self.start is None else self.start.notes,
             "frozen": list(self.student_config.freeze),
         }
@@ -185,6 +188,7 @@ class SelfDescribing(OpenOptimizers):
         """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""
         metadata = checkpoint.get("ackd_lightning", {})
         self.guard.skipped = metadata.get("skipped", 0)
+        self._resumed_optimizers = list(metadata.get("optimizers") or [])
         self._started_from = metadata.get("started_from")
         self.start = None  # the checkpoint has other weights, with its own classes
         if names := metadata.get("class_names"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -16,7 +19,11 @@ from ackd_lightning.methods.base import Method
 from ackd_lightning.metrics.cka import LearnerStatistics
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.training.batches import require_labels
+from ackd_lightning.training.nonfinite import remedies
 from ackd_lightning.types import Batch, NetOutput, NetSpec
+
+_DIVERGED = 50.0
+"""Multiple of the loss of a guess above which a validation loss is reported."""
 
 
 class Evaluation(nn.Module):
@@ -45,6 +52,24 @@ class Evaluation(nn.Module):
         width = widths.pop() if len(widths) == 1 else None  # embeddings of different networks have no common space
         self.learner_statistics = LearnerStatistics(count, width) if width is not None else None
         self._prefix = "val"
+        self.others = nn.ModuleList()
+
+    def of(self, loader: int, spec: NetSpec, method: Method) -> Evaluation:
+        """Return what measures one of several loaders; keys of the second begin with ``val2/``.
+
+        Args:
+            loader: Number of the loader, from 0.
+            spec: Shapes of the student.
+            method: The method.
+        """
+        while len(self.others) < loader:
+            other = Evaluation(spec, method).to(next(iter(self._metrics())).device)
+            other.begin(f"{self._prefix}{len(self.others) + 2}")
+            self.others.append(other)
+        return cast(Evaluation, self.others[loader - 1]) if loader else self
+
+    def _metrics(self) -> list[MulticlassAccuracy]:
+        return [cast(MulticlassAccuracy, each) for each in self.accuracies.values()]
 
     def update(
         self, module: L.LightningModule, method: Method, student: NetOutput, prediction: Tensor, target: Tensor
@@ -71,14 +96,15 @@ class Evaluation(nn.Module):
                 metric = cast(MulticlassAccuracy, self.accuracies[f"{learner}acc{suffix}"])
                 metric.update(scores, target)
                 shown = learner == "" and suffix == ""
-                module.log(f"{prefix}/{learner}acc{suffix}", metric, on_epoch=True, prog_bar=shown, batch_size=size)
+                common: dict[str, Any] = {"on_epoch": True, "batch_size": size, "add_dataloader_idx": False}
+                module.log(f"{prefix}/{learner}acc{suffix}", metric, prog_bar=shown, **common)
         loss = cross_entropy(prediction, target)
-        module.log(f"{prefix}/loss", loss, on_epoch=True, batch_size=size, sync_dist=True)
+        module.log(f"{prefix}/loss", loss, sync_dist=True, **common)
         if self.learner_statistics is not None:
             embeddings = [each.embedding for each in student.branches if each.embedding is not None]
             self.learner_statistics.update(embeddings, learners[1:])
         values = {f"{prefix}/{name}": value for name, value in method.statistics(student).items()}
-        module.log_dict(values, on_epoch=True, batch_size=size, sync_dist=True)
+        module.log_dict(values, sync_dist=True, **common)
 
     def begin(self, prefix: str) -> None:
         """Choose the split that logging keys name.
@@ -87,6 +113,8 @@ class Evaluation(nn.Module):
             prefix: ``val`` or ``test``.
         """
         self._prefix = prefix
+        for number, other in enumerate(self.others, start=2):
+            cast(Evaluation, other).begin(f"{prefix}{number}")
 
     def end(self, module: L.LightningModule) -> None:
         """Log CKA, disagreement and feature std of the learners over the whole split.
@@ -98,6 +126,8 @@ class Evaluation(nn.Module):
             values = self.learner_statistics.compute()
             module.log_dict({f"{self._prefix}/learners_{name}": each for name, each in values.items()}, sync_dist=True)
             self.learner_statistics.reset()
+        for other in self.others:
+            cast(Evaluation, other).end(module)
 
 
 class EvaluationSteps(L.LightningModule):
@@ -106,11 +136,13 @@ class EvaluationSteps(L.LightningModule):
     Attributes:
         student: The student with its auxiliary learners.
         method: The method.
+        spec: Shapes of the student.
         evaluation: What is measured.
     """
 
     student: BranchyStudent
     method: Method
+    spec: NetSpec
     evaluation: Evaluation
 
     @abstractmethod
@@ -134,26 +166,44 @@ class EvaluationSteps(L.LightningModule):
         """Choose the split that logging keys name."""
         self.evaluation.begin("test")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure the student, each auxiliary learner and their ensemble on a batch."""
         batch = self.as_batch(batch, first=batch_idx == 0)
         require_labels(batch)
         student: NetOutput = self.student(batch.image)
-        self.evaluation.update(self, self.method, student, self.prediction(student), batch.target)
+        if dataloader_idx > len(self.evaluation.others):
+            self._metric_attributes = None  # Lightning's memory of the metrics that it has found in the module
+        evaluation = self.evaluation.of(dataloader_idx, self.spec, self.method)
+        evaluation.update(self, self.method, student, self.prediction(student), batch.target)
 
     def on_validation_epoch_end(self) -> None:
         """Log how similar the learners are."""
         self.evaluation.end(self)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def on_validation_end(self) -> None:
+        """Say what a loss far above that of a guess means, and what to do."""
+        if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking or self._warned_of_loss:
+            return
+        loss = self.trainer.callback_metrics.get(f"{'test' if self.looks_at_test() else 'val'}/loss")
+        chance = math.log(max(2, self.spec.num_classes))
+        if loss is not None and not float(loss) < _DIVERGED * chance:
+            self._warned_of_loss = True
+            rank_zero_warn(
+                f"the validation loss is {float(loss):,.0f} after epoch {self.current_epoch + 1} and that of a guess "
+                f"is {chance:.1f}, so training may have diverged; {remedies(self)}"
+            )
+
+    _warned_of_loss = False
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure on a batch of test data."""
-        self.validation_step(batch, batch_idx)
+        self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log how similar the learners are."""
         self.evaluation.end(self)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return class, its probability, target and index of every image.
 
         Returns:

@@ -44,6 +44,19 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def metric_missing(name: str, metrics: Iterable[str]) -> ACKDError:
+    """Make the error for a schedule that reads a metric that is not logged.
+
+    Args:
+        name: Name of the metric.
+        metrics: Names of those that are logged.
+    """
+    return ACKDError(
+        f"the learning rate schedule reads {name}, which is not logged; choose another schedule, or one of "
+        f"{', '.join(sorted(metrics))}"
+    )
+
+
 class ManualSteps(SkippingModule):
     """Steps of the auxiliary optimizers, then the student's step, after one forward pass of the student.
 
@@ -138,10 +151,7 @@ class ManualSteps(SkippingModule):
         """Return the metric that a schedule on a plateau reads."""
         name, metrics = self.monitors.get(id(scheduler), "val/loss"), self.trainer.callback_metrics
         if name not in metrics:
-            raise ACKDError(
-                f"the learning rate schedule reads {name}, which is not logged; choose another schedule, or one of "
-                f"{', '.join(sorted(metrics))}"
-            )
+            raise metric_missing(name, metrics)
         return metrics[name]
 
     def on_train_epoch_end(self) -> None:

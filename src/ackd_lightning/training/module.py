@@ -41,15 +41,11 @@ from ackd_lightning.training.schedule import (
     SchedulerFactory,
     describe_factory,
 )
+from ackd_lightning.training.strategies import refuse_sharding
 from ackd_lightning.training.students import build_student, keep_frozen_in_evaluation
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
-from ackd_lightning.training.teachers import (
-    GivenTeacher,
-    Teachers,
-    as_configs,
-    chosen,
-    describe_teachers,
-)
+from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
+from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 from ackd_lightning.validation import check_arguments
 
@@ -63,8 +59,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
     Args:
         student: Model name for `create_model`, network, or `StudentConfig`.
         method: Distillation method; None for plain training.
-        teacher: Model name, network, `FrozenTeacher` or `TeacherConfig`; a list of these for methods that learn from
-            several teachers; None for methods without one.
+        teacher: Model name, network, `FrozenTeacher` or `TeacherConfig`; a list of these for methods that run several
+            teachers, and for those that read logits alone, which get the mean of all; None for methods without one.
         data: Classes, image size and normalisation of the data. None is allowed for a student that is a network: then
             its classes are counted, images have 32 x 32 pixels, and their normalisation is unknown.
         optimizer: Function of parameter groups that returns the student's optimizer. Default: SGD with learning rate
@@ -267,6 +263,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
 
     def setup(self, stage: str) -> None:
         """Load the teachers and tell the method about the fit."""
+        refuse_sharding(self.trainer.strategy)
         data = getattr(self.trainer, "datamodule", None)
         if stage != "fit":
             self._take_class_names(data)
@@ -410,7 +407,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         if self.cache is not None:
             return self.student(batch.image), self.cache.read(self.current_epoch, batch.index)
         runs = self.teacher is not None and self.method.teacher != "own"
-        teacher = cast(FrozenTeacher, self.teacher)(batch.image) if runs else None
+        teacher = self.teachers(batch.image) if runs else None
         return self.student(batch.image), teacher
 
     def training_parameters(self) -> int:
@@ -469,6 +466,17 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self._shares, batch = batch.soft, self.labelling(batch)
         if self.method.reads_index and batch_idx == 0:  # one check an epoch: it waits for a GPU
             self._check_index(batch)
+        try:
+            return self._step(batch)
+        except ValueError as error:  # BatchNorm's
+            if len(batch.target) > 1 or "more than 1 value" not in str(error):
+                raise
+            raise ACKDError(
+                f"a batch has 1 image and BatchNorm needs more to train ({error}); set drop_last=True in your "
+                "DataLoader, or choose a batch size that leaves more than 1 image over"
+            ) from error
+
+    def _step(self, batch: Batch) -> Tensor | None:
         if not self.automatic_optimization:
             self.manual_step(batch)
             return None
@@ -502,7 +510,8 @@ class ACKDModule(DistillationModule):
     A `DistillationModule` whose default method is `ACKD` with the paper's two auxiliary learners and all weights 1.
 
     Example:
-        >>>         >>> module = ACKDModule(create_model("resnet8", 10), teacher=create_model("resnet14", 10))
+        >>> from ackd_lightning.models.zoo import create_model
+        >>> module = ACKDModule(create_model("resnet8", 10), teacher=create_model("resnet14", 10))
         >>> module.student.specs
         ('D3B1', 'D2B2')
     """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -15,14 +17,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.student_config import StudentConfig
-from ackd_lightning.training.manual import ManualSteps
+from ackd_lightning.training.continuing import compare_optimizers, schedule_settings, take_settings
+from ackd_lightning.training.manual import ManualSteps, metric_missing
 from ackd_lightning.training.schedule import (
     OptimizerFactory,
     Recipe,
     SchedulerFactory,
     build_scheduler,
+    describe_factory,
     reads_metric,
     scale_learning_rates,
+    step_scheduler,
     without_decay,
 )
 from ackd_lightning.training.students import slow_parameters
@@ -45,6 +50,11 @@ class OpenOptimizers(ManualSteps):
     optimizer_factory: OptimizerFactory
     scheduler_factory: SchedulerFactory
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._schedule_settings: dict[int, dict[str, Any]] = {}
+        self._resumed_optimizers: list[dict[str, Any]] = []
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let an overridden ``configure_optimizers`` return the student's optimizer alone."""
         super().__init_subclass__(**kwargs)
@@ -58,9 +68,26 @@ class OpenOptimizers(ManualSteps):
             parameters = [each for group in optimizer.param_groups for each in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.recipe.gradient_clip_val)
 
+    def on_fit_start(self) -> None:
+        """Compare the optimizers with those of a checkpoint whose state they will take."""
+        super().on_fit_start()
+        if self._resumed_optimizers and self.trainer.ckpt_path is not None:
+            compare_optimizers(self._resumed_optimizers, self.trainer.optimizers)
+        self._resumed_optimizers = []
+
     def on_train_start(self) -> None:
-        """Warn about a learning rate scale that an overridden ``configure_optimizers`` does not apply."""
+        """Follow the schedule of the settings, and warn about a learning rate scale that is not applied."""
+        if self._rate_changed:  # the finder sets one rate for all groups of all optimizers
+            self._rate_changed = False
+            self.trainer.strategy.setup_optimizers(self.trainer)
         self._resume_loader()
+        changes: list[str] = []
+        for config in self.trainer.lr_scheduler_configs:
+            settings = self._schedule_settings.get(id(config.scheduler))
+            changes += take_settings(config.scheduler, settings) if settings else []
+        if changes:
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            rank_zero_only(print)(f"the schedule is changed: {', '.join(changes)}; the learning rate is now {rate:g}")
         scales = self._learning_rate_scales()
         overridden = type(self).configure_optimizers is not OpenOptimizers.configure_optimizers
         rates = {group["lr"] for group in self.trainer.optimizers[0].param_groups}
@@ -82,6 +109,24 @@ class OpenOptimizers(ManualSteps):
         if loop.restarting and loop._combined_loader_states_to_load:
             loop._load_combined_loader_states()
             iter(cast(Any, loop._data_fetcher))
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the student's optimizer, which Lightning's ``LearningRateFinder`` reads and replaces."""
+        found = getattr(self.optimizer_factory, "keywords", {}).get("lr")
+        if found is None:
+            raise AttributeError("lr")
+        return float(found)
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        factory = cast("functools.partial[Optimizer]", self.optimizer_factory)
+        self.optimizer_factory = functools.partial(factory, lr=float(value))
+        self._rate_changed = self._trainer is not None
+        if (stored := self.hparams.get("optimizer")) is not None:
+            stored["init_args"]["lr"] = float(value)
+
+    _rate_changed = False
 
     def learner_groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups of student and method, without learning rates.
@@ -129,20 +174,40 @@ class OpenOptimizers(ManualSteps):
         if self.recipe.interval == "step":
             length = float(trainer.estimated_stepping_batches)  # loads the data, which num_training_batches needs
             per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-        scheduler = build_scheduler(
-            self.scheduler_factory,
-            optimizer,
-            self.recipe,
-            steps_per_epoch=per_epoch,
-            length=length,
-            own_rate=own_rate,
-        )
+        with _refused("lr_scheduler", self.scheduler_factory):
+            scheduler = build_scheduler(
+                self.scheduler_factory,
+                optimizer,
+                self.recipe,
+                steps_per_epoch=per_epoch,
+                length=length,
+                own_rate=own_rate,
+            )
+        self._schedule_settings[id(scheduler)] = schedule_settings(scheduler)
         found = {"scheduler": scheduler, "name": name, "interval": self.recipe.interval}
-        return {**found, "monitor": "val/loss", "reduce_on_plateau": True} if reads_metric(scheduler) else found
+        if not reads_metric(scheduler):
+            return found
+        self._check_plateau()
+        every = trainer.check_val_every_n_epoch or 1
+        return {**found, "monitor": "val/loss", "reduce_on_plateau": True, "frequency": every}
+
+    def _check_plateau(self) -> None:
+        """Refuse a schedule that reads ``val/loss`` where there is none at the time of its steps."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.recipe.interval == "step":
+            problem = "recipe.interval is step; set it to epoch"
+        elif not self.trainer.enable_validation:
+            problem = "there is no validation; choose another schedule"
+        elif getattr(data, "val_is_test", False):
+            problem = "validation reads the test set; hold validation data out with data.val_fraction"
+        else:
+            return
+        raise ACKDError(f"ReduceLROnPlateau reads val/loss after an epoch and {problem}")
 
     def configure_optimizers(self) -> Any:
         """Build the student's optimizer, those of the method, and their schedules."""
-        optimizer = self.optimizer_factory(self.learner_groups())
+        with _refused("optimizer", self.optimizer_factory):
+            optimizer = self.optimizer_factory(self.learner_groups())
         self.scale_learning_rates(optimizer)
         return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr", own_rate=False)])
 
@@ -159,6 +224,34 @@ class OpenOptimizers(ManualSteps):
         added = [self._schedule(each, f"lr/{name}", own_rate=True) for name, each in own.items()]
         return [*optimizers, *own.values()], self._without_monitors([*schedules, *added])
 
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule; one that reads a metric after every epoch was stepped before checkpoints were written.
+
+        Args:
+            scheduler: Schedule.
+            metric: Value of the metric that it reads; None if it reads none.
+        """
+        if not any(each.scheduler is scheduler for each in self._plateaus()):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def _plateaus(self) -> list[Any]:
+        """Schedules that read a metric after every epoch, which Lightning would step after checkpoints are written."""
+        if not self.automatic_optimization:
+            return []
+        found = self.trainer.lr_scheduler_configs
+        return [each for each in found if each.reduce_on_plateau and each.interval == "epoch"]
+
+    def on_train_epoch_end(self) -> None:
+        """Step schedules that read a metric. Runs before checkpoints are written."""
+        super().on_train_epoch_end()
+        for config in self._plateaus():
+            metrics = self.trainer.callback_metrics
+            metric = metrics.get(str(config.monitor))
+            if metric is None and config.strict:
+                raise metric_missing(str(config.monitor), metrics)
+            if metric is not None and (self.current_epoch + 1) % config.frequency == 0:
+                step_scheduler(cast(LRScheduler, config.scheduler), metric)
+
     def _without_monitors(self, schedules: list[Any]) -> list[Any]:
         """Keep the names of monitored metrics; Lightning would warn and forget them in manual optimization."""
         if self.automatic_optimization:
@@ -171,6 +264,21 @@ class OpenOptimizers(ManualSteps):
                 each = {key: each[key] for key in each if key not in ("monitor", "reduce_on_plateau", "strict")}
             found.append(each)
         return found
+
+
+@contextlib.contextmanager
+def _refused(setting: str, factory: Any) -> Iterator[None]:
+    """Put what torch states against the arguments of an optimizer or a schedule into one sentence."""
+    try:
+        yield
+    except ACKDError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        described = describe_factory(factory)
+        if described is None:  # a function of the user's own: its error shows where
+            raise
+        name, reason = str(described["class_path"]).rpartition(".")[2], " ".join(str(error).split())[:200]
+        raise ACKDError(f"{name} refuses its arguments ({reason.rstrip('.')}); correct model.{setting}") from error
 
 
 def constant(optimizer: Optimizer) -> LRScheduler:
@@ -189,14 +297,14 @@ def factory_of(given: Any) -> Any:
         given: A function, or ``class_path`` and ``init_args``.
 
     Raises:
-        ACKDError: If the plain data name a class outside ``torch.optim``.
+        ACKDError: If the plain data name a class outside ``torch.optim`` and ``timm.optim``.
     """
     if not isinstance(given, Mapping):
         return given
     module, _, name = str(given["class_path"]).rpartition(".")
-    if module not in ("torch.optim", "torch.optim.lr_scheduler"):
+    if module not in ("torch.optim", "torch.optim.lr_scheduler", "timm.optim"):
         raise ACKDError(f"the checkpoint was trained with {given['class_path']}; pass that optimizer or schedule again")
-    home = torch.optim if module == "torch.optim" else torch.optim.lr_scheduler
+    home = importlib.import_module(module)
     return functools.partial(getattr(home, name), **given["init_args"])
 
 
@@ -212,6 +320,14 @@ def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
         auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
         held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
         count = len(optimizers)
+        if auxiliary & held and count == 1:  # such as AdamW(self.parameters())
+            for group in optimizers[0].param_groups:
+                group["params"] = [each for each in group["params"] if id(each) not in auxiliary]
+            rank_zero_only(print)(
+                f"{type(self).__name__}.configure_optimizers trains all parameters; those of "
+                f"{', '.join(self.auxiliary)} have optimizers of the method and are left to them"
+            )
+            held -= auxiliary
         if auxiliary & held:
             schedules = self._without_monitors(schedules)
         else:

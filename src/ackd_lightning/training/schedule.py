@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -158,6 +159,11 @@ def build_scheduler(
     """
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     scheduler = factory(optimizer)
+    if not isinstance(scheduler, LRScheduler):
+        raise ACKDError(
+            f"lr_scheduler makes a {type(scheduler).__name__}, which is not a schedule of torch.optim.lr_scheduler; "
+            "choose one of those, such as CosineAnnealingLR, with recipe.warmup_epochs for a warm-up"
+        )
     lowest = min((float(group["lr"]) for group in optimizer.param_groups), default=0.0)
     period = getattr(scheduler, "T_max", 0)
     if lowest < 0 or period < 0:
@@ -253,6 +259,8 @@ def describe_factory(factory: Any) -> dict[str, Any] | None:
         return None
     cls: type = found
     home: Any = torch.optim.lr_scheduler if issubclass(cls, LRScheduler) else torch.optim
+    if cls.__module__.startswith("timm.optim."):
+        home = importlib.import_module("timm.optim")
     public = getattr(home, cls.__name__, None) is cls
     path = f"{home.__name__}.{cls.__name__}" if public else f"{cls.__module__}.{cls.__qualname__}"
     return {"class_path": path, "init_args": arguments}

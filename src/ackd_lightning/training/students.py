@@ -13,7 +13,7 @@ from ackd_lightning.models.freezing import freeze, frozen_modules
 from ackd_lightning.models.start import Start, head_names, own_network, start
 from ackd_lightning.models.student import AuxiliaryLearner, BranchyStudent, Peer
 from ackd_lightning.models.student_config import StudentConfig
-from ackd_lightning.models.teacher import Teacher
+from ackd_lightning.models.teacher_base import Teacher
 from ackd_lightning.models.tracing import name_of
 from ackd_lightning.models.weight_files import tell
 from ackd_lightning.models.zoo import create_model
@@ -48,7 +48,7 @@ def build_student(
         )
     else:
         channels = data.image_shape[0]
-        usual = {"in_chans": channels} if channels != 3 and not config.network.startswith("hf:") else {}
+        usual = {"in_chans": channels} if channels != 3 else {}
         backbone = create_model(config.network, data.num_classes, **{**usual, **(config.options or {})})
     if config.taps:
         use_taps(backbone, config.taps, f"the student {name_of(backbone)}")

@@ -49,11 +49,9 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
             "teacher.cache holds one view of each image in an epoch and data.sampling is balanced, which repeats "
             "images; leave one of them out"
         )
-    (teacher,) = module.teachers.frozen
     targets = data.train_targets
     return {
-        "teacher": teacher.metadata.get("sha256"),
-        "model": teacher.metadata.get("model"),
+        "teachers": module.teachers.key(),
         "data": type(data).__name__,
         "images": len(targets),
         "class_names": None if module.data.class_names is None else list(module.data.class_names),
@@ -68,7 +66,7 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
         "views": _VIEWS,
         "seed of the data": data.run_seed,
         "batch_size": data.batch_size,
-        "precision": f"{precision}{', teacher bf16' if teacher.bf16 else ''}",
+        "precision": precision,
     }
 
 
@@ -150,13 +148,26 @@ def check_key(folder: Path, key: dict[str, Any]) -> None:
         raise ACKDError(
             f"{path} cannot be read ({str(error)[:100]}); remove the folder and run `ackd cache` again"
         ) from error
-    for name, value in key.items():
-        found = stored.get(name) if isinstance(stored, dict) else None
-        if found != value:
+    here, there = _entries(key), _entries(stored if isinstance(stored, dict) else {})
+    for name in (*here, *there):
+        if here.get(name) != there.get(name):
+            found, value = (str(each.get(name))[:40] for each in (there, here))
             raise ACKDError(
-                f"teacher.cache {folder} was made with {name} {str(found)[:40]!r} and this run has "
-                f"{str(value)[:40]!r}; create another cache for it with `ackd cache`"
+                f"teacher.cache {folder} was made with {name} {found!r} and this run has {value!r}; create another "
+                "cache for it with `ackd cache`"
             )
+
+
+def _entries(key: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a key, those of each teacher by their own names."""
+    teachers = key.get("teachers")
+    if not isinstance(teachers, list) or not all(isinstance(each, dict) for each in teachers):
+        return key
+    flat: dict[str, Any] = {"number of teachers": len(teachers)}
+    for number, teacher in enumerate(teachers):
+        prefix = f"teacher {number + 1}" if len(teachers) > 1 else "teacher"
+        flat.update({f"{prefix}: {name}": value for name, value in teacher.items()})
+    return {**flat, **{name: value for name, value in key.items() if name != "teachers"}}
 
 
 @torch.no_grad()
@@ -219,11 +230,10 @@ def teacher_logits(
     """
     loader, device = data.train_dataloader(), module.device
     cast(EpochSampler, loader.sampler).set_epoch(epoch)
-    (teacher,) = module.teachers.frozen
     half = precision == "bf16-mixed"
     for raw in loader:
         moved = data.transfer_batch_to_device(raw, device, 0)
         batch = module.as_batch(data.on_after_batch_transfer(moved, 0))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            scores = teacher(batch.image).logits
+            scores = module.teachers(batch.image).logits
         yield batch.index.cpu(), scores.float().cpu()

@@ -1,104 +1,53 @@
-"""The frozen teachers of a run: outside the module tree, loaded when a fit begins."""
+"""The frozen teachers of a run: outside the module tree, loaded when a fit begins, averaged where there are several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.config.files import packaged_names
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods.base import Method
+from ackd_lightning.models.class_map import FEATURES_ONLY, resolve_class_map
 from ackd_lightning.models.features import probe
-from ackd_lightning.models.teacher import FrozenTeacher, TeacherConfig
-from ackd_lightning.models.weights import digest
-from ackd_lightning.models.zoo import create_model
-from ackd_lightning.types import DataInfo, NetSpec
-
-GivenTeacher = str | nn.Module | TeacherConfig
-
-
-def as_configs(
-    given: GivenTeacher | Mapping[str, Any] | Sequence[GivenTeacher | Mapping[str, Any]] | None,
-) -> tuple[TeacherConfig, ...]:
-    """Return every given teacher as a `TeacherConfig`.
-
-    Args:
-        given: Names, networks, configurations or their plain data; one, several, or None.
-    """
-    if given is None:
-        return ()
-    every = [given] if isinstance(given, (str, nn.Module, TeacherConfig, Mapping)) else list(given)
-    return tuple(
-        each
-        if isinstance(each, TeacherConfig)
-        else TeacherConfig(**each)
-        if isinstance(each, Mapping)
-        else TeacherConfig(network=each)
-        for each in every
-    )
-
-
-def chosen(configs: Sequence[TeacherConfig], method: Method) -> Sequence[TeacherConfig]:
-    """Return the teachers that a method reads: none for a method without a teacher, whatever is given.
-
-    Args:
-        configs: Teachers that were given.
-        method: Method to train.
-
-    Raises:
-        ACKDError: If the method needs a teacher and there is none, or there are several and it reads one.
-    """
-    name = type(method).__name__
-    if method.teacher == "none":
-        return ()
-    if not configs:
-        raise ACKDError(
-            f"method {name} needs a teacher and `teacher` is empty; name a model and its weight file, or pass a network"
-        )
-    if len(configs) > 1 and method.teacher != "own":
-        raise ACKDError(f"method {name} learns from one teacher and `teacher` names {len(configs)}; name one of them")
-    return configs
-
-
-def weight_file(config: TeacherConfig) -> str:
-    """Return the path of a teacher's weight file, or say how to make it.
-
-    Args:
-        config: Teacher given by name.
-
-    Raises:
-        ACKDError: If no file is named or it does not exist.
-    """
-    if config.weights is None:
-        raise ACKDError(f"teacher {config.network!r} has no weight file; set teacher.weights to its .safetensors file")
-    if not Path(config.weights).is_file():
-        name = f"{Path(config.weights).stem}.yaml"
-        known = name in packaged_names()
-        remedy = f"train it with `ackd fit --config {name}`" if known else "set teacher.weights to an existing file"
-        raise ACKDError(f"teacher weights {config.weights} do not exist; {remedy}")
-    return config.weights
+from ackd_lightning.models.metadata import typed_metadata
+from ackd_lightning.models.preprocessing import Preprocessing, channels_of, stated_by, usable_size
+from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.teacher_config import TeacherConfig
+from ackd_lightning.models.zoo.pretrained import published
+from ackd_lightning.training.teacher_choice import (
+    classes_in_file,
+    compare_classes,
+    file_metadata,
+    network_options,
+    on_meta,
+    weight_file,
+)
+from ackd_lightning.types import DataInfo, NetOutput, NetSpec
 
 
 class Teachers:
     """The teachers of a training module.
 
-    A given network is copied at once; a named one stays on the meta device until `load`.
+    A given network is copied at once; a named one stays on the meta device until `load`. Called on images, they return
+    the output of the one teacher, or the weighted mean of the logits of several.
 
     Args:
         configs: The teachers.
         data: Classes, image size and normalisation of the data.
 
     Raises:
-        ACKDError: If a teacher has other classes than the data.
+        ACKDError: If a teacher has other classes than the data and nothing says how they belong together, or cannot
+            read the data's images.
     """
 
     def __init__(self, configs: Sequence[TeacherConfig], data: DataInfo) -> None:
         self.configs, self.data = tuple(configs), data
         self._device = torch.device("cpu")
+        self._said: set[str] = set()
         self._given = {
             number: self._adapted(each) for number, each in enumerate(configs) if not isinstance(each.network, str)
         }
@@ -106,10 +55,14 @@ class Teachers:
         if len(self._given) == len(configs):
             self.frozen = tuple(self._given.values())
         self.structures: tuple[nn.Module, ...] = tuple(
-            self._given[number].network if number in self._given else self._on_meta(each)
+            self._given[number].network
+            if number in self._given
+            else on_meta(str(each.network), data.num_classes, network_options(each))
             for number, each in enumerate(configs)
         )
         self.specs: tuple[NetSpec, ...] = tuple(self._spec(number) for number in range(len(configs)))
+        total = sum(each.ensemble_weight for each in configs)
+        self.weights = [each.ensemble_weight / total for each in configs]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teachers:
         return self  # as a FrozenTeacher: an averaged copy of the student shares its teachers
@@ -117,44 +70,79 @@ class Teachers:
     def __iter__(self) -> Iterator[FrozenTeacher]:
         return iter(self.frozen)
 
+    def __call__(self, image: Tensor) -> NetOutput:
+        """Return the output of the teacher, or the weighted mean of the logits of several.
+
+        Args:
+            image: Images as the student gets them, ``B x C x H x W``.
+        """
+        if len(self.frozen) == 1:
+            output: NetOutput = self.frozen[0](image)
+            return output
+        logits = [weight * each(image).logits for weight, each in zip(self.weights, self.frozen, strict=True)]
+        return NetOutput(torch.stack(logits).sum(dim=0))
+
+    def key(self) -> list[dict[str, Any]]:
+        """Return everything that the logits depend on, as plain data: one entry per teacher."""
+        pairs = zip(self.weights, self.frozen, strict=True)
+        return [{**each.key(), **({"weight": weight} if len(self.frozen) > 1 else {})} for weight, each in pairs]
+
     def _adapted(self, config: TeacherConfig) -> FrozenTeacher:
-        """Frozen teacher of a given network, told how the data are normalised."""
+        """View of a given network that knows how the data are normalised."""
         network = config.network
         assert isinstance(network, nn.Module)
-        if isinstance(network, FrozenTeacher) and (config.mean or config.std or config.input_size or config.bf16):
-            raise ACKDError(
-                "TeacherConfig gives mean, std, input_size or bf16 of a FrozenTeacher, which has its own; give them to "
-                "the FrozenTeacher"
-            )
-        frozen = (
-            network
-            if isinstance(network, FrozenTeacher)
-            else FrozenTeacher(
-                network, mean=config.mean, std=config.std, input_size=config.input_size, bf16=config.bf16
-            )
-        )
-        frozen.adapt_to(self.data.mean, self.data.std, self.data.input_size)
-        return frozen
+        if isinstance(network, FrozenTeacher):
+            if config.preprocessing() != Preprocessing() or config.bf16:
+                raise ACKDError(
+                    "TeacherConfig gives mean, std, input_size, interpolation or bf16 of a FrozenTeacher, which has "
+                    "its own; give them to the FrozenTeacher"
+                )
+            frozen = network
+        else:
+            frozen = FrozenTeacher(network, **_preprocessing(config))
+        return self._view(frozen, config)
 
-    def _on_meta(self, config: TeacherConfig) -> nn.Module:
-        with torch.device("meta"):
-            return create_model(str(config.network), self.data.num_classes, **(config.options or {}))
+    def _view(self, teacher: FrozenTeacher, config: TeacherConfig) -> FrozenTeacher:
+        view = teacher.for_data(self.data)
+        view.features_only = config.class_map == FEATURES_ONLY
+        if not view.features_only:
+            view.find_softmax(self.data)
+        return view
+
+    def _early(self, config: TeacherConfig) -> Preprocessing:
+        """Preprocessing of a named network, as far as it is known before its weights are read."""
+        facts: dict[str, Any] = {}
+        if config.pretrained:
+            facts = dict(published(str(config.network)).metadata)
+        elif metadata := file_metadata(config):
+            with contextlib.suppress(ACKDError):  # `load` says what is wrong with the file
+                facts = typed_metadata(metadata, str(config.weights))
+        return config.preprocessing().filled(
+            Preprocessing(facts.get("mean"), facts.get("std"), facts.get("input_size"))
+        )
 
     def _spec(self, number: int) -> NetSpec:
-        size = self._given[number].input_size if number in self._given else self.configs[number].input_size
-        spec = probe(self.structures[number], size or self.data.input_size, channels=self.data.image_shape[0])
-        if spec.num_classes != self.data.num_classes:
-            raise ACKDError(
-                f"the teacher has {spec.num_classes} classes and the data have {self.data.num_classes}; choose a "
-                "teacher of the same classes"
-            )
-        return spec
+        structure, config, data = self.structures[number], self.configs[number], self.data
+        if number in self._given:
+            teacher = self._given[number]
+            own, label, named = teacher.given, teacher.name, teacher.class_names is not None
+        else:
+            own, label, named = self._early(config), str(config.network), True  # `load` counts the classes of a file
+        channels = channels_of(structure, own, data.image_shape[0])
+        stated = stated_by(structure).input_size
+        size = usable_size(
+            structure, data, given=own.input_size, stated=stated, channels=channels, name=f"teacher {label}"
+        )
+        spec = probe(structure, size, channels=channels)
+        if spec.num_classes != data.num_classes and config.class_map is None and not named:
+            raise _other_classes(label, spec.num_classes, data.num_classes)
+        return replace(spec, num_classes=data.num_classes)
 
     def load(self) -> None:
         """Load the teachers given by name. Nothing happens when all are loaded.
 
         Raises:
-            ACKDError: If a weight file is missing or does not fit.
+            ACKDError: If a weight file is missing or does not fit, or published weights cannot be fetched.
         """
         if len(self.frozen) == len(self.configs):
             return
@@ -165,50 +153,93 @@ class Teachers:
         self.frozen = tuple(each.to(self._device) for each in frozen)
 
     def _loaded(self, config: TeacherConfig) -> FrozenTeacher:
-        weights, name = weight_file(config), str(config.network)
-        teacher = FrozenTeacher.from_name(
-            name,
-            self.data.num_classes,
-            weights=weights,
-            options=config.options,
-            mean=config.mean,
-            std=config.std,
-            input_size=config.input_size,
-            bf16=config.bf16,
-        )
-        teacher.adapt_to(self.data.mean, self.data.std, self.data.input_size)
-        teacher.metadata["sha256"] = digest(weights)
-        return teacher
+        name = str(config.network)
+        if config.pretrained:
+            teacher = FrozenTeacher.from_published(name, options=config.options, **_preprocessing(config))
+        else:
+            weights = weight_file(config)
+            options = network_options(config)
+            count = classes_in_file(name, weights, options, self.data.num_classes)
+            teacher = FrozenTeacher.from_name(name, count, weights=weights, options=options, **_preprocessing(config))
+            teacher.metadata.setdefault("model", name)
+        return self._view(teacher, config)
 
-    def match_classes(self, names: Sequence[str], *, reorder: bool) -> list[str]:
-        """Let every teacher return its logits in the order of the data's classes.
+    # ---------------------------------------------------------------- classes
+
+    def match_classes(self, names: Sequence[str] | None, *, reorder: bool, by_name: bool = True) -> None:
+        """Let every teacher return its logits for the data's classes, in their order.
 
         Args:
-            names: Names of the data's classes.
-            reorder: Whether another order of the same names can be matched; a method that runs its teachers itself
-                reads them as they are.
-
-        Returns:
-            Names of the teachers whose logits are reordered.
+            names: Names of the data's classes; None when unknown.
+            reorder: Whether the logits can be changed; a method that runs its teachers itself reads them as they are.
+            by_name: Whether classes that both sides name are matched by their names; if not, by their number.
 
         Raises:
-            ACKDError: If a teacher has other classes, or their order cannot be matched.
+            ACKDError: If a class map does not fit, or a teacher has other classes and nothing says how they belong
+                together.
         """
-        changed = []
-        for teacher in self.frozen:
-            own = teacher.class_names
-            if own is None or own == tuple(names):
+        for teacher, config in zip(self.frozen, self.configs, strict=True):
+            if teacher.features_only:
                 continue
-            label = teacher.metadata.get("model", type(teacher.network).__name__)
-            compare_classes(own, names, f"teacher {label}", "the data")
+            groups = self._groups(teacher, config, names if by_name else None)
+            if groups is None:
+                teacher.selection = None
+                continue
             if not reorder:
                 raise ACKDError(
-                    f"teacher {label} has the classes of the data in another order, which this method cannot match; "
-                    "train a teacher on this data"
+                    f"teacher {teacher.name} has other classes than the data, or another order, which this method "
+                    "cannot match; train a teacher on this data"
                 )
-            if teacher.reorder_classes(names):
-                changed.append(label)
-        return changed
+            teacher.select_classes(groups)
+
+    def _groups(
+        self, teacher: FrozenTeacher, config: TeacherConfig, names: Sequence[str] | None
+    ) -> Sequence[Sequence[int]] | None:
+        """Classes of a teacher that form each of the data's; None where they are the same in the same order."""
+        count, needed = count_classes(teacher, self.data), self.data.num_classes
+        theirs = teacher.classes(count)
+        if config.class_map is not None and not isinstance(config.class_map, str):
+            return resolve_class_map(
+                config.class_map, theirs=theirs, num_classes=needed, names=names, owner=f"teacher {teacher.name}"
+            )
+        own = theirs.names
+        if own is None or names is None:
+            if count != needed:
+                raise _other_classes(teacher.name, count, needed)
+            return None
+        if own == tuple(names):
+            return None
+        places = [theirs.find(name) for name in names]
+        if None in places or len(set(places)) < len(places):
+            if count != needed:
+                lacking = [name for name, place in zip(names, places, strict=True) if place is None]
+                raise _other_classes(teacher.name, count, needed, lacking)
+            compare_classes(own, names, f"teacher {teacher.name}", "the data")
+        return [(place,) for place in places if place is not None]
+
+    def announce(self) -> list[str]:
+        """Return what is done to images and logits of each teacher, in words; nothing that was returned before."""
+        sentences = []
+        for teacher, config in zip(self.frozen, self.configs, strict=True):
+            parts = list(teacher.conversion.notes)
+            if any("unknown" in each for each in parts):
+                parts.append("set teacher.mean, teacher.std and teacher.input_size if it was trained with others")
+            if teacher.gives_probabilities:
+                parts.append("its outputs are probabilities, whose logarithm is used as logits")
+            if teacher.features_only:
+                parts.append("its features are used and its classes are not")
+            elif teacher.selection is not None:
+                parts.append(_selection_in_words(teacher, self.data, explicit=config.class_map is not None))
+            if parts:
+                sentences.append(f"teacher {teacher.name}: {'; '.join(parts)}")
+        if len(self.frozen) > 1 and any(
+            each.ensemble_weight != self.configs[0].ensemble_weight for each in self.configs
+        ):
+            shares = ", ".join(f"{weight:.0%}" for weight in self.weights)
+            sentences.append(f"logits of the teachers are averaged with weights {shares}")
+        fresh = [each for each in sentences if each not in self._said]
+        self._said.update(fresh)
+        return fresh
 
     def apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
         """Move the teachers as torch moves a module.
@@ -222,40 +253,40 @@ class Teachers:
             each._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
-def compare_classes(first: Sequence[str], second: Sequence[str], owner: str, other: str) -> None:
-    """Refuse two lists of class names that are not the same set.
+def count_classes(teacher: FrozenTeacher, data: DataInfo) -> int:
+    """Return the number of a teacher's own logits.
 
     Args:
-        first: Names of the classes.
-        second: Other names.
-        owner: Whose the first are, for the message.
-        other: Whose the second are.
-
-    Raises:
-        ACKDError: Naming up to three classes that differ.
+        teacher: Teacher that knows the data.
+        data: Size and channels of the data.
     """
-    missing, further = sorted(set(first) - set(second)), sorted(set(second) - set(first))
-    if missing or further:
-        parts = [
-            f"{label} has no {', '.join(map(repr, names[:3]))}{' and more' if len(names) > 3 else ''}"
-            for label, names in ((other, missing), (owner, further))
-            if names
-        ]
-        raise ACKDError(
-            f"{owner} and {other} have different classes ({'; '.join(parts)}); use data of the same classes, or pass "
-            "--model.on_class_mismatch ignore"
-        )
+    size = teacher.input_size or data.input_size
+    return probe(
+        teacher.network, size, channels=channels_of(teacher.network, teacher.given, data.image_shape[0])
+    ).num_classes
 
 
-def describe_teachers(configs: Sequence[TeacherConfig]) -> list[dict[str, Any]] | None:
-    """Return teachers given by name as plain data for a checkpoint, or None when one is a network.
+def _preprocessing(config: TeacherConfig) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in ("mean", "std", "input_size", "interpolation", "bf16")}
 
-    Args:
-        configs: The teachers.
-    """
-    if any(not isinstance(each.network, str) for each in configs):
-        return None
-    return [
-        {key: list(each) if isinstance(each, tuple) else each for key, each in vars(config).items()}
-        for config in configs
-    ]
+
+def _other_classes(name: str, count: int, needed: int, lacking: Sequence[str] = ()) -> ACKDError:
+    what = (
+        f" (it has no {', '.join(map(repr, lacking[:3]))}{' and more' if len(lacking) > 3 else ''})" if lacking else ""
+    )
+    return ACKDError(
+        f"teacher {name} has {count} classes and the data have {needed}{what}; give the teacher's classes for each of "
+        "the data's in teacher.class_map, set it to features for a method that reads no logits, or choose a teacher of "
+        "the same classes"
+    )
+
+
+def _selection_in_words(teacher: FrozenTeacher, data: DataInfo, *, explicit: bool) -> str:
+    assert teacher.selection is not None
+    groups = teacher.selection.groups
+    used, count = sum(map(len, groups)), count_classes(teacher, data)
+    if used == count == len(groups):
+        return "its classes are reordered to those of the data"
+    how = "by the class map" if explicit else "by their names"
+    pooled = f" and pooled into {len(groups)}" if used > len(groups) else ""
+    return f"{used} of its {count} classes are picked {how}{pooled}, and renormalised"

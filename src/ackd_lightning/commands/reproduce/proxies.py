@@ -32,7 +32,7 @@ def _test_batches(job: Job, device: torch.device) -> Iterator[Batch]:
 def _network(name: str, weights: str, job: Job, options: dict[str, Any] | None) -> FrozenTeacher:
     data = job.planned.datamodule
     network = FrozenTeacher.from_name(name, job.networks.num_classes, weights=weights, options=options)
-    network.adapt_to(data.mean, data.std, data.input_size)
+    network.adapt_to(data.info)
     return network
 
 

@@ -90,7 +90,8 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     if name.startswith(TIMM):
         return named(_from_timm(name, num_classes, options), name, options)
     if name.startswith(HF):
-        return named(from_config(name, num_classes, options), name, options)
+        given = {**rest, "num_channels": channels} if "in_chans" in options else rest
+        return named(from_config(name, num_classes, given), name, options)
     if name in torchvision_names():
         return named(read_channels(_from_torchvision(name, num_classes, rest), channels), name, options)
     raise ACKDError(

@@ -1,0 +1,117 @@
+"""What a fit that goes on from a checkpoint takes from the settings, and what from the checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.training.schedule import WarmUp
+
+_POSITION = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i", "mode_worse"}
+"""State of schedules that says where they are. Private entries belong to it; all others are settings."""
+
+
+def schedule_settings(scheduler: LRScheduler) -> dict[str, Any]:
+    """Return the settings in the state of a schedule: everything but its position.
+
+    Args:
+        scheduler: Schedule, perhaps with a warm-up around it.
+    """
+    inner = scheduler.scheduler if isinstance(scheduler, WarmUp) else scheduler
+    state = inner.state_dict().items()
+    public = {key: each for key, each in state if key not in _POSITION and not key.startswith("_")}
+    return copy.deepcopy(public)
+
+
+def take_settings(scheduler: LRScheduler, settings: Mapping[str, Any]) -> list[str]:
+    """Give a restored schedule the settings that it was built with; its position stays that of the checkpoint.
+
+    The learning rate becomes that of the new schedule at this position where it has a formula for it.
+
+    Args:
+        scheduler: Schedule after its state was restored.
+        settings: What `schedule_settings` returned when it was built.
+
+    Returns:
+        Settings that changed, as ``name before -> after``.
+    """
+    inner = scheduler.scheduler if isinstance(scheduler, WarmUp) else scheduler
+    before = schedule_settings(inner)
+    changed = {key: each for key, each in settings.items() if key in before and before[key] != each}
+    foreign = before.keys() - settings.keys()  # of a schedule of another class
+    if not changed and not foreign:
+        return []
+    for key in foreign:
+        delattr(inner, key)
+    for key, value in changed.items():
+        setattr(inner, key, copy.deepcopy(value))
+    if isinstance(inner, OneCycleLR):
+        # its phases are made by the constructor, from the length
+        share = changed["total_steps"] / before["total_steps"] if "total_steps" in changed else 1.0
+        for phase in inner._schedule_phases:
+            phase["end_step"] = (phase["end_step"] + 1) * share - 1
+    groups = inner.optimizer.param_groups
+    if callable(formula := getattr(inner, "_get_closed_form_lr", None)):
+        rates = [float(each) for each in formula()]
+    elif isinstance(inner, (OneCycleLR, LambdaLR)):
+        inner.last_epoch -= 1
+        inner.step()
+        rates = [float(group["lr"]) for group in groups]
+    else:
+        rates = [float(group["lr"]) for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    inner._last_lr = list(rates)
+    if isinstance(scheduler, WarmUp):
+        scheduler.unscaled = list(rates)
+        scheduler._scale()
+    if foreign:
+        return [f"it is now {type(inner).__name__}"]
+    return [f"{key} {_shown(before[key])} -> {_shown(each)}" for key, each in changed.items()]
+
+
+def _shown(value: Any) -> Any:
+    return sorted(value) if isinstance(value, Mapping) else value
+
+
+def describe_optimizers(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
+    """Return the class and the sizes of the parameter groups of optimizers as plain data for a checkpoint.
+
+    Args:
+        optimizers: Optimizers of a fit.
+    """
+    return [
+        {"class": type(each).__name__, "groups": [len(group["params"]) for group in each.param_groups]}
+        for each in optimizers
+    ]
+
+
+def compare_optimizers(before: Sequence[Mapping[str, Any]], optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that cannot take the state in a checkpoint.
+
+    Args:
+        before: What `describe_optimizers` returned when the checkpoint was written.
+        optimizers: Optimizers of the fit that goes on.
+
+    Raises:
+        ACKDError: If classes or parameter groups differ.
+    """
+    now = describe_optimizers(optimizers)
+    first, second = (" and ".join(str(each["class"]) for each in found) for found in (before, now))
+    if first != second:
+        raise ACKDError(
+            f"the checkpoint was trained with {first} and the settings name {second}, which cannot go on from its "
+            "state; give that optimizer, or start a new run from its weights with student.weights"
+        )
+    for old, new in zip(before, now, strict=True):
+        if list(old["groups"]) != new["groups"]:
+            raise ACKDError(
+                f"the checkpoint's {old['class']} has {len(old['groups'])} parameter groups of {list(old['groups'])} "
+                f"tensors and the settings make {len(new['groups'])} of {new['groups']}; leave student.freeze, "
+                "student.backbone_lr_scale and recipe.decay_norm_and_bias as they were"
+            )

@@ -1,0 +1,185 @@
+"""A fit that goes on from a checkpoint: schedules, optimizers, and what the settings may change."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
+
+from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, Recipe, StudentConfig
+from training.helpers import Blobs, build, largest_difference, state, trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler"),
+]
+methods = pytest.mark.parametrize("method", [CE, KD, ACKD], ids=["ce", "kd", "ackd"])
+
+
+HALF = functools.partial(pow, 0.5)
+
+
+class Rates(ModelCheckpoint):
+    """Learning rate of every epoch, and the last checkpoint."""
+
+    def __init__(self, folder):
+        super().__init__(dirpath=folder, save_last=True)
+        self.found = []
+
+    def on_train_epoch_start(self, run, module):
+        self.found.append(run.optimizers[0].param_groups[0]["lr"])
+
+
+def fit(module, folder, epochs, *, resume=False):
+    rates = Rates(folder)
+    path = folder / "last.ckpt" if resume else None
+    run = trainer(max_epochs=epochs, callbacks=[rates], enable_checkpointing=True)
+    run.fit(module, datamodule=Blobs(), ckpt_path=path)
+    return rates.found
+
+
+@methods
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_a_plateau_misses_no_step_when_it_is_resumed(tmp_path, method, warmup):
+    def module():
+        plateau = functools.partial(ReduceLROnPlateau, patience=0, threshold=1e9, factor=0.5)
+        return build(method(), lr=0.1, lr_scheduler=plateau, recipe=Recipe(warmup_epochs=warmup))
+
+    whole, first, second = module(), module(), module()
+    expected = fit(whole, tmp_path / "whole", 4)
+    found = fit(first, tmp_path / "parts", 2) + fit(second, tmp_path / "parts", 4, resume=True)
+    assert found == pytest.approx(expected)
+    assert largest_difference(state(whole), state(second)) == 0
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        (functools.partial(CosineAnnealingLR, T_max=0), functools.partial(CosineAnnealingLR, T_max=0)),
+        (functools.partial(CosineAnnealingLR, T_max=2), functools.partial(CosineAnnealingLR, T_max=4, eta_min=0.01)),
+        (functools.partial(MultiStepLR, milestones=[1]), functools.partial(MultiStepLR, milestones=[1, 3])),
+        (functools.partial(StepLR, step_size=1), functools.partial(StepLR, step_size=3)),
+        (functools.partial(PolynomialLR, total_iters=0), functools.partial(PolynomialLR, total_iters=0)),
+        (
+            functools.partial(OneCycleLR, max_lr=0.1, total_steps=3),
+            functools.partial(OneCycleLR, max_lr=0.1, total_steps=6),
+        ),
+        (
+            functools.partial(LambdaLR, lr_lambda=lambda n: 0.5**n),
+            functools.partial(LambdaLR, lr_lambda=lambda n: 0.5**n),
+        ),
+    ],
+    ids=["cosine", "eta_min", "milestones", "step", "polynomial", "one_cycle", "lambda"],
+)
+@pytest.mark.parametrize(("method", "warmup"), [(CE, 3), (ACKD, 0)], ids=["warmup", "ackd"])
+def test_a_longer_fit_follows_the_schedule_of_its_settings(tmp_path, method, short, long, warmup):
+    def module(schedule):
+        return build(method(), lr=0.1, lr_scheduler=schedule, recipe=Recipe(warmup_epochs=warmup))
+
+    expected = fit(module(long), tmp_path / "whole", 5)
+    fit(module(short), tmp_path / "parts", 2)
+    found = fit(module(long), tmp_path / "parts", 5, resume=True)
+    assert found == pytest.approx(expected[2:], abs=1e-9)
+
+
+@pytest.mark.parametrize(("method", "kind"), [(CE, AdamW), (ACKD, Adam)])
+def test_another_optimizer_is_refused_in_one_sentence(tmp_path, method, kind):
+    fit(build(method()), tmp_path, 1)
+    with pytest.raises(ACKDError, match=f"SGD.*{kind.__name__}") as caught:
+        fit(build(method(), optimizer=functools.partial(kind, lr=1e-3)), tmp_path, 2, resume=True)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"recipe": Recipe(decay_norm_and_bias=False)},
+        {"freeze": ["stem"]},
+        {"backbone_lr_scale": 0.5},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_other_parameter_groups_are_refused_in_one_sentence(tmp_path, changed):
+    fit(build(CE()), tmp_path, 1)
+    network = build(CE()).student.plain()
+    config = StudentConfig(network, **{key: each for key, each in changed.items() if key != "recipe"})
+    with pytest.raises(ACKDError, match="parameter groups"):
+        fit(build(CE(), student=config, recipe=changed.get("recipe")), tmp_path, 2, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"optimizer": functools.partial(AdamW, betas=(2.0, 3.0))}, "AdamW"),
+        ({"optimizer": functools.partial(SGD, lr=0.1, nesterov=True)}, "SGD"),
+        ({"optimizer": functools.partial(AdamW, momentum=0.9)}, "momentum"),
+        ({"optimizer": functools.partial(Adam, lr=1e-3, eps=-1.0)}, "Adam"),
+        ({"lr_scheduler": functools.partial(OneCycleLR, max_lr=0.1)}, "OneCycleLR"),
+        ({"lr_scheduler": StepLR}, "step_size"),
+        ({"lr_scheduler": functools.partial(ReduceLROnPlateau, mode="most")}, "ReduceLROnPlateau"),
+        ({"lr_scheduler": functools.partial(ReduceLROnPlateau, factor=2.0)}, "ReduceLROnPlateau"),
+    ],
+    ids=str,
+)
+def test_values_that_torch_refuses_end_in_one_sentence(arguments, named):
+    with pytest.raises(ACKDError, match=named) as caught:
+        trainer().fit(build(CE(), **arguments), datamodule=Blobs())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_errors_in_a_function_of_ones_own_are_left_alone():
+    def mine(groups):
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine"):
+        trainer().fit(build(CE(), optimizer=mine), datamodule=Blobs())
+
+
+class Everything(ACKDModule):
+    """The override that every Lightning tutorial shows."""
+
+    def configure_optimizers(self):
+        return AdamW(self.parameters(), lr=1e-3)
+
+
+class Scheduled(ACKDModule):
+    """The same with a schedule."""
+
+    def configure_optimizers(self):
+        optimizer = SGD(self.parameters(), lr=1e-2)
+        return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 1)}
+
+
+class Listed(ACKDModule):
+    """Two lists."""
+
+    def configure_optimizers(self):
+        optimizer = SGD([{"params": self.student.parameters()}, {"params": self.method.parameters()}], lr=1e-2)
+        return [optimizer], [StepLR(optimizer, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:method ACKD trains attention")  # no rate of its own in these
+@pytest.mark.parametrize("kind", [Everything, Scheduled, Listed])
+def test_an_optimizer_of_all_parameters_leaves_the_method_its_own(kind, capsys):
+    module = build(ACKD(), kind=kind)
+    before = state(module)
+    run = trainer(max_epochs=1)
+    run.fit(module, datamodule=Blobs())
+    assert len(run.optimizers) == 1 + len(module.auxiliary)
+    held = [id(each) for optimizer in run.optimizers for group in optimizer.param_groups for each in group["params"]]
+    assert len(held) == len(set(held)) == len(list(module.parameters()))
+    trainable = {name for name, each in module.named_parameters() if each.ndim > 1}
+    assert all(not torch.equal(before[name], module.state_dict()[name]) for name in trainable)
+    assert kind.__name__ in capsys.readouterr().out

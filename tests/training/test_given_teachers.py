@@ -1,0 +1,421 @@
+"""Teachers as people have them: other classes, sizes, types and outputs, several at once, published weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+import torchvision.models
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
+from ackd_lightning.callbacks.health import TeacherGate, permutation
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods import AT, ATSC, CRD, DKD, KD, RKD, SP, Sum
+from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.weights import save_weights
+from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training.teacher_choice import on_meta
+from ackd_lightning.training.teachers import Teachers
+from training.helpers import CLASSES, DATA, NORMALISED, SIZE, Blobs, TinyNet, sgd, teaching, trainer
+
+NAMES = ("ant", "bee", "cow", "dog")
+NAMED = DataInfo(CLASSES, SIZE, class_names=NAMES)
+
+
+def wide(classes: int) -> TinyNet:
+    torch.manual_seed(classes)
+    network = TinyNet(8)
+    network.fc = nn.Linear(16, classes)
+    return network
+
+
+def built(teacher, *, method=None, data=NAMED, student=None, **options) -> DistillationModule:
+    usual = {"optimizer": sgd(0.001), "lr_scheduler": None}
+    return DistillationModule(
+        student or TinyNet(), method=method or KD(), teacher=teacher, data=data, **usual, **options
+    )
+
+
+def images(data=DATA) -> torch.Tensor:
+    return torch.randn(4, *data.image_shape, generator=torch.Generator().manual_seed(5))
+
+
+def fitted(module, data=None, **options) -> DistillationModule:
+    trainer(max_epochs=1, limit_train_batches=2, **options).fit(module, datamodule=data or Blobs())
+    return module
+
+
+# ------------------------------------------------------------------ classes
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[5, 3, [0, 1], 2], {"ant": 5, "bee": 3, "cow": [0, 1], "dog": 2}, {0: 5, 1: 3, 2: [0, 1], 3: 2}],
+    ids=["list", "names", "numbers"],
+)
+def test_a_class_map_picks_and_pools(given):
+    network = wide(6)
+    module = fitted(built(teaching(network, class_map=given)))
+    found = module.teachers(images()).logits.softmax(dim=1)
+    every = network.eval()(images()).softmax(dim=1)
+    groups = torch.stack([every[:, 5], every[:, 3], every[:, 0] + every[:, 1], every[:, 2]], dim=1)
+    torch.testing.assert_close(found, groups / groups.sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_class_map_in_a_file_goes_into_the_checkpoint(tmp_path, suffix):
+    file = tmp_path / f"map.{suffix}"
+    file.write_text(json.dumps({"0": 1, "1": 0, "2": 2, "3": 3}))
+    weights = save_weights(create_model("resnet8", 6), tmp_path / "six.safetensors")
+    config = TeacherConfig("resnet8", weights=str(weights), class_map=str(file), gate="off")
+    module = built(config, student="resnet8", data=DataInfo(4, 8))
+    file.unlink()
+    again = DistillationModule(**module.hparams)
+    again.load_teacher()
+    again.match_classes(None)
+    assert again.teachers.frozen[0].selection.groups == ((1,), (0,), (2,), (3,))
+    assert again.teachers(images()).logits.shape == (4, 4)
+
+
+def test_a_file_of_other_classes_needs_no_count(tmp_path):
+    network = create_model("wrn_16_2", 6)
+    path = tmp_path / "six.pth"
+    torch.save({"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}}, path)
+    module = built(TeacherConfig("wrn_16_2", weights=str(path), class_map=[0, 1, 2, 5]), data=DataInfo(4, 8))
+    module.load_teacher()
+    module.match_classes(None)
+    torch.testing.assert_close(module.teachers(images()).logits, network.eval()(images())[:, [0, 1, 2, 5]])
+
+
+@pytest.mark.parametrize(("name", "options"), [("resnet8", {"in_chans": 1}), ("resnet18", {"stem": "cifar"})])
+def test_a_file_says_how_its_network_is_built(tmp_path, name, options):
+    notes = {"model": name, "model_options": json.dumps(options)}
+    path = save_weights(create_model(name, 4, **options), tmp_path / "own.safetensors", notes)
+    data = DataInfo(4, 32, channels=options.get("in_chans"))
+    teachers = Teachers([TeacherConfig(name, weights=str(path))], data)
+    teachers.load()
+    assert teachers(images(data)).logits.shape == (4, 4)
+
+
+@pytest.mark.parametrize("names", [("cow", "ant", "dog", "bee"), ("elk", "dog", "cow", "bee", "ant", "fox")])
+def test_classes_that_both_name_are_picked_by_name(names):
+    network = wide(len(names))
+    module = fitted(built(teaching(FrozenTeacher(network, metadata={"class_names": json.dumps(names)}))))
+    places = [names.index(name) for name in NAMES]
+    torch.testing.assert_close(module.teachers(images()).logits, network.eval()(images())[:, places])
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "named"),
+    [
+        (6, {}, r"6 classes .* 4.*class_map"),
+        (3, {}, r"3 classes .* 4.*class_map"),
+        (6, {"class_map": [0, 1, 2]}, "3 entries"),
+        (6, {"class_map": [0, 1, 2, 6]}, "no class 6"),
+        (6, {"class_map": {"ant": 0, "bee": 1, "cow": 2, "elk": 3}}, "'elk'"),
+        (6, {"class_map": [0, 1, 2, "fox"]}, "'fox'"),
+        (6, {"class_map": "nowhere.yaml"}, r"nowhere\.yaml"),
+        (6, {"class_map": 7}, "7"),
+    ],
+)
+def test_other_classes_that_nothing_matches_are_refused_before_a_step(classes, options, named):
+    with pytest.raises(ACKDError, match=named):
+        fitted(built(teaching(wide(classes), **options)))
+
+
+def test_a_method_that_runs_its_teachers_takes_no_class_map():
+    with pytest.raises(ACKDError, match="this method"):
+        fitted(built(teaching(wide(4), class_map=[1, 0, 2, 3]), method=ATSC()))
+
+
+@pytest.mark.parametrize("method", [AT(), RKD(), SP(), CRD()], ids=lambda each: type(each).__name__)
+def test_features_alone_teach_across_classes(method):
+    from training.helpers import IndexedBlobs
+
+    module = fitted(built(teaching(wide(7), class_map="features"), method=method), IndexedBlobs())
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("method", [KD(), DKD(), Sum([KD(), AT()])], ids=["kd", "dkd", "sum"])
+def test_a_method_that_reads_logits_needs_classes(method):
+    with pytest.raises(ACKDError, match="class_map"):
+        fitted(built(teaching(wide(7), class_map="features"), method=method))
+
+
+# ------------------------------------------------------------------ several
+
+
+def test_logits_of_several_teachers_are_averaged():
+    first, second = wide(4), wide(6)
+    teachers = [
+        teaching(first, ensemble_weight=3.0),
+        teaching(second, class_map=[2, 3, 4, 5]),
+    ]
+    module = fitted(built(teachers))
+    expected = 0.75 * first.eval()(images()) + 0.25 * second.eval()(images())[:, 2:]
+    torch.testing.assert_close(module.teachers(images()).logits, expected)
+    assert module.teachers(images()).features is None
+
+
+@pytest.mark.parametrize(
+    ("teachers", "method", "named"),
+    [
+        ([wide(4), wide(4)], AT(), "AT"),
+        ([teaching(wide(4), ensemble_weight=2.0)], KD(), "ensemble_weight is 2"),
+        ([teaching(wide(4), ensemble_weight=2.0), wide(4)], ATSC(), "ensemble_weight is 2"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(teachers, method, named):
+    with pytest.raises(ACKDError, match=named):
+        built(teachers, method=method)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), "much"])
+def test_a_weight_is_above_0(weight):
+    with pytest.raises(ACKDError, match="ensemble_weight"):
+        TeacherConfig("resnet8", ensemble_weight=weight)
+
+
+# ------------------------------------------------------------------ images
+
+
+def test_one_teacher_in_two_modules_keeps_what_each_was_told():
+    frozen = FrozenTeacher(wide(4), mean=(0.4,) * 3, std=(0.3,) * 3)
+    first = built(frozen, data=NORMALISED)
+    image = images(NORMALISED)
+    before = first.teachers(image).logits
+    second = built(frozen, data=DataInfo(CLASSES, SIZE, mean=(0.1,) * 3, std=(0.9,) * 3))
+    assert torch.equal(first.teachers(image).logits, before)
+    assert not torch.allclose(second.teachers(image).logits, before)
+    second.teachers.frozen[0].select_classes([(3,), (2,), (1,), (0,)])
+    assert torch.equal(first.teachers(image).logits, before)
+    assert second.teacher.network is first.teacher.network is frozen.network
+
+
+@pytest.mark.parametrize("network", [TinyNet(8).half(), TinyNet(8).to(torch.bfloat16), TinyNet(8).double()])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_teacher_in_any_type_teaches(network, precision):
+    before = copy.deepcopy(network.state_dict())
+    module = fitted(built(teaching(network)), precision=precision)
+    assert all(each.isfinite().all() for each in module.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    fitted(built(teaching(network), method=AT()), precision=precision)
+
+
+def test_a_teacher_for_colours_reads_grey_data():
+    data = DataInfo(CLASSES, SIZE, (0.5,), (0.5,), channels=1)
+    network = TinyNet(8).eval()
+    teachers = Teachers([TeacherConfig(network)], data)
+    image = images(data)
+    torch.testing.assert_close(teachers(image).logits, network(image.expand(-1, 3, -1, -1)))
+    assert "repeated 3 times" in teachers.announce()[0]
+    assert teachers.announce() == []
+
+
+def test_what_is_done_is_said_once(capsys):
+    module = built(teaching(create_model("resnet8", 4)))
+    for _ in range(2):
+        fitted(module)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "unknown" in line]
+    assert len(lines) == 1
+    assert "resnet8" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "timm:mixer_s32_224"])
+def test_a_teacher_with_a_fixed_size_gets_it(name, capsys):
+    network = create_model(name, 4)
+    module = built(teaching(network), student="resnet8", data=DataInfo(4, 32, (0.4,) * 3, (0.2,) * 3))
+    module.match_classes(None)
+    assert module.teacher.input_size == (224, 224)
+    assert module.teachers(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 4)
+    said = capsys.readouterr().out
+    assert "224 x 224" in said
+    assert name in said
+    with pytest.raises(ACKDError, match=f"{name}.*such as 224 x 224"):
+        built(teaching(network, input_size=64), student="resnet8", data=DataInfo(4, 32))
+
+
+# ------------------------------------------------------------------ constructors and outputs
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "swin_t", "maxvit_t", "timm:regnety_002", "timm:convnext_atto"])
+def test_constructors_that_read_their_tensors_have_a_structure(name):
+    network = on_meta(name, 7, None)
+    assert all(each.is_meta for each in network.parameters())
+
+
+@pytest.mark.parametrize("last", [nn.Softmax(dim=1), nn.LogSoftmax(dim=1)])
+def test_a_softmax_at_the_end_changes_nothing(last, capsys):
+    plain = wide(4)
+    module = fitted(built(teaching(nn.Sequential(plain, last))))
+    expected = plain.eval()(images()).log_softmax(dim=1)
+    torch.testing.assert_close(module.teachers(images()).logits, expected, rtol=1e-4, atol=1e-4)
+    assert ("probabilities" in capsys.readouterr().out) == isinstance(last, nn.Softmax)
+
+
+def test_logits_are_not_taken_for_probabilities():
+    for network in (wide(4), nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 4), nn.Sigmoid())):
+        assert not built(teaching(network)).teacher.gives_probabilities
+
+
+# ------------------------------------------------------------------ gate
+
+
+class Oracle(nn.Module):
+    """Network that reads the class from the colour, and gives the logits in some order."""
+
+    def __init__(self, order, last=None) -> None:
+        super().__init__()
+        self.order, self.last, self.scale = order, last or nn.Identity(), nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, image):
+        colour = image.mean(dim=(2, 3))
+        scores = self.scale * torch.cat([colour, 0.5 - colour.sum(dim=1, keepdim=True)], dim=1)
+        return self.last(scores[:, self.order])
+
+
+class ManyBlobs(Blobs):
+    def val_dataloader(self):
+        return DataLoader(self._data(1, 200), batch_size=40)
+
+
+@pytest.mark.parametrize("order", [[1, 2, 3, 0], [1, 0, 2, 3], [3, 2, 1, 0], [2, 1, 0, 3]])
+def test_the_gate_asks_for_another_order(order):
+    module = built(teaching(Oracle(order), gate="stop"))
+    moved = next(place for place, number in enumerate(order) if place != number)
+    with pytest.raises(ACKDError, match=r"another order.*class_map") as caught:
+        fitted(module, ManyBlobs())
+    assert repr(NAMES[moved]) in str(caught.value)
+    with pytest.warns(UserWarning, match="another order"):
+        fitted(built(teaching(Oracle(order), gate="warn")), ManyBlobs())
+
+
+def test_the_gate_is_content_with_the_right_order_and_names_no_order_for_noise():
+    fitted(built(teaching(Oracle([0, 1, 2, 3]), gate="stop")), ManyBlobs())
+    with pytest.raises(ACKDError, match="near chance") as caught:
+        fitted(built(teaching(Oracle([0, 0, 0, 0]), gate="stop")), ManyBlobs())
+    assert "another order" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [3, 20, 100])
+def test_a_guess_is_not_explained_by_an_order(classes):
+    generator = torch.Generator().manual_seed(classes)
+    halves = [torch.randint(0, 4, (classes, classes), generator=generator) for _ in range(2)]
+    assert permutation(*halves) is None
+    few = [torch.zeros(classes, classes, dtype=torch.int64) for _ in range(2)]
+    assert permutation(*few) is None
+
+
+def test_the_gate_warns_of_a_sigmoid():
+    module = built(teaching(Oracle([0, 1, 2, 3], nn.Sigmoid()), gate="stop"))
+    with pytest.warns(UserWarning, match="between 0 and 1"):
+        fitted(module, ManyBlobs())
+
+
+def test_a_gate_skips_a_teacher_of_features():
+    module = built(teaching(wide(7), class_map="features", gate="stop"), method=AT())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert any(isinstance(each, TeacherGate) for each in module.configure_callbacks.__func__(_attached(module)))
+
+
+def _attached(module):
+    module.trainer = trainer()
+    return module
+
+
+# ------------------------------------------------------------------ published weights
+
+
+@pytest.fixture
+def published_file(tmp_path, monkeypatch):
+    """Weights in the cache of torchvision, without a network."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    url = torchvision.models.get_model_weights("squeezenet1_1").DEFAULT.url
+    torch.manual_seed(0)
+    network = create_model("squeezenet1_1", 1000)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(network.state_dict(), tmp_path / "checkpoints" / url.rpartition("/")[2])
+    return network.eval()
+
+
+def test_published_weights_teach_with_their_own_preprocessing(published_file, capsys):
+    data = DataInfo(2, 32, (0.5,) * 3, (0.5,) * 3, class_names=("pets", "tench"))
+    config = TeacherConfig("squeezenet1_1", pretrained=True, class_map={"tench": 0, "pets": [281, "n02085620"]})
+    module = built(config, student="resnet8", data=data)
+    assert capsys.readouterr().out == ""
+    module.load_teacher()
+    assert "squeezenet1_1" in capsys.readouterr().out.splitlines()[0]
+    module.match_classes(None)
+    said = capsys.readouterr().out
+    assert "3 of its 1000 classes" in said
+    assert "224 x 224" in said
+    assert module.teacher.input_size == (224, 224)
+    image = torch.rand(2, 3, 32, 32)
+    assert module.teachers((image - 0.5) / 0.5).logits.shape == (2, 2)
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    large = nn.functional.interpolate(image, (224, 224), mode="bilinear", antialias=True, align_corners=False)
+    own = published_file((large - mean) / std)
+    tench = own[:, 0]
+    pets = own[:, [281, 151]].logsumexp(dim=1)
+    torch.testing.assert_close(
+        module.teachers((image - 0.5) / 0.5).logits, torch.stack([pets, tench], dim=1), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("names", [("n01440764", "n01443537"), ("goldfish", "Tench")])
+def test_classes_of_imagenet_are_found_by_name_and_word(published_file, names):
+    data = DataInfo(2, 64, (0.5,) * 3, (0.5,) * 3, class_names=names)
+    module = built(TeacherConfig("squeezenet1_1", pretrained=True), student="resnet8", data=data)
+    module.load_teacher()
+    module.match_classes(None)
+    expected = ((0,), (1,)) if names[0].startswith("n") else ((1,), (0,))
+    assert module.teacher.selection.groups == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"network": "resnet8", "pretrained": True}, "'resnet8'"),
+        ({"network": "resnet18", "pretrained": True, "weights": "a.safetensors"}, "a.safetensors"),
+        ({"network": TinyNet(), "pretrained": True}, "pretrained is True"),
+        ({"network": None, "pretrained": True}, "pretrained is true and network is None"),
+        ({"network": "", "pretrained": True}, "pretrained is true and network is ''"),
+        ({"network": "resnet18", "pretrained": "yes"}, "pretrained is 'yes'"),
+    ],
+)
+def test_published_weights_need_a_network_that_has_them(options, named):
+    with pytest.raises(ACKDError, match=named):
+        built(TeacherConfig(**options), student="resnet8", data=DataInfo(4, 32))
+
+
+def test_the_key_of_a_cache_has_all_that_changes_the_logits():
+    network = wide(6)
+
+    def key(*configs, data=NORMALISED):
+        module = built(list(configs) if len(configs) > 1 else configs[0], data=data)
+        module.match_classes(None)
+        return json.dumps(module.teachers.key())
+
+    def config(**options):
+        return teaching(network, **{"class_map": [0, 1, 2, 3], **options})
+
+    several = [
+        key(config()),
+        key(config(class_map=[0, 1, 2, 4])),
+        key(config(class_map=[0, 1, 2, [3, 4]])),
+        key(config(mean=(0.4,) * 3, std=(0.5,) * 3)),
+        key(config(input_size=16)),
+        key(config(input_size=16, interpolation="nearest")),
+        key(config(bf16=True)),
+        key(teaching(wide(7), class_map=[0, 1, 2, 3])),
+        key(config(), teaching(wide(4))),
+        key(config(ensemble_weight=2.0), teaching(wide(4))),
+    ]
+    assert len(set(several)) == len(several)
+    assert key(config()) == several[0]
