@@ -240,7 +240,7 @@ def test_the_network_that_is_passed_stays_as_it_is_and_can_be_trained(network, p
 def test_a_network_is_copied_once_or_not_at_all(network, tmp_path, monkeypatch):
     path = save_weights(network, tmp_path / "teacher.safetensors")
     copies = []
-    monkeypatch.setattr("ackd_lightning.models.teacher.copy.deepcopy", lambda each: copies.append(each) or each)
+    monkeypatch.setattr("ackd_lightning.models.teacher.clone", lambda each: copies.append(each) or each)
     FrozenTeacher.from_name("resnet8", 5, weights=str(path))
     assert copies == []
     FrozenTeacher(network)

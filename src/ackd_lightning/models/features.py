@@ -137,6 +137,8 @@ def use_taps(network: nn.Module, names: Sequence[str], whose: str = "the network
     Raises:
         ACKDError: If a name is unknown, a module is not called exactly once, or does not return a map.
     """
+    if not names or len(set(names)) < len(names):
+        raise ACKDError(f"taps is {list(names)}; name each module of {whose} that ends a stage once, or leave taps out")
     known = [name for name, _ in network.named_modules() if name]
     for name in names:
         if name not in known:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ackd_lightning.models.tracing import clone
 
 _TOLERANCE = 1e-3
 """Largest difference of an output, relative to its largest value, that is put down to rounding in float32."""
@@ -61,7 +62,7 @@ def fused(network: nn.Module, run: Callable[[nn.Module], Sequence[Tensor]]) -> n
     Returns:
         The fused copy; None if nothing can be fused, or if an output would differ by more than rounding.
     """
-    result = copy.deepcopy(network).eval()
+    result = clone(network).eval()
     pairs = _pairs(result, run)
     if not pairs:
         return None

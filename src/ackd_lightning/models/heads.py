@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.features import capture, pooled, require_plan
+from ackd_lightning.models.tracing import clone
 from ackd_lightning.validation import PositiveInt, checked
 
 Average = Literal["logits", "probabilities"]
@@ -140,7 +140,7 @@ class HeadedNetwork(nn.Module):
     def __init__(self, backbone: nn.Module, head: SharedClassifiers) -> None:
         super().__init__()
         self.plan = require_plan(backbone, type(backbone).__name__, "another head")
-        self.backbone = copy.deepcopy(backbone)
+        self.backbone = clone(backbone)
         if self.plan.classifier is not None:
             self.backbone.set_submodule(self.plan.classifier, nn.Identity())
         self.head = head

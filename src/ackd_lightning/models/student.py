@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from ackd_lightning.models.features import (
     watch,
 )
 from ackd_lightning.models.suffix import Cuts
-from ackd_lightning.models.tracing import logits_of, name_of
+from ackd_lightning.models.tracing import clone, logits_of, name_of
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import ImageSize, NetOutput
 
@@ -164,7 +163,7 @@ class BranchyStudent(nn.Module):
         name, cuts = name_of(self.backbone), None
         for spec in self.specs:
             if spec == PEER:
-                network = copy.deepcopy(self.backbone)
+                network = clone(self.backbone)
                 init_fresh(network)
                 yield Peer(network)
             elif num_classes is None or is_branch(spec):

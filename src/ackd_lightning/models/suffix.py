@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.features import StagePlan, capture, native_sizes, traced
-from ackd_lightning.models.tracing import EXAMPLES, Trace, dtype_of, first_tensor, logits_of, name_of, twin
+from ackd_lightning.models.tracing import EXAMPLES, Trace, clone, dtype_of, first_tensor, logits_of, name_of, twin
 from ackd_lightning.types import ImageSize
 
 _TOLERANCE = 1e-4
@@ -176,7 +175,7 @@ def _cut(network: nn.Module, ghost: nn.Module, entry: str, record: Trace, memory
                 places[id(child)] = _Blank(meant, memory, record.calls[full].value)
 
     place(network, ghost, "")
-    return copy.deepcopy(network, places)
+    return clone(network, places)
 
 
 def _disturb(network: nn.Module, generator: torch.Generator) -> None:

@@ -19,6 +19,7 @@ from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.preprocessing import Interpolation, Preprocessing, channels_of, closest_interpolation
 from ackd_lightning.models.teacher_base import FeaturesOnly, Teacher
+from ackd_lightning.models.tracing import clone
 from ackd_lightning.models.weights import digest, load_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.pretrained import pretrained
@@ -66,8 +67,10 @@ class FrozenTeacher(Teacher):
         metadata: dict[str, str] | None = None,
         copy_network: bool = True,
     ) -> None:
-        own = copy.deepcopy(network) if copy_network else network
-        super().__init__(own.requires_grad_(False).eval(), input_size=input_size)
+        own = clone(network) if copy_network else network
+        for parameter in own.parameters():  # the method of a network that was compiled by TorchScript raises
+            parameter.requires_grad_(False)
+        super().__init__(own.eval(), input_size=input_size)
         self.bf16 = bf16
         self.metadata = dict(metadata or {})
         self.stated = typed_metadata(self.metadata, f"the weight file of teacher {self.name}")

@@ -68,6 +68,25 @@ def dtype_of(network: nn.Module) -> torch.dtype:
     return next((each.dtype for each in network.parameters() if each.is_floating_point()), torch.get_default_dtype())
 
 
+def clone(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a network, also one with tensors that were computed, such as the weights of an old ``weight_norm``.
+
+    Args:
+        network: Any network.
+        memo: Copies that exist already, by the identity of their originals, as for ``copy.deepcopy``.
+    """
+    memo = {} if memo is None else memo
+    for module in network.modules():
+        for each in vars(module).values():
+            if isinstance(each, Tensor) and not each.is_leaf:
+                memo.setdefault(id(each), each.detach().clone())
+    result = copy.deepcopy(network, memo)
+    for parameter in result.parameters():
+        if not parameter.is_leaf:  # TorchScript copies by an operation
+            parameter.detach_().requires_grad_()
+    return result
+
+
 def twin(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Copy a network in evaluation mode, without the hooks of its users.
 
@@ -78,7 +97,7 @@ def twin(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Raises:
         ValueError: If the network is shared with its copies, as a ``FrozenTeacher`` is: probe its ``network``.
     """
-    result = copy.deepcopy(network, memo)
+    result = clone(network, memo)
     if result is network:
         raise ValueError(f"{type(network).__name__} is shared with its copies and cannot be probed; probe its network")
     for module in result.modules():
@@ -212,9 +231,10 @@ def as_map(output: Any, ratio: float, prefix: int | None = None) -> Tensor | Non
         return None
     if tensor.dim() == 4:
         _, first, second, third = tensor.shape
-        if _fits(second, third, ratio):
+        last = _fits(first, second, ratio)
+        if _fits(second, third, ratio) and not (last and abs(first - second * ratio) < abs(second - third * ratio)):
             return tensor
-        return tensor.permute(0, 3, 1, 2) if _fits(first, second, ratio) else None
+        return tensor.permute(0, 3, 1, 2) if last else None
     if tensor.dim() == 3:
         count = tensor.shape[1]
         for skipped in range(min(count, 17)) if prefix is None else (prefix,):
