@@ -57,7 +57,7 @@ def test_names_and_networks_mix(files):
     assert torch.equal(first.network.fc.weight, own.fc.weight)
     assert second.metadata["model"] == "wrn_16_2"
     assert not any("resnet14" in str(value) for value in net.hparams.values())
-    assert net.hparams["teacher"] is None
+    assert len(net.hparams["teacher"]["specs"]) == 2
 
 
 def test_teachers_move_with_the_module(files):

@@ -132,7 +132,7 @@ def _rows(table: Path, columns: tuple[str, str], split_column: str | None) -> li
         ("split_column", split_column),
     ):
         if column is not None and column not in content:
-            hint = near_matches(column, content) if content else "it has no header"
+            hint = near_matches(column, filter(None, content))
             raise ACKDError(f"{table} has no column {column!r}: {hint}; set {argument}")
     lines = content.get("", range(2, 2 + len(content[columns[0]])))
 

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -72,6 +73,32 @@ def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], lis
         others = ["--ckpt_path", str(checkpoint), *others]
         configs = [str(folder / "config.yaml"), *configs]
     return configs, others
+
+
+def find_data(settings: dict[str, Any], config: Path) -> list[str]:
+    """Find the data of a run that was started in another folder, whose relative paths do not exist in this one.
+
+    Args:
+        settings: Settings of the run; paths below ``data`` are changed in place.
+        config: ``config.yaml`` of the run.
+
+    Returns:
+        Paths that were found.
+    """
+    runs, data = Path(settings.get("runs_dir") or "runs"), settings.get("data")
+    arguments = data.get(_INIT) if isinstance(data, dict) else None
+    parents = config.resolve().parent.parents
+    if runs.is_absolute() or not isinstance(arguments, dict) or len(parents) <= 1 + len(runs.parts):
+        return []
+    start = parents[1 + len(runs.parts)]
+    found = []
+    for name, value in arguments.items():
+        if not isinstance(value, str) or not value or Path(value).is_absolute() or Path(value).exists():
+            continue
+        if start / runs == parents[1] and (start / value).exists():
+            arguments[name] = str(start / value)
+            found.append(f"data.{name} is {start / value}")
+    return found
 
 
 def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from ackd_lightning.config.class_paths import check_classes
 from ackd_lightning.config.files import find_config, load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.arguments import choose_classes, name_checkpoint, split_configs
+from ackd_lightning.launch.arguments import choose_classes, find_data, name_checkpoint, split_configs
 from ackd_lightning.launch.messages import Given, RefusedError, check_shape, failed_constructor, first_cause, shorten
 from ackd_lightning.launch.options import FIT_ONLY, make_parser, spell_out
 from ackd_lightning.launch.preflight import check_numbers
@@ -65,6 +65,8 @@ class ACKDCLI:
         self.prints = any(each.startswith("--print_config") for each in options)
         options = [each for each in options if not each.startswith("--print_config")]
         settings, self.config_name = load_configs(configs)
+        if command != "fit" and configs and (found := find_data(settings, find_config(configs[0]))):
+            print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output")}
         given = Given({each: find_config(each).resolve() for each in configs}, options, settings)

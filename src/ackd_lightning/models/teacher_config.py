@@ -23,7 +23,7 @@ class TeacherConfig:
     """A teacher with its weights, its preprocessing and classes, and how it is run and checked.
 
     Args:
-        network: Name for ``create_model`` (such as resnet110), or a network.
+        network: Name for ``create_model`` (such as resnet110), or a network. It has to be given.
         weights: Weight file of a network that is given by name.
         pretrained: Use the weights that timm or torchvision publish for the network, with their own classes and
             preprocessing; they are downloaded unless they are in the library's cache.
@@ -39,6 +39,7 @@ class TeacherConfig:
             mapping, a list in the order of the data's classes, or a YAML or JSON file with either. "features" for a
             teacher of other classes whose features alone are used. None for the same classes, matched by their names
             where both have names.
+        taps: Names of the modules whose outputs are the stages; None for those that are found in the network.
         ensemble_weight: Weight of the teacher's logits in the mean over several teachers, relative to the others.
         bf16: Run the teacher in bfloat16; its weights stay as they are and its logits are returned in float32.
         gate: Reaction to a teacher whose validation accuracy before the first step is near chance, far below the
@@ -50,7 +51,7 @@ class TeacherConfig:
         ACKDError: If a value is not allowed, or values contradict each other.
     """
 
-    network: str | nn.Module
+    network: str | nn.Module = ""
     weights: str | None = None
     pretrained: bool = False
     options: dict[str, Any] | None = None
@@ -59,6 +60,7 @@ class TeacherConfig:
     input_size: _Side | tuple[_Side, _Side] | None = None
     interpolation: Interpolation | None = None
     class_map: dict[str | int, Any] | list[Any] | str | None = None
+    taps: tuple[str, ...] | None = None
     ensemble_weight: Positive = 1.0
     bf16: bool = False
     gate: Gate = "stop"
@@ -68,11 +70,16 @@ class TeacherConfig:
         """Check the values."""
         check_arguments(type(self), {key: each for key, each in vars(self).items() if key != "class_map"})
         given = isinstance(self.network, nn.Module)
-        if not given and (not isinstance(self.network, str) or not self.network):
-            asks = "pretrained is true and " if self.pretrained else ""
+        if not given and not isinstance(self.network, str):
             raise ACKDError(
-                f"{asks}network is {self.network!r} in TeacherConfig; it must be a name for create_model or a network"
+                f"network is {self.network!r} in TeacherConfig; it must be a name for create_model or a network"
             )
+        if not given and not self.network:
+            given_too = [
+                f"{name} is {getattr(self, name)!r}" for name in ("pretrained", "weights") if getattr(self, name)
+            ]
+            begin = f"{' and '.join(given_too)} and " if given_too else ""
+            raise ACKDError(f"{begin}the teacher has no network; name one, such as teacher.network resnet18")
         if self.options is not None and not isinstance(self.options, dict):
             raise ACKDError(
                 f"options is {self.options!r} in TeacherConfig; it must be a dict of create_model's options"
@@ -99,6 +106,7 @@ class TeacherConfig:
             if len(self.input_size) != 2:
                 raise ACKDError(f"input_size is {self.input_size} in TeacherConfig; give one side, or height and width")
             object.__setattr__(self, "input_size", tuple(self.input_size))
+        object.__setattr__(self, "taps", None if self.taps is None else tuple(self.taps))
         if self.class_map is not None:
             object.__setattr__(self, "class_map", read_class_map(self.class_map))
         self.preprocessing()

@@ -22,7 +22,7 @@ from ackd_lightning.training.batches import require_labels
 from ackd_lightning.training.nonfinite import remedies
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
-_DIVERGED = 50.0
+_DIVERGED = 1000.0
 """Multiple of the loss of a guess above which a validation loss is reported."""
 
 

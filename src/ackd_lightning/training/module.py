@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,7 +29,9 @@ from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.features import image_channels, probe
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.random import mix, seed_device
+from ackd_lightning.training.absent import absent_specs, describe_specs
 from ackd_lightning.training.batches import read_batch
 from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
@@ -48,6 +52,8 @@ from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, cho
 from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 from ackd_lightning.validation import check_arguments
+
+_PASS_TEACHER = "pass it, as in load_from_checkpoint(path, teacher=network)"
 
 
 class DistillationModule(SelfDescribing, EvaluationSteps):
@@ -135,7 +141,10 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
                 f"method is {method!r}; pass an instance, such as KD(), of a class whose constructor calls "
                 "super().__init__() first"
             )
-        configs = chosen(as_configs(teacher), self.method)
+        self.absent = absent_specs(teacher)
+        configs = () if self.absent else chosen(as_configs(teacher), self.method)
+        if self.absent and self.method.teacher == "own":
+            raise ACKDError(f"method {type(self.method).__name__} is built from its teachers; {_PASS_TEACHER}")
         self.student_config = as_student_config(student)
         if any(each.network is self.student_config.network for each in configs if isinstance(each.network, nn.Module)):
             raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
@@ -154,6 +163,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             )
         self.labelling = Labels(self.recipe, self.data.num_classes)
         self.teachers = Teachers(configs, self.data)
+        self.teachers.specs = self.absent or self.teachers.specs
         networks = Networks(
             student=self.spec,
             teachers=self.teachers.specs,
@@ -178,7 +188,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             {
                 "student": describe_student(self.student_config, self.student.plain()),
                 "method": describe(self.method),
-                "teacher": describe_teachers(configs),
+                "teacher": describe_specs(self.absent) if self.absent else self._describe_teachers(configs),
                 "data": {
                     key: list(each) if isinstance(each, tuple) else each for key, each in asdict(self.data).items()
                 },
@@ -191,6 +201,30 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         for name, argument in (("student", student), ("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
             if self.hparams[name] is None and argument is not None:
                 self.hparams.pop(name)  # a network, or a function: not plain data
+        given = self.__dict__.get("_given")
+        for name in [name for name in self.hparams if given is not None and name not in given]:
+            self.hparams.pop(name)  # a sub-class passes it on its own
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Note which arguments the constructor of a sub-class is given: a checkpoint holds those alone."""
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("__init__")
+        if own is None:
+            return
+        parameters = list(inspect.signature(own).parameters.values())[1:]
+        names = [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+        @functools.wraps(own)
+        def constructor(self: DistillationModule, *args: Any, **kwargs: Any) -> None:
+            given = {*kwargs, *names[: len(args)], *(["student"] if len(args) > len(names) else [])}
+            self.__dict__.setdefault("_given", given)  # the outermost constructor comes first
+            own(self, *args, **kwargs)
+
+        cls.__init__ = constructor  # type: ignore[method-assign]
+
+    def _describe_teachers(self, configs: Sequence[TeacherConfig]) -> Any:
+        """Teachers as plain data: their settings, or the shapes of networks, with which inference needs no teacher."""
+        return describe_teachers(configs) or (describe_specs(self.teachers.specs) if configs else None)
 
     @classmethod
     def from_data(
@@ -270,6 +304,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             return
         if not (self.training and self.student.training and self.student.backbone.training):
             self.train()  # Lightning trains in the mode that it finds
+        if self.absent:
+            raise ACKDError(f"the teacher of the checkpoint was a network, which it does not hold; {_PASS_TEACHER}")
         self.check_data(data)
         self.load_teacher()
         matched = self.start is not None and self.start.class_names is not None

@@ -246,10 +246,12 @@ class OpenOptimizers(ManualSteps):
         super().on_train_epoch_end()
         for config in self._plateaus():
             metrics = self.trainer.callback_metrics
+            if (self.current_epoch + 1) % config.frequency:
+                continue  # an epoch without validation
             metric = metrics.get(str(config.monitor))
             if metric is None and config.strict:
                 raise metric_missing(str(config.monitor), metrics)
-            if metric is not None and (self.current_epoch + 1) % config.frequency == 0:
+            if metric is not None:
                 step_scheduler(cast(LRScheduler, config.scheduler), metric)
 
     def _without_monitors(self, schedules: list[Any]) -> list[Any]:

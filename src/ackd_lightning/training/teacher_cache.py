@@ -49,7 +49,12 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
             "teacher.cache holds one view of each image in an epoch and data.sampling is balanced, which repeats "
             "images; leave one of them out"
         )
-    targets = data.train_targets
+    targets = getattr(data, "train_targets", None)
+    if targets is None:
+        raise ACKDError(
+            f"teacher.cache keeps a row for every training image and {type(data).__name__} has images without an "
+            "index; leave it out"
+        )
     return {
         "teachers": module.teachers.key(),
         "data": type(data).__name__,

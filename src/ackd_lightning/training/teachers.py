@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.class_map import FEATURES_ONLY, resolve_class_map
-from ackd_lightning.models.features import probe
+from ackd_lightning.models.features import plan_for, probe, use_taps
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.preprocessing import Preprocessing, channels_of, stated_by, usable_size
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
+from ackd_lightning.models.tracing import name_of
 from ackd_lightning.models.zoo.pretrained import published
 from ackd_lightning.training.teacher_choice import (
     classes_in_file,
@@ -27,6 +28,13 @@ from ackd_lightning.training.teacher_choice import (
     weight_file,
 )
 from ackd_lightning.types import DataInfo, NetOutput, NetSpec
+
+
+def _tapped(network: nn.Module, config: TeacherConfig) -> nn.Module:
+    """Name the stages of a network where a configuration does so."""
+    if config.taps:
+        use_taps(network, config.taps, f"the teacher {name_of(network)}")
+    return network
 
 
 class Teachers:
@@ -57,7 +65,7 @@ class Teachers:
         self.structures: tuple[nn.Module, ...] = tuple(
             self._given[number].network
             if number in self._given
-            else on_meta(str(each.network), data.num_classes, network_options(each))
+            else _tapped(on_meta(str(each.network), data.num_classes, network_options(each)), each)
             for number, each in enumerate(configs)
         )
         self.specs: tuple[NetSpec, ...] = tuple(self._spec(number) for number in range(len(configs)))
@@ -103,6 +111,8 @@ class Teachers:
         return self._view(frozen, config)
 
     def _view(self, teacher: FrozenTeacher, config: TeacherConfig) -> FrozenTeacher:
+        _tapped(teacher.network, config)
+        teacher.plan = plan_for(teacher.network)
         view = teacher.for_data(self.data)
         view.features_only = config.class_map == FEATURES_ONLY
         if not view.features_only:

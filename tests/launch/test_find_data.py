@@ -1,0 +1,58 @@
+"""Relative paths in a run's settings are found from any folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ackd_lightning.cli import main
+from ackd_lightning.launch.arguments import find_data
+
+
+@pytest.mark.parametrize("runs_dir", ["runs", "out/of/here", "./runs"])
+@pytest.mark.parametrize("name", ["root", "cache"])
+def test_paths_are_seen_from_where_the_run_was_started(tmp_path, monkeypatch, runs_dir, name):
+    start, other = tmp_path / "start", tmp_path / "other"
+    run = start / runs_dir / "config" / "a"
+    for folder in (run, start / "pets", other):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(other)
+    settings = {"runs_dir": runs_dir, "data": {"init_args": {name: "pets", "batch_size": 3, "url": None}}}
+    assert len(find_data(settings, run / "config.yaml")) == 1
+    assert settings["data"]["init_args"][name] == str(start / "pets")
+
+
+@pytest.mark.parametrize("value", ["pets", "/pets", "", None, 3])
+def test_what_exists_here_or_is_no_path_stays(tmp_path, monkeypatch, value):
+    run = tmp_path / "runs" / "config" / "a"
+    for folder in (run, tmp_path / "pets", tmp_path / "other" / "pets"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "other")
+    settings = {"data": {"init_args": {"root": value}}}
+    assert find_data(settings, run / "config.yaml") == []
+    assert settings["data"]["init_args"]["root"] == value
+
+
+def test_a_run_is_tested_from_another_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for part, count in (("train", 8), ("test", 3)):
+        for label in ("cat", "dog"):
+            folder = Path("pets") / part / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+                image.save(folder / f"{number}.png")
+    data = {"class_path": "ackd_lightning.data.ImageFolderDataModule"}
+    data["init_args"] = {"root": "pets", "image_size": 16, "batch_size": 4}
+    content = {"include": ["recipes/cifar", "methods/ce"], "data": data, "model": {"student": "resnet8"}}
+    Path("pets.yaml").write_text(yaml.safe_dump(content))
+    assert main(["fit", "--config", "pets.yaml", "--name", "a", "--trainer.max_epochs", "1"]) == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert main(["test", str(tmp_path / "runs" / "pets" / "a")]) == 0
+    assert str(tmp_path / "pets") in capsys.readouterr().out
