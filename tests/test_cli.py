@@ -456,7 +456,10 @@ BAD = [
     (["fit", "--config", "cifar100_resnet110_resnet2.yaml"], "did you mean 'cifar100_resnet110_resnet20.yaml'"),
     (["fit", "--config"], "--config needs a value"),
     (["fit", "--model.studnt", "3"], "did you mean 'model.student"),
-    (["fit", "--model.method.temperatur", "3"], "'temperatur' here; did you mean 'temperature'"),
+    (
+        ["fit", "--model.method.temperatur", "3"],
+        "'model.method.temperatur' here; did you mean 'model.method.temperature'",
+    ),
     (["fit", "--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
     (["fit", "--bogus", "3"], "no setting 'bogus'"),
     (["fit", "--model.optimizer.lr", "abc"], "setting lr is 'abc'; it must be float"),
