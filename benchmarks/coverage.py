@@ -31,7 +31,7 @@ from torch import nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD, AT, ATSC, CRD, KD, Method, ReviewKD
 from ackd_lightning.models.branches import branch_names
-from ackd_lightning.models.features import native_sizes, plan_for, traced
+from ackd_lightning.models.finding import native_sizes, plan_for, traced
 from ackd_lightning.models.suffix import difference
 from ackd_lightning.models.zoo import count_parameters, create_model
 from ackd_lightning.testing import Harness, RandomImages

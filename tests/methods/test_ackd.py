@@ -12,7 +12,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD
 from ackd_lightning.methods.base import Networks
 from ackd_lightning.methods.description import from_description
-from ackd_lightning.models.features import probe
+from ackd_lightning.models.finding import probe
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import Batch, NetSpec

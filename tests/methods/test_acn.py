@@ -17,7 +17,7 @@ from ackd_lightning.methods.acn_losses import disagreement, js_divergence, mean_
 from ackd_lightning.methods.acn_networks import Generator, evaluated, image_noise, statistics_kept
 from ackd_lightning.methods.base import FitInfo, Networks
 from ackd_lightning.methods.description import describe
-from ackd_lightning.models.features import probe
+from ackd_lightning.models.finding import probe
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.testing import Harness, RandomImages
 from ackd_lightning.types import Batch

@@ -16,7 +16,7 @@ from ackd_lightning.methods import FitInfo, Networks, aikd
 from ackd_lightning.methods.aikd import AIKD
 from ackd_lightning.methods.aikd_networks import PredictionDiscriminator, gradient_penalty, soft_cross_entropy
 from ackd_lightning.methods.base import weighted_loss
-from ackd_lightning.models.features import probe
+from ackd_lightning.models.finding import probe
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.random import mix

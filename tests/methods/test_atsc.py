@@ -16,7 +16,8 @@ from ackd_lightning.methods import ATSC
 from ackd_lightning.methods.atsc_networks import anchor_distance, feature_distance
 from ackd_lightning.methods.base import FitInfo, Networks, weighted_loss
 from ackd_lightning.methods.description import describe, from_description
-from ackd_lightning.models.features import StagePlan, probe, staged_forward
+from ackd_lightning.models.features import StagePlan, staged_forward
+from ackd_lightning.models.finding import probe
 from ackd_lightning.models.heads import HeadedNetwork, with_head
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher

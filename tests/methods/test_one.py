@@ -10,7 +10,7 @@ from torch import Tensor
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ONE, Networks, one
 from ackd_lightning.methods.one import Gate, one_loss
-from ackd_lightning.models.features import probe
+from ackd_lightning.models.finding import probe
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import Batch

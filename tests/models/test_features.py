@@ -7,20 +7,11 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import (
-    StagePlan,
-    check_plan,
-    plan_for,
-    pooled,
-    probe,
-    require_embedding,
-    require_plan,
-    require_stages,
-    staged_forward,
-)
+from ackd_lightning.models.copies import image_channels
+from ackd_lightning.models.features import StagePlan, pooled, require_embedding, require_stages, staged_forward
+from ackd_lightning.models.finding import check_plan, plan_for, probe, require_plan
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher, Teacher
-from ackd_lightning.models.tracing import image_channels
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import DataInfo, NetOutput, NetSpec
 

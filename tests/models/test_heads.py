@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import plan_for, staged_forward
+from ackd_lightning.models.features import staged_forward
+from ackd_lightning.models.finding import plan_for
 from ackd_lightning.models.heads import HeadedNetwork, Projector, SharedClassifiers, with_head
 from ackd_lightning.models.zoo import create_model
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import plan_for, staged_forward
+from ackd_lightning.models.features import staged_forward
+from ackd_lightning.models.finding import plan_for
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.pretrained import pretrained, published

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import StagePlan, plan_for, probe, staged_forward, use_taps
+from ackd_lightning.models.features import StagePlan, staged_forward
+from ackd_lightning.models.finding import plan_for, probe, use_taps
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model

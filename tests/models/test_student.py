@@ -8,7 +8,8 @@ from torch import nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branches import branch_names, default_branches, entry_stage, is_branch
-from ackd_lightning.models.features import StagePlan, plan_for
+from ackd_lightning.models.features import StagePlan
+from ackd_lightning.models.finding import plan_for
 from ackd_lightning.models.student import BranchyStudent, init_fresh
 from ackd_lightning.models.zoo import create_model
 

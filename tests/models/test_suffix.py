@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import StagePlan, capture, plan_for, use_taps
+from ackd_lightning.models.features import StagePlan, capture
+from ackd_lightning.models.finding import plan_for, use_taps
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.suffix import Cuts, difference
 from ackd_lightning.models.zoo import create_model

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.tracing import as_map, examples, first_tensor, logits_of, skeleton, trace, twin
+from ackd_lightning.models.copies import examples, skeleton, twin
+from ackd_lightning.models.outputs import as_map, first_tensor, logits_of
+from ackd_lightning.models.tracing import trace
 from models.networks import CLASSES, CifarLike, Residual, SkipsAhead, Tuples, TwoBranches, ViTLike
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import StagePlan, staged_forward, traced
+from ackd_lightning.models.features import StagePlan, staged_forward
+from ackd_lightning.models.finding import traced
 from ackd_lightning.models.stages import stage_names
 from ackd_lightning.models.zoo import count_parameters, create_model, list_models, multiply_adds
 

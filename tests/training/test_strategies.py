@@ -7,16 +7,21 @@ from ackd_lightning.cli import main
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.training.strategies import refuse_sharding
 
+
+def name(given: object) -> str:
+    return given if isinstance(given, str) else type(given).__name__
+
+
 FSDP = ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_3", "xla_fsdp", "lightning.pytorch.strategies.FSDPStrategy"]
 
 
-@pytest.mark.parametrize("strategy", [*FSDP, FSDPStrategy(), ModelParallelStrategy()], ids=str)
+@pytest.mark.parametrize("strategy", [*FSDP, FSDPStrategy(), ModelParallelStrategy()], ids=name)
 def test_strategies_that_divide_weights_are_refused(strategy):
     with pytest.raises(ACKDError, match="ddp"):
         refuse_sharding(strategy)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_spawn", DDPStrategy(), SingleDeviceStrategy("cpu")], ids=str)
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_spawn", DDPStrategy(), SingleDeviceStrategy("cpu")], ids=name)
 def test_others_are_not(strategy):
     refuse_sharding(strategy)
 

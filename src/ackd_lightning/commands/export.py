@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_writable
-from ackd_lightning.models.features import image_channels
+from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.export import export_student
 from ackd_lightning.runs.files import Which, find_checkpoint, read_summary, run_folder

@@ -6,9 +6,9 @@ import torch
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branches import branch_names, default_branches
-from ackd_lightning.models.features import native_sizes, plan_for, probe, traced, use_taps
+from ackd_lightning.models.copies import image_channels, name_of
+from ackd_lightning.models.finding import native_sizes, plan_for, probe, traced, use_taps
 from ackd_lightning.models.student import BranchyStudent
-from ackd_lightning.models.tracing import image_channels, name_of
 from ackd_lightning.models.zoo import count_parameters, create_model, multiply_adds
 from ackd_lightning.types import ImageSize, height_width
 

@@ -17,7 +17,7 @@ from ackd_lightning.launch import LIGHTNING
 from ackd_lightning.launch.arguments import set_length
 from ackd_lightning.launch.messages import RefusedError
 from ackd_lightning.models.branches import default_branches
-from ackd_lightning.models.features import plan_for, use_taps
+from ackd_lightning.models.finding import plan_for, use_taps
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.zoo import create_model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.pairing import same_size
-from ackd_lightning.models.features import require_plan
+from ackd_lightning.models.finding import require_plan
 
 
 def feature_distance(projected: Tensor, feature: Tensor) -> Tensor:

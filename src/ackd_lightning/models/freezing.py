@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ackd_lightning.errors import ACKDError, near_matches
-from ackd_lightning.models.features import native_sizes, plan_for, traced
+from ackd_lightning.models.copies import name_of
+from ackd_lightning.models.finding import native_sizes, plan_for, traced
 from ackd_lightning.models.stages import stage_parts
-from ackd_lightning.models.tracing import name_of
 
 
 def parts_by_stage(network: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ackd_lightning.models.tracing import clone
+from ackd_lightning.models.copies import clone
 
 _TOLERANCE = 1e-3
 """Largest difference of an output, relative to its largest value, that is put down to rounding in float32."""

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import capture, pooled, require_plan
-from ackd_lightning.models.tracing import clone
+from ackd_lightning.models.copies import clone
+from ackd_lightning.models.features import capture, pooled
+from ackd_lightning.models.finding import require_plan
 from ackd_lightning.validation import PositiveInt, checked
 
 Average = Literal["logits", "probabilities"]

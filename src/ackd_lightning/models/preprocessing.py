@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import probe
+from ackd_lightning.models.finding import probe
 from ackd_lightning.types import DataInfo, ImageSize, height_width
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]

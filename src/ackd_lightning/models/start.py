@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import plan_for
+from ackd_lightning.models.finding import plan_for
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.weight_files import local_file, read_tensors, tell

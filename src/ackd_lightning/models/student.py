@@ -9,17 +9,11 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branches import LAST, PEER, branch_names, default_branches, entry_stage, is_branch
-from ackd_lightning.models.features import (
-    StagePlan,
-    capture,
-    check_plan,
-    plan_for,
-    require_plan,
-    staged_forward,
-    watch,
-)
+from ackd_lightning.models.copies import clone, name_of
+from ackd_lightning.models.features import StagePlan, capture, staged_forward, watch
+from ackd_lightning.models.finding import check_plan, plan_for, require_plan
+from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.models.suffix import Cuts
-from ackd_lightning.models.tracing import clone, logits_of, name_of
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import ImageSize, NetOutput
 

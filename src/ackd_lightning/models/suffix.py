@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import StagePlan, capture, native_sizes, traced
-from ackd_lightning.models.tracing import EXAMPLES, Trace, clone, dtype_of, first_tensor, logits_of, name_of, twin
+from ackd_lightning.models.copies import EXAMPLES, clone, dtype_of, name_of, twin
+from ackd_lightning.models.features import StagePlan, capture
+from ackd_lightning.models.finding import native_sizes, traced
+from ackd_lightning.models.outputs import first_tensor, logits_of
+from ackd_lightning.models.tracing import Trace
 from ackd_lightning.types import ImageSize
 
 _TOLERANCE = 1e-4

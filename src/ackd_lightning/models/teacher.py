@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.class_map import ClassSelection, TeacherClasses
-from ackd_lightning.models.features import image_channels, staged_forward
+from ackd_lightning.models.copies import clone, image_channels
+from ackd_lightning.models.features import staged_forward
 from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.preprocessing import Interpolation, Preprocessing, channels_of, closest_interpolation
 from ackd_lightning.models.teacher_base import FeaturesOnly, Teacher
-from ackd_lightning.models.tracing import clone
 from ackd_lightning.models.weights import digest, load_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.pretrained import pretrained

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import check_plan, image_channels, plan_for, staged_forward, watch
+from ackd_lightning.models.copies import image_channels
+from ackd_lightning.models.features import staged_forward, watch
+from ackd_lightning.models.finding import check_plan, plan_for
 from ackd_lightning.models.preprocessing import (
     Conversion,
     Interpolation,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import image_channels
+from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers, with_head
 from ackd_lightning.models.weights import (
     STUDENT_PREFIX,

@@ -26,7 +26,8 @@ from ackd_lightning.methods.ackd import ACKD
 from ackd_lightning.methods.base import Method, Networks, check_method, weighted_loss
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
-from ackd_lightning.models.features import image_channels, probe
+from ackd_lightning.models.copies import image_channels
+from ackd_lightning.models.finding import probe
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig

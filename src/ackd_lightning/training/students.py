@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import use_taps
+from ackd_lightning.models.copies import name_of
+from ackd_lightning.models.finding import use_taps
 from ackd_lightning.models.freezing import freeze, frozen_modules
 from ackd_lightning.models.start import Start, head_names, own_network, start
 from ackd_lightning.models.student import AuxiliaryLearner, BranchyStudent, Peer
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.teacher_base import Teacher
-from ackd_lightning.models.tracing import name_of
 from ackd_lightning.models.weight_files import tell
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import DataInfo

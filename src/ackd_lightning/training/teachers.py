@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.class_map import FEATURES_ONLY, resolve_class_map
-from ackd_lightning.models.features import plan_for, probe, use_taps
+from ackd_lightning.models.copies import name_of
+from ackd_lightning.models.finding import plan_for, probe, use_taps
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.preprocessing import Preprocessing, channels_of, stated_by, usable_size
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
-from ackd_lightning.models.tracing import name_of
 from ackd_lightning.models.zoo.pretrained import published
 from ackd_lightning.training.teacher_choice import (
     classes_in_file,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ackd_lightning.models.features import skeleton
+from ackd_lightning.models.copies import skeleton
 from ackd_lightning.types import ImageSize
 
 

@@ -1,0 +1,136 @@
+"""Copies of networks that can be run without changing the originals, and what is known about a network at sight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ackd_lightning.types import ImageSize, height_width
+
+EXAMPLES = 2
+"""Number of images on which a network is tried."""
+
+
+WATCH = "_stage_watch"
+"""Attribute of a network that holds the hooks on its stages."""
+
+
+def image_channels(network: nn.Module) -> int:
+    """Number of channels of the images that a network reads: those of its first convolution, 3 without one.
+
+    Args:
+        network: Any network.
+    """
+    return next((each.in_channels for each in network.modules() if isinstance(each, nn.Conv2d)), 3)
+
+
+def name_of(network: nn.Module) -> str:
+    """Return the name under which a network was created, or else that of its class.
+
+    Args:
+        network: Any network.
+    """
+    return str(getattr(network, "model_name", type(network).__name__))
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Return the type of a network's first floating-point parameter.
+
+    Args:
+        network: Any network.
+    """
+    return next((each.dtype for each in network.parameters() if each.is_floating_point()), torch.get_default_dtype())
+
+
+def clone(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a network, also one with tensors that were computed, such as the weights of an old ``weight_norm``.
+
+    Args:
+        network: Any network.
+        memo: Copies that exist already, by the identity of their originals, as for ``copy.deepcopy``.
+    """
+    memo = {} if memo is None else memo
+    for module in network.modules():
+        for each in vars(module).values():
+            if isinstance(each, Tensor) and not each.is_leaf:
+                memo.setdefault(id(each), each.detach().clone())
+    result = copy.deepcopy(network, memo)
+    for parameter in result.parameters():
+        if not parameter.is_leaf:  # TorchScript copies by an operation
+            parameter.detach_().requires_grad_()
+    return result
+
+
+def twin(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a network in evaluation mode, without the hooks of its users.
+
+    Args:
+        network: Any network.
+        memo: Copies that exist already, by the identity of their originals, as for ``copy.deepcopy``.
+
+    Raises:
+        ValueError: If the network is shared with its copies, as a ``FrozenTeacher`` is: probe its ``network``.
+    """
+    result = clone(network, memo)
+    if result is network:
+        raise ValueError(f"{type(network).__name__} is shared with its copies and cannot be probed; probe its network")
+    for module in result.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith("torch.nn.utils"):  # spectral_norm makes weights in a hook
+                    del hooks[key]
+        module.__dict__.pop(WATCH, None)
+    return result.eval()
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def skeleton(network: nn.Module, input_size: ImageSize, *, channels: int | None = None) -> tuple[nn.Module, Tensor]:
+    """Copy the structure of a network to the meta device, where running it computes shapes alone.
+
+    Weights are not copied; mode, hooks and buffers of the network stay as they are.
+
+    Args:
+        network: Any network.
+        input_size: Height and width of the image in pixels.
+        channels: Channels of the image; None for those of the network's first convolution.
+
+    Returns:
+        The copy in evaluation mode, and an image ``1 x channels x H x W`` to run it on.
+
+    Raises:
+        ValueError: If the network is shared with its copies, as a ``FrozenTeacher`` is: probe its ``network``.
+    """
+    # deepcopy takes from the memo what it finds there, so that no weight is copied
+    memo: dict[int, Any] = {id(each): _on_meta(each) for each in (*network.parameters(), *network.buffers())}
+    for module in network.modules():  # tensors that are neither parameters nor buffers
+        memo |= {id(each): _on_meta(each) for each in vars(module).values() if isinstance(each, Tensor)}
+    ghost = twin(network, memo)
+    shape = (1, image_channels(network) if channels is None else channels, *height_width(input_size))
+    return ghost, torch.empty(shape, device="meta", dtype=dtype_of(network))
+
+
+def examples(
+    network: nn.Module, input_size: ImageSize, *, channels: int | None = None
+) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield a copy of a network and images to run it on: first without computing, then, where there are weights, with.
+
+    Args:
+        network: Any network.
+        input_size: Height and width of the images in pixels.
+        channels: Channels of the images; None for those of the network's first convolution.
+    """
+    ghost, image = skeleton(network, input_size, channels=channels)
+    yield ghost, image.expand(EXAMPLES, *image.shape[1:]).clone()
+    tensors = [*network.parameters(), *network.buffers()]
+    if not any(each.is_meta for each in tensors):
+        shape = (EXAMPLES, image_channels(network) if channels is None else channels, *height_width(input_size))
+        image = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        yield twin(network), image.to(tensors[0].device if tensors else "cpu", dtype_of(network))
