@@ -29,6 +29,8 @@ COMMON = {
     "augmentation": None,
     "sampling": "shuffle",
     "num_workers": 0,
+    "mean": None,
+    "std": None,
     "seed": None,
 }
 STORED = {**COMMON, "root": "data", "cache": True}
@@ -37,8 +39,6 @@ CUSTOM = {
     **STORED,
     "image_size": 32,
     "channels": 3,
-    "mean": None,
-    "std": None,
     "value_range": None,
     "background": "white",
 }
@@ -46,7 +46,7 @@ DEFAULTS = {
     DigitsDataModule: COMMON,
     ImageNetDataModule: STORED,
     CIFAR100DataModule: DOWNLOADED,
-    TinyImageNetDataModule: DOWNLOADED,
+    TinyImageNetDataModule: {**DOWNLOADED, "image_size": 64},
     CINIC10DataModule: {**DOWNLOADED, "val_fraction": 1.0},
     ImageFolderDataModule: {
         **CUSTOM,

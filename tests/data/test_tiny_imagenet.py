@@ -49,6 +49,31 @@ def test_official_layout(tiny, inner):
     assert next(iter(data.train_dataloader())).image.shape == (8, 3, 64, 64)
 
 
+def test_what_is_passed_over_is_said_once(tiny, caplog):
+    (tiny / "train" / "n01" / "n01_boxes.txt").write_text("")
+    module(tiny).prepare_data()
+    assert caplog.text.count(".txt (1)") == 1
+
+
+def test_images_are_resized_and_normalised_as_asked(tiny):
+    data = module(tiny, image_size=96, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), batch_size=12)
+    assert (data.info.input_size, data.info.mean, data.info.std) == (96, (0.5,) * 3, (0.5,) * 3)
+    data.prepare_data()
+    usual = module(tiny, image_size=96)
+    usual.prepare_data()
+    here, there = (next(iter(each.test_dataloader())) for each in (data, usual))
+    image, other = (each.on_after_batch_transfer(batch, 0).image for each, batch in ((data, here), (usual, there)))
+    assert image.shape == (8, 3, 96, 96)
+    scale, shift = (torch.tensor(each).view(3, 1, 1) for each in (usual.std, usual.mean))
+    assert torch.allclose(image * 0.5 + 0.5, other * scale + shift, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"mean": (0.5,) * 3}, {"mean": (0.5,), "std": (0.5,)}, {"std": (1.0,) * 3}])
+def test_mean_and_std_go_together_and_fit_the_channels(tiny, options):
+    with pytest.raises(ACKDError, match="3"):
+        module(tiny, **options)
+
+
 def drop_training_classes(root: Path):
     for wnid in ("n01", "n03"):
         shutil.rmtree(root / "train" / wnid)

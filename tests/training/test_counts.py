@@ -43,6 +43,8 @@ CROSSING = {"tolist", "cpu", "numpy", "tensor", "from_numpy"}
 KNOWN = {
     # Only on a CPU the loss is checked before its backward pass: a GPU copies it without waiting, and checks it later.
     ("training/nonfinite.py", "_which", "tolist"),
+    # Only on a CPU, and in the first batch, targets are compared with the classes.
+    ("training/batches.py", "_check_range", "_local_scalar_dense"),
     # Adam counts its steps in a tensor that stays on the host.
     ("torch/optim/adam.py", "_single_tensor_adam", "_local_scalar_dense"),
 }

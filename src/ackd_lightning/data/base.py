@@ -30,7 +30,7 @@ from ackd_lightning.data.sources import Pixels, Source, new_positions, renumber,
 from ackd_lightning.data.transforms import Keys, RawBatch, crop_flip, normalise
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.types import Batch, DataInfo, ImageSize, height_width
-from ackd_lightning.validation import Fraction, NonNegativeInt, PositiveInt, Range, checked
+from ackd_lightning.validation import Fraction, NonNegativeInt, Positive, PositiveInt, Range, checked
 
 _HELD_SHARE = 0.25
 """Share of a GPU's free memory that the images of one part may take."""
@@ -67,6 +67,9 @@ class ImageDataModule(PlainArguments):
         sampling: Order of training images in an epoch: ``shuffle`` reads every image once; ``balanced`` reads images of
             all classes equally often, and repeats those of small classes.
         num_workers: Number of worker processes of each loader; results do not depend on it.
+        mean: Mean of each channel, of pixels in 0 to 1, by which images are normalised; None for that of the data set.
+            A pretrained student expects the one that it was trained with.
+        std: Standard deviation of each channel, as ``mean``.
         seed: Seed of shuffling and augmentation; None takes the one of ``seed_everything`` (``PL_GLOBAL_SEED``), or 0.
 
     Attributes:
@@ -104,9 +107,18 @@ class ImageDataModule(PlainArguments):
         augmentation: Augmentation | None = None,
         sampling: Literal["shuffle", "balanced"] = "shuffle",
         num_workers: NonNegativeInt = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[Positive] | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if len(mean or ()) != len(std or ()) or (mean is not None and len(mean) != self.channels):
+            raise ACKDError(
+                f"mean is {mean} and std is {std} in {type(self).__name__}: give both, with {self.channels} numbers "
+                "each"
+            )
+        if mean is not None and std is not None:
+            self.mean, self.std = tuple(mean), tuple(std)
         # a checkpoint holds plain data, which comes back here
         given = Augmentation(**augmentation) if isinstance(augmentation, Mapping) else augmentation
         self.augmentation = given or Augmentation()

@@ -6,16 +6,19 @@ Source: Stanford CS231n; http://cs231n.stanford.edu/tiny-imagenet-200.zip
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from ackd_lightning.data.custom import Side
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
-from ackd_lightning.data.folders import class_folders, image_files, scan_class_folders
+from ackd_lightning.data.folders import class_folders, class_names_of, image_files, scan_class_folders
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files, Pixels
+from ackd_lightning.data.stored import ROOT
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.validation import checked
 
 _ANNOTATIONS = "val_annotations.txt"
 
@@ -27,8 +30,12 @@ class TinyImageNetDataModule(DownloadedDataModule):
     with its labels in ``val_annotations.txt``, or sorted into class folders. ``train`` may hold some of the class
     folders; images of other classes in ``val`` are left out where the official ``wnids.txt`` or annotations exist.
 
-    ``root`` is the folder ``tiny-imagenet-200``, or the one that holds it or its archive. Arguments are those of
-    `DownloadedDataModule` and of [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
+    The images are kept in memory, and augmented by zero-padded crop and mirror image.
+
+    Args:
+        root: Folder ``tiny-imagenet-200``, or the one that holds it or its archive.
+        image_size: Side in pixels to which the images are resized.
+        options: Arguments of `DownloadedDataModule` and of [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
     """
 
     num_classes = 200
@@ -44,6 +51,11 @@ class TinyImageNetDataModule(DownloadedDataModule):
         size=248_100_043,
     )
 
+    @checked
+    def __init__(self, root: str | Path = ROOT, *, image_size: Side = 64, **options: Any) -> None:
+        super().__init__(root, **options)
+        self.input_size = image_size
+
     def _class_place(self) -> Path:
         return self._place() / "train"
 
@@ -58,19 +70,18 @@ class TinyImageNetDataModule(DownloadedDataModule):
     def _load(self, part: Part) -> Pixels:
         place = self._place()
         remedy = f"unpack the official {self.archive.filename} and keep its folders train and val"
-        train = scan_class_folders(place / "train", remedy=remedy)
         if part == "train":
-            return self._decoded(train, place, part)
-        val = place / "val"
+            return self._decoded(scan_class_folders(place / "train", remedy=remedy), place, part)
+        names, val = class_names_of(place / "train"), place / "val"
         if (val / _ANNOTATIONS).is_file():
-            return self._decoded(annotated(val, train.class_names), place, part)
+            return self._decoded(annotated(val, names), place, part)
         if val.is_dir() and {folder.name for folder in class_folders(val)} <= {"images"}:
             raise ACKDError(
                 f"{val} holds {len(image_files(val)):,} images but neither {_ANNOTATIONS} nor class folders, so their "
                 f"classes are unknown: put the official {_ANNOTATIONS} there"
             )
         others: Literal["refuse", "skip"] = "skip" if (place / "wnids.txt").is_file() else "refuse"
-        found = scan_class_folders(val, classes=train.class_names, others=others, remedy=remedy)
+        found = scan_class_folders(val, classes=names, others=others, remedy=remedy)
         return self._decoded(found, place, part)
 
 

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import math
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods import ACKD, AT, KD
+from training.helpers import Blobs, TinyNet, build, teaching, trainer
+
+
+class Returns(TinyNet):
+    """A network that returns its logits in a form of its own."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, image: Tensor):
+        return self.form(super().forward(image))
+
+
+class Looks(TinyNet):
+    """Forward looks at values, and reads a tensor that the constructor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.tensor([0.1, 0.0, -0.1]).view(3, 1, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        assert torch.isfinite(image).all()
+        logits = super().forward(image + self.shift.to(image))
+        return logits.clamp(-10, 10) if logits.detach().abs().max() > 1e4 else logits
+
+
+def weight_normed() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        network = TinyNet()
+        network.two[0] = nn.utils.weight_norm(network.two[0])
+    network(torch.zeros(2, 3, 8, 8))
+    return network
+
+
+OWN = {
+    "tuple": lambda: Returns(lambda logits: (logits, logits)),
+    "list with a map": lambda: Returns(lambda logits: [logits, logits[:, :, None, None]]),
+    "dict": lambda: Returns(lambda logits: {"logits": logits, "extra": None}),
+    "object": lambda: Returns(lambda logits: SimpleNamespace(logits=logits)),
+    "B x K x 1 x 1": lambda: Returns(lambda logits: logits[..., None, None]),
+    "values": Looks,
+    "old weight_norm": weight_normed,
+}
+
+
+@pytest.mark.parametrize("make", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("method", [AT, ACKD])
+def test_networks_as_people_write_them_teach_and_learn(make, role, method):
+    torch.manual_seed(0)
+    given = {"student": make()} if role == "student" else {"teacher": teaching(make())}
+    module = build(method(), lr=1e-4, **given)
+    run = trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=1)
+    run.fit(module, datamodule=Blobs())
+    assert math.isfinite(run.callback_metrics["train/loss"])
+    assert 0 <= run.callback_metrics["val/acc"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("kind", ["script", "trace"])
+def test_a_network_compiled_by_torchscript_teaches_by_its_logits(kind):
+    network = TinyNet(8).eval()
+    compiled = torch.jit.script(network) if kind == "script" else torch.jit.trace(network, torch.zeros(1, 3, 8, 8))
+    module = build(KD(), teacher=teaching(compiled))
+    run = trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=1)
+    run.fit(module, datamodule=Blobs())
+    assert math.isfinite(run.callback_metrics["train/loss"])
+    with pytest.raises(ACKDError, match="AT"):
+        build(AT(), teacher=teaching(compiled))
+
+
+WITHOUT = {
+    "map": lambda logits: logits[..., None, None].expand(-1, -1, 2, 2),
+    "nothing": lambda logits: None,
+    "names": lambda logits: {"first": logits, "second": logits},
+}
+
+
+@pytest.mark.parametrize("form", WITHOUT.values(), ids=WITHOUT)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_networks_without_logits_are_refused_when_the_module_is_built(form, role):
+    given = {"student": Returns(form)} if role == "student" else {"teacher": teaching(Returns(form))}
+    with pytest.raises(ACKDError, match="Returns") as caught:
+        build(KD(), **given)
+    assert "\n" not in str(caught.value)
