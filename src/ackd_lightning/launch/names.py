@@ -123,15 +123,15 @@ def of_other_classes(full: str, classes: Mapping[str, type]) -> str:
         full: Dotted name, or the last parts of one.
         classes: Chosen class by the place of its setting.
     """
-    public = {
-        each for room in _ROOMS for each in vars(importlib.import_module(room)).values() if isinstance(each, type)
-    }
+    rooms = map(importlib.import_module, _ROOMS)
+    public = {each for room in rooms for each in vars(room).values() if isinstance(each, type)}
+    inside = [place for place in _KINDS if full.startswith(f"{place}.")]
+    section = full.partition(".")[0] if "." in full else ""
+    places = inside or [place for place in _KINDS if place.startswith(section)] or list(_KINDS)
     for wanted in _meanings(full.rpartition(".")[2]):
-        for place, kind in _KINDS.items():
-            if "." in full and not f"{place}.".startswith(full.split(".")[0]):
-                continue
+        for place in places:
             owners = sorted(
-                {each.__name__ for each in sub_classes(kind) if each in public and wanted in _own(each, place)}
+                {each.__name__ for each in sub_classes(_KINDS[place]) if each in public and wanted in _own(each, place)}
             )
             if owners:
                 shown = ", ".join(owners[:4]) + (", …" if len(owners) > 4 else "")
