@@ -161,7 +161,7 @@ PLACES = {
     "model.teacher.options": {"model": {"teacher": {"network": "resnet8", "options": {"a": ["HERE"]}}}},
     "data": {"data": "HERE"},
     "trainer.callbacks": {"trainer": {"callbacks": ["HERE"]}},
-    "trainer.callbacks.on_fit_start": {
+    "trainer.callbacks.0.on_fit_start": {
         "trainer": {"callbacks": [{"class_path": LAMBDA, "init_args": {"on_fit_start": "HERE"}}]}
     },
     "trainer.logger": {"trainer": {"logger": "HERE"}},

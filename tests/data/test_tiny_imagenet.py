@@ -49,6 +49,12 @@ def test_official_layout(tiny, inner):
     assert next(iter(data.train_dataloader())).image.shape == (8, 3, 64, 64)
 
 
+def test_what_is_passed_over_is_said_once(tiny, caplog):
+    (tiny / "train" / "n01" / "n01_boxes.txt").write_text("")
+    module(tiny).prepare_data()
+    assert caplog.text.count(".txt (1)") == 1
+
+
 def test_images_are_resized_and_normalised_as_asked(tiny):
     data = module(tiny, image_size=96, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), batch_size=12)
     assert (data.info.input_size, data.info.mean, data.info.std) == (96, (0.5,) * 3, (0.5,) * 3)

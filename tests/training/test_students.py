@@ -99,6 +99,23 @@ def test_a_head_follows_the_class_names(tmp_path, capsys, names, said):
     assert not differing(before, state(module.student))
 
 
+@pytest.mark.parametrize("name", ["resnet8", "timm:test_efficientnet"])
+@pytest.mark.parametrize("known", [True, False], ids=["all", "some"])
+def test_a_head_for_more_classes_is_cut_to_those_of_the_data(tmp_path, capsys, name, known):
+    names = ("eel", "dog", "cat", "bee", "fox", "ape") if known else ("eel", "dog", "cat", "bee", "fox", "ant")
+    source = create_model(name, len(names))
+    file = save_weights(source, tmp_path / "six.safetensors", {"class_names": json.dumps(names)})
+    module = student(StudentConfig(name, weights=str(file)), data=replace(DATA, class_names=NAMES))
+    own, theirs = ((net.fc if name == "resnet8" else net.classifier) for net in (module.student.plain(), source))
+    rows = [names.index(each) if each in names else 0 for each in NAMES]
+    assert torch.equal(own.weight, theirs.weight[rows]) == known
+    out = capsys.readouterr().out
+    assert "6" in out
+    assert ("by name" in out) == known
+    fit(module, limit_train_batches=0, limit_val_batches=1)  # the rows are not matched again
+    assert torch.equal(own.weight, theirs.weight[rows]) == known
+
+
 def test_a_network_of_ones_own_starts_from_a_file(tmp_path):
     source = TinyNet()
     file = save_weights(source, tmp_path / "a.safetensors")

@@ -14,7 +14,9 @@ from ackd_lightning.errors import ACKDError, near_matches
 _PLAIN = (object, type, type(None), bool, int, float, complex, str, bytes, list, tuple, dict, set, Any)
 
 
-def check_classes(settings: Mapping[str, Any], classes: Mapping[str, type], arguments_of: Mapping[str, type]) -> None:
+def check_classes(
+    settings: Mapping[str, Any], classes: Mapping[str, type], arguments_of: Mapping[str, type]
+) -> dict[str, type]:
     """Refuse every ``class_path`` that is not a sub-class of what its argument is declared to take.
 
     An argument declared ``Any``, a plain container or a function takes no class at all: jsonargparse would build
@@ -25,14 +27,19 @@ def check_classes(settings: Mapping[str, Any], classes: Mapping[str, type], argu
         classes: Sections that name a class, and what it must be a sub-class of.
         arguments_of: Sections that hold the arguments of a class directly, and that class.
 
+    Returns:
+        Class by the dotted name of the setting that names it, ``init_args`` left out of it.
+
     Raises:
         ACKDError: Naming the setting and the class.
     """
+    found: dict[str, type] = {}
     for key, value in settings.items():
         if key in arguments_of:
-            _check_arguments(value, arguments_of[key], key)
+            found |= _check_arguments(value, arguments_of[key], key)
         else:
-            _check(value, (classes[key],) if key in classes else (), key)
+            found |= _check(value, (classes[key],) if key in classes else (), key)
+    return found
 
 
 def declared(owner: type, name: str) -> tuple[type, ...]:
@@ -63,32 +70,45 @@ def _classes(annotation: Any) -> Iterator[type]:
         yield cls  # what is not a union, a container or a function
 
 
-def _check(value: Any, kinds: tuple[type, ...], place: str) -> None:
-    """Check one value and everything below it."""
+def _check(value: Any, kinds: tuple[type, ...], place: str) -> dict[str, type]:
+    """Check one value and everything below it; return the classes that are named there."""
     value = _plain(value)
+    found: dict[str, type] = {}
     if isinstance(value, (list, tuple)):
-        for each in value:
-            _check(each, kinds, place)
+        for number, each in enumerate(value):
+            found |= _check(each, kinds, f"{place}.{number}")
     elif isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
-        _check_arguments(value.get("init_args"), _resolve(value["class_path"], kinds, place), place)
+        found[place] = _resolve(value["class_path"], kinds, place)
+        found |= _check_arguments(value.get("init_args"), found[place], place)
         _check(value.get("dict_kwargs"), (), place)
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            owner = next((kind for kind in kinds if name in inspect.signature(kind).parameters), None)
-            _check(inner, declared(owner, name) if owner else kinds, f"{place}.{name}")
+            owner = next((kind for kind in kinds if name in _parameters(kind)), None)
+            found |= _check(inner, declared(owner, name) if owner else kinds, f"{place}.{name}")
     elif callable(value) and not isinstance(value, type) and type(value).__module__.partition(".")[0] != "jsonargparse":
         shown = getattr(value, "__name__", type(value).__name__)
         raise ACKDError(
             f"setting {place} names the function {shown!r}; settings may name classes only, so leave it out"
         )
+    return found
 
 
-def _check_arguments(arguments: Any, owner: type, place: str) -> None:
+def _parameters(kind: type) -> Iterable[str]:
+    """Names of the arguments of a class; none for one in C, such as ``timedelta``, that does not tell."""
+    try:
+        return inspect.signature(kind).parameters
+    except ValueError:
+        return ()
+
+
+def _check_arguments(arguments: Any, owner: type, place: str) -> dict[str, type]:
     """Check the arguments of a class, apart from its own defaults."""
     arguments, own = _plain(arguments), inspect.signature(owner).parameters
+    found: dict[str, type] = {}
     for name, inner in arguments.items() if isinstance(arguments, Mapping) else ():
         if name not in own or inner is not own[name].default:
-            _check(inner, declared(owner, name), f"{place}.{name}")
+            found |= _check(inner, declared(owner, name), f"{place}.{name}")
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -99,7 +119,7 @@ def _resolve(path: str, kinds: tuple[type, ...], place: str) -> type:
     if not kinds:
         raise ACKDError(f"setting {place} names the class {path!r} but takes plain data; leave class_path out")
     if "." not in path:  # jsonargparse looks a bare name up among the sub-classes
-        below = {each.__name__: each for kind in kinds for each in _below(kind)}
+        below = {each.__name__: each for kind in kinds for each in sub_classes(kind)}
         if path in below:
             return below[path]
         hint = _near(path, below) or "write its package, too, as in package.Class"
@@ -129,8 +149,13 @@ def _near(name: str, known: Iterable[str]) -> str:
     return hint if hint.startswith("did") else ""
 
 
-def _below(kind: type) -> Iterator[type]:
+def sub_classes(kind: type) -> Iterator[type]:
+    """Yield a class and all that are derived from it, as far as they are imported.
+
+    Args:
+        kind: Class.
+    """
     yield kind
     children: list[type] = type.__subclasses__(kind)
     for each in children:
-        yield from _below(each)
+        yield from sub_classes(each)

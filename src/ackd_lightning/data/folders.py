@@ -115,7 +115,9 @@ class Walk:
         if self.others:
             endings = ", ".join(f"{ending} ({count:,})" for ending, count in self.others.most_common(5))
             count = sum(self.others.values())
-            parts.append(f"{count:,} {'files that are not' if count > 1 else 'file that is not an'} images: {endings}")
+            parts.append(
+                f"{count:,} {'files that are not images' if count > 1 else 'file that is not an image'}: {endings}"
+            )
         if self.folders:
             parts.append(f"hidden and system folders: {', '.join(sorted(self.folders)[:5])}")
         if self.links:

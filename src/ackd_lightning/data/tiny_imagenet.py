@@ -12,7 +12,7 @@ import torch
 
 from ackd_lightning.data.custom import Side
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
-from ackd_lightning.data.folders import class_folders, image_files, scan_class_folders
+from ackd_lightning.data.folders import class_folders, class_names_of, image_files, scan_class_folders
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files, Pixels
 from ackd_lightning.data.stored import ROOT
@@ -70,19 +70,18 @@ class TinyImageNetDataModule(DownloadedDataModule):
     def _load(self, part: Part) -> Pixels:
         place = self._place()
         remedy = f"unpack the official {self.archive.filename} and keep its folders train and val"
-        train = scan_class_folders(place / "train", remedy=remedy)
         if part == "train":
-            return self._decoded(train, place, part)
-        val = place / "val"
+            return self._decoded(scan_class_folders(place / "train", remedy=remedy), place, part)
+        names, val = class_names_of(place / "train"), place / "val"
         if (val / _ANNOTATIONS).is_file():
-            return self._decoded(annotated(val, train.class_names), place, part)
+            return self._decoded(annotated(val, names), place, part)
         if val.is_dir() and {folder.name for folder in class_folders(val)} <= {"images"}:
             raise ACKDError(
                 f"{val} holds {len(image_files(val)):,} images but neither {_ANNOTATIONS} nor class folders, so their "
                 f"classes are unknown: put the official {_ANNOTATIONS} there"
             )
         others: Literal["refuse", "skip"] = "skip" if (place / "wnids.txt").is_file() else "refuse"
-        found = scan_class_folders(val, classes=train.class_names, others=others, remedy=remedy)
+        found = scan_class_folders(val, classes=names, others=others, remedy=remedy)
         return self._decoded(found, place, part)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import re
@@ -38,6 +39,19 @@ def split_configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     if None in found.config:
         raise ACKDError("--config needs a value; `ackd configs` lists the packaged configurations")
     return found.config, rest
+
+
+def without_none(options: Sequence[str]) -> list[str]:
+    """Replace the value ``None``, as Python programs such as sweeps print it, by ``null``.
+
+    Args:
+        options: Command line without ``--config``.
+
+    Example:
+        >>> without_none(["--data.max_per_class=None", "--model.student.weights", "None", "--name=Nonesuch"])
+        ['--data.max_per_class=null', '--model.student.weights', 'null', '--name=Nonesuch']
+    """
+    return ["null" if each == "None" else re.sub(r"^(--[^=]+)=None$", r"\1=null", each) for each in options]
 
 
 def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
@@ -128,6 +142,10 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
         if name == "--model.teacher" and isinstance(settings.get("model"), dict):
             settings["model"].pop("teacher", None)  # a list would inherit from the teacher of the files
         holder, key = _holder(settings, name)
+        if (inside := _element(settings, name)) is not None:
+            element, inner = inside
+            element[inner] = _read(value if equals else next(waiting, ""))
+            continue
         if key not in holder:
             others.append(option)
             continue
@@ -183,6 +201,51 @@ def _holder(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str]
     value = holder.get(key) if isinstance(holder, dict) else None
     is_class = "class_path" in value if isinstance(value, dict) else value is None and key == "lr_scheduler"
     return (holder, key) if is_class and isinstance(holder, dict) and option.startswith("--") else ({}, key)
+
+
+def _element(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str] | None:
+    """The mapping and the key that an option such as ``--model.method.methods.0.temperature`` sets; None for others.
+
+    Raises:
+        ACKDError: When the list has no element of that number.
+    """
+    *parents, key = option.removeprefix("--").replace(f"{_INIT}.", "").split(".")
+    if not any(map(str.isdecimal, parents)):
+        return None
+    value: Any = settings
+    for number, part in enumerate(parents):
+        if isinstance(value, dict) and "class_path" in value and part != "class_path":
+            value = value.setdefault(_INIT, {}) or {}
+        if isinstance(value, list) and part.isdecimal():
+            if int(part) >= len(value):
+                place = ".".join(parents[:number])
+                raise ACKDError(
+                    f"{option} is given and {place} has {len(value)} elements; use a number from 0 to {len(value) - 1}"
+                )
+            if isinstance(value[int(part)], str):  # a name alone
+                value[int(part)] = {"network" if parents[number - 1] == "teacher" else "class_path": value[int(part)]}
+            value = value[int(part)]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        else:
+            return None
+    if not isinstance(value, dict):
+        return None
+    if "class_path" in value and key != "class_path":
+        value[_INIT] = value.get(_INIT) or {}
+        value = value[_INIT]
+    return value, key
+
+
+def _read(value: str) -> Any:
+    """A value as YAML reads it; text that is a number to Python, such as 1e-3, is one."""
+    try:
+        read = yaml.safe_load(value)
+    except Exception:  # whatever PyYAML's constructors raise
+        return value
+    with contextlib.suppress(ValueError):
+        return float(read) if isinstance(read, str) else read
+    return read
 
 
 def _network(value: str) -> Any:

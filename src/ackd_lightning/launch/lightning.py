@@ -16,7 +16,7 @@ from ackd_lightning.config.class_paths import check_classes
 from ackd_lightning.config.files import find_config, load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.arguments import choose_classes, find_data, name_checkpoint, split_configs
+from ackd_lightning.launch.arguments import choose_classes, find_data, name_checkpoint, split_configs, without_none
 from ackd_lightning.launch.messages import Given, RefusedError, check_shape, failed_constructor, first_cause, shorten
 from ackd_lightning.launch.options import FIT_ONLY, make_parser, spell_out
 from ackd_lightning.launch.preflight import check_numbers
@@ -64,6 +64,7 @@ class ACKDCLI:
                 raise ACKDError(f"`ackd {command}` needs a run; write `ackd {command} RUN`, or name its --config")
         self.prints = any(each.startswith("--print_config") for each in options)
         options = [each for each in options if not each.startswith("--print_config")]
+        options = without_none(options)
         settings, self.config_name = load_configs(configs)
         if command != "fit" and configs and (found := find_data(settings, find_config(configs[0]))):
             print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
@@ -72,8 +73,9 @@ class ACKDCLI:
         given = Given({each: find_config(each).resolve() for each in configs}, options, settings)
         check_shape(given)
         options = choose_classes(settings, options)
-        check_classes(settings, _CLASSES, _ARGUMENTS_OF)
+        given.classes.update(_ARGUMENTS_OF, **check_classes(settings, _CLASSES, _ARGUMENTS_OF))
         self.parser = make_parser(command)
+        given.names.update(self.parser.names())
         try:
             self.config: Any = self.parser.parse_args([f"--config={json.dumps(settings)}", *options])
         except RefusedError as error:

@@ -7,12 +7,13 @@ import re
 import sysconfig
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ackd_lightning.config.files import read_config, walk
 from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.launch.names import is_meant, names_below, nearest, of_other_classes
 
 FROM_DATA = ("num_classes", "input_size", "mean", "std", "class_names")
 """What the model takes from the data, so that no setting may state it."""
@@ -23,6 +24,7 @@ _SECTION = "settings, each on its own line below it"
 _LIST = "a list, such as [1, 2]"
 _KINDS = {"list": _LIST, "dict": "a mapping, such as {key: value}"}
 _KINDS |= {"collections.abc.Sequence": _LIST, "collections.abc.Iterable": _LIST}
+_KINDS |= {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
 _CLASS = "a class, such as package.Class, with its init_args"
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib"))
 
@@ -48,11 +50,15 @@ class Given:
         configs: Paths of the configuration files by the name that the user gave.
         options: Command line without ``--config``.
         settings: Merged content of the files.
+        names: Names of all settings that belong to no class that the settings choose.
+        classes: Class by the name of the setting that names it.
     """
 
     configs: Mapping[str, Path]
     options: Sequence[str]
     settings: Mapping[str, Any]
+    names: set[str] = field(default_factory=set)
+    classes: dict[str, type] = field(default_factory=dict)
 
     def place(self, name: str) -> str:
         """Return the option, or the setting with its file, whose dotted name ends in a name; empty if there is none.
@@ -104,7 +110,9 @@ def check_shape(given: Given) -> None:
         if not isinstance(value.get(_INIT) or {}, Mapping):
             raise _wrong(f"{place}.{_INIT}", value[_INIT], _SECTION, given)
         if unknown := next((str(key) for key in value if key not in _CLASS_KEYS), None):
-            raise ACKDError(_unknown(unknown, f"{place}.{unknown}", _CLASS_KEYS, given))
+            hint = near_matches(unknown, _CLASS_KEYS)
+            hint = hint if hint.startswith("did") else f"write it below {_INIT}"
+            raise ACKDError(f"there is no setting {unknown!r} here; {hint}{given.at(f'{place}.{unknown}')}")
 
 
 def _wrong(place: str, value: Any, kind: str, given: Given) -> ACKDError:
@@ -112,19 +120,42 @@ def _wrong(place: str, value: Any, kind: str, given: Given) -> ACKDError:
     return ACKDError(f"setting {place} is {str(value)[:80]!r}; it must be {kind}{at}")
 
 
-def _unknown(name: str, place: str, valid: Iterable[str], given: Given) -> str:
-    stated = {each for each, _ in walk(given.settings) if not each.startswith(name)}
-    own, last = _plain(given.place(place)), name.rpartition(".")[2]
-    elsewhere = sorted(each for each in stated - {own} if each.endswith(f".{last}"))
-    values = (value for _, value in walk(given.settings))
-    beside_class = any(isinstance(value, Mapping) and {"class_path", last} <= set(value) for value in values)
-    near = [near_matches(name, names) for names in (valid, stated)]
-    hint = next((each for each in near if each.startswith("did")), near[0])
-    if beside_class and not near_matches(last, _CLASS_KEYS).startswith("did"):
+def _unknown(name: str, known: Iterable[str], given: Given) -> str:
+    """Put an unknown setting into words.
+
+    Args:
+        name: Dotted name, or the last part of it.
+        known: Names that the parser knows: all settings, or the arguments of one class.
+        given: Settings and their places.
+    """
+    place = given.place(name)
+    own = _plain(place) or name
+    parent = own.rpartition(".")[0]
+    known = set(known)
+    top = "model" in known
+    names = (known if top else {f"{parent}.{each}" for each in known}) | given.names | names_below(given.classes)
+    hint, near = "", nearest(own, names)
+    below = {each.rpartition(".")[2] for each in near if each.rpartition(".")[0] == parent}
+    if _beside_class(own, given) and below:
         hint = f"write it below {_INIT}"
-    elif elsewhere:
-        hint = f"did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
-    return f"there is no setting {name!r} here; {hint}{given.at(place)}"
+    elif not any(is_meant(each, own) for each in near):
+        hint = of_other_classes(own, given.classes)
+    if not hint and near:
+        hint = f"did you mean {' or '.join(map(repr, near))}?"
+    if not hint:
+        beside = sorted(each for each in names if each.rpartition(".")[0] == parent)
+        beside = beside or sorted(each for each in names if "." not in each)
+        hint = f"known are {', '.join(beside)}"
+    return f"there is no setting {own!r} here; {hint}{given.at(name)}"
+
+
+def _beside_class(own: str, given: Given) -> bool:
+    """Whether a setting of a file stands beside ``class_path``."""
+    parent, _, last = own.rpartition(".")
+    return any(
+        place == parent and isinstance(value, Mapping) and {"class_path", last} <= set(value)
+        for place, value in walk(given.settings)
+    )
 
 
 def _from_data(name: str) -> str:
@@ -149,7 +180,7 @@ def shorten(refused: RefusedError, given: Given) -> str:
         name = ".".join(unknown.groups())
         if name.removeprefix("model.") in (*FROM_DATA, "data") and given.place(f"model.{name.removeprefix('model.')}"):
             return _from_data(name.removeprefix("model."))
-        return _unknown(name, name, refused.known, given)
+        return _unknown(name, refused.known, given)
     if required := re.search(r"arguments are required: (.+)", text):
         inside = re.search(r'Parser key "([^"]+)"', text)
         missing = f"{inside[1]}.{required[1].split()[0]}" if inside else required[1]
@@ -168,7 +199,8 @@ def shorten(refused: RefusedError, given: Given) -> str:
     kinds = sorted({_kind(each): None for each in bare if each != "NoneType"} or [_CLASS], key=_CLASS.__eq__)
     stated = re.sub(r"^\{'class_path': '([^']*)'\}$", r"\1", value[1]) if value else ""
     shown = f" is {stated!r}" if value else ""
-    return f"setting {key[1]}{shown}; it must be {' or '.join(kinds)[:300]}{given.at(key[1])}"
+    name = _plain(given.place(key[1])) or key[1]
+    return f"setting {name}{shown}; it must be {' or '.join(kinds)[:300]}{given.at(key[1])}"
 
 
 def _kind(expected: str) -> str:

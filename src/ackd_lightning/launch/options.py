@@ -40,7 +40,8 @@ _FIT_HELP = {
 }
 _TEXT = {"type": str | None, "default": None}
 _KINDS: dict[str, dict[str, Any]] = {
-    **{name: {"action": "store_true"} for name in ("tensorboard", "test", "fast")},
+    # with and without a value, as sweeps write --fast=True
+    **{name: {"type": bool, "default": False, "nargs": "?", "const": True} for name in ("tensorboard", "test", "fast")},
     "runs_dir": {"type": str, "default": "runs"},
     "resume": {**_TEXT, "metavar": "auto|PATH"},
     "wandb": {**_TEXT, "metavar": "PROJECT", "nargs": "?", "const": "ackd-lightning"},
@@ -55,8 +56,12 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing pages of usage."""
+        raise RefusedError(message, self.names()) from ex
+
+    def names(self) -> set[str]:
+        """Return the dotted names of the settings that the parser knows."""
         names = {action.dest for action in self._actions}
-        raise RefusedError(message, {each for each in names if not each.endswith(("help", "==SUPPRESS=="))}) from ex
+        return {each for each in names if not each.endswith(("help", "==SUPPRESS=="))} - {"model.data"}
 
 
 def make_parser(command: str) -> Parser:

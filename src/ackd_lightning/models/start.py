@@ -37,13 +37,17 @@ class Start:
     std: tuple[float, ...] | None = None
 
 
-def start(network: nn.Module, config: StudentConfig, num_classes: int | None) -> Start | None:
+def start(
+    network: nn.Module, config: StudentConfig, num_classes: int | None, names: Sequence[str] | None = None
+) -> Start | None:
     """Load the weights that a student starts from, and say in one line what was loaded.
 
     Args:
         network: Network to fill in place.
         config: The student.
         num_classes: Number K of classes of the data; None when unknown.
+        names: Names of these classes; None when unknown. Where all are among those of the weights, a head for more
+            classes is cut to them.
 
     Returns:
         What was loaded; None for a student that starts from fresh weights, or from those of a given network.
@@ -64,12 +68,27 @@ def start(network: nn.Module, config: StudentConfig, num_classes: int | None) ->
         origin, notes = str(file), {"weights": Path(file).name, "sha256": digest(file)}
     else:
         return None
+    known, cut = tuple(stated.get("class_names") or ()), ""
+    if names is not None and set(names) < set(known) and len(names) == num_classes:
+        cut = f", with the rows of its head for {num_classes} of its {len(known)} classes, by name"
+        tensors = _cut(network, own_names(tensors, network.state_dict(), origin), known, names)
+        known = tuple(names)
     fresh = _load(network, tensors, origin, num_classes)
-    names = None if fresh or not stated.get("class_names") else tuple(stated["class_names"])
-    kept = "" if fresh else ", with its head" + ("" if names else ", whose classes are taken in their order")
-    tell(f"the student starts from {origin}{fresh or kept}")
+    kept = ", with its head" + ("" if known else ", whose classes are taken in their order")
+    tell(f"the student starts from {origin}{fresh or cut or kept}")
     mean, std = (tuple(stated[key]) if stated.get(key) else None for key in ("mean", "std"))
-    return Start(origin, notes, names, mean, std)
+    return Start(origin, notes, None if fresh else known or None, mean, std)
+
+
+def _cut(
+    network: nn.Module, tensors: Mapping[str, Tensor], there: Sequence[str], here: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return tensors in which those with a row for each class of the weights have the rows of the data's classes."""
+    own, rows = network.state_dict(), [there.index(name) for name in here]
+    shapes = {
+        key: (len(there), *own[key].shape[1:]) for key in tensors if key in own and own[key].shape[:1] == (len(here),)
+    }
+    return {key: each[rows] if shapes.get(key) == each.shape else each for key, each in tensors.items()}
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], origin: str, num_classes: int | None) -> str:

@@ -53,7 +53,7 @@ def build_student(
     if config.taps:
         use_taps(backbone, config.taps, f"the student {name_of(backbone)}")
     classes = None if data is None else data.num_classes
-    found = start(backbone, config, classes)
+    found = start(backbone, config, classes, None if data is None else data.class_names)
     if found is not None and data is not None:
         _compare_normalisation(found, data)
     if not backbone.training:

@@ -1,0 +1,183 @@
+"""Options by their last part, with a typo, and as sweeps write them: every proposal is a spelling that works."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.launch.names import nearest
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "options.txt"
+KD = ("--config", "digits_resnet20_resnet8", "--config", "kd")
+CE = ("--config", "digits_resnet8", "--config", "ce")
+SETTINGS = sorted(
+    option.removeprefix("ackd fit --")
+    for option in GOLDEN.read_text(encoding="utf-8").splitlines()
+    if option.startswith("ackd fit --") and "." in option
+)
+SUM = """
+include: [digits_resnet20_resnet8]
+model:
+  method:
+    class_path: ackd_lightning.methods.Sum
+    init_args:
+      methods:
+        - class_path: ackd_lightning.methods.KD
+        - class_path: ackd_lightning.methods.CRD
+          init_args: {negatives: 20}
+"""
+
+
+@functools.cache
+def refusal(*options, base=KD):
+    """What is said against an option; empty for one that is accepted."""
+    try:
+        ACKDCLI("fit", [*base, *options])
+    except ACKDError as error:
+        return str(error)
+    return ""
+
+
+def proposals(message):
+    hint = message.partition(" here; ")[2]
+    return re.findall(r"'([\w.]+)'", hint)
+
+
+def exists(name, *options):
+    return "there is no setting" not in refusal(*options, f"--{name}=@")
+
+
+@pytest.mark.parametrize("setting", [each for each in SETTINGS if each != "model.on_nonfinite"])
+def test_the_last_part_of_a_setting_is_answered_with_its_path(setting):
+    found = proposals(refusal(f"--{setting.rpartition('.')[2]}=1"))
+    assert setting in found
+    assert all(map(exists, found))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_typo_is_answered_with_the_setting(setting):
+    parent, _, last = setting.rpartition(".")
+    for typo in (last[:-1], last[0] + last[2:], last.replace("_", ""), last.upper()):
+        if len(typo) > 2 and typo != last:
+            assert setting in nearest(f"{parent}.{typo}", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("option", "path"),
+    [
+        ("lr", "model.optimizer.lr"),
+        ("model.lr", "model.optimizer.lr"),
+        ("learning_rate", "model.optimizer.lr"),
+        ("weight_decay", "model.optimizer.weight_decay"),
+        ("nesterov", "model.optimizer.nesterov"),
+        ("milestones", "model.lr_scheduler.milestones"),
+        ("epochs", "trainer.max_epochs"),
+        ("max_epochs", "trainer.max_epochs"),
+        ("devices", "trainer.devices"),
+        ("seed", "seed_everything"),
+        ("temperature", "model.method.temperature"),
+        ("method.temprature", "model.method.temperature"),
+        ("mixup", "data.augmentation.mixup"),
+        ("data.batch-size", "data.batch_size"),
+        ("trainer.lr", "model.optimizer.lr"),
+        ("model.recipe.ema", "model.recipe.ema_decay"),
+    ],
+)
+def test_short_names(option, path):
+    found = proposals(refusal(f"--{option}=1"))
+    assert path in found
+    assert all(map(exists, found))
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "owner"),
+    [
+        ("temperature", "model.method.temperature", "KD"),
+        ("model.method.embedding_size", "model.method.embedding_size", "CRD"),
+        ("root", "data.root", "CIFAR100DataModule"),
+        ("data.image_size", "data.image_size", "ImageFolderDataModule"),
+        ("betas", "model.optimizer.betas", "AdamW"),
+        ("step_size", "model.lr_scheduler.step_size", "StepLR"),
+    ],
+)
+def test_a_setting_of_another_class_is_said_with_the_class(option, path, owner):
+    said = refusal(f"--{option}=1", base=CE)
+    assert f"{path} belongs to" in said
+    assert owner in said
+    place = path.rpartition(".")[0]
+    module = {"data": "ackd_lightning.data.", "model.method": "ackd_lightning.methods."}.get(place, "")
+    assert exists(path, f"--{place}={module}{owner}")
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "value"),
+    [
+        ("--model.optimizer.lr=1e-3", "model.optimizer.init_args.lr", 0.001),
+        ("--model.optimizer.lr=5E-05", "model.optimizer.init_args.lr", 5e-5),
+        ("--model.optimizer.nesterov=True", "model.optimizer.init_args.nesterov", True),
+        ("--model.channels_last=True", "model.channels_last", True),
+        ("--model.compile=False", "model.compile", False),
+        ("--model.teacher.bf16=true", "model.teacher.bf16", True),
+        ("--tensorboard=True", "tensorboard", True),
+        ("--test=False", "test", False),
+        ("--data.max_per_class=None", "data.init_args.max_per_class", None),
+        ("--model.student.weights=None", "model.student.weights", None),
+        ("--model.recipe.early_stopping=None", "model.recipe.early_stopping", None),
+        ("--model.lr_scheduler=None", "model.lr_scheduler", None),
+        ("--model.lr_scheduler.milestones=[3, 4]", "model.lr_scheduler.init_args.milestones", [3, 4]),
+        ("--model.student.taps=['a', 'b']", "model.student.taps", ("a", "b")),
+        ("--data.augmentation={'mixup': 0.2}", "data.init_args.augmentation.mixup", 0.2),
+        ("--model.student=resnet14", "model.student.network", "resnet14"),
+        ("--seed_everything=3", "seed_everything", 3),
+    ],
+)
+def test_values_as_sweeps_write_them(option, name, value):
+    assert ACKDCLI("fit", [*KD, option, "--trainer.max_epochs=2"]).option(name) == value
+
+
+@pytest.mark.parametrize(
+    ("option", "number", "value"),
+    [
+        ("--model.method.methods.0.temperature=3e0", 0, 3.0),
+        ("--model.method.methods.1.temperature=0.2", 1, 0.2),
+        ("--model.method.init_args.methods.1.init_args.temperature=0.3", 1, 0.3),
+    ],
+)
+def test_a_method_of_a_sum_by_its_number(option, number, value, tmp_path):
+    (tmp_path / "sum.yaml").write_text(SUM)
+    settings = ACKDCLI("fit", ["--config", str(tmp_path / "sum.yaml"), option])
+    methods = settings.option("model.method.init_args.methods")
+    assert methods[number].init_args.temperature == value
+    assert methods[1].init_args.negatives == 20
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--temperature=3", "'model.method.methods.0.temperature'"),
+        ("--model.method.temperature=3", "'model.method.methods.1.temperature'"),
+        ("--model.method.methods.2.temperature=3", "0 to 1"),
+        ("--model.method.methods.1.negative=3", "'model.method.methods.1.negatives'"),
+    ],
+)
+def test_what_is_not_there_in_a_sum(option, words, tmp_path):
+    (tmp_path / "sum.yaml").write_text(SUM)
+    assert words in refusal(option, base=("--config", str(tmp_path / "sum.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    [
+        ("--data.batch_size=64.5", "data.batch_size is '64.5'; it must be a whole number"),
+        ("--trainer.max_epochs=many", "trainer.max_epochs is 'many'; it must be a whole number"),
+        ("--model.optimizer.lr=fast", "model.optimizer.lr is 'fast'; it must be a number"),
+        ("--model.channels_last=perhaps", "model.channels_last is 'perhaps'; it must be true or false"),
+    ],
+)
+def test_a_value_of_another_kind_is_said_with_the_path(option, kind):
+    assert kind in refusal(option)
