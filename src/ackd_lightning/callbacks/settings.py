@@ -29,19 +29,23 @@ class RunConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the settings when a fit starts; called once, in the first process."""
         if stage == "fit":
-            text = self._write()
+            resumed = trainer.ckpt_path is not None and (self.folder / "config.yaml").is_file()
+            text = self._text() if resumed else self._write()
             for logger in trainer.loggers:
                 if not isinstance(logger, CSVLogger):
                     logger.log_hyperparams({"cli": yaml.safe_load(text)})
 
+    def _text(self) -> str:
+        return str(self.parser.dump(self.config, skip_unset=False))
+
     def _write(self) -> str:
-        text: str = self.parser.dump(self.config, skip_unset=False)
+        text = self._text()
         with whole_file(self.folder / "config.yaml") as partial:
             partial.write_text(text, encoding="utf-8")
         return text
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write and say what ``LearningRateFinder`` and ``BatchSizeFinder`` have changed."""
+        """Write the settings of a resumed run, whose state is restored now, and what Lightning's finders changed."""
         found = {
             "model.optimizer.init_args.lr": getattr(pl_module, "lr", None),
             "data.init_args.batch_size": getattr(trainer, "datamodule", None) and trainer.datamodule.batch_size,  # type: ignore[attr-defined]
@@ -51,9 +55,10 @@ class RunConfig(SaveConfigCallback):
             for name, value in found.items()
             if value is not None and self.config.get(name) is not None and self.config[name] != value
         }
-        if not changed or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         for name, value in changed.items():
             print(f"{name.replace('.init_args', '')} is {value:g} instead of {self.config[name]:g}", flush=True)
             self.config[name] = value
-        self._write()
+        if changed or trainer.ckpt_path is not None:
+            self._write()

@@ -53,8 +53,6 @@ class RunSummary(L.Callback):
         self.started = time.monotonic()
         if not trainer.is_global_zero:
             return
-        if not is_fast_dev_run(trainer):
-            (self.folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is trained longer
         module = cast("TrainingModule", pl_module)
         self.multiply_adds = multiply_adds(module.kept_network(), module.data.input_size, module.data.image_shape[0])
         learners = "".join(f" + {spec}" for spec in module.student.specs)
@@ -69,6 +67,11 @@ class RunSummary(L.Callback):
             ours, theirs = module.spec, module.teacher_spec
             pairs = [f"{_shape(ours, first)} - {_shape(theirs, second)}" for first, second in module.method.layers]
             print(f"layers, student - teacher: {', '.join(pairs)}", flush=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove the summary of a finished run that is trained longer, now that its state is restored."""
+        if trainer.is_global_zero and not is_fast_dev_run(trainer):
+            (self.folder / "summary.json").unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of the last epoch and those of the best one."""
@@ -88,11 +91,13 @@ class RunSummary(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to report the best epoch and the time of the whole run."""
-        return {"best": self.best, "seconds": self._elapsed()}
+        measured = {"last": self.last, "measured_at": self.measured_at}
+        return {"best": self.best, "seconds": self._elapsed(), **measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the result of `state_dict`, and measure from here."""
         self.best, self.seconds = state_dict["best"], state_dict["seconds"]
+        self.last, self.measured_at = state_dict["last"], state_dict["measured_at"]
         self.started = self.started and time.monotonic()
 
     def _elapsed(self) -> float:
@@ -127,6 +132,11 @@ class RunSummary(L.Callback):
                 self.copy_to = None
         write_json(summary, self.folder / "summary.json")  # last, as it marks the run as finished
         self.finished = (summary, files)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write them for a run that was stopped after its last epoch and before this, and has nothing left to train."""
+        if self.finished is None and not (self.folder / "summary.json").is_file():
+            self.on_train_end(trainer, pl_module)
 
     def _summary(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, Any]:
         network, data = module.kept_network(), getattr(trainer, "datamodule", None)

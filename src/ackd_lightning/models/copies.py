@@ -34,7 +34,8 @@ def name_of(network: nn.Module) -> str:
     Args:
         network: Any network.
     """
-    return str(getattr(network, "model_name", type(network).__name__))
+    own = getattr(network, "backbone", network)  # of a student with auxiliary learners
+    return str(getattr(network, "model_name", None) or getattr(own, "model_name", None) or type(own).__name__)
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:

@@ -26,7 +26,7 @@ def native_sizes(network: nn.Module, input_size: ImageSize | None = None) -> Ite
     stated = getattr(network, "pretrained_cfg", None)
     size = stated.get("input_size") if isinstance(stated, dict) else None
     own = getattr(network, "image_size", None) if size is None else size[-2:]
-    fixed = getattr(_sized(network), "img_size", None)
+    fixed = getattr(_sized(network), "img_size", None) or getattr(getattr(network, "config", None), "image_size", None)
     given = [fixed, own, 224, input_size, 32, 28]
     seen: list[ImageSize] = []
     for each in given:
@@ -81,15 +81,18 @@ def plan_for(network: nn.Module, input_size: ImageSize | None = None) -> StagePl
     if plan is not None or "stage_plan" in network.__dict__:
         return plan
     found: StagePlan | None = None
+    ran = False
     for size in native_sizes(network, input_size):
         result = traced(network, size)
         if result is not None:
+            ran = True
             copied, _, record = result
             names = stage_names(copied, record, height_width(size))
             if names:
                 found = StagePlan(names, record.classifier, names[-1] in record.pooled)
             break
-    network.__dict__["stage_plan"] = found
+    if ran:  # else another size may be what it needs
+        network.__dict__["stage_plan"] = found
     return found
 
 
@@ -183,6 +186,7 @@ def probe(network: nn.Module, input_size: ImageSize, *, channels: int | None = N
             raise
         except Exception as error:  # what cannot be run without numbers is run with them
             reason = error
+    network = getattr(network, "backbone", network)
     height, width = height_width(input_size)
     works = next((size for size in native_sizes(network) if traced(network, size) is not None), None)
     remedy = "" if works is None else f"; it can read {' x '.join(map(str, height_width(works)))}"

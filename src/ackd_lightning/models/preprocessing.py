@@ -174,7 +174,8 @@ def _problem(network: nn.Module, size: ImageSize, channels: int) -> str | None:
     try:
         probe(network, size, channels=channels)
     except Exception as error:  # a network can refuse a size in any way
-        return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = error if error.__cause__ is None else error.__cause__  # what the network itself says
+        return (str(reason).strip() or type(reason).__name__).splitlines()[0][:120]
     return None
 
 

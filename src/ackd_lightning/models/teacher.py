@@ -241,7 +241,8 @@ class FrozenTeacher(Teacher):
         network, facts = pretrained(name, options)
         metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
         metadata |= {"model": name, "preprocessing_origin": f"of {facts['weights']}"}
-        metadata["interpolation"] = closest_interpolation(facts["interpolation"])
+        if "interpolation" in facts:
+            metadata["interpolation"] = closest_interpolation(facts["interpolation"])
         return cls(network, metadata=metadata, copy_network=False, **arguments)
 
     def train(self, mode: bool = True) -> FrozenTeacher:

@@ -111,6 +111,9 @@ class Teacher(nn.Module):
             channels=channels,
             name=f"teacher {self.name}",
         )
+        if self.plan is None:
+            self.plan = plan_for(self.network, size)
+            watch(self.network, self.plan)
         self._check_plan(size, channels)
         complete = replace(own.filled(stated), input_size=size)
         conversion = Conversion(complete, data, channels=channels, name=f"teacher {self.name}")

@@ -62,7 +62,7 @@ def test_networks_are_not_kept_and_what_estimates_need_of_them_is():
     for job in jobs:
         assert not any(isinstance(each, nn.Module) for each in vars(job.planned).values())
     assert (known["kd"].student, known["kd"].teacher) == ("resnet8 ()", "resnet20")
-    assert (known["ce"].teacher, known["kd"].input_size, known["kd"].num_classes) == (None, 16, 10)
+    assert (known["ce"].teacher, known["kd"].image_shape, known["kd"].num_classes) == (None, (3, 16, 16), 10)
     plain = sum(each.numel() for each in create_model("resnet8", 10).parameters())
     assert (known["kd"].trained, known["kd"].kept) == (plain, plain)
     assert known["crd"].trained == plain + 2 * (64 * 128 + 128)
