@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from ackd_lightning.errors import ACKDError
     from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
+    from ackd_lightning.models.features import StagePlan
     from ackd_lightning.models.student import BranchyStudent
     from ackd_lightning.models.student_config import StudentConfig
     from ackd_lightning.models.teacher import FrozenTeacher
@@ -49,6 +50,7 @@ _HOMES = {
     "runs.export": ("load_student",),
     "methods": ("ACKD", "CE", "KD", "FitInfo", "Method", "Networks", "Sum"),
     "models.student": ("BranchyStudent",),
+    "models.features": ("StagePlan",),
     "models.student_config": ("StudentConfig",),
     "models.teacher": ("FrozenTeacher",),
     "models.teacher_config": ("TeacherConfig",),
@@ -83,6 +85,7 @@ __all__ = [
     "NetSpec",
     "Networks",
     "Recipe",
+    "StagePlan",
     "StudentConfig",
     "Sum",
     "TableDataModule",

@@ -40,7 +40,12 @@ def test_images_without_labels(name):
     teacher = TeacherConfig(network=create_model("resnet14", 4), gate="off")
     given = [teacher, TeacherConfig(network=create_model("resnet8", 4), gate="off")] if name == "atsc" else teacher
     module = DistillationModule(
-        "resnet8", method=method, teacher=given, data=DataInfo(4, 16, (0.5,) * 3, (0.5,) * 3), seed=0
+        "resnet8",
+        method=method,
+        teacher=given,
+        data=DataInfo(4, 16, (0.5,) * 3, (0.5,) * 3),
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3),
+        seed=0,
     )
     trainer = L.Trainer(fast_dev_run=2, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     if method.labels == "mixed":

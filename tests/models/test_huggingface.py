@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods import AT
 from ackd_lightning.models.features import staged_forward
 from ackd_lightning.models.finding import plan_for
 from ackd_lightning.models.student import BranchyStudent
@@ -70,3 +72,25 @@ def test_a_backbone_without_a_classifier_is_refused(tmp_path):
     transformers.ViTModel(SMALL["vit"]()).save_pretrained(tmp_path)
     with pytest.raises(ACKDError, match="classifier"):
         pretrained(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_folder_teaches_a_method_that_reads_features(folder, prepared):
+    if not prepared:
+        (folder / "preprocessor_config.json").unlink()
+    module = DistillationModule(
+        "resnet8",
+        method=AT(),
+        teacher=TeacherConfig(f"hf:{folder}", pretrained=True, gate="off"),
+        data=DataInfo(3, 32, class_names=tuple(NAMES.values())),
+    )
+    module.load_teacher()
+    output = module.teacher(torch.zeros(2, 3, 32, 32))
+    assert [tuple(each.shape[1:]) for each in output.features] == list(module.teacher_spec.features)
+    assert output.logits.shape == (2, 3)
+
+
+def test_a_folder_without_weights_of_its_own_is_said_how_to_use(folder):
+    module = DistillationModule("resnet8", method=AT(), teacher=f"hf:{folder}", data=DataInfo(3, 32))
+    with pytest.raises(ACKDError, match=r"teacher\.pretrained to true for the folder"):
+        module.load_teacher()

@@ -24,13 +24,13 @@ class RunConfig(SaveConfigCallback):
 
     def __init__(self, parser: Any, config: Any, *, folder: Path) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
-        self.folder = folder
+        self.folder, self.waits = folder, False
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the settings when a fit starts; called once, in the first process."""
         if stage == "fit":
-            resumed = trainer.ckpt_path is not None and (self.folder / "config.yaml").is_file()
-            text = self._text() if resumed else self._write()
+            self.waits = (self.folder / "config.yaml").is_file()  # a resume may still be refused
+            text = self._text() if self.waits else self._write()
             for logger in trainer.loggers:
                 if not isinstance(logger, CSVLogger):
                     logger.log_hyperparams({"cli": yaml.safe_load(text)})
@@ -60,5 +60,5 @@ class RunConfig(SaveConfigCallback):
         for name, value in changed.items():
             print(f"{name.replace('.init_args', '')} is {value:g} instead of {self.config[name]:g}", flush=True)
             self.config[name] = value
-        if changed or trainer.ckpt_path is not None:
+        if changed or self.waits:
             self._write()

@@ -87,9 +87,11 @@ def weight_file(config: TeacherConfig) -> str:
         ACKDError: If no file is named or it does not exist.
     """
     if config.weights is None:
+        folder = str(config.network).startswith("hf:")
+        remedy = "the folder's own weights" if folder else "published weights"
+        file = "" if folder else "teacher.weights to its .safetensors file, or "
         raise ACKDError(
-            f"teacher {config.network!r} has no weight file; set teacher.weights to its .safetensors file, or "
-            "teacher.pretrained to true for published weights"
+            f"teacher {config.network!r} has no weight file; set {file}teacher.pretrained to true for {remedy}"
         )
     if not Path(config.weights).is_file():
         name = f"{Path(config.weights).stem}.yaml"

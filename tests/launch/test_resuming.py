@@ -1,0 +1,44 @@
+"""A run that is resumed: what a refusal leaves alone, and what is written when nothing is left to train."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ackd_lightning.cli import main
+
+FIT = ["fit", "--config", "digits_resnet8.yaml", "--data.max_per_class", "4", "--trainer.accelerator", "cpu"]
+FIT += ["--trainer.enable_progress_bar", "false", "--name", "one"]
+REFUSED = {
+    "other groups": ["--model.recipe.decay_norm_and_bias", "false"],
+    "other optimizer": ["--model.optimizer", "AdamW"],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resuming")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*FIT, "--trainer.max_epochs", "1"]) == 0
+        yield folder / "runs/digits_resnet8/one"
+
+
+@pytest.mark.parametrize("others", REFUSED.values(), ids=REFUSED)
+def test_a_refused_resume_leaves_settings_and_summary_alone(run, others, capsys):
+    before = {name: (run / name).read_bytes() for name in ("config.yaml", "summary.json", "student.safetensors")}
+    assert main([*FIT, "--resume", str(run), "--trainer.max_epochs", "2", *others]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_a_run_that_was_stopped_after_its_last_epoch_gets_its_summary(run):
+    before = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()
+    (run / "student.safetensors").unlink()
+    assert main([*FIT, "--resume", str(run), "--trainer.max_epochs", "1"]) == 0
+    after = json.loads((run / "summary.json").read_text())
+    assert (run / "student.safetensors").is_file()
+    for key in ("epochs", "last", "best"):
+        assert after[key] == before[key]
