@@ -19,6 +19,7 @@ from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.weight_files import read_tensors
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.types import Batch
 
 GivenTeacher = str | nn.Module | TeacherConfig
 
@@ -42,6 +43,32 @@ def as_configs(
         else TeacherConfig(network=each)
         for each in every
     )
+
+
+def check_features_only(module: Any) -> None:
+    """Refuse a method that reads the logits of a teacher whose features alone are used, before the first step.
+
+    Args:
+        module: Training module whose method is ready for the fit.
+
+    Raises:
+        ACKDError: If the method reads logits.
+    """
+    if module.method.teacher == "own" or not any(each.features_only for each in module.teachers.frozen):
+        return
+    image = torch.zeros(2, *module.data.image_shape, device=module.device)
+    batch = Batch(image, torch.zeros(2, dtype=torch.int64, device=module.device), torch.arange(2, device=module.device))
+    training = module.training
+    with torch.no_grad(), torch.random.fork_rng():
+        module.eval()
+        try:
+            module.method(module.student(image), module.teachers(image), batch)
+        except ACKDError:
+            raise
+        except Exception:  # of two equal images; the first step reports what is wrong with real ones
+            pass
+        finally:
+            module.train(training)
 
 
 def chosen(configs: Sequence[TeacherConfig], method: Method) -> Sequence[TeacherConfig]:
