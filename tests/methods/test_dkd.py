@@ -7,6 +7,7 @@ from torch import Tensor
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import kd_loss
 from ackd_lightning.methods import DKD
+from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.methods.dkd import dkd_loss
 
 DEFAULTS = {"alpha": 1.0, "beta": 8.0, "temperature": 4.0}
@@ -121,3 +122,10 @@ def test_defaults_are_the_benchmarks():
 def test_bad_arguments_are_refused(name, value):
     with pytest.raises(ACKDError, match=rf"{name} is {value} in DKD; it must be"):
         DKD(**{name: value})
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(5, "25%"), (19, "95%"), (20, None), (None, None)])
+def test_a_fit_that_is_shorter_than_the_warm_up_is_told(capsys, epochs, said):
+    DKD().begin_fit(FitInfo(epochs=epochs))
+    out = capsys.readouterr().out
+    assert said in out if said else out == ""

@@ -5,6 +5,7 @@ import torch
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import Networks, ReviewKD
+from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.methods.reviewkd import Fusion, hcl_loss
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -154,3 +155,10 @@ def test_networks_without_stages_are_refused():
     (ours, _) = network(3, (8, 4))
     with pytest.raises(ACKDError, match=r"the teacher.*method ReviewKD"):
         ReviewKD().build(Networks(student=ours, teachers=(NetSpec(4),)))
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(5, "25%"), (19, "95%"), (20, None), (None, None)])
+def test_a_fit_that_is_shorter_than_the_warm_up_is_told(capsys, epochs, said):
+    ReviewKD().begin_fit(FitInfo(epochs=epochs))
+    out = capsys.readouterr().out
+    assert said in out if said else out == ""

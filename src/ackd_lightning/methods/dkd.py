@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods.base import Method
-from ackd_lightning.methods.warmup import linear_warmup
+from ackd_lightning.methods.base import FitInfo, Method
+from ackd_lightning.methods.warmup import linear_warmup, tell_if_shorter
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive
 
@@ -96,6 +96,15 @@ class DKD(Method):
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.warmup_epochs, self.weight_dkd = warmup_epochs, weight_dkd
         self.loss_weights = {"ce": weight_ce, "dkd": weight_dkd}
+
+    def begin_fit(self, fit: FitInfo) -> None:
+        """Say if the fit is shorter than the warm-up.
+
+        Args:
+            fit: Information about the fit.
+        """
+        super().begin_fit(fit)
+        tell_if_shorter("DKD", "dkd", self.warmup_epochs, fit.epochs)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the weight of ``dkd``, which grows during the warm-up.

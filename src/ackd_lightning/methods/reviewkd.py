@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods.base import Method, Networks, embedding_of
+from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of
 from ackd_lightning.methods.pairing import layer_features, layer_shapes, pair_stages
-from ackd_lightning.methods.warmup import linear_warmup
+from ackd_lightning.methods.warmup import linear_warmup, tell_if_shorter
 from ackd_lightning.models.features import require_embedding
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, NonNegativeInt, PositiveInt
@@ -167,6 +167,15 @@ class ReviewKD(Method):
             Fusion(ours, middle, theirs, deepest=level == len(self.layers))
             for level, (ours, theirs) in enumerate(channels)
         )
+
+    def begin_fit(self, fit: FitInfo) -> None:
+        """Say if the fit is shorter than the warm-up.
+
+        Args:
+            fit: Information about the fit.
+        """
+        super().begin_fit(fit)
+        tell_if_shorter("ReviewKD", "review", self.warmup_epochs, fit.epochs)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the weight of the review, which grows during the warm-up.
