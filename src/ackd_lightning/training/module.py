@@ -314,7 +314,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self.match_classes(data)
         before = self._method_sizes()
         self._begin_fit()
-        check_features_only(self)
+        check_features_only(self, data)
         check_sampling(self.method, data)
         self._speed_up()
         self._open_cache()
