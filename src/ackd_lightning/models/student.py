@@ -175,11 +175,12 @@ class BranchyStudent(nn.Module):
         except ACKDError as error:
             if self.plan is None:
                 raise
-            known, name = ", ".join(branch_names(self.plan)), name_of(self.backbone)
-            raise ACKDError(
-                f"branch {spec!r} does not fit {name}, which has {len(self.plan.features) - 1} stages; use one of "
-                f"{known}, or a network of its own ({error})"
-            ) from error
+            reason = str(error)
+        known, name = ", ".join(branch_names(self.plan)), name_of(self.backbone)
+        raise ACKDError(
+            f"branch {spec!r} does not fit {name}, which has {len(self.plan.features) - 1} stages; use one of {known}, "
+            f"or a network of its own ({reason})"
+        )
 
     def _branch(self, spec: str, cuts: Cuts, entry: int, *, proved: bool) -> AuxiliaryLearner:
         """Build a branch, and show that its structure is the backbone's by running it with the backbone's weights."""
