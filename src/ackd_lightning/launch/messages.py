@@ -23,6 +23,8 @@ FROM_DATA = ("num_classes", "input_size", "mean", "std", "class_names")
 
 _INIT = "init_args"
 _CLASS_KEYS = ("class_path", _INIT, "dict_kwargs")
+_NEEDED = ("data", "model.student.network")
+_WHOLE = "name a configuration with --config (`ackd configs` lists them), or set it"
 _SECTION = "settings, each on its own line below it"
 _LIST = "a list, such as [1, 2]"
 _KINDS = {"list": _LIST, "dict": "a mapping, such as {key: value}"}
@@ -184,13 +186,15 @@ def shorten(refused: RefusedError, given: Given, *, around: str = "") -> str:
         name = ".".join(unknown.groups())
         if name.removeprefix("model.") in (*FROM_DATA, "data") and given.place(f"model.{name.removeprefix('model.')}"):
             return _from_data(name.removeprefix("model."))
+        own, named = _plain(given.place(name)) or name, any(each.split("=")[0] == "--data" for each in given.options)
+        if own.startswith("data.") and "data" not in given.classes and not named:
+            student = (given.settings.get("model") or {}).get("student")
+            return f"{'data' if student else ', '.join(reversed(_NEEDED))} missing; {_WHOLE}"
         return _unknown(name, refused.known, given)
     if required := re.search(r"arguments are required: (.+)", text):
         inside = re.search(r'Parser key "([^"]+)"', text)
         missing = f"{inside[1]}.{required[1].split()[0]}" if inside else _missing(required[1], given, around)
-        whole = missing.split(", ")[0] in ("data", "model.student.network")
-        remedy = "name a configuration with --config (`ackd configs` lists them), or set it" if whole else "set it"
-        return f"{missing} missing; {remedy}"
+        return f"{missing} missing; {_WHOLE if missing.split(', ')[0] in _NEEDED else 'set it'}"
     if "expected one argument" in text:
         named = re.search(r"argument (--[\w.]+)", text)
         return f"{_without_value(given.options) or (named[1] if named else 'an option')} needs a value"
