@@ -186,8 +186,8 @@ def shorten(refused: RefusedError, given: Given, *, around: str = "") -> str:
         name = ".".join(unknown.groups())
         if name.removeprefix("model.") in (*FROM_DATA, "data") and given.place(f"model.{name.removeprefix('model.')}"):
             return _from_data(name.removeprefix("model."))
-        own, named = _plain(given.place(name)) or name, any(each.split("=")[0] == "--data" for each in given.options)
-        if own.startswith("data.") and "data" not in given.classes and not named:
+        own, chosen = _plain(given.place(name)) or name, any(each.split("=")[0] == "--data" for each in given.options)
+        if own.startswith("data.") and "data" not in given.classes and not chosen:
             student = (given.settings.get("model") or {}).get("student")
             return f"{'data' if student else ', '.join(reversed(_NEEDED))} missing; {_WHOLE}"
         return _unknown(name, refused.known, given)
