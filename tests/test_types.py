@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 
 
@@ -46,7 +47,7 @@ def test_specs_compare_by_value():
         (DataInfo(10, (48, 64)), (3, 48, 64)),
         (DataInfo(10, 28, mean=(0.5,), std=(0.2,)), (1, 28, 28)),
         (DataInfo(10, (20, 30), channels=13), (13, 20, 30)),
-        (DataInfo(10, [24, 24], mean=[0.5] * 4, std=[0.2] * 4, class_names=["a", "b"]), (4, 24, 24)),
+        (DataInfo(2, [24, 24], mean=[0.5] * 4, std=[0.2] * 4, class_names=["a", "b"]), (4, 24, 24)),
     ],
 )
 def test_the_shape_of_an_image_follows_from_size_and_normalisation(info, shape):
@@ -56,3 +57,30 @@ def test_the_shape_of_an_image_follows_from_size_and_normalisation(info, shape):
 
 def test_equal_sides_are_one_number():
     assert DataInfo(10, (24, 24)) == DataInfo(10, 24)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"num_classes": -3}, "num_classes is -3"),
+        ({"num_classes": 2.0}, "num_classes is 2.0"),
+        ({"num_classes": True}, "num_classes is True"),
+        ({"input_size": 0}, "input_size is 0"),
+        ({"input_size": (32, -1)}, "input_size is"),
+        ({"input_size": (3, 32, 32)}, "input_size is"),
+        ({"channels": 0}, "channels is 0"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "mean is"),
+        ({"mean": ()}, "mean is"),
+        ({"std": (0.2, 0.0, 0.2)}, "std is"),
+        ({"std": (0.2, -0.1, 0.2)}, "std is"),
+        ({"std": (float("inf"),)}, "std is"),
+        ({"mean": (0.5,), "std": (0.2, 0.2, 0.2)}, "std is"),
+        ({"mean": (0.5,), "channels": 3}, "mean is"),
+        ({"class_names": ("a", "b")}, "2 names"),
+    ],
+    ids=str,
+)
+def test_values_of_data_info_are_checked(values, words):
+    with pytest.raises(ACKDError, match=words):
+        DataInfo(**{"num_classes": 10, **values})

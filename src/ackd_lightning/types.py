@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+from ackd_lightning.errors import ACKDError
 
 ImageSize = int | tuple[int, int]
 """Side of square images in pixels, or their height and width."""
@@ -23,6 +26,14 @@ def height_width(size: ImageSize) -> tuple[int, int]:
         ((32, 32), (48, 64))
     """
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _refused(name: str, value: object, kind: str) -> ACKDError:
+    return ACKDError(f"{name} is {value} in DataInfo; it must be {kind}")
 
 
 class Batch(NamedTuple):
@@ -111,13 +122,36 @@ class DataInfo:
     channels: int | None = None
 
     def __post_init__(self) -> None:
-        """Turn lists, which plain data have, into tuples, and equal sides into one number."""
-        if not isinstance(self.input_size, int):
-            height, width = self.input_size
-            object.__setattr__(self, "input_size", height if height == width else (height, width))
+        """Turn lists, which plain data have, into tuples, and equal sides into one number; check all values."""
         for name in ("mean", "std", "class_names"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(values))
+        sides = (self.input_size,) if isinstance(self.input_size, int) else tuple(self.input_size)
+        if len(sides) == 2 and sides[0] == sides[1]:
+            sides = sides[:1]
+        object.__setattr__(self, "input_size", sides[0] if len(sides) == 1 else sides)
+        self._check(sides)
+
+    def _check(self, sides: tuple[int, ...]) -> None:
+        if not _is_count(self.num_classes):
+            raise _refused("num_classes", self.num_classes, "a whole number, 1 or more")
+        if len(sides) not in (1, 2) or not all(map(_is_count, sides)):
+            raise _refused("input_size", self.input_size, "a side in pixels, or height and width, each 1 or more")
+        if self.channels is not None and not _is_count(self.channels):
+            raise _refused("channels", self.channels, "a whole number, 1 or more, or None")
+        for name, values, low in (("mean", self.mean, -math.inf), ("std", self.std, 0.0)):
+            if values is None:
+                continue
+            if not values or not all(isinstance(each, int | float) and low < each < math.inf for each in values):
+                kind = "a finite number above 0" if name == "std" else "a finite number"
+                raise _refused(name, values, f"{kind} for each channel")
+            if self.channels not in (None, len(values)):
+                raise _refused(name, values, f"one number for each of the {self.channels} channels")
+        if self.mean and self.std and len(self.mean) != len(self.std):
+            raise _refused("std", self.std, f"one number for each of the {len(self.mean)} channels of mean")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            shown = f"{len(self.class_names)} names"
+            raise _refused("class_names", shown, f"one name for each of the {self.num_classes} classes")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -32,7 +32,7 @@ def test_one_process_keeps_the_order_of_the_images(tmp_path):
     write(tmp_path / "new" / "a.csv", [[3, 1], [2]])
     assert indices(tmp_path / "new" / "a.csv") == [3, 1, 2]
     first = (tmp_path / "new" / "a.csv").read_text().splitlines()[:2]
-    assert first == ["index,target,prediction,probability", "3,0,1,0.1875"]
+    assert first == ["index,file,target,prediction,class_name,probability", "3,,0,1,,0.1875"]
     assert [each.name for each in (tmp_path / "new").iterdir()] == ["a.csv"]
 
 

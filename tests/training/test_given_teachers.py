@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 
 import pytest
 import torch
@@ -317,16 +316,21 @@ def test_the_gate_warns_of_a_sigmoid():
         fitted(module, ManyBlobs())
 
 
-def test_a_gate_skips_a_teacher_of_features():
-    module = built(teaching(wide(7), class_map="features", gate="stop"), method=AT())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert any(isinstance(each, TeacherGate) for each in module.configure_callbacks.__func__(_attached(module)))
+def test_a_gate_skips_a_teacher_of_features(capsys):
+    module = fitted(built(teaching(wide(7), class_map="features", gate="stop"), method=AT()))
+    assert any(isinstance(each, TeacherGate) for each in module.trainer.callbacks)
+    assert "accuracy" not in capsys.readouterr().out
+    assert "measured_acc" not in module.teacher.metadata
 
 
-def _attached(module):
-    module.trainer = trainer()
-    return module
+@pytest.mark.parametrize("method", [CRD(negatives=4, weight_kd=1.0), Sum([AT(), KD()]), Sum([RKD(), SP(), DKD()])])
+def test_a_method_that_reads_logits_of_a_teacher_of_features_is_refused_before_the_first_step(method):
+    from training.helpers import IndexedBlobs
+
+    module = built(teaching(wide(7), class_map="features", gate="off"), method=method)
+    with pytest.raises(ACKDError, match="class_map"):
+        fitted(module, IndexedBlobs())
+    assert module.trainer.fit_loop.epoch_progress.current.started == 0
 
 
 # ------------------------------------------------------------------ published weights

@@ -10,17 +10,23 @@ import lightning.pytorch as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.runs.files import whole_file
 
 
 class PredictionFile(BasePredictionWriter):
     """Write one line of CSV for each image, in the order of the images, for any number of processes.
 
+    The columns are the position of the image in its part, its file, its class index (-1 without a label), the index
+    and the name of the predicted class, and the probability of that class. File and name are empty where the data have
+    none.
+
     Args:
         path: File to write.
     """
 
-    COLUMNS = ("index", "target", "prediction", "probability")
+    COLUMNS = ("index", "file", "target", "prediction", "class_name", "probability")
+    _PREDICTED = ("index", "target", "prediction", "probability")
 
     def __init__(self, path: Path) -> None:
         super().__init__(write_interval="epoch")
@@ -29,18 +35,25 @@ class PredictionFile(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Any, batch_indices: Any
     ) -> None:
-        """Write index, target, prediction and probability; the first process writes for all."""
-        rows = [
-            row for batch in predictions for row in zip(*(batch[key].tolist() for key in self.COLUMNS), strict=True)
-        ]
+        """Write the predictions; the first process writes for all."""
+        batches = [
+            batch for each in predictions for batch in (each if isinstance(each, list) else [each])
+        ]  # a list for each of several loaders
+        rows = [row for batch in batches for row in zip(*(batch[key].tolist() for key in self._PREDICTED), strict=True)]
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
             dist.gather_object(rows, parts if trainer.is_global_zero else None)
             if not trainer.is_global_zero:
                 return
             rows = sorted(row for part in parts for row in part)
-        with whole_file(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
+        data = getattr(trainer, "datamodule", None)
+        files = data.image_names("test") if isinstance(data, ImageDataModule) else None
+        classes = getattr(getattr(pl_module, "data", None), "class_names", None)
+        with whole_file(self.path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as out:
+            writer = csv.writer(out)
             writer.writerow(self.COLUMNS)
-            writer.writerows(rows)
+            for index, target, prediction, probability in rows:
+                file = files[index] if files and index >= 0 else ""
+                name = classes[prediction] if classes else ""
+                writer.writerow((index, file, target, prediction, name, probability))
         print(f"predictions: {self.path}")

@@ -48,7 +48,7 @@ class RunConfig(SaveConfigCallback):
         """Write the settings of a resumed run, whose state is restored now, and what Lightning's finders changed."""
         found = {
             "model.optimizer.init_args.lr": getattr(pl_module, "lr", None),
-            "data.init_args.batch_size": getattr(trainer, "datamodule", None) and trainer.datamodule.batch_size,  # type: ignore[attr-defined]
+            "data.init_args.batch_size": getattr(getattr(trainer, "datamodule", None), "batch_size", None),
         }
         changed = {
             name: value

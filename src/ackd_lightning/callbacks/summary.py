@@ -154,6 +154,7 @@ class RunSummary(L.Callback):
             "seconds": round(self._elapsed(), 1),
             "skipped_steps": module.guard.skipped,
             "shown": "test" if "test/acc" in self.last else "val",
+            "limit_val_batches": trainer.limit_val_batches,
             "last": self.last,
             "best": self.best,
             "training_parameters": module.training_parameters(),
@@ -176,10 +177,14 @@ class RunSummary(L.Callback):
         if self.finished is None:
             return
         summary, files = self.finished
-        Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 100).print(accuracy_table(summary))
+        if summary["last"].keys() - {"epoch"}:
+            Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 100).print(accuracy_table(summary))
+        else:
+            print("no accuracy: the run had no validation")
         best_epoch = summary["best"].get("epoch")
         when = f", best in epoch {best_epoch:.0f}" if best_epoch else ""
-        print(f"{summary['epochs']} epochs in {summary['seconds']:.0f} s on {summary['device']}{when}")
+        epochs = "1 epoch" if summary["epochs"] == 1 else f"{summary['epochs']} epochs"
+        print(f"{epochs} in {summary['seconds']:.0f} s on {summary['device']}{when}")
         if summary["skipped_steps"]:
             print(f"{summary['skipped_steps']} steps were skipped, as their loss was non-finite")
         if summary["plain_parameters"] != summary["parameters"]:
@@ -187,7 +192,7 @@ class RunSummary(L.Callback):
                 f"the student keeps the head of its method: {summary['parameters']:,} parameters instead of "
                 f"{summary['plain_parameters']:,}"
             )
-        print(f"{summary['run']}: {', '.join(files.values())}")
+        print(f"{summary['run']}: {', '.join(name for name in files.values() if (self.folder / name).exists())}")
         if self.copy_to:
             print(f"weights for later runs: {self.copy_to}")
 
@@ -200,6 +205,8 @@ def accuracy_table(summary: dict[str, Any]) -> Table:
     """
     stage = summary["shown"]
     note = "test data, nothing selected on it" if stage == "test" else "validation data"
+    if repr(limit := summary.get("limit_val_batches", 1.0)) not in ("1.0", "None"):  # 1 is one batch, 1.0 is all
+        note = f"part of the {note} (limit_val_batches {limit})"
     table = Table(title=f"{summary['config']}, seed {summary['seed']}: accuracy in % on {note}")
     table.add_column("network")
     for column in ("last", "best", "parameters"):

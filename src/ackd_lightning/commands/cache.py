@@ -31,7 +31,7 @@ def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
         ACKDError: When runs with these settings cannot use a cache.
     """
     planned = plan(arguments)
-    module, data, folder = planned.model, planned.datamodule, Path(out)
+    module, data, folder = planned.model, planned.images, Path(out)
     precision = str(planned.option("trainer.precision") or "32-true")
     epochs = planned.option("trainer.max_epochs")
     if precision not in _PRECISIONS:

@@ -206,6 +206,26 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(result, content)
 
 
+def method_fragment(values: Sequence[str]) -> str | None:
+    """Return the name of the packaged method that configurations choose, such as ``simkd``; None without one.
+
+    Args:
+        values: Paths or names, as given to ``--config``.
+    """
+    found = None
+    for value in values:
+        path = find_config(value)
+        if path.parent == config_folder() / _METHODS:
+            found = path.stem
+            continue
+        content = read_yaml(path)
+        for name in (content.get(_INCLUDE) or []) if isinstance(content, dict) else []:
+            local = path.parent / f"{name}.yaml"
+            inner = local if local.is_file() else config_folder() / f"{name}.yaml"
+            found = method_fragment([str(inner)]) or found
+    return found
+
+
 def load_configs(values: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Read every configuration, each laid over those before it, and the first over the packaged recipe.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import lightning.pytorch as L
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
@@ -36,6 +37,25 @@ _HELD_SHARE = 0.25
 """Share of a GPU's free memory that the images of one part may take."""
 _COPY = 4096
 """Number of images that are copied to the device at once, so that host memory never holds a second copy of all."""
+
+
+def info_of(data: L.LightningDataModule) -> DataInfo:
+    """Return what a data module tells about its data.
+
+    Args:
+        data: Data module with an attribute ``info``, as all of this package.
+
+    Raises:
+        ACKDError: If it has none.
+    """
+    info = getattr(data, "info", None)
+    if not isinstance(info, DataInfo):
+        found = "no attribute" if info is None else f"the {type(info).__name__}"
+        raise ACKDError(
+            f"{type(data).__name__} has {found} `info`; set it in the constructor of the data module, as in self.info ="
+            " DataInfo(num_classes=10, input_size=32), or pass data=DataInfo(...) to the training module"
+        )
+    return info
 
 
 class ImageDataModule(PlainArguments):
@@ -190,6 +210,19 @@ class ImageDataModule(PlainArguments):
         """``N`` int64 class index of every training image by ``Batch.index``; known after `setup`."""
         source, rows = self._part("train")
         return source.targets[rows]
+
+    def image_names(self, part: Part) -> list[str] | None:
+        """Return the path of each image of a part, relative to the folder of the data, in the order of its loader.
+
+        Args:
+            part: ``train``, ``val`` or ``test``.
+
+        Returns:
+            Paths; None for images that are not files.
+        """
+        source, rows = self._part(part)
+        names = source.names
+        return None if names is None else [names[row] for row in rows.tolist()]
 
     def use_class_order(self, names: Sequence[str]) -> bool:
         """Give the classes the indices that they have in ``names``, such as those of a trained network.

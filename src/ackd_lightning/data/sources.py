@@ -66,6 +66,11 @@ class Files:
         """
         return self.paths[position]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths relative to the folder of the part."""
+        return tuple(os.path.relpath(path, self.root) for path in self.paths)
+
     def opener(self) -> PathTable:
         """Return a function of the position of an image for worker processes."""
         return PathTable(self.paths)
@@ -107,6 +112,10 @@ class Records:
         """
         return self.read(position)
 
+    @property
+    def names(self) -> None:
+        """Paths; images in a table have none."""
+
     def opener(self) -> Callable[[int], ImageFile]:
         """Return a function of the position of an image for worker processes."""
         return self.read
@@ -120,11 +129,13 @@ class Pixels:
         class_names: Name of each class; the position is the class index.
         images: ``N x C x H x W`` uint8, or float32 from 0 to 1.
         targets: ``N`` int64 class indices, -1 for an image without a label.
+        names: Paths of the files, relative to the folder of the data; None for images that are not files.
     """
 
     class_names: tuple[str, ...]
     images: Tensor
     targets: Tensor
+    names: tuple[str, ...] | None = None
 
 
 Source = Files | Records | Pixels

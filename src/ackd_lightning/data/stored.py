@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,7 +58,7 @@ class StoredDataModule(ImageDataModule):
         form = self.image_format
         targets = hashlib.sha256(files.targets.numpy().tobytes()).hexdigest()
         mark = fingerprint(paths_of(files), files.root, form, files.class_names, targets, self._mark())
-        return cached(self._cache_file(folder, part), mark, lambda: decode(files, form))
+        return replace(cached(self._cache_file(folder, part), mark, lambda: decode(files, form)), names=files.names)
 
     def _mark(self) -> str:
         """Return what the pixels of images that are not files depend on."""

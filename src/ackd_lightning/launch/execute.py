@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,17 @@ from typing import Any
 
 import lightning.pytorch as L
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.callbacks.summary import RunSummary
+from ackd_lightning.config.files import method_fragment
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.arguments import split_configs
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.messages import first_cause
-from ackd_lightning.launch.preflight import check_checkpoint, check_name, check_processes, check_writable
+from ackd_lightning.launch.preflight import check_checkpoint, check_loaders, check_name, check_processes, check_writable
 from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.runs.claim import Claim, claim
 from ackd_lightning.runs.files import read_summary, run_folder, write_json
@@ -83,8 +87,11 @@ class Execution:
             self.execute()
         except Exception as error:
             started = hasattr(self, "trainer") and self.trainer.global_step > 0
-            if self.claim is not None and not started and isinstance(first_cause(error), ACKDError):
+            refused = isinstance(error, MisconfigurationException | ModuleNotFoundError) and not started
+            if self.claim is not None and not started and (refused or isinstance(first_cause(error), ACKDError)):
                 self.claim.discard()
+            if refused:  # by a callback, or by what Lightning checks when a fit begins
+                raise ACKDError(" ".join(str(error).split())[:400]) from error
             raise
         finally:
             if self.claim is not None:
@@ -107,7 +114,8 @@ class Execution:
 
     def _check(self) -> None:
         """Check processes, batch size and checkpoint."""
-        check_processes(self.trainer, self.cli.datamodule.batch_size if self.fit else None)
+        check_loaders(self.cli.datamodule, self.cli.command, test=bool(self.option("test")))
+        check_processes(self.trainer, getattr(self.cli.datamodule, "batch_size", None) if self.fit else None)
         if checkpoint := self.option("ckpt_path"):
             check_checkpoint(Path(checkpoint), self.cli.model, self._content)
             self._content = None
@@ -209,9 +217,13 @@ class Execution:
         """Print the summary, when the progress bar has ended, and test when asked to."""
         summary = next(each for each in self.trainer.callbacks if isinstance(each, RunSummary))  # type: ignore[attr-defined]
         summary.show()
+        if self.dry:
+            print(
+                f"fast_dev_run: nothing is written{' and nothing is tested' if self.option('test') else ''}", flush=True
+            )
         if not self.option("test") or self.dry:
             return
-        if self.cli.datamodule.val_is_test and summary.up_to_date:
+        if getattr(self.cli.datamodule, "val_is_test", False) and summary.up_to_date:
             return  # the last epoch was measured on the test set
         for name in ("last", "best"):
             checkpoint = self.cli.folder / "checkpoints" / f"{name}.ckpt"
@@ -220,7 +232,11 @@ class Execution:
                     self.cli.model, datamodule=self.cli.datamodule, ckpt_path=str(checkpoint), verbose=False
                 )
                 self._keep_test(checkpoint)
-                print(f"test, {name}: accuracy {float(self.trainer.callback_metrics['test/acc']):.2%}")
+                limit = self.option("trainer.limit_test_batches")
+                part = (
+                    "" if repr(limit) in ("1.0", "None") else f" on part of the test data (limit_test_batches {limit})"
+                )
+                print(f"test, {name}: accuracy {float(self.trainer.callback_metrics['test/acc']):.2%}{part}")
 
     def _keep_test(self, checkpoint: Path) -> None:
         """Write the accuracies of a test into the summary of its run."""
@@ -239,9 +255,28 @@ def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
+def _named_as_given(message: str, arguments: Sequence[str]) -> str:
+    """Add the name of the configuration to that of a method whose special case it is: ``method ATSC (simkd)``.
+
+    Args:
+        message: Message of an error.
+        arguments: Command line.
+    """
+    with contextlib.suppress(ACKDError):  # which the message is about
+        fragment = method_fragment(split_configs(arguments)[0])
+        named = re.search(r"\bmethod ([A-Z]\w*)", message)
+        if fragment and named and named[1].lower() not in fragment.lower().split("_"):
+            return message.replace(named[0], f"{named[0]} ({fragment})", 1)
+    return message
+
+
 @contextlib.contextmanager
-def in_our_words() -> Iterator[None]:
-    """Show warnings as sentences, silence chatter, and raise this package's own error out of a chain of others."""
+def in_our_words(arguments: Sequence[str] = ()) -> Iterator[None]:
+    """Show warnings as sentences, silence chatter, and raise this package's own error out of a chain of others.
+
+    Args:
+        arguments: Command line, whose names of methods are used.
+    """
     if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))  # settings may name classes in files of the working folder
     for name in _CHATTY:
@@ -256,9 +291,12 @@ def in_our_words() -> Iterator[None]:
             yield
         except ValueError as error:
             ours = first_cause(error)
-            if not isinstance(ours, ACKDError) or ours is error:
+            if not isinstance(ours, ACKDError):
                 raise
-            raise type(ours)(str(ours)) from error
+            words = _named_as_given(str(ours), arguments)
+            if ours is error and words == str(ours):
+                raise
+            raise type(ours)(words) from error
         finally:
             warnings.formatwarning = formatter
 
@@ -272,7 +310,7 @@ def plan(arguments: Sequence[str]) -> ACKDCLI:
     Raises:
         ACKDError: For whatever is wrong with them.
     """
-    with in_our_words():
+    with in_our_words(arguments):
         cli = ACKDCLI("fit", arguments)
         cli.build()
         return cli
@@ -285,7 +323,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         command: fit, validate, test or predict.
         arguments: Command line after it.
     """
-    with in_our_words():
+    with in_our_words(arguments):
         cli = ACKDCLI(command, arguments)
         if cli.prints:
             print(yaml.safe_dump(cli.settings(), sort_keys=False), end="")

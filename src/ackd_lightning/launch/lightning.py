@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import time
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,21 @@ from ackd_lightning.config.class_paths import check_classes
 from ackd_lightning.config.files import find_config, load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.arguments import choose_classes, find_data, name_checkpoint, split_configs, without_none
+from ackd_lightning.launch.arguments import (
+    choose_classes,
+    choose_unlabelled,
+    find_data,
+    name_checkpoint,
+    split_configs,
+    without_none,
+)
 from ackd_lightning.launch.messages import Given, RefusedError, check_shape, failed_constructor, first_cause, shorten
 from ackd_lightning.launch.options import FIT_ONLY, make_parser, spell_out
-from ackd_lightning.launch.preflight import check_numbers
+from ackd_lightning.launch.preflight import check_numbers, check_values
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.strategies import refuse_sharding
 
-_CLASSES = {"data": ImageDataModule}
+_CLASSES: dict[str, type] = {"data": L.LightningDataModule}
 _ARGUMENTS_OF = {"model": DistillationModule, "trainer": L.Trainer}
 
 
@@ -51,7 +60,7 @@ class ACKDCLI:
         ACKDError: For whatever is wrong with the settings.
     """
 
-    datamodule: ImageDataModule
+    datamodule: L.LightningDataModule
     model: DistillationModule
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
@@ -71,6 +80,8 @@ class ACKDCLI:
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output")}
         given = Given({each: find_config(each).resolve() for each in configs}, options, settings)
+        if command == "predict":
+            options = choose_unlabelled(settings, options)
         check_shape(given)
         options = choose_classes(settings, options)
         given.classes.update(_ARGUMENTS_OF, **check_classes(settings, _CLASSES, _ARGUMENTS_OF))
@@ -80,9 +91,13 @@ class ACKDCLI:
             self.config: Any = self.parser.parse_args([f"--config={json.dumps(settings)}", *options])
         except RefusedError as error:
             cause = first_cause(error)
-            raise ACKDError(shorten(cause, given) if isinstance(cause, RefusedError) else str(cause)) from error
-        check_classes(vars(self.config), _CLASSES, _ARGUMENTS_OF)
+            raise ACKDError(
+                shorten(cause, given, around=str(error)) if isinstance(cause, RefusedError) else str(cause)
+            ) from error
+        _replace_enums(self.config)
+        chosen = check_classes(vars(self.config), _CLASSES, _ARGUMENTS_OF)
         check_numbers(self.config.as_dict())
+        check_values(self.config.as_dict(), {"model": DistillationModule, **chosen}, given)
         refuse_sharding(_strategy_name(self.option("trainer.strategy")))
         spell_out(self.config)
         self.config.pop("config", None)
@@ -123,6 +138,20 @@ class ACKDCLI:
             raise failed_constructor(failed[0] if failed else error) from error
         self.datamodule, self.model = self.built.data, self.built.model
 
+    @property
+    def images(self) -> ImageDataModule:
+        """The data module, for commands that need more than loaders.
+
+        Raises:
+            ACKDError: For one that is not of this package.
+        """
+        if not isinstance(self.datamodule, ImageDataModule):
+            raise ACKDError(
+                f"data is {type(self.datamodule).__name__}; this command needs a data module of ackd_lightning.data, "
+                "such as ImageFolderDataModule, or one derived from it"
+            )
+        return self.datamodule
+
     def _without_start(self) -> Any:
         """Return the settings without the weights to start from where a checkpoint is loaded, which has its own."""
         if not self.option("ckpt_path"):
@@ -139,6 +168,17 @@ class ACKDCLI:
 def _strategy_name(given: Any) -> str:
     """Return the name or the class path of a strategy in settings."""
     return given if isinstance(given, str) else str(getattr(given, "class_path", "") or "")
+
+
+def _replace_enums(settings: Any) -> None:
+    """Replace text that is an Enum, such as the default of a callback's argument, by plain text, as YAML needs it."""
+    items = vars(settings).items() if isinstance(settings, argparse.Namespace) else settings.items()
+    for name, value in list(items):
+        if isinstance(value, Enum) and isinstance(value, str):
+            settings[name] = str(value.value)
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, argparse.Namespace | dict):
+                _replace_enums(each)
 
 
 def _plain_partial(value: Any) -> Any:

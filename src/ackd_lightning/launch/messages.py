@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sysconfig
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch import loggers
 
 from ackd_lightning.config.files import read_config, walk
 from ackd_lightning.errors import ACKDError, near_matches
@@ -20,6 +23,8 @@ FROM_DATA = ("num_classes", "input_size", "mean", "std", "class_names")
 
 _INIT = "init_args"
 _CLASS_KEYS = ("class_path", _INIT, "dict_kwargs")
+_NEEDED = ("data", "model.student.network")
+_WHOLE = "name a configuration with --config (`ackd configs` lists them), or set it"
 _SECTION = "settings, each on its own line below it"
 _LIST = "a list, such as [1, 2]"
 _KINDS = {"list": _LIST, "dict": "a mapping, such as {key: value}"}
@@ -162,12 +167,13 @@ def _from_data(name: str) -> str:
     return f"model.{name} is taken from the data; leave it out and choose the settings of the data instead"
 
 
-def shorten(refused: RefusedError, given: Given) -> str:
+def shorten(refused: RefusedError, given: Given, *, around: str = "") -> str:
     """Turn jsonargparse's account of an error into one sentence with the nearest valid name.
 
     Args:
         refused: The first of the errors that led to each other.
         given: Settings and their places.
+        around: The last of these errors, which names the setting that holds what is missing.
     """
     text = " ".join(str(refused).split())
     patterns = (
@@ -180,11 +186,15 @@ def shorten(refused: RefusedError, given: Given) -> str:
         name = ".".join(unknown.groups())
         if name.removeprefix("model.") in (*FROM_DATA, "data") and given.place(f"model.{name.removeprefix('model.')}"):
             return _from_data(name.removeprefix("model."))
+        own, chosen = _plain(given.place(name)) or name, any(each.split("=")[0] == "--data" for each in given.options)
+        if own.startswith("data.") and "data" not in given.classes and not chosen:
+            student = (given.settings.get("model") or {}).get("student")
+            return f"{'data' if student else ', '.join(reversed(_NEEDED))} missing; {_WHOLE}"
         return _unknown(name, refused.known, given)
     if required := re.search(r"arguments are required: (.+)", text):
         inside = re.search(r'Parser key "([^"]+)"', text)
-        missing = f"{inside[1]}.{required[1].split()[0]}" if inside else required[1]
-        return f"{missing} missing; name a configuration with --config (`ackd configs` lists them), or set it"
+        missing = f"{inside[1]}.{required[1].split()[0]}" if inside else _missing(required[1], given, around)
+        return f"{missing} missing; {_WHOLE if missing.split(', ')[0] in _NEEDED else 'set it'}"
     if "expected one argument" in text:
         named = re.search(r"argument (--[\w.]+)", text)
         return f"{_without_value(given.options) or (named[1] if named else 'an option')} needs a value"
@@ -199,8 +209,23 @@ def shorten(refused: RefusedError, given: Given) -> str:
     kinds = sorted({_kind(each): None for each in bare if each != "NoneType"} or [_CLASS], key=_CLASS.__eq__)
     stated = re.sub(r"^\{'class_path': '([^']*)'\}$", r"\1", value[1]) if value else ""
     shown = f" is {stated!r}" if value else ""
+    if re.fullmatch(r"[-+.]*(nan|inf)", stated, re.IGNORECASE):
+        kinds = [each.replace("a number", "a finite number") for each in kinds if each != _CLASS]
     name = _plain(given.place(key[1])) or key[1]
+    if stated.endswith("Logger"):
+        known = sorted(name for name in vars(loggers) if name.endswith("Logger") and name != "Logger")
+        kinds = [f"one of {', '.join(known)}, or {_CLASS.replace('a class', 'another class')}"]
     return f"setting {name}{shown}; it must be {' or '.join(kinds)[:300]}{given.at(key[1])}"
+
+
+def _missing(names: str, given: Given, around: str) -> str:
+    """Dotted names of arguments that a class or the parser needs."""
+    if "." in names or names == "data":
+        return names
+    holders = [place for place, cls in given.classes.items() if names in inspect.signature(cls).parameters]
+    outside = re.search(r'Parser key "([^"]+)"', around)
+    place = outside[1] if outside else holders[0] if len(holders) == 1 else ""
+    return f"{place}.{names}".lstrip(".")
 
 
 def _kind(expected: str) -> str:

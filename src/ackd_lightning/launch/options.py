@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # not in its __all__
 from lightning.pytorch.cli import LightningArgumentParser
 
-from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.base import info_of
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch import LIGHTNING
 from ackd_lightning.launch.arguments import set_length
@@ -95,8 +95,8 @@ def make_parser(command: str) -> Parser:
         default=None,
         help="teacher, such as --model.teacher.network resnet110 --model.teacher.weights FILE; or a list of teachers",
     )
-    parser.add_lightning_class_args(ImageDataModule, "data", subclass_mode=True)
-    parser.link_arguments("data.info", "model.data", apply_on="instantiate")
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+    parser.link_arguments("data", "model.data", compute_fn=info_of, apply_on="instantiate")
     # the recipe comes from configs/recipes/sgd.yaml: another class would inherit the arguments of a default here
     parser.set_defaults({"trainer.enable_model_summary": False, "model.optimizer": None, "model.lr_scheduler": None})
     parser.set_defaults({"model.recipe": asdict(Recipe())})

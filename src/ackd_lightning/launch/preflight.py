@@ -6,18 +6,22 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from ackd_lightning.config.class_paths import declared
 from ackd_lightning.config.files import walk
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.messages import Given
 from ackd_lightning.models.weights import check_fit
 from ackd_lightning.runs.files import read_checkpoint
 from ackd_lightning.training.module import DistillationModule
-from ackd_lightning.validation import Range
+from ackd_lightning.validation import Range, check_arguments
 
 _COUNT, _FROM_0, _ABOVE_0 = Range(1), Range(0), Range(0, open_low=True)
 _LARGEST_SEED = 2**32 - 1
@@ -59,6 +63,46 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
             raise ACKDError(f"setting {place} is {value}; it must be {words}")
 
 
+def check_values(settings: Mapping[str, Any], classes: Mapping[str, type], given: Given) -> None:
+    """Refuse arguments that this package's classes would refuse, also where nothing is built (``--print_config``).
+
+    Args:
+        settings: Parsed settings, nested.
+        classes: Class by the place of its setting.
+        given: Settings and their places.
+
+    Raises:
+        ACKDError: Naming the setting.
+    """
+    for place, cls in classes.items():
+        if cls.__module__.startswith("ackd_lightning."):
+            value: Any = settings
+            for part in place.split("."):
+                value = value[int(part)] if isinstance(value, list | tuple) else _arguments(value)[part]
+            _check_value(value, cls, place, given)
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    """The arguments of a class in settings, or of a dataclass; none for anything else."""
+    found = value.get("init_args", value) if isinstance(value, Mapping) else None
+    return dict(found or {})
+
+
+def _check_value(value: Any, cls: type, place: str, given: Given) -> None:
+    for each in value if isinstance(value, list | tuple) else [value]:
+        for name, argument in _arguments(each).items():
+            for owner in cls.__mro__:
+                if "__init__" not in vars(owner) or not owner.__module__.startswith("ackd_lightning."):
+                    continue
+                try:
+                    check_arguments(owner, {name: argument})
+                except ACKDError as error:
+                    raise ACKDError(f"{error}{given.at(f'{place}.{name}') or f' ({place}.{name})'}") from None
+                for inner in declared(owner, name):
+                    if is_dataclass(inner):
+                        _check_value(argument, inner, f"{place}.{name}", given)
+
+
 def check_name(name: str) -> None:
     """Refuse a run's name that would put its folder elsewhere.
 
@@ -95,6 +139,26 @@ def check_writable(folder: Path, option: str) -> None:
         for each in missing:
             with contextlib.suppress(OSError):
                 each.rmdir()
+
+
+def check_loaders(data: L.LightningDataModule, command: str, *, test: bool) -> None:
+    """Refuse a data module that does not have the loaders that a subcommand reads.
+
+    Args:
+        data: Data module.
+        command: fit, validate, test or predict.
+        test: Whether a fit is followed by a test.
+
+    Raises:
+        ACKDError: Naming the method that is missing.
+    """
+    needed = {"fit": ["train", "val", *(["test"] if test else [])], "validate": ["val"]}.get(command, [command])
+    for part in needed:
+        if not is_overridden(f"{part}_dataloader", data, L.LightningDataModule):
+            raise ACKDError(
+                f"{type(data).__name__} has no {part}_dataloader, which `ackd {command}` reads; write it, to return a "
+                "DataLoader of (image, target)"
+            )
 
 
 def check_processes(trainer: L.Trainer, batch_size: int | None) -> None:

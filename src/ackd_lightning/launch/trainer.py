@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
@@ -54,6 +54,16 @@ def make_trainer(cli: ACKDCLI, folder: Path, *, copy_to: Path | None = None) -> 
             f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']} and does not work with "
             "auxiliary optimizers (manual optimization); leave it out, and use --data.batch_size for larger batches"
         )
+    if fit and not dry and settings["enable_checkpointing"] is False:
+        raise ACKDError(
+            "trainer.enable_checkpointing is false, and the student is exported from the last checkpoint; leave it "
+            "out, or use --trainer.fast_dev_run, which writes nothing"
+        )
+    if cli.model.automatic_optimization is False and any(isinstance(each, LearningRateFinder) for each in callbacks):
+        raise ACKDError(
+            f"LearningRateFinder finds the rate of one optimizer, and method {type(cli.model.method).__name__} has "
+            "further ones; leave it out of trainer.callbacks"
+        )
     if not fit:
         settings["logger"] = settings["enable_checkpointing"] = False
         # of the fit, as config.yaml has them
@@ -80,8 +90,9 @@ def make_trainer(cli: ACKDCLI, folder: Path, *, copy_to: Path | None = None) -> 
 
 
 def _callbacks(cli: ACKDCLI, folder: Path, summary: RunSummary) -> list[L.Callback]:
+    validates = not getattr(cli.datamodule, "val_is_test", False) and cli.option("trainer.limit_val_batches") != 0
     return [
-        *checkpoints(folder / "checkpoints", select=not cli.datamodule.val_is_test),
+        *checkpoints(folder / "checkpoints", select=validates),
         StopSafely(
             folder / "checkpoints" / "last.ckpt", advice=f"the same command with --resume {folder} resumes the run"
         ),

@@ -137,6 +137,10 @@ class Teacher(nn.Module):
         return self.network
 
 
+class NoLogitsError(ACKDError):
+    """A method reads the logits of a teacher whose features alone are used."""
+
+
 class FeaturesOnly(NetOutput):
     """Output of a teacher whose classes are not those of the data: features and embedding, no logits.
 
@@ -158,9 +162,9 @@ class FeaturesOnly(NetOutput):
         """Nothing: the error that names the remedy.
 
         Raises:
-            ACKDError: Always.
+            NoLogitsError: Always.
         """
-        raise ACKDError(
+        raise NoLogitsError(
             f"class_map of teacher {self.name} is features and the method reads its logits; map its classes to those "
             "of the data, or choose a method that reads features alone"
         )

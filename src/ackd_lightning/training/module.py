@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from ackd_lightning.callbacks.averaging import EMA
 from ackd_lightning.callbacks.health import HealthMonitor, TeacherGate
 from ackd_lightning.callbacks.stopping import StopEarly
-from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.base import ImageDataModule, info_of
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.ackd import ACKD
 from ackd_lightning.methods.base import Method, Networks, check_method, weighted_loss
@@ -49,7 +49,13 @@ from ackd_lightning.training.schedule import (
 from ackd_lightning.training.strategies import refuse_sharding
 from ackd_lightning.training.students import build_student, keep_frozen_in_evaluation
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
-from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
+from ackd_lightning.training.teacher_choice import (
+    GivenTeacher,
+    as_configs,
+    check_features_only,
+    chosen,
+    describe_teachers,
+)
 from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 from ackd_lightning.validation import check_arguments
@@ -241,12 +247,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         Raises:
             ACKDError: If the data module has no ``info``.
         """
-        info = getattr(data, "info", None)
-        if not isinstance(info, DataInfo):
-            raise ACKDError(
-                f"{type(data).__name__} has no attribute `info`; pass data=DataInfo(...) to the constructor"
-            )
-        return cls(student, data=info, **arguments)
+        return cls(student, data=info_of(data), **arguments)
 
     def default_method(self) -> Method:
         """Return the method of a module that was given none."""
@@ -313,6 +314,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self.match_classes(data)
         before = self._method_sizes()
         self._begin_fit()
+        check_features_only(self, data)
         check_sampling(self.method, data)
         self._speed_up()
         self._open_cache()

@@ -15,10 +15,12 @@ from ackd_lightning.config.files import packaged_names
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.class_map import FEATURES_ONLY
+from ackd_lightning.models.teacher_base import NoLogitsError
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.weight_files import read_tensors
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.types import Batch
 
 GivenTeacher = str | nn.Module | TeacherConfig
 
@@ -42,6 +44,36 @@ def as_configs(
         else TeacherConfig(network=each)
         for each in every
     )
+
+
+def check_features_only(module: Any, data: Any) -> None:
+    """Refuse a method that reads the logits of a teacher whose features alone are used, before the first step.
+
+    Args:
+        module: Training module whose method is ready for the fit.
+        data: Data module, whose ``train_targets`` some methods need; None for loaders alone.
+
+    Raises:
+        NoLogitsError: If the method reads logits.
+    """
+    if module.method.teacher == "own" or not any(each.features_only for each in module.teachers.frozen):
+        return
+    targets = getattr(data, "train_targets", None)
+    target = torch.zeros(2, dtype=torch.int64) if targets is None else torch.as_tensor(targets)[:2]
+    index = torch.arange(len(target))
+    image = torch.zeros(len(target), *module.data.image_shape, device=module.device)
+    training = module.training
+    with torch.no_grad(), torch.random.fork_rng():
+        module.eval()
+        try:
+            batch = Batch(image, target.to(module.device), index.to(module.device))
+            module.method(module.student(image), module.teachers(image), batch)
+        except NoLogitsError:
+            raise
+        except Exception:
+            return  # equal images can be too little for a loss; the first step reports what is wrong with real ones
+        finally:
+            module.train(training)
 
 
 def chosen(configs: Sequence[TeacherConfig], method: Method) -> Sequence[TeacherConfig]:

@@ -126,7 +126,7 @@ def _fetch_data(jobs: Sequence[Job]) -> None:
         key = json.dumps(job.planned.settings()["data"], sort_keys=True)
         if key not in seen and not job.finished:
             seen.add(key)
-            job.planned.datamodule.prepare_data()
+            job.planned.images.prepare_data()
 
 
 def _plan(

@@ -81,7 +81,7 @@ class Stopwatch:
         Args:
             job: Planned run.
         """
-        images = train_images(job.planned.datamodule)
+        images = train_images(job.planned.images)
         if images is None:
             return None
         networks, shape = job.networks, job.networks.image_shape
@@ -99,7 +99,7 @@ def megabytes(job: Job) -> float:
     Args:
         job: Planned run.
     """
-    data, networks = job.planned.datamodule, job.networks
+    data, networks = job.planned.images, job.networks
     kept = 1 if data.val_is_test else 2
     memory = networks.bytes_per_image * (train_images(data) or 0) if networks.bytes_per_image else 0.0
     return (kept * (8 * networks.trained + memory) + 4 * networks.kept) / 1e6

@@ -22,7 +22,7 @@ _FILE = "proxies.json"
 
 
 def _test_batches(job: Job, device: torch.device) -> Iterator[Batch]:
-    data = job.planned.datamodule
+    data = job.planned.images
     data.prepare_data()
     data.setup()
     for raw in data.test_dataloader():
@@ -30,7 +30,7 @@ def _test_batches(job: Job, device: torch.device) -> Iterator[Batch]:
 
 
 def _network(name: str, weights: str, job: Job, options: dict[str, Any] | None) -> FrozenTeacher:
-    data = job.planned.datamodule
+    data = job.planned.images
     network = FrozenTeacher.from_name(name, job.networks.num_classes, weights=weights, options=options)
     network.adapt_to(data.info)
     return network

@@ -1,0 +1,171 @@
+"""Data modules and callbacks of one's own by their class path, on the command line and in a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from ackd_lightning import DataInfo
+from ackd_lightning.cli import main
+
+RUN = Path("runs/ce/a")
+FIT = ["fit", "--config", "ce", "--model.student", "resnet8", "--trainer.max_epochs", "1", "--name", "a"]
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning, about few steps
+
+
+def loader(size=(16, 16), channels=3):
+    images = torch.randn(16, channels, *size, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(images, torch.arange(16) % 4), batch_size=8)
+
+
+class Mine(L.LightningDataModule):
+    def __init__(self, size: int = 16):
+        super().__init__()
+        self.info = DataInfo(4, size, class_names=("a", "b", "c", "d"))
+        self.size = (size, size)
+
+    def train_dataloader(self):
+        return loader(self.size)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class Wide(Mine):
+    """Rectangular grey images, and ``info`` as a property."""
+
+    def __init__(self):
+        L.LightningDataModule.__init__(self)
+        self.size = (16, 24)
+
+    @property
+    def info(self):
+        return DataInfo(4, (16, 24), channels=1)
+
+    def train_dataloader(self):
+        return loader((16, 24), channels=1)
+
+    val_dataloader = train_dataloader
+
+
+class Mappings(Mine):
+    """Batches that are mappings, as those of transformers."""
+
+    def train_dataloader(self):
+        images, targets = loader(self.size).dataset.tensors
+        return DataLoader([{"pixel_values": i, "labels": t} for i, t in zip(images, targets, strict=True)], 8)
+
+    val_dataloader = train_dataloader
+
+
+class WithoutInfo(L.LightningDataModule):
+    train_dataloader = val_dataloader = Mine.train_dataloader
+
+
+class InfoInSetup(Mine):
+    def __init__(self):
+        super().__init__()
+        del self.info
+
+    def setup(self, stage):
+        self.info = DataInfo(4, 16)
+
+
+class InfoAsDict(Mine):
+    info = None
+
+    def __init__(self):
+        L.LightningDataModule.__init__(self)
+        self.info = {"num_classes": 4}
+
+
+class OnlyVal(L.LightningDataModule):
+    info = DataInfo(4, 16)
+    size = (16, 16)
+    val_dataloader = Mine.train_dataloader
+
+
+class OnlyTrain(L.LightningDataModule):
+    info = DataInfo(4, 16)
+    size = (16, 16)
+    train_dataloader = Mine.train_dataloader
+
+
+class WithoutTest(OnlyTrain):
+    val_dataloader = Mine.train_dataloader
+
+
+class Counts(L.Callback):
+    def __init__(self, word: str = "moin"):
+        self.word = word
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        print(f"{self.word}: {trainer.global_step} steps")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "own", sys.modules[__name__])
+
+
+@pytest.mark.parametrize("name", ["Mine", "Wide", "Mappings"])
+def test_a_data_module_of_lightning_trains(name):
+    assert main([*FIT, "--data", f"own.{name}"]) == 0
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert summary["data"] == name
+    assert summary["steps"] == 2
+    assert "val/acc" in summary["last"]
+    assert (RUN / "student.safetensors").is_file()
+
+
+def test_the_same_in_a_file_and_later_commands_on_the_run():
+    Path("own.yaml").write_text("include: [methods/ce]\ndata: {class_path: own.Mine, init_args: {size: 20}}\n")
+    assert main(["fit", "--config", "own.yaml", *FIT[3:]]) == 0
+    run = "runs/own/a"
+    for command in ("validate", "test"):
+        assert main([command, run]) == 0
+    assert main(["predict", run, "--output", "p.csv"]) == 0
+    first = Path("p.csv").read_text().splitlines()[1].split(",")
+    assert first[4] == "abcd"[int(first[3])]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", "own.WithoutInfo"], "WithoutInfo has no attribute `info`"),
+        (["--data", "own.InfoInSetup"], "InfoInSetup has no attribute `info`"),
+        (["--data", "own.InfoAsDict"], "InfoAsDict has the dict `info`"),
+        (["--data", "own.OnlyVal"], "OnlyVal has no train_dataloader"),
+        (["--data", "own.OnlyTrain"], "OnlyTrain has no val_dataloader"),
+        (["--data", "own.WithoutTest", "--test"], "WithoutTest has no test_dataloader"),
+        (["--data", "own.Mine", "--data.sise", "3"], "did you mean 'data.size'"),
+        (["--data", "own.Counts"], "own.Counts"),
+        (["--data", "own.Mine", "--trainer.callbacks+", "own.Mine"], "own.Mine"),
+        (["--data", "own.Mine", "--trainer.callbacks+", "own.Counts", "--trainer.callbacks.words", "x"], "callbacks"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_missing_is_one_sentence(options, words, capsys):
+    assert main([*FIT, *options]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert words in shown
+    assert len(shown.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+def test_a_cache_needs_data_of_this_package(capsys):
+    options = ["--config", "kd", "--model.student", "resnet8", "--model.teacher.network", "resnet14"]
+    assert main(["cache", *options, "--trainer.max_epochs", "1", "--data", "own.Mine"]) == 2
+    assert "data is Mine" in capsys.readouterr().err
+
+
+def test_a_callback_of_ones_own(capsys):
+    named = ["--trainer.callbacks+", "own.Counts", "--trainer.callbacks.word", "servus"]
+    assert main([*FIT, "--data", "own.Mine", *named]) == 0
+    assert "servus: 2 steps" in capsys.readouterr().out
