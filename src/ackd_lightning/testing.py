@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from ackd_lightning.methods.base import FitInfo, Method, weighted_loss
+from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.manual import frozen
@@ -108,7 +109,13 @@ class Harness:
         torch.manual_seed(seed)
         given = [teacher] if isinstance(teacher, (str, nn.Module)) else list(teacher)
         networks = [create_model(each, classes) if isinstance(each, str) else each for each in given]
-        configs = [TeacherConfig(network=each, gate="off") for each in networks]
+        info = self.data.info
+        configs = [
+            TeacherConfig(network=each, gate="off")
+            if isinstance(each, FrozenTeacher)
+            else TeacherConfig(network=each, mean=info.mean, std=info.std, gate="off")
+            for each in networks
+        ]
         usual: dict[str, Any] = {
             "optimizer": functools.partial(SGD, lr=lr, momentum=0.9, weight_decay=5e-4),
             "lr_scheduler": functools.partial(MultiStepLR, milestones=[1]),

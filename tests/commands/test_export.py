@@ -81,7 +81,7 @@ def test_validation_measures_the_kept_path_and_a_test_agrees():
     assert main(["test", str(run), "--trainer.enable_progress_bar", "false"]) == 0
     assert main(["predict", str(run), "--output", "p.csv", "--trainer.enable_progress_bar", "false"]) == 0
     rows = [line.split(",") for line in Path("p.csv").read_text().splitlines()[1:]]
-    right = sum(target == prediction for _, target, prediction, _ in rows) / len(rows)
+    right = sum(target == prediction for _, _, target, prediction, *_ in rows) / len(rows)
     tested = json.loads((run / "summary.json").read_text())["test"]["last"]["test/acc"]
     assert tested == pytest.approx(right, abs=1e-6)
 

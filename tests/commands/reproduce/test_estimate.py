@@ -32,8 +32,8 @@ class Branched(Network):
 def test_a_network_is_timed_once_with_backward_only_in_training(kind, train):
     watch, network = Stopwatch(), kind()
     watch.device = torch.device("cpu")
-    seconds = watch.seconds(lambda: network, "name", 4, train=train)
+    seconds = watch.seconds(lambda: network, "name", (3, 4, 4), train=train)
     assert 0 < seconds < 1
     assert set(network.passes) == {(train, train)}
     assert (network.layer.weight.grad is not None) == train
-    assert watch.seconds(lambda: pytest.fail("built again"), "name", 4, train=train) == seconds
+    assert watch.seconds(lambda: pytest.fail("built again"), "name", (3, 4, 4), train=train) == seconds
