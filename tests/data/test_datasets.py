@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from ackd_lightning.data.datasets import FileImages, TensorImages
-from ackd_lightning.data.decoding import ImageFormat, read_image
+from ackd_lightning.data.decoding import read_image
 from ackd_lightning.data.folders import scan_class_folders
+from ackd_lightning.data.pixels import ImageFormat
 from ackd_lightning.data.sampling import STREAM_TRANSFORM
 from ackd_lightning.data.transforms import random_crop
 from ackd_lightning.random import mix

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ackd_lightning.data.decoding import ImageFormat, fit, read_image, to_tensor
+from ackd_lightning.data.decoding import read_image
 from ackd_lightning.data.folders import scan_class_folders
+from ackd_lightning.data.pixels import ImageFormat, fit, to_tensor
 from ackd_lightning.data.reading import check_files, check_image_file, decode
 from ackd_lightning.errors import ACKDError
 

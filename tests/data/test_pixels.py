@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ackd_lightning.data import ImageFolderDataModule
-from ackd_lightning.data.decoding import Encoded, ImageFormat, fit, load_image, read_image, to_tensor
+from ackd_lightning.data.decoding import Encoded, load_image, read_image
+from ackd_lightning.data.pixels import ImageFormat, fit, to_tensor
 from ackd_lightning.errors import ACKDError
 
 RGB = ImageFormat((4, 4))

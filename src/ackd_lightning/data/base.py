@@ -17,7 +17,7 @@ from torch import Tensor
 from ackd_lightning.data.arguments import PlainArguments
 from ackd_lightning.data.augmentation import Augmentation, AugmentedImages, ImageAugmentation, Mixing
 from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
-from ackd_lightning.data.decoding import ImageFormat
+from ackd_lightning.data.pixels import ImageFormat
 from ackd_lightning.data.sampling import (
     EpochSampler,
     ImageLoader,

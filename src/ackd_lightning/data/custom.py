@@ -10,8 +10,9 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
-from ackd_lightning.data.decoding import ImageFormat, is_deep, label, load_image
+from ackd_lightning.data.decoding import label, load_image
 from ackd_lightning.data.messages import say
+from ackd_lightning.data.pixels import ImageFormat, is_deep
 from ackd_lightning.data.sampling import stratified_split
 from ackd_lightning.data.sources import Files, Records, Source
 from ackd_lightning.data.stored import StoredDataModule

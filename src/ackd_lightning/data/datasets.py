@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as vision
 
-from ackd_lightning.data.decoding import Decoded, ImageFile, ImageFormat, fit, height_and_width, read_image, to_tensor
+from ackd_lightning.data.decoding import ImageFile, read_image
+from ackd_lightning.data.pixels import Decoded, ImageFormat, fit, height_and_width, to_tensor
 from ackd_lightning.data.sampling import STREAM_TRANSFORM, Part
 from ackd_lightning.data.transforms import Keys, RawBatch, random_crop
 from ackd_lightning.random import mix

@@ -1,34 +1,35 @@
-"""Reading of one image file: pixels of any depth and mode to the channels and the size of a network's input."""
+"""Reading of one image file, of any format and depth, as it is."""
 
 from __future__ import annotations
 
 import functools
 import io
 import os
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from torchvision.transforms.v2 import functional as vision
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ackd_lightning.data.pixels import Decoded, ImageFormat, convert
 from ackd_lightning.errors import ACKDError
 
 # ValueError and SyntaxError come from broken PNG chunks
 BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """Exceptions of PIL for a file that is not a whole image."""
 
-_DEPTH = 65535
-_TWELVE_BITS = 4095
+
 _LOWER = ("RGB;16B", "RGBA;16B")
+
+
 _ORIENTATION = 0x0112
+
+
 _BITS_PER_SAMPLE = 258
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
 HEIF = frozenset({".heic", ".heif", ".hif"})
 """Endings of photos of phones, which PIL reads with the package pillow-heif."""
 
@@ -46,34 +47,6 @@ class Encoded(NamedTuple):
 
 
 ImageFile = Path | Encoded
-Decoded = Image.Image | Tensor
-"""An image of 8 bits, or ``C x H x W`` float32 from 0 to 1."""
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """What image files become.
-
-    Attributes:
-        size: Height and width in pixels.
-        channels: Number of channels. Files with another number are converted to 1 (grey) or 3 (RGB); any other number
-            must be that of the files.
-        value_range: Pixel values that become 0 and 1; values outside are clipped. None for the range of the file's
-            own type: 255 for 8 bits, 65535 for 16 bits, 0 to 1 for floats.
-        background: Colour that shows through transparent pixels, where alpha is not a channel.
-        deep: Whether pixels are kept as float32 from 0 to 1, instead of uint8.
-    """
-
-    size: tuple[int, int]
-    channels: int = 3
-    value_range: tuple[float, float] | None = None
-    background: str = "white"
-    deep: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the tensors that images become."""
-        return torch.float32 if self.deep else torch.uint8
 
 
 def label(file: ImageFile) -> str:
@@ -226,42 +199,6 @@ def _tiff(file: ImageFile) -> NDArray[Any]:
         raise broken_image(file, error) from None
 
 
-def is_deep(raw: Image.Image | NDArray[Any]) -> bool:
-    """Whether a decoded file has more than 8 bits.
-
-    Args:
-        raw: Result of `load_image`.
-    """
-    return not isinstance(raw, Image.Image) and raw.dtype != np.uint8 and raw.dtype != np.bool_
-
-
-def largest_value(raw: Image.Image | NDArray[Any]) -> int | None:
-    """Largest value of an image of 16 bits without sign; None for any other.
-
-    Args:
-        raw: Result of `load_image`.
-    """
-    return None if isinstance(raw, Image.Image) or raw.dtype != np.uint16 else int(raw.max(initial=0))
-
-
-def require_full_range(values: list[int], name: str) -> None:
-    """Refuse 16-bit images none of which uses more than 12 bits, which would come out black.
-
-    Args:
-        values: Largest value of each image of 16 bits.
-        name: Name of the first such image.
-
-    Raises:
-        ACKDError: Naming the largest value.
-    """
-    if values and 0 < max(values) <= _TWELVE_BITS:
-        top = 2 ** max(8, max(values).bit_length()) - 1
-        raise ACKDError(
-            f"the {len(values):,} images of 16 bits, such as {name}, have no value above {max(values):,} and would "
-            f"come out black: set value_range to [0, {top}], or to [0, {_DEPTH}] if they are that dark"
-        )
-
-
 def read_image(file: ImageFile, form: ImageFormat) -> Decoded:
     """Decode a file of any mode and depth to the channels of a format, at its own size.
 
@@ -273,136 +210,3 @@ def read_image(file: ImageFile, form: ImageFormat) -> Decoded:
         ACKDError: If the file is not a whole image, has another number of channels, or an unknown range of values.
     """
     return convert(load_image(file), form, label(file))
-
-
-def convert(raw: Image.Image | NDArray[Any], form: ImageFormat, name: str) -> Decoded:
-    """Bring a decoded file to the channels and the range of a format.
-
-    Args:
-        raw: Result of `load_image`.
-        form: What it becomes.
-        name: Name of the file.
-
-    Raises:
-        ACKDError: If it has another number of channels, or an unknown range of values.
-    """
-    if isinstance(raw, Image.Image):
-        image = _with_channels(raw, form, name)
-        if form.value_range is None:
-            return image
-        raw = np.asarray(image)
-    return _array_channels(_scaled(_channels_last(raw, form.channels, name), form, name), form, name)
-
-
-def _with_channels(image: Image.Image, form: ImageFormat, name: str) -> Image.Image:
-    mode = _MODES.get(form.channels)
-    if mode is None or (form.channels in (2, 4) and len(image.getbands()) != form.channels):
-        if image.mode == "P" and form.channels == 4 and "transparency" in image.info:
-            return image.convert("RGBA")
-        raise _wrong_channels(name, len(image.getbands()), form.channels)
-    if form.channels in (2, 4) or (image.mode == mode and "transparency" not in image.info):
-        return image  # convert would copy it
-    if ("A" in image.mode.upper() and image.mode != "LAB") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        canvas = Image.new("RGBA", layer.size, ImageColor.getrgb(form.background))
-        image = Image.alpha_composite(canvas, layer)
-        image = image.convert("RGB")
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _wrong_channels(name: str, found: int, channels: int) -> ACKDError:
-    return ACKDError(f"{name} has {found} channels and channels is {channels}: set channels to {found}")
-
-
-def _channels_last(array: NDArray[Any], channels: int, name: str) -> NDArray[Any]:
-    """Return an array as ``H x W x C``; arrays ``C x H x W`` are recognised by the number of channels."""
-    if array.ndim == 2:
-        return array[:, :, None]
-    if array.ndim != 3 or 0 in array.shape:
-        raise ACKDError(f"{name} is an array of shape {array.shape}: it must be H x W, H x W x C or C x H x W")
-    first, last = array.shape[0], array.shape[2]
-    known = (channels, 1, 3, 4)
-    if (last not in known and first in known) or last > 16 >= first:
-        moved: NDArray[Any] = array.transpose(1, 2, 0)
-        return moved
-    return array
-
-
-def _scaled(array: NDArray[Any], form: ImageFormat, name: str) -> NDArray[np.float32]:
-    """Scale pixel values to 0 to 1."""
-    values: NDArray[np.float32] = array.astype(np.float32)
-    if form.value_range is not None:
-        low, high = form.value_range
-        scaled: NDArray[np.float32] = np.nan_to_num(((values - low) / (high - low)).clip(0, 1)).astype(np.float32)
-        return scaled
-    if array.dtype == np.bool_:
-        return values
-    if array.dtype in (np.uint8, np.uint16):
-        values /= 255 if array.dtype == np.uint8 else _DEPTH
-        return values
-    low, high = float(values.min()), float(values.max())
-    if array.dtype.kind == "f" and low >= 0 and high <= 1:
-        return values
-    raise ACKDError(
-        f"{name} has {array.dtype} pixels from {low:g} to {high:g}, whose full range is unknown: set value_range to "
-        "[lowest, highest]"
-    )
-
-
-def _array_channels(pixels: NDArray[np.float32], form: ImageFormat, name: str) -> Tensor:
-    """Return ``C x H x W`` float32 with the channels of a format."""
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-    found = image.shape[0]
-    if found == form.channels:
-        return image
-    if form.channels not in (1, 3) or found not in (1, 2, 3, 4):
-        raise _wrong_channels(name, found, form.channels)
-    if found in (2, 4):
-        colour = torch.tensor(ImageColor.getrgb(form.background)[:3]).view(3, 1, 1) / 255
-        alpha = image[-1:]
-        image = image[:-1].expand(3, -1, -1) * alpha + colour * (1 - alpha)
-    return vision.rgb_to_grayscale(image) if form.channels == 1 and len(image) == 3 else image.expand(3, -1, -1)
-
-
-def height_and_width(image: Decoded) -> tuple[int, int]:
-    """Height and width of an image in pixels.
-
-    Args:
-        image: Decoded image.
-    """
-    height, width = vision.get_size(image)
-    return height, width
-
-
-def fit(image: Decoded, size: tuple[int, int], *, border: float = 1.0) -> Decoded:
-    """Resize an image (bilinear) until it covers a size, and crop the centre; one of that size is returned as it is.
-
-    Args:
-        image: Decoded image of any size.
-        size: Height and width of the result in pixels.
-        border: Size before the crop, relative to that after it.
-    """
-    height, width = height_and_width(image)
-    if (height, width) == size and border == 1:
-        return image
-    tall, wide = round(size[0] * border), round(size[1] * border)
-    if tall * width >= wide * height:  # the rounding is that of torchvision
-        wide = int(tall * width / height)
-    else:
-        tall = int(wide * height / width)
-    resized = vision.resize(image, [tall, wide], antialias=True)
-    return cast("Decoded", vision.center_crop(resized, list(size)))
-
-
-def to_tensor(image: Decoded, form: ImageFormat) -> Tensor:
-    """Return an image as ``C x H x W`` of the type of a format, channels innermost in memory.
-
-    Args:
-        image: Decoded image.
-        form: Format.
-    """
-    if isinstance(image, Tensor):
-        return image if form.deep else (image * 255).round().clamp(0, 255).to(torch.uint8)
-    pixels = np.array(image)
-    tensor = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
-    return tensor / 255 if form.deep else tensor

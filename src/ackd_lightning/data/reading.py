@@ -13,22 +13,9 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
-from ackd_lightning.data.decoding import (
-    BROKEN,
-    Encoded,
-    ImageFile,
-    ImageFormat,
-    convert,
-    fit,
-    has_deep_colours,
-    label,
-    largest_value,
-    load_image,
-    require_full_range,
-    stream,
-    to_tensor,
-)
+from ackd_lightning.data.decoding import BROKEN, Encoded, ImageFile, has_deep_colours, label, load_image, stream
 from ackd_lightning.data.messages import on_first_process
+from ackd_lightning.data.pixels import ImageFormat, convert, fit, largest_value, require_full_range, to_tensor
 from ackd_lightning.data.sources import Files, Pixels, Records
 
 _PLAIN = ("RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "YCbCr")

@@ -14,8 +14,9 @@ from torch import Tensor
 from ackd_lightning.data.augmentation import ImageAugmentation
 from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
 from ackd_lightning.data.custom import IN_MEMORY, CustomImagesDataModule
-from ackd_lightning.data.decoding import Encoded, is_deep, load_image
+from ackd_lightning.data.decoding import Encoded, load_image
 from ackd_lightning.data.messages import say
+from ackd_lightning.data.pixels import is_deep
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.shards import ShardFormat, ShardLoader, Shards, expand, image_ending
 from ackd_lightning.data.sources import Source

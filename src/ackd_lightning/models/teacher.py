@@ -70,11 +70,10 @@ class FrozenTeacher(Teacher):
         own = clone(network) if copy_network else network
         for parameter in own.parameters():  # the method of a network that was compiled by TorchScript raises
             parameter.requires_grad_(False)
-        super().__init__(own.eval(), input_size=input_size)
+        super().__init__(own.eval(), mean=mean, std=std, input_size=input_size, interpolation=interpolation)
         self.bf16 = bf16
         self.metadata = dict(metadata or {})
         self.stated = typed_metadata(self.metadata, f"the weight file of teacher {self.name}")
-        given = Preprocessing(tuple(mean) if mean else None, tuple(std) if std else None, input_size, interpolation)
         file = Preprocessing(
             self.stated.get("mean"),
             self.stated.get("std"),
@@ -82,7 +81,7 @@ class FrozenTeacher(Teacher):
             self.stated.get("interpolation"),
             self.metadata.get("preprocessing_origin", "its weight file"),
         )
-        self.given = given.filled(file)
+        self.given = self.given.filled(file)
         self.training = False
         self.fused: nn.Module | None = None
         self.selection: ClassSelection | None = None
