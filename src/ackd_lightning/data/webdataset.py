@@ -150,7 +150,14 @@ class WebDatasetDataModule(CustomImagesDataModule):
         change = (
             ImageAugmentation(self.augmentation, self.mean, self.run_seed, deep=bool(self._deep)) if changes else None
         )
-        return ShardFormat(self.image_format, crop, {**numbers, **order}, self.label_key, change)
+        return ShardFormat(
+            self.image_format,
+            crop,
+            {**numbers, **order},
+            self.label_key,
+            change,
+            self.augmentation.smallest_crop,
+        )
 
     def _count(self) -> int:
         """Check all shards, and return the number of training images."""
