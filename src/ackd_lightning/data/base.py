@@ -431,7 +431,14 @@ class ImageDataModule(PlainArguments):
             if not changed and self._hold(len(rows) * source.images[0].nbytes):
                 return HeldImages(part, len(rows))
             return TensorImages(source.images, source.targets, rows)
-        return FileImages(source.opener(), source.targets, rows, form=self.image_format, seed=self.run_seed)
+        return FileImages(
+            source.opener(),
+            source.targets,
+            rows,
+            form=self.image_format,
+            seed=self.run_seed,
+            smallest_crop=self.augmentation.smallest_crop,
+        )
 
     # --------------------------------------------------------------------------------------------------- the device
 

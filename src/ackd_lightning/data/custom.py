@@ -109,8 +109,6 @@ class CustomImagesDataModule(StoredDataModule):
                 say(f"images are kept as float32, since the first one, {label(first)}, has more than 8 bits")
         if max(height_width(self.input_size)) <= IN_MEMORY:
             return self._decoded(files, folder, part)
-        if isinstance(files, Records):
-            return self._checked(files, folder, part)
         return self._checked(files, folder, part)
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ackd_lightning.data.pixels import Decoded, ImageFormat, convert
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.extras import require
 
 # ValueError and SyntaxError come from broken PNG chunks
 BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -156,9 +157,7 @@ def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
         if suffix in (".tif", ".tiff"):
             return _tiff(file)
         if suffix in HEIF and not register_heif():
-            raise ACKDError(
-                f"{label(file)} needs the package pillow-heif: pip install 'ackd-lightning[heic]'"
-            ) from None
+            require("pillow_heif", "heic", label(file))
         raise broken_image(file, error) from None
     except BROKEN as error:
         raise broken_image(file, error) from None
@@ -197,13 +196,7 @@ def _deep_png(file: ImageFile) -> NDArray[Any]:
 
 def _tiff(file: ImageFile) -> NDArray[Any]:
     """Decode a TIFF with channels, depths or pages that PIL does not read."""
-    if find_spec("tifffile") is None:
-        raise ACKDError(
-            f"{label(file)} is not read whole by Pillow and needs the package tifffile: pip install "
-            "'ackd-lightning[tiff]'"
-        )
-    import tifffile
-
+    tifffile = require("tifffile", "tiff", f"{label(file)} is not read whole by Pillow and")
     try:
         array: NDArray[Any] = tifffile.imread(io.BytesIO(_bytes(file)))
         return array
