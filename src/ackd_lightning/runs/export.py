@@ -31,6 +31,10 @@ from ackd_lightning.runs.files import read_checkpoint, whole_file
 from ackd_lightning.types import ImageSize, height_width
 
 
+class FileKeptError(ACKDError):
+    """A file exists and is not replaced."""
+
+
 @dataclass(frozen=True, slots=True)
 class Exported:
     """A network that was exported.
@@ -171,9 +175,13 @@ def export_student(
         ACKDError: If the file exists, the checkpoint was not written by this package, or the logits differ.
     """
     if target.exists() and not overwrite:
-        raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
+        raise _exists(target)
     checkpoint = read_checkpoint(checkpoint_path)
-    return write_student(checkpoint, target, origin=checkpoint_path, learner=learner, extra=extra)
+    return write_student(checkpoint, target, origin=checkpoint_path, learner=learner, extra=extra, overwrite=overwrite)
+
+
+def _exists(target: Path) -> FileKeptError:
+    return FileKeptError(f"{target} exists; choose another --out or pass --overwrite")
 
 
 def write_student(
@@ -183,15 +191,17 @@ def write_student(
     origin: Path = Path("this module"),
     learner: int = 0,
     extra: Mapping[str, str] | None = None,
+    overwrite: bool = True,
 ) -> Exported:
     """Write a network of a checkpoint in memory; `export_student` says how.
 
     Args:
         checkpoint: Content of a checkpoint of this package.
-        target: File to write; replaced if it exists.
+        target: File to write.
         origin: Where the content comes from, for messages.
         learner: Number of the learner: 0 for the student, from 1 for a peer.
         extra: Further metadata.
+        overwrite: Whether to replace a file that exists.
 
     Raises:
         ACKDError: If the network is not one that `create_model` builds, or the logits differ.
@@ -203,7 +213,7 @@ def write_student(
     trained = source.fresh()
     trained.load_state_dict(source.state)
     try:
-        with whole_file(target) as partial:
+        with whole_file(target, replace=overwrite) as partial:
             save_weights(source.state, partial, _plain_metadata(checkpoint, source, extra))
             reloaded = source.fresh()
             load_weights(reloaded, partial)
@@ -218,6 +228,8 @@ def write_student(
                 )
             if not difference <= 1e-5:
                 raise ACKDError(f"the exported student's logits differ by {difference:.3g}; {target} was not written")
+    except FileExistsError as error:  # of another process, since this one looked
+        raise _exists(target) from error
     except OSError as error:
         raise ACKDError(
             f"{target} cannot be written ({error.strerror}); choose a folder with room that you may write in"
