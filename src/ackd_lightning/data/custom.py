@@ -10,6 +10,7 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
+from ackd_lightning.data.datasets import IN_MEMORY
 from ackd_lightning.data.decoding import label, load_image
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import ImageFormat, is_deep
@@ -23,8 +24,6 @@ from ackd_lightning.validation import Positive, Range, checked
 
 Side = Annotated[int, Range(8, 4096)]
 
-IN_MEMORY = 64
-"""Largest side in pixels at which images are kept in memory."""
 _TEST_SHARE = 0.2
 _TEST_SPLIT_SEED = 1  # another one than that of the validation split, which is taken from the remaining images
 _GREY = ((sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,))

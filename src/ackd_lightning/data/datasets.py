@@ -18,6 +18,8 @@ from ackd_lightning.random import mix
 
 EVAL_BORDER = 256 / 224
 """Size of an image before its centre is cropped in evaluation, relative to that after it."""
+IN_MEMORY = 64
+"""Largest side in pixels at which images of a user's own are kept in memory."""
 Key = tuple[int, int]
 """Epoch and index of a training sample."""
 

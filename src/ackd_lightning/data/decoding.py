@@ -152,12 +152,7 @@ def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
                 return _deep_png(file) if image.format == "PNG" else _tiff(file)
             if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1 and find_spec("tifffile") is not None:
                 return _tiff(file)
-            image.load()
-            image = _oriented(image)
-            if image.mode.startswith(("I", "F")):
-                array = np.asarray(image)
-                return array.astype(np.uint16) if array.dtype.kind == "u" or image.mode == "I;16B" else array
-            return image
+            return as_decoded(image)
     except UnidentifiedImageError as error:
         if suffix in (".tif", ".tiff"):
             return _tiff(file)
@@ -166,6 +161,23 @@ def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
         raise broken_image(file, error) from None
     except BROKEN as error:
         raise broken_image(file, error) from None
+
+
+def as_decoded(image: Image.Image) -> Image.Image | NDArray[Any]:
+    """Turn an image as its camera states, and return one of more than 8 bits as an array.
+
+    Args:
+        image: Image of PIL.
+
+    Returns:
+        An image of 8 bits; an array ``H x W`` for other depths.
+    """
+    image.load()
+    image = _oriented(image)
+    if image.mode.startswith(("I", "F")):
+        array = np.asarray(image)
+        return array.astype(np.uint16) if array.dtype.kind == "u" or image.mode == "I;16B" else array
+    return image
 
 
 def _deep_png(file: ImageFile) -> NDArray[Any]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ackd_lightning.data.augmentation import ImageAugmentation
 from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
-from ackd_lightning.data.custom import IN_MEMORY, CustomImagesDataModule
+from ackd_lightning.data.custom import CustomImagesDataModule
+from ackd_lightning.data.datasets import IN_MEMORY
 from ackd_lightning.data.decoding import Encoded, load_image
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import is_deep
