@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ackd_lightning import DataInfo, DigitsDataModule, DistillationModule, StudentConfig
+from ackd_lightning.deploy.student import load_student
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD, AIKD, ATSC, CC, CE, DKD, KD, Sum
 from ackd_lightning.models.quantization import FakeQuantized, quantize
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.runs.export import load_student
 from ackd_lightning.training import Recipe
 from training import resume_script
 from training.helpers import TinyNet, largest_difference, milestones, sgd, state, teaching, trainer
