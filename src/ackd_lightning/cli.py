@@ -54,11 +54,14 @@ def make_parser() -> argparse.ArgumentParser:
     configs.add_argument("filter", nargs="?", default="", help="show only names that contain this text")
 
     look = commands.add_parser(
-        "inspect", help="stages, branch points, size and cost of a network: ackd inspect timm:lcnet_050 --size 96"
+        "inspect",
+        help="what a file or a run is, or stages, branch points and cost of a network: ackd inspect timm:lcnet_050",
     )
-    look.add_argument("network", help="network of the zoo, of torchvision, timm:NAME or hf:FOLDER")
+    look.add_argument(
+        "network", help="exported file, run, or network of the zoo, of torchvision, timm:NAME or hf:FOLDER"
+    )
     look.add_argument("--size", help="image side in pixels, or HEIGHTxWIDTH; default: the network's own")
-    look.add_argument("--classes", type=int, default=1000, help="number of classes")
+    look.add_argument("--classes", type=int, help="number of classes; default: 1000")
     look.add_argument("--taps", default="", help="modules whose outputs are the stages, separated by commas")
 
     export = commands.add_parser(

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning.pytorch as L
 import yaml
-from jsonargparse import Namespace
 
 from ackd_lightning.config.class_paths import check_classes
 from ackd_lightning.config.files import find_config, load_configs
@@ -145,8 +144,11 @@ class ACKDCLI:
         Raises:
             ACKDError: When its constructor refuses its arguments or fails, in its own words.
         """
+        settings = self.config.clone()
+        for name in [each for each in vars(settings) if each != "data"]:
+            settings.pop(name)
         try:
-            self.datamodule = data_parser().instantiate(Namespace(data=self.config.data)).data
+            self.datamodule = data_parser().instantiate(settings).data
         except Exception as error:
             raise failed_constructor(error) from error
         return self.datamodule
