@@ -116,7 +116,7 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
     head, plain = metadata.get("head"), below(STUDENT_PREFIX)
     if metadata.get("quantization") is not None:
         with torch.device("meta"):
-            plain = float_state(below(f"{STUDENT_PREFIX}graph."), create_model(name, classes, **options))
+            plain = float_state(below(f"{STUDENT_PREFIX}body."), create_model(name, classes, **options))
     if head is None:
         return _Source(name, options, classes, None, plain)
     with torch.device("meta"):
@@ -187,6 +187,18 @@ def network_of(
     network = source.fresh()
     network.load_state_dict(source.state)
     return network, _plain_metadata(checkpoint, source, extra)
+
+
+def plain_parameters(checkpoint: Mapping[str, Any], origin: Path, learner: int = 0) -> int:
+    """Count the parameters of a network of a checkpoint with its own classifier, whatever head a method gave it.
+
+    Args:
+        checkpoint: Content of a checkpoint of this package.
+        origin: Where the content comes from, for messages.
+        learner: Number of the learner: 0 for the student, from 1 for a peer.
+    """
+    with torch.device("meta"):
+        return count_parameters(_source(checkpoint, origin, learner).plain())
 
 
 def export_student(
