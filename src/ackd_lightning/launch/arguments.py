@@ -42,6 +42,27 @@ def split_configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return found.config, rest
 
 
+def refuse_values_alone(options: Sequence[str]) -> None:
+    """Refuse what is neither an option nor the value of one.
+
+    Args:
+        options: Command line without ``--config`` and the name of a run.
+
+    Raises:
+        ACKDError: Naming it, and how it is meant to be written.
+    """
+    for name, _ in _pairs(options):
+        if name.startswith("-"):
+            continue
+        if name.endswith((".yaml", ".yml")):
+            remedy = f"write --config {name}"
+        elif any(each.startswith(f"{name}=") for each in options):
+            remedy = "write the whole name of the setting after two dashes, such as --model.optimizer.lr=0.1"
+        else:
+            remedy = "write the option that it belongs to before it, such as --name first"
+        raise ACKDError(f"{name!r} is given without an option; {remedy}")
+
+
 def without_none(options: Sequence[str]) -> list[str]:
     """Replace the value ``None``, as Python programs such as sweeps print it, by ``null``.
 

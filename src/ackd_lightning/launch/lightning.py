@@ -23,11 +23,12 @@ from ackd_lightning.launch.arguments import (
     choose_unlabelled,
     find_data,
     name_checkpoint,
+    refuse_values_alone,
     split_configs,
     without_none,
 )
 from ackd_lightning.launch.messages import Given, RefusedError, check_shape, failed_constructor, first_cause, shorten
-from ackd_lightning.launch.options import FIT_ONLY, make_parser, spell_out
+from ackd_lightning.launch.options import FIT_ONLY, data_parser, make_parser, spell_out
 from ackd_lightning.launch.preflight import check_numbers, check_values
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.strategies import refuse_sharding
@@ -73,6 +74,7 @@ class ACKDCLI:
                 raise ACKDError(f"`ackd {command}` needs a run; write `ackd {command} RUN`, or name its --config")
         self.prints = any(each.startswith("--print_config") for each in options)
         options = [each for each in options if not each.startswith("--print_config")]
+        refuse_values_alone(options)
         options = without_none(options)
         settings, self.config_name = load_configs(configs)
         if command != "fit" and configs and (found := find_data(settings, find_config(configs[0]))):
@@ -137,6 +139,21 @@ class ACKDCLI:
         except Exception as error:
             raise failed_constructor(failed[0] if failed else error) from error
         self.datamodule, self.model = self.built.data, self.built.model
+
+    def build_data(self) -> L.LightningDataModule:
+        """Build the data module alone.
+
+        Raises:
+            ACKDError: When its constructor refuses its arguments or fails, in its own words.
+        """
+        settings = self.config.clone()
+        for name in [each for each in vars(settings) if each != "data"]:
+            settings.pop(name)
+        try:
+            self.datamodule = data_parser().instantiate(settings).data
+        except Exception as error:
+            raise failed_constructor(error) from error
+        return self.datamodule
 
     @property
     def images(self) -> ImageDataModule:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers, with_head
+from ackd_lightning.models.quantization import float_state
 from ackd_lightning.models.weights import (
     STUDENT_PREFIX,
     check_fit,
@@ -30,6 +31,10 @@ from ackd_lightning.runs.versions import versions
 from ackd_lightning.types import ImageSize, height_width
 
 _TOLERANCE, _IMAGES = 1e-5, 4
+
+
+class FileKeptError(ACKDError):
+    """A file exists and is not replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,9 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
         own = options if specs[learner - 1] == "peer" else {}
         return _Source(found, own, classes, None, below(f"student.branches.{learner - 1}.network."))
     head, plain = metadata.get("head"), below(STUDENT_PREFIX)
+    if metadata.get("quantization") is not None:
+        with torch.device("meta"):
+            plain = float_state(below(f"{STUDENT_PREFIX}body."), create_model(name, classes, **options))
     if head is None:
         return _Source(name, options, classes, None, plain)
     with torch.device("meta"):
@@ -141,6 +149,7 @@ def _plain_metadata(checkpoint: Mapping[str, Any], source: _Source, extra: Mappi
         "teacher": metadata.get("teacher"),
         "started_from": metadata.get("started_from"),
         "frozen": metadata.get("frozen") or None,
+        "trained_for_int8": metadata.get("quantization"),
         "seed": metadata["seed"],
         "epochs": metadata["epoch"],
         "versions": versions(),
@@ -180,6 +189,18 @@ def network_of(
     return network, _plain_metadata(checkpoint, source, extra)
 
 
+def plain_parameters(checkpoint: Mapping[str, Any], origin: Path, learner: int = 0) -> int:
+    """Count the parameters of a network of a checkpoint with its own classifier, whatever head a method gave it.
+
+    Args:
+        checkpoint: Content of a checkpoint of this package.
+        origin: Where the content comes from, for messages.
+        learner: Number of the learner: 0 for the student, from 1 for a peer.
+    """
+    with torch.device("meta"):
+        return count_parameters(_source(checkpoint, origin, learner).plain())
+
+
 def export_student(
     checkpoint_path: Path,
     target: Path,
@@ -204,9 +225,13 @@ def export_student(
         ACKDError: If the file exists, the checkpoint was not written by this package, or the logits differ.
     """
     if target.exists() and not overwrite:
-        raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
+        raise _exists(target)
     checkpoint = read_checkpoint(checkpoint_path)
-    return write_student(checkpoint, target, origin=checkpoint_path, learner=learner, extra=extra)
+    return write_student(checkpoint, target, origin=checkpoint_path, learner=learner, extra=extra, overwrite=overwrite)
+
+
+def _exists(target: Path) -> FileKeptError:
+    return FileKeptError(f"{target} exists; choose another --out or pass --overwrite")
 
 
 def write_student(
@@ -216,15 +241,17 @@ def write_student(
     origin: Path = Path("this module"),
     learner: int = 0,
     extra: Mapping[str, str] | None = None,
+    overwrite: bool = True,
 ) -> Exported:
     """Write a network of a checkpoint in memory; `export_student` says how.
 
     Args:
         checkpoint: Content of a checkpoint of this package.
-        target: File to write; replaced if it exists.
+        target: File to write.
         origin: Where the content comes from, for messages.
         learner: Number of the learner: 0 for the student, from 1 for a peer.
         extra: Further metadata.
+        overwrite: Whether to replace a file that exists.
 
     Raises:
         ACKDError: If the network is not one that `create_model` builds, or the logits differ.
@@ -234,7 +261,7 @@ def write_student(
     trained, metadata = network_of(checkpoint, origin, learner=learner, extra=extra)
     metadata.setdefault("checked", f"logits within {_TOLERANCE:g} of those in training on {_IMAGES} random images")
     try:
-        with whole_file(target) as partial:
+        with whole_file(target, replace=overwrite) as partial:
             save_weights(trained, partial, metadata)
             reloaded = source.fresh()
             load_weights(reloaded, partial)
@@ -249,6 +276,8 @@ def write_student(
                 )
             if not difference <= _TOLERANCE:
                 raise ACKDError(f"the exported student's logits differ by {difference:.3g}; {target} was not written")
+    except FileExistsError as error:  # of another process, since this one looked
+        raise _exists(target) from error
     except OSError as error:
         raise ACKDError(
             f"{target} cannot be written ({error.strerror}); choose a folder with room that you may write in"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +24,7 @@ _REQUIRED = {"num_classes", "input_size", "mean", "std", "data", "method", "seed
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Write a file whole or not at all.
 
     The caller writes to a hidden file in the same folder. When the block ends without an exception, the file is
@@ -31,6 +33,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Args:
         path: File to write. Missing folders are made.
+        replace: Whether to replace a file that exists, also one that another process has made since the block began.
+
+    Raises:
+        FileExistsError: If there is a file and it is not to be replaced.
 
     Yields:
         Path of the hidden file.
@@ -51,10 +57,46 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
+        if not replace:
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            try:
+                os.link(partial, path)  # in one step, unlike looking and then replacing
+                return
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                pass
         partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_files(path: Path) -> Iterator[Path]:
+    """Write a file and what belongs beside it whole or not at all, as `whole_file` does for one file.
+
+    The caller writes into a hidden folder. When the block ends without an exception, its files replace those of the
+    same names in the folder of ``path``, and ``path`` is the last one.
+
+    Args:
+        path: File to write. Missing folders are made.
+
+    Yields:
+        Path of the same name in the hidden folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    hidden.mkdir()
+    try:
+        yield hidden / path.name
+        for file in sorted(hidden.iterdir(), key=lambda each: each.name == path.name):
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            file.replace(path.with_name(file.name))
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def write_json(content: Any, path: Path) -> None:
