@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +22,41 @@ from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.export import network_of, plain_parameters
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
+
+
+class Student(NamedTuple):
+    """Student of a run.
+
+    Attributes:
+        checkpoint: Checkpoint.
+        network: Network in evaluation mode.
+        description: What it is.
+        plain_parameters: Number of parameters of the network with its own classifier.
+        summary: Summary of the run; empty without one.
+    """
+
+    checkpoint: Path
+    network: nn.Module
+    description: Description
+    plain_parameters: int
+    summary: dict[str, Any]
+
+
+def read_student(run: str, which: Which, learner: int = 0) -> Student:
+    """Build the student, or a peer, of a run.
+
+    Args:
+        run: Run folder or checkpoint.
+        which: Checkpoint of a run folder.
+        learner: Number of the learner: 0 for the student, from 1 for a peer.
+    """
+    checkpoint = find_checkpoint(run, which)
+    folder, content = run_folder(checkpoint), read_checkpoint(checkpoint)
+    summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
+    metadata = {**_accuracies(summary, checkpoint.stem, learner), "weights": f"{checkpoint.stem} epoch"}
+    network, stated = network_of(content, checkpoint, learner=learner, extra=metadata)
+    description = Description.from_metadata(stated, str(checkpoint))
+    return Student(checkpoint, network, description, plain_parameters(content, checkpoint, learner), summary)
 
 
 def export_command(
@@ -59,17 +94,14 @@ def export_command(
     _check_options(kinds, dtype, with_preprocessing, options)
     folder = run_folder(checkpoint)
     targets = _targets(kinds, out, folder / f"student{learner or ''}-{checkpoint.stem}", dtype, with_preprocessing)
-    content = read_checkpoint(checkpoint)
-    summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
-    metadata = {**_accuracies(summary, checkpoint.stem, learner), "weights": f"{checkpoint.stem} epoch"}
-    network, stated = network_of(content, checkpoint, learner=learner, extra=metadata)
-    description = Description.from_metadata(stated, str(checkpoint))
+    student = read_student(run, which, learner)
+    network, description = student.network, student.description
     for kind, target in zip(kinds, targets, strict=True):
         kind.check_libraries()
         check_writable(target.parent, "the folder of --out,")
         if target.exists() and not overwrite:
             raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
-    images = _images(check, checkpoint, description, options)
+    images = check_images(check, checkpoint, description, options)
     reference = images.logits(network)
     if not bool(reference.isfinite().all()):
         raise ACKDError(
@@ -91,7 +123,7 @@ def export_command(
         except ACKDError as error:
             failures.append(str(error))
     if checks:
-        _show(checks, network, description, plain_parameters(content, checkpoint, learner), summary)
+        _show(checks, network, description, student.plain_parameters, student.summary)
     if failures:
         raise ACKDError("\n".join(failures))
 
@@ -159,7 +191,18 @@ def _accuracies(summary: dict[str, Any], which: str, learner: int) -> dict[str, 
     return found
 
 
-def _images(check: str, checkpoint: Path, description: Description, options: Sequence[str]) -> CheckImages:
+def check_images(check: str, checkpoint: Path, description: Description, options: Sequence[str]) -> CheckImages:
+    """Return the images that files are compared on.
+
+    Args:
+        check: ``data`` for those of the run, or ``random``.
+        checkpoint: Checkpoint of the run.
+        description: What its network expects.
+        options: Options of the run's data, such as ``--data.root``.
+
+    Raises:
+        ACKDError: If the data are not there.
+    """
     if check == "random":
         return random_images(description)
     try:
