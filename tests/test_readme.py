@@ -119,7 +119,7 @@ def test_other_commands_are_understood(line, folder, capsys):
 
 
 def test_every_command_exists():
-    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo", "reproduce", "cache", "inspect"}
+    known = {"fit", *RUN_COMMANDS, "configs", "export", "push", "compare", "demo", "reproduce", "cache", "inspect"}
     assert {words[0] for words in COMMANDS.values()} <= known
 
 
