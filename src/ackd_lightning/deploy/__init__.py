@@ -1,0 +1,1 @@
+"""A trained network outside its run: what it is, in which formats, how it is checked, predictions, report, hub."""

@@ -1,0 +1,183 @@
+"""Uncertainty of an accuracy, and whether two networks differ on the same images.
+
+Wilson: Probable Inference, the Law of Succession, and Statistical Inference, 1927. McNemar: Note on the Sampling Error
+of the Difference Between Correlated Proportions or Percentages, 1947; here its exact form, a binomial test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import binomtest, t
+from torch import Tensor
+
+from ackd_lightning.errors import ACKDError
+
+
+def wilson_interval(correct: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Compute Wilson's confidence interval of a share, which holds for few images and for shares near 0 and 1, too.
+
+    Args:
+        correct: Number of correct answers.
+        total: Number of answers, at least 1.
+        confidence: Probability that the interval covers the true share.
+
+    Returns:
+        Lower and upper end, from 0 to 1.
+
+    Example:
+        >>> low, high = wilson_interval(80, 100)
+        >>> f"{low:.4f} {high:.4f}"
+        '0.7112 0.8666'
+    """
+    found = binomtest(correct, total).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """Comparison of two classifiers on the same N images.
+
+    Attributes:
+        both: Number of images that both classify correctly.
+        only_first: Number of images that only the first classifies correctly.
+        only_second: Number of images that only the second classifies correctly.
+        total: N.
+        p_value: Two-sided p-value of McNemar's exact test: the probability of such a difference, or a larger one, if
+            each of the images that one of them classifies correctly were equally likely to be the first's and the
+            second's.
+        low: Lower end of the 95 % bootstrap interval of the difference of accuracies, first minus second.
+        high: Upper end of it.
+    """
+
+    both: int
+    only_first: int
+    only_second: int
+    total: int
+    p_value: float
+    low: float
+    high: float
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the first minus that of the second."""
+        return (self.only_first - self.only_second) / self.total
+
+    @property
+    def differs(self) -> bool:
+        """Whether the difference is significant at the level of 5 %."""
+        return self.p_value < 0.05
+
+    def sentence(self, first: str, second: str) -> str:
+        """Say the result in words.
+
+        Args:
+            first: Name of the first classifier.
+            second: Name of the second.
+
+        Example:
+            >>> right = torch.tensor([1] * 90 + [0] * 10).bool()
+            >>> paired_test(right, right).sentence("KD", "ACKD")
+            'KD and ACKD classify the same 90 of 100 images correctly, so there is no difference to test'
+        """
+        if not self.only_first + self.only_second:
+            return (
+                f"{first} and {second} classify the same {self.both:,} of {self.total:,} images correctly, so there is "
+                "no difference to test"
+            )
+        better, worse = (first, second) if self.difference >= 0 else (second, first)
+        more, fewer = sorted((self.only_first, self.only_second), reverse=True)
+        ends = sorted((abs(self.low), abs(self.high))) if self.low * self.high > 0 else None
+        sign = 1 if self.difference >= 0 else -1
+        low, high = (100 * end for end in (ends or sorted((sign * self.low, sign * self.high))))
+        p_value = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
+        verdict = "the difference is significant" if self.differs else "the difference may be chance"
+        return (
+            f"{better} is {100 * abs(self.difference):.2f} points better than {worse} (95 % interval {low:.2f} to "
+            f"{high:.2f}): of {self.total:,} images {more:,} are right only with it and {fewer:,} only with {worse}; "
+            f"{verdict} (McNemar's exact test, {p_value})"
+        )
+
+
+def paired_test(first: Tensor, second: Tensor, *, draws: int = 2000, seed: int = 0) -> PairedTest:
+    """Compare two classifiers on the same images by McNemar's exact test and a paired bootstrap.
+
+    Only images that one of the two classifies correctly and the other does not say anything about the difference.
+
+    Args:
+        first: ``N`` bool, whether the first classifier is right.
+        second: ``N`` bool, the same for the second.
+        draws: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        ACKDError: If the numbers of images differ, or there are none.
+
+    Example:
+        >>> first = torch.tensor([1] * 70 + [1] * 15 + [0] * 5 + [0] * 10).bool()
+        >>> second = torch.tensor([1] * 70 + [0] * 15 + [1] * 5 + [0] * 10).bool()
+        >>> result = paired_test(first, second)
+        >>> result.only_first, result.only_second, f"{result.difference:.2f}", f"{result.p_value:.4f}"
+        (15, 5, '0.10', '0.0414')
+    """
+    if first.shape != second.shape or first.dim() != 1 or not len(first):
+        raise ACKDError(
+            f"the answers to compare have the shapes {tuple(first.shape)} and {tuple(second.shape)}; give one for each "
+            "of the same images"
+        )
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    total, discordant = len(first), only_first + only_second
+    p_value = float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
+    low, high = _bootstrap(only_first, only_second, total, draws=draws, seed=seed)
+    return PairedTest(int((first & second).sum()), only_first, only_second, total, p_value, low, high)
+
+
+def _bootstrap(only_first: int, only_second: int, total: int, *, draws: int, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of the difference of accuracies over samples of the images with replacement.
+
+    A sample is the counts of the three kinds of images, so it is drawn from their multinomial distribution.
+    """
+    shares = torch.tensor([only_first, only_second, total - only_first - only_second], dtype=torch.float64) / total
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    every = torch.full((draws,), float(total), dtype=torch.float64)
+    first = torch.binomial(every, torch.full_like(every, float(shares[0])), generator=generator)
+    left = float(shares[1] / (1 - shares[0])) if shares[0] < 1 else 0.0
+    second = torch.binomial(every - first, torch.full_like(every, min(1.0, left)), generator=generator)
+    low, high = torch.quantile((first - second) / total, ends).tolist()
+    return float(low), float(high)
+
+
+def share_text(correct: int, total: int) -> str:
+    """Return a share in percent with its 95 % Wilson interval as text.
+
+    Args:
+        correct: Number of correct answers.
+        total: Number of answers.
+
+    Example:
+        >>> share_text(80, 100)
+        '80.00 % (95 % interval 71.12 to 86.66)'
+    """
+    low, high = wilson_interval(correct, total)
+    return f"{100 * correct / total:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f})"
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Compute the 95 % interval of a mean over seeds by Student's t; None for fewer than two values.
+
+    Args:
+        values: One value for each seed.
+
+    Example:
+        >>> low, high = mean_interval([90.0, 91.0, 92.0])
+        >>> f"{low:.2f} {high:.2f}"
+        '88.52 93.48'
+    """
+    if len(values) < 2:
+        return None
+    tensor = torch.tensor(values, dtype=torch.float64)
+    mean, margin = float(tensor.mean()), float(tensor.std()) / len(values) ** 0.5 * float(t.ppf(0.975, len(values) - 1))
+    return mean - margin, mean + margin
