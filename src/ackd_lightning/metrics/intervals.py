@@ -6,10 +6,11 @@ of the Difference Between Correlated Proportions or Percentages, 1947; here its 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from scipy.stats import binomtest, t
 from torch import Tensor
 
@@ -78,6 +79,7 @@ class PairedTest:
             second: Name of the second.
 
         Example:
+            >>> import torch
             >>> right = torch.tensor([1] * 90 + [0] * 10).bool()
             >>> paired_test(right, right).sentence("KD", "ACKD")
             'KD and ACKD classify the same 90 of 100 images correctly, so there is no difference to test'
@@ -89,16 +91,45 @@ class PairedTest:
             )
         better, worse = (first, second) if self.difference >= 0 else (second, first)
         more, fewer = sorted((self.only_first, self.only_second), reverse=True)
-        ends = sorted((abs(self.low), abs(self.high))) if self.low * self.high > 0 else None
-        sign = 1 if self.difference >= 0 else -1
-        low, high = (100 * end for end in (ends or sorted((sign * self.low, sign * self.high))))
         p_value = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
-        verdict = "the difference is significant" if self.differs else "the difference may be chance"
         return (
-            f"{better} is {100 * abs(self.difference):.2f} points better than {worse} (95 % interval {low:.2f} to "
-            f"{high:.2f}): of {self.total:,} images {more:,} are right only with it and {fewer:,} only with {worse}; "
-            f"{verdict} (McNemar's exact test, {p_value})"
+            f"{say_difference(first, second, self.difference, self.low, self.high)}: of {self.total:,} images {more:,} "
+            f"are right only with {better} and {fewer:,} only with {worse}; "
+            f"{say_verdict(self.differs)} (McNemar's exact test, {p_value})"
         )
+
+
+def say_difference(first: str, second: str, difference: float, low: float, high: float) -> str:
+    """Say which of two accuracies is higher, and by how much.
+
+    Args:
+        first: Name of the first classifier.
+        second: Name of the second.
+        difference: Accuracy of the first minus that of the second, from -1 to 1.
+        low: Lower end of the 95 % interval of the difference.
+        high: Upper end of it.
+
+    Example:
+        >>> say_difference("KD", "CE", -0.02, -0.05, 0.01)
+        'CE is 2.00 points better than KD (95 % interval -1.00 to 5.00)'
+    """
+    if difference < 0:
+        first, second, difference, low, high = second, first, -difference, -high, -low
+    if not difference:
+        return f"{first} and {second} are equally accurate (95 % interval {100 * low:.2f} to {100 * high:.2f} points)"
+    return (
+        f"{first} is {100 * difference:.2f} points better than {second} (95 % interval {100 * low:.2f} to "
+        f"{100 * high:.2f})"
+    )
+
+
+def say_verdict(differs: bool) -> str:
+    """Say whether a difference is significant.
+
+    Args:
+        differs: Whether it is.
+    """
+    return "the difference is significant" if differs else "the difference may be chance"
 
 
 def paired_test(first: Tensor, second: Tensor, *, draws: int = 2000, seed: int = 0) -> PairedTest:
@@ -116,6 +147,7 @@ def paired_test(first: Tensor, second: Tensor, *, draws: int = 2000, seed: int =
         ACKDError: If the numbers of images differ, or there are none.
 
     Example:
+        >>> import torch
         >>> first = torch.tensor([1] * 70 + [1] * 15 + [0] * 5 + [0] * 10).bool()
         >>> second = torch.tensor([1] * 70 + [0] * 15 + [1] * 5 + [0] * 10).bool()
         >>> result = paired_test(first, second)
@@ -130,24 +162,36 @@ def paired_test(first: Tensor, second: Tensor, *, draws: int = 2000, seed: int =
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     total, discordant = len(first), only_first + only_second
     p_value = float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
-    low, high = _bootstrap(only_first, only_second, total, draws=draws, seed=seed)
+    _, low, high = paired_bootstrap(first, second, draws=draws, seed=seed)
     return PairedTest(int((first & second).sum()), only_first, only_second, total, p_value, low, high)
 
 
-def _bootstrap(only_first: int, only_second: int, total: int, *, draws: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the difference of accuracies over samples of the images with replacement.
+def paired_bootstrap(first: Tensor, second: Tensor, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Compute the 95 % bootstrap interval of a difference of accuracies over the same images.
 
-    A sample is the counts of the three kinds of images, so it is drawn from their multinomial distribution.
+    Images are drawn with replacement, and both classifiers, or both groups of them, answer the same ones. The interval
+    shows how much the difference depends on the images, not how much it depends on the seeds of training.
+
+    Args:
+        first: ``N``, whether the first classifier is right, or the share of a group that is right.
+        second: ``N``, the same for the second.
+        draws: Number of samples.
+        seed: Seed of the samples.
+
+    Returns:
+        Difference, first minus second, and the lower and upper end of its interval.
+
+    Example:
+        >>> import torch
+        >>> first, second = torch.ones(100), torch.tensor([1.0] * 80 + [0.0] * 20)
+        >>> [round(each, 2) for each in paired_bootstrap(first, second)]
+        [0.2, 0.12, 0.28]
     """
-    shares = torch.tensor([only_first, only_second, total - only_first - only_second], dtype=torch.float64) / total
-    generator = torch.Generator().manual_seed(seed)
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    every = torch.full((draws,), float(total), dtype=torch.float64)
-    first = torch.binomial(every, torch.full_like(every, float(shares[0])), generator=generator)
-    left = float(shares[1] / (1 - shares[0])) if shares[0] < 1 else 0.0
-    second = torch.binomial(every - first, torch.full_like(every, min(1.0, left)), generator=generator)
-    low, high = torch.quantile((first - second) / total, ends).tolist()
-    return float(low), float(high)
+    values, counts = (first.double() - second.double()).unique(return_counts=True)  # type: ignore[no-untyped-call]
+    total = len(first)
+    samples = np.random.default_rng(seed).multinomial(total, (counts / total).numpy(), size=draws)
+    low, high = np.quantile(samples @ values.numpy() / total, [0.025, 0.975])
+    return float((values * counts).sum() / total), float(low), float(high)
 
 
 def share_text(correct: int, total: int) -> str:
@@ -178,6 +222,6 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """
     if len(values) < 2:
         return None
-    tensor = torch.tensor(values, dtype=torch.float64)
-    mean, margin = float(tensor.mean()), float(tensor.std()) / len(values) ** 0.5 * float(t.ppf(0.975, len(values) - 1))
+    mean = statistics.fmean(values)
+    margin = statistics.stdev(values) / len(values) ** 0.5 * float(t.ppf(0.975, len(values) - 1))
     return mean - margin, mean + margin
