@@ -28,12 +28,13 @@ RANK = {
     "callbacks": 6,
     "training": 7,
     "testing": 8,
-    "launch": 8,
-    "commands": 9,
-    "cli": 10,
-    "__main__": 11,
+    "deploy": 8,
+    "launch": 9,
+    "commands": 10,
+    "cli": 11,
+    "__main__": 12,
 }
-DATA_MAY_USE = {"data", "types", "errors", "random", "validation"}
+DATA_MAY_USE = {"data", "types", "errors", "extras", "random", "validation"}
 LIGHTNING_IN = {"data", "training", "callbacks", "launch", "testing"}
 METRICS_IN = {"metrics", "training", "callbacks"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         TinyImageNetDataModule,
         WebDatasetDataModule,
     )
+    from ackd_lightning.deploy.student import load_student
     from ackd_lightning.errors import ACKDError
     from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
     from ackd_lightning.models.features import StagePlan
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ackd_lightning.models.teacher_config import TeacherConfig
     from ackd_lightning.models.weights import load_weights, save_weights
     from ackd_lightning.models.zoo import create_model
-    from ackd_lightning.runs.export import load_student
     from ackd_lightning.training import ACKDModule, DistillationModule, Recipe
     from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 
@@ -46,8 +46,8 @@ _HOMES = {
         "TinyImageNetDataModule",
         "WebDatasetDataModule",
     ),
+    "deploy.student": ("load_student",),
     "errors": ("ACKDError",),
-    "runs.export": ("load_student",),
     "methods": ("ACKD", "CE", "KD", "FitInfo", "Method", "Networks", "Sum"),
     "models.student": ("BranchyStudent",),
     "models.features": ("StagePlan",),

@@ -43,6 +43,20 @@ class RunStoppedError(SystemExit):
         self.sentence = f"{signal.Signals(signal_number).name} {sentence}"
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with a noun in the right form.
+
+    Args:
+        number: How many.
+        noun: Noun in the singular, whose plural ends in s.
+
+    Example:
+        >>> count_of(1, "epoch"), count_of(1200, "epoch")
+        ('1 epoch', '1,200 epochs')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def near_matches(value: str, known: Iterable[str], *, most: int = 3) -> str:
     """Return a hint such as ``did you mean 'resnet20'?``, or the known names if none is similar.
 

@@ -115,3 +115,10 @@ def test_same_numbers_on_the_gpu():
     raw = batch()
     cuda = RawBatch(*(field.cuda() for field in raw[:4]))
     assert torch.equal(crop_flip(cuda, pad=4, flip=True, seed=3).cpu(), crop_flip(raw, pad=4, flip=True, seed=3))
+
+
+def test_the_smallest_crop_can_be_set():
+    boxes = [random_crop(90, 60, seed, 0.5)[0] for seed in range(300)]
+    shares = [(right - left) * (lower - upper) / (90 * 60) for left, upper, right, lower in boxes]
+    assert 0.48 < min(shares) < 0.6  # edges are whole pixels
+    assert max(shares) > 0.85  # what is drawn and does not fit becomes a crop of 4:3

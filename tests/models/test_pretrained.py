@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from urllib.error import URLError
@@ -24,6 +25,7 @@ def hub(tmp_path, monkeypatch):
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO())  # every server answers
     return folder
 
 
@@ -185,3 +187,16 @@ def test_every_published_name_of_timm_has_its_preprocessing():
         assert found.source.startswith("http"), name
         if "class_names" in found.metadata:
             assert len(found.metadata["class_names"]) == found.num_classes, name
+
+
+def test_a_server_that_does_not_answer_is_asked_once(monkeypatch):
+    def away(*_, **__):
+        raise URLError("no route")
+
+    def fetch(*_, **__):
+        raise AssertionError("the library would repeat this for a minute")
+
+    monkeypatch.setattr("urllib.request.urlopen", away)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", fetch)
+    with pytest.raises(ACKDError, match=r"https://huggingface\.co.*no route"):
+        pretrained("timm:resnet10t")

@@ -45,6 +45,7 @@ MAPS = {
     "B x D": ((2, 8), 1.0, None, None),
     "columns": ((2, 8, 4, 1), 1.0, None, None),
     "no grid": ((2, 24, 8), 1.0, 0, None),
+    "blocks before the class token": ((2, 16, 8), 1.0, 1, (2, 8, 4, 4)),
     "prefix that does not fit": ((2, 17, 8), 1.0, 2, None),
     "video": ((2, 8, 4, 4, 4), 1.0, None, None),
 }

@@ -12,7 +12,7 @@ from torch import nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models import weights
-from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
+from ackd_lightning.models.weights import check_fit, load_weights, read_metadata, save_weights
 from ackd_lightning.models.zoo import create_model
 
 
@@ -345,7 +345,7 @@ def test_other_widths_are_not_taken_for_other_classes(tmp_path):
     # same classes, another embedding: the classifier alone differs, but not in its classes
     one, other = nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(4, 2))
     message = refused(other, save_weights(one, tmp_path / "b.safetensors"))
-    assert "1 have another shape (0.weight (2, 3) for (2, 4))" in message
+    assert "1 has another shape (0.weight (2, 3) for (2, 4))" in message
 
 
 def test_metadata_must_be_text(tmp_path):
@@ -405,3 +405,18 @@ def test_saved_file_has_ordinary_permissions(tmp_path):
     file = save_weights(small(), tmp_path / "a.safetensors")
     (tmp_path / "ordinary").write_text("")
     assert file.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("build", "option"),
+    [
+        (lambda side: create_model("timm:test_vit", 4, img_size=side), "img_size: 160"),
+        (lambda side: create_model("timm:deit_tiny_distilled_patch16_224", 4, img_size=side), "img_size: 160"),
+        (lambda side: create_model("vit_b_32", 4, image_size=side), "image_size: 160"),
+    ],
+)
+def test_another_image_size_is_recognised(tmp_path, build, option):
+    with torch.device("meta"):
+        other, own = build(160), build(96)
+    with pytest.raises(ACKDError, match=option):
+        check_fit(other.state_dict(), own.state_dict(), tmp_path / "a.safetensors", "a network")

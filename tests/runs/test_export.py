@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
+from ackd_lightning.deploy.student import load_student
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import read_metadata, save_weights
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.runs.export import export_student, load_student
+from ackd_lightning.runs.export import export_student
 
 NAMES = ["cat", "dog", "bird \N{BIRD}"]
 

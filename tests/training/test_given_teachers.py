@@ -290,6 +290,7 @@ def test_the_gate_asks_for_another_order(order):
     with pytest.raises(ACKDError, match=r"another order.*class_map") as caught:
         fitted(module, ManyBlobs())
     assert repr(NAMES[moved]) in str(caught.value)
+    assert f"--model.teacher.class_map '{[order.index(place) for place in range(4)]}'" in str(caught.value)
     with pytest.warns(UserWarning, match="another order"):
         fitted(built(teaching(Oracle(order), gate="warn")), ManyBlobs())
 

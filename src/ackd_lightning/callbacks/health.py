@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -15,6 +16,9 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import Fraction, checked
+
+_LONGEST_ORDER = 200
+"""Largest number of classes whose whole order is printed."""
 
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
@@ -92,7 +96,9 @@ class TeacherGate(L.Callback):
         problem = problem or f"has accuracy {measured:.2%}"
         if order is not None:
             problem += f" and would have {order.accuracy:.2%} with {order.words(module.data.class_names)}"
-            remedy = "are its classes in another order? if so, give it in teacher.class_map"
+            short = classes <= _LONGEST_ORDER
+            where = f" as --model.teacher.class_map '{json.dumps(order.places)}'" if short else " in teacher.class_map"
+            remedy = f"are its classes in another order? if so, give it{where}"
         else:
             remedy = "check its weight file, normalisation and class order"
         sentence = f"teacher {name} {problem}; {remedy}"

@@ -14,7 +14,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 
-from ackd_lightning.errors import RunStoppedError
+from ackd_lightning.errors import RunStoppedError, count_of
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 SIGNALS = tuple(
@@ -107,7 +107,7 @@ class StopEarly(EarlyStopping):
         """Say when and why the fit ended."""
         if self.stopped_epoch and trainer.is_global_zero:
             print(
-                f"stopped early after epoch {self.stopped_epoch + 1}: val/acc has not grown for {self.patience} "
-                f"validations (best {float(self.best_score):.2%})",
+                f"stopped early after epoch {self.stopped_epoch + 1}: val/acc has not grown for "
+                f"{count_of(self.patience, 'validation')} (best {float(self.best_score):.2%})",
                 flush=True,
             )

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.progress import is_terminal
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.export import export_student, peer_name
 from ackd_lightning.runs.files import write_json
@@ -183,8 +183,7 @@ class RunSummary(L.Callback):
             print("no accuracy: the run had no validation")
         best_epoch = summary["best"].get("epoch")
         when = f", best in epoch {best_epoch:.0f}" if best_epoch else ""
-        epochs = "1 epoch" if summary["epochs"] == 1 else f"{summary['epochs']} epochs"
-        print(f"{epochs} in {summary['seconds']:.0f} s on {summary['device']}{when}")
+        print(f"{count_of(summary['epochs'], 'epoch')} in {summary['seconds']:.0f} s on {summary['device']}{when}")
         if summary["skipped_steps"]:
             print(f"{summary['skipped_steps']} steps were skipped, as their loss was non-finite")
         if summary["plain_parameters"] != summary["parameters"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ackd_lightning.data.base import ImageDataModule
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.launch.execute import plan
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.training.module import DistillationModule
@@ -64,8 +64,8 @@ def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
         print(f"epoch {epoch + 1}/{epochs}  {each:.1f} s/epoch  {_clock(left * each)} left", flush=True)
     size = sum(epoch_file(folder, epoch).stat().st_size for epoch in range(epochs))
     print(
-        f"{folder}: {epochs} epochs, {size / 1e6:,.1f} MB; use it with --model.teacher.cache {folder} and the same "
-        "settings"
+        f"{folder}: {count_of(epochs, 'epoch')}, {size / 1e6:,.1f} MB; use it with --model.teacher.cache {folder} "
+        "and the same settings"
     )
 
 
@@ -82,7 +82,7 @@ def _print_estimate(
     classes = module.data.num_classes
     size = images * epochs * classes * (2 if precision == "bf16-mixed" else 4)
     print(
-        f"{images:,} images x {epochs} epochs x {classes} classes: {size / 1e6:,.1f} MB on disk; every run "
+        f"{images:,} images x {count_of(epochs, 'epoch')} x {classes} classes: {size / 1e6:,.1f} MB on disk; every run "
         f"that reads the cache saves {_clock(seconds)} of the teacher's time on {module.device.type}"
     )
 

@@ -30,7 +30,7 @@ First = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation:
-    """Augmentation of training images, after crop and mirror image.
+    """Augmentation of training images besides mirror image and, for small ones, zero-padded crop.
 
     Attributes:
         policy: ``randaugment`` applies ``operations`` random operations of one ``magnitude`` to every image,
@@ -42,6 +42,8 @@ class Augmentation:
             mixup.
         cutmix: Parameter alpha of the beta distribution that the area of a rectangle from another image is drawn from;
             0 for no cutmix. With mixup and cutmix, every batch gets one of them, each half of the time.
+        smallest_crop: Smallest share of an image's area that the random crop of images above 64 pixels keeps, as the
+            first number of torchvision's ``scale``.
     """
 
     policy: Policy = "none"
@@ -50,6 +52,7 @@ class Augmentation:
     erasing: Fraction = 0.0
     mixup: NonNegative = 0.0
     cutmix: NonNegative = 0.0
+    smallest_crop: Annotated[float, Range(0.01, 1)] = 0.08
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ackd_lightning.data.arguments import PlainArguments
 from ackd_lightning.data.augmentation import Augmentation, AugmentedImages, ImageAugmentation, Mixing
-from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
+from ackd_lightning.data.datasets import EVAL_BORDER, IN_MEMORY, FileImages, HeldImages, TensorImages
 from ackd_lightning.data.pixels import ImageFormat
 from ackd_lightning.data.sampling import (
     EpochSampler,
@@ -196,6 +196,20 @@ class ImageDataModule(PlainArguments):
         return ImageFormat(height_width(self.input_size), self.channels)
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What evaluation does to an image before it is normalised, as plain data for the metadata of a weight file."""
+        form, source = self.image_format, self._sources.get("train")
+        whole = max(form.size) <= IN_MEMORY if source is None else isinstance(source, Pixels)
+        return {
+            "channels": form.channels,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0 if whole else 1 / EVAL_BORDER,
+            "value_range": form.value_range and list(form.value_range),
+            "background": form.background,
+            "pixels": "float32" if form.deep else "uint8",
+        }
+
+    @property
     def val_is_test(self) -> bool:
         """True when nothing is held out and `val_dataloader` reads the test set."""
         return self.val_fraction == 0
@@ -361,6 +375,18 @@ class ImageDataModule(PlainArguments):
         """Return the loader of the test set in order."""
         return self._eval_loader("test")
 
+    def loader_in_order(self, part: Part, *, most: int | None = None) -> ImageLoader:
+        """Return a loader of a part as evaluation reads it, in order and without augmentation, for this process alone.
+
+        Args:
+            part: ``train``, ``val`` or ``test``.
+            most: Largest number of images, which are spread evenly over the part; None for all.
+        """
+        dataset = self._dataset(part)
+        count = len(dataset) if most is None else min(most, len(dataset))
+        rows = torch.linspace(0, len(dataset) - 1, count).round().long().tolist()
+        return ImageLoader(dataset, batch_size=self.eval_batch_size, sampler=rows, **self._options(dataset))
+
     def _eval_loader(self, part: Part) -> ImageLoader:
         world, rank = self._world()
         dataset = self._dataset(part)
@@ -405,7 +431,14 @@ class ImageDataModule(PlainArguments):
             if not changed and self._hold(len(rows) * source.images[0].nbytes):
                 return HeldImages(part, len(rows))
             return TensorImages(source.images, source.targets, rows)
-        return FileImages(source.opener(), source.targets, rows, form=self.image_format, seed=self.run_seed)
+        return FileImages(
+            source.opener(),
+            source.targets,
+            rows,
+            form=self.image_format,
+            seed=self.run_seed,
+            smallest_crop=self.augmentation.smallest_crop,
+        )
 
     # --------------------------------------------------------------------------------------------------- the device
 

@@ -56,10 +56,10 @@ def read_cache(path: Path, mark: str) -> dict[str, Any] | None:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         found = content["fingerprint"]
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
-        log.warning("the cache %s cannot be read: decoding the images again", path)
+        log.warning("the cache %s cannot be read: reading the images again", path)
         return None
     if found != mark:
-        log.warning("the cache %s is stale (the images or the settings changed): decoding the images again", path)
+        log.warning("the cache %s is stale (the images or the settings changed): reading the images again", path)
         return None
     return dict(content)
 
@@ -76,7 +76,7 @@ def save_cache(path: Path, content: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = str(error).splitlines()[0]
         warnings.warn(
-            f"could not write the cache {path} ({reason}), so the images are decoded at every start: make the folder "
+            f"could not write the cache {path} ({reason}), so the images are read at every start: make the folder "
             "writable or set cache: false",
             stacklevel=2,
         )

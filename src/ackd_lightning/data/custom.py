@@ -10,6 +10,7 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
+from ackd_lightning.data.datasets import IN_MEMORY
 from ackd_lightning.data.decoding import label, load_image
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import ImageFormat, is_deep
@@ -23,8 +24,6 @@ from ackd_lightning.validation import Positive, Range, checked
 
 Side = Annotated[int, Range(8, 4096)]
 
-IN_MEMORY = 64
-"""Largest side in pixels at which images are kept in memory."""
 _TEST_SHARE = 0.2
 _TEST_SPLIT_SEED = 1  # another one than that of the validation split, which is taken from the remaining images
 _GREY = ((sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,))
@@ -110,8 +109,6 @@ class CustomImagesDataModule(StoredDataModule):
                 say(f"images are kept as float32, since the first one, {label(first)}, has more than 8 bits")
         if max(height_width(self.input_size)) <= IN_MEMORY:
             return self._decoded(files, folder, part)
-        if isinstance(files, Records):
-            return self._checked(files, folder, part)
         return self._checked(files, folder, part)
 
 

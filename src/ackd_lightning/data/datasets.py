@@ -18,6 +18,8 @@ from ackd_lightning.random import mix
 
 EVAL_BORDER = 256 / 224
 """Size of an image before its centre is cropped in evaluation, relative to that after it."""
+IN_MEMORY = 64
+"""Largest side in pixels at which images of a user's own are kept in memory."""
 Key = tuple[int, int]
 """Epoch and index of a training sample."""
 
@@ -29,16 +31,17 @@ def _as_keys(keys: Sequence[int | Key]) -> tuple[Tensor, Tensor]:
     return both[:, 0].contiguous(), both[:, 1].contiguous()
 
 
-def augmented_crop(image: Decoded, form: ImageFormat, seed: int) -> Tensor:
+def augmented_crop(image: Decoded, form: ImageFormat, seed: int, smallest: float) -> Tensor:
     """Return a random resized crop of an image, mirrored half of the time, as ``C x H x W``.
 
     Args:
         image: Decoded image.
         form: What it becomes.
         seed: Seed of the draw, which depends on nothing else.
+        smallest: Smallest share of the image's area.
     """
     height, width = height_and_width(image)
-    (left, top, right, bottom), mirror = random_crop(width, height, seed)
+    (left, top, right, bottom), mirror = random_crop(width, height, seed, smallest)
     crop = to_tensor(vision.crop(image, top, left, bottom - top, right - left), form)[None]
     resized = F.interpolate(crop, size=form.size, mode="bilinear", antialias=True)[0]
     return resized.flip(2) if mirror else resized
@@ -107,16 +110,25 @@ class FileImages(Dataset[RawBatch]):
         rows: ``N`` positions that make up this part; a sample's index is its position in ``rows``.
         form: What the files become.
         seed: Seed of the run.
+        smallest_crop: Smallest share of an image's area in training.
     """
 
     def __init__(
-        self, opener: Callable[[int], ImageFile], targets: Tensor, rows: Tensor, *, form: ImageFormat, seed: int
+        self,
+        opener: Callable[[int], ImageFile],
+        targets: Tensor,
+        rows: Tensor,
+        *,
+        form: ImageFormat,
+        seed: int,
+        smallest_crop: float = 0.08,
     ) -> None:
         self.opener = opener
         self.targets = targets
         self.rows = rows
         self.form = form
         self.seed = seed
+        self.smallest_crop = smallest_crop
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,7 +137,7 @@ class FileImages(Dataset[RawBatch]):
         image = read_image(self.opener(row), self.form)
         if epoch < 0:
             return to_tensor(fit(image, self.form.size, border=EVAL_BORDER), self.form)
-        return augmented_crop(image, self.form, mix(self.seed, epoch, index, STREAM_TRANSFORM))
+        return augmented_crop(image, self.form, mix(self.seed, epoch, index, STREAM_TRANSFORM), self.smallest_crop)
 
     def __getitems__(self, keys: Sequence[int | Key]) -> RawBatch:
         epoch, index = _as_keys(keys)

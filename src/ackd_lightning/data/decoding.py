@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ackd_lightning.data.pixels import Decoded, ImageFormat, convert
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.extras import require
 
 # ValueError and SyntaxError come from broken PNG chunks
 BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -151,22 +152,32 @@ def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
                 return _deep_png(file) if image.format == "PNG" else _tiff(file)
             if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1 and find_spec("tifffile") is not None:
                 return _tiff(file)
-            image.load()
-            image = _oriented(image)
-            if image.mode.startswith(("I", "F")):
-                array = np.asarray(image)
-                return array.astype(np.uint16) if array.dtype.kind == "u" or image.mode == "I;16B" else array
-            return image
+            return as_decoded(image)
     except UnidentifiedImageError as error:
         if suffix in (".tif", ".tiff"):
             return _tiff(file)
         if suffix in HEIF and not register_heif():
-            raise ACKDError(
-                f"{label(file)} needs the package pillow-heif: pip install 'ackd-lightning[heic]'"
-            ) from None
+            require("pillow_heif", "heic", label(file))
         raise broken_image(file, error) from None
     except BROKEN as error:
         raise broken_image(file, error) from None
+
+
+def as_decoded(image: Image.Image) -> Image.Image | NDArray[Any]:
+    """Turn an image as its camera states, and return one of more than 8 bits as an array.
+
+    Args:
+        image: Image of PIL.
+
+    Returns:
+        An image of 8 bits; an array ``H x W`` for other depths.
+    """
+    image.load()
+    image = _oriented(image)
+    if image.mode.startswith(("I", "F")):
+        array = np.asarray(image)
+        return array.astype(np.uint16) if array.dtype.kind == "u" or image.mode == "I;16B" else array
+    return image
 
 
 def _deep_png(file: ImageFile) -> NDArray[Any]:
@@ -185,13 +196,7 @@ def _deep_png(file: ImageFile) -> NDArray[Any]:
 
 def _tiff(file: ImageFile) -> NDArray[Any]:
     """Decode a TIFF with channels, depths or pages that PIL does not read."""
-    if find_spec("tifffile") is None:
-        raise ACKDError(
-            f"{label(file)} is not read whole by Pillow and needs the package tifffile: pip install "
-            "'ackd-lightning[tiff]'"
-        )
-    import tifffile
-
+    tifffile = require("tifffile", "tiff", f"{label(file)} is not read whole by Pillow and")
     try:
         array: NDArray[Any] = tifffile.imread(io.BytesIO(_bytes(file)))
         return array

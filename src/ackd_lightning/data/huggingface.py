@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ackd_lightning.data.labels import classes_of, read_labels, targets_of
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Records, Source
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.extras import require
 from ackd_lightning.validation import checked
 
 _LABELS = ("label", "labels", "fine_label", "target", "class")
@@ -65,12 +65,9 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         self.num_classes = len(found)
 
     def _open(self) -> dict[str, Any]:
-        if find_spec("datasets") is None:
-            raise ACKDError(f"{self.root} needs the package datasets: pip install 'ackd-lightning[datasets]'")
+        datasets = require("datasets", "datasets", str(self.root))
         if not self.root.is_dir():
             raise ACKDError(f"there is no folder {self.root}: set root to a folder that save_to_disk wrote")
-        import datasets
-
         try:
             found = datasets.load_from_disk(str(self.root))
         except Exception as error:  # a folder that is something else can fail in any way

@@ -35,6 +35,7 @@ class ShardFormat:
         classes: Class index by the text of a label.
         label_key: Ending of the files with the labels.
         change: Policy and erasing of training images; None for none.
+        smallest_crop: Smallest share of an image's area that a random crop keeps.
     """
 
     image: ImageFormat
@@ -42,6 +43,7 @@ class ShardFormat:
     classes: dict[str, int]
     label_key: str
     change: ImageAugmentation | None = None
+    smallest_crop: float = 0.08
 
     def target(self, label: bytes | None, place: str) -> int:
         """Return the class index of a label.
@@ -160,7 +162,9 @@ class Shards(IterableDataset[RawBatch]):
         form = self.form.image
         image = read_image(Encoded(f"{place}.{ending}", sample[ending]), form)
         if epoch >= 0 and (self.form.crop or self.form.change is not None):
-            cropped = augmented_crop(image, form, mix(self.seed, epoch, index, STREAM_TRANSFORM))
+            cropped = augmented_crop(
+                image, form, mix(self.seed, epoch, index, STREAM_TRANSFORM), self.form.smallest_crop
+            )
             change = self.form.change
             return (cropped if change is None else change(cropped, epoch, index)), target, index
         return to_tensor(fit(image, form.size, border=EVAL_BORDER if self.form.crop else 1), form), target, index

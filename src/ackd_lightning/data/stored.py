@@ -16,7 +16,7 @@ from ackd_lightning.types import height_width
 from ackd_lightning.validation import checked
 
 ROOT = "data"
-Found = TypeVar("Found", Files, Records)
+Found = TypeVar("Found", bound="Files | Records")
 
 
 class StoredDataModule(ImageDataModule):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ackd_lightning.data.messages import say
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files, Source
 from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.extras import require
 from ackd_lightning.validation import checked
 
 _DELIMITERS = ",;\t|"
@@ -203,11 +203,7 @@ def _csv(table: Path) -> Mapping[str, Sequence[Any]]:
 
 
 def _parquet(table: Path) -> Mapping[str, Sequence[Any]]:
-    if find_spec("pyarrow") is None:
-        raise ACKDError(f"{table} needs the package pyarrow: pip install 'ackd-lightning[parquet]'")
-    import pyarrow
-    from pyarrow import parquet
-
+    parquet, pyarrow = require("pyarrow.parquet", "parquet", str(table)), require("pyarrow", "parquet", str(table))
     try:
         content: Mapping[str, Sequence[Any]] = parquet.read_table(table).to_pydict()
     except (pyarrow.ArrowException, OSError) as error:

@@ -16,7 +16,6 @@ from ackd_lightning.random import stateless_bits, stateless_integers
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_CROP_AREA = (0.08, 1.0)
 _CROP_LOG_RATIO = math.log(4 / 3)
 
 
@@ -119,16 +118,17 @@ def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     return image.to(torch.float32, copy=True).mul_(scale[:, None, None]).sub_(offset[:, None, None])
 
 
-def random_crop(width: int, height: int, seed: int) -> tuple[tuple[int, int, int, int], bool]:
+def random_crop(width: int, height: int, seed: int, smallest: float = 0.08) -> tuple[tuple[int, int, int, int], bool]:
     """Choose a random resized crop as `torchvision.transforms.v2.RandomResizedCrop` does, and whether to mirror it.
 
-    The crop has between 0.08 and all of the area and an aspect ratio between 3:4 and 4:3. A crop that does not fit into
-    the image is drawn again; after ten draws the largest centred crop with an allowed aspect ratio is taken.
+    The crop has between ``smallest`` and all of the area and an aspect ratio between 3:4 and 4:3. A crop that does not
+    fit into the image is drawn again; after ten draws the largest centred crop with an allowed aspect ratio is taken.
 
     Args:
         width: Width of the image in pixels.
         height: Height of the image in pixels.
         seed: Seed of the draw, which depends on nothing else.
+        smallest: Smallest share of the area, above 0 and at most 1.
 
     Returns:
         Left, upper, right and lower edge of the crop, and whether it is mirrored (half of the time).
@@ -136,7 +136,7 @@ def random_crop(width: int, height: int, seed: int) -> tuple[tuple[int, int, int
     draw = Random(seed)
     mirror = draw.random() < 0.5
     for _ in range(10):
-        side = math.sqrt(width * height * draw.uniform(*_CROP_AREA))
+        side = math.sqrt(width * height * draw.uniform(smallest, 1.0))
         stretch = math.exp(draw.uniform(-_CROP_LOG_RATIO, _CROP_LOG_RATIO) / 2)
         wide, tall = round(side * stretch), round(side / stretch)
         if 0 < wide <= width and 0 < tall <= height:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from ackd_lightning.data.augmentation import ImageAugmentation
 from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
-from ackd_lightning.data.custom import IN_MEMORY, CustomImagesDataModule
+from ackd_lightning.data.custom import CustomImagesDataModule
+from ackd_lightning.data.datasets import IN_MEMORY
 from ackd_lightning.data.decoding import Encoded, load_image
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import is_deep
@@ -21,6 +21,7 @@ from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.shards import ShardFormat, ShardLoader, Shards, expand, image_ending
 from ackd_lightning.data.sources import Source
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.extras import require
 from ackd_lightning.types import Batch, height_width
 from ackd_lightning.validation import Fraction, NonNegativeInt, PositiveInt, checked
 
@@ -69,8 +70,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
         **options: Any,
     ) -> None:
         self._has_validation = val is not None
-        if find_spec("webdataset") is None:
-            raise ACKDError(f"shards in {root} need the package webdataset: pip install 'ackd-lightning[shards]'")
+        require("webdataset", "shards", f"the data set of shards in {root}")
         if val_fraction not in (0, 1) or (val is None and val_fraction):
             raise ACKDError(
                 f"val_fraction is {val_fraction:g} and val is {val!r}: shards are not divided, so name shards with "
@@ -150,7 +150,14 @@ class WebDatasetDataModule(CustomImagesDataModule):
         change = (
             ImageAugmentation(self.augmentation, self.mean, self.run_seed, deep=bool(self._deep)) if changes else None
         )
-        return ShardFormat(self.image_format, crop, {**numbers, **order}, self.label_key, change)
+        return ShardFormat(
+            self.image_format,
+            crop,
+            {**numbers, **order},
+            self.label_key,
+            change,
+            self.augmentation.smallest_crop,
+        )
 
     def _count(self) -> int:
         """Check all shards, and return the number of training images."""

@@ -1,1 +1,4 @@
-"""A trained network outside its run: what it is, in which formats, how it is checked, predictions, report, hub."""
+"""Trained networks outside their runs: what they are, in which formats, how files are checked, and how they are used.
+
+Nothing that trains is in here, and no command line.
+"""

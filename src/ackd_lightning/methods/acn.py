@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.acn_losses import (
     all_logits,
@@ -201,7 +201,8 @@ class ACN(Method):
             self.warmup_epochs = min(_WARMUP, epochs // 4)
         elif self.generates and self.warmup_epochs >= epochs:
             warnings.warn(
-                f"method ACN generates no images: warmup_epochs is {self.warmup_epochs} of {epochs} epochs; lower it",
+                f"method ACN generates no images: warmup_epochs is {self.warmup_epochs} of {count_of(epochs, 'epoch')}"
+                "; lower it",
                 stacklevel=2,
             )
 

@@ -163,7 +163,7 @@ class ATSC(Method):
 
     def _copy_teachers(self, student: nn.Module | None, teachers: Sequence[nn.Module]) -> None:
         for network in teachers:
-            shared_classifier(network)
+            shared_classifier(network, fixed=not self.adapts)
         plan = student.plan if isinstance(student, BranchyStudent) else None
         if plan is not None and plan.classifier is not None and not (self.weight_ce or self.weight_kd):
             cast(BranchyStudent, student).plain().get_submodule(plan.classifier).requires_grad_(False)
@@ -199,7 +199,7 @@ class ATSC(Method):
         else:
             self.keep_outside("fixed", tuple(teachers))
             for classifier, given in zip(self._head().classifiers, teachers, strict=True):
-                classifier.load_state_dict(shared_classifier(given.network).state_dict())
+                classifier.load_state_dict(shared_classifier(given.network, fixed=True).state_dict())
         self.adopted = self.has_weights = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -18,6 +18,10 @@ def _is_size(value: Any) -> bool:
     return all(type(side) is int and 0 < side <= LARGEST_INPUT for side in sides)
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(each, str) for each in value)
 
@@ -26,12 +30,21 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mean": (lambda values: len(values) > 0 and all(map(math.isfinite, values)), "a list of numbers"),
     "std": (lambda values: len(values) > 0 and all(0 < each < math.inf for each in values), "numbers above 0"),
     "input_size": (_is_size, f"a whole number of pixels from 1 to {LARGEST_INPUT}, or height and width"),
+    "channels": (lambda value: type(value) is int and 1 <= value <= 16, "a whole number from 1 to 16"),
+    "crop_pct": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+    "value_range": (lambda values: len(values) == 2 and values[0] < values[1], "the values that become 0 and 1"),
+    "pixels": (lambda value: value in ("uint8", "float32"), "uint8 or float32"),
+    "reads": (lambda value: value in ("normalised", "uint8"), "normalised or uint8"),
     "interpolation": (lambda value: value in ("nearest", "bilinear", "bicubic"), "nearest, bilinear or bicubic"),
     "class_names": (lambda value: _are_names(value) and len(set(value)) == len(value), "a list of different names"),
     "class_labels": (_are_names, "a list of words"),
     "val_acc": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
     "test_acc": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "val_count": (_is_count, "a whole number"),
+    "test_count": (_is_count, "a whole number"),
 }
+_WORDS = ("interpolation", "pixels", "reads")
+"""Entries that are text as they are, and not JSON."""
 
 
 def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
@@ -42,8 +55,8 @@ def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
         weights: Name of the weight file in error messages.
 
     Returns:
-        The entries ``mean``, ``std``, ``input_size`` (a side, or height and width), ``interpolation``, ``class_names``,
-        ``class_labels``, ``val_acc`` and ``test_acc`` that the file has.
+        The entries about images (``mean``, ``std``, ``input_size``, which is a side, or height and width, …), classes
+        and accuracy that the file has.
 
     Raises:
         ACKDError: If an entry has a value that it cannot have.
@@ -53,7 +66,7 @@ def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
         if key not in metadata:
             continue
         try:
-            found[key] = metadata[key].strip('"') if key == "interpolation" else json.loads(metadata[key])
+            found[key] = metadata[key].strip('"') if key in _WORDS else json.loads(metadata[key])
             good = right(found[key])
         except (ValueError, TypeError, RecursionError):
             good = False
@@ -62,7 +75,7 @@ def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
                 f"{key} is {metadata[key][:60]!r} in the metadata of {weights}; it must be {allowed}, so export the "
                 "file again"
             )
-        if key in ("mean", "std", "input_size") and isinstance(found[key], list):
+        if key in ("mean", "std", "input_size", "value_range") and isinstance(found[key], list):
             found[key] = tuple(found[key])
     if ("mean" in found) != ("std" in found) or len(found.get("mean", [])) != len(found.get("std", [])):
         raise ACKDError(f"mean and std have different lengths in the metadata of {weights}; export the file again")

@@ -91,7 +91,7 @@ def as_map(output: Any, ratio: float, prefix: int | None = None) -> Tensor | Non
         return tensor.permute(0, 3, 1, 2) if last else None
     if tensor.dim() == 3:
         count = tensor.shape[1]
-        for skipped in range(min(count, 17)) if prefix is None else (prefix,):
+        for skipped in range(min(count, 17)) if prefix is None else (prefix, 0):  # some join them after some blocks
             height = round(math.sqrt((count - skipped) * ratio))
             width = (count - skipped) // max(height, 1)
             if height * width == count - skipped > 0 and _fits(height, width, ratio):

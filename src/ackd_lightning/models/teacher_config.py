@@ -94,7 +94,10 @@ class TeacherConfig:
                     f"{name} is {getattr(self, name)!r} in TeacherConfig and the teacher is a network; {remedy}"
                 )
         if self.pretrained and self.weights is not None:
-            raise ACKDError(f"pretrained is true and weights is {self.weights!r} in TeacherConfig; choose one of them")
+            raise ACKDError(
+                f"teacher.pretrained is true and teacher.weights is {self.weights!r}; choose one of them (weights null "
+                "drops what a configuration gives)"
+            )
         if len(self.mean or ()) != len(self.std or ()):
             raise ACKDError(
                 f"mean is {self.mean} and std is {self.std} in TeacherConfig; give both, with one number per channel"

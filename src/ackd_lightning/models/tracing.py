@@ -156,7 +156,8 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
             events += 1
             start, inputs[name] = starts[name].pop()
             found = as_map(value, ratio, prefix)
-            shape = None if found is None else cast("tuple[int, int, int]", tuple(found.shape[1:]))
+            one_each = found is not None and len(found) == len(image)  # and not windows
+            shape = cast("tuple[int, int, int]", tuple(found.shape[1:])) if found is not None and one_each else None
             tensor = first_tensor(value)
             nodes = frozenset(each.grad_fn for each in tensors_in(value) if each.grad_fn is not None)
             calls.append(Call(name, start, events, shape, None if tensor is None else tensor.grad_fn, nodes, value))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import secrets
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -284,17 +285,48 @@ def check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Pa
                 f"{file} has {rows[0][0][0]} classes and {name} has {rows[0][1][0]}, everything else agrees; build "
                 f"{name} with num_classes={rows[0][0][0]}, or give weights for {rows[0][1][0]} classes"
             )
-    parts = []
+    parts, remedy = [], "give weights of this network, or the network of these weights"
+    if (size := _trained_at(tensors, own)) and not (missing or unexpected):
+        option, side = size
+        remedy = f"its images had {side} x {side} pixels, so build {name} with options {{{option}: {side}}}"
     if missing:
-        parts.append(f"{len(missing)} of {len(own)} keys are missing ({_first(missing)})")
+        parts.append(f"{len(missing)} of {len(own)} keys {_be(missing)} missing ({_first(missing)})")
     if unexpected:
-        parts.append(f"{len(unexpected)} of the file's {len(tensors)} keys are unexpected ({_first(unexpected)})")
+        found = f"{len(unexpected)} of the file's {len(tensors)} keys {_be(unexpected)} unexpected"
+        parts.append(f"{found} ({_first(unexpected)})")
     if reshaped:
         shapes = (f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}" for key in reshaped)
-        parts.append(f"{len(reshaped)} have another shape ({_first(shapes)})")
-    raise ACKDError(
-        f"{file} does not fit {name}: {', '.join(parts)}; give weights of this network, or the network of these weights"
-    )
+        parts.append(f"{len(reshaped)} {'has' if len(reshaped) == 1 else 'have'} another shape ({_first(shapes)})")
+    raise ACKDError(f"{file} does not fit {name}: {', '.join(parts)}; {remedy}")
+
+
+_POSITIONS = (
+    ("pos_embed", "patch_embed.proj.weight", "img_size"),  # timm
+    ("encoder.pos_embedding", "conv_proj.weight", "image_size"),  # torchvision
+)
+"""Positions and patches of transformers that are built for one image size, and the option that sets it."""
+
+
+def _trained_at(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """Return the option and the side of the square images that a transformer's weights were trained on.
+
+    None if the positions agree, or are not those of square images.
+    """
+    for positions, patches, option in _POSITIONS:
+        if not all(key in each for key in (positions, patches) for each in (tensors, own)):
+            continue
+        there, here = tensors[positions].shape, own[positions].shape
+        if len(there) != 3 or len(here) != 3 or there[1] == here[1]:
+            continue
+        for others in range(3):  # tokens without a place in the image: class, distillation
+            sides = [math.isqrt(max(shape[1] - others, 0)) for shape in (there, here)]
+            if all(side * side == shape[1] - others for side, shape in zip(sides, (there, here), strict=True)):
+                return option, sides[0] * tensors[patches].shape[-1]
+    return None
+
+
+def _be(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _first(names: Iterable[str]) -> str:

@@ -7,28 +7,29 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers, with_head
 from ackd_lightning.models.weights import (
     STUDENT_PREFIX,
     check_fit,
-    fitting_tensors,
     load_weights,
-    read_metadata,
     save_weights,
 )
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.complexity import count_parameters
 from ackd_lightning.runs.files import read_checkpoint, whole_file
+from ackd_lightning.runs.versions import versions
 from ackd_lightning.types import ImageSize, height_width
+
+_TOLERANCE, _IMAGES = 1e-5, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ def _plain_metadata(checkpoint: Mapping[str, Any], source: _Source, extra: Mappi
     """Return the metadata of a weight file: everything that a later run with it as a teacher needs."""
     metadata = checkpoint["ackd_lightning"]
     values = {
+        **(metadata.get("preprocessing") or {}),
         "model": source.name,
         "model_options": source.options or None,
         "head": source.head,
@@ -136,15 +138,46 @@ def _plain_metadata(checkpoint: Mapping[str, Any], source: _Source, extra: Mappi
         "std": metadata["std"],
         "data": metadata["data"],
         "method": metadata["method"],
+        "teacher": metadata.get("teacher"),
         "started_from": metadata.get("started_from"),
         "frozen": metadata.get("frozen") or None,
         "seed": metadata["seed"],
         "epochs": metadata["epoch"],
-        "ackd_lightning": __version__,
-        "torch": torch.__version__,
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "dtype": "float32",
     }
     plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
     return {**{key: value for key, value in plain.items() if value != "null"}, **(extra or {})}
+
+
+def network_of(
+    checkpoint: Mapping[str, Any],
+    origin: Path,
+    *,
+    learner: int = 0,
+    extra: Mapping[str, str] | None = None,
+) -> tuple[nn.Module, dict[str, str]]:
+    """Build a network of a checkpoint, with its weights and in evaluation mode.
+
+    Args:
+        checkpoint: Content of a checkpoint of this package.
+        origin: Where the content comes from, for messages.
+        learner: Number of the learner: 0 for the student, from 1 for a peer.
+        extra: Further metadata.
+
+    Returns:
+        The network, and its description as text.
+
+    Raises:
+        ACKDError: If there is no such learner, or the network is not one that `create_model` builds.
+    """
+    source = _source(checkpoint, origin, learner)
+    with torch.device("meta"):  # before anything of the stated size is allocated
+        check_fit(source.state, source.fresh().state_dict(), origin, source.name)
+    network = source.fresh()
+    network.load_state_dict(source.state)
+    return network, _plain_metadata(checkpoint, source, extra)
 
 
 def export_student(
@@ -198,17 +231,15 @@ def write_student(
     """
     stated, source = checkpoint["ackd_lightning"]["input_size"], _source(checkpoint, origin, learner)
     size: ImageSize = stated if isinstance(stated, int) else (stated[0], stated[1])
-    with torch.device("meta"):  # before anything of the stated size is allocated
-        check_fit(source.state, source.fresh().state_dict(), origin, source.name)
-    trained = source.fresh()
-    trained.load_state_dict(source.state)
+    trained, metadata = network_of(checkpoint, origin, learner=learner, extra=extra)
+    metadata.setdefault("checked", f"logits within {_TOLERANCE:g} of those in training on {_IMAGES} random images")
     try:
         with whole_file(target) as partial:
-            save_weights(source.state, partial, _plain_metadata(checkpoint, source, extra))
+            save_weights(trained, partial, metadata)
             reloaded = source.fresh()
             load_weights(reloaded, partial)
             shape = (image_channels(trained), *height_width(size))
-            image = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+            image = torch.randn(_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
                 difference = float((trained(image) - reloaded(image)).abs().max())
             if not math.isfinite(difference):
@@ -216,57 +247,10 @@ def write_student(
                     f"the student's logits are not finite, as training diverged; {target} was not written: lower the "
                     "learning rate, or export another checkpoint (--which best)"
                 )
-            if not difference <= 1e-5:
+            if not difference <= _TOLERANCE:
                 raise ACKDError(f"the exported student's logits differ by {difference:.3g}; {target} was not written")
     except OSError as error:
         raise ACKDError(
             f"{target} cannot be written ({error.strerror}); choose a folder with room that you may write in"
         ) from error
     return Exported(target, difference, reloaded, size, count_parameters(source.plain()))
-
-
-def load_student(path: str | Path) -> nn.Module:
-    """Build the network that a file of ``ackd export`` or of a run describes, with its weights, in evaluation mode.
-
-    The network gets an attribute ``class_names``: a tuple of text in the order of its logits, or None if the file
-    does not name the classes.
-
-    Args:
-        path: ``.safetensors`` file that names its model.
-
-    Raises:
-        ACKDError: If the file does not state which network it has, or does not have it.
-    """
-    metadata = read_metadata(path)
-    try:
-        name, classes = metadata["model"], int(metadata["num_classes"])
-        options, head = json.loads(metadata.get("model_options", "{}")), json.loads(metadata.get("head", "null"))
-        with torch.device("meta"):  # before anything of the stated size is allocated
-            ghost = with_head(create_model(name, classes, **options), head)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        if isinstance(error, ACKDError):
-            raise
-        raise ACKDError(
-            f"{path} does not state which network it has; build it with create_model and use load_weights"
-        ) from error
-    names = _class_names(metadata, classes, path)
-    tensors, _ = fitting_tensors(ghost, path, name=name)
-    network = with_head(create_model(name, classes, **options), head)
-    network.load_state_dict(tensors)
-    cast("Any", network).class_names = names
-    return network.eval()
-
-
-def _class_names(metadata: Mapping[str, str], classes: int, path: str | Path) -> tuple[str, ...] | None:
-    """Read the class names of a weight file; None if it has none."""
-    try:
-        names = json.loads(metadata.get("class_names", "null"))
-    except (ValueError, RecursionError):
-        names = ()
-    if names is None:
-        return None
-    if not isinstance(names, list) or not all(isinstance(each, str) for each in names) or len(names) != classes:
-        raise ACKDError(
-            f"class_names in the metadata of {path} are not the names of its {classes} classes; export the file again"
-        )
-    return tuple(names)

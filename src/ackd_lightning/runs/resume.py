@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ackd_lightning.config.experiment import experiment_settings
-from ackd_lightning.errors import ACKDError, RunFinishedError
+from ackd_lightning.errors import ACKDError, RunFinishedError, count_of
 from ackd_lightning.runs.files import find_checkpoint, read_checkpoint, run_folder
 
 
@@ -94,10 +94,10 @@ def _refuse_finished(folder: Path, length: Length | None) -> None:
     """Refuse a finished run, unless it is to be trained longer than it was."""
     summary = folder / "summary.json"
     if summary.is_file() and not (length is not None and length.exceeds(_config(folder).get("trainer") or {})):
-        epochs = json.loads(summary.read_text(encoding="utf-8")).get("epochs")
+        epochs = json.loads(summary.read_text(encoding="utf-8")).get("epochs", 0)
         raise RunFinishedError(
-            f"run {folder} is finished ({epochs} epochs); raise --trainer.max_epochs to train it longer, or leave "
-            "--resume out for a new one"
+            f"run {folder} is finished ({count_of(epochs, 'epoch')}); raise --trainer.max_epochs to train it longer, "
+            "or leave --resume out for a new one"
         )
 
 

@@ -39,6 +39,7 @@ def versions() -> dict[str, str]:
         **({"commit": source} if source else {}),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "timm": version("timm"),
         "lightning": version("lightning"),
         "python": platform.python_version(),
     }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ackd_lightning._version import __version__
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import FitInfo
+from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.start import Start, match_head
 from ackd_lightning.runs.export import Exported, write_student
@@ -160,8 +161,10 @@ class SelfDescribing(OpenOptimizers):
             "mean": list(self.data.mean) if self.data.mean else None,
             "std": list(self.data.std) if self.data.std else None,
             "class_names": list(self.data.class_names) if self.data.class_names else None,
+            "preprocessing": getattr(data, "preprocessing", None),
             "data": type(data).__name__ if data is not None else None,
             "method": type(self.method).__name__,
+            "teacher": self._teacher_names(),
             "seed": self.seed,
             "epoch": self.current_epoch + 1 if self._trainer is not None else 0,
             "skipped": self.guard.skipped,
@@ -171,6 +174,10 @@ class SelfDescribing(OpenOptimizers):
             "started_from": self._started_from if self.start is None else self.start.notes,
             "frozen": list(self.student_config.freeze),
         }
+
+    def _teacher_names(self) -> str | None:
+        networks = [each.network for each in self.teachers.configs]
+        return ", ".join(each if isinstance(each, str) else name_of(each) for each in networks) or None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an export needs; non-finite weights are not written.

@@ -61,8 +61,8 @@ class Labels:
             return
         if targets is None:
             raise ACKDError(
-                "recipe.class_weights is auto and the data module has no attribute `train_targets`, the class of every "
-                "image; give it one, or list the weights"
+                "recipe.class_weights is auto and the classes of the training images are unknown (streamed shards, or "
+                "a data module without `train_targets`); list one weight for each class"
             )
         self.weights = inverse_frequency(targets, self.num_classes)
 
@@ -163,8 +163,11 @@ def check_unlabelled(method: Method, targets: Tensor | None, data: Any) -> None:
     some = f"{missing:,} of {len(targets):,} training images have no label"
     if method.labels != "mixed":
         raise ACKDError(f"{some} and {_cannot_mix(method)}; leave them out, or use another method, such as kd")
-    if method.teacher == "none" and missing == len(targets):
-        raise ACKDError(f"{some} and method {type(method).__name__} learns from labels alone; use one with a teacher")
+    if method.teacher == "none":
+        raise ACKDError(
+            f"{some} and method {type(method).__name__} learns from labels alone; leave them out, or use a method with "
+            "a teacher, such as kd"
+        )
     if isinstance(data, ImageDataModule) and (data.augmentation.mixing() or data.sampling == "balanced"):
         setting = "data.augmentation mixes images" if data.augmentation.mixing() else "data.sampling is balanced"
         raise ACKDError(f"{some} and {setting}, which needs the class of every image; leave one of them out")

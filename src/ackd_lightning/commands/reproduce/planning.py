@@ -11,7 +11,7 @@ from ackd_lightning.commands.reproduce.networks import Networks
 from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec, TeacherKind
 from ackd_lightning.config.experiment import experiment_settings
 from ackd_lightning.config.files import find_config, load_configs
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.launch.execute import plan as plan_fit
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.methods.description import from_description
@@ -177,7 +177,7 @@ class Planner:
             shorter[_MILESTONES] = [max(1, int(each * scale)) for each in milestones]
         overrides, self.overrides = self.overrides, [*self.overrides, *as_arguments(shorter)]
         try:
-            title = f"{label}, stopped after {epochs} epochs"
+            title = f"{label}, stopped after {count_of(epochs, 'epoch')}"
             found = self._job(
                 title=title, pair=pair, kind="early_stopped", configs=[str(config)], settings=settings, name="early"
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +53,8 @@ def from_config(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modu
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, num_labels=num_classes, **options
         )
-        network: nn.Module = transformers.AutoModelForImageClassification.from_config(config)
+        with _quiet(transformers):
+            network: nn.Module = transformers.AutoModelForImageClassification.from_config(config)
     except (ValueError, OSError, KeyError) as error:
         raise _refused(name, error) from error
     return network
@@ -69,14 +72,15 @@ def with_weights(name: str, options: dict[str, Any]) -> nn.Module:
     """
     transformers = require("transformers", "huggingface", f"network {name!r}")
     try:
-        network, report = transformers.AutoModelForImageClassification.from_pretrained(
-            folder_of(name),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        with _quiet(transformers):
+            network, report = transformers.AutoModelForImageClassification.from_pretrained(
+                folder_of(name),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise _refused(name, error) from error
     if missing := sorted(report["missing_keys"]):
@@ -113,6 +117,21 @@ def described(folder: Path) -> dict[str, Any]:
     if stated.get("resample") in _RESAMPLE:
         result["interpolation"] = _RESAMPLE[stated["resample"]]
     return result
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Silence the advice and progress bars of transformers."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _refused(name: str, error: Exception) -> ACKDError:

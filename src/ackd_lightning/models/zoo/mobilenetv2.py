@@ -81,6 +81,8 @@ class CifarMobileNetV2(nn.Module):
         ("conv1", "blocks.1", "blocks.2", "blocks.4", "conv2"), classifier="classifier"
     )
 
+    image_size = 32
+
     def __init__(self, num_classes: int, *, width: float) -> None:
         super().__init__()
         channels = int(32 * width)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,6 +104,8 @@ def pretrained(name: str, options: dict[str, Any] | None = None) -> tuple[nn.Mod
         place = f"from the local cache, {found.cached} ({found.source})" if local else f"from {found.source}"
         print(f"weights of {name} ({found.metadata['weights']}): {place}", flush=True)
     try:
+        if found.cached is None and found.source.startswith("http"):
+            _ask(found.source)
         with _weights_only():
             network = found.load(given)
     except ACKDError:
@@ -118,7 +122,13 @@ def pretrained(name: str, options: dict[str, Any] | None = None) -> tuple[nn.Mod
     return named(network, name, given), dict(found.metadata)
 
 
-@contextmanager
+def _ask(address: str) -> None:
+    """Ask a server whether it is there, since the libraries repeat a download for a minute when it is not."""
+    with contextlib.suppress(urllib.error.HTTPError):  # an answer
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=10).close()
+
+
+@contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
     """Let torch.load refuse everything but tensors, whatever its caller asks for."""
     key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"

@@ -66,6 +66,8 @@ class CifarResNet(nn.Module):
 
     stage_plan: ClassVar[StagePlan] = StagePlan(("relu", "layer1", "layer2", "layer3"), classifier="fc")
 
+    image_size = 32
+
     def __init__(self, num_classes: int, *, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64)) -> None:
         super().__init__()
         blocks = (depth - 2) // 6

@@ -98,6 +98,8 @@ class CifarShuffleNetV1(nn.Module):
 
     stage_plan: ClassVar[StagePlan] = StagePlan(("relu", "layer1", "layer2", "layer3"), classifier="linear")
 
+    image_size = 32
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1 = conv1x1(3, _STEM)

@@ -90,6 +90,8 @@ class WideResNet(nn.Module):
 
     stage_plan: ClassVar[StagePlan] = StagePlan(("conv1", "block1", "block2", "relu"), classifier="fc")
 
+    image_size = 32
+
     def __init__(self, num_classes: int, *, depth: int, widen: int) -> None:
         super().__init__()
         blocks = (depth - 4) // 6

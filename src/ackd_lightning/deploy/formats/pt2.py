@@ -1,0 +1,60 @@
+"""A graph of ``torch.export`` in a ``.pt2`` file, which torch alone runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ackd_lightning.deploy.formats.program import Opened, graph_of, quiet, unreadable
+
+DESCRIPTION = "description.json"
+"""Name of the extra file with the metadata."""
+
+
+def write(network: nn.Module, example: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a network as a graph; its metadata are the extra file ``description.json``.
+
+    Args:
+        network: Network in evaluation mode.
+        example: Two images as the network reads them.
+        path: File to write.
+        metadata: Text for the file.
+
+    Raises:
+        ACKDError: If torch.export refuses the network.
+    """
+    graph = graph_of(network, example, "pt2")
+    with quiet(), path.open("wb") as stream:
+        torch.export.save(graph, stream, extra_files={DESCRIPTION: json.dumps(dict(metadata))})
+
+
+def open_file(path: Path) -> Opened:
+    """Open a file with torch, on the CPU.
+
+    Args:
+        path: ``.pt2`` file.
+
+    Raises:
+        ACKDError: If torch cannot read it.
+    """
+    extra = {DESCRIPTION: ""}
+    try:
+        with quiet():
+            module = torch.export.load(path, extra_files=extra).module()
+    except Exception as error:  # of a damaged file, in any way
+        raise unreadable(path, "a graph of torch.export", error) from error
+    try:
+        metadata = json.loads(extra[DESCRIPTION] or "{}")
+    except ValueError as error:
+        raise unreadable(path, "a graph of torch.export", error) from error
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        return cast("Tensor", module(images.cpu())).detach()
+
+    return Opened(run, {str(key): str(value) for key, value in metadata.items()})

@@ -1,0 +1,59 @@
+"""A run, a checkpoint and every file are opened and run in one way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ackd_lightning import load_student
+from ackd_lightning.deploy.files import open_network
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.runs.export import export_student
+from deploy.samples import NAMES, checkpoint
+
+
+@pytest.fixture
+def run(tmp_path):
+    network = checkpoint(tmp_path / "run/checkpoints/last.ckpt")
+    export_student(tmp_path / "run/checkpoints/last.ckpt", tmp_path / "run/student.safetensors")
+    return tmp_path / "run", network
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints/last.ckpt", "student.safetensors"])
+def test_logits_and_description(run, name):
+    folder, network = run
+    opened = open_network(folder / name if name else folder)
+    image = torch.randn(3, 3, 16, 16)
+    assert torch.equal(opened.logits(image), network(image))
+    assert opened.description.names == tuple(NAMES)
+    assert (opened.description.method, opened.description.data, opened.description.teacher) == ("CE", "Pets", None)
+    assert opened.description.versions["torch"] == torch.__version__
+    predictions = opened.predict(torch.randint(0, 256, (5, 3, 20, 30), dtype=torch.uint8), batch_size=2)
+    assert len(predictions.class_names) == 5
+    assert predictions.probabilities.sum(1).allclose(torch.ones(5))
+
+
+def test_a_student_predicts(run):
+    folder, network = run
+    student = load_student(folder / "student.safetensors")
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    expected = network((images / 255 - 0.4) / 0.2).softmax(1)
+    predictions = student.predict(images)
+    assert predictions.probabilities.allclose(expected, atol=1e-5)
+    assert predictions.class_names == [NAMES[number] for number in expected.argmax(1).tolist()]
+    assert student.predict(images[0]).probabilities.allclose(expected[:1], atol=1e-5)
+    with pytest.raises(ACKDError, match="no images"):
+        student.predict([])
+
+
+@pytest.mark.parametrize("name", ["nowhere.onnx", "picture.png", "plain.safetensors", "text.safetensors", "empty"])
+def test_what_cannot_be_opened_is_named(tmp_path, name):
+    (tmp_path / "picture.png").write_bytes(b"png")
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors", {"format": json.dumps("pt")})
+    with pytest.raises(ACKDError, match=name):
+        open_network(tmp_path / name)
