@@ -60,7 +60,8 @@ def predict(
         require("pyarrow.parquet", "parquet", f"--output {output}")
     check_writable(target.parent, "the folder of --output,")
     listed = list_images(images)
-    network = open_network(run, which=which, device=device)
+    network = open_network(run, which=which, device=_device(device))
+    place = _device(device) if network.network is not None else torch.device("cpu")
     description = network.description
     if top > description.num_classes:
         raise ACKDError(f"--top is {top} and the network has {description.num_classes} classes; make it smaller")
@@ -77,7 +78,7 @@ def predict(
                 top=top,
                 batch_size=min(batch_size, description.batch or batch_size),
                 workers=workers,
-                device=network.device,
+                device=place,
                 progress=lambda count: bar.advance(task, count),
             )
     write_table(found.columns(description.class_names), target)
@@ -100,3 +101,9 @@ def _check_numbers(*, top: int, batch_size: int, workers: int | None) -> None:
     for name, value, least in (("--top", top, 1), ("--batch-size", batch_size, 1), ("--workers", workers, 0)):
         if value is not None and value < least:
             raise ACKDError(f"{name} is {value}; it must be {least} or more")
+
+
+def _device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ACKDError("--device is cuda and torch finds no CUDA device here; leave it out")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

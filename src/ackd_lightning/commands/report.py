@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.deploy.files import ENDINGS, open_network
@@ -69,7 +70,7 @@ def report_command(
         else:
             data, subject = _run(run, which, settings, measure_on, chosen)
     summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
-    asked = {}
+    asked: dict[str, Callable[[Tensor], Tensor]] = {}
     if has_run:
         costs, asked, notes = exported_files(folder, data.info, skip=path if is_file else None, timed=latency)
         subject.costs += costs

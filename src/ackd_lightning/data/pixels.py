@@ -80,7 +80,7 @@ def bands(raw: Image.Image | NDArray[Any], channels: int) -> int:
     """
     if isinstance(raw, Image.Image):
         return (4 if "transparency" in raw.info else 3) if raw.mode == "P" else len(raw.getbands())
-    return _channels_last(raw, channels, "an array").shape[2]
+    return int(_channels_last(raw, channels, "an array").shape[2])
 
 
 def require_full_range(values: list[int], name: str) -> None:

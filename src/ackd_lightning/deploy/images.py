@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ackd_lightning.data.decoding import load_image
 from ackd_lightning.data.folders import Walk
-from ackd_lightning.data.pixels import bands, largest_value
+from ackd_lightning.data.pixels import bands, convert, largest_value
 from ackd_lightning.data.table import read_columns
 from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.errors import ACKDError
@@ -148,7 +148,7 @@ class _ImageFiles(Dataset[_Decoded]):
             if form.channels not in (1, 3) and found != form.channels:
                 return _Decoded(row, None, f"has {found} channels and the network reads {form.channels}")
             largest = None if form.value_range else largest_value(raw)
-            pixels = self.preprocessing.decoded(raw, name)
+            pixels = self.preprocessing.fitted(convert(raw, form, name))
         except (ACKDError, OSError, MemoryError) as error:
             return _Decoded(row, None, str(error).splitlines()[0])
         dark = largest is not None and 0 < largest <= 4095

@@ -190,7 +190,7 @@ def mistakes(images: NDArray[np.float32], captions: Sequence[tuple[str, str, str
         if file:
             tail = file if len(file) <= 26 else f"…{file[-25:]}"
             axes.text(0.5, -0.27, tail, fontsize=6, color="#777c85", **text)
-    figure.get_layout_engine().set(hspace=0.14)  # type: ignore[union-attr]
+    figure.set_layout_engine("constrained", hspace=0.14)
     return _png(figure)
 
 

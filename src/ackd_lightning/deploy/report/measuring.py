@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ def measure(
             ``most`` images, which are spread evenly over the test part.
         most: See ``files``.
     """
-    total = len(data.test_dataloader().dataset)
+    total = len(cast(Sized, data.test_dataloader().dataset))
     stride = max(1, math.ceil(total / most))
     logits, target, answers, top5 = [], [], defaultdict(list), Counter[str]()
     asked: dict[str, list[Tensor]] = {name: [] for name in files or {}}

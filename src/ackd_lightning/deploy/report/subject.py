@@ -269,7 +269,7 @@ def in_batches(network: ExportedNetwork, data: DataInfo) -> Callable[[Tensor], T
                 for each in (data.mean, data.std, description.mean, description.std)
             )
             image = (image * std + mean - own_mean) / own_std
-        parts = image.split(description.batch) if description.batch else (image,)
+        parts = torch.split(image, description.batch) if description.batch else (image,)
         return torch.cat([network.logits(each) for each in parts]).to(image.device)
 
     return ask
