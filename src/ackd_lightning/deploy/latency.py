@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 BATCHES = (1, 32)
 """Batch sizes at which a report measures."""
+_WARM_UP, _FEWEST, _MOST = 3, 10, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def measure(
     seconds: float = 0.5,
     device: str | torch.device = "cpu",
 ) -> Latency:
-    """Time a network on random images by `torch.utils.benchmark`, after passes that are not counted.
+    """Time a network on random images, pass by pass, after passes that are not counted.
 
     The number of threads is that of `torch.get_num_threads`. On a GPU the clock stops when the device has finished.
 
@@ -55,7 +57,7 @@ def measure(
         network: Function that maps images ``B x C x H x W`` to logits; gradients are off while it runs.
         shape: Channels, height and width of an image.
         batch: Number B of images.
-        seconds: Shortest time to measure for.
+        seconds: Time to measure for; at least 10 and at most 1,000 passes are timed.
         device: Device of the images.
 
     Example:
@@ -64,11 +66,16 @@ def measure(
         (4, True, True)
     """
     image = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    threads = torch.get_num_threads()
+
+    def once() -> None:
+        network(image)
+        if image.is_cuda:
+            torch.cuda.synchronize(image.device)
+
+    clock = timeit.Timer(once)
     with torch.inference_mode():
-        for _ in range(3):  # what a runtime compiles, allocates or chooses in its first passes
-            network(image)
-        timer = Timer("network(image)", globals={"network": network, "image": image}, num_threads=threads)
-        found = timer.blocked_autorange(min_run_time=seconds)
-    passes = len(found.raw_times) * found.number_per_run
-    return Latency(batch, threads, image.device.type, found.median, found.iqr, passes)
+        clock.timeit(_WARM_UP)  # what a runtime compiles, allocates or chooses in its first passes
+        passes = max(_FEWEST, min(_MOST, round(seconds / max(clock.timeit(1), 1e-6))))
+        times = np.array(clock.repeat(passes, number=1))
+    low, median, high = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
+    return Latency(batch, torch.get_num_threads(), image.device.type, median, high - low, passes)

@@ -125,22 +125,27 @@ def reliability(panels: Sequence[tuple[str, Reliability]]) -> bytes:
         panels: Title and points of each diagram.
     """
     figure = _figure(3.9 * len(panels) + 0.4, 4.8)
-    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, height_ratios=[3, 1])
+    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1])
     edges = np.arange(BINS) / BINS
     for column, (title, bins) in enumerate(panels):
         upper, lower = grid[0][column], grid[1][column]
         accuracy, confidence = bins.accuracy.nan_to_num().numpy(), bins.confidence.nan_to_num().numpy()
         full = bins.count.numpy() > 0
-        low, gap = np.minimum(accuracy, confidence), np.abs(accuracy - confidence)
+        low, gap = np.minimum(accuracy, confidence), np.abs(accuracy - confidence)  # 0 in empty bins
         options = {"width": 1 / BINS, "align": "edge", "linewidth": 0.6, "edgecolor": "white"}
-        upper.bar(edges, accuracy, color=_BLUE, alpha=0.85, label="accuracy", **options)
-        upper.bar(edges[full], gap[full], bottom=low[full], color=_RED, alpha=0.35, label="gap", **options)
+        over, under = full & (confidence > accuracy), full & (accuracy > confidence)
+        upper.bar(edges, low, color=_BLUE, alpha=0.9, label="accuracy", **options)
+        upper.bar(edges[under], gap[under], bottom=low[under], color=_BLUE, alpha=0.45, **options)
+        upper.bar(
+            edges[over], gap[over], bottom=low[over], color=_RED, alpha=0.35, label="confidence above it", **options
+        )
         upper.plot([0, 1], [0, 1], color=_INK, linewidth=0.9, linestyle="--", label="perfect calibration")
         upper.set_title(title, fontsize=10)
         upper.set_ylim(0, 1)
         lower.bar(edges, bins.count.numpy() / max(1, int(bins.count.sum())), color=_GREY, **options)
         lower.set_xlabel("confidence")
         lower.set_xlim(0, 1)
+        lower.set_ylim(0, 1)
         for axes in (upper, lower):
             _plain(axes)
     grid[0][0].set_ylabel("accuracy")
@@ -176,21 +181,28 @@ def mistakes(images: NDArray[np.float32], captions: Sequence[tuple[str, str, str
     """
     columns = min(6, len(images))
     rows = -(-len(images) // columns)
-    figure = _figure(1.75 * columns, 2.35 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for place, axes in enumerate(grid.flat):
+    width, height = 1.75 * columns, 2.35 * rows  # inches; the side of an image is 1.65
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    for place, (true, predicted, file) in enumerate(captions):
+        row, column = divmod(place, columns)
+        left, top = 1.75 * column + 0.05, height - 2.35 * row - 0.05
+        axes = figure.add_axes((left / width, (top - 1.65) / height, 1.65 / width, 1.65 / height))
         axes.set_axis_off()
-        if place >= len(images):
-            continue
         axes.imshow(images[place], interpolation="nearest")
-        true, predicted, file = captions[place]
-        text = {"ha": "center", "va": "top", "transform": axes.transAxes, "parse_math": False}
-        axes.text(0.5, -0.03, short(true, 24), fontsize=8, color=_INK, **text)
-        axes.text(0.5, -0.15, short(predicted, 28), fontsize=8, color=_RED, **text)
-        if file:
-            tail = file if len(file) <= 26 else f"…{file[-25:]}"
-            axes.text(0.5, -0.27, tail, fontsize=6, color="#777c85", **text)
-    figure.set_layout_engine("constrained", hspace=0.14)
+        tail = file if len(file) <= 28 else f"…{file[-27:]}"
+        lines = ((0.05, short(true, 24), 8, _INK), (0.24, short(predicted, 28), 8, _RED), (0.43, tail, 6, "#777c85"))
+        for below, text, size, color in lines:
+            figure.text(
+                (left + 0.825) / width,
+                (top - 1.65 - below) / height,
+                text,
+                fontsize=size,
+                color=color,
+                ha="center",
+                va="top",
+                parse_math=False,
+            )
     return _png(figure)
 
 
@@ -206,7 +218,7 @@ def heat_maps(
         columns: Name of each network, its overlays ``N x H x W x 3``, and its ``N`` predicted classes.
         labels: True class of each image.
     """
-    width, height = 1.7 * (1 + len(columns)), 1.95 * len(images) + 0.3
+    width, height = 1.7 * (1 + len(columns)), 1.9 * len(images) + 0.25
     figure = _figure(width, height)
     grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)
     for row, label in enumerate(labels):

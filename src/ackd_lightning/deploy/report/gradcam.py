@@ -110,11 +110,9 @@ def heat_maps(
     before = {name: parameter.grad for name, parameter in model.named_parameters()}
     with (
         torch.enable_grad(),
-        library.GradCAM(
-            model=model, target_layers=[source.layer], reshape_transform=as_maps, compute_input_gradient=True
-        ) as cam,
+        library.GradCAM(model=model, target_layers=[source.layer], reshape_transform=as_maps) as cam,
     ):
-        maps = cam(input_tensor=images.detach().clone(), targets=wanted)
+        maps = cam(input_tensor=images.detach().clone().requires_grad_(), targets=wanted)
         answers = cam.outputs.argmax(dim=1).detach().cpu()
     for name, parameter in model.named_parameters():
         parameter.grad = before[name]

@@ -38,7 +38,7 @@ def escaped(text: str) -> str:
         >>> escaped("a|b_c")
         'a\\|b\\_c'
     """
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&-])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", " ".join(text.split()))
 
 
 def percent(value: float | None, decimals: int = 2) -> str:

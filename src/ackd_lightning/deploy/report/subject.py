@@ -20,6 +20,7 @@ from ackd_lightning.models.finding import plan_for
 from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.models.student import Peer
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.zoo.complexity import count_parameters
 from ackd_lightning.runs.export import peer_name
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.types import DataInfo, height_width
@@ -303,6 +304,7 @@ def exported_files(
             continue
         kind = network.description.quantization or network.description.dtype
         cost = Cost(f"{path.name} ({kind})" if kind != "float32" else path.name, bytes=file_size(path))
+        cost.parameters = None if network.network is None else count_parameters(network.network)
         if timed and network.network is None:
             cost.latency = _of_graph(network, (torch.device("cpu"),))
         costs.append(cost)
