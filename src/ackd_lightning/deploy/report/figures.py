@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -102,7 +103,7 @@ def confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> bytes:
     side = max(3.6, 1.8 + 0.34 * count) if labelled else 6.4
     figure = _figure(min(side, 12.0) + 0.5, min(side, 12.0))
     axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if labelled:
@@ -111,7 +112,7 @@ def confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> bytes:
         axes.set_yticks(range(count), [short(each) for each in names], fontsize=size, parse_math=False)
     if count <= 20:
         for row, column in zip(*np.nonzero(matrix), strict=True):
-            color = "white" if shares[row, column] > 55 else _INK
+            color = "white" if shares[row, column] > 30 else _INK
             axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=7, color=color)
     axes.tick_params(length=0)
     figure.colorbar(picture, ax=axes, shrink=0.8, label="% of the true class", pad=0.02)
@@ -135,10 +136,16 @@ def reliability(panels: Sequence[tuple[str, Reliability]]) -> bytes:
         options = {"width": 1 / BINS, "align": "edge", "linewidth": 0.6, "edgecolor": "white"}
         over, under = full & (confidence > accuracy), full & (accuracy > confidence)
         upper.bar(edges, low, color=_BLUE, alpha=0.9, label="accuracy", **options)
-        upper.bar(edges[under], gap[under], bottom=low[under], color=_BLUE, alpha=0.45, **options)
         upper.bar(
-            edges[over], gap[over], bottom=low[over], color=_RED, alpha=0.35, label="confidence above it", **options
+            edges[under],
+            gap[under],
+            bottom=low[under],
+            color=_BLUE,
+            alpha=0.45,
+            label="not confident enough",
+            **options,
         )
+        upper.bar(edges[over], gap[over], bottom=low[over], color=_RED, alpha=0.35, label="too confident", **options)
         upper.plot([0, 1], [0, 1], color=_INK, linewidth=0.9, linestyle="--", label="perfect calibration")
         upper.set_title(title, fontsize=10)
         upper.set_ylim(0, 1)
@@ -150,7 +157,8 @@ def reliability(panels: Sequence[tuple[str, Reliability]]) -> bytes:
             _plain(axes)
     grid[0][0].set_ylabel("accuracy")
     grid[1][0].set_ylabel("share of images")
-    grid[0][0].legend(frameon=False, fontsize=8, loc="upper left")
+    entries = {label: each for axes in grid[0] for each, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    grid[0][0].legend(list(entries.values()), list(entries), frameon=False, fontsize=8, loc="upper left")
     return _png(figure)
 
 
