@@ -23,9 +23,14 @@ def image_channels(network: nn.Module) -> int:
     """Number of channels of the images that a network reads: those of its first convolution, 3 without one.
 
     Args:
-        network: Any network.
+        network: Any network. One whose convolutions are not modules states them in an attribute ``image_channels``.
     """
-    return next((each.in_channels for each in network.modules() if isinstance(each, nn.Conv2d)), 3)
+    for each in network.modules():
+        if isinstance(each, nn.Conv2d):
+            return each.in_channels
+        if isinstance(stated := getattr(each, "image_channels", None), int):
+            return stated
+    return 3
 
 
 def name_of(network: nn.Module) -> str:

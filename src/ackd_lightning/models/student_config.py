@@ -12,6 +12,8 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import Positive, check_arguments
 
 InitBranches = Literal["fresh", "backbone"]
+Backend = Literal["x86", "xnnpack"]
+"""Kernels that a quantised network is for: those of onnxruntime and Inductor on x86, or XNNPACK on ARM and x86."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class StudentConfig:
         init_branches: Weights of the stages that auxiliary learners own: "fresh" for random ones, "backbone" for those
             of the student. Their classifiers are fresh either way.
         taps: Names of the modules whose outputs are the stages; None for those that are found in the network.
+        quantization: Kernels for which weights and activations are rounded to int8 while the student is fine-tuned
+            (quantisation-aware training); None to train in floating point.
 
     Raises:
         ACKDError: If a value is not allowed, or values contradict each other.
@@ -43,6 +47,7 @@ class StudentConfig:
     backbone_lr_scale: Positive = 1.0
     init_branches: InitBranches = "fresh"
     taps: tuple[str, ...] | None = None
+    quantization: Backend | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -73,6 +78,11 @@ class StudentConfig:
         for name in ("freeze", "taps"):
             value = getattr(self, name)
             object.__setattr__(self, name, value if value is None else tuple(value))
+            if value and self.quantization is not None:
+                raise ACKDError(
+                    f"{name} is {list(value)} in StudentConfig and names modules, and quantization turns the student "
+                    f"into a graph without modules; leave {name} out"
+                )
 
 
 def as_student_config(given: str | nn.Module | StudentConfig | Mapping[str, Any]) -> StudentConfig:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers, with_head
+from ackd_lightning.models.quantization import float_state
 from ackd_lightning.models.weights import (
     STUDENT_PREFIX,
     check_fit,
@@ -109,6 +110,9 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
         own = options if specs[learner - 1] == "peer" else {}
         return _Source(found, own, classes, None, below(f"student.branches.{learner - 1}.network."))
     head, plain = metadata.get("head"), below(STUDENT_PREFIX)
+    if metadata.get("quantization") is not None:
+        with torch.device("meta"):
+            plain = float_state(below(f"{STUDENT_PREFIX}graph."), create_model(name, classes, **options))
     if head is None:
         return _Source(name, options, classes, None, plain)
     with torch.device("meta"):
@@ -141,6 +145,7 @@ def _plain_metadata(checkpoint: Mapping[str, Any], source: _Source, extra: Mappi
         "teacher": metadata.get("teacher"),
         "started_from": metadata.get("started_from"),
         "frozen": metadata.get("frozen") or None,
+        "trained_for_int8": metadata.get("quantization"),
         "seed": metadata["seed"],
         "epochs": metadata["epoch"],
         "versions": versions(),

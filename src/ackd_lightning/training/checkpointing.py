@@ -17,6 +17,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.heads import HeadedNetwork
+from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import Start, match_head
 from ackd_lightning.runs.export import Exported, write_student
 from ackd_lightning.training.continuing import describe_optimizers
@@ -55,9 +56,14 @@ class SelfDescribing(OpenOptimizers):
         return name
 
     def kept_network(self) -> nn.Module:
-        """Return the network that is left after training: the plain student, with the head that the method gives it."""
-        head = self.method.head
-        return self.student.plain() if head is None else HeadedNetwork(self.student.plain(), head)
+        """Return the network that is left after training: the plain student, with the head that the method gives it.
+
+        It computes in float32, also after quantisation-aware training.
+        """
+        head, plain = self.method.head, self.student.plain()
+        if isinstance(plain, FakeQuantized):
+            return plain.float_network()
+        return plain if head is None else HeadedNetwork(plain, head)
 
     def save_student(self, path: str | Path, *, overwrite: bool = False) -> Exported:
         """Write the student as a file that describes itself, as ``ackd export`` does.
@@ -173,6 +179,7 @@ class SelfDescribing(OpenOptimizers):
             "optimizers": describe_optimizers(self._trainer.optimizers) if self._trainer is not None else [],
             "started_from": self._started_from if self.start is None else self.start.notes,
             "frozen": list(self.student_config.freeze),
+            "quantization": self.student_config.quantization,
         }
 
     def _teacher_names(self) -> str | None:

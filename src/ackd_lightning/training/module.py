@@ -28,6 +28,7 @@ from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.finding import probe
+from ackd_lightning.models.quantization import FakeQuantized, ranges_fixed
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
@@ -47,7 +48,12 @@ from ackd_lightning.training.schedule import (
     describe_factory,
 )
 from ackd_lightning.training.strategies import refuse_sharding
-from ackd_lightning.training.students import build_student, keep_frozen_in_evaluation
+from ackd_lightning.training.students import (
+    build_student,
+    check_quantization,
+    check_trained,
+    keep_frozen_in_evaluation,
+)
 from ackd_lightning.training.teacher_cache import TeacherCache, view_key
 from ackd_lightning.training.teacher_choice import (
     GivenTeacher,
@@ -156,6 +162,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         if any(each.network is self.student_config.network for each in configs if isinstance(each.network, nn.Module)):
             raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
 
+        check_quantization(self.student_config, self.method, self.recipe, compiled=compile)
         self.student, self.start = build_student(self.student_config, self.method.branches, given_data)
         size = 32 if given_data is None else given_data.input_size
         channels = image_channels(self.student)
@@ -180,6 +187,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         )
         self.method.build(networks)
         check_method(self.method)
+        check_quantization(self.student_config, self.method, self.recipe, compiled=compile)
         check_labels(self.method, self.recipe, None)
         self.auxiliary = self.method.auxiliary_parameters()
         self.monitors = {}
@@ -308,6 +316,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             self.train()  # Lightning trains in the mode that it finds
         if self.absent:
             raise ACKDError(f"the teacher of the checkpoint was a network, which it does not hold; {_PASS_TEACHER}")
+        check_trained(self.student, self.student_config, self.start or self._started_from or self.trainer.ckpt_path)
         self.check_data(data)
         self.load_teacher()
         matched = self.start is not None and self.start.class_names is not None
@@ -394,6 +403,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the networks' own noise by (seed, epoch, batch, rank), so that a resumed run draws the same."""
         self.rearm_buffer_broadcast()
+        if isinstance(backbone := self.student.backbone, FakeQuantized):
+            backbone.fixed_ranges = ranges_fixed(self.current_epoch, self.trainer.max_epochs)
         self.method.set_epoch(self.current_epoch)  # here and not at an epoch's start, which a resumed run skips
         seed_device(mix(self.seed, self.current_epoch, batch_idx, self.global_rank), self.device)
 

@@ -8,15 +8,18 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.copies import name_of
+from ackd_lightning.methods.base import Method
+from ackd_lightning.models.copies import image_channels, name_of
 from ackd_lightning.models.finding import use_taps
 from ackd_lightning.models.freezing import freeze, frozen_modules
+from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import Start, head_names, own_network, start
 from ackd_lightning.models.student import AuxiliaryLearner, BranchyStudent, Peer
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.teacher_base import Teacher
 from ackd_lightning.models.weight_files import tell
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.types import DataInfo
 
 
@@ -59,6 +62,8 @@ def build_student(
     if not backbone.training:
         backbone.train()  # as `load_student` returns it; parts that are in evaluation mode on purpose stay
     size = 32 if data is None else data.input_size
+    if config.quantization is not None:
+        backbone = FakeQuantized(backbone, config.quantization, size, channels=_channels(backbone, data))
     student = BranchyStudent(backbone, branches, num_classes=classes, input_size=size)
     if config.init_branches == "backbone":
         start_branches(student)
@@ -66,6 +71,55 @@ def build_student(
     student.branches.requires_grad_(True).train()  # copies of frozen stages, too
     keep_frozen_in_evaluation(student)
     return student, found
+
+
+def check_quantization(config: StudentConfig, method: Method, recipe: Recipe, *, compiled: bool) -> None:
+    """Refuse what does not go with a student that is fine-tuned for int8.
+
+    Args:
+        config: The student.
+        method: Method, built or not yet.
+        recipe: Recipe of the training.
+        compiled: Whether the student is compiled.
+
+    Raises:
+        ACKDError: Naming the setting.
+    """
+    if config.quantization is None:
+        return
+    where = f"student.quantization is {config.quantization!r}"
+    if method.teacher not in ("none", "logits") or method.branches != () or method.auxiliary_parameters():
+        raise ACKDError(
+            f"method {type(method).__name__} reads more than the student's logits and {where}, which turns the student "
+            "into a graph without stages; fine-tune with a method that reads logits alone, such as KD"
+        )
+    if recipe.ema_decay is not None:
+        raise ACKDError(f"recipe.ema_decay is {recipe.ema_decay} and {where}; set one of them to null")
+    if compiled:
+        raise ACKDError(f"compile is True and {where}; set compile to false, as the student is a graph already")
+
+
+def check_trained(student: BranchyStudent, config: StudentConfig, started: object) -> None:
+    """Refuse to fine-tune a student for int8 that was not trained before.
+
+    Args:
+        student: The student.
+        config: Its configuration.
+        started: What the student was started from; None for fresh weights.
+
+    Raises:
+        ACKDError: If it has fresh weights.
+    """
+    if config.quantization is not None and started is None and isinstance(config.network, str):
+        raise ACKDError(
+            f"student.quantization is {config.quantization!r} and {name_of(student)} has fresh weights, and "
+            "quantisation-aware training fine-tunes a trained student; name its file in student.weights"
+        )
+
+
+def _channels(network: nn.Module, data: DataInfo | None) -> int:
+    known = data is not None and bool(data.channels or data.mean)
+    return data.image_shape[0] if data is not None and known else image_channels(network)
 
 
 def _compare_normalisation(found: Start, data: DataInfo) -> None:
