@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ackd_lightning.metrics.calibration import BINS, calibration, fit_temperature, reliability
+from ackd_lightning.metrics.calibration import BINS, fit_temperature, measure_calibration, reliability
 
 
 def sampled(scale: float, count: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +22,7 @@ def test_calibration_error_is_that_of_a_loop():
         if inside.any():
             right = (prediction == target)[inside].float().mean()
             error += float(inside.float().mean() * (right - confidence[inside].mean()).abs())
-    found = calibration(logits, target)
+    found = measure_calibration(logits, target)
     assert found.ece == pytest.approx(error, abs=1e-5)
     bins = reliability(logits, target)
     gaps = (bins.accuracy - bins.confidence).abs().nan_to_num() * bins.count / 500
@@ -35,7 +35,7 @@ def test_temperature_undoes_a_factor(scale):
     logits, target = sampled(scale)
     temperature = fit_temperature(logits, target)
     assert temperature == pytest.approx(scale, rel=0.08)
-    before, after = calibration(logits, target), calibration(logits, target, temperature=temperature)
+    before, after = measure_calibration(logits, target), measure_calibration(logits, target, temperature=temperature)
     assert after.nll <= before.nll + 1e-9
     assert after.ece < 0.03
 

@@ -35,7 +35,7 @@ class Calibration:
     ece: float
 
 
-def calibration(logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> Calibration:
+def measure_calibration(logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> Calibration:
     """Measure negative log-likelihood and expected calibration error.
 
     Args:
@@ -45,7 +45,7 @@ def calibration(logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> 
 
     Example:
         >>> logits = torch.tensor([[0.8, 0.2]]).log().repeat(10, 1)  # right in 6 of 10 cases, with confidence 0.8
-        >>> result = calibration(logits, torch.tensor([0] * 6 + [1] * 4))
+        >>> result = measure_calibration(logits, torch.tensor([0] * 6 + [1] * 4))
         >>> f"{result.nll:.4f} {result.ece:.2f}"
         '0.7777 0.20'
     """

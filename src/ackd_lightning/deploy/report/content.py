@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ackd_lightning.deploy.report.cost import Cost
 from ackd_lightning.deploy.report.measuring import STUDENT, TEACHER, Measured
-from ackd_lightning.metrics.calibration import calibration, fit_temperature
+from ackd_lightning.metrics.calibration import fit_temperature, measure_calibration
 from ackd_lightning.metrics.intervals import paired_test, wilson_interval
 
 _PAIRS = 10
@@ -102,11 +102,11 @@ def calibrated(measured: Measured, validation: tuple[Tensor, Tensor] | None) -> 
         measured: Outputs of the networks for the test set.
         validation: Logits and targets of the validation set, on which the temperature is fitted; None without one.
     """
-    before = calibration(measured.student, measured.target)
+    before = measure_calibration(measured.student, measured.target)
     found: dict[str, Any] = {"nll": before.nll, "ece": before.ece}
     if validation is not None:
         temperature = fit_temperature(*validation)
-        after = calibration(measured.student, measured.target, temperature=temperature)
+        after = measure_calibration(measured.student, measured.target, temperature=temperature)
         found |= {
             "temperature": temperature,
             "validation_images": len(validation[1]),
