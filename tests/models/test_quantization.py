@@ -73,6 +73,17 @@ def test_a_quantised_network_has_a_byte_a_weight_and_nearly_the_logits(name, bac
         assert torch.allclose(result(batch)[0], result(given[:1])[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_quantised_network_is_exported_as_it_is(backend, tmp_path):
+    result = quantize(trained(), images(), backend=backend)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    torch.export.save(torch.export.export(result, (images(2),), dynamic_shapes=(batch,)), tmp_path / "a.pt2")
+    loaded = torch.export.load(tmp_path / "a.pt2").module()
+    assert torch.equal(loaded(images(33)), result(images(33)))
+    weights = sum(each.numel() for each in trained().parameters())
+    assert (tmp_path / "a.pt2").stat().st_size < 2 * weights + 200_000  # the graph itself is text
+
+
 def test_batches_calibrate_as_all_images_at_once():
     network = trained()
     given = images(128)
@@ -118,13 +129,13 @@ def test_the_converted_network_computes_what_was_trained(name, backend):
 def test_tensors_keep_their_names_and_the_float_network_is_the_plain_one():
     network = trained()
     student = FakeQuantized(network, "x86", 16)
-    assert [name.removeprefix("graph.") for name, _ in student.named_parameters()] == [
+    assert [name.removeprefix("body.") for name, _ in student.named_parameters()] == [
         name for name, _ in network.named_parameters()
     ]
     plain = create_model("resnet8", 10)
     plain.load_state_dict(student.float_state())
     assert torch.equal(plain.eval()(images()), network(images()))
-    assert head_names(student) == ("graph.fc",)
+    assert head_names(student) == ("body.fc",)
 
 
 def test_evaluation_changes_no_range():

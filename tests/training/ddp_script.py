@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ackd_lightning import ACKD, KD, ACKDModule
+from ackd_lightning import ACKD, KD, ACKDModule, StudentConfig
 from ackd_lightning.methods import ACN, AIKD, ATSC
 from ackd_lightning.training import Recipe
-from training.helpers import BadImages, Blobs, IndexedBlobs, game, module, trainer
+from training.helpers import BadImages, Blobs, IndexedBlobs, TinyNet, game, module, trainer
 
-TWO_ONLY = ("unequal", "norm", "never_rearmed", "skip", "skip_automatic")
+TWO_ONLY = ("unequal", "norm", "never_rearmed", "skip", "skip_automatic", "qat")
 """Scenarios of two processes that are not compared with one process."""
 
 
@@ -84,6 +84,7 @@ def scenarios():
     # the bad image is in one process's part of the batch
     yield "skip", module(ACKD(**strong), on_nonfinite="skip"), []
     yield "skip_automatic", game(KD(), on_nonfinite="skip"), []
+    yield "qat", game(KD(), student=StudentConfig(TinyNet(), quantization="x86")), []
     yield "never_rearmed", module(ACKD(**strong), kind=NeverRearmed), []
 
 

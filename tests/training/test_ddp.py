@@ -66,6 +66,12 @@ def test_batchnorm_buffers_are_equal_in_validation(fits):
     assert fits("norm", 2)["buffers"] == 0.0
 
 
+def test_a_student_that_is_fine_tuned_for_int8_has_the_same_weights_and_ranges_everywhere(fits):
+    two = fits("qat", 2)
+    assert two["weights"] == two["buffers"] == 0.0
+    assert any(key.endswith("max_val") and bool(each.isfinite().all()) for key, each in two["state"].items())
+
+
 def test_buffer_test_can_fail(fits):
     """Without the broadcast the buffers differ, and the callback finds it."""
     assert fits("never_rearmed", 2)["buffers"] > 1e-4

@@ -33,13 +33,17 @@ RANGES_FIXED_AFTER = 0.75
 
 
 class _GraphNetwork(nn.Module):
-    """Network that is a graph, whose operations do not depend on the mode."""
+    """Network that is a graph, whose operations do not depend on the mode.
 
-    graph: GraphModule
+    Attributes:
+        body: The graph. Its name is not ``graph``, as torch.export takes that for `GraphModule.graph`.
+    """
+
+    body: GraphModule
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; torch refuses to set that of a graph."""
-        for module in (self, *self.graph.modules()):
+        for module in (self, *self.body.modules()):
             module.training = mode
         return self
 
@@ -54,12 +58,12 @@ class Quantized(_GraphNetwork):
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__()
-        self.graph = graph
+        self.body = graph
         self.train(False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits ``B x K`` of images ``B x C x H x W``."""
-        return logits_of(self.graph(image))
+        return logits_of(self.body(image))
 
 
 class FakeQuantized(_GraphNetwork):
@@ -78,7 +82,7 @@ class FakeQuantized(_GraphNetwork):
 
     Attributes:
         backend: Kernels that the network is for.
-        graph: Graph of the network, whose tensors have the names that they have in the network.
+        body: Graph of the network, whose tensors have the names that they have in the network.
         fixed_ranges: Whether the ranges stay in training mode.
 
     Raises:
@@ -91,7 +95,7 @@ class FakeQuantized(_GraphNetwork):
         super().__init__()
         self.backend: Backend = backend
         self.image_channels = image_channels(network) if channels is None else channels
-        self.graph = prepare(network, backend, input_size, self.image_channels, training=True)
+        self.body = prepare(network, backend, input_size, self.image_channels, training=True)
         self.fixed_ranges = False
         self._switches: tuple[bool, bool] | None = None
         self.__dict__["_network"] = network  # its structure; outside the module tree
@@ -103,14 +107,14 @@ class FakeQuantized(_GraphNetwork):
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits ``B x K`` of images ``B x C x H x W``."""
-        if dtype_of(self.graph) != torch.float32:
+        if dtype_of(self.body) != torch.float32:
             raise ACKDError(
-                f"quantisation needs float32 weights and those of the student are {dtype_of(self.graph)}; set "
+                f"quantisation needs float32 weights and those of the student are {dtype_of(self.body)}; set "
                 "trainer.precision to 32-true or bf16-mixed"
             )
         self._set_switches()
         with torch.autocast(image.device.type, enabled=False):
-            logits: Tensor = logits_of(self.graph(image.float()), name_of(self))
+            logits: Tensor = logits_of(self.body(image.float()), name_of(self))
         return logits
 
     def _set_switches(self) -> None:
@@ -120,7 +124,7 @@ class FakeQuantized(_GraphNetwork):
         quantise = observe or self.has_ranges
         if self._switches == (observe, quantise):
             return
-        for each in _fake_quantizers(self.graph):
+        for each in _fake_quantizers(self.body):
             each.enable_observer(observe)
             each.enable_fake_quant(quantise)
         self._switches = (observe, quantise)
@@ -128,22 +132,22 @@ class FakeQuantized(_GraphNetwork):
     @property
     def has_ranges(self) -> bool:
         """Whether the ranges of all weights and activations were measured."""
-        lows = [each.activation_post_process.min_val for each in _fake_quantizers(self.graph)]
+        lows = [each.activation_post_process.min_val for each in _fake_quantizers(self.body)]
         return all(low.numel() > 0 and bool(torch.isfinite(low).all()) for low in lows)
 
     def float_state(self) -> dict[str, Tensor]:
         """Return the float32 weights by their names in the network."""
-        return float_state(self.graph.state_dict(), self.__dict__["_network"])
+        return float_state(self.body.state_dict(), self.__dict__["_network"])
 
     def float_network(self) -> nn.Module:
         """Return a copy of the network in float32, with the weights as they are now, in evaluation mode."""
-        network = clone(self.__dict__["_network"]).to(next(self.graph.parameters()).device)
+        network = clone(self.__dict__["_network"]).to(next(self.body.parameters()).device)
         network.load_state_dict(self.float_state())
         return network.eval()
 
     def get_classifier(self) -> list[nn.Module]:
         """Return the parts of the graph that hold the classifiers' weights."""
-        return [self.graph.get_submodule(name) for name in head_names(self.__dict__["_network"])]
+        return [self.body.get_submodule(name) for name in head_names(self.__dict__["_network"])]
 
     def converted(self) -> Quantized:
         """Return the int8 network with the ranges of the training, as `quantize` returns one.
@@ -156,7 +160,7 @@ class FakeQuantized(_GraphNetwork):
                 f"{name_of(self)} has no ranges to quantise with, because it was not trained for a step with "
                 "student.quantization; train it first"
             )
-        graph = copy.deepcopy(self.graph).cpu()
+        graph = copy.deepcopy(self.body).cpu()
         for each in _fake_quantizers(graph):
             # those of the forward pass: what torchao computes from the ranges differs by half a step
             each.calculate_qparams = functools.partial(_qparams, each)
@@ -175,7 +179,7 @@ def float_state(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Te
     """Return the float32 weights in the state of a `FakeQuantized` network's graph.
 
     Args:
-        state: State dict of ``FakeQuantized.graph``.
+        state: State dict of ``FakeQuantized.body``.
         network: Network of the same structure, which may be on the meta device.
     """
     own = network.state_dict()

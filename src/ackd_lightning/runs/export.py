@@ -112,7 +112,7 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
     head, plain = metadata.get("head"), below(STUDENT_PREFIX)
     if metadata.get("quantization") is not None:
         with torch.device("meta"):
-            plain = float_state(below(f"{STUDENT_PREFIX}graph."), create_model(name, classes, **options))
+            plain = float_state(below(f"{STUDENT_PREFIX}body."), create_model(name, classes, **options))
     if head is None:
         return _Source(name, options, classes, None, plain)
     with torch.device("meta"):
