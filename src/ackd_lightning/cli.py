@@ -31,8 +31,8 @@ _COMMANDS = {
     "cache": "cache:cache",
 }
 """Functions below ``ackd_lightning.commands``. They take positional arguments by position, options by name."""
-_PASS_ON = {"reproduce": "overrides", "cache": "arguments", "report": "settings"}
-"""Commands that pass unknown options on to ``ackd fit``, and the argument that takes them."""
+_PASS_ON = {"reproduce": "overrides", "cache": "arguments", "export": "options", "report": "settings"}
+"""Commands that pass unknown options on to a command of Lightning, and the argument that takes them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,20 +62,51 @@ def make_parser() -> argparse.ArgumentParser:
     configs.add_argument("filter", nargs="?", default="", help="show only names that contain this text")
 
     look = commands.add_parser(
-        "inspect", help="stages, branch points, size and cost of a network: ackd inspect timm:lcnet_050 --size 96"
+        "inspect",
+        help="what a file or a run is, or stages, branch points and cost of a network: ackd inspect timm:lcnet_050",
     )
-    look.add_argument("network", help="network of the zoo, of torchvision, timm:NAME or hf:FOLDER")
+    look.add_argument(
+        "network", help="exported file, run, or network of the zoo, of torchvision, timm:NAME or hf:FOLDER"
+    )
     look.add_argument("--size", help="image side in pixels, or HEIGHTxWIDTH; default: the network's own")
-    look.add_argument("--classes", type=int, default=1000, help="number of classes")
+    look.add_argument("--classes", type=int, help="number of classes; default: 1000")
     look.add_argument("--taps", default="", help="modules whose outputs are the stages, separated by commas")
 
-    export = commands.add_parser("export", help="write the plain student of a run: ackd export RUN")
+    export = commands.add_parser(
+        "export",
+        help="write the plain student of a run, checked on images: ackd export RUN --format onnx,pt2",
+        epilog="Options that begin with --data, such as --data.root FOLDER, say where the images of the check are.",
+    )
     export.add_argument("run", help="run folder or checkpoint")
     export.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run folder")
     export.add_argument(
         "--learner", type=int, default=0, help="0: the student; from 1: the auxiliary learners, numbered as in the logs"
     )
-    export.add_argument("--out", help="output file; default: student-WHICH.safetensors in the run folder")
+    export.add_argument(
+        "--format",
+        dest="formats",
+        type=_names,
+        default="",
+        help="safetensors, onnx, pt2, pte, openvino, separated by commas; default: that of --out, else safetensors",
+    )
+    export.add_argument(
+        "--dtype", default="float32", help="type of the weights in safetensors: float32, float16 or bfloat16"
+    )
+    export.add_argument(
+        "--with-preprocessing",
+        action="store_true",
+        help="the network reads uint8 images: conversion and normalisation are in the graph",
+    )
+    export.add_argument(
+        "--check",
+        choices=["data", "random"],
+        default="data",
+        help="images that files are compared on: those of the run's data, or random ones alone",
+    )
+    export.add_argument(
+        "--out",
+        help="output file, without an ending for several formats; default: student-WHICH in the run folder",
+    )
     export.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     compare = commands.add_parser("compare", help="one table and one figure over runs: ackd compare RUN RUN ...")

@@ -8,6 +8,8 @@ from ackd_lightning.cli import main
 from ackd_lightning.commands.inspect import read_size
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.zoo import count_parameters, create_model, multiply_adds
+from ackd_lightning.runs.export import export_student
+from deploy.samples import checkpoint
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -75,3 +77,24 @@ def test_sizes_are_read(text, size):
 def test_other_sizes_are_refused(text):
     with pytest.raises(ACKDError, match="--size"):
         read_size(text)
+
+
+def test_a_file_and_a_run_are_described(tmp_path, capsys):
+    checkpoint(tmp_path / "run/checkpoints/last.ckpt")
+    export_student(tmp_path / "run/checkpoints/last.ckpt", tmp_path / "a.safetensors")
+    for place in ("run", "run/checkpoints/last.ckpt", "a.safetensors"):
+        assert main(["inspect", str(tmp_path / place)]) == 0
+        printed = capsys.readouterr().out
+        for value in ("resnet8", "cat, dog", "3 x 16 x 16", "mean 0.4", "data: Pets", "77,587 parameters"):
+            assert value in printed
+    assert main(["inspect", str(tmp_path / "a.safetensors"), "--size", "32"]) == 2
+    assert "--size" in capsys.readouterr().err
+
+
+def test_a_file_of_another_program_is_refused(tmp_path, capsys):
+    (tmp_path / "other.onnx").write_bytes(b"something")
+    (tmp_path / "other.txt").write_bytes(b"something")
+    for name in ("other.onnx", "other.txt"):
+        assert main(["inspect", str(tmp_path / name)]) == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert name in sentence

@@ -116,6 +116,7 @@ class RunSummary(L.Callback):
             # only metrics that were measured with the very weights that are written
             known = self.last if self.measured_at == trainer.global_step else {}
             measured = {key.replace("/", "_"): f"{value:.6f}" for key, value in known.items() if key.endswith("/acc")}
+            measured |= {f"{part}_count": str(count) for part, count in summary["images"].items() if known}
             if self.copy_to is not None and self.copy_to.exists() and not self.replaces:
                 rank_zero_warn(
                     f"{self.copy_to} was written by another run meanwhile and is not replaced; this run's weights are "
@@ -155,6 +156,7 @@ class RunSummary(L.Callback):
             "skipped_steps": module.guard.skipped,
             "shown": "test" if "test/acc" in self.last else "val",
             "limit_val_batches": trainer.limit_val_batches,
+            "images": _evaluation_images(trainer),
             "last": self.last,
             "best": self.best,
             "training_parameters": module.training_parameters(),
@@ -241,6 +243,15 @@ def _label_and_size(network: str, summary: dict[str, Any]) -> tuple[str, str]:
     spec = learners[int(number) - 1]
     peer = peer_name(spec, summary["student"])
     return f"{network} ({peer or spec})", f"{summary['learner_parameters'][int(number) - 1]:,}" if peer else ""
+
+
+def _evaluation_images(trainer: L.Trainer) -> dict[str, int]:
+    """Number of images that the accuracy in validation was measured on, by part; nothing when it is not known."""
+    dataset = getattr(trainer.val_dataloaders, "dataset", None)
+    if dataset is None or not hasattr(dataset, "__len__") or repr(trainer.limit_val_batches) != "1.0":
+        return {}
+    part = "test" if getattr(getattr(trainer, "datamodule", None), "val_is_test", False) else "val"
+    return {part: len(dataset)}
 
 
 def _student_name(module: TrainingModule) -> str:

@@ -1,52 +1,205 @@
-"""``ackd export``: write the plain student of a run to a file."""
+"""``ackd export``: write the plain student of a run to files, each compared with it on images of the run's data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.deploy.checking import Check, CheckImages, images_of, random_images
+from ackd_lightning.deploy.description import Description
+from ackd_lightning.deploy.exporting import export, measured, reading_uint8
+from ackd_lightning.deploy.formats.formats import FORMATS, Format, find_format
+from ackd_lightning.deploy.formats.safetensors import DTYPES
+from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.launch.run_data import data_of_run
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
-from ackd_lightning.runs.export import export_student
-from ackd_lightning.runs.files import Which, find_checkpoint, read_summary, run_folder
+from ackd_lightning.runs.export import network_of, plain_parameters
+from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
 
 
-def export_command(run: str, *, which: Which, out: str | None, overwrite: bool, learner: int = 0) -> None:
-    """Write the student, or a peer, to a file and print its cost.
+def export_command(
+    run: str,
+    *,
+    which: Which,
+    out: str | None,
+    overwrite: bool,
+    learner: int = 0,
+    formats: Sequence[str] = (),
+    dtype: str = "float32",
+    with_preprocessing: bool = False,
+    check: Literal["data", "random"] = "data",
+    options: Sequence[str] = (),
+) -> None:
+    """Write the student, or a peer, to files and print how they compare with it, and its cost.
 
     Args:
         run: Run folder or checkpoint.
         which: Checkpoint of a run folder.
-        out: File to write; None: ``student-WHICH.safetensors`` in the run's folder.
-        overwrite: Whether to replace an existing file.
+        out: File to write, without its ending for several formats; None: ``student-WHICH`` in the run's folder.
+        overwrite: Whether to replace existing files.
         learner: Number of the learner: 0 for the student, from 1 for a peer.
+        formats: Names of formats; default: that of the ending of ``out``, else safetensors.
+        dtype: Type of the weights in safetensors.
+        with_preprocessing: Whether the network reads uint8 images.
+        check: Images that files are compared on.
+        options: Options of the run's data, such as ``--data.root``.
+
+    Raises:
+        ACKDError: For wrong options, and for files that were not written.
     """
     checkpoint = find_checkpoint(run, which)
+    kinds = _formats(formats, out)
+    _check_options(kinds, dtype, with_preprocessing, options)
     folder = run_folder(checkpoint)
-    target = Path(out) if out else folder / f"student{learner or ''}-{checkpoint.stem}.safetensors"
-    if target.suffix != ".safetensors" or target.is_dir():
-        raise ACKDError(f"--out is {target}; name a file that ends in .safetensors")
+    targets = _targets(kinds, out, folder / f"student{learner or ''}-{checkpoint.stem}", dtype, with_preprocessing)
+    content = read_checkpoint(checkpoint)
     summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
-    values = summary.get(checkpoint.stem, {})
+    metadata = {**_accuracies(summary, checkpoint.stem, learner), "weights": f"{checkpoint.stem} epoch"}
+    network, stated = network_of(content, checkpoint, learner=learner, extra=metadata)
+    description = Description.from_metadata(stated, str(checkpoint))
+    for kind, target in zip(kinds, targets, strict=True):
+        kind.check_libraries()
+        check_writable(target.parent, "the folder of --out,")
+        if target.exists() and not overwrite:
+            raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
+    images = _images(check, checkpoint, description, options)
+    reference = images.logits(network)
+    if not bool(reference.isfinite().all()):
+        raise ACKDError(
+            "the student's logits are not finite, as training diverged, and nothing was written: lower the learning "
+            "rate, or export another checkpoint (--which best)"
+        )
+    description = measured(description, images, reference)
+    print(f"comparing logits on {images.words}")
+    checks: dict[Path, Check] = {}
+    failures: list[str] = []
+    for kind, target in zip(kinds, targets, strict=True):
+        module, own = network, description
+        if kind.name == "safetensors":
+            own = description.replace(dtype=dtype)
+        elif with_preprocessing:
+            module, own = reading_uint8(network, description)
+        try:
+            checks[target] = export(module, own, target, kind, images=images, reference=reference, overwrite=overwrite)
+        except ACKDError as error:
+            failures.append(str(error))
+    if checks:
+        _show(checks, network, description, plain_parameters(content, checkpoint, learner), summary)
+    if failures:
+        raise ACKDError("\n".join(failures))
+
+
+def _formats(names: Sequence[str], out: str | None) -> list[Format]:
+    if names:
+        return [find_format(name) for name in dict.fromkeys(names)]
+    if out is None or not Path(out).suffix:
+        return [FORMATS["safetensors"]]
+    by_ending = {each.ending: each for each in FORMATS.values()}
+    ending = Path(out).suffix.lower()
+    if ending not in by_ending:
+        raise ACKDError(f"--out is {out}; name a file that ends in {', '.join(by_ending)}, or pass --format")
+    return [by_ending[ending]]
+
+
+def _check_options(kinds: Sequence[Format], dtype: str, with_preprocessing: bool, options: Sequence[str]) -> None:
+    names = {each.name for each in kinds}
+    if dtype not in DTYPES:
+        raise ACKDError(f"--dtype is {dtype!r}; {near_matches(dtype, DTYPES)}")
+    if dtype != "float32" and "safetensors" not in names:
+        raise ACKDError(f"--dtype {dtype} applies to safetensors alone; add it to --format, or leave --dtype out")
+    if with_preprocessing and "safetensors" in names:
+        raise ACKDError(
+            "--with-preprocessing is given and safetensors holds weights alone; choose other formats, such as "
+            "--format onnx"
+        )
+    for option in options:
+        if option.startswith("-") and not option.startswith("--data"):
+            raise ACKDError(f"{option} is unknown to `ackd export`; see `ackd export --help`")
+    if options and not options[0].startswith("-"):
+        raise ACKDError(f"{options[0]} is unknown to `ackd export`; name one run, and see `ackd export --help`")
+
+
+def _targets(kinds: Sequence[Format], out: str | None, stem: Path, dtype: str, with_preprocessing: bool) -> list[Path]:
+    if out is None:
+        marks = {kind: f"-{dtype}" if kind.name == "safetensors" and dtype != "float32" else "" for kind in kinds}
+        more = "-uint8" if with_preprocessing else ""
+        return [stem.with_name(f"{stem.name}{marks[kind]}{more}{kind.ending}") for kind in kinds]
+    path = Path(out)
+    if len(kinds) > 1:
+        endings = {each.ending for each in FORMATS.values()}
+        if path.suffix.lower() in endings:
+            raise ACKDError(
+                f"--out is {out} and there are {len(kinds)} formats; give a name without an ending, such as "
+                f"{path.with_suffix('')}"
+            )
+        return [path.with_name(path.name + kind.ending) for kind in kinds]
+    if path.suffix.lower() != kinds[0].ending or path.is_dir():
+        raise ACKDError(f"--out is {out}; name a file that ends in {kinds[0].ending}")
+    return [path]
+
+
+def _accuracies(summary: dict[str, Any], which: str, learner: int) -> dict[str, str]:
+    """Accuracies of a run's summary, with the number of images where it is known."""
     ending = f"/aux{learner}_acc" if learner else "/acc"
-    metadata = {f"{key.split('/')[0]}_acc": f"{value:.6f}" for key, value in values.items() if key.endswith(ending)}
-    check_writable(target.parent, "the folder of --out,")
-    extra = {**metadata, "weights": f"{checkpoint.stem} epoch"}
-    exported = export_student(checkpoint, target, learner=learner, extra=extra, overwrite=overwrite)
-    print(f"{target}: logits as in training, largest difference {exported.largest_difference:.1g}")
-    table = Table()
+    found: dict[str, str] = {}
+    for values in (summary.get(which) or {}, (summary.get("test") or {}).get(which) or {}):
+        for key, value in values.items():
+            if key.endswith(ending):
+                part = key.partition("/")[0]
+                found[f"{part}_acc"] = f"{value:.6f}"
+                if count := (summary.get("images") or {}).get(part):
+                    found[f"{part}_count"] = str(count)
+    return found
+
+
+def _images(check: str, checkpoint: Path, description: Description, options: Sequence[str]) -> CheckImages:
+    if check == "random":
+        return random_images(description)
+    try:
+        return images_of(data_of_run(checkpoint, options, description.class_names))
+    except ACKDError as error:
+        if options:
+            raise
+        raise ACKDError(
+            f"files are compared on images of the run's data, which are not usable ({error}); give their place with "
+            "--data.root FOLDER, or compare on random images alone with --check random"
+        ) from error
+
+
+def _show(
+    checks: dict[Path, Check], network: nn.Module, description: Description, plain: int, summary: dict[str, Any]
+) -> None:
+    console = Console(width=120)
+    table = Table(title=f"files in {next(iter(checks)).parent}")
+    for column in ("file", "MB", "largest logit difference", "same class", "accuracy before", "after"):
+        table.add_column(column, justify="left" if column == "file" else "right", overflow="fold")
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2%}"
+
+    for path, check in checks.items():
+        files = [path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
+        size = sum(each.stat().st_size for each in files)
+        difference = f"{check.difference:.2g}"
+        row = (f"{size / 1e6:.2f}", difference, percent(check.agreement), percent(check.before), percent(check.after))
+        table.add_row(path.name, *row)
+    console.print(table)
+    costs = Table()
     for column in ("network", "parameters", "multiply-adds"):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    adds = multiply_adds(exported.network, exported.input_size, image_channels(exported.network))
+        costs.add_column(column, justify="left" if column == "network" else "right")
+    adds = multiply_adds(network, description.input_size, image_channels(network))
     if teacher := summary.get("teacher"):
-        table.add_row(f"teacher {teacher['model']}", f"{teacher['parameters']:,}", f"{teacher['multiply_adds']:,}")
+        costs.add_row(f"teacher {teacher['model']}", f"{teacher['parameters']:,}", f"{teacher['multiply_adds']:,}")
     if "training_parameters" in summary:
-        table.add_row("everything that was trained", f"{summary['training_parameters']:,}", "")
-    if exported.plain_parameters != count_parameters(exported.network):
-        table.add_row("student with its own classifier", f"{exported.plain_parameters:,}", "")
-    table.add_row("exported student", f"{count_parameters(exported.network):,}", f"{adds:,}")
-    Console(width=100).print(table)
+        costs.add_row("everything that was trained", f"{summary['training_parameters']:,}", "")
+    if plain != count_parameters(network):
+        costs.add_row("student with its own classifier", f"{plain:,}", "")
+    costs.add_row("exported student", f"{count_parameters(network):,}", f"{adds:,}")
+    console.print(costs)

@@ -1,13 +1,17 @@
-"""``ackd inspect``: stages, branch points, size and cost of a network."""
+"""``ackd inspect``: stages, branch points, size and cost of a network; the description of a file or a run."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from ackd_lightning.deploy.files import open_network
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branches import branch_names, default_branches
 from ackd_lightning.models.copies import image_channels, name_of
 from ackd_lightning.models.finding import native_sizes, plan_for, probe, traced, use_taps
+from ackd_lightning.models.heads import with_head
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import count_parameters, create_model, multiply_adds
 from ackd_lightning.types import ImageSize, height_width
@@ -33,7 +37,43 @@ def read_size(text: str) -> ImageSize:
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
-def inspect(network: str, *, size: str | None = None, classes: int = 1000, taps: str = "") -> None:
+def inspect(network: str, *, size: str | None = None, classes: int | None = None, taps: str = "") -> None:
+    """Print what an exported file or a run is, or the stages of a network by name.
+
+    Args:
+        network: Exported file, run folder, checkpoint, or name for `create_model`.
+        size: Image size of a network by name, ``96`` or ``96x128``; None for the size that it was designed for.
+        classes: Number of classes of a network by name; None for 1000.
+        taps: Names of modules of a network by name whose outputs are taken as stages, separated by commas; default:
+            found in the network.
+
+    Raises:
+        ACKDError: If there is no such file, run or network, or it cannot read images of this size.
+    """
+    path = Path(network)
+    if not path.is_file() and not (path / "checkpoints").is_dir():
+        return _stages(network, size=size, classes=1000 if classes is None else classes, taps=taps)
+    given = {"--size": size, "--classes": classes, "--taps": taps or None}
+    if wrong := next((name for name, value in given.items() if value is not None), None):
+        raise ACKDError(f"{wrong} is given and {network} states its own; leave it out")
+    return _describe(path)
+
+
+def _describe(path: Path) -> None:
+    """Print what a file or a run states, and its size."""
+    opened = open_network(path)
+    description = opened.description
+    files = [opened.path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
+    print(f"{opened.path}: {opened.kind}, {sum(each.stat().st_size for each in files) / 1e6:.2f} MB")
+    print("\n".join(description.lines()))
+    with torch.device("meta"):
+        model = create_model(description.model, description.num_classes, **description.options)
+        model = with_head(model, description.head)
+    cost = multiply_adds(model, description.input_size, description.channels)
+    print(f"cost: {count_parameters(model):,} parameters, {cost / 1e6:,.1f} million multiply-adds")
+
+
+def _stages(network: str, *, size: str | None, classes: int, taps: str) -> None:
     """Print the stages of a network, where auxiliary learners can branch off, and what all of them cost.
 
     Every branch is run with the network's weights: its logits must be the network's.

@@ -10,22 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.deploy.description import Description
-from ackd_lightning.deploy.formats import onnx, openvino, pt2, pte
-from ackd_lightning.deploy.formats.program import Opened, Opener, foreign
+from ackd_lightning.deploy.formats.formats import FORMATS
 from ackd_lightning.deploy.pixels import AnyImage, Preprocessing
-from ackd_lightning.deploy.student import Predictions, build, predict
+from ackd_lightning.deploy.student import Predictions, predict
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.runs.export import network_of
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint
 
-_OPENERS: dict[str, Opener] = {
-    ".onnx": onnx.open_file,
-    ".pt2": pt2.open_file,
-    ".pte": pte.open_file,
-    ".xml": openvino.open_file,
-}
-ENDINGS = (".safetensors", *_OPENERS)
+_BY_ENDING = {each.ending: each for each in FORMATS.values()}
+ENDINGS = tuple(_BY_ENDING)
 """Endings of files that can be opened."""
 
 
@@ -106,19 +99,21 @@ def open_network(
         return _module(checkpoint, Description.from_metadata(metadata, str(checkpoint)), network, "checkpoint", device)
     if not file.is_file():
         raise ACKDError(f"{file} does not exist; name a run folder, or a file that `ackd export` wrote")
-    if ending == ".safetensors":
-        description = Description.from_metadata(read_metadata(file), str(file))
-        return _module(file, description, build(description, file), "safetensors", device)
-    if ending not in _OPENERS:
-        raise ACKDError(f"{file} has a format that is unknown; name a run folder, or a file in {', '.join(ENDINGS)}")
-    opened = _OPENERS[ending](file)
-    return _described(file, opened, "openvino" if ending == ".xml" else ending[1:])
-
-
-def _described(file: Path, opened: Opened, kind: str) -> ExportedNetwork:
+    if ending not in _BY_ENDING:
+        raise ACKDError(
+            f"{file} has a format that is unknown; name a run folder, or a file that ends in {', '.join(_BY_ENDING)}"
+        )
+    kind = _BY_ENDING[ending]
+    opened = kind.open_file(file)
     if "model" not in opened.metadata:
-        raise foreign(file, "description")
-    return ExportedNetwork(file, Description.from_metadata(opened.metadata, str(file)), opened.run, kind=kind)
+        raise ACKDError(
+            f"{file} has no description of ackd-lightning, so its classes and preprocessing are unknown; name a file "
+            "that `ackd export` wrote"
+        )
+    description = Description.from_metadata(opened.metadata, str(file))
+    if opened.network is not None:
+        return _module(file, description, opened.network, kind.name, device)
+    return ExportedNetwork(file, description, opened.run, kind=kind.name)
 
 
 def _module(

@@ -26,7 +26,7 @@ from ackd_lightning.launch.arguments import (
     without_none,
 )
 from ackd_lightning.launch.messages import Given, RefusedError, check_shape, failed_constructor, first_cause, shorten
-from ackd_lightning.launch.options import FIT_ONLY, make_parser, spell_out
+from ackd_lightning.launch.options import FIT_ONLY, data_parser, make_parser, spell_out
 from ackd_lightning.launch.preflight import check_numbers, check_values
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.strategies import refuse_sharding
@@ -134,6 +134,21 @@ class ACKDCLI:
         except Exception as error:
             raise failed_constructor(failed[0] if failed else error) from error
         self.datamodule, self.model = self.built.data, self.built.model
+
+    def build_data(self) -> L.LightningDataModule:
+        """Build the data module alone.
+
+        Raises:
+            ACKDError: When its constructor refuses its arguments or fails, in its own words.
+        """
+        settings = self.config.clone()
+        for name in [each for each in vars(settings) if each != "data"]:
+            settings.pop(name)
+        try:
+            self.datamodule = data_parser().instantiate(settings).data
+        except Exception as error:
+            raise failed_constructor(error) from error
+        return self.datamodule
 
     @property
     def images(self) -> ImageDataModule:

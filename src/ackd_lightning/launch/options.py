@@ -64,6 +64,13 @@ class Parser(LightningArgumentParser):
         return {each for each in names if not each.endswith(("help", "==SUPPRESS=="))} - {"model.data"}
 
 
+def data_parser() -> Parser:
+    """Make a parser of the data module alone."""
+    parser = Parser(allow_abbrev=False)
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+    return parser
+
+
 def make_parser(command: str) -> Parser:
     """Make the parser of a subcommand.
 

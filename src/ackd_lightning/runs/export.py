@@ -185,6 +185,18 @@ def network_of(
     return network, _plain_metadata(checkpoint, source, extra)
 
 
+def plain_parameters(checkpoint: Mapping[str, Any], origin: Path, learner: int = 0) -> int:
+    """Count the parameters of a network of a checkpoint with its own classifier, whatever head a method gave it.
+
+    Args:
+        checkpoint: Content of a checkpoint of this package.
+        origin: Where the content comes from, for messages.
+        learner: Number of the learner: 0 for the student, from 1 for a peer.
+    """
+    with torch.device("meta"):
+        return count_parameters(_source(checkpoint, origin, learner).plain())
+
+
 def export_student(
     checkpoint_path: Path,
     target: Path,

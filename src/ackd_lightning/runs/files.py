@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +56,32 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_files(path: Path) -> Iterator[Path]:
+    """Write a file and what belongs beside it whole or not at all, as `whole_file` does for one file.
+
+    The caller writes into a hidden folder. When the block ends without an exception, its files replace those of the
+    same names in the folder of ``path``, and ``path`` is the last one.
+
+    Args:
+        path: File to write. Missing folders are made.
+
+    Yields:
+        Path of the same name in the hidden folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    hidden.mkdir()
+    try:
+        yield hidden / path.name
+        for file in sorted(hidden.iterdir(), key=lambda each: each.name == path.name):
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            file.replace(path.with_name(file.name))
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def write_json(content: Any, path: Path) -> None:

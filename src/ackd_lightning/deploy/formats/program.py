@@ -29,28 +29,17 @@ class Opened(NamedTuple):
     Attributes:
         run: Function from images, as the file reads them, to ``B x K`` logits.
         metadata: Text inside the file by name.
+        network: Network as a module; None for a format that holds a graph.
     """
 
     run: Callable[[Tensor], Tensor]
     metadata: dict[str, str]
+    network: nn.Module | None = None
 
 
 Writer = Callable[[nn.Module, Tensor, Path, Mapping[str, str]], None]
 """Function of a network in evaluation mode, two images as it reads them, the file, and text for it."""
 Opener = Callable[[Path], Opened]
-
-
-def foreign(path: Path, needed: str) -> ACKDError:
-    """Return the error for a file of another program.
-
-    Args:
-        path: The file.
-        needed: What it lacks.
-    """
-    return ACKDError(
-        f"{path} has no {needed} of ackd-lightning, so its classes and preprocessing are unknown; name a file that "
-        "`ackd export` wrote"
-    )
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> ACKDError:
@@ -132,7 +121,10 @@ def _module_in(error: BaseException, network: nn.Module) -> str | None:
             module = frame.tb_frame.f_locals.get("self")
             if isinstance(module, nn.Module):
                 name = names.get(id(module)) or kinds.get(type(module))
-                found = f"{name} ({type(module).__name__})" if name else found
+                if name:
+                    found = f"{name} ({type(module).__name__})"
+                elif module is network:
+                    found = type(module).__name__
             frame = frame.tb_next
         if found:
             return found
@@ -160,7 +152,11 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

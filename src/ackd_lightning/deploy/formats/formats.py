@@ -1,0 +1,70 @@
+"""The formats by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ackd_lightning.deploy.formats import onnx, openvino, pt2, pte, safetensors
+from ackd_lightning.deploy.formats.program import Opener, Writer
+from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.extras import require
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format.
+
+    Attributes:
+        name: Name on the command line.
+        ending: Ending of the file.
+        write: Function that writes a network.
+        open_file: Function that opens a file.
+        extra: Extra of this package that the format needs; None for none.
+        libraries: Libraries of the extra.
+        batch: Largest batch that a file takes; None for any.
+    """
+
+    name: str
+    ending: str
+    write: Writer
+    open_file: Opener
+    extra: str | None = None
+    libraries: tuple[str, ...] = ()
+    batch: int | None = None
+
+    def check_libraries(self) -> None:
+        """Import what the format needs.
+
+        Raises:
+            ACKDError: If a library is not installed.
+        """
+        for library in self.libraries:
+            require(library, str(self.extra), f"format {self.name}")
+
+
+FORMATS = {
+    each.name: each
+    for each in (
+        Format("safetensors", ".safetensors", safetensors.write, safetensors.open_file),
+        Format("onnx", ".onnx", onnx.write, onnx.open_file, "onnx", ("onnx", "onnxscript", "onnxruntime")),
+        Format("pt2", ".pt2", pt2.write, pt2.open_file),
+        Format("pte", ".pte", pte.write, pte.open_file, "executorch", ("executorch",), pte.LARGEST_BATCH),
+        Format("openvino", ".xml", openvino.write, openvino.open_file, "openvino", ("openvino",)),
+    )
+}
+
+
+def find_format(name: str) -> Format:
+    """Return a format.
+
+    Args:
+        name: Name of the format, or ending of its files.
+
+    Raises:
+        ACKDError: If there is no such format.
+    """
+    by_ending = {each.ending: each for each in FORMATS.values()}
+    found = FORMATS.get(name) or by_ending.get(name.lower())
+    if found is None:
+        raise ACKDError(f"format {name!r} is unknown; {near_matches(name, FORMATS)}")
+    return found
