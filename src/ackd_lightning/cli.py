@@ -104,6 +104,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="images that files are compared on: those of the run's data, or random ones alone",
     )
     export.add_argument(
+        "--int8", action="store_true", help="the network computes in int8: onnx, pt2 and pte, calibrated or fine-tuned"
+    )
+    export.add_argument(
+        "--calibrate", type=int, default=512, help="number of training images that --int8 is calibrated on"
+    )
+    export.add_argument(
         "--out",
         help="output file, without an ending for several formats; default: student-WHICH in the run folder",
     )

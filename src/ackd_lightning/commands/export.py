@@ -10,15 +10,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ackd_lightning.deploy.checking import Check, CheckImages, images_of, random_images
+from ackd_lightning.commands.export_int8 import check_int8, show_int8
+from ackd_lightning.deploy.checking import Check, images_of, random_images
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import export, measured, reading_uint8
 from ackd_lightning.deploy.formats.formats import FORMATS, Format, find_format
 from ackd_lightning.deploy.formats.safetensors import DTYPES
+from ackd_lightning.deploy.int8 import Measured, export_int8, fine_tuned, int8_network
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.launch.run_data import data_of_run
 from ackd_lightning.models.copies import image_channels
+from ackd_lightning.models.quantization import CALIBRATION_IMAGES
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.export import network_of, plain_parameters
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
@@ -35,6 +38,8 @@ def export_command(
     dtype: str = "float32",
     with_preprocessing: bool = False,
     check: Literal["data", "random"] = "data",
+    int8: bool = False,
+    calibrate: int = CALIBRATION_IMAGES,
     options: Sequence[str] = (),
 ) -> None:
     """Write the student, or a peer, to files and print how they compare with it, and its cost.
@@ -49,6 +54,8 @@ def export_command(
         dtype: Type of the weights in safetensors.
         with_preprocessing: Whether the network reads uint8 images.
         check: Images that files are compared on.
+        int8: Whether the network computes in int8.
+        calibrate: Number of training images that an int8 network is calibrated on.
         options: Options of the run's data, such as ``--data.root``.
 
     Raises:
@@ -57,8 +64,11 @@ def export_command(
     checkpoint = find_checkpoint(run, which)
     kinds = _formats(formats, out)
     _check_options(kinds, dtype, with_preprocessing, options)
+    if int8:
+        check_int8(kinds, calibrate, learner)
     folder = run_folder(checkpoint)
-    targets = _targets(kinds, out, folder / f"student{learner or ''}-{checkpoint.stem}", dtype, with_preprocessing)
+    stem = folder / f"student{learner or ''}-{checkpoint.stem}{'-int8' if int8 else ''}"
+    targets = _targets(kinds, out, stem, dtype, with_preprocessing)
     content = read_checkpoint(checkpoint)
     summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
     metadata = {**_accuracies(summary, checkpoint.stem, learner), "weights": f"{checkpoint.stem} epoch"}
@@ -69,7 +79,8 @@ def export_command(
         check_writable(target.parent, "the folder of --out,")
         if target.exists() and not overwrite:
             raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
-    images = _images(check, checkpoint, description, options)
+    data = None if check == "random" else _data(checkpoint, description, options)
+    images = random_images(description) if data is None else images_of(data)
     reference = images.logits(network)
     if not bool(reference.isfinite().all()):
         raise ACKDError(
@@ -78,6 +89,26 @@ def export_command(
         )
     description = measured(description, images, reference)
     print(f"comparing logits on {images.words}")
+    if int8:
+        student = fine_tuned(content, checkpoint, network)
+        own = reading_uint8(network, description)[1] if with_preprocessing else description
+
+        def one(kind: Format, target: Path) -> tuple[Measured, Measured]:
+            quantised, words = int8_network(network, student, kind.name, data, count=calibrate)
+            return export_int8(
+                network,
+                quantised,
+                words,
+                own,
+                target,
+                kind,
+                images=images,
+                reference=reference,
+                overwrite=overwrite,
+            )
+
+        show_int8(kinds, targets, one)
+        return
     checks: dict[Path, Check] = {}
     failures: list[str] = []
     for kind, target in zip(kinds, targets, strict=True):
@@ -159,11 +190,9 @@ def _accuracies(summary: dict[str, Any], which: str, learner: int) -> dict[str, 
     return found
 
 
-def _images(check: str, checkpoint: Path, description: Description, options: Sequence[str]) -> CheckImages:
-    if check == "random":
-        return random_images(description)
+def _data(checkpoint: Path, description: Description, options: Sequence[str]) -> Any:
     try:
-        return images_of(data_of_run(checkpoint, options, description.class_names))
+        return data_of_run(checkpoint, options, description.class_names)
     except ACKDError as error:
         if options:
             raise

@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +39,27 @@ def split_configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     if None in found.config:
         raise ACKDError("--config needs a value; `ackd configs` lists the packaged configurations")
     return found.config, rest
+
+
+def refuse_values_alone(options: Sequence[str]) -> None:
+    """Refuse what is neither an option nor the value of one.
+
+    Args:
+        options: Command line without ``--config`` and the name of a run.
+
+    Raises:
+        ACKDError: Naming it, and how it is meant to be written.
+    """
+    for name, _ in _pairs(options):
+        if name.startswith("-"):
+            continue
+        if name.endswith((".yaml", ".yml")):
+            remedy = f"write --config {name}"
+        elif any(each.startswith(f"{name}=") for each in options):
+            remedy = "write the whole name of the setting after two dashes, such as --model.optimizer.lr=0.1"
+        else:
+            remedy = "write the option that it belongs to before it, such as --name first"
+        raise ACKDError(f"{name!r} is given without an option; {remedy}")
 
 
 def without_none(options: Sequence[str]) -> list[str]:
@@ -189,6 +210,16 @@ def set_length(scheduler: Any, *, epochs: int | None, steps: int, interval: str)
             f"{epochs}, model.recipe.interval is {interval}); set it"
         )
     scheduler[_INIT][name] = epochs
+
+
+def _pairs(options: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Options and their values; None for one without a value."""
+    position = 0
+    while position < len(options):
+        name, equals, value = options[position].partition("=")
+        alone = not equals and (position + 1 == len(options) or options[position + 1].startswith("--"))
+        yield name, value if equals else None if alone else options[position + 1]
+        position += 1 if equals or alone else 2
 
 
 def _holder(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str]:

@@ -22,6 +22,7 @@ from ackd_lightning.launch.arguments import (
     choose_classes,
     find_data,
     name_checkpoint,
+    refuse_values_alone,
     split_configs,
     without_none,
 )
@@ -72,6 +73,7 @@ class ACKDCLI:
                 raise ACKDError(f"`ackd {command}` needs a run; write `ackd {command} RUN`, or name its --config")
         self.prints = any(each.startswith("--print_config") for each in options)
         options = [each for each in options if not each.startswith("--print_config")]
+        refuse_values_alone(options)
         options = without_none(options)
         settings, self.config_name = load_configs(configs)
         if command != "fit" and configs and (found := find_data(settings, find_config(configs[0]))):
