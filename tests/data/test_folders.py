@@ -71,6 +71,55 @@ def test_two_folders_for_one_part(folder, names):
         assert made(folder).num_train_samples == 32  # the exact name
 
 
+@pytest.mark.parametrize(
+    "names", [("pets_train", "pets_test"), ("2024-train-new", "2024-val-new"), ("train_resized", "holdout_resized")]
+)
+def test_parts_with_other_words_in_their_names_are_no_classes(folder, names):
+    for old, new in zip(("train", "test"), names, strict=True):
+        (folder / old).rename(folder / new)
+    with pytest.raises(ACKDError, match="train_dir"):
+        made(folder)
+    assert made(folder, train_dir=names[0], test_dir=names[1]).num_classes == 2
+
+
+def test_classes_with_the_name_of_one_part_are_classes(tmp_path, write_classes):
+    write_classes(tmp_path / "trains", {"freight train": 10, "steam-train": 10})
+    assert made(tmp_path / "trains").class_names == ("freight train", "steam-train")
+
+
+@pytest.mark.parametrize("names", [("more",), ("train2", "Test_new")])
+def test_other_folders_beside_the_parts_are_said(folder, names, caplog):
+    for name in names:
+        shutil.copytree(folder / "train", folder / name)
+    with caplog.at_level(logging.WARNING):
+        assert made(folder).num_train_samples == 32
+    assert all(name in caplog.text for name in names)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [("train/0.png", "beside the class folders"), ("train/cat/.0.png", "1 hidden image")]
+)
+def test_images_that_are_not_read_are_counted(folder, place, said, caplog):
+    shutil.copy(folder / "train" / "cat" / "0000.png", folder / place)
+    with caplog.at_level(logging.WARNING):
+        assert made(folder).num_train_samples == 32
+    assert said in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_refused(folder, monkeypatch):
+    (folder / "train" / "cat" / "private").mkdir()
+    scan = os.scandir
+
+    def refusing(path="."):
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ACKDError, match="private"):
+        made(folder)
+
+
 @pytest.mark.parametrize("levels", [("pets",), ("a", "b")])
 def test_a_root_that_is_too_high_is_refused_with_the_right_one(folder, levels, tmp_path):
     place = tmp_path.joinpath("high", *levels)
@@ -99,6 +148,8 @@ def test_a_single_class_is_refused(tmp_path, write_classes):
         "__MACOSX",
         "$RECYCLE.BIN",
         "#recycle/a",
+        "System Volume Information",
+        "@Recycle",
     ],
 )
 @pytest.mark.parametrize("place", ["train/cat", "train"])
@@ -108,8 +159,7 @@ def test_what_systems_leave_behind_is_passed_over_and_said(folder, name, place, 
     with caplog.at_level(logging.WARNING):
         module = made(folder)
     assert (module.num_train_samples, module.num_classes) == (32, 2)
-    if place == "train/cat":
-        assert name.split("/")[0] in caplog.text
+    assert name.split("/")[0] in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.jfif", "a.jpe", "a.JPG", "a.tga", "a.jp2", "photo"])

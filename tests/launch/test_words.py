@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from ackd_lightning.cli import main
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import in_our_words
+from ackd_lightning.launch.preflight import check_checkpoint
 
 QUICK = ["--weights_dir", "null", "--trainer.max_epochs", "1", "--data.max_per_class", "6", "--data.batch_size", "20"]
 QUICK += ["--name", "a"]
@@ -100,6 +102,36 @@ def test_a_refusal_names_what_was_given(options, words, capsys):
     assert "Union" not in shown
     assert len(shown.splitlines()) == 1
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["model.optimizer.lr=0.1"], "--model.optimizer.lr"),
+        (["mine.yaml"], "--config mine.yaml"),
+        (["kd"], "'kd'"),
+        (["--name= "], "' '"),
+        (["--name=a\nb"], r"'a\nb'"),
+        (["--model.student", "resnet_8"], "'resnet8' or 'resnet18'"),
+        (["--trainer.callbacks+=BatchSizeFinder", "--trainer.callbacks.init_val", "512"], "batch_size"),
+        (["--trainer.callbacks+=BatchSizeFinder", "--data.batch_size=2"], "batch_size is 64"),
+    ],
+    ids=lambda value: repr(value[0]) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_meant_is_refused(options, words, capsys):
+    assert fit(*options) == 2
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in shown
+    assert shown.count("'resnet18'") < 2
+    assert not list(Path().rglob("summary.json"))
+
+
+@pytest.mark.parametrize(("names", "said"), [(("cat", "dog", "owl"), "'owl'"), (("cat",), "'dog'"), (None, "3")])
+def test_data_with_another_number_of_classes_than_the_checkpoint(names, said):
+    data = SimpleNamespace(num_classes=len(names or "123"), class_names=names)
+    content = {"ackd_lightning": {"num_classes": 2, "class_names": ["cat", "dog"]}}
+    with pytest.raises(ACKDError, match=said):
+        check_checkpoint(Path("a.ckpt"), SimpleNamespace(data=data), content)
 
 
 def test_a_file_of_ones_own_names_the_method_too():

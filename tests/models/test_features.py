@@ -312,3 +312,19 @@ def test_unknown_stages_are_refused_by_one_message():
     (message,) = messages
     for part in ("the teacher", "method AT", "`taps`"):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "channels"),
+    [
+        ("timm:tresnet_m", {}, 3),
+        ("timm:tresnet_m", {"in_chans": 1}, 1),
+        ("timm:csatv2", {}, 3),
+        ("timm:test_byobnet", {"in_chans": 5}, 5),
+        ("resnet8", {"in_chans": 4}, 4),
+    ],
+)
+def test_channels_of_networks_whose_first_convolution_reads_blocks_or_frequencies(name, options, channels):
+    with torch.device("meta"):
+        network = create_model(name, 4, **options)
+    assert image_channels(network) == channels

@@ -190,6 +190,26 @@ class Unused(CifarLike):
         return super().forward(self.shared(self.shared(image)))
 
 
+BAD_PLANS = {
+    "one": StagePlan(("conv",)),
+    "none": StagePlan(()),
+    "twice": StagePlan(("conv", "conv", "blocks.3")),
+    "order": StagePlan(("blocks.3", "blocks.1")),
+    "no classifier": StagePlan(("conv", "blocks.3"), "blocks.1"),
+    "uncalled classifier": StagePlan(("conv", "blocks.3"), "unused"),
+}
+
+
+@pytest.mark.parametrize("plan", BAD_PLANS.values(), ids=BAD_PLANS)
+@pytest.mark.parametrize("build", [FrozenTeacher, BranchyStudent])
+def test_wrong_plans_are_refused_in_one_sentence(plan, build):
+    network = Unused()
+    network.stage_plan = plan
+    with pytest.raises(ACKDError, match="stage plan") as caught:
+        build(network, input_size=32)
+    assert "\n" not in str(caught.value)
+
+
 BAD_TAPS = {
     "unknown": (["blocks.1", "block.3"], "block.3"),
     "not called": (["unused"], "unused"),

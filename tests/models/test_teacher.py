@@ -259,6 +259,25 @@ def test_a_plan_is_checked_once(network, monkeypatch):
     assert sizes == [16, 24]
 
 
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
+
+
+def unbuilt() -> nn.Module:
+    with torch.device("meta"):
+        return create_model("resnet8", 5)
+
+
+def eight_bits() -> nn.Module:
+    return create_model("resnet8", 5).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("make", [lazy, unbuilt, eight_bits])
+def test_networks_that_cannot_be_run_are_refused(make):
+    with pytest.raises(ACKDError, match="teacher"):
+        FrozenTeacher(make())
+
+
 def test_a_configuration_holds_what_was_given_and_defaults():
     config = TeacherConfig("resnet8", mean=[0.5], std=[1], input_size=32)
     assert (config.network, config.mean, config.std, config.input_size) == ("resnet8", (0.5,), (1,), 32)
@@ -303,3 +322,9 @@ def test_the_command_line_shows_what_a_configuration_holds():
     shown = " ".join(helped.format_help().split())
     for field in ("Weight file of a network", "Standard deviation of each channel", "is near chance", "ackd cache"):
         assert field in shown
+
+
+def test_a_teacher_that_reads_blocks_of_pixels_reads_images_of_3_channels():
+    teacher = FrozenTeacher(create_model("timm:tresnet_m", 4), input_size=64)
+    with torch.no_grad():
+        assert teacher(torch.randn(2, 3, 64, 64)).logits.shape == (2, 4)

@@ -146,8 +146,31 @@ CASES = {
     "state dict with an object in it": lambda file, source, zipped: torch.save(
         {**source.state_dict(), "meta": Options()}, file, _use_new_zipfile_serialization=zipped
     ),
+    "an entry of its own beside an object": lambda file, source, zipped: torch.save(
+        {"args": Options(), "ema_model": source.state_dict()}, file, _use_new_zipfile_serialization=zipped
+    ),
+    "plain dict in an entry of its own": lambda file, source, zipped: torch.save(
+        {"optimizer": {"state": {}}, "encoder_q": dict(source.state_dict()), "meter": Meter()},
+        file,
+        _use_new_zipfile_serialization=zipped,
+    ),
+    "arrays": lambda file, source, zipped: torch.save(
+        {key: value.numpy() for key, value in source.state_dict().items()}, file, _use_new_zipfile_serialization=zipped
+    ),
     "TorchScript": scripted,
 }
+
+
+@pytest.mark.parametrize("entry", ["ema_model", "student_ema", "encoder"])
+def test_an_entry_of_any_name_is_read_where_it_is_the_only_state_dict(tmp_path, capsys, entry):
+    source, target = small(), small(2)
+    torch.save({"epoch": 3, entry: source.state_dict(), "optimizer": {"state": {}}}, tmp_path / "a.pth")
+    load_weights(target, tmp_path / "a.pth")
+    assert same(source, target)
+    assert repr(entry) in capsys.readouterr().out
+    torch.save({entry: source.state_dict(), "other": target.state_dict()}, tmp_path / "b.pth")
+    with pytest.raises(ACKDError, match=entry):
+        load_weights(target, tmp_path / "b.pth")
 
 
 @zip_or_not

@@ -141,3 +141,26 @@ def test_runs_are_found_once_however_they_are_named(tmp_path):
     for place in ("empty", "gone"):
         with pytest.raises(ACKDError, match=place):
             find_runs([tmp_path / place])
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_another_process_wrote_meanwhile_is_kept(tmp_path, links, monkeypatch):
+    def refuse(*places):
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    target = tmp_path / "weights"
+
+    def write():
+        with whole_file(target, replace=False) as partial:
+            partial.write_text("ours")
+            target.write_text("theirs")
+
+    with pytest.raises(FileExistsError):
+        write()
+    assert (target.read_text(), names(tmp_path)) == ("theirs", ["weights"])
+    target.unlink()
+    with whole_file(target, replace=False) as partial:
+        partial.write_text("ours")
+    assert (target.read_text(), names(tmp_path)) == ("ours", ["weights"])

@@ -98,3 +98,20 @@ def test_networks_without_logits_are_refused_when_the_module_is_built(form, role
     with pytest.raises(ACKDError, match="Returns") as caught:
         build(KD(), **given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        (lambda logits: logits.softmax(1), "softmax"),
+        (lambda logits: (logits.sigmoid(),), "sigmoid"),
+        (lambda logits: {"logits": logits.softmax(1)}, "softmax"),
+        (lambda logits: logits.detach(), "no gradient"),
+        (lambda logits: logits > 0, "torch.bool"),
+        (lambda logits: logits.argsort(1), "torch.int64"),
+    ],
+    ids=["softmax", "sigmoid", "dict", "detached", "bool", "ranks"],
+)
+def test_outputs_from_which_a_student_cannot_learn_are_refused(form, named):
+    with pytest.raises(ACKDError, match=named):
+        build(KD(), student=Returns(form))

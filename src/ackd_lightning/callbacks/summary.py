@@ -16,7 +16,7 @@ from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.progress import is_terminal
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
-from ackd_lightning.runs.export import export_student, peer_name
+from ackd_lightning.runs.export import FileKeptError, export_student, peer_name
 from ackd_lightning.runs.files import write_json
 from ackd_lightning.runs.versions import device_name, versions
 
@@ -117,17 +117,18 @@ class RunSummary(L.Callback):
             known = self.last if self.measured_at == trainer.global_step else {}
             measured = {key.replace("/", "_"): f"{value:.6f}" for key, value in known.items() if key.endswith("/acc")}
             measured |= {f"{part}_count": str(count) for part, count in summary["images"].items() if known}
-            if self.copy_to is not None and self.copy_to.exists() and not self.replaces:
+            own, extra = self.folder / "student.safetensors", {**measured, "weights": "last epoch"}
+            try:
+                export_student(last, own, extra=extra, overwrite=True)
+                files["student"] = own.name
+                if self.copy_to is not None:
+                    export_student(last, self.copy_to, extra=extra, overwrite=self.replaces)
+            except FileKeptError:
                 rank_zero_warn(
                     f"{self.copy_to} was written by another run meanwhile and is not replaced; this run's weights are "
-                    f"{self.folder / 'student.safetensors'}"
+                    f"{own}"
                 )
                 self.copy_to = None
-            targets = [self.folder / "student.safetensors", *([self.copy_to] if self.copy_to else [])]
-            try:
-                for target in targets:
-                    export_student(last, target, extra={**measured, "weights": "last epoch"}, overwrite=True)
-                files["student"] = "student.safetensors"
             except ACKDError as error:  # what the run has measured is kept
                 rank_zero_warn(f"the student was not exported: {error}")
                 self.copy_to = None
@@ -136,6 +137,12 @@ class RunSummary(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write them for a run that was stopped after its last epoch and before this, and has nothing left to train."""
+        if trainer.global_step == 0 and trainer.num_training_batches == 0 and trainer.limit_train_batches != 0:
+            size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+            raise ACKDError(
+                f"batch_size is {size} and there are fewer training images, so that nothing was trained; set a smaller "
+                "--data.batch_size, or limit the callback that has chosen it"
+            )
         if self.finished is None and not (self.folder / "summary.json").is_file():
             self.on_train_end(trainer, pl_module)
 

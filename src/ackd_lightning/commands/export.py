@@ -4,59 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ackd_lightning.deploy.checking import Check, CheckImages, images_of, random_images
+from ackd_lightning.commands.export_int8 import check_int8, show_int8
+from ackd_lightning.commands.student import check_data, read_student
+from ackd_lightning.deploy.checking import Check, images_of, random_images
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import export, measured, reading_uint8
 from ackd_lightning.deploy.formats.formats import FORMATS, Format, find_format
 from ackd_lightning.deploy.formats.safetensors import DTYPES
+from ackd_lightning.deploy.int8 import Measured, export_int8, fine_tuned, int8_network
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.launch.preflight import check_writable
-from ackd_lightning.launch.run_data import data_of_run
 from ackd_lightning.models.copies import image_channels
+from ackd_lightning.models.quantization import CALIBRATION_IMAGES
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
-from ackd_lightning.runs.export import network_of, plain_parameters
-from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
-
-
-class Student(NamedTuple):
-    """Student of a run.
-
-    Attributes:
-        checkpoint: Checkpoint.
-        network: Network in evaluation mode.
-        description: What it is.
-        plain_parameters: Number of parameters of the network with its own classifier.
-        summary: Summary of the run; empty without one.
-    """
-
-    checkpoint: Path
-    network: nn.Module
-    description: Description
-    plain_parameters: int
-    summary: dict[str, Any]
-
-
-def read_student(run: str, which: Which, learner: int = 0) -> Student:
-    """Build the student, or a peer, of a run.
-
-    Args:
-        run: Run folder or checkpoint.
-        which: Checkpoint of a run folder.
-        learner: Number of the learner: 0 for the student, from 1 for a peer.
-    """
-    checkpoint = find_checkpoint(run, which)
-    folder, content = run_folder(checkpoint), read_checkpoint(checkpoint)
-    summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
-    metadata = {**_accuracies(summary, checkpoint.stem, learner), "weights": f"{checkpoint.stem} epoch"}
-    network, stated = network_of(content, checkpoint, learner=learner, extra=metadata)
-    description = Description.from_metadata(stated, str(checkpoint))
-    return Student(checkpoint, network, description, plain_parameters(content, checkpoint, learner), summary)
+from ackd_lightning.runs.export import plain_parameters
+from ackd_lightning.runs.files import Which, find_checkpoint, run_folder
 
 
 def export_command(
@@ -70,6 +38,8 @@ def export_command(
     dtype: str = "float32",
     with_preprocessing: bool = False,
     check: Literal["data", "random"] = "data",
+    int8: bool = False,
+    calibrate: int = CALIBRATION_IMAGES,
     options: Sequence[str] = (),
 ) -> None:
     """Write the student, or a peer, to files and print how they compare with it, and its cost.
@@ -84,6 +54,8 @@ def export_command(
         dtype: Type of the weights in safetensors.
         with_preprocessing: Whether the network reads uint8 images.
         check: Images that files are compared on.
+        int8: Whether the network computes in int8.
+        calibrate: Number of training images that an int8 network is calibrated on.
         options: Options of the run's data, such as ``--data.root``.
 
     Raises:
@@ -92,8 +64,11 @@ def export_command(
     checkpoint = find_checkpoint(run, which)
     kinds = _formats(formats, out)
     _check_options(kinds, dtype, with_preprocessing, options)
+    if int8:
+        check_int8(kinds, calibrate, learner)
     folder = run_folder(checkpoint)
-    targets = _targets(kinds, out, folder / f"student{learner or ''}-{checkpoint.stem}", dtype, with_preprocessing)
+    stem = folder / f"student{learner or ''}-{checkpoint.stem}{'-int8' if int8 else ''}"
+    targets = _targets(kinds, out, stem, dtype, with_preprocessing)
     student = read_student(run, which, learner)
     network, description = student.network, student.description
     for kind, target in zip(kinds, targets, strict=True):
@@ -101,7 +76,8 @@ def export_command(
         check_writable(target.parent, "the folder of --out,")
         if target.exists() and not overwrite:
             raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
-    images = check_images(check, checkpoint, description, options)
+    data = None if check == "random" else check_data(checkpoint, description, options)
+    images = random_images(description) if data is None else images_of(data)
     reference = images.logits(network)
     if not bool(reference.isfinite().all()):
         raise ACKDError(
@@ -110,6 +86,26 @@ def export_command(
         )
     description = measured(description, images, reference)
     print(f"comparing logits on {images.words}")
+    if int8:
+        tuned = fine_tuned(student.content, checkpoint, network)
+        own = reading_uint8(network, description)[1] if with_preprocessing else description
+
+        def one(kind: Format, target: Path) -> tuple[Measured, Measured]:
+            quantised, words = int8_network(network, tuned, kind.name, data, count=calibrate)
+            return export_int8(
+                network,
+                quantised,
+                words,
+                own,
+                target,
+                kind,
+                images=images,
+                reference=reference,
+                overwrite=overwrite,
+            )
+
+        show_int8(kinds, targets, one)
+        return
     checks: dict[Path, Check] = {}
     failures: list[str] = []
     for kind, target in zip(kinds, targets, strict=True):
@@ -123,7 +119,7 @@ def export_command(
         except ACKDError as error:
             failures.append(str(error))
     if checks:
-        _show(checks, network, description, student.plain_parameters, student.summary)
+        _show(checks, network, description, plain_parameters(student.content, checkpoint, learner), student.summary)
     if failures:
         raise ACKDError("\n".join(failures))
 
@@ -175,45 +171,6 @@ def _targets(kinds: Sequence[Format], out: str | None, stem: Path, dtype: str, w
     if path.suffix.lower() != kinds[0].ending or path.is_dir():
         raise ACKDError(f"--out is {out}; name a file that ends in {kinds[0].ending}")
     return [path]
-
-
-def _accuracies(summary: dict[str, Any], which: str, learner: int) -> dict[str, str]:
-    """Accuracies of a run's summary, with the number of images where it is known."""
-    ending = f"/aux{learner}_acc" if learner else "/acc"
-    found: dict[str, str] = {}
-    for values in (summary.get(which) or {}, (summary.get("test") or {}).get(which) or {}):
-        for key, value in values.items():
-            if key.endswith(ending):
-                part = key.partition("/")[0]
-                found[f"{part}_acc"] = f"{value:.6f}"
-                if count := (summary.get("images") or {}).get(part):
-                    found[f"{part}_count"] = str(count)
-    return found
-
-
-def check_images(check: str, checkpoint: Path, description: Description, options: Sequence[str]) -> CheckImages:
-    """Return the images that files are compared on.
-
-    Args:
-        check: ``data`` for those of the run, or ``random``.
-        checkpoint: Checkpoint of the run.
-        description: What its network expects.
-        options: Options of the run's data, such as ``--data.root``.
-
-    Raises:
-        ACKDError: If the data are not there.
-    """
-    if check == "random":
-        return random_images(description)
-    try:
-        return images_of(data_of_run(checkpoint, options, description.class_names))
-    except ACKDError as error:
-        if options:
-            raise
-        raise ACKDError(
-            f"files are compared on images of the run's data, which are not usable ({error}); give their place with "
-            "--data.root FOLDER, or compare on random images alone with --check random"
-        ) from error
 
 
 def _show(

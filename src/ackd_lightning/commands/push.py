@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ackd_lightning.commands.export import check_images, read_student
+from ackd_lightning.commands.student import check_data, read_student
+from ackd_lightning.deploy.checking import images_of, random_images
 from ackd_lightning.deploy.exporting import export, measured
 from ackd_lightning.deploy.formats.formats import FORMATS
 from ackd_lightning.deploy.hub import CARD, CONFIG, for_timm, model_card, push, require_token, write_config
@@ -46,7 +47,10 @@ def push_command(
         raise ACKDError(f"{repository} names a revision, and a student is sent to the newest; leave it out")
     student = read_student(run, which)
     require_token(name)
-    images = check_images(check, student.checkpoint, student.description, options)
+    if check == "random":
+        images = random_images(student.description)
+    else:
+        images = images_of(check_data(student.checkpoint, student.description, options))
     reference = images.logits(student.network)
     description = measured(student.description, images, reference)
     report = run_folder(student.checkpoint) / "report.md"

@@ -20,6 +20,7 @@ from ackd_lightning.data.folders import (
     say_order,
     scan_class_folders,
 )
+from ackd_lightning.data.messages import say
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import NO_LABEL, Files, Source
 from ackd_lightning.errors import ACKDError
@@ -65,7 +66,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
     ) -> None:
         super().__init__(root, **options)
         self.class_order: ClassOrder = class_order
-        self._folders = self._layout({"train": train_dir, "val": val_dir, "test": test_dir})
+        self._folders = self._layout({"train": train_dir, "val": val_dir, "test": test_dir}, unlabelled)
         self._has_validation = "val" in self._folders
         self._unlabelled = None if unlabelled is None else self.root / unlabelled
         if self._unlabelled is not None and not self._unlabelled.is_dir():
@@ -83,7 +84,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
         self.class_names = self._names
         self.num_classes = len(self._names)
 
-    def _layout(self, given: dict[Part, str | None]) -> dict[Part, Path]:
+    def _layout(self, given: dict[Part, str | None], unlabelled: str | None) -> dict[Part, Path]:
         """Return the folder of each part; without a test folder the training folder is split."""
         if not self.root.is_dir():
             raise ACKDError(f"there is no folder {self.root}: set root to a folder of class folders")
@@ -106,6 +107,9 @@ class ImageFolderDataModule(CustomImagesDataModule):
         if "train" not in found and found:
             name = next(iter(found.values())).name
             raise ACKDError(f"{self.root} holds the folder {name} but no folder train: name it with train_dir")
+        used = {place.relative_to(self.root).parts[0] for place in found.values() if place.is_relative_to(self.root)}
+        if found and (others := [each for each in there if each not in used and each != unlabelled]):
+            say(f"folders of {self.root} that are not read: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}")
         return {"train": self.root, **found}
 
     def _load(self, part: Part) -> Source:

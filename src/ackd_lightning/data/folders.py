@@ -25,7 +25,17 @@ _ALWAYS = (
     ".jpg .jpeg .jpe .jfif .jp2 .j2k .png .apng .bmp .dib .gif .ppm .pgm .pbm .pnm .tif .tiff .tga .webp .avif .npy"
 )
 _SYSTEM_FOLDERS = frozenset(
-    {"@eadir", "__macosx", "$recycle.bin", "lost+found", "#recycle", "#snapshot", "__pycache__"}
+    {
+        "@eadir",
+        "@recycle",
+        "__macosx",
+        "$recycle.bin",
+        "system volume information",
+        "lost+found",
+        "#recycle",
+        "#snapshot",
+        "__pycache__",
+    }
 )
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"})
 _OURS = re.compile(r"ackd-(cache|checked)-.*\.pt")
@@ -65,13 +75,15 @@ class Walk:
 
     Attributes:
         folders: Number of hidden and system folders, by name.
+        hidden: Number of hidden images.
+        loose: Number of images that lie beside the class folders.
         links: Number of links to a folder that was read already.
         others: Number of other files by their ending.
     """
 
     def __init__(self) -> None:
         self.folders: Counter[str] = Counter()
-        self.links = 0
+        self.hidden = self.loose = self.links = 0
         self.others: Counter[str] = Counter()
         self._endings = extensions()
 
@@ -80,10 +92,13 @@ class Walk:
 
         Args:
             folder: Folder.
+
+        Raises:
+            ACKDError: If a folder cannot be read.
         """
         found: list[Path] = []
         seen: set[tuple[int, int]] = set()
-        for place, folders, names in os.walk(folder, followlinks=True):
+        for place, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
             here = Path(place)
             status = here.stat()
             if (status.st_dev, status.st_ino) in seen:
@@ -96,8 +111,25 @@ class Walk:
             found += [here / name for name in names if self._is_image(here, name)]
         return sorted(found)
 
+    def beside(self, path: Path) -> None:
+        """Count what lies beside the class folders and is not read.
+
+        Args:
+            path: Folder of class folders.
+        """
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    self.folders.update([entry.name] if _passed_over(entry.name) else [])
+                elif os.path.splitext(entry.name)[1].lower() in self._endings and entry.name[0] != ".":  # noqa: PTH122
+                    self.loose += 1
+
     def _is_image(self, here: Path, name: str) -> bool:
-        if name.startswith(".") or name.lower() in _SYSTEM_FILES or _OURS.fullmatch(name):
+        if name.startswith("."):
+            # "._cat.png" beside "cat.png" is what macOS stores about it
+            self.hidden += not name.startswith("._") and os.path.splitext(name)[1].lower() in self._endings  # noqa: PTH122
+            return False
+        if name.lower() in _SYSTEM_FILES or _OURS.fullmatch(name):
             return False
         ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
         if ending in self._endings or (not ending and _looks_like_image(here / name)):
@@ -120,11 +152,22 @@ class Walk:
             )
         if self.folders:
             parts.append(f"hidden and system folders: {', '.join(sorted(self.folders)[:5])}")
+        if self.hidden:
+            parts.append(f"{self.hidden:,} hidden {'images' if self.hidden > 1 else 'image'}")
+        if self.loose:
+            parts.append(f"{self.loose:,} {'images' if self.loose > 1 else 'image'} beside the class folders")
         if self.links:
             parts.append(f"{self.links:,} links to folders that were read already")
         if parts:
             heif = HEIF & set(self.others) and "; photos of phones need pip install 'ackd-lightning[heic]'"
             say(f"passed over in {place}: {'; '.join(parts)}{heif or ''}")
+
+
+def _unreadable(error: OSError) -> None:
+    raise ACKDError(
+        f"the folder {error.filename} cannot be read ({error.strerror}): give yourself access, or move it out of the "
+        "data"
+    ) from error
 
 
 def _looks_like_image(path: Path) -> bool:
@@ -212,8 +255,10 @@ def require_classes(path: Path, names: Sequence[str]) -> None:
     Raises:
         ACKDError: Naming what the folder holds, and the likely root.
     """
-    parts = [name for name in names if part_of(name)]
-    if parts and len(parts) == len(names):
+    parts = [part_of(name) for name in names]
+    words = [next(filter(None, map(part_of, re.split(r"[\W_]+", name))), None) for name in names]
+    several = None not in words and "train" in words and len(set(words)) > 1  # pets_train and pets_test
+    if names and (None not in parts or several):
         raise ACKDError(
             f"{path} holds the folders {', '.join(names[:_SHOWN])}, which are parts of the data and not classes: name "
             "them with train_dir and test_dir"
@@ -287,6 +332,7 @@ def scan_class_folders(
         paths += files
         labels += [label] * len(files)
     _check_empty(path, folders, empty, whole=classes is None)
+    walk.beside(path)
     if classes is not None and others == "refuse":
         refuse_other_classes(path, names)
     walk.report(path)
@@ -306,7 +352,8 @@ def refuse_other_classes(path: Path, classes: Sequence[str]) -> None:
     unknown = [folder for folder in class_folders(path) if class_name(folder) not in set(classes)]
     if unknown and (named := [class_name(folder) for folder in unknown if Walk().images(folder)]):
         raise ACKDError(
-            f"{path} has classes that the training part lacks ({_listed(named)}): both need the same class folders"
+            f"{path} has classes that the training part lacks ({_listed(named)}): add training images of them, or move "
+            "these folders out of the data"
         )
 
 

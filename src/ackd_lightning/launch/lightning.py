@@ -20,9 +20,9 @@ from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import (
     choose_classes,
-    choose_unlabelled,
     find_data,
     name_checkpoint,
+    refuse_values_alone,
     split_configs,
     without_none,
 )
@@ -73,6 +73,7 @@ class ACKDCLI:
                 raise ACKDError(f"`ackd {command}` needs a run; write `ackd {command} RUN`, or name its --config")
         self.prints = any(each.startswith("--print_config") for each in options)
         options = [each for each in options if not each.startswith("--print_config")]
+        refuse_values_alone(options)
         options = without_none(options)
         settings, self.config_name = load_configs(configs)
         if command != "fit" and configs and (found := find_data(settings, find_config(configs[0]))):
@@ -80,8 +81,6 @@ class ACKDCLI:
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output")}
         given = Given({each: find_config(each).resolve() for each in configs}, options, settings)
-        if command == "predict":
-            options = choose_unlabelled(settings, options)
         check_shape(given)
         options = choose_classes(settings, options)
         given.classes.update(_ARGUMENTS_OF, **check_classes(settings, _CLASSES, _ARGUMENTS_OF))

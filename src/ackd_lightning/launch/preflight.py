@@ -112,7 +112,7 @@ def check_name(name: str) -> None:
     Raises:
         ACKDError: For an empty name, and one with separators.
     """
-    if name in ("", ".", "..") or any(mark in name for mark in ("/", "\\", "\0")):
+    if name.strip() in ("", ".", "..") or not name.isprintable() or any(mark in name for mark in ("/", "\\")):
         raise ACKDError(f"--name is {name!r}; it must be the name of one folder, without separators")
 
 
@@ -196,6 +196,7 @@ def check_checkpoint(path: Path, module: DistillationModule, content: Mapping[st
         ACKDError: When it cannot be read, or was made with other networks.
     """
     checkpoint = content or read_checkpoint(path)
+    _compare_classes(path, checkpoint["ackd_lightning"], module)
     there, here = (_what(each) for each in (checkpoint["ackd_lightning"], module.metadata()))
     state = module.state_dict()
     empty = {key for key, each in state.items() if not each.numel()}  # memories, which only a fit creates
@@ -207,6 +208,18 @@ def check_checkpoint(path: Path, module: DistillationModule, content: Mapping[st
         if there == here:
             raise
         raise ACKDError(f"{path} was made with {there} and the settings have {here}; choose another one") from None
+
+
+def _compare_classes(path: Path, metadata: Mapping[str, Any], module: DistillationModule) -> None:
+    """Refuse data with another number of classes than a checkpoint's; classes of the same number are compared later."""
+    before, now = metadata.get("num_classes"), module.data.num_classes
+    if before is None or before == now:
+        return
+    old, new = metadata.get("class_names") or (), module.data.class_names or ()
+    more = [f"the data have no {each!r}" for each in old if new and each not in new][:1]
+    more += [f"the checkpoint has no {each!r}" for each in new if old and each not in old][:1]
+    names = f" ({', '.join(more)})" if more else ""
+    raise ACKDError(f"{path} has {before} classes and the data have {now}{names}; give data of the same classes")
 
 
 def _what(metadata: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.copies import examples, name_of
 from ackd_lightning.models.features import StagePlan, _unknown_stages, require_modules, staged_forward
+from ackd_lightning.models.outputs import first_tensor
 from ackd_lightning.models.stages import stage_names
 from ackd_lightning.models.tracing import Trace, trace
 from ackd_lightning.types import ImageSize, NetOutput, NetSpec, height_width
@@ -94,6 +95,32 @@ def plan_for(network: nn.Module, input_size: ImageSize | None = None) -> StagePl
     if ran:  # else another size may be what it needs
         network.__dict__["stage_plan"] = found
     return found
+
+
+def check_trainable(network: nn.Module, input_size: ImageSize) -> None:
+    """Refuse a network that cannot learn from the cross-entropy of its outputs.
+
+    Args:
+        network: Network that was given as a student.
+        input_size: Height and width of the images in pixels.
+
+    Raises:
+        ACKDError: If no gradient reaches its outputs, or they are probabilities.
+    """
+    result = traced(network, input_size)
+    if result is None or isinstance(network, torch.jit.ScriptModule):
+        return
+    node = result[2].logits.grad_fn
+    if node is None:
+        raise ACKDError(
+            f"no gradient reaches the outputs of the student {name_of(network)}; compute them without torch.no_grad() "
+            "and detach()"
+        )
+    if node.name().startswith(("SoftmaxBackward", "SigmoidBackward")):
+        raise ACKDError(
+            f"the outputs of the student {name_of(network)} are probabilities, and the losses need logits; leave out "
+            "its last softmax or sigmoid"
+        )
 
 
 def use_taps(network: nn.Module, names: Sequence[str], whose: str = "the network") -> StagePlan:
@@ -215,10 +242,14 @@ def check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize, chann
         channels: Channels of the images; None for those of the network's first convolution.
 
     Raises:
-        ACKDError: If they do not.
+        ACKDError: If they do not, or the classifier returns no logits.
     """
     require_modules(network, plan)
     name = name_of(network)
+    if len(plan.features) < 2 or len(set(plan.features)) < len(plan.features):
+        raise ACKDError(
+            f"the stage plan of {name} is {list(plan.features)}; name the stem and at least one stage, each once"
+        )
     result = traced(network, input_size)
     if result is None:
         return  # said by `probe`, with the reason
@@ -230,3 +261,11 @@ def check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize, chann
     ordered = sorted(plan.features, key=lambda each: record.calls[each].end)
     if list(plan.features) != ordered:
         raise ACKDError(f"the stage plan of {name} is {list(plan.features)}, and they are called as {ordered}")
+    if plan.classifier is not None:
+        called = record.calls.get(plan.classifier)
+        scores = None if called is None else first_tensor(called.value)
+        if scores is None or tuple(scores.flatten(1).shape) != tuple(record.logits.shape):
+            raise ACKDError(
+                f"the stage plan of {name} names the classifier {plan.classifier!r}, which does not return the logits; "
+                "name the one that does, or None"
+            )

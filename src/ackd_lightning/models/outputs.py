@@ -36,10 +36,12 @@ def logits_of(output: Any, whose: str = "the network") -> Tensor:
         found = torch.stack(tuple(found)).mean(dim=0) if same and len(found) > 1 else found[0]
     if isinstance(found, Tensor) and found.dim() == 4 and found.shape[2:] == (1, 1):
         found = found.flatten(1)
-    if isinstance(found, Tensor) and found.dim() == 2:
+    if isinstance(found, Tensor) and found.dim() == 2 and found.is_floating_point():
         return found
     if isinstance(found, Tensor):
         kind = f"a tensor of the shape {tuple(found.shape)}"
+        if not found.is_floating_point():
+            kind += f" and the type {found.dtype}"
     else:
         kind = f"a {type(found).__name__}" + (f" with {', '.join(map(str, found))}" if isinstance(found, dict) else "")
     raise ACKDError(

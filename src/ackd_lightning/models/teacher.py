@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -67,6 +68,20 @@ class FrozenTeacher(Teacher):
         metadata: dict[str, str] | None = None,
         copy_network: bool = True,
     ) -> None:
+        if any(isinstance(each, nn.parameter.UninitializedParameter) for each in network.parameters()):
+            raise ACKDError(
+                f"the teacher {type(network).__name__} has lazy layers without a shape; run it on an image first"
+            )
+        if any(each.is_meta for each in itertools.chain(network.parameters(), network.buffers())):
+            raise ACKDError(
+                f"the teacher {type(network).__name__} has no weights, because it is on the meta device; build it on "
+                "the CPU"
+            )
+        if tiny := {str(each.dtype) for each in network.parameters() if each.is_floating_point() and each.itemsize < 2}:
+            raise ACKDError(
+                f"the teacher {type(network).__name__} has weights of the type {min(tiny)}, with which nothing is "
+                "computed; convert it with teacher.float()"
+            )
         own = clone(network) if copy_network else network
         for parameter in own.parameters():  # the method of a network that was compiled by TorchScript raises
             parameter.requires_grad_(False)

@@ -12,7 +12,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,20 @@ def _remedy(file: Path) -> str:
     for entry in STATE_DICTS:
         if entry in kinds:
             return f"torch.save({load}[{entry!r}]{'.state_dict()' if kinds[entry] else ''}, NEW)"
-    return f"torch.save({{k: v for k, v in {load}.items() if torch.is_tensor(v)}}, NEW)"
+    inside = _unusual_entry(list(_operations(file)))
+    within = f"{load}[{inside!r}]" if inside else load
+    return f"torch.save({{k: torch.as_tensor(v) for k, v in {within}.items() if hasattr(v, 'shape')}}, NEW)"
+
+
+def _unusual_entry(operations: Sequence[tuple[str, Any]]) -> str | None:
+    """Return the first text in a pickle that a mapping of tensors follows."""
+    for number, (_, key) in enumerate(operations):
+        begin = operations[number + 1 : number + 6]
+        if isinstance(key, str) and begin and begin[0][0] != "BINGET" and _is_mapping(begin[0]):
+            names = [at for at, (name, _) in enumerate(begin) if name == "BINUNICODE"]
+            if names and any("_rebuild_" in str(argument) for _, argument in begin[names[0] + 1 : names[0] + 2]):
+                return key
+    return None
 
 
 def _entries(file: Path) -> dict[str | None, bool]:
@@ -193,6 +206,14 @@ def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if others:
             tell(f"{file} holds several state dicts: {named[0]!r} is read, {', '.join(map(repr, others))} are not")
         return _nothing_but_tensors(loaded[named[0]], file), notes
+    inside = [key for key, each in loaded.items() if _is_state_dict(each)]
+    if len(inside) > 1:
+        raise ACKDError(
+            f"{file} holds several state dicts ({', '.join(map(repr, inside))}); re-save the tensors of one of them"
+        )
+    if inside:
+        tell(f"{file}: the weights are read from its entry {inside[0]!r}")
+        return dict(loaded[inside[0]]), {}
     return _nothing_but_tensors(loaded, file), {}
 
 

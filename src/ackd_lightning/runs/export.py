@@ -33,6 +33,10 @@ from ackd_lightning.types import ImageSize, height_width
 _TOLERANCE, _IMAGES = 1e-5, 4
 
 
+class FileKeptError(ACKDError):
+    """A file exists and is not replaced."""
+
+
 @dataclass(frozen=True, slots=True)
 class Exported:
     """A network that was exported.
@@ -221,9 +225,13 @@ def export_student(
         ACKDError: If the file exists, the checkpoint was not written by this package, or the logits differ.
     """
     if target.exists() and not overwrite:
-        raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
+        raise _exists(target)
     checkpoint = read_checkpoint(checkpoint_path)
-    return write_student(checkpoint, target, origin=checkpoint_path, learner=learner, extra=extra)
+    return write_student(checkpoint, target, origin=checkpoint_path, learner=learner, extra=extra, overwrite=overwrite)
+
+
+def _exists(target: Path) -> FileKeptError:
+    return FileKeptError(f"{target} exists; choose another --out or pass --overwrite")
 
 
 def write_student(
@@ -233,15 +241,17 @@ def write_student(
     origin: Path = Path("this module"),
     learner: int = 0,
     extra: Mapping[str, str] | None = None,
+    overwrite: bool = True,
 ) -> Exported:
     """Write a network of a checkpoint in memory; `export_student` says how.
 
     Args:
         checkpoint: Content of a checkpoint of this package.
-        target: File to write; replaced if it exists.
+        target: File to write.
         origin: Where the content comes from, for messages.
         learner: Number of the learner: 0 for the student, from 1 for a peer.
         extra: Further metadata.
+        overwrite: Whether to replace a file that exists.
 
     Raises:
         ACKDError: If the network is not one that `create_model` builds, or the logits differ.
@@ -251,7 +261,7 @@ def write_student(
     trained, metadata = network_of(checkpoint, origin, learner=learner, extra=extra)
     metadata.setdefault("checked", f"logits within {_TOLERANCE:g} of those in training on {_IMAGES} random images")
     try:
-        with whole_file(target) as partial:
+        with whole_file(target, replace=overwrite) as partial:
             save_weights(trained, partial, metadata)
             reloaded = source.fresh()
             load_weights(reloaded, partial)
@@ -266,6 +276,8 @@ def write_student(
                 )
             if not difference <= _TOLERANCE:
                 raise ACKDError(f"the exported student's logits differ by {difference:.3g}; {target} was not written")
+    except FileExistsError as error:  # of another process, since this one looked
+        raise _exists(target) from error
     except OSError as error:
         raise ACKDError(
             f"{target} cannot be written ({error.strerror}); choose a folder with room that you may write in"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -23,7 +24,7 @@ _REQUIRED = {"num_classes", "input_size", "mean", "std", "data", "method", "seed
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Write a file whole or not at all.
 
     The caller writes to a hidden file in the same folder. When the block ends without an exception, the file is
@@ -32,6 +33,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Args:
         path: File to write. Missing folders are made.
+        replace: Whether to replace a file that exists, also one that another process has made since the block began.
+
+    Raises:
+        FileExistsError: If there is a file and it is not to be replaced.
 
     Yields:
         Path of the hidden file.
@@ -52,6 +57,16 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
+        if not replace:
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            try:
+                os.link(partial, path)  # in one step, unlike looking and then replacing
+                return
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                pass
         partial.replace(path)
     finally:
         with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ from torch import nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.copies import image_channels, name_of
-from ackd_lightning.models.finding import use_taps
+from ackd_lightning.models.finding import check_trainable, use_taps
 from ackd_lightning.models.freezing import freeze, frozen_modules
 from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import Start, head_names, own_network, start
@@ -62,6 +62,8 @@ def build_student(
     if not backbone.training:
         backbone.train()  # as `load_student` returns it; parts that are in evaluation mode on purpose stay
     size = 32 if data is None else data.input_size
+    if isinstance(config.network, nn.Module):
+        check_trainable(backbone, size)
     if config.quantization is not None:
         backbone = FakeQuantized(backbone, config.quantization, size, channels=_channels(backbone, data))
     student = BranchyStudent(backbone, branches, num_classes=classes, input_size=size)

@@ -114,7 +114,8 @@ def _similar(name: str) -> str:
     near = difflib.get_close_matches(wanted, [*known, *timm.list_models()], cutoff=0.6)
     if not near:
         return near_matches(wanted, _CIFAR)  # all would be too many
-    return f"did you mean {' or '.join(repr(each if each in known else TIMM + each) for each in near)}?"
+    names = dict.fromkeys(each if each in known else TIMM + each for each in near)  # timm has a resnet18, too
+    return f"did you mean {' or '.join(map(repr, names))}?"
 
 
 def named(network: nn.Module, name: str, options: dict[str, Any]) -> nn.Module:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.copies import MOST_CHANNELS
 
 OPTION = "in_chans"
 """Option of `create_model` with the number of channels, as timm calls it."""
-_MOST = 16
 
 
 def channels_option(options: dict[str, object], name: str) -> tuple[int, dict[str, object]]:
@@ -26,8 +26,10 @@ def channels_option(options: dict[str, object], name: str) -> tuple[int, dict[st
     """
     rest = dict(options)
     channels = rest.pop(OPTION, 3)
-    if isinstance(channels, bool) or not isinstance(channels, int) or not 1 <= channels <= _MOST:
-        raise ACKDError(f"option {OPTION!r} of {name!r} is {channels!r}; it must be a whole number from 1 to {_MOST}")
+    if isinstance(channels, bool) or not isinstance(channels, int) or not 1 <= channels <= MOST_CHANNELS:
+        raise ACKDError(
+            f"option {OPTION!r} of {name!r} is {channels!r}; it must be a whole number from 1 to {MOST_CHANNELS}"
+        )
     return channels, rest
 
 

@@ -1,0 +1,188 @@
+"""``ackd export --int8``: calibrated and fine-tuned students in files, side by side with float32."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ackd_lightning import create_model
+from ackd_lightning.cli import main
+from ackd_lightning.deploy.checking import images_of
+from ackd_lightning.deploy.description import Description
+from ackd_lightning.deploy.files import open_network
+from ackd_lightning.deploy.formats.formats import FORMATS
+from ackd_lightning.deploy.int8 import export_int8, fine_tuned, int8_network, is_chance
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.run_data import data_of_run
+from ackd_lightning.models.quantization import quantize
+from ackd_lightning.runs.export import network_of
+from ackd_lightning.runs.files import read_checkpoint
+
+for library in ("torchao", "executorch", "onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(library)
+
+QUIET = ["--trainer.enable_progress_bar", "false"]
+PLAIN, TUNED = Path("runs/digits_resnet8/a"), Path("runs/digits_resnet8+qat/b")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a trained student, and with its fine-tuning for int8 by a teacher."""
+    folder, before = tmp_path_factory.mktemp("runs"), Path.cwd()
+    os.chdir(folder)
+    try:
+        short = ["--trainer.max_epochs", "6", "--model.lr_scheduler.milestones", "[4]", "--data.batch_size", "64"]
+        assert main(["fit", "--config", "digits_resnet8.yaml", "--name", "a", *short, *QUIET]) == 0
+        weights = str(PLAIN / "student.safetensors")
+        student = ["--model.student.weights", weights, "--model.student.quantization", "x86"]
+        teacher = ["--model.teacher.network", "resnet8", "--model.teacher.weights", weights]
+        configs = ["--config", "digits_resnet8.yaml", "--config", "qat.yaml", "--name", "b"]
+        assert main(["fit", *configs, *student, *teacher, "--trainer.max_epochs", "2", *QUIET]) == 0
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _there(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+@pytest.fixture(scope="module")
+def parts(place):
+    """Network, description, data and images of the plain run."""
+    checkpoint = place / PLAIN / "checkpoints" / "last.ckpt"
+    network, metadata = network_of(read_checkpoint(checkpoint), checkpoint)
+    data = data_of_run(checkpoint)
+    return network, Description.from_metadata(metadata, "run"), data, images_of(data)
+
+
+def accuracy(path, images):
+    return images.accuracy(images.logits(open_network(path).logits))
+
+
+def test_a_calibrated_student_in_onnx(parts, capsys):
+    _, _, _, images = parts
+    assert main(["export", str(PLAIN), "--int8", "--format", "onnx", "--calibrate", "100", "--overwrite"]) == 0
+    opened = open_network(PLAIN / "student-last-int8.onnx")
+    assert opened.description.quantization is not None
+    assert "100 training images" in opened.description.quantization
+    found = accuracy(PLAIN / "student-last-int8.onnx", images)
+    assert found == pytest.approx(accuracy(PLAIN / "student.safetensors", images), abs=0.03)
+    (stated,) = opened.description.accuracy
+    assert (stated.part, stated.count) == ("val", images.counted)
+    assert stated.value == pytest.approx(found, abs=0.02)
+    for count in (1, 5):
+        assert opened.logits(torch.zeros(count, 3, 16, 16)).shape == (count, 10)
+    assert "float32" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_preprocessing_and_every_format(parts):
+    _, _, _, images = parts
+    arguments = ["--int8", "--format", "pt2,pte,onnx", "--with-preprocessing", "--out", "raw", "--overwrite"]
+    assert main(["export", str(PLAIN), *arguments]) == 0
+    for ending in ("pt2", "pte", "onnx"):
+        assert open_network(f"raw.{ending}").description.reads == "uint8"
+        assert accuracy(f"raw.{ending}", images) == pytest.approx(
+            accuracy(PLAIN / "student.safetensors", images), abs=0.03
+        )
+    sizes = [Path(f"raw.{ending}").stat().st_size for ending in ("pte", "onnx")]
+    assert max(sizes) < 0.7 * (PLAIN / "student.safetensors").stat().st_size
+
+
+def test_a_fine_tuned_student_computes_in_a_file_as_in_validation(parts):
+    _, _, _, images = parts
+    assert main(["export", str(TUNED), "--int8", "--format", "onnx", "--overwrite", "--check", "random"]) == 0
+    opened = open_network(TUNED / "student-last-int8.onnx")
+    assert "fine-tuned" in str(opened.description.quantization)
+    checkpoint = TUNED / "checkpoints" / "last.ckpt"
+    content = read_checkpoint(checkpoint)
+    network, _ = network_of(content, checkpoint)
+    student = fine_tuned(content, checkpoint, network)
+    inside, outside = images.logits(student), images.logits(opened.logits)
+    assert float((inside.argmax(1) == outside.argmax(1)).float().mean()) > 0.98
+    assert images.accuracy(inside) == pytest.approx(accuracy(PLAIN / "student.safetensors", images), abs=0.03)
+
+
+def test_a_network_fine_tuned_for_other_kernels_is_refused(parts):
+    checkpoint = TUNED / "checkpoints" / "last.ckpt"
+    content = read_checkpoint(checkpoint)
+    network, _ = network_of(content, checkpoint)
+    with pytest.raises(ACKDError, match="xnnpack"):
+        int8_network(network, fine_tuned(content, checkpoint, network), "pte", None, count=1)
+    for key in [key for key in content["state_dict"] if "activation_post_process" in key]:
+        del content["state_dict"][key]
+    with pytest.raises(ACKDError, match=r"last\.ckpt"):
+        fine_tuned(content, checkpoint, network)
+
+
+def test_a_network_that_guesses_is_refused(parts, tmp_path):
+    network, description, _, images = parts
+    torch.manual_seed(0)
+    guessing = quantize(create_model("resnet8", 10).eval(), torch.randn(8, 3, 16, 16), backend="x86")
+    target = tmp_path / "a.onnx"
+    with pytest.raises(ACKDError, match=r"a\.onnx"):
+        export_int8(
+            network,
+            guessing,
+            "int8",
+            description,
+            target,
+            FORMATS["onnx"],
+            images=images,
+            reference=images.logits(network),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_reads_training_images_as_evaluation_does(parts, monkeypatch):
+    network, _, data, _ = parts
+    seen = []
+    monkeypatch.setattr("ackd_lightning.deploy.int8.quantize", lambda network, images, backend: seen.extend(images))
+    _, words = int8_network(network, None, "pte", data, count=70)
+    assert words == "int8 for xnnpack, calibrated on 70 training images"
+    images = torch.cat(seen)
+    assert images.shape == (70, 3, 16, 16)
+    mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+    whole = torch.cat([each.image for each in data.loader_in_order("train")]).float() / 255
+    every = (whole - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    distance = torch.cdist(images.flatten(1), every.flatten(1)).min(dim=1).values
+    assert float(distance.max()) < 1e-2
+    again = []
+    monkeypatch.setattr("ackd_lightning.deploy.int8.quantize", lambda network, images, backend: again.extend(images))
+    int8_network(network, None, "pte", data, count=70)
+    assert torch.equal(torch.cat(again), images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--format", "safetensors"], "safetensors"),
+        (["--format", "openvino"], "openvino"),
+        (["--format", "onnx", "--calibrate", "0"], "calibrate"),
+        (["--format", "onnx", "--learner", "1"], "learner"),
+        (["--format", "onnx", "--check", "random"], "random"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments, named, capsys):
+    assert main(["export", str(PLAIN), "--int8", *arguments, "--out", f"no{FORMATS[arguments[1]].ending}"]) != 0
+    assert named in capsys.readouterr().err
+    assert not list(Path().glob("no.*"))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "classes", "count", "expected"),
+    [
+        (0.1, 10, 1000, True),
+        (0.115, 10, 1000, True),
+        (0.15, 10, 1000, False),
+        (0.02, 100, 500, False),
+        (0.6, 2, 50, True),
+    ],
+)
+def test_chance(accuracy, classes, count, expected):
+    assert is_chance(accuracy, classes, count) is expected
