@@ -20,7 +20,6 @@ from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import (
     choose_classes,
-    choose_unlabelled,
     find_data,
     name_checkpoint,
     refuse_values_alone,
@@ -83,8 +82,6 @@ class ACKDCLI:
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output")}
         parts = [part for each in configs for part in config_parts(each)]
         given = Given({each: find_config(each).resolve() for each in parts}, options, settings)
-        if command == "predict":
-            options = choose_unlabelled(settings, options)
         check_shape(given)
         options = choose_classes(settings, options)
         given.classes.update(_ARGUMENTS_OF, **check_classes(settings, _CLASSES, _ARGUMENTS_OF))
