@@ -92,7 +92,7 @@ class TestRunFolder:
         metadata = read_metadata(path)
         assert metadata["model"] == "resnet20"
         assert metadata["data"] == "DigitsDataModule"
-        assert {"val_acc", "seed", "epochs", "torch", "mean", "std", "input_size"} <= set(metadata)
+        assert {"val_acc", "seed", "epochs", "versions", "mean", "std", "input_size"} <= set(metadata)
         load_weights(create_model("resnet20", 10), path)
 
     def test_student_is_the_plain_network(self, runs):

@@ -299,7 +299,7 @@ def test_a_checkpoint_is_loaded_without_the_weights_and_keeps_what_is_frozen(tmp
 
 
 def test_training_goes_on_from_a_loaded_student(tmp_path):
-    _, file = trained(tmp_path, model="resnet8", num_classes=str(CLASSES))
+    _, file = trained(tmp_path, model="resnet8", num_classes=str(CLASSES), input_size="8")
     module = student(load_student(file))
     before = int(module.student.plain().bn1.num_batches_tracked)
     fit(module)
