@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -49,22 +50,143 @@ def kl_divergence(
         >>> kl_divergence(z, z, temperature=4.0).item()
         0.0
     """
+    losses = kl_per_image(
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        direction=direction,
+        scale_temperature=scale_temperature,
+    )
+    return losses.mean()
+
+
+def kl_per_image(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    direction: KLDirection = "forward",
+    scale_temperature: bool = True,
+) -> Tensor:
+    """Compute the divergence of every image, of which `kl_divergence` is the mean.
+
+    Args:
+        student_logits: Logits of the side that learns, ``B x K``.
+        teacher_logits: Logits of the side that is learned from, ``B x K``.
+        temperature: Temperature tau, above 0.
+        direction: Divergence to compute.
+        scale_temperature: Multiply by tau squared, so that gradients keep their size when tau changes.
+
+    Returns:
+        ``B`` float32, in nats.
+
+    Raises:
+        ValueError: If ``direction`` is none of the three.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+        >>> [round(each, 4) for each in kl_per_image(student, teacher, temperature=1.0).tolist()]
+        [0.4338, 0.0]
+    """
     log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
-
-    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
     if direction == "forward":
-        loss = kl(log_teacher, log_student)
+        losses = kl_of_logs(log_student, log_teacher)
     elif direction == "reverse":
-        loss = kl(log_student, log_teacher)
+        losses = kl_of_logs(log_teacher, log_student)
     elif direction == "js":
         log_mean = torch.logaddexp(log_student, log_teacher) - torch.log(log_student.new_tensor(2.0))
-        loss = 0.5 * (kl(log_student, log_mean) + kl(log_teacher, log_mean))
+        losses = 0.5 * (kl_of_logs(log_mean, log_student) + kl_of_logs(log_mean, log_teacher))
     else:
         raise ValueError(f"direction is {direction!r}; it must be 'forward', 'reverse' or 'js'")
-    return loss * temperature**2 if scale_temperature else loss
+    return losses * temperature**2 if scale_temperature else losses
+
+
+def kl_of_logs(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    """Compute KL(teacher || student) of every row of two matrices of log-probabilities.
+
+    Args:
+        log_student: Log-probabilities ``B x K`` of the side that learns.
+        log_teacher: Log-probabilities ``B x K`` of the side that is learned from.
+
+    Returns:
+        ``B``, in nats.
+    """
+    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+
+
+def target_and_rest(logits: Tensor, target: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    r"""Return log-probabilities of "target or rest" and of the other classes among themselves.
+
+    The target class is removed from the logits, not masked by a large number, so both are exact even when one class
+    has all the probability.
+
+    Args:
+        logits: Logits ``B x K``, K at least 2.
+        target: Classes, ``B`` int64.
+        temperature: Temperature tau, above 0.
+
+    Returns:
+        \(\log (p_y, 1 - p_y)\), ``B x 2``, and \(\log \hat p\), ``B x (K - 1)``, float32.
+    """
+    other = torch.arange(logits.shape[1] - 1, device=target.device).expand(target.shape[0], -1)
+    other = other + (other >= target[:, None])  # B x (K - 1): every class but the target
+    scaled = logits.float() / temperature
+    rest = scaled.gather(1, other)
+    odds = scaled.gather(1, target[:, None]) - rest.logsumexp(dim=1, keepdim=True)  # log p_y / (1 - p_y)
+    return F.logsigmoid(torch.cat([odds, -odds], dim=1)), F.log_softmax(rest, dim=1)
+
+
+def standardized(logits: Tensor) -> Tensor:
+    r"""Standardise the logits of every image (Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024).
+
+    \(z \mapsto (z - \bar z) / \sigma(z)\) with the mean \(\bar z\) and the standard deviation
+    \(\sigma(z) = \sqrt{\frac1K \sum_k (z_k - \bar z)^2}\) over the classes. (The authors' released code
+    divides by K - 1.) Equal logits for all classes become zeros without gradient.
+
+    Args:
+        logits: Logits, ``B x K``.
+
+    Returns:
+        ``B x K`` float32; rows have mean 0 and variance 1.
+
+    Example:
+        >>> standardized(torch.tensor([[1.0, 3.0], [5.0, 5.0]])).tolist()
+        [[-1.0, 1.0], [0.0, 0.0]]
+    """
+    logits = logits.float()
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    variance = centred.square().mean(dim=1, keepdim=True)
+    varies = variance.sqrt() > 1e-6 * logits.abs().amax(dim=1, keepdim=True)  # more than float32's rounding
+    return torch.where(varies, centred, 0.0) * torch.where(varies, variance, 1.0).rsqrt()
+
+
+@torch.no_grad()
+def entropy_weights(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    r"""Weigh every image by the entropies of both predictions (Su et al.: EA-KD, ICCV 2025).
+
+    \(w = \frac12 \left(H^t + H^t H^s / \log K\right)\) with the entropies \(H\) of \(\mathrm{softmax}(z / \tau)\). (The
+    authors' released code divides by log K for ImageNet, but by 100 for CIFAR-100.)
+
+    Args:
+        student_logits: Logits of the student, ``B x K``.
+        teacher_logits: Logits of the teacher, ``B x K``.
+        temperature: Temperature tau of the entropies, above 0.
+
+    Returns:
+        ``B`` float32 from 0 to log K, without gradient.
+
+    Example:
+        >>> entropy_weights(torch.zeros(1, 2), torch.tensor([[0.0, 3.0]]), temperature=3.0)
+        tensor([0.5822])
+    """
+
+    def entropy(logits: Tensor) -> Tensor:
+        log_probability = F.log_softmax(logits.float() / temperature, dim=1)
+        return -(log_probability.exp() * log_probability).sum(dim=1)
+
+    teacher, student = entropy(teacher_logits), entropy(student_logits)
+    return teacher * (1 + student / math.log(student_logits.shape[1])) / 2
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -94,6 +216,35 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         Scalar float32, in nats.
     """
     return F.cross_entropy(logits.float(), target)
+
+
+def correlation(first: Tensor, second: Tensor, *, dim: int) -> Tensor:
+    """Compute Pearson's correlation along one axis of two matrices; 0 without gradient where one of them is constant.
+
+    Args:
+        first: Matrix.
+        second: Matrix of the same shape.
+        dim: Axis along which the values are compared.
+
+    Returns:
+        Vector along the other axis, from -1 to 1.
+
+    Example:
+        >>> first, second = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]), torch.tensor([[6.0, 4.0, 2.0]] * 2)
+        >>> [round(each, 4) for each in correlation(first, second, dim=1).tolist()]
+        [-1.0, 0.0]
+    """
+
+    def centred(values: Tensor) -> Tensor:
+        centre = values - values.mean(dim=dim, keepdim=True)
+        size = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
+        varies = torch.linalg.vector_norm(centre, dim=dim, keepdim=True) > 1e-6 * size  # more than float32's rounding
+        return torch.where(varies, centre, 0.0)
+
+    first, second = centred(first), centred(second)
+    norms = torch.linalg.vector_norm(first, dim=dim) * torch.linalg.vector_norm(second, dim=dim)
+    result: Tensor = (first * second).sum(dim=dim) / (norms + 1e-8)
+    return result
 
 
 class _Gather(torch.autograd.Function):

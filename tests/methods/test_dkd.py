@@ -6,11 +6,14 @@ from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import kd_loss
-from ackd_lightning.methods import DKD
+from ackd_lightning.methods import DKD, dkd
 from ackd_lightning.methods.base import FitInfo
-from ackd_lightning.methods.dkd import dkd_loss
 
 DEFAULTS = {"alpha": 1.0, "beta": 8.0, "temperature": 4.0}
+
+
+def dkd_loss(*inputs: Tensor, **settings: float) -> Tensor:
+    return dkd.dkd_loss(*inputs, **settings).mean()
 
 
 def inputs(images: int = 6, classes: int = 7) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +39,16 @@ def slow(student: Tensor, teacher: Tensor, target: Tensor, alpha: float, beta: f
 def test_it_equals_a_slow_reference(alpha, beta, temperature):
     settings = {"alpha": alpha, "beta": beta, "temperature": temperature}
     assert dkd_loss(*inputs(), **settings).item() == pytest.approx(slow(*inputs(), **settings), rel=1e-5)
+
+
+def test_the_loss_of_an_image_does_not_depend_on_the_others():
+    student, teacher, target = inputs()
+    losses = dkd.dkd_loss(student, teacher, target, **DEFAULTS)
+    for number in range(len(target)):
+        one = slice(number, number + 1)
+        assert losses[number].item() == pytest.approx(
+            slow(student[one], teacher[one], target[one], **DEFAULTS), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

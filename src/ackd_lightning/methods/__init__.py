@@ -13,12 +13,15 @@ from ackd_lightning.methods.dist import DIST
 from ackd_lightning.methods.dkd import DKD
 from ackd_lightning.methods.fitnet import FitNet
 from ackd_lightning.methods.kd import KD
+from ackd_lightning.methods.nkd import NKD
 from ackd_lightning.methods.one import ONE
 from ackd_lightning.methods.reviewkd import ReviewKD
 from ackd_lightning.methods.rkd import RKD
+from ackd_lightning.methods.rld import RLD
 from ackd_lightning.methods.semckd import SemCKD
 from ackd_lightning.methods.sp import SP
 from ackd_lightning.methods.sum import Sum
+from ackd_lightning.methods.ttm import TTM
 from ackd_lightning.methods.vid import VID
 
 __all__ = [
@@ -33,9 +36,12 @@ __all__ = [
     "DIST",
     "DKD",
     "KD",
+    "NKD",
     "ONE",
     "RKD",
+    "RLD",
     "SP",
+    "TTM",
     "VID",
     "FitInfo",
     "FitNet",

@@ -11,6 +11,7 @@ config ``ackd_literal`` follows the printed equations exactly.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.functional import KLDirection, cross_entropy, kl_divergence, weighted_logits
+from ackd_lightning.functional import KLDirection, cross_entropy, kl_per_image, weighted_logits
 from ackd_lightning.methods.ackd_attention import AttentionInput, LearnerAttention
 from ackd_lightning.methods.ackd_discriminators import (
     DiscriminatorInput,
@@ -27,20 +28,25 @@ from ackd_lightning.methods.ackd_discriminators import (
     adversarial_value,
     discriminator_accuracy,
 )
-from ackd_lightning.methods.base import Method, Networks, features_of
+from ackd_lightning.methods.base import Networks, features_of
+from ackd_lightning.methods.logits import LogitMethod
 from ackd_lightning.methods.warmup import linear_warmup
 from ackd_lightning.models.features import require_stages
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive, Range
 
 
-class ACKD(Method):
+class ACKD(LogitMethod):
     """Adversarial collaborative knowledge distillation. The auxiliary learners are dropped after training.
 
     Args:
         branches: Auxiliary learners as ``DnBm`` (Table 7). None for the paper's two, ``D{K}B1`` and ``D{K-1}B2``.
         temperature: Temperature tau of Eq. 1 (not in the paper; 4 in other code of the same authors).
         scale_temperature: Whether Eq. 2 and 6 are multiplied by tau squared.
+        standardize: Whether to standardise the logits of every image before the divergences read them (not in the
+            paper).
+        entropy_temperature: Temperature of the entropies that weigh the images in the divergences (EA-KD; not in the
+            paper). None for equal weights.
         direction_aux: Divergence of Eq. 2: ``forward`` KL(teacher || group) as is usual, ``reverse`` as printed, or
             ``js``.
         direction_target: Divergence of Eq. 6. The printed equation is minus a KL and *pushes the target away* from the
@@ -76,7 +82,6 @@ class ACKD(Method):
         {'ce': 1.0, 'ce_aux': 1.0, 'kd_aux': 1.0, 'kd_target': 1.0, 'kd_direct': 0.0, 'adv': 0.5}
     """
 
-    teacher = "logits"
     labels = "mixed"
 
     def __init__(
@@ -85,6 +90,8 @@ class ACKD(Method):
         branches: Sequence[str] | None = None,
         temperature: Positive = 4.0,
         scale_temperature: bool = True,
+        standardize: bool = False,
+        entropy_temperature: Positive | None = None,
         direction_aux: KLDirection = "forward",
         direction_target: KLDirection = "forward",
         teach: Literal["ensemble", "learners", "both"] = "ensemble",
@@ -105,7 +112,7 @@ class ACKD(Method):
         lambda_ce_aux: NonNegative = 1.0,
         lambda_direct: NonNegative = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(standardize=standardize, entropy_temperature=entropy_temperature)
         if branches is not None and len(branches) == 0:
             raise ACKDError("branches is empty in method ACKD; name at least one, such as D3B1, or leave it out")
         if branches is not None and len(branches) == 1 and adversarial != "off":
@@ -199,13 +206,13 @@ class ACKD(Method):
         return weighted_logits(self.attention_weights(student), [branch.logits for branch in student.branches])
 
     def _kl(self, learner: Tensor, target: Tensor, direction: KLDirection) -> Tensor:
-        return kl_divergence(
-            learner,
-            target,
+        loss = functools.partial(
+            kl_per_image,
             temperature=self.temperature,
             direction=direction,
             scale_temperature=self.scale_temperature,
         )
+        return self.mean_loss(loss, learner, target)
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Return the terms of Eq. 7 without their lambdas.

@@ -11,28 +11,12 @@ in public code for CIFAR.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ackd_lightning.functional import cross_entropy, whole_batch
+from ackd_lightning.functional import correlation, cross_entropy, standardized, whole_batch
 from ackd_lightning.methods.base import Method
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, Positive
-
-
-def _correlation(first: Tensor, second: Tensor, *, dim: int) -> Tensor:
-    """Pearson's correlation along one axis of two matrices; 0 without gradient where one of them is constant."""
-
-    def centred(values: Tensor) -> Tensor:
-        centre = values - values.mean(dim=dim, keepdim=True)
-        size = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
-        varies = torch.linalg.vector_norm(centre, dim=dim, keepdim=True) > 1e-6 * size  # more than float32's rounding
-        return torch.where(varies, centre, 0.0)
-
-    first, second = centred(first), centred(second)
-    norms = torch.linalg.vector_norm(first, dim=dim) * torch.linalg.vector_norm(second, dim=dim)
-    correlation: Tensor = (first * second).sum(dim=dim) / (norms + 1e-8)
-    return correlation
 
 
 def dist_loss(
@@ -54,14 +38,15 @@ def dist_loss(
         Scalar float32, times tau squared.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
         >>> dist_loss(student, teacher, beta=1.0, gamma=1.0, temperature=1.0)  # all four correlations are -1
         tensor(4.)
     """
     student = (student_logits.float() / temperature).softmax(dim=1)
     teacher = (teacher_logits.detach().float() / temperature).softmax(dim=1)
-    inter = 1 - _correlation(student, teacher, dim=1).mean()
-    intra = 1 - _correlation(student, teacher, dim=0).mean()
+    inter = 1 - correlation(student, teacher, dim=1).mean()
+    intra = 1 - correlation(student, teacher, dim=0).mean()
     return (beta * inter + gamma * intra) * temperature**2
 
 
@@ -72,6 +57,7 @@ class DIST(Method):
         beta: Weight of the relation between classes.
         gamma: Weight of the relation within classes.
         temperature: Temperature tau; 4 for CIFAR, 1 for ImageNet.
+        standardize: Whether to standardise the logits of every image before the correlation term reads them.
         weight_ce: Weight of the cross-entropy.
         weight_dist: Weight of the correlation term.
 
@@ -88,21 +74,25 @@ class DIST(Method):
         beta: float = 1.0,
         gamma: float = 1.0,
         temperature: Positive = 4.0,
+        standardize: bool = False,
         weight_ce: NonNegative = 1.0,
         weight_dist: NonNegative = 1.0,
     ) -> None:
         super().__init__()
-        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+        self.beta, self.gamma, self.temperature, self.standardize = beta, gamma, temperature, standardize
         self.loss_weights = {"ce": weight_ce, "dist": weight_dist}
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Return the terms ``ce`` and ``dist``, the latter on the global batch; arguments as in the base class."""
         assert teacher is not None
+        logits = student.logits, teacher.logits.detach()
+        if self.standardize:
+            logits = standardized(logits[0]), standardized(logits[1])
         return {
             "ce": cross_entropy(student.logits, batch.labels),
             "dist": dist_loss(
-                whole_batch(student.logits),
-                whole_batch(teacher.logits.detach()),
+                whole_batch(logits[0]),
+                whole_batch(logits[1]),
                 beta=self.beta,
                 gamma=self.gamma,
                 temperature=self.temperature,

@@ -11,12 +11,13 @@ warm-up. With \(\alpha = 1\) and \(\beta = 1 - p^t_y\) of every image \(L_{dkd}\
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import functools
+
 from torch import Tensor
 
-from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods.base import FitInfo, Method
+from ackd_lightning.functional import cross_entropy, kl_of_logs, target_and_rest
+from ackd_lightning.methods.base import FitInfo
+from ackd_lightning.methods.logits import LogitMethod
 from ackd_lightning.methods.warmup import linear_warmup, tell_if_shorter
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive
@@ -25,10 +26,9 @@ from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive
 def dkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    r"""Return the loss \(\alpha\,\mathrm{TCKD} + \beta\,\mathrm{NCKD}\) (Eq. 7), mean over the batch.
+    r"""Return the loss \(\alpha\,\mathrm{TCKD} + \beta\,\mathrm{NCKD}\) (Eq. 7) of every image.
 
-    The target class is removed from the logits, not masked by a large number, so the result is exact even when one
-    class has all the probability. No gradient flows into the teacher.
+    No gradient flows into the teacher.
 
     Args:
         student_logits: Logits ``B x K`` of the student, K at least 2.
@@ -39,30 +39,21 @@ def dkd_loss(
         temperature: Temperature tau, above 0.
 
     Returns:
-        Scalar float32, in nats, times tau squared.
+        ``B`` float32, in nats, times tau squared.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0]])
         >>> dkd_loss(student, teacher, torch.tensor([0]), alpha=1.0, beta=8.0, temperature=4.0)
-        tensor(1.2474)
+        tensor([1.2474])
     """
-    other = torch.arange(student_logits.shape[1] - 1, device=target.device).expand(target.shape[0], -1)
-    other = other + (other >= target[:, None])  # B x (K - 1): every class but the target
-
-    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = logits.float() / temperature
-        rest = scaled.gather(1, other)
-        odds = scaled.gather(1, target[:, None]) - rest.logsumexp(dim=1, keepdim=True)  # log p_y / (1 - p_y)
-        return F.logsigmoid(torch.cat([odds, -odds], dim=1)), F.log_softmax(rest, dim=1)
-
-    student_binary, student_rest = parts(student_logits)
-    teacher_binary, teacher_rest = parts(teacher_logits.detach())
-    tckd = F.kl_div(student_binary, teacher_binary, reduction="batchmean", log_target=True)
-    nckd = F.kl_div(student_rest, teacher_rest, reduction="batchmean", log_target=True)
-    return (alpha * tckd + beta * nckd) * temperature**2
+    student_binary, student_rest = target_and_rest(student_logits, target, temperature=temperature)
+    teacher_binary, teacher_rest = target_and_rest(teacher_logits.detach(), target, temperature=temperature)
+    losses = alpha * kl_of_logs(student_binary, teacher_binary) + beta * kl_of_logs(student_rest, teacher_rest)
+    return losses * temperature**2
 
 
-class DKD(Method):
+class DKD(LogitMethod):
     """Cross-entropy plus distillation with separate weights for the target class and the other classes.
 
     Args:
@@ -72,6 +63,9 @@ class DKD(Method):
         temperature: Temperature tau, above 0.
         warmup_epochs: Number of epochs over which the weight of ``dkd`` grows linearly, from 1/n in the first of n; 0
             for no warm-up. A shorter run ends below the full weight.
+        standardize: Whether to standardise the logits of every image before the distillation term reads them.
+        entropy_temperature: Temperature of the entropies that weigh the images (EA-KD; 3 in its paper). None for equal
+            weights.
         weight_ce: Weight of the cross-entropy.
         weight_dkd: Weight of the distillation term after the warm-up.
 
@@ -79,7 +73,6 @@ class DKD(Method):
         ACKDError: If a value is not allowed.
     """
 
-    teacher = "logits"
     labels = "smoothed"
 
     def __init__(
@@ -89,10 +82,12 @@ class DKD(Method):
         beta: float = 8.0,
         temperature: Positive = 4.0,
         warmup_epochs: NonNegativeInt = 20,
+        standardize: bool = False,
+        entropy_temperature: Positive | None = None,
         weight_ce: NonNegative = 1.0,
         weight_dkd: NonNegative = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(standardize=standardize, entropy_temperature=entropy_temperature)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.warmup_epochs, self.weight_dkd = warmup_epochs, weight_dkd
         self.loss_weights = {"ce": weight_ce, "dkd": weight_dkd}
@@ -117,14 +112,10 @@ class DKD(Method):
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Return the terms ``ce`` and ``dkd``; arguments as in the base class."""
         assert teacher is not None
+        loss = functools.partial(
+            dkd_loss, target=batch.target, alpha=self.alpha, beta=self.beta, temperature=self.temperature
+        )
         return {
             "ce": cross_entropy(student.logits, batch.labels),
-            "dkd": dkd_loss(
-                student.logits,
-                teacher.logits,
-                batch.target,
-                alpha=self.alpha,
-                beta=self.beta,
-                temperature=self.temperature,
-            ),
+            "dkd": self.mean_loss(loss, student.logits, teacher.logits),
         }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.copies import examples
+from ackd_lightning.models.copies import examples, image_channels
 from ackd_lightning.models.finding import probe
 from ackd_lightning.types import DataInfo, ImageSize, height_width
 
@@ -128,8 +128,7 @@ def channels_of(network: nn.Module, own: Preprocessing, otherwise: int) -> int:
         own: Preprocessing of the network.
         otherwise: Number for a network without convolutions or statistics.
     """
-    first = next((each.in_channels for each in network.modules() if isinstance(each, nn.Conv2d)), None)
-    return first or (len(own.mean) if own.mean is not None else otherwise)
+    return image_channels(network, len(own.mean) if own.mean is not None else otherwise)
 
 
 def usable_size(
