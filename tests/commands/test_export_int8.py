@@ -97,6 +97,7 @@ def test_preprocessing_and_every_format(parts):
 def test_a_fine_tuned_student_computes_in_a_file_as_in_validation(parts):
     _, _, _, images = parts
     assert main(["export", str(TUNED), "--int8", "--format", "onnx", "--overwrite", "--check", "random"]) == 0
+    assert open_network(TUNED / "student.safetensors").description.origin["trained_for_int8"] == "x86"
     opened = open_network(TUNED / "student-last-int8.onnx")
     assert "fine-tuned" in str(opened.description.quantization)
     checkpoint = TUNED / "checkpoints" / "last.ckpt"
