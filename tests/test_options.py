@@ -64,6 +64,7 @@ def lines() -> Iterator[str]:
             found |= {f"--model.student.{name}" for name in arguments_of(StudentConfig)}
             found |= {f"--model.recipe.{name}" for name in arguments_of(Recipe)}
         elif command in LIGHTNING:
+            found |= set(of_argparse(cli.make_image_parser())) if command == "predict" else set()
             found = {name for name in found if not name.startswith(("--model.", "--data."))}
         yield from (f"ackd {command} {name}" for name in sorted(found))
     for room in PUBLIC:
@@ -93,6 +94,7 @@ def test_every_option_has_a_help_text():
     parsers = [
         *(sub for name, sub in subcommands.choices.items() if name not in LIGHTNING),
         *map(make_parser, LIGHTNING),
+        cli.make_image_parser(),
     ]
     silent = [
         action.option_strings or action.dest

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from ackd_lightning import DistillationModule, load_student
-from ackd_lightning.cli import main, make_parser
+from ackd_lightning.cli import main, make_image_parser, make_parser
 from ackd_lightning.config.files import config_folder, find_config, load_configs
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.description import from_description
@@ -60,6 +60,7 @@ def commands(text: str) -> list[list[str]]:
 COMMANDS = {" ".join(words): words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))}
 FITS = {line: words for line, words in COMMANDS.items() if words[0] == "fit" and len(words) > 2}
 ON_RUNS = {line: words for line, words in COMMANDS.items() if words[0] in RUN_COMMANDS and len(words) > 1}
+IMAGES = {line: words for line, words in ON_RUNS.items() if "--images" in words}
 
 
 @pytest.fixture
@@ -95,7 +96,14 @@ def test_settings_of_fit_are_understood(line, folder, capsys):
     assert "class_path: ackd_lightning" in parse(FITS[line], capsys)
 
 
-@pytest.mark.parametrize("line", ON_RUNS)
+@pytest.mark.parametrize("line", IMAGES)
+def test_predictions_of_images_are_understood(line):
+    chosen = make_image_parser().parse_args(IMAGES[line][1:])
+    assert chosen.run
+    assert chosen.images
+
+
+@pytest.mark.parametrize("line", [line for line in ON_RUNS if line not in IMAGES])
 def test_settings_of_commands_on_runs_are_understood(line, folder, capsys):
     words = ON_RUNS[line]
     run = Path(words[1])
@@ -110,16 +118,17 @@ def test_settings_of_commands_on_runs_are_understood(line, folder, capsys):
 @pytest.mark.parametrize("line", [line for line, words in COMMANDS.items() if words[0] not in ("fit", *RUN_COMMANDS)])
 def test_other_commands_are_understood(line, folder, capsys):
     words = COMMANDS[line]
-    bare = len(words) == 1 and words[0] in ("export", "compare", "reproduce", "inspect")  # in a sentence
+    names = ("export", "compare", "report", "reproduce", "inspect")
+    bare = len(words) == 1 and words[0] in names  # the name alone, in a sentence
     chosen, settings = make_parser().parse_known_args([*words, *(["RUN"] if bare else [])])
     assert chosen.command == words[0]
-    assert not settings or words[0] == "cache"  # takes those of fit
-    if settings:
+    assert not settings or words[0] in ("cache", "report")  # takes those of fit
+    if settings and words[0] == "cache":
         assert "class_path: ackd_lightning" in parse(["fit", *settings], capsys)
 
 
 def test_every_command_exists():
-    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo", "reproduce", "cache", "inspect"}
+    known = {"fit", *RUN_COMMANDS, "configs", "export", "compare", "demo", "reproduce", "cache", "inspect", "report"}
     assert {words[0] for words in COMMANDS.values()} <= known
 
 

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ackd_lightning._version import __version__
-from ackd_lightning.errors import ACKDError, RunFinishedError, RunsFailedError, RunStoppedError, near_matches
+from ackd_lightning.errors import (
+    ACKDError,
+    RunFinishedError,
+    RunsFailedError,
+    RunStoppedError,
+    UnreadableImagesError,
+    near_matches,
+)
 from ackd_lightning.launch import LIGHTNING
 
 _COMMANDS = {
@@ -18,12 +25,13 @@ _COMMANDS = {
     "inspect": "inspect:inspect",
     "export": "export:export_command",
     "compare": "compare:compare_command",
+    "report": "report:report_command",
     "demo": "demo:demo",
     "reproduce": "reproduce.command:reproduce",
     "cache": "cache:cache",
 }
 """Functions below ``ackd_lightning.commands``. They take positional arguments by position, options by name."""
-_PASS_ON = {"reproduce": "overrides", "cache": "arguments", "export": "options"}
+_PASS_ON = {"reproduce": "overrides", "cache": "arguments", "export": "options", "report": "settings"}
 """Commands that pass unknown options on to a command of Lightning, and the argument that takes them."""
 
 
@@ -109,7 +117,21 @@ def make_parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="one table and one figure over runs: ackd compare RUN RUN ...")
     compare.add_argument("runs", nargs="+", help="run folders, or folders of runs")
+    compare.add_argument(
+        "--which", choices=["last", "best"], default="last", help="checkpoint whose test predictions are compared"
+    )
     compare.add_argument("--figure", default="curves.png", help="file for the validation curves")
+
+    report = commands.add_parser(
+        "report",
+        help="one page about a trained network: accuracy, calibration, mistakes, cost and speed: ackd report RUN",
+        epilog="For a file that is not in a run's folder, name its data as for `ackd fit`: --config data/digits.yaml.",
+    )
+    report.add_argument("run", help="run folder, checkpoint or exported file")
+    report.add_argument("--out", help="folder of the page; default: report in the folder of the run")
+    report.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run folder")
+    report.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device that predicts")
+    report.add_argument("--no-latency", dest="latency", action="store_false", help="leave out the measurement of speed")
 
     demo = commands.add_parser("demo", help="teacher, student alone, KD and ACKD on digits, in minutes on a CPU")
     demo.add_argument("--out", default="demo", help="folder for runs, figure and student")
@@ -144,12 +166,39 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def make_image_parser() -> argparse.ArgumentParser:
+    """Make the parser of ``ackd predict`` with ``--images``; without it, Lightning predicts a run's test set."""
+    parser = _Parser(prog="ackd predict", description="Predict any images with a run or an exported file.")
+    parser.add_argument("run", help="run folder, checkpoint or exported file (.safetensors, .onnx, .pt2, .pte, .xml)")
+    parser.add_argument(
+        "--images", nargs="+", required=True, help="folders, image files, and tables (CSV, Parquet) with their paths"
+    )
+    parser.add_argument("--output", default="predictions.csv", help="file for the predictions: .csv or .parquet")
+    parser.add_argument("--top", type=int, default=1, help="number of classes for each image")
+    parser.add_argument("--strict", action="store_true", help="exit with code 1 if files were skipped as unreadable")
+    parser.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run folder")
+    parser.add_argument("--batch-size", type=int, default=64, help="number of images of a batch")
+    parser.add_argument("--workers", type=int, help="processes that decode images; default: up to 8, by their number")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device that predicts")
+    return parser
+
+
+def _predicts_images(command: str, arguments: Sequence[str]) -> bool:
+    """Whether ``ackd predict`` names images or an exported file, which has no data of its own."""
+    files = (".safetensors", ".onnx", ".pt2", ".pte", ".xml")
+    named = any(each.split("=")[0] == "--images" for each in arguments)
+    return command == "predict" and (named or any(each.endswith(files) for each in arguments[:1]))
+
+
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _run(arguments: Sequence[str]) -> None:
     command = arguments[0] if arguments else "--help"
+    if _predicts_images(command, arguments[1:]):
+        options = vars(make_image_parser().parse_args(arguments[1:]))
+        return pkgutil.resolve_name("ackd_lightning.commands.predict:predict")(options.pop("run"), **options)  # type: ignore[no-any-return]
     if command in LIGHTNING:
         from ackd_lightning.launch.execute import run
 
@@ -192,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ACKD_DEBUG"):
             raise
-        if isinstance(error, ACKDError | RunsFailedError):
+        if isinstance(error, ACKDError | RunsFailedError | UnreadableImagesError):
             return _failed(str(error), 2 if isinstance(error, ACKDError) else 1)
         first = (str(error).splitlines() or [""])[0]
         return _failed(f"{type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)", 1)

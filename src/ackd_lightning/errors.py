@@ -22,6 +22,10 @@ class RunsFailedError(RuntimeError):
     """Some runs of a table failed; the others were continued, and the table has been written."""
 
 
+class UnreadableImagesError(RuntimeError):
+    """Some images could not be read and were skipped; the predictions for the others have been written."""
+
+
 class RunFinishedError(ACKDError):
     """The run that was to be resumed has already finished, which is not a failure."""
 

@@ -10,8 +10,6 @@ import pytest
 from PIL import Image
 
 from ackd_lightning.cli import main
-from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.arguments import choose_unlabelled
 
 FIT = ["fit", "--config", "ce", "--model.student", "resnet8", "--trainer.max_epochs", "1", "--name", "a"]
 FOLDER = ["--data", "ackd_lightning.data.ImageFolderDataModule", "--data.root", "pets", "--data.batch_size", "8"]
@@ -47,20 +45,13 @@ def test_file_and_class_of_every_image_with_and_without_labels(size):
     known = rows()
     assert [each["file"] for each in known[:4]] == ["cat/00.png", "cat/01.png", "cat/02.png", "dog/00.png"]
     assert all(each["class_name"] == ("cat", "dog", "owl")[int(each["prediction"])] for each in known)
-    assert main(["predict", "runs/ce/a", "--data.root", "flat", "--output", "flat.csv"]) == 0
-    flat = rows("flat.csv")
-    assert [each["file"] for each in flat] == ["im0.png", "im1.png", "im2.png"]
-    assert {each["target"] for each in flat} == {"-1"}
-    assert {each["class_name"] for each in flat} <= {"cat", "dog", "owl"}
-    assert sorted(each.name for each in Path("flat").iterdir()) == ["im0.png", "im1.png", "im2.png", "notes.txt"]
-    # the same images in class folders are predicted alike
-    for name in ("cat", "dog", "owl"):
-        (Path("again") / name).mkdir(parents=True)
-    for number, name in enumerate(("cat", "dog", "owl")):
-        Path(f"flat/im{number}.png").rename(f"again/{name}/im{number}.png")
-    command = ["predict", "runs/ce/a", "--data.root", ".", "--data.train_dir", "pets/train", "--data.test_dir", "again"]
-    assert main([*command, "--output", "again.csv"]) == 0
-    assert [each["probability"] for each in rows("again.csv")] == [each["probability"] for each in flat]
+    assert main(["predict", "runs/ce/a", "--images", "pets/test", "--output", "again.csv"]) == 0
+    again = rows("again.csv")
+    assert [each["file"] for each in again] == [each["file"] for each in known]
+    assert {each["target"] for each in again} == {"-1"}
+    assert [each["class_name"] for each in again] == [each["class_name"] for each in known]
+    expected = [float(each["probability"]) for each in known]
+    assert [float(each["probability"]) for each in again] == pytest.approx(expected, abs=1e-5)
 
 
 def test_photos_for_a_network_of_grey_images():
@@ -69,22 +60,8 @@ def test_photos_for_a_network_of_grey_images():
     )
     assert main(["predict", "runs/digits_resnet8/a", "--output", "own.csv"]) == 0
     assert {each["file"] for each in rows("own.csv")} == {""}
-    assert main(["predict", "runs/digits_resnet8/a", "--data.root=flat"]) == 0
+    assert main(["predict", "runs/digits_resnet8/a", "--images", "flat"]) == 0
     assert [each["file"] for each in rows()] == ["im0.png", "im1.png", "im2.png"]
-
-
-@pytest.mark.parametrize("root", ["pets", "pets/train", "nowhere", "."])
-def test_another_folder_is_left_to_the_data_module(root):
-    options = ["--data.root", root, "--ckpt_path", "x.ckpt"]
-    settings = {"data": {"class_path": "ackd_lightning.data.ImageFolderDataModule"}}
-    assert choose_unlabelled(settings, options) == options
-    assert settings["data"]["class_path"].endswith("ImageFolderDataModule")
-
-
-def test_a_flat_folder_needs_a_checkpoint_that_can_be_read():
-    Path("x.ckpt").write_bytes(b"x")
-    with pytest.raises(ACKDError, match=r"x\.ckpt"):
-        choose_unlabelled({}, ["--data.root", "flat", "--ckpt_path", "x.ckpt"])
 
 
 @pytest.mark.parametrize("root", ["pets/train", "pets"])

@@ -322,3 +322,9 @@ def test_the_command_line_shows_what_a_configuration_holds():
     shown = " ".join(helped.format_help().split())
     for field in ("Weight file of a network", "Standard deviation of each channel", "is near chance", "ackd cache"):
         assert field in shown
+
+
+def test_a_teacher_that_reads_blocks_of_pixels_reads_images_of_3_channels():
+    teacher = FrozenTeacher(create_model("timm:tresnet_m", 4), input_size=64)
+    with torch.no_grad():
+        assert teacher(torch.randn(2, 3, 64, 64)).logits.shape == (2, 4)

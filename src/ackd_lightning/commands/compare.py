@@ -14,12 +14,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ackd_lightning.commands.paired import interval_text, paired_tests
 from ackd_lightning.config.experiment import experiment_settings
 from ackd_lightning.config.files import read_yaml
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.export import peer_name
-from ackd_lightning.runs.files import find_runs, read_summary
+from ackd_lightning.runs.files import Which, find_runs, read_summary
 
 _FIGURES = (".png", ".pdf", ".svg")
 
@@ -75,17 +76,34 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
     return groups
 
 
-def compare(places: Sequence[str | Path]) -> Table:
+def accuracies_on_test(summaries: Sequence[dict[str, Any]], which: str, key: str = "test/acc") -> list[float]:
+    """Return the accuracies on the test set that runs have measured, from 0 to 1.
+
+    Args:
+        summaries: Content of the runs' ``summary.json``.
+        which: ``last`` or ``best`` checkpoint.
+        key: Name of the accuracy.
+    """
+    values = [each.get("test", {}).get(which, {}).get(key) for each in summaries]
+    if which == "last":  # a run without validation data measures the test set in its last epoch
+        values = [v if v is not None else each["last"].get(key) for v, each in zip(values, summaries, strict=True)]
+    return [value for value in values if value is not None]
+
+
+def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
     """Build a table with one row per configuration: mean and standard deviation of the accuracies over its runs.
 
     Args:
         places: Run folders, or folders of runs.
+        which: Checkpoint whose test accuracy gets a confidence interval.
     """
-    groups = {name: [read_summary(run) for run in runs] for name, runs in group_runs(places).items()}
+    folders = group_runs(places)
+    groups = {name: [read_summary(run) for run in runs] for name, runs in folders.items()}
     without_validation = any(each["shown"] == "test" for runs in groups.values() for each in runs)
     table = Table(title="accuracy in %, mean ± standard deviation over runs (n)")
     for column in ("configuration", "method", "student", "n", "val last", "val best", "test last", "test best"):
         table.add_column(column, justify="left" if column in ("configuration", "method", "student") else "right")
+    table.add_column("95 % interval", justify="right")
     table.add_column("parameters", justify="right")
     for config, runs in groups.items():
 
@@ -93,10 +111,7 @@ def compare(places: Sequence[str | Path]) -> Table:
             return mean_and_std([100 * each[place][key] for each in runs if key in each.get(place, {})])
 
         def tested(which: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
-            values = [each.get("test", {}).get(which, {}).get(key) for each in runs]
-            if which == "last":  # a run without validation data measures the test set in its last epoch
-                values = [v if v is not None else each["last"].get(key) for v, each in zip(values, runs, strict=True)]
-            return mean_and_std([100 * value for value in values if value is not None])
+            return mean_and_std([100 * value for value in accuracies_on_test(runs, which, key)])
 
         first = runs[0]
         peers = [peer_name(spec, first["student"]) for spec in first.get("learners", [])]
@@ -112,11 +127,13 @@ def compare(places: Sequence[str | Path]) -> Table:
                 known("best", f"val/{key}"),
                 tested("last", f"test/{key}"),
                 tested("best", f"test/{key}"),
+                "" if learner else interval_text(folders[config], accuracies_on_test(runs, which, "test/acc"), which),
                 _size(first, learner),
             )
     table.caption = "best = epoch with the best validation accuracy" + (
         "; without validation data no epoch is selected" if without_validation else ""
     )
+    table.caption += f"; interval of test {which}: over the seeds (Student's t), of a single run over the test images"
     return table
 
 
@@ -185,28 +202,32 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
         axes.plot(shared, means, color=color, linewidth=2, label=f"{config} (n={len(lines)})")
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"{' / '.join(sorted(stages))} accuracy in %")
-    axes.legend()
+    if stages:
+        axes.legend()
     axes.grid(alpha=0.3)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     plt.close(figure)
 
 
-def compare_command(places: Sequence[str], figure: str) -> None:
-    """Print the table and draw the curves.
+def compare_command(places: Sequence[str], *, figure: str, which: Which = "last") -> None:
+    """Print the table and the paired tests, and draw the curves.
 
     Args:
         places: Run folders, or folders of runs.
+        which: Checkpoint whose test predictions are compared.
         figure: Image file to write (PNG, PDF or SVG).
     """
     target = Path(figure)
     if target.suffix.lower() not in _FIGURES or target.is_dir():
         raise ACKDError(f"--figure is {figure}; name a file that ends in {', '.join(_FIGURES)}")
-    table = compare(places)
+    table, tests = compare(places, which=which), paired_tests(group_runs(places), which)
     check_writable(target.parent, "the folder of --figure,")
     for run in find_runs(places):
         if (run / "metrics.csv").is_file():
             curves(run)  # a damaged file is reported before anything is printed
     Console(width=None if Console().is_terminal else 140).print(table)
+    for sentence in tests:
+        print(sentence)
     draw_curves(places, Path(figure))
     print(f"curves: {figure}")

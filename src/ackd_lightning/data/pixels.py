@@ -71,6 +71,18 @@ def largest_value(raw: Image.Image | NDArray[Any]) -> int | None:
     return None if isinstance(raw, Image.Image) or raw.dtype != np.uint16 else int(raw.max(initial=0))
 
 
+def bands(raw: Image.Image | NDArray[Any], channels: int) -> int:
+    """Return the number of channels of a decoded file; a palette has those of its colours.
+
+    Args:
+        raw: Result of `load_image`.
+        channels: Expected number of channels, by which arrays ``C x H x W`` are recognised.
+    """
+    if isinstance(raw, Image.Image):
+        return (4 if "transparency" in raw.info else 3) if raw.mode == "P" else len(raw.getbands())
+    return int(_channels_last(raw, channels, "an array").shape[2])
+
+
 def require_full_range(values: list[int], name: str) -> None:
     """Refuse 16-bit images none of which uses more than 12 bits, which would come out black.
 

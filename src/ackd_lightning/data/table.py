@@ -126,7 +126,7 @@ def _rows(table: Path, columns: tuple[str, str], split_column: str | None) -> li
     """Read the lines of a table."""
     if not table.is_file():
         raise ACKDError(f"there is no table {table}: set train, val and test to CSV or Parquet files")
-    content = _parquet(table) if table.suffix.lower() in (".parquet", ".pq") else _csv(table)
+    content = read_columns(table)
     for argument, column in (
         *zip(("path_column", "label_column"), columns, strict=True),
         ("split_column", split_column),
@@ -158,6 +158,21 @@ def _parts(values: Sequence[Any], place: Any) -> list[str]:
             raise ACKDError(f"{place(row)} names the part {value!r}: it must be train, val or test")
         parts.append(part)
     return parts
+
+
+def read_columns(table: Path) -> Mapping[str, Sequence[Any]]:
+    """Read all columns of a table, a Parquet file by its ending and otherwise CSV with any usual delimiter.
+
+    Args:
+        table: File that exists.
+
+    Returns:
+        Values of each column by its name; of a CSV file also the number of each line, by an empty name.
+
+    Raises:
+        ACKDError: If it cannot be read.
+    """
+    return _parquet(table) if table.suffix.lower() in (".parquet", ".pq") else _csv(table)
 
 
 def _csv(table: Path) -> Mapping[str, Sequence[Any]]:

@@ -18,6 +18,8 @@ from ackd_lightning.runs.export import network_of
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint
 
 _BY_ENDING = {each.ending: each for each in FORMATS.values()}
+ENDINGS = tuple(_BY_ENDING)
+"""Endings of files that can be opened."""
 
 
 class ExportedNetwork:

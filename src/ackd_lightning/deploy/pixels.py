@@ -59,7 +59,18 @@ class Preprocessing:
         Raises:
             ACKDError: If the file is not a whole image, or the image has channels that cannot be converted.
         """
-        return to_tensor(fit(self._decoded(image), self.form.size, border=self.border), self.form)
+        return self.fitted(self._decoded(image))
+
+    def fitted(self, image: Decoded) -> Tensor:
+        """Resize and crop an image that was decoded.
+
+        Args:
+            image: Image with the channels of ``form``.
+
+        Returns:
+            ``C x H x W`` before normalisation.
+        """
+        return to_tensor(fit(image, self.form.size, border=self.border), self.form)
 
     def batch(self, images: Sequence[AnyImage]) -> Tensor:
         """Return images as ``B x C x H x W`` float32, normalised.

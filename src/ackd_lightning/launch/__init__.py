@@ -4,6 +4,6 @@ LIGHTNING = {
     "fit": "train a student or a teacher: ackd fit --config cifar100_resnet110_resnet20.yaml",
     "validate": "evaluate a run on its validation data: ackd validate RUN",
     "test": "evaluate a run on the test set, once: ackd test RUN [--which best]",
-    "predict": "write a run's predictions as CSV: ackd predict RUN [--output FILE]",
+    "predict": "predict a run's test set: ackd predict RUN; or any images: ackd predict RUN|FILE --images FOLDER",
 }
 """Subcommands of Lightning, each with its help text."""

@@ -14,9 +14,8 @@ from typing import Any, cast
 import yaml
 
 from ackd_lightning.config.files import long_form, merge, walk
-from ackd_lightning.data.folders import class_folders, image_files
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.runs.files import find_checkpoint, read_checkpoint, run_folder
+from ackd_lightning.runs.files import find_checkpoint, run_folder
 
 _INIT = "init_args"
 _TORCH = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}
@@ -211,43 +210,6 @@ def set_length(scheduler: Any, *, epochs: int | None, steps: int, interval: str)
             f"{epochs}, model.recipe.interval is {interval}); set it"
         )
     scheduler[_INIT][name] = epochs
-
-
-def choose_unlabelled(settings: dict[str, Any], options: Sequence[str]) -> list[str]:
-    """Take ``--data.root FOLDER`` of ``ackd predict`` for images without labels, if it has images and no class folders.
-
-    The images are read as the network of the checkpoint needs them, whatever data it was trained on.
-
-    Args:
-        settings: Settings of the run; ``data`` is replaced in place for such a folder.
-        options: Command line without ``--config``.
-
-    Returns:
-        The other options.
-    """
-    values = dict(_pairs(options))
-    root, checkpoint = values.get("--data.root"), values.get("--ckpt_path") or settings.get("ckpt_path")
-    if (
-        root is None
-        or not checkpoint
-        or not Path(root).is_dir()
-        or class_folders(Path(root))
-        or not image_files(Path(root))
-    ):
-        return list(options)
-    known = read_checkpoint(Path(checkpoint))["hyper_parameters"]["data"]
-    arguments = {name: known[name] for name in ("num_classes", "class_names", "mean", "std")}
-    data = settings.get("data")
-    before = (data.get(_INIT) or {}) if isinstance(data, dict) else {}
-    arguments |= {name: before[name] for name in ("eval_batch_size", "value_range", "background") if name in before}
-    arguments |= {"root": root, "image_size": known["input_size"], "channels": known["channels"] or 3, "cache": False}
-    settings["data"] = {"class_path": "ackd_lightning.data.unlabelled.UnlabelledFolder", _INIT: arguments}
-    return [
-        part
-        for name, value in _pairs(options)
-        if name not in ("--data.root", "--data")
-        for part in ([name] if value is None else [name, value])
-    ]
 
 
 def _pairs(options: Sequence[str]) -> Iterator[tuple[str, str | None]]:

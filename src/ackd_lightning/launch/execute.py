@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 
+from ackd_lightning.callbacks.answers import TestAnswers
 from ackd_lightning.callbacks.summary import RunSummary
 from ackd_lightning.config.files import method_fragment
 from ackd_lightning.errors import ACKDError
@@ -239,10 +240,13 @@ class Execution:
                 print(f"test, {name}: accuracy {float(self.trainer.callback_metrics['test/acc']):.2%}{part}")
 
     def _keep_test(self, checkpoint: Path) -> None:
-        """Write the accuracies of a test into the summary of its run."""
+        """Write the accuracies of a test into the summary of its run, and its predictions beside it."""
         path = run_folder(checkpoint) / "summary.json"
         if not self.trainer.is_global_zero or not path.is_file():
             return
+        for each in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(each, TestAnswers):
+                each.write(path.parent, checkpoint.stem)
         measured = self.trainer.callback_metrics.items()
         values = {key: float(value) for key, value in measured if not key.startswith(("train/", "val/"))}
         summary = json.loads(path.read_text(encoding="utf-8"))

@@ -20,7 +20,6 @@ from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import (
     choose_classes,
-    choose_unlabelled,
     find_data,
     name_checkpoint,
     refuse_values_alone,
@@ -82,8 +81,6 @@ class ACKDCLI:
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output")}
         given = Given({each: find_config(each).resolve() for each in configs}, options, settings)
-        if command == "predict":
-            options = choose_unlabelled(settings, options)
         check_shape(given)
         options = choose_classes(settings, options)
         given.classes.update(_ARGUMENTS_OF, **check_classes(settings, _CLASSES, _ARGUMENTS_OF))

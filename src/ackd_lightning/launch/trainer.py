@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, Learning
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from ackd_lightning.callbacks.answers import TestAnswers
 from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
 from ackd_lightning.callbacks.disk import DiskSpaceCheck
 from ackd_lightning.callbacks.metrics_csv import CurvesFile
@@ -72,11 +73,14 @@ def make_trainer(cli: ACKDCLI, folder: Path, *, copy_to: Path | None = None) -> 
         settings["logger"] = [] if dry else _loggers(cli, folder)
     if fit:
         summary = RunSummary(folder, config=cli.config_name, copy_to=copy_to)
-        callbacks = [summary, *callbacks] if dry else [summary, *callbacks, *_callbacks(cli, folder, summary)]
+        callbacks = [TestAnswers(folder), summary, *callbacks]  # in this order: the summary marks a finished run
+        callbacks += [] if dry else _callbacks(cli, folder, summary)
         callbacks += [LearningRateMonitor(logging_interval="epoch")] if settings["logger"] else []
         plugins = _as_list(settings["plugins"])
         if not dry and not any(isinstance(each, CheckpointIO) for each in plugins):
             settings["plugins"] = [*plugins, WholeCheckpoints()]
+    if cli.command == "test":
+        callbacks.append(TestAnswers())
     if cli.command == "predict":
         callbacks.append(PredictionFile(Path(cli.option("output"))))
     own_bar = any(isinstance(each, ProgressBar) for each in callbacks)

@@ -22,13 +22,14 @@ WATCH = "_stage_watch"
 """Attribute of a network that holds the hooks on its stages."""
 
 
-def image_channels(network: nn.Module) -> int:
-    """Number of channels of the images that a network reads: those of its first convolution, 3 without one.
+def image_channels(network: nn.Module, otherwise: int = 3) -> int:
+    """Number of channels of the images that a network reads: those of its first convolution.
 
     Args:
         network: Any network. One whose convolutions are not modules states them in an attribute ``image_channels``. A
             network of timm whose first convolution has too many, because it reads blocks of pixels or their frequencies
             (TResNet, CSATv2), states them in ``pretrained_cfg``.
+        otherwise: Number for a network without convolutions.
     """
     if isinstance(given := (getattr(network, "model_options", None) or {}).get("in_chans"), int):
         return given
@@ -40,7 +41,7 @@ def image_channels(network: nn.Module) -> int:
             return each.in_channels
         if isinstance(stated := getattr(each, "image_channels", None), int):
             return stated
-    return 3
+    return otherwise
 
 
 def name_of(network: nn.Module) -> str:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.finding import probe
 from ackd_lightning.types import DataInfo, ImageSize, height_width
 
@@ -123,8 +124,7 @@ def channels_of(network: nn.Module, own: Preprocessing, otherwise: int) -> int:
         own: Preprocessing of the network.
         otherwise: Number for a network without convolutions or statistics.
     """
-    first = next((each.in_channels for each in network.modules() if isinstance(each, nn.Conv2d)), None)
-    return first or (len(own.mean) if own.mean is not None else otherwise)
+    return image_channels(network, len(own.mean) if own.mean is not None else otherwise)
 
 
 def usable_size(

@@ -166,15 +166,21 @@ class EvaluationSteps(L.LightningModule):
         """Choose the split that logging keys name."""
         self.evaluation.begin("test")
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure the student, each auxiliary learner and their ensemble on a batch."""
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Measure the student, each auxiliary learner and their ensemble on a batch.
+
+        Returns:
+            The result of `predict_step` for the batch.
+        """
         batch = self.as_batch(batch, first=batch_idx == 0)
         require_labels(batch)
         student: NetOutput = self.student(batch.image)
         if dataloader_idx > len(self.evaluation.others):
             self._metric_attributes = None  # Lightning's memory of the metrics that it has found in the module
         evaluation = self.evaluation.of(dataloader_idx, self.spec, self.method)
-        evaluation.update(self, self.method, student, self.prediction(student), batch.target)
+        logits = self.prediction(student)
+        evaluation.update(self, self.method, student, logits, batch.target)
+        return _predictions(logits, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log how similar the learners are."""
@@ -195,9 +201,13 @@ class EvaluationSteps(L.LightningModule):
 
     _warned_of_loss = False
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure on a batch of test data."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Measure on a batch of test data.
+
+        Returns:
+            The result of `predict_step` for the batch.
+        """
+        return self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log how similar the learners are."""
@@ -210,5 +220,9 @@ class EvaluationSteps(L.LightningModule):
             Four tensors of length B.
         """
         batch = self.as_batch(batch)
-        probability, prediction = self(batch.image).float().softmax(dim=1).max(dim=1)
-        return {"index": batch.index, "target": batch.target, "prediction": prediction, "probability": probability}
+        return _predictions(self(batch.image), batch)
+
+
+def _predictions(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    probability, prediction = logits.detach().float().softmax(dim=1).max(dim=1)
+    return {"index": batch.index, "target": batch.target, "prediction": prediction, "probability": probability}

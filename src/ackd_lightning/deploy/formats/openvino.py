@@ -53,9 +53,10 @@ def open_file(path: Path) -> Opened:
     openvino = _library(str(path))
     try:
         core = openvino.Core()
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         model = core.read_model(path)
         metadata = json.loads(model.get_rt_info(PLACE).astype(str)) if model.has_rt_info(PLACE) else {}
-        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core.compile_model(model, "CPU", settings)
     except Exception as error:  # of a damaged file, in any way
         raise unreadable(path, "a graph of OpenVINO", error) from error
 

@@ -1,0 +1,78 @@
+"""Confidence intervals and paired tests of ``ackd compare``, from the predictions that runs keep of the test set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ackd_lightning.metrics.intervals import (
+    mean_interval,
+    paired_bootstrap,
+    paired_test,
+    say_difference,
+    say_verdict,
+    wilson_interval,
+)
+from ackd_lightning.runs.answers import Answers, answers_file, read_answers
+from ackd_lightning.runs.files import Which
+
+
+def interval_text(runs: Sequence[Path], accuracies: Sequence[float], which: Which) -> str:
+    """Return the 95 % interval of a configuration's test accuracy in percent, as text.
+
+    Args:
+        runs: Folders of its runs.
+        accuracies: Test accuracy of each run, from 0 to 1, as far as it was measured.
+        which: Checkpoint that was tested.
+    """
+    found = mean_interval(accuracies)
+    if found is None and len(accuracies) == 1 and (path := answers_file(runs[0], which)).is_file():
+        answers = read_answers(path)
+        found = wilson_interval(int(answers.right.sum()), len(answers))
+    return "-" if found is None else f"{max(0.0, 100 * found[0]):.2f} to {min(100.0, 100 * found[1]):.2f}"
+
+
+def paired_tests(groups: Mapping[str, Sequence[Path]], which: Which) -> list[str]:
+    """Compare the first configuration with each other one on the same test images.
+
+    Two single runs are compared by McNemar's exact test. Groups of several seeds are compared by a paired bootstrap
+    over the images, of the share of runs that are right.
+
+    Args:
+        groups: Folders of the runs of each configuration.
+        which: Checkpoint that was tested.
+
+    Returns:
+        A sentence for each pair, or why there is none.
+
+    Raises:
+        ACKDError: If a file of predictions is damaged.
+    """
+    if len(groups) < 2:
+        return []
+    missing = [run for runs in groups.values() for run in runs if not answers_file(run, which).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1:,} more runs have" if len(missing) > 1 else " has"
+        option = "" if which == "last" else f" --which {which}"
+        return [
+            f"no paired test: {missing[0]}{more} no predictions of the test set (run `ackd test {missing[0]}{option}`)"
+        ]
+    answers = {name: [read_answers(answers_file(run, which)) for run in runs] for name, runs in groups.items()}
+    first, *others = answers
+    return [_sentence(first, answers[first], other, answers[other]) for other in others]
+
+
+def _sentence(first: str, ours: Sequence[Answers], second: str, theirs: Sequence[Answers]) -> str:
+    if len({each.images for each in (*ours, *theirs)}) > 1:
+        return f"no paired test of {first} and {second}: they were tested on different images"
+    if len(ours) == len(theirs) == 1:
+        return paired_test(ours[0].right, theirs[0].right).sentence(first, second)
+    shares = [torch.stack([each.right for each in group]).double().mean(dim=0) for group in (ours, theirs)]
+    difference, low, high = paired_bootstrap(*shares)
+    seeds = f"{len(ours)} seeds" if len(ours) == len(theirs) else f"{len(ours)} and {len(theirs)} seeds"
+    return (
+        f"{say_difference(first, second, difference, low, high)}, mean of {seeds}; {say_verdict(low > 0 or high < 0)} "
+        f"(paired bootstrap over the same {len(ours[0]):,} test images)"
+    )

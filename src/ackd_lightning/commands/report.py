@@ -1,0 +1,174 @@
+"""``ackd report``: one page about the student of a run, or about an exported file."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.deploy.files import ENDINGS, open_network
+from ackd_lightning.deploy.report.measuring import measure, validation_logits
+from ackd_lightning.deploy.report.subject import Subject, exported_files, load_weights, of_file, of_run
+from ackd_lightning.deploy.report.writing import assemble, write
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.execute import in_our_words
+from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.launch.preflight import check_checkpoint, check_writable
+from ackd_lightning.metrics.intervals import share_text
+from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
+from ackd_lightning.runs.versions import versions
+
+_TRAINING = ("seconds", "epochs", "steps", "training_parameters", "device", "precision", "seed", "skipped_steps")
+
+
+def report_command(
+    run: str,
+    *,
+    out: str | None = None,
+    which: Which = "last",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    latency: bool = True,
+    settings: Sequence[str] = (),
+) -> None:
+    """Measure a trained network on its test set and write a page about it.
+
+    Args:
+        run: Run folder, checkpoint or exported file.
+        out: Folder of the page; None: ``report`` in the folder of the run, or beside a file without a run.
+        which: Checkpoint of a run folder.
+        device: Device that predicts; ``auto`` is a GPU where there is one.
+        latency: Whether speed is measured.
+        settings: Settings of `ackd fit` that name or change the data.
+
+    Raises:
+        ACKDError: If the network, its data or the folder are not usable.
+    """
+    path, is_file = Path(run), Path(run).suffix.lower() in ENDINGS
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ACKDError("--device is cuda and torch finds no CUDA device here; leave it out")
+    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    folder = path.parent if is_file else run_folder(find_checkpoint(run, which))
+    has_run = (folder / "config.yaml").is_file()
+    if is_file and not has_run and not any(each.startswith(("--config", "-c", "--data")) for each in settings):
+        raise ACKDError(
+            f"{run} is not in the folder of a run, so its test data are unknown; name them, as in --config "
+            "data/digits.yaml, or --data ackd_lightning.data.ImageFolderDataModule --data.root FOLDER"
+        )
+    target = Path(out) if out else folder / ("report" if has_run else f"{path.stem}-report")
+    _check_folder(target)
+    measure_on = ([torch.device("cpu")] + ([chosen] if chosen.type != "cpu" else [])) if latency else []
+    with in_our_words(settings):
+        if is_file:
+            data, subject = _file(path, folder if has_run else None, which, settings, measure_on, chosen)
+        else:
+            data, subject = _run(run, which, settings, measure_on, chosen)
+    summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
+    asked: dict[str, Callable[[Tensor], Tensor]] = {}
+    if has_run:
+        costs, asked, notes = exported_files(folder, data.info, skip=path if is_file else None, timed=latency)
+        subject.costs += costs
+        subject.notes += notes
+    measured = measure(data, subject.run, chosen, files=asked)
+    validation = None if data.val_is_test else validation_logits(data, subject.run, chosen)
+    found, shown = assemble(
+        subject,
+        measured,
+        data.info,
+        validation=validation,
+        no_temperature="no validation data are held out (data.val_fraction is 0)",
+        device=chosen,
+    )
+    found["network"]["data"] = found["network"].get("data") or type(data).__name__
+    found |= {
+        "source": str(path),
+        "training": {key: summary[key] for key in _TRAINING if key in summary},
+        "machine": _machine(),
+        "versions": {key: each for key, each in versions().items() if each},
+        "command": shlex.join(["ackd", "report", run, *([] if which == "last" else ["--which", which]), *settings]),
+        "date": datetime.date.today().isoformat(),
+    }
+    write(found, shown, target)
+    student = found["accuracy"]["student"]
+    print(f"accuracy {share_text(student['right'], found['images'])} of {found['images']:,} test images")
+    for note in [*found["notes"], *([f"no Grad-CAM: {found['no_gradcam']}"] if found["no_gradcam"] else [])]:
+        print(note)
+    print(f"report: {target / 'report.html'}, {target / 'report.md'}, {target / 'report.json'}", flush=True)
+
+
+def _check_folder(target: Path) -> None:
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "report.json").is_file()):
+        raise ACKDError(f"--out {target} exists and is not a report; choose another folder")
+    check_writable(target, "--out")
+
+
+def _prepared(cli: ACKDCLI, names: Sequence[str] | None) -> ImageDataModule:
+    """Set up the data with the classes in the order of the network."""
+    data = cli.images
+    data.prepare_data()
+    data.setup("test")
+    if names and data.class_names and tuple(names) != data.class_names and data.use_class_order(tuple(names)):
+        print("classes of the data are reordered to those of the network")
+    return data
+
+
+def _run(
+    run: str, which: Which, settings: Sequence[str], measure_on: Sequence[torch.device], device: torch.device
+) -> tuple[ImageDataModule, Subject]:
+    checkpoint = find_checkpoint(run, which)
+    cli = ACKDCLI("test", [str(checkpoint), *settings])
+    cli.build()
+    module, content = cli.model, read_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, module, content)
+    load_weights(module, content)
+    data = _prepared(cli, content["ackd_lightning"].get("class_names"))
+    notes = []
+    try:
+        module.load_teacher()
+        module.match_classes(data)
+    except ACKDError as error:
+        notes.append(f"the teacher is left out: {error}")
+    folder = run_folder(checkpoint)
+    summary: dict[str, Any] = read_summary(folder) if (folder / "summary.json").is_file() else {}
+    subject = of_run(module, data.info, summary, measure_on=measure_on)
+    module.to(device)
+    subject.notes[:0] = notes
+    subject.about["checkpoint"] = str(checkpoint)
+    return data, subject
+
+
+def _file(
+    path: Path,
+    folder: Path | None,
+    which: Which,
+    settings: Sequence[str],
+    measure_on: Sequence[torch.device],
+    device: torch.device,
+) -> tuple[ImageDataModule, Subject]:
+    network = open_network(path, device=device)
+    if folder is not None:
+        cli = ACKDCLI("test", ["--config", str(folder / "config.yaml"), *settings])
+    else:
+        cli = ACKDCLI("test", [*settings, "--model.student", network.description.model])
+    cli.build()
+    data = _prepared(cli, network.description.class_names)
+    return data, of_file(network, data.info, measure_on=measure_on)
+
+
+def _machine() -> str:
+    names = [platform.processor() or platform.machine()]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.startswith("model name")
+        ][:1] or names
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return " and ".join([*names, *gpu])

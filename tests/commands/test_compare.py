@@ -1,0 +1,84 @@
+"""``ackd compare``: intervals, and paired tests of the same test images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ackd_lightning.cli import main
+from ackd_lightning.commands.paired import interval_text, paired_tests
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.runs.answers import Answers, answers_file, write_answers
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def make_run(name, *, seed=0, right=None, images="same", which="last", config=None):
+    """A finished run of 200 test images, the first ``right`` of which it classifies correctly."""
+    run = Path("runs") / (config or name) / f"seed{seed}"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump({"seed_everything": seed}))
+    accuracy = None if right is None else sum(right) / 200 if isinstance(right, list) else right / 200
+    summary = {"config": config or name, "seed": seed, "shown": "val", "method": "CE", "student": "resnet8"}
+    summary |= {"parameters": 1, "last": {"val/acc": 0.5}, "best": {}, "learners": []}
+    if right is not None:
+        summary["test"] = {which: {"test/acc": accuracy}}
+        answers = torch.tensor(right) if isinstance(right, list) else (torch.arange(200) < right).long()
+        target = torch.ones(200)
+        write_answers(Answers(target, answers, torch.full((200,), 0.5), images, "Data"), answers_file(run, which))
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_two_runs_are_compared_by_mcnemars_test(capsys):
+    make_run("kd", right=160)
+    make_run("ce", right=150)
+    assert main(["compare", "runs/kd", "runs/ce", "--figure", "a.png"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "kd is 5.00 points better than ce" in shown
+    assert "p = 0.002" in shown  # 2 / 2^10
+    assert "73.91 to 84.95" in shown  # Wilson, 160 of 200
+
+
+def test_several_seeds_are_compared_by_a_bootstrap():
+    groups = {
+        name: [make_run(name, seed=seed, right=right + seed) for seed in range(2)]
+        for name, right in (("kd", 150), ("ce", 150), ("bad", 40))
+    }
+    equal, different = paired_tests(groups, "last")
+    assert "may be chance" in equal
+    assert "2 seeds" in equal
+    assert different.startswith("kd is 55.00 points better than bad")
+    assert "is significant" in different
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_run_without_predictions_or_with_other_images_is_named(which):
+    first, second = make_run("kd", right=9, which=which), make_run("ce", right=8, images="other", which=which)
+    none = make_run("none")
+    (different,) = paired_tests({"kd": [first], "ce": [second]}, which)
+    assert "different images" in different
+    (missing,) = paired_tests({"kd": [first], "none": [none]}, which)
+    assert f"ackd test {none}" in missing
+    assert paired_tests({"kd": [first]}, which) == []
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "expected"), [([0.9, 0.91, 0.92], "88.52 to 93.48"), ([], "-"), ([1.0] * 2, "100.00 to 100.00")]
+)
+def test_interval_over_seeds(accuracies, expected):
+    assert interval_text([Path("none")] * len(accuracies), accuracies, "last") == expected
+
+
+def test_a_damaged_file_of_predictions_is_named():
+    first, second = make_run("kd", right=9), make_run("ce", right=8)
+    answers_file(second, "last").write_bytes(b"x")
+    with pytest.raises(ACKDError, match=str(answers_file(second, "last"))):
+        paired_tests({"kd": [first], "ce": [second]}, "last")

@@ -1,0 +1,236 @@
+"""``ackd predict --images``: any images, with a run or a file; what cannot be read is listed."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ackd_lightning.cli import main
+from ackd_lightning.deploy.description import Description
+from ackd_lightning.deploy.images import Notes, list_images, read_batches
+from ackd_lightning.deploy.pixels import Preprocessing
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.weights import save_weights
+from ackd_lightning.models.zoo import create_model
+
+NAMES = tuple(f"digit {number}" for number in range(10))
+
+
+def description(channels=3, **options):
+    numbers = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    return Description("resnet8", 10, 16, class_names=NAMES, channels=channels, **numbers, **options)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_weights(create_model("resnet8", 10).state_dict(), Path("net.safetensors"), description().metadata())
+
+
+def draw(path, side=20, mode="RGB"):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(str(path))).integers(
+        0, 255, (side, side + 3, len(Image.new(mode, (1, 1)).getbands()))
+    )
+    Image.fromarray(pixels.squeeze().astype(np.uint8), mode).save(path)
+
+
+def rows(path="predictions.csv"):
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
+
+
+def predict(*arguments):
+    return main(["predict", "net.safetensors", "--device", "cpu", *arguments])
+
+
+def test_a_folder_with_sub_folders_other_files_and_broken_images(capsys):
+    draw("new/a/1.png")
+    draw("new/b/2.jpg")
+    draw("new/0.png")
+    Path("new/broken.png").write_bytes(Path("new/0.png").read_bytes()[:60])
+    Path("new/empty.jpg").touch()
+    Path("new/notes.txt").write_text("x")
+    assert predict("--images", "new", "--strict") == 1
+    found = rows()
+    assert [each["file"] for each in found] == ["0.png", "a/1.png", "b/2.jpg"]
+    assert list(found[0]) == ["index", "file", "target", "prediction", "class_name", "probability"]
+    assert all(each["class_name"] == NAMES[int(each["prediction"])] and each["target"] == "-1" for each in found)
+    assert all(0.1 <= float(each["probability"]) <= 1 for each in found)
+    shown = capsys.readouterr()
+    assert "skipped broken.png" in shown.err
+    assert "skipped empty.jpg" in shown.err
+    assert "3 images, 2 skipped" in shown.out
+    assert predict("--images", "new", "--output", "again.csv") == 0
+
+
+def test_top_classes_are_those_of_the_network_and_parquet_has_the_same_columns():
+    draw("one.png")
+    assert predict("--images", "one.png", "--top", "3") == 0
+    assert predict("--images", "one.png", "--top", "3", "--output", "a.parquet") == 0
+    from pyarrow import parquet
+
+    (row,) = rows()
+    (same,) = parquet.read_table("a.parquet").to_pylist()
+    assert list(row) == list(same)
+    network = create_model("resnet8", 10).eval()
+    from ackd_lightning.models.weights import load_weights
+
+    load_weights(network, "net.safetensors")
+    expected = network(Preprocessing(description()).batch(["one.png"])).softmax(dim=1)[0].topk(3)
+    suffixes = ("", "_2", "_3")
+    assert [int(row[f"prediction{each}"]) for each in suffixes] == expected.indices.tolist()
+    assert [same[f"probability{each}"] for each in suffixes] == pytest.approx(expected.values.tolist(), abs=1e-6)
+    assert [row[f"class_name{each}"] for each in suffixes] == [NAMES[each] for each in expected.indices.tolist()]
+
+
+@pytest.mark.parametrize("header", ["path", "id,file", "image;label"])
+def test_a_table_lists_images_beside_it(header, capsys):
+    draw("data/x/1.png")
+    draw("data/2.png")
+    separator = ";" if ";" in header else ","
+    place = [each in ("path", "file", "image") for each in header.split(separator)]
+    lines = [separator.join(name if own else "7" for own in place) for name in ("x/1.png", "gone.png", "2.png")]
+    Path("data/list.csv").write_text("\n".join([header, *lines]))
+    assert predict("--images", "data/list.csv") == 0
+    assert [(each["file"], each["index"]) for each in rows()] == [("x/1.png", "0"), ("2.png", "2")]
+    assert "skipped gone.png" in capsys.readouterr().err
+
+
+def test_several_places_keep_their_names_apart():
+    draw("a/1.png")
+    draw("b/1.png")
+    assert [each.name for each in list_images(["a", "b", "a/1.png"])] == ["a/1.png", "b/1.png", "a/1.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_do_not_change_order_or_pixels(workers):
+    for number in range(7):
+        draw(f"many/{number}.png", side=16 + number)
+    Path("many/3.png").write_bytes(b"x")
+    notes, preprocessing = Notes(), Preprocessing(description())
+    images = list_images(["many"])
+    found = list(read_batches(images, preprocessing, notes, batch_size=3, workers=workers))
+    assert torch.cat([each for each, _, _ in found]).tolist() == [0, 1, 2, 4, 5, 6]
+    assert [count for _, _, count in found] == [3, 3, 1]
+    expected = torch.stack([preprocessing.pixels(each.path) for each in images if each.name != "3.png"])
+    assert torch.equal(torch.cat([pixels for _, pixels, _ in found]), expected)
+    assert [name for name, _ in notes.unreadable] == ["3.png"]
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGBA", 3), ("RGB", 1), ("LA", 1)])
+def test_conversion_of_channels_is_said(mode, channels):
+    draw("a.png", mode=mode)
+    notes, preprocessing = Notes(), Preprocessing(description(channels))
+    ((_, pixels, _),) = read_batches(list_images(["a.png"]), preprocessing, notes, batch_size=4)
+    assert pixels.shape == (1, channels, 16, 16)
+    (line,) = notes.lines(channels)
+    assert f"1 with {len(mode)}" in line
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 4), ("L", 2)])
+def test_channels_that_cannot_be_converted_are_refused(mode, channels):
+    draw("a.png", mode=mode)
+    notes, preprocessing = Notes(), Preprocessing(description(channels))
+    ((rows_, _, _),) = read_batches(list_images(["a.png"]), preprocessing, notes, batch_size=4)
+    assert len(rows_) == 0
+    assert f"has {len(mode)} channels and the network reads {channels}" in notes.unreadable[0][1]
+
+
+def test_palettes_are_colours_and_dark_images_are_named():
+    Image.new("P", (20, 20)).save("palette.png")
+    Image.fromarray(np.full((20, 20), 900, dtype=np.uint16)).save("dark.png")
+    notes = Notes()
+    list(read_batches(list_images(["palette.png", "dark.png"]), Preprocessing(description()), notes, batch_size=2))
+    assert notes.converted == {1: 1}
+    assert notes.dark == 1
+    assert len(notes.lines(3)) == 2
+
+
+WRONG = [
+    (["--images", "nowhere"], "nowhere"),
+    (["--images", "empty"], "empty"),
+    (["--images", "text.csv"], "text.csv"),
+    (["--images", "blank.csv"], "blank.csv"),
+    (["--images", "notes.txt"], "notes.txt"),
+    (["--images", "a.png", "--output", "a.json"], "a.json"),
+    (["--images", "a.png", "--output", "notes.txt"], "notes.txt"),
+    (["--images", "a.png", "--output", "taken.csv"], "taken.csv"),
+    (["--images", "a.png", "--top", "11"], "11"),
+    (["--images", "a.png", "--top", "0"], "0"),
+    (["--images", "a.png", "--batch-size", "0"], "0"),
+    (["--images", "a.png", "--workers", "-1"], "-1"),
+    (["--images"], "--images"),
+    ([], "--images"),
+    (["--image", "a.png"], "--image"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "value"), WRONG, ids=[" ".join(each) for each, _ in WRONG])
+def test_a_mistake_is_one_sentence(arguments, value, capsys):
+    draw("a.png")
+    Path("empty").mkdir()
+    Path("notes.txt").write_text("x")
+    Path("taken.csv").write_text("x")
+    Path("text.csv").write_text("first,second\n1,2\n")
+    Path("blank.csv").write_text("path,label\na.png,1\n ,2\n")
+    before = sorted(each.name for each in Path().iterdir())
+    assert predict(*arguments) == 2
+    error = capsys.readouterr().err
+    assert value in error
+    assert error.startswith("ackd: ")
+    assert error.count("\n") == 1
+    assert sorted(each.name for each in Path().iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["foreign.safetensors", "foreign.onnx", "model.h5", "gone.onnx"])
+def test_a_file_of_another_program_is_refused(name, capsys):
+    draw("a.png")
+    if "safetensors" in name:
+        save_weights({"weight": torch.zeros(2)}, Path(name), {"format": "pt"})
+    elif "gone" not in name:
+        Path(name).write_bytes(b"not a network")
+    assert main(["predict", name, "--images", "a.png"]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_what_was_there(monkeypatch, capsys):
+    draw("a.png")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ackd_lightning.runs.files.os.fsync", full)
+    assert predict("--images", "a.png") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not [each for each in Path().iterdir() if "predictions" in each.name]
+
+
+def test_a_missing_library_is_named_before_anything_is_read(monkeypatch):
+    draw("a.png")
+
+    def missing(module, extra, needed_by):
+        raise ACKDError(f"{needed_by} needs {module}; run: pip install 'ackd-lightning[{extra}]'")
+
+    monkeypatch.setattr("ackd_lightning.commands.predict.require", missing)
+    assert predict("--images", "a.png", "--output", "a.parquet") == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_predicts_as_its_exported_file_does():
+    fit = ["fit", "--config", "digits_resnet8", "--weights_dir", "null", "--trainer.max_epochs", "1", "--name", "a"]
+    assert main([*fit, "--data.max_per_class", "20", "--trainer.limit_train_batches", "2"]) == 0
+    draw("new/a.png")
+    run = Path("runs/digits_resnet8/a")
+    for network, output in ((run, "run.csv"), (run / "student.safetensors", "file.csv")):
+        assert main(["predict", str(network), "--images", "new", "--output", output]) == 0
+    assert rows("run.csv") == rows("file.csv")
+    shutil.rmtree("new")
+    assert main(["predict", str(run)]) == 0  # the test part, by Lightning
+    assert list(rows()[0]) == list(rows("run.csv")[0])

@@ -1,0 +1,151 @@
+"""``ackd report``: the page, its numbers and its figures."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ackd_lightning.cli import main
+from ackd_lightning.commands import report as command
+from ackd_lightning.deploy.report import cost, gradcam, writing
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.weights import save_weights
+from ackd_lightning.models.zoo import create_model
+from ackd_lightning.runs.answers import answers_file, read_answers
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+FIT = ["fit", "--trainer.max_epochs", "1", "--weights_dir", "null", "--trainer.limit_train_batches", "2"]
+SMALL = ["--data.max_per_class", "20"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A teacher, and ACKD with a branch and a peer, both hardly trained."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        save_weights(create_model("resnet14", 10).state_dict(), Path("teacher.safetensors"), {"model": "resnet14"})
+        teacher = ["--model.teacher.gate", "off", "--model.teacher.network", "resnet14", "--model.teacher.weights"]
+        teacher += ["teacher.safetensors"]
+        method = ["--model.method.branches", "[D2B2, peer]", "--test"]
+        assert main([*FIT, *SMALL, "--config", "digits_resnet20_resnet8", *teacher, *method, "--name", "a"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(runs, monkeypatch, tmp_path):
+    """A copy of the run, and fast measurements of speed."""
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    usual = cost.measure_latency
+    monkeypatch.setattr(cost, "measure_latency", lambda *args, **options: usual(*args, **{**options, "seconds": 0.0}))
+    return Path("runs/digits_resnet20_resnet8/a")
+
+
+@pytest.mark.slow
+def test_the_page_of_a_run(run, capsys):
+    assert main(["report", str(run)]) == 0
+    folder = run / "report"
+    found = json.loads((folder / "report.json").read_text())
+    answers = read_answers(answers_file(run, "last"))
+    assert found["accuracy"]["student"]["right"] == int(answers.right.sum())
+    assert list(found["accuracy"]) == ["student", "teacher", "aux1", "aux2", "ensemble"]
+    assert found["images"] == len(answers) == sum(each["images"] for each in found["classes"])
+    counts = [found["agreement"][key] for key in ("both_right", "only_student", "only_teacher", "both_wrong")]
+    assert sum(counts) == found["images"]
+    assert counts[0] + counts[1] == found["accuracy"]["student"]["right"]
+    names = [each["name"] for each in found["cost"]]
+    assert names == ["student resnet8", "teacher resnet14", "student.safetensors"]
+    student, teacher, file = found["cost"]
+    assert [each["batch"] for each in student["latency"]] == [1, 32]
+    assert student["parameters"] < teacher["parameters"]
+    assert (file["right"], file["asked"]) == (found["accuracy"]["student"]["right"], found["images"])
+    assert found["calibration"]["temperature"] > 0
+    assert found["training"]["epochs"] == 1
+    assert found["learners"][0]["parameters"] > 0
+    figures = {each.stem for each in (folder / "figures").iterdir()}
+    assert figures == {"per_class", "confusion", "reliability", "mistakes", "gradcam"}
+    markdown, page = ((folder / f"report.{each}").read_text() for each in ("md", "html"))
+    assert {*re.findall(r"figures/(\w+)\.png", markdown)} == figures
+    assert "figures/" not in page  # all inside
+    assert page.count("data:image/png;base64,") == len(figures)
+    assert page.count("<table>") == markdown.count("\n\n|")
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_file_without_a_run_and_without_its_libraries(run, monkeypatch, capsys):
+    shutil.copy(run / "student.safetensors", "net.safetensors")
+
+    def missing(module, extra, needed_by):
+        raise ACKDError(f"{needed_by} needs grad-cam; run: pip install 'ackd-lightning[{extra}]'")
+
+    monkeypatch.setattr(gradcam, "require", missing)
+    data = ["--config", "data/digits.yaml", "--data.val_fraction", "0"]
+    assert main(["report", "net.safetensors", "--no-latency", *data, "--out", "page"]) == 0
+    found = json.loads(Path("page/report.json").read_text())
+    answers = read_answers(answers_file(run, "last"))
+    assert found["accuracy"]["student"]["right"] == int(answers.right.sum())
+    assert "temperature" not in found["calibration"]
+    assert found["agreement"] is None
+    assert "ackd-lightning[gradcam]" in found["no_gradcam"]
+    assert "ackd-lightning[gradcam]" in capsys.readouterr().out
+    assert not Path("page/figures/gradcam.png").exists()
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_named_and_the_rest_is_measured(run):
+    Path("teacher.safetensors").unlink()
+    (run / "broken.onnx").write_bytes(b"x")
+    assert main(["report", str(run), "--no-latency", "--out", "page"]) == 0
+    found = json.loads(Path("page/report.json").read_text())
+    assert "teacher" not in found["accuracy"]
+    assert any("teacher.safetensors" in each for each in found["notes"])
+    assert any("broken.onnx" in each for each in found["notes"])
+    assert "broken.onnx" in Path("page/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (["nowhere"], "nowhere"),
+        (["net.safetensors"], "net.safetensors"),
+        (["net.safetensors", "--config", "data/digits.yaml", "--data.image_size", "8"], "image_size"),
+        (["net.safetensors", "--config", "data/cifar100.yaml"], "cifar"),
+        (["RUN", "--out", "notes"], "notes"),
+        (["RUN", "--out", "notes/x.txt"], "notes/x.txt"),
+        (["RUN", "--device", "tpu"], "tpu"),
+        (["RUN", "--which", "first"], "first"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(run, arguments, value, capsys):
+    shutil.copy(run / "student.safetensors", "net.safetensors")
+    Path("notes").mkdir()
+    Path("notes/x.txt").write_text("x")
+    assert main(["report", *(str(run) if each == "RUN" else each for each in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert value.lower() in error.lower()
+    assert error.startswith("ackd: ")
+    assert not list(Path().rglob("report.json"))
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "markdown", lambda *_: "# a")
+    writing.write({"old": 1}, {}, tmp_path)
+    monkeypatch.setattr("ackd_lightning.runs.files.os.fsync", full)
+    with pytest.raises(ACKDError, match="No space left"):
+        writing.write({"new": 1}, {"figure": b"x"}, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == {"old": 1}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_machine_has_a_name():
+    assert command._machine()
+    assert torch.get_num_threads() >= 1
