@@ -109,6 +109,15 @@ def test_a_fine_tuned_student_computes_in_a_file_as_in_validation(parts):
     assert images.accuracy(inside) == pytest.approx(accuracy(PLAIN / "student.safetensors", images), abs=0.03)
 
 
+def test_the_test_set_and_a_longer_training_read_its_checkpoint(capsys):
+    assert main(["test", str(TUNED)]) == 0
+    longer = ["--config", "digits_resnet8.yaml", "--config", "qat.yaml", "--resume", str(TUNED)]
+    longer += ["--model.student.weights", str(PLAIN / "student.safetensors"), "--model.student.quantization", "x86"]
+    longer += ["--model.teacher.network", "resnet8", "--model.teacher.weights", str(PLAIN / "student.safetensors")]
+    assert main(["fit", *longer, "--trainer.max_epochs", "3", *QUIET]) == 0
+    assert read_checkpoint(TUNED / "checkpoints" / "last.ckpt")["epoch"] == 2
+
+
 def test_a_network_fine_tuned_for_other_kernels_is_refused(parts):
     checkpoint = TUNED / "checkpoints" / "last.ckpt"
     content = read_checkpoint(checkpoint)
