@@ -64,6 +64,8 @@ def test_no_file_of_the_package_runs_what_a_file_holds(path):
     found = unsafe_calls(path.read_text(encoding="utf-8"))
     if path.name == "cifar.py":  # the official archive is a pickle: read with a list of five allowed names
         found.remove("class _ArrayUnpickler")
+    if path.name == "pt2.py":  # after check_archive, which refuses files with objects and with text to evaluate
+        found.remove("torch.export.load")
     assert found == []
 
 

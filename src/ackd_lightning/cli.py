@@ -24,6 +24,7 @@ _COMMANDS = {
     "configs": "configs:configs",
     "inspect": "inspect:inspect",
     "export": "export:export_command",
+    "push": "push:push_command",
     "compare": "compare:compare_command",
     "report": "report:report_command",
     "demo": "demo:demo",
@@ -31,7 +32,13 @@ _COMMANDS = {
     "cache": "cache:cache",
 }
 """Functions below ``ackd_lightning.commands``. They take positional arguments by position, options by name."""
-_PASS_ON = {"reproduce": "overrides", "cache": "arguments", "export": "options", "report": "settings"}
+_PASS_ON = {
+    "reproduce": "overrides",
+    "cache": "arguments",
+    "export": "options",
+    "push": "options",
+    "report": "settings",
+}
 """Commands that pass unknown options on to a command of Lightning, and the argument that takes them."""
 
 
@@ -114,6 +121,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="output file, without an ending for several formats; default: student-WHICH in the run folder",
     )
     export.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    push = commands.add_parser(
+        "push", help="send the student of a run to the Hugging Face Hub: ackd push RUN USER/NAME"
+    )
+    push.add_argument("run", help="run folder or checkpoint")
+    push.add_argument("repository", help="USER/NAME on the hub; made if it does not exist")
+    push.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run folder")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument(
+        "--license", dest="license_name", default="unknown", help="licence of the weights, by the hub's name"
+    )
+    push.add_argument("--check", choices=["data", "random"], default="data", help="images that the file is compared on")
 
     compare = commands.add_parser("compare", help="one table and one figure over runs: ackd compare RUN RUN ...")
     compare.add_argument("runs", nargs="+", help="run folders, or folders of runs")
@@ -213,7 +232,9 @@ def _run(arguments: Sequence[str]) -> None:
         options[name] = others
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    positional = [options.pop(name) for name in ("filter", "network", "run", "runs", "table") if name in options]
+    positional = [
+        options.pop(name) for name in ("filter", "network", "run", "repository", "runs", "table") if name in options
+    ]
     call = pkgutil.resolve_name(f"ackd_lightning.commands.{_COMMANDS[command]}")
     call(*positional, **options)
     return None

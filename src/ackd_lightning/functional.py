@@ -115,6 +115,28 @@ def kl_of_logs(log_student: Tensor, log_teacher: Tensor) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
 
 
+def target_and_rest(logits: Tensor, target: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    r"""Return log-probabilities of "target or rest" and of the other classes among themselves.
+
+    The target class is removed from the logits, not masked by a large number, so both are exact even when one class
+    has all the probability.
+
+    Args:
+        logits: Logits ``B x K``, K at least 2.
+        target: Classes, ``B`` int64.
+        temperature: Temperature tau, above 0.
+
+    Returns:
+        \(\log (p_y, 1 - p_y)\), ``B x 2``, and \(\log \hat p\), ``B x (K - 1)``, float32.
+    """
+    other = torch.arange(logits.shape[1] - 1, device=target.device).expand(target.shape[0], -1)
+    other = other + (other >= target[:, None])  # B x (K - 1): every class but the target
+    scaled = logits.float() / temperature
+    rest = scaled.gather(1, other)
+    odds = scaled.gather(1, target[:, None]) - rest.logsumexp(dim=1, keepdim=True)  # log p_y / (1 - p_y)
+    return F.logsigmoid(torch.cat([odds, -odds], dim=1)), F.log_softmax(rest, dim=1)
+
+
 def standardized(logits: Tensor) -> Tensor:
     r"""Standardise the logits of every image (Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024).
 

@@ -243,3 +243,55 @@ def test_later_files_win_and_the_run_is_named_by_all(tmp_path):
         settings, name = load_configs([str(each) for each in files])
         assert ((settings["a"], settings["b"]), name) == (numbers, expected)
     assert load_configs([])[1] == ""
+
+
+# ---------------------------------------------------------------- sums of methods
+
+
+@pytest.mark.parametrize(
+    ("value", "names"), [("kd+crd", ["KD", "CRD"]), ("simkd.yaml+wttm+rld", ["ATSC", "TTM", "RLD"])]
+)
+def test_methods_joined_by_plus_become_a_sum(value, names):
+    settings, name = load_configs([NAME, value])
+    method = settings["model"]["method"]
+    assert method["class_path"] == "ackd_lightning.methods.Sum"
+    assert [each["class_path"].rpartition(".")[2] for each in method["init_args"]["methods"]] == names
+    assert name == "+".join([Path(NAME).stem, *(part.removesuffix(".yaml") for part in value.split("+"))])
+
+
+def test_a_sum_keeps_arguments_and_other_settings_of_its_fragments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "own.yaml", "seed_everything: 3\nmodel: {method: ackd_lightning.methods.SP}\n")
+    settings, _ = load_configs([NAME, "wttm+own.yaml"])
+    first, second = settings["model"]["method"]["init_args"]["methods"]
+    assert first["init_args"]["weighted"] is True
+    assert second == {"class_path": "ackd_lightning.methods.SP"}
+    assert settings["seed_everything"] == 3
+
+
+def test_a_later_configuration_is_laid_over_a_sum():
+    settings, _ = load_configs([NAME, "kd+crd", "dkd"])
+    assert settings["model"]["method"]["class_path"] == "ackd_lightning.methods.DKD"
+
+
+@pytest.mark.parametrize(
+    ("value", "named"), [("kd+recipes", "recipes"), ("kd+crdd", "crd.yaml"), ("kd+", "''"), ("+", "''")]
+)
+def test_what_is_no_sum_of_methods_is_refused(value, named):
+    with pytest.raises(ACKDError, match=named):
+        load_configs([NAME, value])
+
+
+def test_a_fragment_without_a_method_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "own.yaml", "seed_everything: 3\n")
+    with pytest.raises(ACKDError, match=r"own\.yaml"):
+        load_configs([NAME, "kd+own.yaml"])
+
+
+def test_a_file_whose_name_has_a_plus_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a+b.yaml", "seed_everything: 5\n")
+    assert load_configs(["a+b.yaml"])[0]["seed_everything"] == 5
+    write(tmp_path / "runs/c+d/config.yaml", "seed_everything: 6\n")
+    assert load_configs(["runs/c+d/config.yaml"])[0]["seed_everything"] == 6

@@ -17,6 +17,8 @@ from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import plan
 from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.methods.description import describe
+from ackd_lightning.training import DOT
 from ackd_lightning.training.schedule import describe_factory
 
 PAIR = ["--config", "digits_resnet20_resnet8"]
@@ -148,6 +150,27 @@ def test_a_plan_builds_networks_and_runs_nothing(tmp_path, monkeypatch):
     planned.forget_networks()
     assert not hasattr(planned, "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_methods_joined_by_plus_are_added(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = ["--model.method.weights", "[1.0, 0.5]", "--model.method.methods.1.negatives", "16"]
+    planned = plan([*PAIR, "--config", "kd+crd", *weights, "--name", "x"])
+    method = planned.model.method
+    assert [type(each).__name__ for each in method.methods] == ["KD", "CRD"]
+    assert method.loss_weights == {"ce": 0.1, "kd": 0.9, "ce_2": 0.5, "kd_2": 0.0, "crd": 0.4}
+    assert method.methods[1].sampler.count == 16
+    assert planned.folder == Path("runs/digits_resnet20_resnet8+kd+crd/x")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(planned.settings()))
+    again = plan(["--config", "again.yaml", "--name", "y"])
+    assert describe(again.model.method) == describe(method)
+
+
+def test_the_optimizer_with_two_momenta_is_found_by_its_name():
+    planned = plan([*PAIR, "--config", "kd", "--model.optimizer", "DOT", "--model.optimizer.delta", "0.05"])
+    optimizer = planned.model.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
+    assert isinstance(optimizer, DOT)
+    assert optimizer.param_groups[0]["delta"] == 0.05
 
 
 def test_factories_hold_nothing_of_the_parser():

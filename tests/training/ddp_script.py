@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ackd_lightning import ACKD, KD, ACKDModule, StudentConfig
-from ackd_lightning.methods import ACN, AIKD, ATSC
-from ackd_lightning.training import Recipe
+from ackd_lightning.methods import ACN, AIKD, ATSC, VID
+from ackd_lightning.training import DOT, Recipe
 from training.helpers import BadImages, Blobs, IndexedBlobs, TinyNet, game, module, trainer
 
 TWO_ONLY = ("unequal", "norm", "never_rearmed", "skip", "skip_automatic", "qat")
@@ -79,6 +79,8 @@ def scenarios():
     yield "acn", game(ACN(warmup_epochs=1), norm=False), []
     adamw = functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-4)
     yield "adamw", module(ACKD(**strong), norm=False, optimizer=adamw), []
+    dot = functools.partial(DOT, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    yield "dot", game(VID(), norm=False, optimizer=dot, recipe=Recipe(gradient_clip_val=1.0)), []
     recipe = Recipe(label_smoothing=0.1, class_weights=[0.5, 1.0, 2.0, 4.0], ema_decay=0.9, early_stopping=1)
     yield "recipe", game(KD(), norm=False, recipe=recipe), []
     # the bad image is in one process's part of the batch

@@ -45,7 +45,7 @@ def fits(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["default", "diversify", "collaboration", "atsc", "simkd", "aikd", "pskd", "acn", "adamw", "recipe"],
+    ["default", "diversify", "collaboration", "atsc", "simkd", "aikd", "pskd", "acn", "adamw", "dot", "recipe"],
 )
 def test_two_processes_equal_one(fits, name):
     one, two = fits(name, 1), fits(name, 2)

@@ -22,7 +22,10 @@ def configs(part: str = "") -> None:
     width = max(map(len, known))
     for title, names in (
         ("runs (ackd fit --config NAME):", packaged_names()),
-        ("methods (a second --config replaces the method and keeps pair, data and schedule):", method_names()),
+        (
+            "methods (a second --config replaces the method and keeps pair, data and schedule; kd+crd adds two):",
+            method_names(),
+        ),
     ):
         if found := [name for name in names if part in name]:
             print(title, *(f"  {name:<{width}}  {describe_config(name)}" for name in found), sep="\n")

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from ackd_lightning.commands.export_int8 import check_int8, show_int8
+from ackd_lightning.commands.student import check_data, read_student
 from ackd_lightning.deploy.checking import Check, images_of, random_images
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import export, measured, reading_uint8
@@ -19,12 +20,11 @@ from ackd_lightning.deploy.formats.safetensors import DTYPES
 from ackd_lightning.deploy.int8 import Measured, export_int8, fine_tuned, int8_network
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.launch.preflight import check_writable
-from ackd_lightning.launch.run_data import data_of_run
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.quantization import CALIBRATION_IMAGES
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
-from ackd_lightning.runs.export import network_of, plain_parameters
-from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
+from ackd_lightning.runs.export import plain_parameters
+from ackd_lightning.runs.files import Which, find_checkpoint, run_folder
 
 
 def export_command(
@@ -69,17 +69,14 @@ def export_command(
     folder = run_folder(checkpoint)
     stem = folder / f"student{learner or ''}-{checkpoint.stem}{'-int8' if int8 else ''}"
     targets = _targets(kinds, out, stem, dtype, with_preprocessing)
-    content = read_checkpoint(checkpoint)
-    summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
-    metadata = {**_accuracies(summary, checkpoint.stem, learner), "weights": f"{checkpoint.stem} epoch"}
-    network, stated = network_of(content, checkpoint, learner=learner, extra=metadata)
-    description = Description.from_metadata(stated, str(checkpoint))
+    student = read_student(run, which, learner)
+    network, description = student.network, student.description
     for kind, target in zip(kinds, targets, strict=True):
         kind.check_libraries()
         check_writable(target.parent, "the folder of --out,")
         if target.exists() and not overwrite:
             raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
-    data = None if check == "random" else _data(checkpoint, description, options)
+    data = None if check == "random" else check_data(checkpoint, description, options)
     images = random_images(description) if data is None else images_of(data)
     reference = images.logits(network)
     if not bool(reference.isfinite().all()):
@@ -90,11 +87,11 @@ def export_command(
     description = measured(description, images, reference)
     print(f"comparing logits on {images.words}")
     if int8:
-        student = fine_tuned(content, checkpoint, network)
+        tuned = fine_tuned(student.content, checkpoint, network)
         own = reading_uint8(network, description)[1] if with_preprocessing else description
 
         def one(kind: Format, target: Path) -> tuple[Measured, Measured]:
-            quantised, words = int8_network(network, student, kind.name, data, count=calibrate)
+            quantised, words = int8_network(network, tuned, kind.name, data, count=calibrate)
             return export_int8(
                 network,
                 quantised,
@@ -122,7 +119,7 @@ def export_command(
         except ACKDError as error:
             failures.append(str(error))
     if checks:
-        _show(checks, network, description, plain_parameters(content, checkpoint, learner), summary)
+        _show(checks, network, description, plain_parameters(student.content, checkpoint, learner), student.summary)
     if failures:
         raise ACKDError("\n".join(failures))
 
@@ -174,32 +171,6 @@ def _targets(kinds: Sequence[Format], out: str | None, stem: Path, dtype: str, w
     if path.suffix.lower() != kinds[0].ending or path.is_dir():
         raise ACKDError(f"--out is {out}; name a file that ends in {kinds[0].ending}")
     return [path]
-
-
-def _accuracies(summary: dict[str, Any], which: str, learner: int) -> dict[str, str]:
-    """Accuracies of a run's summary, with the number of images where it is known."""
-    ending = f"/aux{learner}_acc" if learner else "/acc"
-    found: dict[str, str] = {}
-    for values in (summary.get(which) or {}, (summary.get("test") or {}).get(which) or {}):
-        for key, value in values.items():
-            if key.endswith(ending):
-                part = key.partition("/")[0]
-                found[f"{part}_acc"] = f"{value:.6f}"
-                if count := (summary.get("images") or {}).get(part):
-                    found[f"{part}_count"] = str(count)
-    return found
-
-
-def _data(checkpoint: Path, description: Description, options: Sequence[str]) -> Any:
-    try:
-        return data_of_run(checkpoint, options, description.class_names)
-    except ACKDError as error:
-        if options:
-            raise
-        raise ACKDError(
-            f"files are compared on images of the run's data, which are not usable ({error}); give their place with "
-            "--data.root FOLDER, or compare on random images alone with --check random"
-        ) from error
 
 
 def _show(

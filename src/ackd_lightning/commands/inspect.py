@@ -12,6 +12,7 @@ from ackd_lightning.models.branches import branch_names, default_branches
 from ackd_lightning.models.copies import image_channels, name_of
 from ackd_lightning.models.finding import native_sizes, plan_for, probe, traced, use_taps
 from ackd_lightning.models.heads import with_head
+from ackd_lightning.models.hub import PREFIX, is_hub_name
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import count_parameters, create_model, multiply_adds
 from ackd_lightning.types import ImageSize, height_width
@@ -41,7 +42,8 @@ def inspect(network: str, *, size: str | None = None, classes: int | None = None
     """Print what an exported file or a run is, or the stages of a network by name.
 
     Args:
-        network: Exported file, run folder, checkpoint, or name for `create_model`.
+        network: Exported file, run folder, checkpoint, ``hf:USER/NAME`` on the hub, or name for `create_model`;
+            ``hf:FOLDER`` of a folder that exists is a network.
         size: Image size of a network by name, ``96`` or ``96x128``; None for the size that it was designed for.
         classes: Number of classes of a network by name; None for 1000.
         taps: Names of modules of a network by name whose outputs are taken as stages, separated by commas; default:
@@ -51,19 +53,20 @@ def inspect(network: str, *, size: str | None = None, classes: int | None = None
         ACKDError: If there is no such file, run or network, or it cannot read images of this size.
     """
     path = Path(network)
-    if not path.is_file() and not (path / "checkpoints").is_dir():
+    remote = is_hub_name(network) and not Path(network.removeprefix(PREFIX)).expanduser().is_dir()
+    if not remote and not path.is_file() and not (path / "checkpoints").is_dir():
         return _stages(network, size=size, classes=1000 if classes is None else classes, taps=taps)
     given = {"--size": size, "--classes": classes, "--taps": taps or None}
     if wrong := next((name for name, value in given.items() if value is not None), None):
         raise ACKDError(f"{wrong} is given and {network} states its own; leave it out")
-    return _describe(path)
+    return _describe(network)
 
 
-def _describe(path: Path) -> None:
+def _describe(path: str) -> None:
     """Print what a file or a run states, and its size."""
     opened = open_network(path)
     description = opened.description
-    files = [opened.path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
+    files = [opened.path, *([opened.path.with_suffix(".bin")] if opened.kind == "openvino" else [])]
     print(f"{opened.path}: {opened.kind}, {sum(each.stat().st_size for each in files) / 1e6:.2f} MB")
     print("\n".join(description.lines()))
     with torch.device("meta"):

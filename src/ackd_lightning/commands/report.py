@@ -156,7 +156,7 @@ def _file(
         cli = ACKDCLI("test", ["--config", str(folder / "config.yaml"), *settings])
     else:
         cli = ACKDCLI("test", [*settings, "--model.student", network.description.model])
-    cli.build()
+    cli.build_data()
     data = _prepared(cli, network.description.class_names)
     return data, of_file(network, data.info, measure_on=measure_on)
 

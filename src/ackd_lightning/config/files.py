@@ -57,7 +57,7 @@ def find_config(value: str) -> Path:
     """Resolve the value of ``--config``: a path first, then a packaged run, then a method fragment.
 
     Args:
-        value: Path or name; ``.yaml`` may be left out of a name.
+        value: Path or name, but not a sum; ``.yaml`` may be left out of a name.
 
     Raises:
         ACKDError: With near matches, when nothing is found.
@@ -74,6 +74,41 @@ def find_config(value: str) -> Path:
     if not hint.startswith("did you"):
         hint = "`ackd configs` lists the packaged configurations"
     raise ACKDError(f"--config {value}: there is no such file and no packaged configuration of that name; {hint}")
+
+
+def config_parts(value: str) -> list[str]:
+    """Split the value of ``--config`` that sums methods, such as ``kd+crd``, into their names.
+
+    Args:
+        value: Path or name; anything but a sum is its only part.
+
+    Example:
+        >>> config_parts("kd+crd"), config_parts("kd.yaml"), config_parts("runs/a+b/config.yaml")
+        (['kd', 'crd'], ['kd.yaml'], ['runs/a+b/config.yaml'])
+    """
+    if "+" not in value or Path(value).name != value or Path(value).is_file():
+        return [value]
+    return value.split("+")
+
+
+def _read_sum(value: str, parts: Sequence[str]) -> dict[str, Any]:
+    """Read the fragments of a sum: their methods become one `Sum`, other settings are laid over each other."""
+    result: dict[str, Any] = {}
+    methods = []
+    for part in parts:
+        content = read_config(find_config(part)) if part else {}
+        model = content.get("model")
+        method = model.pop("method", None) if isinstance(model, dict) else None
+        method = {"class_path": method} if isinstance(method, str) else method
+        if not isinstance(method, dict) or "class_path" not in method:
+            raise ACKDError(
+                f"--config {value} sums methods and {part!r} names none; write it as a --config of its own, or join "
+                "fragments of methods as in kd+crd"
+            )
+        methods.append(method)
+        result = merge(result, content)
+    summed = {"class_path": "ackd_lightning.methods.Sum", "init_args": {"methods": methods}}
+    return merge(result, {"model": {"method": summed}})
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -214,6 +249,9 @@ def method_fragment(values: Sequence[str]) -> str | None:
     """
     found = None
     for value in values:
+        if len(config_parts(value)) > 1:
+            found = None
+            continue
         path = find_config(value)
         if path.parent == config_folder() / _METHODS:
             found = path.stem
@@ -230,16 +268,19 @@ def load_configs(values: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Read every configuration, each laid over those before it, and the first over the packaged recipe.
 
     Args:
-        values: Paths or names, as given to ``--config``.
+        values: Paths or names, as given to ``--config``; methods joined by ``+`` are summed.
 
     Returns:
         Settings, and a name for the run: the file stems joined by ``+``.
     """
-    paths = [find_config(value) for value in values]
     result = read_config(config_folder() / "recipes" / "sgd.yaml")
-    for path in paths:
-        result = merge(result, read_config(path))
-    return result, "+".join(_run_name(path) for path in paths)
+    names = []
+    for value in values:
+        parts = config_parts(value)
+        paths = [find_config(part) for part in parts if part]
+        result = merge(result, _read_sum(value, parts) if len(parts) > 1 else read_config(paths[0]))
+        names += [_run_name(path) for path in paths]
+    return result, "+".join(names)
 
 
 def _run_name(path: Path) -> str:

@@ -14,6 +14,8 @@ from ackd_lightning.deploy.formats.formats import FORMATS
 from ackd_lightning.deploy.pixels import AnyImage, Preprocessing
 from ackd_lightning.deploy.student import Predictions, predict
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.hub import is_hub_name
+from ackd_lightning.models.weight_files import local_file
 from ackd_lightning.runs.export import network_of
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint
 
@@ -82,7 +84,8 @@ def open_network(
     """Open an exported file, or the student of a run.
 
     Args:
-        path: ``.safetensors``, ``.onnx``, ``.pt2``, ``.pte`` or ``.xml`` (OpenVINO) file, checkpoint, or run folder.
+        path: ``.safetensors``, ``.onnx``, ``.pt2``, ``.pte`` or ``.xml`` (OpenVINO) file, checkpoint, run folder, or
+            ``hf:USER/NAME[@revision]`` on the hub.
         which: Checkpoint of a run folder.
         device: Device for weights of safetensors and checkpoints; other formats run on the CPU.
         learner: Learner of a run: 0 for the student, from 1 for a peer.
@@ -91,7 +94,7 @@ def open_network(
         ACKDError: If there is no such file, its format is unknown, it was not written by this package, or a library
             that it needs is not installed.
     """
-    file = Path(path).expanduser()
+    file = local_file(path) if is_hub_name(path) else Path(path).expanduser()
     ending = file.suffix.lower()
     if file.is_dir() or ending == ".ckpt":
         checkpoint = find_checkpoint(file, which)

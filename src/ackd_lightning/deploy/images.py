@@ -109,9 +109,7 @@ class Notes:
         found = []
         if self.converted:
             kinds = ", ".join(f"{count:,} with {number}" for number, count in sorted(self.converted.items()))
-            how = (
-                "made grey" if channels == 1 else "made RGB, transparent pixels white" if channels == 3 else "converted"
-            )
+            how = "made grey" if channels == 1 else "made RGB" if channels == 3 else "converted"
             found.append(f"converted to the {channels} channels that the network reads: {kinds} ({how})")
         if self.dark:
             found.append(

@@ -15,7 +15,7 @@ import lightning.pytorch as L
 import yaml
 
 from ackd_lightning.config.class_paths import check_classes
-from ackd_lightning.config.files import find_config, load_configs
+from ackd_lightning.config.files import config_parts, find_config, load_configs
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import (
@@ -76,11 +76,12 @@ class ACKDCLI:
         refuse_values_alone(options)
         options = without_none(options)
         settings, self.config_name = load_configs(configs)
-        if command != "fit" and configs and (found := find_data(settings, find_config(configs[0]))):
+        if command != "fit" and configs and (found := find_data(settings, find_config(config_parts(configs[0])[0]))):
             print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output")}
-        given = Given({each: find_config(each).resolve() for each in configs}, options, settings)
+        parts = [part for each in configs for part in config_parts(each)]
+        given = Given({each: find_config(each).resolve() for each in parts}, options, settings)
         check_shape(given)
         options = choose_classes(settings, options)
         given.classes.update(_ARGUMENTS_OF, **check_classes(settings, _CLASSES, _ARGUMENTS_OF))

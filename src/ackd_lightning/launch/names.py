@@ -23,7 +23,13 @@ _KINDS: dict[str, type] = {
     "model.optimizer": Optimizer,
     "model.lr_scheduler": LRScheduler,
 }
-_ROOMS = ("ackd_lightning.data", "ackd_lightning.methods", "torch.optim", "torch.optim.lr_scheduler")
+_ROOMS = (
+    "ackd_lightning.data",
+    "ackd_lightning.methods",
+    "ackd_lightning.training",
+    "torch.optim",
+    "torch.optim.lr_scheduler",
+)
 _USUAL = {
     "learning_rate": "lr",
     "wd": "weight_decay",

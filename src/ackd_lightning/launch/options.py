@@ -83,7 +83,8 @@ def make_parser(command: str) -> Parser:
         "-c",
         "--config",
         action=ActionConfigFile,
-        help="configuration: a file, or the name of a packaged one (`ackd configs`); later ones are laid over earlier",
+        help="configuration: a file, or the name of a packaged one (`ackd configs`); later ones are laid over earlier; "
+        "methods joined by + are added, as in kd+crd",
     )
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, data order and augmentation")
     parser.add_lightning_class_args(L.Trainer, "trainer")

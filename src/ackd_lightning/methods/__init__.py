@@ -12,14 +12,19 @@ from ackd_lightning.methods.crd import CRD
 from ackd_lightning.methods.dist import DIST
 from ackd_lightning.methods.dkd import DKD
 from ackd_lightning.methods.fitnet import FitNet
+from ackd_lightning.methods.itrd import ITRD
 from ackd_lightning.methods.kd import KD
+from ackd_lightning.methods.nkd import NKD
 from ackd_lightning.methods.one import ONE
 from ackd_lightning.methods.reviewkd import ReviewKD
 from ackd_lightning.methods.rkd import RKD
+from ackd_lightning.methods.rld import RLD
 from ackd_lightning.methods.semckd import SemCKD
 from ackd_lightning.methods.sp import SP
 from ackd_lightning.methods.sum import Sum
+from ackd_lightning.methods.ttm import TTM
 from ackd_lightning.methods.vid import VID
+from ackd_lightning.methods.vkd import VkD
 
 __all__ = [
     "ACKD",
@@ -32,10 +37,14 @@ __all__ = [
     "CRD",
     "DIST",
     "DKD",
+    "ITRD",
     "KD",
+    "NKD",
     "ONE",
     "RKD",
+    "RLD",
     "SP",
+    "TTM",
     "VID",
     "FitInfo",
     "FitNet",
@@ -44,4 +53,5 @@ __all__ = [
     "ReviewKD",
     "SemCKD",
     "Sum",
+    "VkD",
 ]

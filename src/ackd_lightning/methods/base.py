@@ -355,6 +355,15 @@ def weighted_loss(method: Method, terms: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([weights[term] * value for term, value in terms.items()]).sum()
 
 
+def is_task_term(name: str) -> bool:
+    """Return whether a term learns from the labels rather than from another network: ``ce``, ``ce_aux``, ``ce_2``, ...
+
+    Args:
+        name: Name of the term.
+    """
+    return name == "ce" or name.startswith("ce_")
+
+
 def features_of(output: NetOutput) -> tuple[Tensor, ...]:
     """Return the features of an output whose network is known to offer them (checked in ``build``).
 

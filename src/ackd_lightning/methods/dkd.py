@@ -13,38 +13,14 @@ from __future__ import annotations
 
 import functools
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ackd_lightning.functional import cross_entropy, kl_of_logs
+from ackd_lightning.functional import cross_entropy, kl_of_logs, target_and_rest
 from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.methods.logits import LogitMethod
 from ackd_lightning.methods.warmup import linear_warmup, tell_if_shorter
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive
-
-
-def target_and_rest(logits: Tensor, target: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    r"""Return log-probabilities of "target or rest" and of the other classes among themselves.
-
-    The target class is removed from the logits, not masked by a large number, so both are exact even when one class
-    has all the probability.
-
-    Args:
-        logits: Logits ``B x K``, K at least 2.
-        target: Classes, ``B`` int64.
-        temperature: Temperature tau, above 0.
-
-    Returns:
-        \(\log (p_y, 1 - p_y)\), ``B x 2``, and \(\log \hat p\), ``B x (K - 1)``, float32.
-    """
-    other = torch.arange(logits.shape[1] - 1, device=target.device).expand(target.shape[0], -1)
-    other = other + (other >= target[:, None])  # B x (K - 1): every class but the target
-    scaled = logits.float() / temperature
-    rest = scaled.gather(1, other)
-    odds = scaled.gather(1, target[:, None]) - rest.logsumexp(dim=1, keepdim=True)  # log p_y / (1 - p_y)
-    return F.logsigmoid(torch.cat([odds, -odds], dim=1)), F.log_softmax(rest, dim=1)
 
 
 def dkd_loss(
@@ -66,6 +42,7 @@ def dkd_loss(
         ``B`` float32, in nats, times tau squared.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0]])
         >>> dkd_loss(student, teacher, torch.tensor([0]), alpha=1.0, beta=8.0, temperature=4.0)
         tensor([1.2474])

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.hub import hub_file, is_hub_name
 
 
 def refuse_url(path: str | os.PathLike[str]) -> Path:
@@ -32,7 +33,9 @@ def refuse_url(path: str | os.PathLike[str]) -> Path:
 
 
 def local_file(path: str | os.PathLike[str]) -> Path:
-    """Return ``path`` as the path of an existing file."""
+    """Return ``path`` as the path of an existing file; the one in the cache for a name on the hub."""
+    if is_hub_name(path):
+        return hub_file(os.fspath(path))
     file = refuse_url(path)
     if file.is_dir():
         raise ACKDError(f"{file} is a folder; name the weight file in it")

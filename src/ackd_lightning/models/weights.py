@@ -156,7 +156,7 @@ def digest(path: str | os.PathLike[str]) -> str:
         path: Weight file.
     """
     found = hashlib.sha256()
-    with Path(path).open("rb") as stream:
+    with local_file(path).open("rb") as stream:
         while block := stream.read(1 << 20):
             found.update(block)
     return found.hexdigest()

@@ -536,6 +536,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         loss = weighted_loss(self.method, terms)
         if self.skips({**terms, "loss": loss}, before):
             return torch.zeros_like(loss)  # without a backward pass: Lightning refuses None with several processes
+        self.split_gradient(terms)
         self._last = student, teacher, batch
         self.log_terms(loss, terms, student, batch)
         return loss

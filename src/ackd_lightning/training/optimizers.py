@@ -18,7 +18,8 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.training.continuing import compare_optimizers, schedule_settings, take_settings
-from ackd_lightning.training.manual import ManualSteps, metric_missing
+from ackd_lightning.training.dot import DOT, TwoGradients
+from ackd_lightning.training.manual import metric_missing
 from ackd_lightning.training.schedule import (
     OptimizerFactory,
     Recipe,
@@ -33,7 +34,7 @@ from ackd_lightning.training.schedule import (
 from ackd_lightning.training.students import slow_parameters
 
 
-class OpenOptimizers(ManualSteps):
+class OpenOptimizers(TwoGradients):
     """A module whose optimizer and schedule are given, or returned by an overridden ``configure_optimizers``.
 
     Attributes:
@@ -64,13 +65,17 @@ class OpenOptimizers(ManualSteps):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip gradients by norm, after mixed precision has unscaled them."""
-        if self.recipe.gradient_clip_val is not None:
+        largest = self.recipe.gradient_clip_val
+        if largest is not None:
             parameters = [each for group in optimizer.param_groups for each in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.gradient_clip_val)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
+            if isinstance(optimizer, DOT):
+                optimizer.scale_distillation((largest / (norm + 1e-6)).clamp(max=1.0))  # as torch does
 
     def on_fit_start(self) -> None:
         """Compare the optimizers with those of a checkpoint whose state they will take."""
         super().on_fit_start()
+        self.begin_split()
         if self._resumed_optimizers and self.trainer.ckpt_path is not None:
             compare_optimizers(self._resumed_optimizers, self.trainer.optimizers)
         self._resumed_optimizers = []
@@ -299,12 +304,12 @@ def factory_of(given: Any) -> Any:
         given: A function, or ``class_path`` and ``init_args``.
 
     Raises:
-        ACKDError: If the plain data name a class outside ``torch.optim`` and ``timm.optim``.
+        ACKDError: If the plain data name a class outside ``torch.optim``, ``timm.optim`` and this package.
     """
     if not isinstance(given, Mapping):
         return given
     module, _, name = str(given["class_path"]).rpartition(".")
-    if module not in ("torch.optim", "torch.optim.lr_scheduler", "timm.optim"):
+    if module not in ("torch.optim", "torch.optim.lr_scheduler", "timm.optim", "ackd_lightning.training"):
         raise ACKDError(f"the checkpoint was trained with {given['class_path']}; pass that optimizer or schedule again")
     home = importlib.import_module(module)
     return functools.partial(getattr(home, name), **given["init_args"])

@@ -259,8 +259,9 @@ def describe_factory(factory: Any) -> dict[str, Any] | None:
         return None
     cls: type = found
     home: Any = torch.optim.lr_scheduler if issubclass(cls, LRScheduler) else torch.optim
-    if cls.__module__.startswith("timm.optim."):
-        home = importlib.import_module("timm.optim")
+    for package in ("timm.optim", "ackd_lightning.training"):
+        if cls.__module__.startswith(f"{package}."):
+            home = importlib.import_module(package)
     public = getattr(home, cls.__name__, None) is cls
     path = f"{home.__name__}.{cls.__name__}" if public else f"{cls.__module__}.{cls.__qualname__}"
     return {"class_path": path, "init_args": arguments}

@@ -15,9 +15,10 @@ from ackd_lightning.config.files import packaged_names
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.class_map import FEATURES_ONLY
+from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.teacher_base import NoLogitsError
 from ackd_lightning.models.teacher_config import TeacherConfig
-from ackd_lightning.models.weight_files import read_tensors
+from ackd_lightning.models.weight_files import local_file, read_tensors
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import Batch
@@ -125,7 +126,9 @@ def weight_file(config: TeacherConfig) -> str:
         raise ACKDError(
             f"teacher {config.network!r} has no weight file; set {file}teacher.pretrained to true for {remedy}"
         )
-    if not Path(config.weights).is_file():
+    if is_hub_name(config.weights):
+        local_file(config.weights)
+    elif not Path(config.weights).is_file():
         name = f"{Path(config.weights).stem}.yaml"
         known = name in packaged_names()
         remedy = f"train it with `ackd fit --config {name}`" if known else "set teacher.weights to an existing file"
@@ -139,7 +142,7 @@ def file_metadata(config: TeacherConfig) -> dict[str, str]:
     Args:
         config: Teacher given by name.
     """
-    if config.weights is None or not Path(config.weights).is_file():
+    if config.weights is None or not (is_hub_name(config.weights) or Path(config.weights).is_file()):
         return {}
     try:
         return read_metadata(config.weights)
@@ -190,7 +193,7 @@ def classes_in_file(name: str, weights: str, options: dict[str, Any] | None, num
     """
     one, two = (on_meta(name, count, options).state_dict() for count in (num_classes, num_classes + 1))
     heads = [key for key in one if one[key].shape != two[key].shape]
-    tensors, _ = read_tensors(Path(weights))
+    tensors, _ = read_tensors(local_file(weights))
     for key in heads:
         for stored, tensor in tensors.items():
             if (stored == key or stored.endswith(f".{key}")) and tensor.shape[1:] == one[key].shape[1:]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from ackd_lightning.commands.reproduce.planning import needs_teacher
 from ackd_lightning.commands.reproduce.results import lines
 from ackd_lightning.commands.reproduce.tables import choose, read_table, table_names
 from ackd_lightning.config.files import config_folder
@@ -35,6 +36,10 @@ class TestMistakes:
             (
                 {"rows": {"r": {"method": "ackdd"}}},
                 "row 'r' .* method 'ackdd', which does not exist; did you mean 'ackd",
+            ),
+            (
+                {"rows": {"kd+crdd": {}}},
+                "row 'kd.crdd' of own.yaml has the method 'crdd', which does not exist; .*'crd",
             ),
             ({"rows": {"kd": {"sets": {}}}}, "row 'kd' of own.yaml has no key 'sets'; did you mean 'set'"),
             ({"rows": {"kd": {"teacher": "uncle"}}}, "teacher 'uncle'; it must be one of teacher, early_stopped, assi"),
@@ -145,6 +150,7 @@ class TestChoice:
             ("table2", "dkd", ("dkd", "dkd", "teacher")),
             ("table7", "eskd", ("eskd", "kd", "early_stopped")),
             ("table6", "takd", ("takd", "kd", "assistant")),
+            ("table2", "kd+crd", ("kd+crd", "kd+crd", "teacher")),
         ],
     )
     def test_a_method_that_the_table_lacks_becomes_a_row(self, table, method, row):
@@ -210,3 +216,9 @@ def test_errors_are_shown_as_accuracies(name, row, shown):
     assert [(line.metric, line.paper) for line in content if line.row == row] == list(
         zip(["acc", "acc_top5"], shown, strict=True)
     )
+
+
+def test_a_row_may_be_a_sum_of_methods(here):
+    table = own_table(here, rows={"kd+crd": {}, "both": {"method": "wttm+rkd"}})
+    assert [row.method for row in table.rows.values()] == ["kd+crd", "wttm+rkd"]
+    assert all(needs_teacher(row) for row in table.rows.values())

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ackd_lightning.config.files import config_folder, describe_config, find_config, method_names, read_yaml
+from ackd_lightning.config.files import (
+    config_folder,
+    config_parts,
+    describe_config,
+    find_config,
+    method_names,
+    read_yaml,
+)
 from ackd_lightning.errors import ACKDError, near_matches
 
 TeacherKind = Literal["teacher", "early_stopped", "assistant", "itself"]
@@ -62,7 +69,7 @@ class Row:
 
     Attributes:
         name: Name, unique in the table.
-        method: Fragment of ``configs/methods``.
+        method: Fragment of ``configs/methods``, or several joined by ``+``, whose losses are added.
         teacher: The teacher, the early-stopped teacher, an assistant, or the student itself, trained alone before.
         label: Printed name.
         settings: Dotted settings of its runs.
@@ -185,11 +192,12 @@ def _row(name: str, given: Mapping[str, Any] | None, place: str) -> Row:
     _refuse_unknown(given, _ROW_KEYS, f"row {name!r} of {place}")
     _require_mapping(given.get("set"), f"`set` of row {name!r} of {place}")
     method, kind = str(given.get("method", name)), given.get("teacher", "teacher")
-    if f"{method}.yaml" not in method_names() and not Path(method).is_file():
-        raise ACKDError(
-            f"row {name!r} of {place} has the method {method!r}, which does not exist; "
-            f"{near_matches(str(method), [each.removesuffix('.yaml') for each in method_names()])}"
-        )
+    for part in config_parts(method):
+        if f"{part}.yaml" not in method_names() and not Path(part).is_file():
+            raise ACKDError(
+                f"row {name!r} of {place} has the method {part!r}, which does not exist; "
+                f"{near_matches(part, [each.removesuffix('.yaml') for each in method_names()])}"
+            )
     if kind not in TEACHER_KINDS:
         kinds = ", ".join(TEACHER_KINDS)
         raise ACKDError(f"row {name!r} of {place} has the teacher {kind!r}; it must be one of {kinds}")
@@ -253,7 +261,8 @@ def choose(table: TableSpec, pairs: Sequence[str], methods: Sequence[str]) -> tu
             raise ACKDError(f"{table.name} has no pair {pair!r}; {near_matches(pair, list(table.pairs))}")
     known = [*table.rows, *SCHEDULES, *(name.removesuffix(".yaml") for name in method_names())]
     for method in methods:
-        if method not in known:
-            raise ACKDError(f"--methods names {method!r}; {near_matches(method, known)}")
+        for part in [method] if method in known else config_parts(method):
+            if part not in known:
+                raise ACKDError(f"--methods names {part!r}; {near_matches(part, known)}")
     rows = [table.rows.get(name) or _row(name, None, table.name) for name in dict.fromkeys(methods or table.rows)]
     return [table.pairs[name] for name in dict.fromkeys(pairs or table.pairs)], rows

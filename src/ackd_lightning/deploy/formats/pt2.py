@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.deploy.formats.program import Opened, graph_of, quiet, unreadable
+from ackd_lightning.deploy.formats.pt2_safety import check_archive
+from ackd_lightning.errors import ACKDError
 
 DESCRIPTION = "description.json"
 """Name of the extra file with the metadata."""
@@ -29,23 +31,28 @@ def write(network: nn.Module, example: Tensor, path: Path, metadata: Mapping[str
         ACKDError: If torch.export refuses the network.
     """
     graph = graph_of(network, example, "pt2")
+    for node in graph.graph.nodes:
+        node.meta.pop("stack_trace", None)  # lines and folders of this machine
     with quiet(), path.open("wb") as stream:
         torch.export.save(graph, stream, extra_files={DESCRIPTION: json.dumps(dict(metadata))})
 
 
 def open_file(path: Path) -> Opened:
-    """Open a file with torch, on the CPU.
+    """Open a file with torch, on the CPU; nothing that it holds is unpickled or evaluated.
 
     Args:
         path: ``.pt2`` file.
 
     Raises:
-        ACKDError: If torch cannot read it.
+        ACKDError: If torch cannot read it, or it holds more than tensors and a graph of known operators.
     """
     extra = {DESCRIPTION: ""}
     try:
+        check_archive(path)
         with quiet():
             module = torch.export.load(path, extra_files=extra).module()
+    except ACKDError:
+        raise
     except Exception as error:  # of a damaged file, in any way
         raise unreadable(path, "a graph of torch.export", error) from error
     try:

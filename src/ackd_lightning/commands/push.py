@@ -1,0 +1,66 @@
+"""``ackd push``: send the student of a run to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from ackd_lightning.commands.student import check_data, read_student
+from ackd_lightning.deploy.checking import images_of, random_images
+from ackd_lightning.deploy.exporting import export, measured
+from ackd_lightning.deploy.formats.formats import FORMATS
+from ackd_lightning.deploy.hub import CARD, CONFIG, for_timm, model_card, push, require_token, write_config
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.hub import WEIGHTS, parse_repository
+from ackd_lightning.models.weight_files import tell
+from ackd_lightning.runs.files import Which, run_folder
+
+
+def push_command(
+    run: str,
+    repository: str,
+    *,
+    which: Which,
+    private: bool,
+    license_name: str,
+    check: Literal["data", "random"] = "data",
+    options: Sequence[str] = (),
+) -> None:
+    """Check the student on images of its data, and send weights, model card and configuration.
+
+    Args:
+        run: Run folder or checkpoint.
+        repository: ``USER/NAME`` on the hub.
+        which: Checkpoint of a run folder.
+        private: Whether a new repository is private.
+        license_name: Licence of the weights, by the hub's name.
+        check: Images that the file is compared on.
+        options: Options of the run's data, such as ``--data.root``.
+
+    Raises:
+        ACKDError: If the name is not one of a repository, there is no token, or the hub refuses it.
+    """
+    name, revision = parse_repository(repository)
+    if revision is not None:
+        raise ACKDError(f"{repository} names a revision, and a student is sent to the newest; leave it out")
+    student = read_student(run, which)
+    require_token(name)
+    if check == "random":
+        images = random_images(student.description)
+    else:
+        images = images_of(check_data(student.checkpoint, student.description, options))
+    reference = images.logits(student.network)
+    description = measured(student.description, images, reference)
+    report = run_folder(student.checkpoint) / "report.md"
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / each for each in (WEIGHTS, CARD, CONFIG)]
+        export(student.network, description, files[0], FORMATS["safetensors"], images=images, reference=reference)
+        text = report.read_text(encoding="utf-8") if report.is_file() else None
+        files[1].write_text(model_card(description, name, license_name=license_name, report=text), encoding="utf-8")
+        write_config(description, files[2])
+        url = push(files, name, private=private, message=f"{description.model}, {student.checkpoint.stem} epoch")
+    tell(f"{url}: {', '.join(each.name for each in files)}; licence {license_name}")
+    also = f', or timm.create_model("hf-hub:{name}", pretrained=True)' if for_timm(description) else ""
+    tell(f'load it with load_student("hf:{name}"){also}')
