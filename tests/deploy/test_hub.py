@@ -27,7 +27,7 @@ def call(folder: Path, url: str, code: str, *, token: str | None = None) -> subp
     """Run Python with the hub at a URL, or offline: huggingface_hub reads its address when it is imported."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     own = {
-        "HF_ENDPOINT": url,
+        **({"HF_HUB_OFFLINE": "1"} if url == "offline" else {"HF_ENDPOINT": url}),
         "HF_HOME": str(folder / "hf"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",

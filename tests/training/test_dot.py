@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -110,6 +111,15 @@ def test_clipped_gradients_are_split_in_the_same_proportion():
 def test_with_equal_momenta_it_is_sgd(make):
     ours, plain = fitted(make(), dot(delta=0.0))[0], fitted(make(), sgd())[0]
     assert largest_difference(state(ours), state(plain)) < 1e-4
+
+
+def test_scaled_losses_of_16_bit_training_are_unscaled_in_both_parts():
+    def net(optimizer):
+        half = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
+        return state(fitted(KD(), optimizer, plugins=[half])[0])
+
+    assert largest_difference(net(dot(delta=0.0)), net(sgd())) < 1e-3
+    assert largest_difference(net(dot(delta=0.08)), net(sgd())) > 1e-3
 
 
 def test_accumulated_gradients_are_those_of_the_larger_step():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 from ackd_lightning import ACKD, KD, ACKDError, DigitsDataModule, TeacherConfig, create_model, save_weights
 from ackd_lightning.cli import main
 from ackd_lightning.data import Augmentation
-from ackd_lightning.methods import AT, ATSC, CE, DKD
+from ackd_lightning.methods import AT, ATSC, CE, DIST, DKD, NKD, RLD, TTM, Sum
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.training import DOT
 from ackd_lightning.training import teacher_cache as cache
 from training.helpers import build, largest_difference, state, trainer
 
@@ -101,7 +103,18 @@ def test_a_fit_in_python_reads_the_cache_of_the_command(without):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [(KD, {"seed": 1}), (DKD, {}), (ACKD, {})], ids=["other seed", "dkd", "ackd"]
+    ("method", "options"),
+    [
+        (KD, {"seed": 1}),
+        (DKD, {}),
+        (ACKD, {}),
+        (DIST, {}),
+        (lambda: KD(standardize=True, entropy_temperature=3.0), {}),
+        (lambda: TTM(weighted=True), {}),
+        (lambda: Sum([NKD(), RLD()]), {}),
+        (KD, {"optimizer": functools.partial(DOT, lr=0.05)}),
+    ],
+    ids=["other seed", "dkd", "ackd", "dist", "weighted kd", "wttm", "sum", "dot"],
 )
 def test_other_seeds_and_methods_with_the_same_views_share_it(method, options):
     first, second = (fitted(method(), kept=kept, **options) for kept in ("kept", None))

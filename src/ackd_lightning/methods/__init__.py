@@ -12,6 +12,7 @@ from ackd_lightning.methods.crd import CRD
 from ackd_lightning.methods.dist import DIST
 from ackd_lightning.methods.dkd import DKD
 from ackd_lightning.methods.fitnet import FitNet
+from ackd_lightning.methods.itrd import ITRD
 from ackd_lightning.methods.kd import KD
 from ackd_lightning.methods.nkd import NKD
 from ackd_lightning.methods.one import ONE
@@ -23,6 +24,7 @@ from ackd_lightning.methods.sp import SP
 from ackd_lightning.methods.sum import Sum
 from ackd_lightning.methods.ttm import TTM
 from ackd_lightning.methods.vid import VID
+from ackd_lightning.methods.vkd import VkD
 
 __all__ = [
     "ACKD",
@@ -35,6 +37,7 @@ __all__ = [
     "CRD",
     "DIST",
     "DKD",
+    "ITRD",
     "KD",
     "NKD",
     "ONE",
@@ -50,4 +53,5 @@ __all__ = [
     "ReviewKD",
     "SemCKD",
     "Sum",
+    "VkD",
 ]

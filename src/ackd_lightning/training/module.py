@@ -317,7 +317,6 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             self.train()  # Lightning trains in the mode that it finds
         if self.absent:
             raise ACKDError(f"the teacher of the checkpoint was a network, which it does not hold; {_PASS_TEACHER}")
-        check_trained(self.student, self.student_config, self.start or self._started_from or self.trainer.ckpt_path)
         self.check_data(data)
         check_monitors(self)
         self.load_teacher()
@@ -500,6 +499,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
     def on_train_start(self) -> None:
         """Discard what an earlier fit has left."""
         super().on_train_start()
+        check_trained(self.student, self.student_config, self.start or self._started_from)  # a checkpoint is loaded now
         self.means.reset()
 
     def on_train_epoch_end(self) -> None:

@@ -1,0 +1,60 @@
+"""Losses on the golden logits equal those of the functions that the authors released."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ackd_lightning.methods import KD, NKD, RLD, TTM
+from ackd_lightning.methods.itrd import correlation_loss, mutual_information_loss
+from ackd_lightning.types import Batch, NetOutput
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RELEASED = json.loads((GOLDEN / "released_losses.json").read_text(encoding="utf-8"))
+with np.load(GOLDEN / "losses.npz") as arrays:
+    STUDENT, TEACHER, TARGET = (torch.from_numpy(arrays[name]) for name in ("logits_s", "logits_t", "target"))
+SHARE = 1 - 1 / STUDENT.shape[1]
+"""(K - 1) / K: the released standardisation divides by K - 1, so its logits are smaller by the root of this."""
+
+METHODS = {
+    ("rld", "default"): RLD(),
+    ("rld", "other"): RLD(alpha=0.5, beta=2.0, temperature=2.0, confidence_temperature=3.0),
+    ("ttm", "ttm"): TTM(temperature=10.0),
+    ("ttm", "wttm"): TTM(temperature=5.0, weighted=True),
+    ("nkd", "default"): NKD(),
+    ("nkd", "other"): NKD(temperature=2.0, gamma=1.0),
+    ("kd_ea", "kd_ea"): KD(entropy_temperature=3.0),
+}
+
+
+def value(method) -> float:
+    batch = Batch(torch.zeros(8, 3, 2, 2), TARGET, torch.arange(8))
+    terms = method(NetOutput(STUDENT), NetOutput(TEACHER), batch)
+    return next(term.item() for name, term in terms.items() if name != "ce")
+
+
+@pytest.mark.parametrize(("name", "case"), METHODS, ids=["-".join(each) for each in METHODS])
+def test_a_loss_of_logits(name, case):
+    assert value(METHODS[name, case]) == pytest.approx(RELEASED[name]["values"][case]["value"], rel=2e-4)
+
+
+def test_standardised_logits():
+    temperature = 2.0 / math.sqrt(SHARE)
+    found = value(KD(standardize=True, temperature=temperature)) * SHARE  # without the larger temperature squared
+    assert found == pytest.approx(RELEASED["kd_ls"]["values"]["kd_ls"]["value"], rel=2e-4)
+
+
+@pytest.mark.parametrize("alpha", [1.01, 1.5])
+def test_correlated_embeddings(alpha):
+    expected = RELEASED["itrd"]["values"][f"correlation_{alpha}"]["value"]
+    assert correlation_loss(STUDENT, TEACHER, alpha=alpha).item() == pytest.approx(expected, rel=2e-4)
+
+
+def test_mutual_information_of_embeddings():
+    expected = RELEASED["itrd"]["values"]["mutual"]["value"]
+    assert mutual_information_loss(STUDENT, TEACHER).item() == pytest.approx(expected, rel=1e-3)
