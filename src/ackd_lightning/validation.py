@@ -54,7 +54,7 @@ NonNegativeInt = Annotated[int, Range(0)]
 """A whole number that is 0 or more."""
 
 
-def check_arguments(owner: type, arguments: Mapping[str, Any]) -> None:
+def check_arguments(owner: type, arguments: Mapping[str, Any], *, named: type | None = None) -> None:
     """Refuse arguments that the annotations of a constructor do not allow.
 
     Checked are numbers (their kind and their `Range`), text, booleans, ``Literal`` choices, unions of these, and the
@@ -63,6 +63,7 @@ def check_arguments(owner: type, arguments: Mapping[str, Any]) -> None:
     Args:
         owner: Class whose constructor takes the arguments.
         arguments: Values by name of the argument.
+        named: Class that a message names, derived from ``owner``; None for ``owner`` itself.
 
     Raises:
         ACKDError: Naming the argument, its value, the class and the allowed values.
@@ -78,7 +79,7 @@ def check_arguments(owner: type, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         problem = _problem(value, hints[name]) if name in hints else None
         if problem is not None:
-            raise ACKDError(f"{name} is {value!r} in {owner.__name__}; it must be {problem}")
+            raise ACKDError(f"{name} is {value!r} in {(named or owner).__name__}; it must be {problem}")
 
 
 def checked(constructor: Callable[..., None]) -> Callable[..., None]:
@@ -93,7 +94,7 @@ def checked(constructor: Callable[..., None]) -> Callable[..., None]:
     def checking(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs).arguments
         owner = next(cls for cls in type(self).__mro__ if cls.__dict__.get("__init__") is checking)
-        check_arguments(owner, dict(list(bound.items())[1:]))
+        check_arguments(owner, dict(list(bound.items())[1:]), named=type(self))
         constructor(self, *args, **kwargs)
 
     return checking

@@ -97,6 +97,7 @@ def test_preprocessing_and_every_format(parts):
 def test_a_fine_tuned_student_computes_in_a_file_as_in_validation(parts):
     _, _, _, images = parts
     assert main(["export", str(TUNED), "--int8", "--format", "onnx", "--overwrite", "--check", "random"]) == 0
+    assert open_network(TUNED / "student.safetensors").description.origin["trained_for_int8"] == "x86"
     opened = open_network(TUNED / "student-last-int8.onnx")
     assert "fine-tuned" in str(opened.description.quantization)
     checkpoint = TUNED / "checkpoints" / "last.ckpt"
@@ -106,6 +107,15 @@ def test_a_fine_tuned_student_computes_in_a_file_as_in_validation(parts):
     inside, outside = images.logits(student), images.logits(opened.logits)
     assert float((inside.argmax(1) == outside.argmax(1)).float().mean()) > 0.98
     assert images.accuracy(inside) == pytest.approx(accuracy(PLAIN / "student.safetensors", images), abs=0.03)
+
+
+def test_the_test_set_and_a_longer_training_read_its_checkpoint(capsys):
+    assert main(["test", str(TUNED)]) == 0
+    longer = ["--config", "digits_resnet8.yaml", "--config", "qat.yaml", "--resume", str(TUNED)]
+    longer += ["--model.student.weights", str(PLAIN / "student.safetensors"), "--model.student.quantization", "x86"]
+    longer += ["--model.teacher.network", "resnet8", "--model.teacher.weights", str(PLAIN / "student.safetensors")]
+    assert main(["fit", *longer, "--trainer.max_epochs", "3", *QUIET]) == 0
+    assert read_checkpoint(TUNED / "checkpoints" / "last.ckpt")["epoch"] == 2
 
 
 def test_a_network_fine_tuned_for_other_kernels_is_refused(parts):

@@ -106,6 +106,16 @@ def test_images_that_are_not_read_are_counted(folder, place, said, caplog):
     assert said in caplog.text
 
 
+@pytest.mark.parametrize("name", ["x.png", "x", "x.txt"])
+@pytest.mark.parametrize("target", [None, "/dev/zero"])
+def test_pipes_and_devices_are_passed_over_with_a_line(folder, name, target, caplog):
+    path = folder / "train" / "cat" / name
+    os.mkfifo(path) if target is None else path.symlink_to(target)
+    with caplog.at_level(logging.WARNING):
+        assert made(folder).num_train_samples == 32
+    assert "1 pipe or device" in caplog.text
+
+
 def test_a_folder_that_cannot_be_read_is_refused(folder, monkeypatch):
     (folder / "train" / "cat" / "private").mkdir()
     scan = os.scandir

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import struct
 import zlib
 
@@ -251,3 +252,72 @@ def test_photos_of_phones(tmp_path):
     found = read_image(tmp_path / "x.heic", RGB)
     assert found.size == (64, 48)
     assert found.getpixel((30, 20))[0] > 180
+
+
+def grey_16_bits(path):
+    Image.fromarray(np.full((32, 32), 60_000, np.uint16)).save(path)
+
+
+def colours_16_bits(path):
+    path.write_bytes(png16(np.full((32, 32, 3), 60_000, np.uint16)))
+
+
+def grey_8_bits(path):
+    Image.fromarray(np.full((32, 32), 200, np.uint8)).save(path)
+
+
+def mixed(folder, first, rest):
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(4):
+                (first if (part, name, number) == ("train", "a", 0) else rest)(folder / part / name / f"{number}.png")
+
+
+def of_mixed(folder, **options):
+    usual = {"batch_size": 2, "val_fraction": 0.0, "image_size": 32, "num_workers": 0}
+    module = ImageFolderDataModule(folder, **{**usual, **options})
+    module.setup()
+    return module
+
+
+@pytest.mark.parametrize("size", [32, 80], ids=["decoded", "checked"])
+@pytest.mark.parametrize(
+    ("first", "rest", "said"),
+    [
+        (grey_8_bits, grey_16_bits, "more than 8 bits and are reduced"),
+        (grey_8_bits, colours_16_bits, "more than 8 bits and are reduced"),
+        (grey_16_bits, grey_8_bits, "8 bits; they are read as they are"),
+    ],
+)
+def test_images_of_another_depth_than_the_first_are_counted_every_time(tmp_path, first, rest, said, size, caplog):
+    mixed(tmp_path, first, rest)
+    for _ in range(2):  # the second one reads the cache
+        caplog.clear()
+        of_mixed(tmp_path, image_size=size)
+        assert re.search(rf"7 of 8 images in .*train.*{said}", caplog.text)
+        assert re.search(rf"8 of 8 images in .*test.*{said}", caplog.text)
+
+
+@pytest.mark.parametrize(("first", "rest"), [(grey_8_bits, grey_16_bits), (grey_16_bits, grey_8_bits)])
+def test_a_range_of_values_for_images_of_several_depths_is_refused(tmp_path, first, rest):
+    mixed(tmp_path, first, rest)
+    with pytest.raises(ACKDError, match="value_range"):
+        of_mixed(tmp_path, value_range=(0, 4095))
+
+
+@pytest.mark.parametrize("kind", ["tif", "npy"])
+def test_pixels_that_are_not_numbers_are_counted(tmp_path, kind):
+    pixels, path = np.full((4, 4), 0.5, np.float32), tmp_path / f"x.{kind}"
+    pixels[0, :3] = np.nan
+    np.save(path, pixels) if kind == "npy" else Image.fromarray(pixels).save(path)
+    with pytest.raises(ACKDError, match=rf"x\.{kind} has 3 pixels that are NaN"):
+        read_image(path, GREY)
+    found = values(path, ImageFormat((4, 4), 1, (0.0, 1.0), deep=True))  # what the message proposes
+    assert found[0, 0].tolist() == [0.0, 0.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(("argument", "value"), [("image_size", -3), ("channels", 99), ("cache", "maybe")])
+def test_a_wrong_argument_names_the_class_that_was_given_it(tmp_path, argument, value):
+    with pytest.raises(ACKDError, match=rf"{argument} is .* in ImageFolderDataModule"):
+        ImageFolderDataModule(tmp_path, **{argument: value})

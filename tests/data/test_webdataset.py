@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
 
@@ -247,3 +248,17 @@ def test_more_processes_than_shards_and_predictions_are_refused(shards, monkeypa
     monkeypatch.setattr(module, "_world", lambda: (3, 0))
     with pytest.raises(ACKDError, match="2 shards for 3 processes"):
         module.setup()
+
+
+@pytest.mark.parametrize(("types", "refused"), [("uint8 uint16", True), ("uint16 uint8", False)])
+def test_an_image_of_more_bits_than_the_first_is_refused(tmp_path, types, refused):
+    for part in ("train", "test"):
+        samples = []
+        for number in range(4):
+            buffer = io.BytesIO()
+            np.save(buffer, np.full((32, 32), 200, types.split()[number > 0]))
+            samples += [(f"{number}.npy", buffer.getvalue()), (f"{number}.cls", str(number % 2).encode())]
+        write_shard(tmp_path / f"{part}-0.tar", samples)
+    module = made(tmp_path, channels=1, train="train-0.tar", image_size=32, batch_size=2)
+    with pytest.raises(ACKDError, match="more than 8 bits") if refused else contextlib.nullcontext():
+        assert len(epoch(module)) == 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from pathlib import Path
 
+import lightning.pytorch as L
 import pytest
 
 from ackd_lightning.errors import ACKDError
@@ -181,3 +183,12 @@ def test_what_is_not_there_in_a_sum(option, words, tmp_path):
 )
 def test_a_value_of_another_kind_is_said_with_the_path(option, kind):
     assert kind in refusal(option)
+
+
+@pytest.mark.parametrize("name", ["limit_val_batches", "overfit_batches", "val_check_interval", "limit_train_batches"])
+@pytest.mark.parametrize(("given", "read"), [("1", 1), ("1.0", 1.0), ("0.5", 0.5)])
+def test_a_whole_number_of_batches_is_not_a_share(name, given, read, monkeypatch):
+    """Whatever order ``typing`` has stored Lightning's union in: 1 is one batch, 1.0 is all of them."""
+    monkeypatch.setitem(inspect.unwrap(L.Trainer.__init__).__annotations__, name, float | int | None)
+    found = ACKDCLI("fit", [*CE, f"--trainer.{name}", given]).option(f"trainer.{name}")
+    assert repr(found) == repr(read)

@@ -138,6 +138,15 @@ def test_tensors_keep_their_names_and_the_float_network_is_the_plain_one():
     assert head_names(student) == ("body.fc",)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_shapes_of_the_state_do_not_change(backend):
+    student = FakeQuantized(trained(), backend, 16).train()
+    before = {key: each.shape for key, each in student.state_dict().items()}
+    student(images())
+    assert {key: each.shape for key, each in student.state_dict().items()} == before
+    assert student.has_ranges
+
+
 def test_evaluation_changes_no_range():
     student = FakeQuantized(trained(), "x86", 16).train()
     student(images())

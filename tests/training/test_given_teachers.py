@@ -290,7 +290,7 @@ def test_the_gate_asks_for_another_order(order):
     with pytest.raises(ACKDError, match=r"another order.*class_map") as caught:
         fitted(module, ManyBlobs())
     assert repr(NAMES[moved]) in str(caught.value)
-    assert f"--model.teacher.class_map '{[order.index(place) for place in range(4)]}'" in str(caught.value)
+    assert f"teacher.class_map '{[order.index(place) for place in range(4)]}'" in str(caught.value)
     with pytest.warns(UserWarning, match="another order"):
         fitted(built(teaching(Oracle(order), gate="warn")), ManyBlobs())
 
@@ -427,3 +427,30 @@ def test_the_key_of_a_cache_has_all_that_changes_the_logits():
     ]
     assert len(set(several)) == len(several)
     assert key(config()) == several[0]
+
+
+class FixedBatch(nn.Module):
+    """Reads one number of images at a time."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count, self.network = count, TinyNet()
+
+    def forward(self, image):
+        return self.network(image.reshape(self.count, 3, SIZE, SIZE))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 16])
+@pytest.mark.parametrize("exported", [False, True], ids=["own", "torch.export"])
+def test_a_teacher_of_a_fixed_number_of_images_is_refused(count, exported):
+    teacher = FixedBatch(count).eval()
+    if exported:
+        teacher = torch.export.export(teacher, (torch.randn(count, 3, SIZE, SIZE),)).module()
+    with pytest.raises(ACKDError, match=f"runs on {count}\\b"):
+        built(teacher)
+
+
+def test_an_exported_teacher_of_any_number_of_images_works():
+    network, dim = TinyNet().eval(), torch.export.Dim("batch")
+    graph = torch.export.export(network, (torch.randn(2, 3, SIZE, SIZE),), dynamic_shapes=({0: dim},)).module()
+    fitted(built(teaching(graph, gate="off")))

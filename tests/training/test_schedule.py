@@ -24,7 +24,8 @@ from torch.optim.lr_scheduler import (
 
 from ackd_lightning import ACKD, KD, ACKDError, ACKDModule, DistillationModule, Recipe
 from ackd_lightning.data.sampling import EpochSampler, ResumableLoader
-from ackd_lightning.methods import CE
+from ackd_lightning.methods import CE, CRD
+from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.training.schedule import WarmUp, build_scheduler, describe_factory, step_scheduler
 from training.helpers import BadImages, Blobs, TinyNet, build, largest_difference, module, state, trainer
 from training.test_nonfinite import skipping
@@ -492,6 +493,46 @@ def test_a_tiny_net_trains_with_defaults():
     run.fit(DistillationModule(TinyNet(), data=build(CE()).data), datamodule=Blobs())
     assert isinstance(run.optimizers[0], SGD)
     assert rates_of(run) == [[0.1]]
+
+
+class StudentAlone(ACKDModule):
+    def configure_optimizers(self):
+        return SGD(self.student.parameters(), lr=0.01)
+
+
+class BackboneAlone(DistillationModule):
+    def configure_optimizers(self):
+        return [AdamW(self.student.backbone.parameters(), lr=0.01)], []
+
+
+class WithoutFirstLayer(DistillationModule):
+    def configure_optimizers(self):
+        return {"optimizer": SGD([each for each in self.student.parameters() if each.ndim < 4], lr=0.01)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "named"),
+    [
+        (StudentAlone, ACKD(), "attention"),
+        (StudentAlone, ACKD(discriminator_lr=0.07), "attention"),
+        (BackboneAlone, ACKD(attention="off"), "student"),
+        (WithoutFirstLayer, KD(), "student"),
+        (BackboneAlone, CRD(negatives=8), "method"),
+    ],
+)
+def test_parameters_that_no_optimizer_gets_are_named(kind, method, named):
+    net = build(method, kind=kind)
+    net.trainer = trainer(max_epochs=1)
+    with pytest.warns(UserWarning, match=rf"{kind.__name__}.* leaves .*{named} \([\d,]+ parameters\)"):
+        net.configure_optimizers()
+
+
+@pytest.mark.parametrize("kind", [Own, StudentAlone])
+def test_parameters_that_all_have_an_optimizer_or_are_frozen_are_not_named(kind, recwarn):
+    net = build(KD(), kind=kind, student=StudentConfig(TinyNet(), freeze=["stem"]))
+    net.trainer = trainer(max_epochs=1)
+    net.configure_optimizers()
+    assert not [each for each in recwarn if "without an optimizer" in str(each.message)]
 
 
 class Mixin:

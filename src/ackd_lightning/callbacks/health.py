@@ -97,13 +97,13 @@ class TeacherGate(L.Callback):
         if order is not None:
             problem += f" and would have {order.accuracy:.2%} with {order.words(module.data.class_names)}"
             short = classes <= _LONGEST_ORDER
-            where = f" as --model.teacher.class_map '{json.dumps(order.places)}'" if short else " in teacher.class_map"
+            where = f" as teacher.class_map '{json.dumps(order.places)}'" if short else " in teacher.class_map"
             remedy = f"are its classes in another order? if so, give it{where}"
         else:
             remedy = "check its weight file, normalisation and class order"
         sentence = f"teacher {name} {problem}; {remedy}"
         if self.stop:
-            raise ACKDError(f"{sentence}, or pass --model.teacher.gate warn")
+            raise ACKDError(f"{sentence}, or set teacher.gate to warn")
         rank_zero_warn(sentence)
 
     @staticmethod

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from ackd_lightning.data.decoding import broken_image
+from ackd_lightning.data.messages import say
 from ackd_lightning.data.sources import Pixels
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def fingerprint(paths: Sequence[Path], root: Path, *settings: object) -> str:
@@ -106,8 +107,12 @@ def cached(path: Path | None, mark: str, make: Callable[[], Pixels]) -> Pixels:
         make: Function that decodes the sources.
     """
     if path is not None and (content := read_cache(path, mark)) is not None:
+        if content["note"]:
+            say(content["note"])
         return Pixels(tuple(content["class_names"]), content["images"], content["targets"])
     pixels = make()
+    if pixels.note:
+        say(pixels.note)
     if path is not None:
         save_cache(
             path,
@@ -116,6 +121,7 @@ def cached(path: Path | None, mark: str, make: Callable[[], Pixels]) -> Pixels:
                 "class_names": list(pixels.class_names),
                 "images": pixels.images,
                 "targets": pixels.targets,
+                "note": pixels.note,
             },
         )
     return pixels

@@ -35,7 +35,7 @@ class CustomImagesDataModule(StoredDataModule):
     Up to 64 pixels the images are decoded once, kept in memory and augmented by zero-padded crop and mirror image (an
     image of another size is resized until it covers the input, and cropped in the centre); larger ones are read by
     worker processes with random resized crops. A photo is turned as its camera states (EXIF). Images of more than 8
-    bits are kept as float32; the first training image decides.
+    bits are kept as float32; the first training image decides, and a line says how many images have another depth.
 
     Args:
         root: Folder of the data.
@@ -45,8 +45,8 @@ class CustomImagesDataModule(StoredDataModule):
         mean: Mean of each channel, of pixels in 0 to 1. By default ImageNet's, their average for grey images; needed
             for any other number of channels.
         std: Standard deviation of each channel, as ``mean``.
-        value_range: Pixel values that become 0 and 1, such as [0, 4095] for 12 bits in files of 16. None for the range
-            of the file's type: 255 for 8 bits, 65535 for 16 bits, 0 to 1 for floats.
+        value_range: Pixel values that become 0 and 1, such as [0, 4095] for 12 bits in files of 16; NaN becomes 0.
+            None for the range of the file's type: 255 for 8 bits, 65535 for 16 bits, 0 to 1 for floats.
         background: Colour that shows through transparent pixels: a name, or ``#rrggbb``.
         options: Argument ``cache``, and those of [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
     """

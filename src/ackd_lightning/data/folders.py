@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -78,12 +79,13 @@ class Walk:
         hidden: Number of hidden images.
         loose: Number of images that lie beside the class folders.
         links: Number of links to a folder that was read already.
+        special: Number of pipes, sockets and device files, which are never opened.
         others: Number of other files by their ending.
     """
 
     def __init__(self) -> None:
         self.folders: Counter[str] = Counter()
-        self.hidden = self.loose = self.links = 0
+        self.hidden = self.loose = self.links = self.special = 0
         self.others: Counter[str] = Counter()
         self._endings = extensions()
 
@@ -131,6 +133,9 @@ class Walk:
             return False
         if name.lower() in _SYSTEM_FILES or _OURS.fullmatch(name):
             return False
+        if _is_special(here / name):
+            self.special += 1
+            return False
         ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
         if ending in self._endings or (not ending and _looks_like_image(here / name)):
             return True
@@ -156,6 +161,8 @@ class Walk:
             parts.append(f"{self.hidden:,} hidden {'images' if self.hidden > 1 else 'image'}")
         if self.loose:
             parts.append(f"{self.loose:,} {'images' if self.loose > 1 else 'image'} beside the class folders")
+        if self.special:
+            parts.append(f"{self.special:,} {'pipes or devices' if self.special > 1 else 'pipe or device'}")
         if self.links:
             parts.append(f"{self.links:,} links to folders that were read already")
         if parts:
@@ -168,6 +175,14 @@ def _unreadable(error: OSError) -> None:
         f"the folder {error.filename} cannot be read ({error.strerror}): give yourself access, or move it out of the "
         "data"
     ) from error
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is neither a file nor a folder: reading it may never end."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False  # a link to nothing is reported as a file that cannot be read
 
 
 def _looks_like_image(path: Path) -> bool:

@@ -35,7 +35,8 @@ class ImageFormat:
         size: Height and width in pixels.
         channels: Number of channels. Files with another number are converted to 1 (grey) or 3 (RGB); any other number
             must be that of the files.
-        value_range: Pixel values that become 0 and 1; values outside are clipped. None for the range of the file's
+        value_range: Pixel values that become 0 and 1; values outside are clipped, and NaN
+            becomes 0. None for the range of the file's
             own type: 255 for 8 bits, 65535 for 16 bits, 0 to 1 for floats.
         background: Colour that shows through transparent pixels, where alpha is not a channel.
         deep: Whether pixels are kept as float32 from 0 to 1, instead of uint8.
@@ -166,6 +167,11 @@ def _scaled(array: NDArray[Any], form: ImageFormat, name: str) -> NDArray[np.flo
     if array.dtype in (np.uint8, np.uint16):
         values /= 255 if array.dtype == np.uint8 else _DEPTH
         return values
+    if missing := int(np.isnan(values).sum()):
+        raise ACKDError(
+            f"{name} has {missing:,} pixels that are NaN: replace them, or set value_range to [lowest, highest], with "
+            "which NaN becomes 0"
+        )
     low, high = float(values.min()), float(values.max())
     if array.dtype.kind == "f" and low >= 0 and high <= 1:
         return values

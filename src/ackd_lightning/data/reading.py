@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -14,16 +15,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
 from ackd_lightning.data.decoding import BROKEN, Encoded, ImageFile, has_deep_colours, label, load_image, stream
-from ackd_lightning.data.messages import on_first_process
-from ackd_lightning.data.pixels import ImageFormat, convert, fit, largest_value, require_full_range, to_tensor
+from ackd_lightning.data.messages import on_first_process, say
+from ackd_lightning.data.pixels import ImageFormat, convert, fit, is_deep, largest_value, require_full_range, to_tensor
 from ackd_lightning.data.sources import Files, Pixels, Records
+from ackd_lightning.errors import ACKDError
 
 _PLAIN = ("RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "YCbCr")
 _WITH_PROGRESS = 2000
 """Number of images from which a progress bar is shown."""
 
+Found = TypeVar("Found")
 
-def run_over(paths: Sequence[object], work: Callable[[int], int | None], what: str) -> list[int | None]:
+
+class Depth(NamedTuple):
+    """Depth of an image file.
+
+    Attributes:
+        deep: Whether it has more than 8 bits.
+        largest: Largest value of an image of 16 bits without sign; None for any other.
+    """
+
+    deep: bool = False
+    largest: int | None = None
+
+
+def run_over(paths: Sequence[object], work: Callable[[int], Found], what: str) -> list[Found]:
     """Call ``work(position)`` for every file on a few threads, with a progress bar for many files on a terminal.
 
     Args:
@@ -37,7 +53,7 @@ def run_over(paths: Sequence[object], work: Callable[[int], int | None], what: s
     show = len(paths) >= _WITH_PROGRESS and sys.stderr.isatty() and on_first_process()
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     threads = min(16, os.cpu_count() or 1)
-    found: list[int | None] = []
+    found: list[Found] = []
     with Progress(*columns, disable=not show, transient=True) as bar, ThreadPoolExecutor(threads) as pool:
         task = bar.add_task(what, total=len(paths))
         try:
@@ -62,23 +78,38 @@ def decode(files: Files | Records, form: ImageFormat) -> Pixels:
     """
     images = torch.empty(len(files), form.channels, *form.size, dtype=form.dtype)
 
-    def work(position: int) -> int | None:
+    def work(position: int) -> Depth:
         file = files.file(position)
         raw = load_image(file)
         images[position] = to_tensor(fit(convert(raw, form, label(file)), form.size), form)
-        return largest_value(raw)
+        return Depth(is_deep(raw), largest_value(raw))
 
-    _check_depth(files, run_over(range(len(files)), work, f"reading {files.root.name}"), form)
-    return Pixels(files.class_names, images, files.targets)
+    note = _check_depth(files, run_over(range(len(files)), work, f"reading {files.root.name}"), form)
+    return Pixels(files.class_names, images, files.targets, note=note)
 
 
-def _check_depth(files: Files | Records, largest: list[int | None], form: ImageFormat) -> None:
-    """Refuse 16-bit images none of which uses more than 12 bits."""
+def _check_depth(files: Files | Records, depths: list[Depth], form: ImageFormat) -> str:
+    """Refuse 16-bit images none of which uses more than 12 bits, and a range of values for images of several depths.
+
+    Returns:
+        A sentence about images of another depth than the format's; empty if there are none.
+    """
+    values = {position: each.largest for position, each in enumerate(depths) if each.largest is not None}
+    if values and form.value_range is None:
+        require_full_range(list(values.values()), label(files.file(next(iter(values)))))
+    others = [position for position, each in enumerate(depths) if each.deep != form.deep]
+    if not others:
+        return ""
+    these = f"{len(others):,} of {len(depths):,} images in {files.root}, such as {label(files.file(others[0]))}, have"
     if form.value_range is not None:
-        return
-    deep = {position: value for position, value in enumerate(largest) if value is not None}
-    if deep:
-        require_full_range(list(deep.values()), label(files.file(next(iter(deep)))))
+        here, there = ("8 bits", "more") if form.deep else ("more than 8 bits", "8")
+        raise ACKDError(
+            f"{these} {here} and the first training image has {there}, so value_range {list(form.value_range)} cannot "
+            "be right for both: store all images with the same depth"
+        )
+    if form.deep:
+        return f"{these} 8 bits; they are read as they are, so that their 255 is as bright as 65535 of 16 bits"
+    return f"{these} more than 8 bits and are reduced to 8 bits, which the first training image has"
 
 
 def paths_of(files: Files | Records) -> tuple[Path, ...]:
@@ -90,7 +121,7 @@ def paths_of(files: Files | Records) -> tuple[Path, ...]:
     return files.paths if isinstance(files, Files) else ()
 
 
-def check_image_file(file: ImageFile, form: ImageFormat) -> int | None:
+def check_image_file(file: ImageFile, form: ImageFormat) -> Depth:
     """Check for a broken image by its header and end marker, without decoding it; decode it only when in doubt.
 
     Args:
@@ -98,16 +129,16 @@ def check_image_file(file: ImageFile, form: ImageFormat) -> int | None:
         form: What it becomes.
 
     Returns:
-        Largest value of an image of 16 bits; None for any other.
+        Its depth.
 
     Raises:
         ACKDError: If the file is empty, not an image, cut off, or does not fit the format.
     """
     if _ends_well(file, form):
-        return None
+        return Depth()
     raw = load_image(file)
     convert(raw, form, label(file))
-    return largest_value(raw)
+    return Depth(is_deep(raw), largest_value(raw))
 
 
 def _ends_well(file: ImageFile, form: ImageFormat) -> bool:
@@ -146,12 +177,14 @@ def check_files(files: Files | Records, form: ImageFormat, mark: str, cache: Pat
     Raises:
         ACKDError: For the first broken file.
     """
-    stamp = fingerprint(paths_of(files), files.root, "checked", form.channels, form.value_range, mark)
-    if cache is not None and read_cache(cache, stamp) is not None:
-        return
-    found = run_over(
-        range(len(files)), lambda row: check_image_file(files.file(row), form), f"checking {files.root.name}"
-    )
-    _check_depth(files, found, form)
-    if cache is not None:
-        save_cache(cache, {"fingerprint": stamp})
+    stamp = fingerprint(paths_of(files), files.root, "checked", form.channels, form.value_range, form.deep, mark)
+    content = None if cache is None else read_cache(cache, stamp)
+    if content is None:
+        found = run_over(
+            range(len(files)), lambda row: check_image_file(files.file(row), form), f"checking {files.root.name}"
+        )
+        content = {"fingerprint": stamp, "note": _check_depth(files, found, form)}
+        if cache is not None:
+            save_cache(cache, content)
+    if content["note"]:
+        say(content["note"])

@@ -16,9 +16,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ackd_lightning.data.augmentation import ImageAugmentation
 from ackd_lightning.data.datasets import EVAL_BORDER, augmented_crop
-from ackd_lightning.data.decoding import Encoded, read_image
+from ackd_lightning.data.decoding import Encoded, load_image
 from ackd_lightning.data.folders import extensions
-from ackd_lightning.data.pixels import ImageFormat, fit, to_tensor
+from ackd_lightning.data.pixels import ImageFormat, convert, fit, is_deep, to_tensor
 from ackd_lightning.data.sampling import STREAM_SHUFFLE, STREAM_TRANSFORM, ImageLoader
 from ackd_lightning.data.transforms import RawBatch
 from ackd_lightning.errors import ACKDError
@@ -160,7 +160,14 @@ class Shards(IterableDataset[RawBatch]):
         target = self.form.target(sample.get(self.form.label_key), place)
         index = key_hash(f"{sample['__key__']}")
         form = self.form.image
-        image = read_image(Encoded(f"{place}.{ending}", sample[ending]), form)
+        raw = load_image(Encoded(f"{place}.{ending}", sample[ending]))
+        if is_deep(raw) != form.deep and (not form.deep or form.value_range is not None):
+            here, there = ("8 bits", "more") if form.deep else ("more than 8 bits", "8")
+            raise ACKDError(
+                f"{place} has {here} and the first image of the training shards has {there}: write shards of images "
+                "with the same depth"
+            )
+        image = convert(raw, form, f"{place}.{ending}")
         if epoch >= 0 and (self.form.crop or self.form.change is not None):
             cropped = augmented_crop(
                 image, form, mix(self.seed, epoch, index, STREAM_TRANSFORM), self.form.smallest_crop

@@ -130,12 +130,14 @@ class Pixels:
         images: ``N x C x H x W`` uint8, or float32 from 0 to 1.
         targets: ``N`` int64 class indices, -1 for an image without a label.
         names: Paths of the files, relative to the folder of the data; None for images that are not files.
+        note: What was converted, in a sentence; empty for nothing.
     """
 
     class_names: tuple[str, ...]
     images: Tensor
     targets: Tensor
     names: tuple[str, ...] | None = None
+    note: str = ""
 
 
 Source = Files | Records | Pixels

@@ -12,7 +12,18 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.types import ImageSize, height_width
 
-ORIGIN = ("method", "teacher", "data", "seed", "epochs", "weights", "started_from", "frozen", "date")
+ORIGIN = (
+    "method",
+    "teacher",
+    "data",
+    "seed",
+    "epochs",
+    "weights",
+    "started_from",
+    "frozen",
+    "trained_for_int8",
+    "date",
+)
 """Entries about the training of a network, in the order in which they are printed."""
 
 

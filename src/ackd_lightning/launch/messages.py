@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import loggers
+from lightning.pytorch import callbacks, loggers, profilers
 
 from ackd_lightning.config.files import read_config, walk
 from ackd_lightning.errors import ACKDError, near_matches
@@ -212,10 +212,24 @@ def shorten(refused: RefusedError, given: Given, *, around: str = "") -> str:
     if re.fullmatch(r"[-+.]*(nan|inf)", stated, re.IGNORECASE):
         kinds = [each.replace("a number", "a finite number") for each in kinds if each != _CLASS]
     name = _plain(given.place(key[1])) or key[1]
+    if "a number" in kinds and not stated.startswith("{"):
+        kinds.remove(_CLASS) if _CLASS in kinds else None
+    hint = _near_class(key[1], stated) if _CLASS in kinds else ""
     if stated.endswith("Logger"):
         known = sorted(name for name in vars(loggers) if name.endswith("Logger") and name != "Logger")
         kinds = [f"one of {', '.join(known)}, or {_CLASS.replace('a class', 'another class')}"]
-    return f"setting {name}{shown}; it must be {' or '.join(kinds)[:300]}{given.at(key[1])}"
+    return f"setting {name}{shown}; it must be {' or '.join(kinds)[:300]}{hint}{given.at(key[1])}"
+
+
+def _near_class(setting: str, stated: str) -> str:
+    """Propose a class of Lightning's whose name is like the one that a setting of the Trainer names."""
+    home = {"trainer.callbacks": callbacks, "trainer.logger": loggers, "trainer.profiler": profilers}
+    name = stated.rpartition(".")[2]
+    for place, module in home.items():
+        near = near_matches(name, module.__all__) if setting == place else ""
+        if near.startswith("did"):
+            return f"; {near}"
+    return ""
 
 
 def _missing(names: str, given: Given, around: str) -> str:

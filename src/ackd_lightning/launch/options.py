@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from dataclasses import asdict
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import lightning.pytorch as L
 import torch
@@ -63,6 +65,17 @@ class Parser(LightningArgumentParser):
         names = {action.dest for action in self._actions}
         return {each for each in names if not each.endswith(("help", "==SUPPRESS=="))} - {"model.data"}
 
+    def whole_numbers_first(self) -> None:
+        """Read 1 as a whole number wherever whole numbers and shares are allowed: 1 batch is not 1.0, all of them.
+
+        ``typing`` caches unions without their order, so that Lightning's own order depends on what was imported before.
+        """
+        for action in self._actions:
+            kinds = get_args(getattr(action, "_typehint", None))
+            if int in kinds and float in kinds[: kinds.index(int)]:
+                ordered = sorted(kinds, key=lambda kind: kind is not int)
+                vars(action)["_typehint"] = functools.reduce(operator.or_, ordered)
+
 
 def data_parser() -> Parser:
     """Make a parser of the data module alone."""
@@ -114,6 +127,7 @@ def make_parser(command: str) -> Parser:
             parser.add_argument(f"--{name}", help=text, **_KINDS.get(name, _TEXT))
     if command == "predict":
         parser.add_argument("--output", type=str, default="predictions.csv", help="CSV file for the predictions")
+    parser.whole_numbers_first()
     return parser
 
 

@@ -95,7 +95,7 @@ def _check_value(value: Any, cls: type, place: str, given: Given) -> None:
                 if "__init__" not in vars(owner) or not owner.__module__.startswith("ackd_lightning."):
                     continue
                 try:
-                    check_arguments(owner, {name: argument})
+                    check_arguments(owner, {name: argument}, named=cls)
                 except ACKDError as error:
                     raise ACKDError(f"{error}{given.at(f'{place}.{name}') or f' ({place}.{name})'}") from None
                 for inner in declared(owner, name):

@@ -9,7 +9,13 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Checkpoint,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ProgressBar,
+)
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
@@ -64,6 +70,11 @@ def make_trainer(cli: ACKDCLI, folder: Path, *, copy_to: Path | None = None) -> 
         raise ACKDError(
             f"LearningRateFinder finds the rate of one optimizer, and method {type(cli.model.method).__name__} has "
             "further ones; leave it out of trainer.callbacks"
+        )
+    if any(isinstance(each, BackboneFinetuning) for each in callbacks):
+        raise ACKDError(
+            "BackboneFinetuning freezes an attribute `backbone`, which this package's modules do not have; use "
+            "--model.student.freeze or --model.student.backbone_lr_scale"
         )
     if not fit:
         settings["logger"] = settings["enable_checkpointing"] = False

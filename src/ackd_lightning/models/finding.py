@@ -264,7 +264,7 @@ def check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize, chann
     if plan.classifier is not None:
         called = record.calls.get(plan.classifier)
         scores = None if called is None else first_tensor(called.value)
-        if scores is None or tuple(scores.flatten(1).shape) != tuple(record.logits.shape):
+        if scores is None or tuple(scores.shape[:2]) != tuple(record.logits.shape):  # a map is averaged later
             raise ACKDError(
                 f"the stage plan of {name} names the classifier {plan.classifier!r}, which does not return the logits; "
                 "name the one that does, or None"

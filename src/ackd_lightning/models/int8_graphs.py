@@ -99,11 +99,31 @@ def prepare(
             for module, mode in modes.items():
                 module.training = mode
     assert network.training == before
+    if training:
+        _size_ranges(prepared)
     if not _observers(prepared):
         raise ACKDError(
             f"{name_of(network)} has no layer that {backend} computes in int8; choose another network or backend"
         )
     return prepared
+
+
+def _size_ranges(graph: GraphModule) -> None:
+    """Give the ranges of weights their shape now and not in the first step, so that every state dict has it."""
+    for node in graph.graph.nodes:
+        each = graph.get_submodule(node.target) if node.op == "call_module" else None
+        if each is None or not getattr(each, "is_per_channel", False) or not hasattr(each, "fake_quant_enabled"):
+            continue
+        quantizer: Any = each
+        channels = node.args[0].meta["val"].shape[quantizer.ch_axis]
+        observer = quantizer.activation_post_process
+        for owner, name, value in (
+            (quantizer, "scale", 1),
+            (quantizer, "zero_point", 0),
+            (observer, "min_val", float("inf")),
+            (observer, "max_val", float("-inf")),
+        ):
+            getattr(owner, name).resize_(channels).fill_(value)
 
 
 def _quantizer(backend: Backend, *, training: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.copies import image_channels
+from ackd_lightning.models.copies import examples, image_channels
 from ackd_lightning.models.finding import probe
 from ackd_lightning.types import DataInfo, ImageSize, height_width
 
@@ -21,6 +22,9 @@ Interpolation = Literal["nearest", "bilinear", "bicubic"]
 _LUMINANCE = (0.299, 0.587, 0.114)
 _SIDES = (32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 299, 320, 384, 448, 512)
 """Sizes that are tried on a network that cannot read the data's."""
+
+_BATCHES = (1, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 50, 64, 100, 128, 256)
+"""Numbers of images that are tried on a network that does not run on two."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,11 @@ def usable_size(
     if size is not None and given is None:
         return size
     words = f"{name} cannot read images of {_words(wanted)} pixels ({problem})"
+    if size is None and (count := _only_batch(network, wanted, channels)) is not None:
+        raise ACKDError(
+            f"{name} runs on {count} {'images' if count > 1 else 'image'} at once and on no other number ({problem}); "
+            "let it read batches of any size (torch.export: give dynamic_shapes)"
+        )
     if size is None:
         raise ACKDError(f"{words}, nor of any other size that was tried; check its forward")
     sizes = dict.fromkeys([_words(size), *_readable(network, channels)])
@@ -176,6 +185,17 @@ def _problem(network: nn.Module, size: ImageSize, channels: int) -> str | None:
     except Exception as error:  # a network can refuse a size in any way
         reason = error if error.__cause__ is None else error.__cause__  # what the network itself says
         return (str(reason).strip() or type(reason).__name__).splitlines()[0][:120]
+    return None
+
+
+@torch.no_grad()
+def _only_batch(network: nn.Module, size: ImageSize, channels: int) -> int | None:
+    """Return the one number of images that a network runs on, as after torch.export; None if none is found."""
+    for copied, image in examples(network, size, channels=channels):
+        for count in _BATCHES:
+            with contextlib.suppress(Exception):
+                copied(image[:1].expand(count, *image.shape[1:]).contiguous())
+                return count
     return None
 
 

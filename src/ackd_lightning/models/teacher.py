@@ -156,7 +156,7 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def find_softmax(self, data: DataInfo) -> bool:
-        """Run the network on two random images and find out whether it returns probabilities.
+        """Run the network on three random images and find out whether it returns probabilities.
 
         Their logarithm is taken from now on; with the same softmax after it, that is what the network computes.
 
@@ -165,10 +165,22 @@ class FrozenTeacher(Teacher):
 
         Returns:
             Whether each row of its outputs is positive and sums to 1.
+
+        Raises:
+            ACKDError: If the network runs on no other number of images than the two that its shapes were found with.
         """
         place = self._place()
-        image = torch.randn(2, *data.image_shape, generator=torch.Generator().manual_seed(0)).to(place.device)
-        scores = super().forward(image).logits.double()
+        image = torch.randn(3, *data.image_shape, generator=torch.Generator().manual_seed(0)).to(place.device)
+        try:
+            scores = super().forward(image).logits.double()
+        except ACKDError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            raise ACKDError(
+                f"teacher {self.name} fails on 3 images at once and runs on 2 ({reason}); let it read batches of any "
+                "size (torch.export: give dynamic_shapes)"
+            ) from error
         positive = bool((scores >= 0).all()) and scores.shape[1] > 1
         self.gives_probabilities = positive and bool(((scores.sum(dim=1) - 1).abs() < 0.01).all())
         return self.gives_probabilities

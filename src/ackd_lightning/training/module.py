@@ -39,6 +39,7 @@ from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
 from ackd_lightning.training.labels import Labels, accuracy, check_batch, check_labels, check_sampling
 from ackd_lightning.training.means import TermMeans
+from ackd_lightning.training.monitored import check_monitors
 from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite
 from ackd_lightning.training.optimizers import constant, factory_of
 from ackd_lightning.training.schedule import (
@@ -316,8 +317,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             self.train()  # Lightning trains in the mode that it finds
         if self.absent:
             raise ACKDError(f"the teacher of the checkpoint was a network, which it does not hold; {_PASS_TEACHER}")
-        check_trained(self.student, self.student_config, self.start or self._started_from or self.trainer.ckpt_path)
         self.check_data(data)
+        check_monitors(self)
         self.load_teacher()
         matched = self.start is not None and self.start.class_names is not None
         self.match_classes(data)
@@ -498,6 +499,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
     def on_train_start(self) -> None:
         """Discard what an earlier fit has left."""
         super().on_train_start()
+        check_trained(self.student, self.student_config, self.start or self._started_from)  # a checkpoint is loaded now
         self.means.reset()
 
     def on_train_epoch_end(self) -> None:

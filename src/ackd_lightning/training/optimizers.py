@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -259,6 +260,20 @@ class OpenOptimizers(TwoGradients):
             if metric is not None:
                 step_scheduler(cast(LRScheduler, config.scheduler), metric)
 
+    def _say_untrained(self, optimizers: Sequence[Optimizer]) -> None:
+        """Say which parameters of an overridden ``configure_optimizers`` no optimizer trains."""
+        held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+        counts: Counter[str] = Counter()
+        for group in self.learner_groups() if optimizers else []:
+            missing = sum(each.numel() for each in group["params"] if id(each) not in held)
+            counts.update({group["name"]: missing} if missing else {})
+        if counts:
+            left = ", ".join(f"{name} ({count:,} parameters)" for name, count in counts.items())
+            rank_zero_warn(
+                f"{type(self).__name__}.configure_optimizers leaves {left} without an optimizer, so that they stay as "
+                "they are; give it self.learner_groups() to train them"
+            )
+
     def _without_monitors(self, schedules: list[Any]) -> list[Any]:
         """Keep the names of monitored metrics; Lightning would warn and forget them in manual optimization."""
         if self.automatic_optimization:
@@ -322,6 +337,7 @@ def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def configure_optimizers(self: OpenOptimizers) -> Any:
         result = own(self)
         if not self.auxiliary:
+            self._say_untrained(_parts(result)[0])
             return result
         optimizers, schedules = _parts(result)
         auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
@@ -345,6 +361,7 @@ def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 f"{type(self.method).__name__} has {len(self.auxiliary)} of its own, which are added; return the "
                 "student's optimizer alone"
             )
+        self._say_untrained(optimizers)
         return optimizers, schedules
 
     configure_optimizers.adds_method_optimizers = True  # type: ignore[attr-defined]
