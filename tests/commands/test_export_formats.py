@@ -83,6 +83,7 @@ def test_the_ending_chooses_the_format_and_uint8_is_read():
     [
         (["--format", "onxx"], "'onnx'"),
         (["--format", "pt2,tflite"], "tflite"),
+        (["--format", "onnx", "pt2"], "onnx,pt2"),
         (["--dtype", "float8"], "float8"),
         (["--dtype", "float16", "--format", "onnx"], "float16"),
         (["--with-preprocessing"], "--with-preprocessing"),

@@ -43,9 +43,11 @@ def test_a_path_wins_over_a_packaged_name(tmp_path, monkeypatch):
         (NAME, NAME),
         ("ackd_literal", "methods/ackd_literal.yaml"),
         ("kd.yaml", "methods/kd.yaml"),
+        ("qat.yaml", "recipes/qat.yaml"),
+        ("strong", "recipes/strong.yaml"),
     ],
 )
-def test_runs_and_methods_are_found_by_name_with_or_without_suffix(value, where):
+def test_runs_methods_and_recipes_are_found_by_name_with_or_without_suffix(value, where):
     assert find_config(value) == config_folder() / where
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ackd_lightning.deploy.report import content, figures
 from ackd_lightning.deploy.report.measuring import Measured, Pictures
-from ackd_lightning.deploy.report.page import escaped, page, table
+from ackd_lightning.deploy.report.page import _calibration, escaped, page, table
 
 
 def opened(png: bytes) -> Image.Image:
@@ -72,3 +72,17 @@ def test_agreement_counts_every_image_once():
     assert found["difference"] == pytest.approx(-0.2)
     measured.answers.pop("teacher")
     assert content.agreement(measured) is None
+
+
+@pytest.mark.parametrize(("after", "advice"), [(0.8, "Divide the logits by 1.500"), (1.2, "keep the logits")])
+def test_a_temperature_is_recommended_where_it_helps_on_test_images(after, advice):
+    found = {
+        "nll": 1.0,
+        "ece": 0.05,
+        "temperature": 1.5,
+        "validation_images": 1000,
+        "scaled": {"nll": after, "ece": 0.1},
+    }
+    text = "\n".join(_calibration({"calibration": found}, ["reliability"]))
+    assert advice in text
+    assert "1,000 validation images" in text

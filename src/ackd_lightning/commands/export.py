@@ -150,6 +150,11 @@ def _check_options(kinds: Sequence[Format], dtype: str, with_preprocessing: bool
     for option in options:
         if option.startswith("-") and not option.startswith("--data"):
             raise ACKDError(f"{option} is unknown to `ackd export`; see `ackd export --help`")
+    if options and options[0] in FORMATS:
+        raise ACKDError(
+            f"{options[0]} stands after a space and is read as a second run; separate formats by commas: --format "
+            f"{','.join(dict.fromkeys([*names, *(each for each in options if each in FORMATS)]))}"
+        )
     if options and not options[0].startswith("-"):
         raise ACKDError(f"{options[0]} is unknown to `ackd export`; name one run, and see `ackd export --help`")
 

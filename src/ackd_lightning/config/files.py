@@ -18,6 +18,7 @@ _INCLUDE = "include"
 _DEEPEST, _MOST = 50, 100_000
 """Largest number of levels and of values in a YAML file; an alias counts as often as it is used."""
 _METHODS = "methods"
+_RECIPES = "recipes"
 _SHORT = {"student": "network"}
 """Settings whose name or class is short for a mapping with this key."""
 
@@ -54,7 +55,7 @@ def describe_config(name: str) -> str:
 
 
 def find_config(value: str) -> Path:
-    """Resolve the value of ``--config``: a path first, then a packaged run, then a method fragment.
+    """Resolve the value of ``--config``: a path first, then a packaged run, then a method or a recipe.
 
     Args:
         value: Path or name, but not a sum; ``.yaml`` may be left out of a name.
@@ -66,10 +67,11 @@ def find_config(value: str) -> Path:
     if path.is_file():
         return path
     name = value if path.suffix in (".yaml", ".yml") else f"{value}.yaml"
-    for folder in (config_folder(), config_folder() / _METHODS):
+    for folder in (config_folder(), config_folder() / _METHODS, config_folder() / _RECIPES):
         if (folder / name).is_file():
             return folder / name
-    known = (*packaged_names(), *method_names())
+    recipes = (path.name for path in (config_folder() / _RECIPES).glob("*.yaml"))
+    known = (*packaged_names(), *method_names(), *recipes)
     hint = near_matches(name, known)
     if not hint.startswith("did you"):
         hint = "`ackd configs` lists the packaged configurations"
@@ -273,7 +275,7 @@ def load_configs(values: Sequence[str]) -> tuple[dict[str, Any], str]:
     Returns:
         Settings, and a name for the run: the file stems joined by ``+``.
     """
-    result = read_config(config_folder() / "recipes" / "sgd.yaml")
+    result = read_config(config_folder() / _RECIPES / "sgd.yaml")
     names = []
     for value in values:
         parts = config_parts(value)

@@ -214,10 +214,13 @@ def _calibration(content: Mapping[str, Any], figures: Sequence[str]) -> list[str
         rows.append(["scaled", f"{found['temperature']:.3f}", f"{after['nll']:.4f}", percent(after["ece"])])
         confident = "too confident" if found["temperature"] > 1 else "not confident enough"
         note = (
-            f"The temperature was fitted on {found['validation_images']:,} validation images, and everything else "
-            f"measured on the test set. Divide the logits by {found['temperature']:.3f} to get calibrated "
-            f"probabilities: the network is {confident}."
+            f"The temperature was fitted on {found['validation_images']:,} validation images, on which the network is "
+            f"{confident}; everything else was measured on the test set. "
         )
+        if after["nll"] < found["nll"]:
+            note += f"Divide the logits by {found['temperature']:.3f} to get better probabilities."
+        else:
+            note += "On the test set it does not help: keep the logits as they are."
     else:
         note = f"No temperature was fitted: {content['no_temperature']}."
     columns = ["probabilities", "temperature", "negative log-likelihood", "expected calibration error in %"]
