@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers of the tests
 
@@ -14,11 +16,13 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 @pytest.fixture(autouse=True)
 def _clean_process(monkeypatch: pytest.MonkeyPatch):
-    """No seed, run name, run folder or service of Weights & Biases of one test may reach the next."""
+    """No seed, run name, folder, rank, silence or service of Weights & Biases of one test may reach the next."""
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "ACKD_RUN_NAME", "ACKD_DEBUG", "WANDB_SERVICE"):
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
-    return
+    yield
+    logging.disable(logging.NOTSET)
+    rank_zero_only.rank = 0  # a Trainer that thinks it is another process sets it, which silences the next test
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -161,7 +161,7 @@ CASES = [
     Case("option_foreign_to_optimizer", [*CE, "--model.optimizer", "AdamW", "--model.optimizer.momentum", "0.9"],
          ("--model.optimizer.momentum", "momentum belongs to", "SGD")),
     Case("option_without_value", [*CE, "--model.optimizer.lr"], ("--model.optimizer.lr needs a value",)),
-    Case("stray_word", [*CE, "stray"], ("'stray'", "did you mean 'trainer.strategy'")),
+    Case("stray_word", [*CE, "stray"], ("'stray'", "without an option")),
     # ----------------------------------------------------------------- types
     Case("type_text_for_list", [*CE, "--model.lr_scheduler.milestones", "3"],
          ("'3'", "--model.lr_scheduler.milestones", "a list, such as")),
@@ -388,7 +388,7 @@ CASES = [
     Case("images_none", FOLDER, ("mine holds neither images", "one folder for each class"),
          lambda: Path("mine").mkdir()),
     Case("images_without_any", FOLDER, ("mine/train/cat holds no images", "add some"), images(0)),
-    Case("images_of_other_classes", FOLDER, ("wolf", "same class folders"),
+    Case("images_of_other_classes", FOLDER, ("wolf", "mine/test", "add training images"),
          images(then=lambda root: (root / "test/dog").rename(root / "test/wolf"))),
     Case("images_corrupt_jpeg", FOLDER, ("mine/train/dog/1.jpg", "replace the file or delete it"),
          images(kind="jpg", then=lambda root: cut(root / "train/dog/1.jpg", 300)())),

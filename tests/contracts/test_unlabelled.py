@@ -48,7 +48,7 @@ def test_images_without_labels(name):
         seed=0,
     )
     trainer = L.Trainer(fast_dev_run=2, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
-    if method.labels == "mixed":
+    if method.labels == "mixed" and name != "ce":  # which has no other term
         trainer.fit(module, HalfLabelled())
         assert all(parameter.isfinite().all() for parameter in module.parameters())
     else:

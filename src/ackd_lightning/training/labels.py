@@ -163,7 +163,7 @@ def check_unlabelled(method: Method, targets: Tensor | None, data: Any) -> None:
     some = f"{missing:,} of {len(targets):,} training images have no label"
     if method.labels != "mixed":
         raise ACKDError(f"{some} and {_cannot_mix(method)}; leave them out, or use another method, such as kd")
-    if method.teacher == "none":
+    if method.teacher == "none" and (missing == len(targets) or set(method.loss_weights) <= {"ce"}):
         raise ACKDError(
             f"{some} and method {type(method).__name__} learns from labels alone; leave them out, or use a method with "
             "a teacher, such as kd"
