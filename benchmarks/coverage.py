@@ -110,7 +110,7 @@ def passed(row: dict[str, Any], group: str, role: str) -> bool:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the table of docs/networks.md, with the sentence for everything that does not work."""
+    """Return the table of docs/networks.md, with the first sentence for every network that does not do everything."""
     lines = ["| | networks | " + " | ".join(f"{group}: teacher, student" for group in GROUPS) + " | branch points |"]
     lines.append("|" + "---|" * (len(GROUPS) + 3))
     for library, chosen in (
@@ -125,14 +125,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         works = sum(reason is None for row in chosen for reason in row["points"].values())
         total = sum(len(row["points"]) for row in chosen)
         lines.append(f"| {library} | {len(chosen)} | " + " | ".join(cells) + f" | {works} of {total} |")
-    lines += ["", "| network | what | sentence |", "|---|---|---|"]
+    lines += ["", "| network | what does not work | sentence, the first of several |", "|---|---|---|"]
     for row in rows:
-        reasons: dict[str, list[str]] = {}
-        for method, roles in row["steps"].items():
-            for role, reason in roles.items():
-                if reason is not None:
-                    reasons.setdefault(reason, []).append(f"{method} as {role}")
-        lines += [f"| {row['name']} | {', '.join(what)} | {reason} |" for reason, what in reasons.items()]
+        failed = {
+            f"{method} as {role}": reason
+            for method, roles in row["steps"].items()
+            for role, reason in roles.items()
+            if reason is not None
+        }
+        if failed:
+            lines.append(f"| {row['name']} | {', '.join(failed)} | {next(iter(failed.values()))} |")
     return "\n".join(lines)
 
 
