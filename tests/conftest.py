@@ -22,6 +22,8 @@ def _clean_process(monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     yield
     logging.disable(logging.NOTSET)
+    logging.getLogger("ackd_lightning.data").disabled = False
+    logging.getLogger().setLevel(logging.WARNING)
     rank_zero_only.rank = 0  # a Trainer that thinks it is another process sets it, which silences the next test
 
 

@@ -258,3 +258,10 @@ def test_a_flat_training_folder_has_no_labels(folder, picture):
     module = made(folder)
     assert module.class_names == ("cat", "dog")
     assert module.train_targets.tolist() == [-1] * 8
+
+
+def test_lines_about_the_data_do_not_depend_on_the_level_of_other_libraries(folder, caplog):
+    (folder / "train" / "dog" / "notes.txt").write_text("")
+    logging.getLogger().setLevel(logging.CRITICAL)
+    assert made(folder).num_train_samples == 32
+    assert ".txt (1)" in caplog.text

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger("ackd_lightning.data")
+log.setLevel(logging.WARNING)  # its own, since some libraries raise the level of the root logger
 
 
 def on_first_process() -> bool:
