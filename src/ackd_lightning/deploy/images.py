@@ -18,7 +18,7 @@ from ackd_lightning.data.folders import Walk
 from ackd_lightning.data.pixels import bands, convert, largest_value
 from ackd_lightning.data.table import read_columns
 from ackd_lightning.deploy.pixels import Preprocessing
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 
 _TABLES = frozenset({".csv", ".tsv", ".parquet", ".pq"})
 _COLUMNS = ("path", "file", "image", "filename", "file_name")
@@ -110,7 +110,7 @@ class Notes:
         if self.converted:
             kinds = ", ".join(f"{count:,} with {number}" for number, count in sorted(self.converted.items()))
             how = "made grey" if channels == 1 else "made RGB" if channels == 3 else "converted"
-            found.append(f"converted to the {channels} channels that the network reads: {kinds} ({how})")
+            found.append(f"converted to the {count_of(channels, 'channel')} that the network reads: {kinds} ({how})")
         if self.dark:
             found.append(
                 f"{self.dark:,} images of 16 bits use at most 12 of them, so they look black to the network; scale them"
@@ -143,7 +143,7 @@ class _ImageFiles(Dataset[_Decoded]):
                 return _Decoded(row, None, "does not exist")
             raw = load_image(path)
             found = bands(raw, form.channels)
-            if form.channels not in (1, 3) and found != form.channels:
+            if found != form.channels and (form.channels not in (1, 3) or found > 4):
                 return _Decoded(row, None, f"has {found} channels and the network reads {form.channels}")
             largest = None if form.value_range else largest_value(raw)
             pixels = self.preprocessing.fitted(convert(raw, form, name))
