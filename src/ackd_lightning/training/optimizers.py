@@ -83,6 +83,7 @@ class OpenOptimizers(TwoGradients):
 
     def on_train_start(self) -> None:
         """Follow the schedule of the settings, and warn about a learning rate scale that is not applied."""
+        super().on_train_start()
         if self._rate_changed:  # the finder sets one rate for all groups of all optimizers
             self._rate_changed = False
             self.trainer.strategy.setup_optimizers(self.trainer)
