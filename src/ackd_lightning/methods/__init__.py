@@ -21,6 +21,7 @@ from ackd_lightning.methods.rkd import RKD
 from ackd_lightning.methods.rld import RLD
 from ackd_lightning.methods.semckd import SemCKD
 from ackd_lightning.methods.sp import SP
+from ackd_lightning.methods.srrl import SRRL
 from ackd_lightning.methods.sum import Sum
 from ackd_lightning.methods.ttm import TTM
 from ackd_lightning.methods.vid import VID
@@ -44,6 +45,7 @@ __all__ = [
     "RKD",
     "RLD",
     "SP",
+    "SRRL",
     "TTM",
     "VID",
     "FitInfo",
