@@ -76,7 +76,9 @@ class SRRL(Method):
         dimensions = require_embedding(networks.teacher, "the teacher", "method SRRL")
         self.regressor = regressor(ours[-1][0], dimensions)
         for network in networks.teacher_networks:
-            shared_classifier(network, "SRRL", fixed=True)
+            layer = shared_classifier(network, "SRRL", fixed=True)
+            self.weight = torch.zeros(layer.out_features, layer.in_features)
+            self.bias = torch.zeros(layer.out_features)
 
     @torch.no_grad()
     def begin_fit(self, fit: FitInfo) -> None:
