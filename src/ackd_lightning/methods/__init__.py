@@ -12,6 +12,7 @@ from ackd_lightning.methods.crd import CRD
 from ackd_lightning.methods.dist import DIST
 from ackd_lightning.methods.dkd import DKD
 from ackd_lightning.methods.fitnet import FitNet
+from ackd_lightning.methods.infoflow import InfoFlow
 from ackd_lightning.methods.itrd import ITRD
 from ackd_lightning.methods.kd import KD
 from ackd_lightning.methods.nkd import NKD
@@ -20,7 +21,9 @@ from ackd_lightning.methods.reviewkd import ReviewKD
 from ackd_lightning.methods.rkd import RKD
 from ackd_lightning.methods.rld import RLD
 from ackd_lightning.methods.semckd import SemCKD
+from ackd_lightning.methods.skt import SKT
 from ackd_lightning.methods.sp import SP
+from ackd_lightning.methods.srrl import SRRL
 from ackd_lightning.methods.sum import Sum
 from ackd_lightning.methods.ttm import TTM
 from ackd_lightning.methods.vid import VID
@@ -43,11 +46,14 @@ __all__ = [
     "ONE",
     "RKD",
     "RLD",
+    "SKT",
     "SP",
+    "SRRL",
     "TTM",
     "VID",
     "FitInfo",
     "FitNet",
+    "InfoFlow",
     "Method",
     "Networks",
     "ReviewKD",
