@@ -11,6 +11,7 @@ from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.crd import CRD
 from ackd_lightning.methods.dist import DIST
 from ackd_lightning.methods.dkd import DKD
+from ackd_lightning.methods.dpk import DPK
 from ackd_lightning.methods.fitnet import FitNet
 from ackd_lightning.methods.infoflow import InfoFlow
 from ackd_lightning.methods.itrd import ITRD
@@ -39,6 +40,7 @@ __all__ = [
     "CRD",
     "DIST",
     "DKD",
+    "DPK",
     "ITRD",
     "KD",
     "NKD",

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.random import stateless_bits, stateless_uniform
+from ackd_lightning.random import image_keys, stateless_bits, stateless_uniform
 
 ResidualConnection = Literal["convex", "learned", "additive"]
 RESIDUAL_CONNECTIONS = ("convex", "learned", "additive")
@@ -40,8 +40,7 @@ def image_noise(index: Tensor, epoch: int, height: int, width: int) -> Tensor:
     Returns:
         ``B x 1 x H x W`` float32, uniform in [-1, 1).
     """
-    place = torch.arange(len(index), device=index.device)
-    image = stateless_bits(_STREAM, epoch, torch.where(index < 0, place, index))
+    image = stateless_bits(_STREAM, epoch, image_keys(index))
     pixel = torch.arange(height * width, device=index.device)
     return (2 * stateless_uniform(image[:, None], pixel[None, :]) - 1).view(-1, 1, height, width)
 
