@@ -22,6 +22,8 @@ encoder and a decoder, the teacher's map as target, and the share by CKA; the au
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,11 +104,12 @@ class PriorDecoder(nn.Module):
 
     def __init__(self, ours: int, theirs: int) -> None:
         super().__init__()
-        self.student = nn.Sequential(nn.Conv2d(ours, theirs, 1, bias=False), nn.BatchNorm2d(theirs))
-        self.teacher = nn.Sequential(nn.Conv2d(theirs, theirs, 1, bias=False), nn.BatchNorm2d(theirs))
+        norm = functools.partial(nn.BatchNorm2d, theirs, track_running_stats=False)
+        self.student = nn.Sequential(nn.Conv2d(ours, theirs, 1, bias=False), norm())
+        self.teacher = nn.Sequential(nn.Conv2d(theirs, theirs, 1, bias=False), norm())
         layers: list[nn.Module] = []
         for _ in range(2):
-            layers += [nn.Conv2d(theirs, theirs, 3, padding=1, bias=False), nn.BatchNorm2d(theirs), nn.ReLU()]
+            layers += [nn.Conv2d(theirs, theirs, 3, padding=1, bias=False), norm(), nn.ReLU()]
         self.decoder = nn.Sequential(*layers, nn.Conv2d(theirs, theirs, 1))
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
