@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ATSC
-from ackd_lightning.methods.atsc_networks import anchor_distance, feature_distance, shared_classifier
+from ackd_lightning.methods.atsc_networks import anchor_distance, feature_distance
 from ackd_lightning.methods.base import FitInfo, Networks, weighted_loss
 from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.features import StagePlan, staged_forward
 from ackd_lightning.models.finding import plan_for, probe
-from ackd_lightning.models.heads import HeadedNetwork, with_head
+from ackd_lightning.models.heads import HeadedNetwork, shared_classifier, with_head
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
@@ -776,8 +776,8 @@ def test_a_convolution_of_the_pooled_map_is_shared_as_a_linear_layer(name):
     torch.manual_seed(0)
     network = create_model(name, 4).eval()
     with pytest.raises(ACKDError, match="Conv2d"):
-        shared_classifier(network)
-    layer = shared_classifier(network, fixed=True)
+        shared_classifier(network, "ATSC")
+    layer = shared_classifier(network, "ATSC", fixed=True)
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         output = staged_forward(network, plan_for(network), image)
@@ -786,4 +786,4 @@ def test_a_convolution_of_the_pooled_map_is_shared_as_a_linear_layer(name):
 
 def test_a_convolution_that_pooling_follows_is_not_shared():
     with pytest.raises(ACKDError, match="Conv2d"):
-        shared_classifier(create_model("squeezenet1_1", 4), fixed=True)
+        shared_classifier(create_model("squeezenet1_1", 4), "ATSC", fixed=True)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from ackd_lightning.methods import KD, NKD, RLD, TTM
+from ackd_lightning.methods import KD, NKD, RLD, SRRL, TTM, FitInfo, Networks
 from ackd_lightning.methods.infoflow import infoflow_loss
 from ackd_lightning.methods.itrd import correlation_loss, mutual_information_loss
 from ackd_lightning.methods.skt import pattern_loss, relations
-from ackd_lightning.types import Batch, NetOutput
+from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.zoo import create_model
+from ackd_lightning.types import Batch, NetOutput, NetSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELEASED = json.loads((GOLDEN / "released_losses.json").read_text(encoding="utf-8"))
@@ -82,3 +84,22 @@ def test_relations_between_layers():
     ours, theirs = (relations(each, (8, 8)) for each in MAPS)
     found = [(a - b).square().sum().item() / len(a) for a, b in zip(ours, theirs, strict=True)]
     assert found == pytest.approx(RELEASED["skt"]["values"]["relations"]["value"], rel=2e-4)
+
+
+def test_softmax_regression():
+    """The regressor's and the classifier's weights are sines and cosines of their positions."""
+    method, network = SRRL(), create_model("resnet20", 100)
+    shapes = ((16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8))
+    method.build(Networks(student=NetSpec(100, shapes), teachers=(NetSpec(100, shapes, 64),)))
+    with torch.no_grad():
+        method.regressor[0].weight.copy_((torch.arange(4096.0).sin() / 8).view(64, 64, 1, 1))
+        network.fc.weight.copy_((torch.arange(6400.0).cos() / 8).view(100, 64))
+        network.fc.bias.copy_(torch.arange(100.0).sin())
+    method.begin_fit(FitInfo(teachers=(FrozenTeacher(network),)))
+    with torch.no_grad():
+        embedding = MAPS[1][2].mean(dim=(2, 3))
+        teacher = NetOutput(network.fc(embedding), None, embedding)
+        batch = Batch(torch.zeros(8, 3, 2, 2), TARGET, torch.arange(8))
+        terms = method(NetOutput(STUDENT, (MAPS[0][2],)), teacher, batch)
+    for name in ("features", "logits"):
+        assert terms[name].item() == pytest.approx(RELEASED["srrl"]["values"][name]["value"], rel=1e-3)

@@ -24,6 +24,7 @@ from ackd_lightning.methods.rld import RLD
 from ackd_lightning.methods.semckd import SemCKD
 from ackd_lightning.methods.skt import SKT
 from ackd_lightning.methods.sp import SP
+from ackd_lightning.methods.srrl import SRRL
 from ackd_lightning.methods.sum import Sum
 from ackd_lightning.methods.ttm import TTM
 from ackd_lightning.methods.vid import VID
@@ -49,6 +50,7 @@ __all__ = [
     "RLD",
     "SKT",
     "SP",
+    "SRRL",
     "TTM",
     "VID",
     "FitInfo",

@@ -40,12 +40,11 @@ from ackd_lightning.functional import cross_entropy, kl_divergence
 from ackd_lightning.methods.atsc_networks import (
     anchor_distance,
     feature_distance,
-    shared_classifier,
     trainable_copy,
 )
 from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of, features_of
 from ackd_lightning.models.features import last_map, last_shape, require_stages
-from ackd_lightning.models.heads import SharedClassifiers
+from ackd_lightning.models.heads import SharedClassifiers, shared_classifier
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_base import Teacher
@@ -155,7 +154,7 @@ class ATSC(Method):
             average=self.average,
         )
         if self.adapts:
-            self.head.classifiers = nn.ModuleList(shared_classifier(each.network) for each in self._adapting())
+            self.head.classifiers = nn.ModuleList(shared_classifier(each.network, "ATSC") for each in self._adapting())
         else:
             self.head.classifiers.requires_grad_(False)
         if len(specs) == 1:
@@ -163,7 +162,7 @@ class ATSC(Method):
 
     def _copy_teachers(self, student: nn.Module | None, teachers: Sequence[nn.Module]) -> None:
         for network in teachers:
-            shared_classifier(network, fixed=not self.adapts)
+            shared_classifier(network, "ATSC", fixed=not self.adapts)
         plan = student.plan if isinstance(student, BranchyStudent) else None
         if plan is not None and plan.classifier is not None and not (self.weight_ce or self.weight_kd):
             cast(BranchyStudent, student).plain().get_submodule(plan.classifier).requires_grad_(False)
@@ -173,7 +172,7 @@ class ATSC(Method):
         for number, teacher in enumerate(self._adapting()):
             anchored = self._anchored(teacher)
             held = {id(parameter) for parameter in (*anchored.values(), *self._updated(teacher))}
-            for parameter in shared_classifier(teacher.network).parameters():
+            for parameter in shared_classifier(teacher.network, "ATSC").parameters():
                 parameter.requires_grad_(id(parameter) in held)
             size = sum(parameter.numel() for parameter in anchored.values())
             self.register_buffer(f"start_{number}", torch.zeros(size), persistent=False)
@@ -199,7 +198,7 @@ class ATSC(Method):
         else:
             self.keep_outside("fixed", tuple(teachers))
             for classifier, given in zip(self._head().classifiers, teachers, strict=True):
-                classifier.load_state_dict(shared_classifier(given.network, fixed=True).state_dict())
+                classifier.load_state_dict(shared_classifier(given.network, "ATSC", fixed=True).state_dict())
         self.adopted = self.has_weights = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -226,7 +225,7 @@ class ATSC(Method):
         """Return the parameters of a teacher's classifier that its own step trains."""
         if self.classifier_update == "none":
             return []
-        classifier = shared_classifier(teacher.network)
+        classifier = shared_classifier(teacher.network, "ATSC")
         return [
             each for name, each in classifier.named_parameters() if self.classifier_update == "layer" or name == "bias"
         ]
@@ -234,9 +233,9 @@ class ATSC(Method):
     def _anchored(self, teacher: Teacher) -> dict[str, nn.Parameter]:
         """Return the anchored parameters of a teacher by name."""
         if not self.weight_anchor:
-            left_out = shared_classifier(teacher.network).parameters()  # only weight decay would change it
+            left_out = shared_classifier(teacher.network, "ATSC").parameters()  # only weight decay would change it
         elif self.anchor_scope == "weights_no_classifier":
-            left_out = shared_classifier(teacher.network).parameters()
+            left_out = shared_classifier(teacher.network, "ATSC").parameters()
         else:
             left_out = iter(self._updated(teacher))
         skipped = {id(parameter) for parameter in left_out}
@@ -321,7 +320,7 @@ class ATSC(Method):
         for own in self._adapting():
             with torch.no_grad():
                 embedding = embedding_of(own(batch.image))
-            classifier = shared_classifier(own.network)
+            classifier = shared_classifier(own.network, "ATSC")
             weight = classifier.weight if self.classifier_update == "layer" else classifier.weight.detach()
             logits = F.linear(embedding, weight, classifier.bias)
             losses.append(cross_entropy(logits, batch.labels))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.base import Method, Networks
-from ackd_lightning.methods.pairing import layer_features, layer_shapes, pair_stages, same_size
+from ackd_lightning.methods.pairing import layer_features, layer_shapes, pair_stages, regressor, same_size
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, PositiveInt
 
@@ -98,12 +98,7 @@ class FitNet(Method):
             )
         self.layers = (pairs[-1],)
         ((ours, theirs),) = layer_shapes(self.layers, student, teacher)
-        channels = theirs[0]
-        self.regressor = nn.Sequential(
-            nn.Conv2d(ours[0], channels, 1, bias=False),
-            nn.BatchNorm2d(channels, track_running_stats=False),
-            nn.ReLU(),
-        )
+        self.regressor = regressor(ours[0], theirs[0])
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Return the terms ``ce`` and ``hint``; arguments as in the base class."""

@@ -1,4 +1,4 @@
-"""Pairs of stages of student and teacher that are compared."""
+"""Pairs of stages of student and teacher that are compared, and a regressor between two."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ackd_lightning.methods.base import features_of
 from ackd_lightning.models.features import require_stages
@@ -97,3 +97,19 @@ def layer_features(
     """
     ours, theirs = features_of(student), features_of(teacher)
     return [ours[stage] for stage, _ in layers], [theirs[stage] for _, stage in layers]
+
+
+def regressor(channels: int, out_channels: int) -> nn.Sequential:
+    """Create a 1x1 convolution, BatchNorm and ReLU from one number of channels to another.
+
+    BatchNorm has no running statistics, since a regressor is never evaluated.
+
+    Args:
+        channels: Channels of the student's feature map.
+        out_channels: Channels of the teacher's feature map.
+    """
+    return nn.Sequential(
+        nn.Conv2d(channels, out_channels, 1, bias=False),
+        nn.BatchNorm2d(out_channels, track_running_stats=False),
+        nn.ReLU(),
+    )

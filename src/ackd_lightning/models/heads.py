@@ -1,4 +1,4 @@
-"""Heads that replace the student's own classifier: projectors and classifiers of its teachers."""
+"""Classifiers of teachers, and heads with them that replace the student's own classifier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import clone
 from ackd_lightning.models.features import capture, pooled
-from ackd_lightning.models.finding import require_plan
+from ackd_lightning.models.finding import require_plan, traced
+from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.validation import PositiveInt, checked
 
 Average = Literal["logits", "probabilities"]
@@ -161,3 +162,49 @@ def with_head(backbone: nn.Module, description: Mapping[str, Any] | None) -> nn.
         description: Description of the head, as ``SharedClassifiers.description`` returns it; None for no other head.
     """
     return backbone if description is None else HeadedNetwork(backbone, SharedClassifiers(**description))
+
+
+def shared_classifier(network: nn.Module, method: str, *, fixed: bool = False) -> nn.Linear:
+    """Return the classifier of a teacher that a student can share.
+
+    Args:
+        network: Network of a teacher.
+        method: Name of the method that shares it, for the message.
+        fixed: Whether the classifier is only read. A 1 x 1 convolution that reads the pooled map, as some networks of
+            timm have, is then returned as a linear layer with copies of its weights.
+
+    Raises:
+        ACKDError: If the classifier is unknown, or is not a linear layer with a bias.
+    """
+    plan = require_plan(network, f"the teacher {type(network).__name__}", f"method {method}")
+    found = network if plan.classifier is None else network.get_submodule(plan.classifier)
+    while isinstance(found, nn.Sequential) and len(found) == 1:
+        found = found[0]
+    if fixed and isinstance(found, nn.Conv2d) and found.bias is not None and _reads_pooled(network, found):
+        linear = nn.Linear(found.in_channels, found.out_channels, device="meta")
+        linear.weight = nn.Parameter(found.weight.detach().flatten(1), requires_grad=False)
+        linear.bias = nn.Parameter(found.bias.detach(), requires_grad=False)
+        return linear
+    if not isinstance(found, nn.Linear) or found.bias is None:
+        raise ACKDError(
+            f"the classifier of the teacher {type(network).__name__} is {found}, and method {method} shares a linear "
+            "layer with a bias; choose another teacher"
+        )
+    return found
+
+
+def _reads_pooled(network: nn.Module, layer: nn.Conv2d) -> bool:
+    """Whether a convolution is the last layer of a network and reads one position."""
+    example = traced(network)
+    name = next(name for name, module in network.named_modules() if module is layer)
+    if example is None or layer.kernel_size != (1, 1) or layer.groups != 1:
+        return False
+    copied, image, _ = example
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = copied.get_submodule(name).register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+    try:
+        logits = logits_of(copied(image))
+    finally:
+        handle.remove()
+    ((given, out),) = seen
+    return given.shape[2:] == (1, 1) and out.numel() == logits.numel()

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -346,4 +346,13 @@ class FrozenTeacher(Teacher):
         logits = output.logits
         if self.gives_probabilities:
             logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
-        return NetOutput(logits if self.selection is None else self.selection(logits), features, embedding)
+        return NetOutput(self.select(logits), features, embedding)
+
+    def select(self, logits: Tensor) -> Tensor:
+        """Return logits of the data's classes, which are those of the network unless others were selected.
+
+        Args:
+            logits: Logits of the network's own classes, from the network or from its classifier on another embedding;
+                gradients flow into them.
+        """
+        return logits if self.selection is None else cast(Tensor, self.selection(logits))
