@@ -17,7 +17,9 @@ from ackd_lightning.methods.infoflow import InfoFlow
 from ackd_lightning.methods.itrd import ITRD
 from ackd_lightning.methods.kd import KD
 from ackd_lightning.methods.nkd import NKD
+from ackd_lightning.methods.okd import OKD
 from ackd_lightning.methods.one import ONE
+from ackd_lightning.methods.pasm import PASM
 from ackd_lightning.methods.reviewkd import ReviewKD
 from ackd_lightning.methods.rkd import RKD
 from ackd_lightning.methods.rld import RLD
@@ -45,7 +47,9 @@ __all__ = [
     "ITRD",
     "KD",
     "NKD",
+    "OKD",
     "ONE",
+    "PASM",
     "RKD",
     "RLD",
     "SKT",

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ackd_lightning.errors import ACKDError
@@ -272,20 +271,3 @@ def evaluated(*networks: nn.Module) -> Iterator[None]:
             layer.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of BatchNorm; in training mode batches are normalised by their own statistics.
-
-    Args:
-        network: Network with BatchNorm layers.
-    """
-    layers = [each for each in network.modules() if isinstance(each, _NormBase) and each.track_running_stats]
-    try:
-        for layer in layers:
-            layer.track_running_stats = False
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
