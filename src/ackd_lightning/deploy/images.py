@@ -18,7 +18,7 @@ from ackd_lightning.data.folders import Walk
 from ackd_lightning.data.pixels import bands, convert, largest_value
 from ackd_lightning.data.table import read_columns
 from ackd_lightning.deploy.pixels import Preprocessing
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 
 _TABLES = frozenset({".csv", ".tsv", ".parquet", ".pq"})
 _COLUMNS = ("path", "file", "image", "filename", "file_name")
@@ -108,9 +108,12 @@ class Notes:
         """
         found = []
         if self.converted:
-            kinds = ", ".join(f"{count:,} with {number}" for number, count in sorted(self.converted.items()))
-            how = "made grey" if channels == 1 else "made RGB" if channels == 3 else "converted"
-            found.append(f"converted to the {channels} channels that the network reads: {kinds} ({how})")
+            kinds = ", ".join(
+                f"{count_of(count, 'image')} with {count_of(number, 'channel')}"
+                for number, count in sorted(self.converted.items())
+            )
+            how = "grey" if channels == 1 else "RGB" if channels == 3 else count_of(channels, "channel")
+            found.append(f"made {how}, which the network reads: {kinds}")
         if self.dark:
             found.append(
                 f"{self.dark:,} images of 16 bits use at most 12 of them, so they look black to the network; scale them"

@@ -212,7 +212,8 @@ class Method(nn.Module):
         """Return the optimizers of parameters with training steps of their own, in the order of these steps.
 
         Discriminators and generators are such parameters. Each has a step in every batch before the student's, and is
-        frozen in the student's step. The names are those of the logged learning rates, ``lr/NAME``.
+        frozen in the student's step. The names are those of the logged learning rates, ``lr/NAME``. A parameter group
+        with the entry ``lr_scale`` is trained at that multiple of the student's learning rate.
         """
         return {}
 
