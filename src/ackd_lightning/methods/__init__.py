@@ -11,12 +11,15 @@ from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.crd import CRD
 from ackd_lightning.methods.dist import DIST
 from ackd_lightning.methods.dkd import DKD
+from ackd_lightning.methods.dpk import DPK
 from ackd_lightning.methods.fitnet import FitNet
 from ackd_lightning.methods.infoflow import InfoFlow
 from ackd_lightning.methods.itrd import ITRD
 from ackd_lightning.methods.kd import KD
 from ackd_lightning.methods.nkd import NKD
+from ackd_lightning.methods.okd import OKD
 from ackd_lightning.methods.one import ONE
+from ackd_lightning.methods.pasm import PASM
 from ackd_lightning.methods.reviewkd import ReviewKD
 from ackd_lightning.methods.rkd import RKD
 from ackd_lightning.methods.rld import RLD
@@ -40,10 +43,13 @@ __all__ = [
     "CRD",
     "DIST",
     "DKD",
+    "DPK",
     "ITRD",
     "KD",
     "NKD",
+    "OKD",
     "ONE",
+    "PASM",
     "RKD",
     "RLD",
     "SKT",
