@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ackd_lightning.data.decoding import load_image
 from ackd_lightning.data.folders import Walk
-from ackd_lightning.data.pixels import bands, convert, largest_value
+from ackd_lightning.data.pixels import bands, convert, is_convertible, largest_value
 from ackd_lightning.data.table import read_columns
 from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.errors import ACKDError, count_of
@@ -146,12 +146,12 @@ class _ImageFiles(Dataset[_Decoded]):
                 return _Decoded(row, None, "does not exist")
             raw = load_image(path)
             found = bands(raw, form.channels)
-            if form.channels not in (1, 3) and found != form.channels:
+            if not is_convertible(raw, form.channels):
                 return _Decoded(row, None, f"has {found} channels and the network reads {form.channels}")
             largest = None if form.value_range else largest_value(raw)
             pixels = self.preprocessing.fitted(convert(raw, form, name))
         except (ACKDError, OSError, MemoryError) as error:
-            return _Decoded(row, None, str(error).splitlines()[0])
+            return _Decoded(row, None, str(error).splitlines()[0].removeprefix(f"{name} "))
         dark = largest is not None and 0 < largest <= 4095
         return _Decoded(row, pixels, converted=0 if found == form.channels else found, dark=dark)
 
