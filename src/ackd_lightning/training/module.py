@@ -22,7 +22,7 @@ from ackd_lightning.methods.ackd import ACKD
 from ackd_lightning.methods.base import Method, Networks, check_method, weighted_loss
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
-from ackd_lightning.models.copies import image_channels
+from ackd_lightning.models.copies import dtype_of, image_channels
 from ackd_lightning.models.finding import probe
 from ackd_lightning.models.quantization import FakeQuantized, ranges_fixed
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
@@ -398,7 +398,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         return logits
 
     def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
-        """Read a batch, as `read_batch` does.
+        """Read a batch, as `read_batch` does; its images get the floating-point type of the student's weights.
 
         Args:
             batch: Batch of any data module.
@@ -408,9 +408,10 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             ACKDError: If it has another form than the module was built for.
         """
         result = read_batch(batch, self.data, check=first)
-        if not self.channels_last:
-            return result
-        return result._replace(image=result.image.contiguous(memory_format=torch.channels_last))
+        image = result.image.to(dtype_of(self.student))
+        if self.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return result._replace(image=image)
 
     def outputs(self, batch: Batch) -> tuple[NetOutput, NetOutput | None]:
         """Run teacher and student once; a method that runs its teachers itself gets None.
