@@ -13,6 +13,7 @@ from ackd_lightning.methods.dist import DIST
 from ackd_lightning.methods.dkd import DKD
 from ackd_lightning.methods.dpk import DPK
 from ackd_lightning.methods.fitnet import FitNet
+from ackd_lightning.methods.iakd import IAKD
 from ackd_lightning.methods.infoflow import InfoFlow
 from ackd_lightning.methods.itrd import ITRD
 from ackd_lightning.methods.kd import KD
@@ -44,6 +45,7 @@ __all__ = [
     "DIST",
     "DKD",
     "DPK",
+    "IAKD",
     "ITRD",
     "KD",
     "NKD",

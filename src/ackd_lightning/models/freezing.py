@@ -39,6 +39,8 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
     Raises:
         ACKDError: If the network has no such part, or nothing is left to train.
     """
+    if not names:
+        return
     stages = parts_by_stage(network)
     modules = {name: module for name, module in network.named_modules() if name}
     for name in names:
@@ -50,7 +52,7 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
         # a module of that name is what its author calls the stage
         for each in (name,) if name in modules else stages[name]:
             (modules[each] if each in modules else network.get_parameter(each)).requires_grad_(False)
-    if names and not any(each.requires_grad for each in network.parameters()):
+    if not any(each.requires_grad for each in network.parameters()):
         raise ACKDError(f"student.freeze is {list(names)}, which leaves nothing to train; leave a part out")
 
 
