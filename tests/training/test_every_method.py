@@ -25,9 +25,8 @@ def test_strong_augmentation_and_an_average_of_the_weights(path):
         batch_size=16,
         augmentation=Augmentation(policy="trivialaugment", erasing=0.25, **mixing),
     )
-    teachers = [
-        TeacherConfig(network=create_model("resnet8", 10), gate="off") for _ in range(1 + (path.stem == "atsc"))
-    ]
+    several = method.teacher == "own" and path.stem != "simkd"
+    teachers = [TeacherConfig(network=create_model("resnet8", 10), gate="off") for _ in range(1 + several)]
     net = DistillationModule.from_data(
         images,
         "resnet8",

@@ -8,7 +8,9 @@ from ackd_lightning.methods.atsc import ATSC
 from ackd_lightning.methods.base import FitInfo, Method, Networks
 from ackd_lightning.methods.cc import CC
 from ackd_lightning.methods.ce import CE
+from ackd_lightning.methods.ceskd import CESKD
 from ackd_lightning.methods.crd import CRD
+from ackd_lightning.methods.dgkd import DGKD
 from ackd_lightning.methods.dist import DIST
 from ackd_lightning.methods.dkd import DKD
 from ackd_lightning.methods.fitnet import FitNet
@@ -37,7 +39,9 @@ __all__ = [
     "ATSC",
     "CC",
     "CE",
+    "CESKD",
     "CRD",
+    "DGKD",
     "DIST",
     "DKD",
     "ITRD",
