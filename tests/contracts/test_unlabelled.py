@@ -38,15 +38,12 @@ class HalfLabelled(L.LightningDataModule):
 def test_images_without_labels(name):
     method = method_of(name)
     teacher = TeacherConfig(network=create_model("resnet14", 4), gate="off")
-    given = (
-        [teacher, TeacherConfig(network=create_model("resnet8", 4), gate="off")]
-        if method.teacher == "own" and name != "simkd"
-        else teacher
-    )
+    assistant = TeacherConfig(network=create_model("resnet8", 4), gate="off")
+    several = method.teacher == "own" and name != "simkd"
     module = DistillationModule(
         "resnet8",
         method=method,
-        teacher=given,
+        teacher=[teacher, assistant] if several else teacher,
         data=DataInfo(4, 16, (0.5,) * 3, (0.5,) * 3),
         optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3),
         seed=0,

@@ -6,6 +6,7 @@ from ackd_lightning.methods.aikd import AIKD
 from ackd_lightning.methods.at import AT
 from ackd_lightning.methods.atsc import ATSC
 from ackd_lightning.methods.base import FitInfo, Method, Networks
+from ackd_lightning.methods.bdkd import BDKD
 from ackd_lightning.methods.cc import CC
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.ceskd import CESKD
@@ -19,6 +20,7 @@ from ackd_lightning.methods.itrd import ITRD
 from ackd_lightning.methods.kd import KD
 from ackd_lightning.methods.nkd import NKD
 from ackd_lightning.methods.one import ONE
+from ackd_lightning.methods.p2p import P2P
 from ackd_lightning.methods.reviewkd import ReviewKD
 from ackd_lightning.methods.rkd import RKD
 from ackd_lightning.methods.rld import RLD
@@ -37,6 +39,7 @@ __all__ = [
     "AIKD",
     "AT",
     "ATSC",
+    "BDKD",
     "CC",
     "CE",
     "CESKD",
@@ -48,6 +51,7 @@ __all__ = [
     "KD",
     "NKD",
     "ONE",
+    "P2P",
     "RKD",
     "RLD",
     "SKT",
