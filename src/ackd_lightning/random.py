@@ -61,6 +61,19 @@ def seed_device(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
+def image_keys(index: Tensor) -> Tensor:
+    """Return a key for every image of a batch: its position in the training set, or else its place in the batch.
+
+    Args:
+        index: Positions in the training set, ``B`` int64, -1 where unknown.
+
+    Example:
+        >>> image_keys(torch.tensor([7, -1, -1])).tolist()
+        [7, 1, 2]
+    """
+    return torch.where(index < 0, torch.arange(len(index), device=index.device), index)
+
+
 def stateless_bits(*keys: int | Tensor) -> Tensor:
     """Hash the keys of each sample: `mix` for tensors, with the same bits on every device.
 

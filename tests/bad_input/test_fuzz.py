@@ -120,7 +120,7 @@ def unstarted(here, monkeypatch):
     return here
 
 
-@settings(max_examples=30, **FEW)
+@settings(max_examples=15, **FEW)
 @given(changes=st.lists(st.tuples(st.sampled_from(NAMES), VALUES), min_size=1, max_size=3))
 def test_values_of_settings(changes, unstarted):
     options = [part for name, value in changes for part in (f"--{name}", value)]
@@ -131,7 +131,7 @@ def test_values_of_settings(changes, unstarted):
 TEXT = yaml.safe_dump(load_configs(["digits_resnet20_resnet8.yaml"])[0], sort_keys=False).encode()
 
 
-@settings(max_examples=60, **FEW)
+@settings(max_examples=30, **FEW)
 @given(content=damaged(TEXT))
 def test_bytes_of_a_configuration(content, unstarted):
     Path("mine.yaml").write_bytes(content)
@@ -143,7 +143,7 @@ def test_bytes_of_weights(here):
     good = save_weights(create_model("resnet8", 10), path, {"mean": "[0.5]"}).read_bytes()
     model = create_model("resnet8", 10)
 
-    @settings(max_examples=100, **FEW)
+    @settings(max_examples=50, **FEW)
     @given(content=damaged(good))
     def load(content):
         path.write_bytes(content)
@@ -159,7 +159,7 @@ def test_bytes_of_a_checkpoint(command, copied, monkeypatch):
     good = Path(LAST).read_bytes()
     out = ["--out", "s.safetensors", "--overwrite"] if command == "export" else []
 
-    @settings(max_examples=60 if command == "export" else 10, **FEW)
+    @settings(max_examples=30 if command == "export" else 10, **FEW)
     @given(content=damaged(good))
     def load(content):
         Path(LAST).write_bytes(content)

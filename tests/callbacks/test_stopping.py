@@ -51,7 +51,7 @@ def assert_same_end(again, whole):
         # manual optimization, with discriminators: inside the first epoch, later, and in the last step of an epoch,
         # which is ended first
         ("ackd", 2, signal.SIGTERM, 0),
-        ("ackd", 7, signal.SIGINT, 0),
+        pytest.param("ackd", 7, signal.SIGINT, 0, marks=pytest.mark.slow),
         ("ackd", 9, signal.SIGTERM, 0),
         # automatic optimization, with memories that are updated after each step
         ("crd", 8, signal.SIGUSR1, 0),

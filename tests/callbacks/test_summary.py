@@ -7,9 +7,11 @@ import math
 
 import pytest
 from rich.console import Console
+from torch import nn
 
+from ackd_lightning import KD
 from ackd_lightning.callbacks.summary import RunSummary, accuracy_table
-from training.helpers import Blobs, module, trainer
+from training.helpers import Blobs, build, module, teaching, trainer
 
 NAMES = ("red", "green", "blue", "black")
 
@@ -34,6 +36,28 @@ def test_class_names_are_kept_when_the_data_know_them(tmp_path, names):
     assert len(summary["learners"]) == len(summary["learner_parameters"]) == 2
     assert callback.up_to_date
     assert rows(summary)[1][1] == f"{100 * summary['last']['val/acc']:.2f}"
+
+
+class ReadsValues(nn.Module):
+    """Grey images, and a branch on the values of the pixels, which no meta device has."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, image):
+        feature = self.conv(image if image.mean() < 99 else image / 2).relu()
+        return self.fc(feature.mean(dim=(2, 3)))
+
+
+def test_teachers_with_other_channels_and_branches_on_values_are_counted(tmp_path):
+    teachers = [teaching(ReadsValues()), teaching(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)))]
+    callback = RunSummary(tmp_path, config="c")
+    student = build(KD(), teacher=teachers)
+    trainer(max_epochs=1, callbacks=[callback], limit_train_batches=1).fit(student, datamodule=Blobs())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    counted = [each["multiply_adds"] for each in (summary["teacher"], *summary["other_teachers"])]
+    assert counted == [8 * 9 * 36 + 8 * 4, 3 * 64 * 4]
 
 
 def test_nothing_is_written_under_fast_dev_run(tmp_path, capsys):

@@ -450,7 +450,7 @@ def every_batch(module):
 )
 def test_held_images_make_the_same_batches(folder, hold, monkeypatch, options):
     usual = every_batch(data(folder, **options))[1]
-    monkeypatch.setattr("ackd_lightning.data.base._COPY", 7)  # several copies, and an odd one at the end
+    monkeypatch.setattr("ackd_lightning.data.loaders._COPY", 7)  # several copies, and an odd one at the end
     copied = hold()
     module = data(folder, **options)
     raw, batches = every_batch(module)

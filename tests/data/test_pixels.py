@@ -166,7 +166,7 @@ def deep_alpha(path):
 
 @pytest.mark.parametrize("make", [rgba, grey_alpha, palette, colour_key, deep_alpha])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("background", "level"), [("white", 255), ("#808080", 128)])
+@pytest.mark.parametrize(("background", "level"), [("white", 255), ("rgb(128,128,128)", 128)])
 def test_transparent_pixels_show_the_background(tmp_path, make, channels, background, level):
     make(tmp_path / "x.png")
     found = values(tmp_path / "x.png", ImageFormat((4, 4), channels, background=background))
@@ -199,6 +199,30 @@ def test_tiff_files_that_pillow_does_not_read(tmp_path, shape):
     expected = torch.from_numpy(array.astype(np.float32) / 65535)
     expected = expected if shape[0] == channels else expected.permute(2, 0, 1)
     torch.testing.assert_close(values(tmp_path / "x.tif", form), expected)
+
+
+def array_file(path, shape):
+    np.save(path.with_suffix(".npy"), np.zeros(shape, np.uint8))
+
+
+def tiff_file(path, shape):
+    import tifffile
+
+    options = {"photometric": "rgb" if shape[-1] > 4 else "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(path.with_suffix(".tif"), np.zeros(shape, np.uint8), **options)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tifffile") is None, reason="needs tifffile")
+@pytest.mark.parametrize("make", [array_file, tiff_file])
+@pytest.mark.parametrize("shape", [(6, 8, 2), (6, 8, 4), (6, 8, 5)])
+def test_channels_that_are_no_transparency_are_neither_alpha_nor_dropped(tmp_path, make, shape):
+    make(tmp_path / "x", shape)
+    (path,) = tmp_path.iterdir()
+    channels = shape[-1]
+    assert read_image(path, ImageFormat((4, 4), channels, deep=True)).shape == (channels, 6, 8)
+    for wrong in (1, 3):
+        with pytest.raises(ACKDError, match=f"has {channels} channels"):
+            read_image(path, ImageFormat((4, 4), wrong))
 
 
 @pytest.fixture

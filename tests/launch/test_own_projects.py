@@ -63,6 +63,13 @@ class Mappings(Mine):
     val_dataloader = train_dataloader
 
 
+class ByPosition(Mine):
+    """DataLoaders whose batch size has no name, which Lightning cannot predict with."""
+
+    def predict_dataloader(self):
+        return DataLoader(self.train_dataloader().dataset, 8)
+
+
 class WithoutInfo(L.LightningDataModule):
     train_dataloader = val_dataloader = Mine.train_dataloader
 
@@ -122,6 +129,12 @@ def test_a_data_module_of_lightning_trains(name):
     assert summary["steps"] == 2
     assert "val/acc" in summary["last"]
     assert (RUN / "student.safetensors").is_file()
+
+
+def test_a_batch_size_without_its_name_is_refused_where_lightning_cannot_read_it(capsys):
+    assert main([*FIT, "--data", "own.ByPosition"]) == 0
+    assert main(["predict", str(RUN), "--output", "p.csv"]) == 2
+    assert "ByPosition gives batch_size to its DataLoader by position" in capsys.readouterr().err
 
 
 def test_the_same_in_a_file_and_later_commands_on_the_run():

@@ -312,6 +312,8 @@ def test_optimizers_of_the_discriminators(scene):
     (group,) = optimizer.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.02, 0.9, 5e-4)
     assert [id(each) for each in group["params"]] == [id(each) for each in method.discriminators.parameters()]
+    (group,) = made(scene(2)).auxiliary_optimizers()["discriminators"].param_groups
+    assert group["lr_scale"] == 1.0  # of the student's rate
     optimizer = made(scene(2), discriminator_optimizer="adam").auxiliary_optimizers()["discriminators"]
     assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.param_groups[0]["betas"] == (0.5, 0.999)

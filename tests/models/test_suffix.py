@@ -172,7 +172,7 @@ def test_branches_train_and_run_in_mixed_precision(make):
 @pytest.mark.parametrize(
     ("make", "backend"),
     [
-        (CifarLike, "eager"),
+        pytest.param(CifarLike, "eager", marks=pytest.mark.slow),
         (Tuples, "aot_eager"),
         pytest.param(ViTLike, "eager", marks=pytest.mark.slow),
         pytest.param(ViTLike, "aot_eager", marks=pytest.mark.slow),

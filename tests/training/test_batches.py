@@ -116,12 +116,13 @@ def test_batches_of_another_form_are_refused_in_one_sentence(batch, named):
 class Dicts(L.LightningDataModule):
     """A data module of somebody else: dictionaries, B x 1 targets of int32, rectangular images."""
 
-    def __init__(self, target=None):
+    def __init__(self, target=None, dtype=torch.float32):
         super().__init__()
+        self.dtype = dtype
         self.target = torch.arange(16, dtype=torch.int32)[:, None] % 4 if target is None else target
 
     def loader(self):
-        images = torch.randn(16, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(16, 3, 8, 12, generator=torch.Generator().manual_seed(0)).to(self.dtype)
         rows = [{"image": image, "label": target} for image, target in zip(images, self.target, strict=True)]
         return DataLoader(rows, batch_size=8)
 
@@ -141,10 +142,12 @@ def fit(module, data):
     return trainer.callback_metrics
 
 
-@pytest.mark.parametrize("method", [CE, KD])
-def test_a_lightning_project_of_somebody_else_trains(method):
+@pytest.mark.parametrize(
+    ("method", "dtype"), [(CE, torch.float32), (KD, torch.float32), (KD, torch.float64), (CE, torch.bfloat16)]
+)
+def test_a_lightning_project_of_somebody_else_trains(method, dtype):
     teacher = TeacherConfig(network=small(), gate="off") if method is KD else None
-    metrics = fit(DistillationModule(small(), method=method(), teacher=teacher, data=DATA), Dicts())
+    metrics = fit(DistillationModule(small(), method=method(), teacher=teacher, data=DATA), Dicts(dtype=dtype))
     assert metrics["train/loss"].isfinite()
     assert 0 <= metrics["val/acc"] <= 1
 

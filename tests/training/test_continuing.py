@@ -64,27 +64,36 @@ def test_a_plateau_misses_no_step_when_it_is_resumed(tmp_path, method, warmup):
     assert largest_difference(state(whole), state(second)) == 0
 
 
+SCHEDULES = {
+    "cosine": (functools.partial(CosineAnnealingLR, T_max=0), functools.partial(CosineAnnealingLR, T_max=0)),
+    "eta_min": (
+        functools.partial(CosineAnnealingLR, T_max=2),
+        functools.partial(CosineAnnealingLR, T_max=4, eta_min=0.01),
+    ),
+    "milestones": (
+        functools.partial(MultiStepLR, milestones=[1]),
+        functools.partial(MultiStepLR, milestones=[1, 3]),
+    ),
+    "step": (functools.partial(StepLR, step_size=1), functools.partial(StepLR, step_size=3)),
+    "polynomial": (functools.partial(PolynomialLR, total_iters=0), functools.partial(PolynomialLR, total_iters=0)),
+    "one_cycle": (
+        functools.partial(OneCycleLR, max_lr=0.1, total_steps=3),
+        functools.partial(OneCycleLR, max_lr=0.1, total_steps=6),
+    ),
+    "lambda": (
+        functools.partial(LambdaLR, lr_lambda=lambda n: 0.5**n),
+        functools.partial(LambdaLR, lr_lambda=lambda n: 0.5**n),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(
-    ("short", "long"),
-    [
-        (functools.partial(CosineAnnealingLR, T_max=0), functools.partial(CosineAnnealingLR, T_max=0)),
-        (functools.partial(CosineAnnealingLR, T_max=2), functools.partial(CosineAnnealingLR, T_max=4, eta_min=0.01)),
-        (functools.partial(MultiStepLR, milestones=[1]), functools.partial(MultiStepLR, milestones=[1, 3])),
-        (functools.partial(StepLR, step_size=1), functools.partial(StepLR, step_size=3)),
-        (functools.partial(PolynomialLR, total_iters=0), functools.partial(PolynomialLR, total_iters=0)),
-        (
-            functools.partial(OneCycleLR, max_lr=0.1, total_steps=3),
-            functools.partial(OneCycleLR, max_lr=0.1, total_steps=6),
-        ),
-        (
-            functools.partial(LambdaLR, lr_lambda=lambda n: 0.5**n),
-            functools.partial(LambdaLR, lr_lambda=lambda n: 0.5**n),
-        ),
-    ],
-    ids=["cosine", "eta_min", "milestones", "step", "polynomial", "one_cycle", "lambda"],
+    ("method", "warmup"), [pytest.param(CE, 3, id="warmup"), pytest.param(ACKD, 0, id="ackd", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize(("method", "warmup"), [(CE, 3), (ACKD, 0)], ids=["warmup", "ackd"])
-def test_a_longer_fit_follows_the_schedule_of_its_settings(tmp_path, method, short, long, warmup):
+def test_a_longer_fit_follows_the_schedule_of_its_settings(tmp_path, method, name, warmup):
+    short, long = SCHEDULES[name]
+
     def module(schedule):
         return build(method(), lr=0.1, lr_scheduler=schedule, recipe=Recipe(warmup_epochs=warmup))
 

@@ -240,6 +240,7 @@ def compiler(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks
 def test_the_second_epoch_and_its_validation_compile_nothing(compiler):
     graphs = Graphs()

@@ -225,7 +225,9 @@ def test_what_is_done_is_said_once(capsys):
     assert "resnet8" in lines[0]
 
 
-@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "timm:mixer_s32_224"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("timm:vit_tiny_patch16_224", marks=pytest.mark.slow), "timm:mixer_s32_224"]
+)
 def test_a_teacher_with_a_fixed_size_gets_it(name, capsys):
     network = create_model(name, 4)
     module = built(teaching(network), student="resnet8", data=DataInfo(4, 32, (0.4,) * 3, (0.2,) * 3))

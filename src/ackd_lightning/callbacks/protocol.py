@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
 
 
 class _Teachers(Protocol):
+    @property
+    def configs(self) -> Sequence[TeacherConfig]: ...
     @property
     def frozen(self) -> tuple[FrozenTeacher, ...]: ...
     def key(self) -> list[dict[str, Any]]: ...

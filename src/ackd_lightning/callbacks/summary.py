@@ -15,6 +15,7 @@ from rich.table import Table
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.progress import is_terminal
 from ackd_lightning.errors import ACKDError, count_of
+from ackd_lightning.models.preprocessing import channels_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.export import FileKeptError, export_student, peer_name
 from ackd_lightning.runs.files import write_json
@@ -23,7 +24,7 @@ from ackd_lightning.runs.versions import device_name, versions
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
     from ackd_lightning.models.teacher import FrozenTeacher
-    from ackd_lightning.types import ImageSize, NetSpec
+    from ackd_lightning.types import DataInfo, NetSpec
 
 
 class RunSummary(L.Callback):
@@ -42,7 +43,9 @@ class RunSummary(L.Callback):
         self.replaces = copy_to is not None and copy_to.exists()  # its own, of a run that is resumed
         self.started = 0.0
         self.seconds = 0.0
-        self.multiply_adds = 0  # counted before the fit, as the hooks of a profiler cannot be copied
+        # counted before the fit: the hooks of a profiler cannot be copied, and nothing may fail after the last epoch
+        self.multiply_adds = 0
+        self.teachers: list[dict[str, Any]] = []
         self.measured_at = -1
         self.finished: tuple[dict[str, Any], dict[str, str]] | None = None
         self.last: dict[str, float] = {}
@@ -69,8 +72,9 @@ class RunSummary(L.Callback):
             print(f"layers, student - teacher: {', '.join(pairs)}", flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove the summary of a finished run that is trained longer, now that its state is restored."""
+        """Count the teachers; remove the summary of a finished run that is trained longer, as its state is restored."""
         if trainer.is_global_zero and not is_fast_dev_run(trainer):
+            self._count_teachers(pl_module)
             (self.folder / "summary.json").unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -144,7 +148,12 @@ class RunSummary(L.Callback):
                 "--data.batch_size, or limit the callback that has chosen it"
             )
         if self.finished is None and not (self.folder / "summary.json").is_file():
+            self._count_teachers(pl_module)
             self.on_train_end(trainer, pl_module)
+
+    def _count_teachers(self, pl_module: L.LightningModule) -> None:
+        module = cast("TrainingModule", pl_module)
+        self.teachers = [_teacher_summary(each, module.data) for each in module.teachers.frozen]
 
     def _summary(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, Any]:
         network, data = module.kept_network(), getattr(trainer, "datamodule", None)
@@ -176,8 +185,8 @@ class RunSummary(L.Callback):
             "device": device_name(module.device),
             "versions": versions(),
         }
-        if module.teachers.frozen:
-            first, *others = [_teacher_summary(each, module.data.input_size) for each in module.teachers.frozen]
+        if self.teachers:
+            first, *others = self.teachers
             summary |= {"teacher": first, **({"other_teachers": others} if others else {})}
         return summary
 
@@ -270,12 +279,13 @@ def _shape(spec: NetSpec, stage: int) -> str:
     return f"F{stage}{shape}"
 
 
-def _teacher_summary(teacher: FrozenTeacher, input_size: ImageSize) -> dict[str, Any]:
+def _teacher_summary(teacher: FrozenTeacher, data: DataInfo) -> dict[str, Any]:
     measured = teacher.metadata.get("measured_acc")
+    channels = channels_of(teacher.network, teacher.given, data.image_shape[0])
     return {
         "model": teacher.name,
         "acc": float(measured) if measured else None,
         "sha256": teacher.metadata.get("sha256"),
         "parameters": count_parameters(teacher.network),
-        "multiply_adds": multiply_adds(teacher.network, teacher.input_size or input_size),
+        "multiply_adds": multiply_adds(teacher.network, teacher.input_size or data.input_size, channels),
     }

@@ -15,7 +15,7 @@ from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.images import Notes, list_images
 from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.deploy.predictions import PARQUET, predict_images, write_table
-from ackd_lightning.errors import ACKDError, UnreadableImagesError
+from ackd_lightning.errors import ACKDError, UnreadableImagesError, count_of
 from ackd_lightning.extras import require
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.files import Which
@@ -89,7 +89,7 @@ def predict(
     if description.class_names is None:
         print(f"{network.path} does not name its classes, so class_name is empty")
     skipped = f", {len(notes.unreadable):,} skipped" if notes.unreadable else ""
-    print(f"predictions: {target} ({len(found.files):,} images{skipped})", flush=True)
+    print(f"predictions: {target} ({count_of(len(found.files), 'image')}{skipped})", flush=True)
     if strict and notes.unreadable:
         count = len(notes.unreadable)
         raise UnreadableImagesError(

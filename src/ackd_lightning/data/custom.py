@@ -47,7 +47,7 @@ class CustomImagesDataModule(StoredDataModule):
         std: Standard deviation of each channel, as ``mean``.
         value_range: Pixel values that become 0 and 1, such as [0, 4095] for 12 bits in files of 16; NaN becomes 0.
             None for the range of the file's type: 255 for 8 bits, 65535 for 16 bits, 0 to 1 for floats.
-        background: Colour that shows through transparent pixels: a name, or ``#rrggbb``.
+        background: Colour that shows through transparent pixels: a name, or ``rgb(128,128,128)``.
         options: Argument ``cache``, and those of [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
     """
 
@@ -81,7 +81,7 @@ class CustomImagesDataModule(StoredDataModule):
         try:
             ImageColor.getrgb(background)
         except ValueError:
-            raise ACKDError(f"background is {background!r}: give a colour, such as white or #808080") from None
+            raise ACKDError(f"background is {background!r}: give a colour, such as white or rgb(128,128,128)") from None
         self.background = background
         self._deep: bool | None = None
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ackd_lightning.data.pixels import Decoded, ImageFormat, convert
+from ackd_lightning.data.pixels import Decoded, ImageFormat, Spectral, convert
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
 
@@ -29,6 +29,7 @@ _ORIENTATION = 0x0112
 
 
 _BITS_PER_SAMPLE = 258
+_SAMPLES_PER_PIXEL = 277
 
 
 HEIF = frozenset({".heic", ".heif", ".hif"})
@@ -128,6 +129,13 @@ def has_deep_colours(image: Image.Image) -> bool:
     return image.format == "TIFF" and any(bits > 8 for bits in tags.get(_BITS_PER_SAMPLE, ()))
 
 
+def _has_more(image: Image.Image) -> bool:
+    """Whether a TIFF has channels, or pages where the package for them is installed, that PIL would leave out."""
+    tags: Any = getattr(image, "tag_v2", {})
+    pages = getattr(image, "n_frames", 1) > 1 and find_spec("tifffile") is not None
+    return pages or tags.get(_SAMPLES_PER_PIXEL, 1) > len(image.getbands())
+
+
 def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
     """Decode a file as it is.
 
@@ -146,16 +154,16 @@ def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
     try:
         if suffix == ".npy":
             stored: NDArray[Any] = np.load(io.BytesIO(_bytes(file)), allow_pickle=False)
-            return stored
+            return stored.view(Spectral)
         with Image.open(stream(file)) as image:
             if has_deep_colours(image):
                 return _deep_png(file) if image.format == "PNG" else _tiff(file)
-            if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1 and find_spec("tifffile") is not None:
-                return _tiff(file)
+            if image.format == "TIFF" and _has_more(image):
+                return _tiff(file) if image.mode in ("LA", "RGBA") else _tiff(file).view(Spectral)
             return as_decoded(image)
     except UnidentifiedImageError as error:
         if suffix in (".tif", ".tiff"):
-            return _tiff(file)
+            return _tiff(file).view(Spectral)
         if suffix in HEIF and not register_heif():
             require("pillow_heif", "heic", label(file))
         raise broken_image(file, error) from None

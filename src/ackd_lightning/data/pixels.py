@@ -27,6 +27,10 @@ Decoded = Image.Image | Tensor
 """An image of 8 bits, or ``C x H x W`` float32 from 0 to 1."""
 
 
+class Spectral(np.ndarray[Any, Any]):
+    """Decoded file without transparency: two or four channels are not grey or RGB with alpha."""
+
+
 @dataclass(frozen=True)
 class ImageFormat:
     """What image files become.
@@ -84,6 +88,17 @@ def bands(raw: Image.Image | NDArray[Any], channels: int) -> int:
     return int(_channels_last(raw, channels, "an array").shape[2])
 
 
+def is_convertible(raw: Image.Image | NDArray[Any], channels: int) -> bool:
+    """Whether the channels of a decoded file can be converted to those that a network reads.
+
+    Args:
+        raw: Result of `load_image`.
+        channels: Number of channels that the network reads.
+    """
+    found, colours = bands(raw, channels), (1, 3) if isinstance(raw, Spectral) else (1, 2, 3, 4)
+    return found == channels or (channels in (1, 3) and found in colours)
+
+
 def require_full_range(values: list[int], name: str) -> None:
     """Refuse 16-bit images none of which uses more than 12 bits, which would come out black.
 
@@ -118,7 +133,9 @@ def convert(raw: Image.Image | NDArray[Any], form: ImageFormat, name: str) -> De
         if form.value_range is None:
             return image
         raw = np.asarray(image)
-    return _array_channels(_scaled(_channels_last(raw, form.channels, name), form, name), form, name)
+    elif not is_convertible(raw, form.channels):
+        raise _wrong_channels(name, bands(raw, form.channels), form.channels)
+    return _array_channels(_scaled(_channels_last(raw, form.channels, name), form, name), form)
 
 
 def _with_channels(image: Image.Image, form: ImageFormat, name: str) -> Image.Image:
@@ -181,14 +198,12 @@ def _scaled(array: NDArray[Any], form: ImageFormat, name: str) -> NDArray[np.flo
     )
 
 
-def _array_channels(pixels: NDArray[np.float32], form: ImageFormat, name: str) -> Tensor:
+def _array_channels(pixels: NDArray[np.float32], form: ImageFormat) -> Tensor:
     """Return ``C x H x W`` float32 with the channels of a format."""
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
     found = image.shape[0]
     if found == form.channels:
         return image
-    if form.channels not in (1, 3) or found not in (1, 2, 3, 4):
-        raise _wrong_channels(name, found, form.channels)
     if found in (2, 4):
         colour = torch.tensor(ImageColor.getrgb(form.background)[:3]).view(3, 1, 1) / 255
         alpha = image[-1:]

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ackd_lightning.data.decoding import load_image
 from ackd_lightning.data.folders import Walk
-from ackd_lightning.data.pixels import bands, convert, largest_value
+from ackd_lightning.data.pixels import bands, convert, is_convertible, largest_value
 from ackd_lightning.data.table import read_columns
 from ackd_lightning.deploy.pixels import Preprocessing
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 
 _TABLES = frozenset({".csv", ".tsv", ".parquet", ".pq"})
 _COLUMNS = ("path", "file", "image", "filename", "file_name")
@@ -108,9 +108,12 @@ class Notes:
         """
         found = []
         if self.converted:
-            kinds = ", ".join(f"{count:,} with {number}" for number, count in sorted(self.converted.items()))
-            how = "made grey" if channels == 1 else "made RGB" if channels == 3 else "converted"
-            found.append(f"converted to the {channels} channels that the network reads: {kinds} ({how})")
+            kinds = ", ".join(
+                f"{count_of(count, 'image')} with {count_of(number, 'channel')}"
+                for number, count in sorted(self.converted.items())
+            )
+            how = "grey" if channels == 1 else "RGB" if channels == 3 else count_of(channels, "channel")
+            found.append(f"made {how}, which the network reads: {kinds}")
         if self.dark:
             found.append(
                 f"{self.dark:,} images of 16 bits use at most 12 of them, so they look black to the network; scale them"
@@ -143,12 +146,12 @@ class _ImageFiles(Dataset[_Decoded]):
                 return _Decoded(row, None, "does not exist")
             raw = load_image(path)
             found = bands(raw, form.channels)
-            if form.channels not in (1, 3) and found != form.channels:
+            if not is_convertible(raw, form.channels):
                 return _Decoded(row, None, f"has {found} channels and the network reads {form.channels}")
             largest = None if form.value_range else largest_value(raw)
             pixels = self.preprocessing.fitted(convert(raw, form, name))
         except (ACKDError, OSError, MemoryError) as error:
-            return _Decoded(row, None, str(error).splitlines()[0])
+            return _Decoded(row, None, str(error).splitlines()[0].removeprefix(f"{name} "))
         dark = largest is not None and 0 < largest <= 4095
         return _Decoded(row, pixels, converted=0 if found == form.channels else found, dark=dark)
 

@@ -18,9 +18,6 @@ from ackd_lightning.extras import require
 from ackd_lightning.runs.files import whole_file
 
 PARQUET = frozenset({".parquet", ".pq"})
-COLUMNS = ("index", "file", "target", "prediction", "class_name", "probability")
-"""Columns of a table of predictions, those of ``predictions.csv`` for the test part of a data set."""
-_NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,9 @@ class Predictions:
     probabilities: Tensor
 
     def columns(self, names: Sequence[str] | None) -> dict[str, list[Any]]:
-        """Return the columns of the table: those of `COLUMNS`, then three for each further class of the top T.
+        """Return the columns of the table, named as in ``predictions.csv`` of a test part, without its targets.
+
+        ``prediction``, ``class_name`` and ``probability`` come once for each class of the top T: ``prediction_2``, …
 
         Args:
             names: Names of the classes; None when unknown, which leaves their cells empty.
@@ -48,7 +47,6 @@ class Predictions:
         found: dict[str, list[Any]] = {
             "index": self.rows.tolist(),
             "file": list(self.files),
-            "target": [_NO_LABEL] * len(self.files),
         }
         for rank in range(self.classes.shape[1]):
             suffix = f"_{rank + 1}" if rank else ""

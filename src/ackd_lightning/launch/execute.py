@@ -91,6 +91,11 @@ class Execution:
             refused = isinstance(error, MisconfigurationException | ModuleNotFoundError) and not started
             if self.claim is not None and not started and (refused or isinstance(first_cause(error), ACKDError)):
                 self.claim.discard()
+            if refused and "error where more than one `__init__`" in str(error):  # Lightning's, about `ackd predict`
+                raise ACKDError(
+                    f"{type(self.cli.datamodule).__name__} gives batch_size to its DataLoader by position, with which "
+                    "Lightning cannot predict; write DataLoader(dataset, batch_size=...)"
+                ) from error
             if refused:  # by a callback, or by what Lightning checks when a fit begins
                 raise ACKDError(" ".join(str(error).split())[:400]) from error
             raise

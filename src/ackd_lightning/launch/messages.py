@@ -207,7 +207,7 @@ def shorten(refused: RefusedError, given: Given, *, around: str = "") -> str:
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\.? Got value| - | Given value|$)", text))
     bare = (re.sub(r"(?:typing\.)?Literal\[(.*)\]|typing\.|<class '([\w.]+)'>", r"\1\2", each) for each in expected)
     kinds = sorted({_kind(each): None for each in bare if each != "NoneType"} or [_CLASS], key=_CLASS.__eq__)
-    stated = re.sub(r"^\{'class_path': '([^']*)'\}$", r"\1", value[1]) if value else ""
+    stated = re.sub(r"^\{'class_path': '([^']*)'\}$| - Expected an? .*", r"\1", value[1]) if value else ""
     shown = f" is {stated!r}" if value else ""
     if re.fullmatch(r"[-+.]*(nan|inf)", stated, re.IGNORECASE):
         kinds = [each.replace("a number", "a finite number") for each in kinds if each != _CLASS]

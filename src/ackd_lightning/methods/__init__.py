@@ -14,13 +14,17 @@ from ackd_lightning.methods.crd import CRD
 from ackd_lightning.methods.dgkd import DGKD
 from ackd_lightning.methods.dist import DIST
 from ackd_lightning.methods.dkd import DKD
+from ackd_lightning.methods.dpk import DPK
 from ackd_lightning.methods.fitnet import FitNet
+from ackd_lightning.methods.iakd import IAKD
 from ackd_lightning.methods.infoflow import InfoFlow
 from ackd_lightning.methods.itrd import ITRD
 from ackd_lightning.methods.kd import KD
 from ackd_lightning.methods.nkd import NKD
+from ackd_lightning.methods.okd import OKD
 from ackd_lightning.methods.one import ONE
 from ackd_lightning.methods.p2p import P2P
+from ackd_lightning.methods.pasm import PASM
 from ackd_lightning.methods.reviewkd import ReviewKD
 from ackd_lightning.methods.rkd import RKD
 from ackd_lightning.methods.rld import RLD
@@ -47,11 +51,15 @@ __all__ = [
     "DGKD",
     "DIST",
     "DKD",
+    "DPK",
+    "IAKD",
     "ITRD",
     "KD",
     "NKD",
+    "OKD",
     "ONE",
     "P2P",
+    "PASM",
     "RKD",
     "RLD",
     "SKT",

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import KLDirection, cross_entropy, kl_per_image, weighted_logits
@@ -66,7 +66,8 @@ class ACKD(LogitMethod):
         discriminator_inputs: Features that discriminators read: every position of the ``map``, or ``pooled``.
         discriminator_optimizer: Optimizer of the discriminators: ``sgd`` (momentum 0.9, weight decay 5e-4) or ``adam``
             (betas 0.5 and 0.999).
-        discriminator_lr: Learning rate of this optimizer, decayed together with the student's.
+        discriminator_lr: Learning rate of this optimizer, which follows the student's schedule. None for the student's
+            own with ``sgd`` and 1e-3 with ``adam``.
         lambda_kd_aux: Weight lambda_1 of the distillation from teacher to group (Eq. 2).
         lambda_kd_target: Weight lambda_2 of the distillation from group to target (Eq. 6).
         lambda_adv: Weight lambda_3 of the adversarial term (Eq. 5).
@@ -104,7 +105,7 @@ class ACKD(LogitMethod):
         adversarial_warmup_epochs: NonNegativeInt = 0,
         discriminator_inputs: DiscriminatorInput = "map",
         discriminator_optimizer: Literal["sgd", "adam"] = "sgd",
-        discriminator_lr: Positive = 1e-3,
+        discriminator_lr: Positive | None = None,
         lambda_kd_aux: NonNegative = 1.0,
         lambda_kd_target: NonNegative = 1.0,
         lambda_adv: NonNegative = 1.0,
@@ -261,10 +262,13 @@ class ACKD(LogitMethod):
         parameters = list(self.discriminators.parameters())
         if not parameters:
             return {}
+        rate = self.discriminator_lr
         if self.optimizer_name == "adam":
-            return {"discriminators": torch.optim.Adam(parameters, lr=self.discriminator_lr, betas=(0.5, 0.999))}
-        sgd = torch.optim.SGD(parameters, lr=self.discriminator_lr, momentum=0.9, weight_decay=5e-4)
-        return {"discriminators": sgd}
+            return {"discriminators": Adam(parameters, lr=1e-3 if rate is None else rate, betas=(0.5, 0.999))}
+        if rate is not None:
+            return {"discriminators": SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)}
+        group = {"params": parameters, "lr_scale": 1.0}  # of the student's rate, which replaces the 0.1
+        return {"discriminators": SGD([group], lr=0.1, momentum=0.9, weight_decay=5e-4)}
 
     def auxiliary_loss(
         self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch

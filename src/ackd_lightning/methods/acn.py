@@ -53,10 +53,10 @@ from ackd_lightning.methods.acn_networks import (
     ResidualConnection,
     evaluated,
     image_noise,
-    statistics_kept,
 )
 from ackd_lightning.methods.base import FitInfo, Method, Networks
 from ackd_lightning.methods.peers import all_logits, mutual_loss, require_networks
+from ackd_lightning.models.freezing import statistics_kept
 from ackd_lightning.types import Batch, Examples, NetOutput
 from ackd_lightning.validation import Fraction, NonNegative, NonNegativeInt, Positive, Range
 

@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.random import stateless_bits, stateless_uniform
+from ackd_lightning.random import image_keys, stateless_bits, stateless_uniform
 
 ResidualConnection = Literal["convex", "learned", "additive"]
 RESIDUAL_CONNECTIONS = ("convex", "learned", "additive")
@@ -40,8 +39,7 @@ def image_noise(index: Tensor, epoch: int, height: int, width: int) -> Tensor:
     Returns:
         ``B x 1 x H x W`` float32, uniform in [-1, 1).
     """
-    place = torch.arange(len(index), device=index.device)
-    image = stateless_bits(_STREAM, epoch, torch.where(index < 0, place, index))
+    image = stateless_bits(_STREAM, epoch, image_keys(index))
     pixel = torch.arange(height * width, device=index.device)
     return (2 * stateless_uniform(image[:, None], pixel[None, :]) - 1).view(-1, 1, height, width)
 
@@ -273,20 +271,3 @@ def evaluated(*networks: nn.Module) -> Iterator[None]:
             layer.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of BatchNorm; in training mode batches are normalised by their own statistics.
-
-    Args:
-        network: Network with BatchNorm layers.
-    """
-    layers = [each for each in network.modules() if isinstance(each, _NormBase) and each.track_running_stats]
-    try:
-        for layer in layers:
-            layer.track_running_stats = False
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 from ackd_lightning.validation import checked
 
+T = TypeVar("T")
 TeacherAccess = Literal["none", "logits", "output", "own"]
 Labels = Literal["hard", "smoothed", "mixed"]
 LABELS: tuple[Labels, ...] = get_args(Labels)
@@ -211,7 +212,8 @@ class Method(nn.Module):
         """Return the optimizers of parameters with training steps of their own, in the order of these steps.
 
         Discriminators and generators are such parameters. Each has a step in every batch before the student's, and is
-        frozen in the student's step. The names are those of the logged learning rates, ``lr/NAME``.
+        frozen in the student's step. The names are those of the logged learning rates, ``lr/NAME``. A parameter group
+        with the entry ``lr_scale`` is trained at that multiple of the student's learning rate.
         """
         return {}
 
@@ -362,6 +364,21 @@ def is_task_term(name: str) -> bool:
         name: Name of the term.
     """
     return name == "ce" or name.startswith("ce_")
+
+
+def only_teacher(teachers: Sequence[T], method: str) -> T:
+    """Return the teacher of a method that runs it itself and can run one.
+
+    Args:
+        teachers: Teachers of the training, or their shapes.
+        method: Name of the method, for the message.
+
+    Raises:
+        ACKDError: If there are several.
+    """
+    if len(teachers) != 1:
+        raise ACKDError(f"method {method} has one teacher and `teacher` names {len(teachers)}; name one of them")
+    return teachers[0]
 
 
 def features_of(output: NetOutput) -> tuple[Tensor, ...]:

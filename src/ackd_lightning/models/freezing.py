@@ -1,10 +1,12 @@
-"""Parts of a network that are not trained, and the mode that they need for that."""
+"""Parts of a network that are not trained, and the mode that they need for that; statistics that are kept."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.copies import name_of
@@ -37,6 +39,8 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
     Raises:
         ACKDError: If the network has no such part, or nothing is left to train.
     """
+    if not names:
+        return
     stages = parts_by_stage(network)
     modules = {name: module for name, module in network.named_modules() if name}
     for name in names:
@@ -48,7 +52,7 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
         # a module of that name is what its author calls the stage
         for each in (name,) if name in modules else stages[name]:
             (modules[each] if each in modules else network.get_parameter(each)).requires_grad_(False)
-    if names and not any(each.requires_grad for each in network.parameters()):
+    if not any(each.requires_grad for each in network.parameters()):
         raise ACKDError(f"student.freeze is {list(names)}, which leaves nothing to train; leave a part out")
 
 
@@ -64,3 +68,20 @@ def frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
         return
     for child in module.children():
         yield from frozen_modules(child)
+
+
+@contextlib.contextmanager
+def statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of BatchNorm; in training mode batches are normalised by their own statistics.
+
+    Args:
+        network: Network with BatchNorm layers.
+    """
+    layers = [each for each in network.modules() if isinstance(each, _NormBase) and each.track_running_stats]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

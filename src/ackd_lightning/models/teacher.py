@@ -326,6 +326,14 @@ class FrozenTeacher(Teacher):
         Returns:
             Logits of the data's classes in float32, stage outputs and embedding in the type of the images.
         """
+        return self.with_gradient(image)
+
+    def with_gradient(self, image: Tensor) -> NetOutput:
+        """Return what ``forward`` returns, with gradients into the images or into hooks; the weights stay frozen.
+
+        Args:
+            image: Images as the student gets them, ``B x C x H x W``.
+        """
         with self._precision(image.device.type):
             out = super().forward(image)
         features, embedding = out.features, out.embedding

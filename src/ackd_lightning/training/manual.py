@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods.base import Method, weighted_loss
-from ackd_lightning.training.means import TermMeans
-from ackd_lightning.training.nonfinite import SkippingModule
+from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.training.schedule import reads_metric, step_scheduler
+from ackd_lightning.training.step_log import LoggedSteps
 from ackd_lightning.types import Batch, NetOutput
 
 
@@ -57,7 +56,7 @@ def metric_missing(name: str, metrics: Iterable[str]) -> ACKDError:
     )
 
 
-class ManualSteps(SkippingModule):
+class ManualSteps(LoggedSteps):
     """Steps of the auxiliary optimizers, then the student's step, after one forward pass of the student.
 
     Only the student's steps count in ``global_step``, so ``max_steps``, ``every_n_train_steps``, ``fast_dev_run`` and
@@ -65,15 +64,11 @@ class ManualSteps(SkippingModule):
     optimization, and nothing here is used.
 
     Attributes:
-        method: The method.
-        means: Means of what a step logs.
         auxiliary: Parameters of every auxiliary optimizer by its name; empty for automatic optimization.
         monitors: Metric that a schedule on a plateau reads, by ``id`` of the schedule. Lightning does not keep it in
             manual optimization.
     """
 
-    method: Method
-    means: TermMeans
     auxiliary: dict[str, list[nn.Parameter]]
     monitors: dict[int, str]
 
@@ -84,17 +79,6 @@ class ManualSteps(SkippingModule):
             batch: Images.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method `outputs`")
-
-    def log_terms(self, loss: Tensor, terms: Mapping[str, Tensor], student: NetOutput, batch: Batch) -> None:
-        """Log the loss and every unweighted term.
-
-        Args:
-            loss: Weighted sum.
-            terms: Unweighted terms.
-            student: Output of the student.
-            batch: Batch of the step.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no method `log_terms`")
 
     def use_manual_optimization(self) -> None:
         """Switch to manual optimization and keep the auxiliary parameters out of DDP's buckets."""

@@ -7,7 +7,6 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as L
@@ -17,16 +16,13 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-from ackd_lightning.callbacks.averaging import EMA
-from ackd_lightning.callbacks.health import HealthMonitor, TeacherGate
-from ackd_lightning.callbacks.stopping import StopEarly
-from ackd_lightning.data.base import ImageDataModule, info_of
+from ackd_lightning.data.base import info_of
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.ackd import ACKD
 from ackd_lightning.methods.base import Method, Networks, check_method, weighted_loss
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
-from ackd_lightning.models.copies import image_channels
+from ackd_lightning.models.copies import dtype_of, image_channels
 from ackd_lightning.models.finding import probe
 from ackd_lightning.models.quantization import FakeQuantized, ranges_fixed
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
@@ -37,17 +33,19 @@ from ackd_lightning.training.absent import absent_specs, describe_specs
 from ackd_lightning.training.batches import read_batch
 from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
-from ackd_lightning.training.labels import Labels, accuracy, check_batch, check_labels, check_sampling
+from ackd_lightning.training.labels import Labels, check_batch, check_labels, check_sampling
 from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.monitored import check_monitors
 from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite
 from ackd_lightning.training.optimizers import constant, factory_of
+from ackd_lightning.training.own_callbacks import own_callbacks
 from ackd_lightning.training.schedule import (
     OptimizerFactory,
     Recipe,
     SchedulerFactory,
     describe_factory,
 )
+from ackd_lightning.training.speed import speed_up
 from ackd_lightning.training.strategies import refuse_sharding
 from ackd_lightning.training.students import (
     build_student,
@@ -55,7 +53,7 @@ from ackd_lightning.training.students import (
     check_trained,
     keep_frozen_in_evaluation,
 )
-from ackd_lightning.training.teacher_cache import TeacherCache, view_key
+from ackd_lightning.training.teacher_cache import TeacherCache, open_cache
 from ackd_lightning.training.teacher_choice import (
     GivenTeacher,
     as_configs,
@@ -198,7 +196,6 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             self.use_manual_optimization()
         self.evaluation = Evaluation(self.spec, self.method)
         self.cache = cast("TeacherCache | None", None)
-        self._shares: Tensor | None = None  # of the classes in mixed images
         self._last: tuple[NetOutput, NetOutput | None, Batch] | None = None
         self.save_hyperparameters(
             {
@@ -326,8 +323,15 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self._begin_fit()
         check_features_only(self, data)
         check_sampling(self.method, data)
-        self._speed_up()
-        self._open_cache()
+        speed_up(
+            self.student,
+            self.method,
+            self.teachers.frozen,
+            input_size=self.data.input_size,
+            channels_last=self.channels_last,
+            compiles=self.compiles,
+        )
+        self.cache = open_cache(self, data, epochs=self.trainer.max_epochs, precision=str(self.trainer.precision))
         if self.method.teacher == "own" or self._method_sizes() != before or matched:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
@@ -352,54 +356,13 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
                 "validation data out (data.val_fraction)"
             )
 
-    def _open_cache(self) -> None:
-        """Open the cache of the teacher's logits, where one is named."""
-        folder = next((each.cache for each in self.teachers.configs if each.cache is not None), None)
-        if folder is None:
-            return
-        data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
-        if not isinstance(data, ImageDataModule) or not epochs or epochs < 1:
-            raise ACKDError(
-                f"teacher.cache is {folder} and works with this package's data modules and a fixed trainer.max_epochs "
-                "only; leave it out"
-            )
-        self.cache = TeacherCache(Path(folder), view_key(self, data, str(self.trainer.precision)), epochs)
-
-    def _speed_up(self) -> None:
-        """Change memory layout and compile."""
-        networks: list[nn.Module] = [self.student, self.method, *self.teachers.frozen]
-        if self.compiles and self.method.teacher != "own":
-            for teacher in self.teachers.frozen:
-                teacher.fuse(self.data.input_size)
-        if self.channels_last:
-            for network in networks:
-                network.to(memory_format=torch.channels_last)
-        if self.compiles:
-            parts = [self.method.get_submodule(name) for name in self.method.compile_modules]
-            for network in (self.student, *self.teachers.frozen, *parts):
-                network.compile(dynamic=False)
-
     def _method_sizes(self) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in self.method.state_dict().items()}
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Return what comes with the module into any Trainer: alarms, the teacher gate, and callbacks of the recipe."""
-        own: list[L.Callback] = getattr(self._trainer, "callbacks", [])
-        watched = any(isinstance(each, HealthMonitor) for each in own)
-        callbacks: list[L.Callback] = [HealthMonitor()] if self.spec.branches and not watched else []
-        if self.recipe.ema_decay is not None:
-            callbacks.append(EMA(decay=self.recipe.ema_decay))
-        if self.recipe.early_stopping is not None:
-            callbacks.append(StopEarly(self.recipe.early_stopping))
-        gates = {each.gate for each in self.teachers.configs} - {"off"}
-        if gates:
-            callbacks.append(TeacherGate(stop="stop" in gates))
-        if hasattr(self.method, "examples"):
-            from ackd_lightning.callbacks.examples import ExamplePictures  # needs matplotlib
-
-            asked = any(isinstance(each, ExamplePictures) for each in own)
-            callbacks += [ExamplePictures()] if self.trainer.loggers and not asked else []  # else: no folder of a run
-        return callbacks
+        branches = bool(self.spec.branches)
+        return own_callbacks(self.trainer, self.method, self.recipe, self.teachers.configs, branches=branches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the networks' own noise by (seed, epoch, batch, rank), so that a resumed run draws the same."""
@@ -435,7 +398,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         return logits
 
     def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
-        """Read a batch, as `read_batch` does.
+        """Read a batch, as `read_batch` does; its images get the floating-point type of the student's weights.
 
         Args:
             batch: Batch of any data module.
@@ -445,9 +408,10 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             ACKDError: If it has another form than the module was built for.
         """
         result = read_batch(batch, self.data, check=first)
-        if not self.channels_last:
-            return result
-        return result._replace(image=result.image.contiguous(memory_format=torch.channels_last))
+        image = result.image.to(dtype_of(self.student))
+        if self.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return result._replace(image=image)
 
     def outputs(self, batch: Batch) -> tuple[NetOutput, NetOutput | None]:
         """Run teacher and student once; a method that runs its teachers itself gets None.
@@ -469,43 +433,10 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         """Return student and method."""
         return self.student, self.method
 
-    def log_terms(self, loss: Tensor, terms: Mapping[str, Tensor], student: NetOutput, batch: Batch) -> None:
-        """Log means over the epoch of the loss and every unweighted term, and the loss of steps that loggers write.
-
-        Args:
-            loss: Weighted sum.
-            terms: Unweighted terms.
-            student: Output of the student.
-            batch: Batch of the step.
-        """
-        size = batch.image.shape[0]
-        values = {"train/loss": loss, **{f"train/{name}": value for name, value in terms.items()}}
-        if self.method.head is None and not self.labelling.unlabelled:  # else these logits are not trained
-            values["train/acc"] = accuracy(student.logits, batch.target, self._shares)
-        self.means.add(values, size)
-        trainer = self.trainer
-        shown = trainer.progress_bar_callback is not None  # a bar waits for the number in every step
-        if shown or trainer.fast_dev_run or trainer._logger_connector.should_update_logs:  # type: ignore[attr-defined]
-            self.log("train/loss_step", loss.detach(), prog_bar=shown, batch_size=size)
-        if trainer.is_last_batch:
-            self._log_means()
-
-    def _log_means(self) -> None:
-        """Log the means of an epoch; every process has to call it."""
-        means = dict(self.means.compute())
-        self.log_dict(means, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        self.means.reset()
-
     def on_train_start(self) -> None:
-        """Discard what an earlier fit has left."""
+        """Refuse a student of weights that nothing trained, where the recipe needs trained ones."""
         super().on_train_start()
         check_trained(self.student, self.student_config, self.start or self._started_from)  # a checkpoint is loaded now
-        self.means.reset()
-
-    def on_train_epoch_end(self) -> None:
-        """Log the means of an epoch that was cut short."""
-        super().on_train_epoch_end()
-        self._log_means()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Train on one batch.

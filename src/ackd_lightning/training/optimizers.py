@@ -27,6 +27,7 @@ from ackd_lightning.training.schedule import (
     SchedulerFactory,
     build_scheduler,
     describe_factory,
+    largest_rate,
     reads_metric,
     scale_learning_rates,
     step_scheduler,
@@ -83,6 +84,7 @@ class OpenOptimizers(TwoGradients):
 
     def on_train_start(self) -> None:
         """Follow the schedule of the settings, and warn about a learning rate scale that is not applied."""
+        super().on_train_start()
         if self._rate_changed:  # the finder sets one rate for all groups of all optimizers
             self._rate_changed = False
             self.trainer.strategy.setup_optimizers(self.trainer)
@@ -227,6 +229,12 @@ class OpenOptimizers(TwoGradients):
             schedules: Its schedule in Lightning's form; may be empty.
         """
         own = self.method.auxiliary_optimizers()
+        if optimizers:
+            rate = largest_rate(
+                optimizers[0], [each["scheduler"] if isinstance(each, Mapping) else each for each in schedules]
+            )
+            for group in (group for each in own.values() for group in each.param_groups if "lr_scale" in group):
+                group["lr"] = rate * group["lr_scale"]
         added = [self._schedule(each, f"lr/{name}", own_rate=True) for name, each in own.items()]
         return [*optimizers, *own.values()], self._without_monitors([*schedules, *added])
 

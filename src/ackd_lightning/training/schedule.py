@@ -189,6 +189,19 @@ def build_scheduler(
     return WarmUp(scheduler, recipe.warmup_epochs * max(1, math.ceil(steps_per_epoch)))
 
 
+def largest_rate(optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> float:
+    """Return the largest learning rate that the first parameter group reaches.
+
+    Args:
+        optimizer: Optimizer.
+        schedulers: Its schedules, perhaps with a warm-up around them.
+    """
+    group = optimizer.param_groups[0]
+    inner = [each.scheduler if isinstance(each, WarmUp) else each for each in schedulers]
+    cyclic = [float(each.max_lrs[0]) for each in inner if isinstance(each, CyclicLR)]
+    return max(cyclic) if cyclic else float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
 def _keep_ratios(scheduler: LRScheduler, rates: Sequence[float], *, own_rate: bool) -> None:
     """Scale the learning rates of a schedule that sets the same for all groups, whatever their own are."""
     groups = scheduler.optimizer.param_groups

@@ -7,9 +7,15 @@ import os
 import platform
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from ackd_lightning.methods.base import Method
+from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.types import ImageSize
 
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 2**28}
 """M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: no mapped blocks, no memory returned, and 256 MB requested at a time."""
@@ -53,6 +59,39 @@ def fast_settings(accelerator: str) -> dict[str, object]:
     else:
         warnings.warn("--fast does not compile networks, because there is no C++ compiler (install g++)", stacklevel=2)
     return settings
+
+
+def speed_up(
+    student: nn.Module,
+    method: Method,
+    teachers: Sequence[FrozenTeacher],
+    *,
+    input_size: ImageSize,
+    channels_last: bool,
+    compiles: bool,
+) -> None:
+    """Change the memory layout of the networks and compile them, in place.
+
+    Teachers that the method trains are not fused.
+
+    Args:
+        student: Student with its auxiliary learners.
+        method: Method, which names its modules that are worth compiling.
+        teachers: Loaded teachers.
+        input_size: Side of the images in pixels, or their height and width.
+        channels_last: Whether to lay out convolutions with channels last.
+        compiles: Whether to compile.
+    """
+    if compiles and method.teacher != "own":
+        for teacher in teachers:
+            teacher.fuse(input_size)
+    if channels_last:
+        for network in (student, method, *teachers):
+            network.to(memory_format=torch.channels_last)
+    if compiles:
+        parts = [method.get_submodule(name) for name in method.compile_modules]
+        for network in (student, *teachers, *parts):
+            network.compile(dynamic=False)
 
 
 def keep_freed_memory() -> bool:

@@ -132,6 +132,29 @@ class TeacherCache:
         return NetOutput(logits)
 
 
+def open_cache(module: TrainingModule, data: Any, *, epochs: int | None, precision: str) -> TeacherCache | None:
+    """Open the cache of logits that a teacher's settings name; None where none is named.
+
+    Args:
+        module: Module whose teachers are loaded.
+        data: Data module that is set up; None for loaders alone.
+        epochs: Number of epochs of the training; None when it is not limited by epochs.
+        precision: Lightning's name of the precision of the forward pass.
+
+    Raises:
+        ACKDError: If the training does not fit a cache, or the cache is of another training.
+    """
+    folder = next((each.cache for each in module.teachers.configs if each.cache is not None), None)
+    if folder is None:
+        return None
+    if not isinstance(data, ImageDataModule) or not epochs or epochs < 1:
+        raise ACKDError(
+            f"teacher.cache is {folder} and works with this package's data modules and a fixed trainer.max_epochs "
+            "only; leave it out"
+        )
+    return TeacherCache(Path(folder), view_key(module, data, precision), epochs)
+
+
 def check_key(folder: Path, key: dict[str, Any]) -> None:
     """Refuse a cache that was made for other views.
 

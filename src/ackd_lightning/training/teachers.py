@@ -37,6 +37,19 @@ def _tapped(network: nn.Module, config: TeacherConfig) -> nn.Module:
     return network
 
 
+_SPECS: dict[tuple[Any, ...], NetSpec] = {}
+"""Shapes of named networks that were built before: a table plans dozens of runs with the same teacher."""
+
+
+def _remembered(network: nn.Module, asked: Any, find: Callable[[], NetSpec]) -> NetSpec:
+    """Return the shapes of a network, found once for each structure and question."""
+    tensors = tuple((name, tensor.shape) for name, tensor in network.state_dict().items())
+    key = (type(network), repr(network), tensors, repr(asked))
+    if key not in _SPECS:
+        _SPECS[key] = find()
+    return _SPECS[key]
+
+
 class Teachers:
     """The teachers of a training module.
 
@@ -140,10 +153,15 @@ class Teachers:
             own, label, named = self._early(config), str(config.network), True  # `load` counts the classes of a file
         channels = channels_of(structure, own, data.image_shape[0])
         stated = stated_by(structure).input_size
-        size = usable_size(
-            structure, data, given=own.input_size, stated=stated, channels=channels, name=f"teacher {label}"
-        )
-        spec = probe(structure, size, channels=channels)
+
+        def found() -> NetSpec:
+            size = usable_size(
+                structure, data, given=own.input_size, stated=stated, channels=channels, name=f"teacher {label}"
+            )
+            return probe(structure, size, channels=channels)
+
+        sizes = (data.input_size, own.input_size, stated, channels)
+        spec = found() if number in self._given else _remembered(structure, (config.taps, *sizes), found)
         if spec.num_classes != data.num_classes and config.class_map is None and not named:
             raise _other_classes(label, spec.num_classes, data.num_classes)
         return replace(spec, num_classes=data.num_classes)

@@ -1,7 +1,8 @@
 """Grad-CAM of teacher, target learner and auxiliary learners on the same images (Selvaraju et al., 2017).
 
-The ACKD paper shows it in Fig. 3. The maps are computed by the library grad-cam, at the last feature map of each
-network, for the true class.
+The ACKD paper shows it in Fig. 3. The maps are computed by the library grad-cam for the true class, at the last feature
+map of each network that its logits depend on: a classifier that reads a class token alone ignores the positions of the
+last block.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ class Source:
     Attributes:
         name: Name above its column.
         module: Module that owns all parameters.
-        logits: Function from normalised images to logits, which runs ``layer``.
-        layer: Module whose output is the last feature map.
+        logits: Function from normalised images to logits, which runs ``layers``.
+        layers: Modules whose outputs are the feature maps, the last one first.
         prefix: Number of tokens before those of the positions; None for maps.
     """
 
     name: str
     module: nn.Module
     logits: Callable[[Tensor], Tensor]
-    layer: nn.Module
+    layers: tuple[nn.Module, ...]
     prefix: int | None = None
 
     @classmethod
@@ -48,7 +49,7 @@ class Source:
         plan: StagePlan | None,
         logits: Callable[[Tensor], Tensor],
     ) -> Source:
-        """Find the last feature map of a network.
+        """Find the feature maps of a network.
 
         Args:
             name: Name above its column.
@@ -62,8 +63,8 @@ class Source:
         """
         if plan is None:
             raise ACKDError(f"the stages of {name} are unknown, so it has no feature map for Grad-CAM")
-        layer = network.get_submodule(plan.features[-1])
-        return cls(name, module, logits, layer, getattr(network, "num_prefix_tokens", None))
+        layers = tuple(network.get_submodule(each) for each in reversed(plan.features))
+        return cls(name, module, logits, layers, getattr(network, "num_prefix_tokens", None))
 
 
 class _AsModule(nn.Module):
@@ -102,18 +103,22 @@ def heat_maps(
     def as_maps(value: Any) -> Tensor:
         found = as_map(value, ratio, source.prefix)
         if found is None:
-            raise ACKDError(f"the last feature of {source.name} is not a map, so it has no Grad-CAM")
+            raise ACKDError(f"a feature of {source.name} is not a map, so it has no Grad-CAM")
         return found
 
     wanted = [targets.ClassifierOutputTarget(label) for label in target.tolist()]
     model = _AsModule(source)
     before = {name: parameter.grad for name, parameter in model.named_parameters()}
-    with (
-        torch.enable_grad(),
-        library.GradCAM(model=model, target_layers=[source.layer], reshape_transform=as_maps) as cam,
-    ):
-        maps = cam(input_tensor=images.detach().clone().requires_grad_(), targets=wanted)
-        answers = cam.outputs.argmax(dim=1).detach().cpu()
+    for layer in source.layers:
+        with (
+            torch.enable_grad(),
+            library.GradCAM(model=model, target_layers=[layer], reshape_transform=as_maps) as cam,
+        ):
+            maps = cam(input_tensor=images.detach().clone().requires_grad_(), targets=wanted)
+            answers = cam.outputs.argmax(dim=1).detach().cpu()
+            reached = any(bool(each.any()) for each in cam.activations_and_grads.gradients)
+        if reached:
+            break
     for name, parameter in model.named_parameters():
         parameter.grad = before[name]
     overlays = [

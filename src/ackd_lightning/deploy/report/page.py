@@ -325,8 +325,8 @@ def _learners(content: Mapping[str, Any], figures: Sequence[str]) -> list[str]:
         ]
     if "gradcam" in figures:
         parts += [
-            "Grad-CAM for the true class, at the last feature map of each network. Below each image is the predicted "
-            "class, in red if it is wrong.",
+            "Grad-CAM for the true class, at the last feature map that a network's logits depend on: red positions "
+            "speak for that class most. Below each image is the predicted class, in red if it is wrong.",
             figure("gradcam", "Grad-CAM of the networks on the same images"),
         ]
     parts += [f"No Grad-CAM: {escaped(content['no_gradcam'])}."] if content["no_gradcam"] else []
