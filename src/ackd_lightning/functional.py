@@ -161,6 +161,24 @@ def standardized(logits: Tensor) -> Tensor:
     return torch.where(varies, centred, 0.0) * torch.where(varies, variance, 1.0).rsqrt()
 
 
+def entropy(logits: Tensor, *, temperature: float) -> Tensor:
+    """Compute the entropy of the softened prediction of every image.
+
+    Args:
+        logits: Logits, ``B x K``.
+        temperature: Temperature tau, above 0.
+
+    Returns:
+        ``B`` float32 from 0 to log K, in nats.
+
+    Example:
+        >>> entropy(torch.tensor([[0.0, 0.0], [0.0, 90.0]]), temperature=1.0)
+        tensor([0.6931, 0.0000])
+    """
+    log_probability = F.log_softmax(logits.float() / temperature, dim=1)
+    return -(log_probability.exp() * log_probability).sum(dim=1)
+
+
 @torch.no_grad()
 def entropy_weights(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
     r"""Weigh every image by the entropies of both predictions (Su et al.: EA-KD, ICCV 2025).
@@ -180,12 +198,7 @@ def entropy_weights(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
         >>> entropy_weights(torch.zeros(1, 2), torch.tensor([[0.0, 3.0]]), temperature=3.0)
         tensor([0.5822])
     """
-
-    def entropy(logits: Tensor) -> Tensor:
-        log_probability = F.log_softmax(logits.float() / temperature, dim=1)
-        return -(log_probability.exp() * log_probability).sum(dim=1)
-
-    teacher, student = entropy(teacher_logits), entropy(student_logits)
+    teacher, student = (entropy(each, temperature=temperature) for each in (teacher_logits, student_logits))
     return teacher * (1 + student / math.log(student_logits.shape[1])) / 2
 
 

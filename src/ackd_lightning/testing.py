@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from ackd_lightning.methods.base import FitInfo, Method, weighted_loss
+from ackd_lightning.methods.guides import GuidedMethod
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.zoo import create_model
@@ -78,7 +79,8 @@ class Harness:
     Args:
         method: Method to drive.
         student: Model name or network.
-        teacher: Model name or network with random weights; several for methods that learn from several.
+        teacher: Model name or network with random weights; several for methods that learn from several. None for
+            resnet14, and for resnet20 and resnet14 where a method needs several.
         data: Images; small random ones by default.
         lr: Learning rate of SGD with momentum 0.9 and weight decay 5e-4, times 0.1 after the first epoch.
         seed: Seed of the weights.
@@ -98,7 +100,7 @@ class Harness:
         method: Method,
         *,
         student: str | nn.Module = "resnet8",
-        teacher: str | nn.Module | Sequence[str | nn.Module] = "resnet14",
+        teacher: str | nn.Module | Sequence[str | nn.Module] | None = None,
         data: RandomImages | None = None,
         lr: float = 0.02,
         seed: int = 0,
@@ -107,6 +109,8 @@ class Harness:
         self.data = data or RandomImages()
         classes = self.data.info.num_classes
         torch.manual_seed(seed)
+        if teacher is None:
+            teacher = ("resnet20", "resnet14") if isinstance(method, GuidedMethod) else "resnet14"
         given = [teacher] if isinstance(teacher, (str, nn.Module)) else list(teacher)
         networks = [create_model(each, classes) if isinstance(each, str) else each for each in given]
         info = self.data.info

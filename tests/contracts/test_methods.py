@@ -22,6 +22,7 @@ from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
 from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.methods.description import describe, from_description
+from ackd_lightning.methods.guides import GuidedMethod
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.testing import Harness, RandomImages
 from ackd_lightning.training.manual import frozen
@@ -39,10 +40,14 @@ def description_in(path: Path) -> dict[str, Any]:
     return copy.deepcopy(read_config(path)["model"]["method"])
 
 
+def teachers_of(method: Method) -> list[str]:
+    return ["resnet14", "resnet8"] if isinstance(method, GuidedMethod) else ["resnet8"]
+
+
 def harness_for(method: Method, **arguments: Any) -> Harness:
     """A method in the middle of a training, so that no warm-up is left."""
     usual: dict[str, Any] = {
-        "teacher": "resnet8",
+        "teacher": teachers_of(method),
         "data": RandomImages(num_classes=CLASSES, input_size=SIDE, count=40, batch_size=IMAGES),
     }
     harness = Harness(method, **{**usual, **arguments})
@@ -207,16 +212,14 @@ def test_with_cross_entropy_alone_it_is_plain_training_bit_for_bit(path):
 @every_method
 def test_the_teacher_and_its_gradient_are_left_alone(path):
     harness = harness_in(path)
-    teacher = harness.module.teacher
-    if teacher is None:
-        return
-    before = copy.deepcopy(teacher.network.state_dict())
+    networks = nn.ModuleList(teacher.network for teacher in harness.module.teachers)
+    before = copy.deepcopy(networks.state_dict())
     harness.step()
-    assert all(each.grad is None for each in teacher.parameters())
-    for key, value in teacher.network.state_dict().items():
+    assert all(each.grad is None for each in networks.parameters())
+    for key, value in networks.state_dict().items():
         assert torch.equal(value, before[key]), key
     kept = [*harness.method.state_dict().values(), *harness.module.student.state_dict().values()]
-    assert not {each.data_ptr() for each in teacher.network.state_dict().values()} & {
+    assert not {each.data_ptr() for each in networks.state_dict().values()} & {
         each.data_ptr() for each in kept if each.numel()
     }
 
@@ -225,7 +228,7 @@ def test_the_teacher_and_its_gradient_are_left_alone(path):
 @every_method
 def test_state_and_description_bring_the_method_back(path, fit):
     """Memories, too: after steps that moved them, another process resumes with the same losses."""
-    teacher = create_model("resnet8", CLASSES)
+    teacher = [create_model(name, CLASSES) for name in teachers_of(from_description(description_in(path)))]
     first = harness_in(path, teacher=teacher)
     for number in range(2):
         first.step(first.data.batch(number))

@@ -11,6 +11,7 @@ from ackd_lightning import DataInfo, DistillationModule, TeacherConfig, create_m
 from ackd_lightning.config.files import config_folder, load_configs
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.description import from_description
+from ackd_lightning.methods.guides import GuidedMethod
 
 NAMES = sorted(each.stem for each in (config_folder() / "methods").glob("*.yaml"))
 
@@ -38,11 +39,12 @@ class HalfLabelled(L.LightningDataModule):
 def test_images_without_labels(name):
     method = method_of(name)
     teacher = TeacherConfig(network=create_model("resnet14", 4), gate="off")
-    given = [teacher, TeacherConfig(network=create_model("resnet8", 4), gate="off")] if name == "atsc" else teacher
+    assistant = TeacherConfig(network=create_model("resnet8", 4), gate="off")
+    several = name == "atsc" or isinstance(method, GuidedMethod)
     module = DistillationModule(
         "resnet8",
         method=method,
-        teacher=given,
+        teacher=[teacher, assistant] if several else teacher,
         data=DataInfo(4, 16, (0.5,) * 3, (0.5,) * 3),
         optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3),
         seed=0,

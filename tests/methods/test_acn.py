@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACN
-from ackd_lightning.methods.acn_losses import disagreement, js_divergence, mean_log_probability, mutual_loss
+from ackd_lightning.methods.acn_losses import disagreement, js_divergence, mean_log_probability
 from ackd_lightning.methods.acn_networks import Generator, evaluated, image_noise
 from ackd_lightning.methods.base import FitInfo, Networks
 from ackd_lightning.methods.description import describe
+from ackd_lightning.methods.peers import mutual_loss
 from ackd_lightning.models.finding import probe
 from ackd_lightning.models.freezing import statistics_kept
 from ackd_lightning.models.student import BranchyStudent

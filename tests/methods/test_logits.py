@@ -27,7 +27,8 @@ def fragments(argument: str) -> dict[str, dict]:
     found = {}
     for path in sorted((config_folder() / "methods").glob("*.yaml")):
         description = read_config(path)["model"]["method"]
-        if argument in inspect.signature(type(from_description(description))).parameters:
+        method = from_description(description)
+        if argument in inspect.signature(type(method)).parameters and method.teacher != "own":  # these have own tests
             found[path.stem] = description
     return found
 

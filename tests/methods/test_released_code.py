@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ackd_lightning.methods import KD, NKD, RLD, SRRL, TTM, FitInfo, Networks
+from ackd_lightning.methods import DGKD, KD, NKD, RLD, SRRL, TTM, FitInfo, Networks
 from ackd_lightning.methods.infoflow import infoflow_loss
 from ackd_lightning.methods.itrd import correlation_loss, mutual_information_loss
 from ackd_lightning.methods.skt import pattern_loss, relations
@@ -21,7 +21,9 @@ from ackd_lightning.types import Batch, NetOutput, NetSpec
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELEASED = json.loads((GOLDEN / "released_losses.json").read_text(encoding="utf-8"))
 with np.load(GOLDEN / "losses.npz") as arrays:
-    STUDENT, TEACHER, TARGET = (torch.from_numpy(arrays[name]) for name in ("logits_s", "logits_t", "target"))
+    STUDENT, TEACHER, ASSISTANT, TARGET = (
+        torch.from_numpy(arrays[name]) for name in ("logits_s", "logits_t", "logits_a", "target")
+    )
     MAPS = [[torch.from_numpy(arrays[f"{side}_f{stage}"]) for stage in (1, 2, 3)] for side in ("rs", "rt")]
 SHARE = 1 - 1 / STUDENT.shape[1]
 """(K - 1) / K: the released standardisation divides by K - 1, so its logits are smaller by the root of this."""
@@ -103,3 +105,11 @@ def test_softmax_regression():
         terms = method(NetOutput(STUDENT, (MAPS[0][2],)), teacher, batch)
     for name in ("features", "logits"):
         assert terms[name].item() == pytest.approx(RELEASED["srrl"]["values"][name]["value"], rel=1e-3)
+
+
+def test_several_guides(monkeypatch):
+    method = DGKD(dropped=0)
+    monkeypatch.setattr(method, "guide_logits", lambda batch: [TEACHER, ASSISTANT])
+    batch = Batch(torch.zeros(8, 3, 2, 2), TARGET, torch.arange(8))
+    found = method(NetOutput(STUDENT), None, batch)["kd"].item() / STUDENT.shape[1]  # a mean over the classes
+    assert found == pytest.approx(RELEASED["dgkd"]["values"]["kd"]["value"], rel=2e-4)

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ackd_lightning import ACKDModule, DataInfo, DistillationModule, Method, TeacherConfig
+from ackd_lightning.methods.guides import GuidedMethod
 from ackd_lightning.models.features import StagePlan
 
 SIZE = 8
@@ -126,10 +127,13 @@ def build(
 ) -> Any:
     """Build a module of any method on tiny networks, the same in every call."""
     torch.manual_seed(seed)
-    teacher = TinyNet(8, norm=teacher_norm)
+    teachers = [TinyNet(8, norm=teacher_norm)]
     student = TinyNet(norm=norm, dropout=dropout) if student is None else student
-    usual = {"data": DATA, "optimizer": sgd(lr), "lr_scheduler": milestones(*decays)}
-    return kind(student, method=method, **{"teacher": teaching(teacher, gate=gate), **usual, **options})
+    usual: dict[str, Any] = {"data": DATA, "optimizer": sgd(lr), "lr_scheduler": milestones(*decays)}
+    if isinstance(method, GuidedMethod):
+        teachers.append(TinyNet(6, norm=teacher_norm))
+    usual["teacher"] = [teaching(each, gate=gate) for each in teachers]
+    return kind(student, method=method, **{**usual, **options})
 
 
 def game(method: Method, *, norm: bool = True, **options: Any) -> DistillationModule:

@@ -10,6 +10,7 @@ from ackd_lightning import DigitsDataModule, DistillationModule, Recipe, Teacher
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.data import Augmentation
 from ackd_lightning.methods.description import from_description
+from ackd_lightning.methods.guides import GuidedMethod
 from training.helpers import largest_difference, sgd, state, trainer
 
 FRAGMENTS = sorted((config_folder() / "methods").glob("*.yaml"))
@@ -25,9 +26,8 @@ def test_strong_augmentation_and_an_average_of_the_weights(path):
         batch_size=16,
         augmentation=Augmentation(policy="trivialaugment", erasing=0.25, **mixing),
     )
-    teachers = [
-        TeacherConfig(network=create_model("resnet8", 10), gate="off") for _ in range(1 + (path.stem == "atsc"))
-    ]
+    several = path.stem == "atsc" or isinstance(method, GuidedMethod)
+    teachers = [TeacherConfig(network=create_model("resnet8", 10), gate="off") for _ in range(1 + several)]
     net = DistillationModule.from_data(
         images,
         "resnet8",

@@ -25,4 +25,14 @@ def experiment_settings(config: dict[str, Any], *, places: bool = False) -> dict
     """
     content = {key: value for key, value in config.items() if key not in _NOT_THE_EXPERIMENT}
     flat = {key.replace(".init_args", ""): value for key, value in _flat(content).items()}
-    return {key: value for key, value in flat.items() if key not in _SHOW and (places or key not in _PLACES)}
+    kept = {key: value for key, value in flat.items() if key not in _SHOW and (places or key not in _PLACES)}
+    if not places and isinstance(teachers := kept.get("model.teacher"), list):
+        kept["model.teacher"] = [_without_places(each) for each in teachers]
+    return kept
+
+
+def _without_places(teacher: Any) -> Any:
+    """One of several teachers without the places of its files."""
+    if not isinstance(teacher, dict):
+        return teacher
+    return {key: value for key, value in teacher.items() if f"model.teacher.{key}" not in _PLACES}

@@ -31,7 +31,6 @@ updated at once, after one forward pass of each.
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from typing import Annotated
@@ -44,11 +43,9 @@ from torch.optim import Optimizer
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.acn_losses import (
-    all_logits,
     disagreement,
     js_divergence,
     mean_log_probability,
-    mutual_loss,
 )
 from ackd_lightning.methods.acn_networks import (
     Generator,
@@ -58,6 +55,7 @@ from ackd_lightning.methods.acn_networks import (
     image_noise,
 )
 from ackd_lightning.methods.base import FitInfo, Method, Networks
+from ackd_lightning.methods.peers import all_logits, mutual_loss, require_networks
 from ackd_lightning.models.freezing import statistics_kept
 from ackd_lightning.types import Batch, Examples, NetOutput
 from ackd_lightning.validation import Fraction, NonNegative, NonNegativeInt, Positive, Range
@@ -123,18 +121,10 @@ class ACN(Method):
         adversary_lr: Positive = 2e-4,
     ) -> None:
         super().__init__()
-        if not classifiers:
-            raise ACKDError("classifiers is empty in method ACN; name at least one, such as ['peer']")
         self.labels = "smoothed" if weight_generated else "mixed"  # generated images have the class of one image
-        for name in classifiers:
-            if re.match(r"D\d|last$", name):
-                raise ACKDError(
-                    f"classifiers names {name!r} in method ACN, a branch of the student; name whole networks, such as "
-                    "peer"
-                )
         if residual == "learned" and rho in (0, 1):
             raise ACKDError(f"rho is {rho} in method ACN with residual=learned; it must be above 0 and below 1")
-        self.branches = tuple(classifiers)
+        self.branches = require_networks(classifiers, "classifiers", "ACN")
         self.temperature = temperature
         self.loss_weights = {
             "ce": weight_ce,

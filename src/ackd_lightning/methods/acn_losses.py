@@ -1,4 +1,4 @@
-"""Mutual distillation, divergence and disagreement of several classifiers (for ACN)."""
+"""Divergence and disagreement of several classifiers (for ACN)."""
 
 from __future__ import annotations
 
@@ -8,35 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ackd_lightning.functional import kd_loss
-from ackd_lightning.types import NetOutput
-
-
-def mutual_loss(logits: Sequence[Tensor], *, temperature: float) -> Tensor:
-    r"""Return the distillation among n classifiers, M of the equations.
-
-    \(\sum_i \frac{\tau^2}{n - 1} \sum_{j \ne i} \mathrm{KL}(p_j \| p_i)\), mean over the batch; no gradient flows into
-    the \(p_j\).
-
-    Args:
-        logits: Logits ``B x K`` of each of n >= 2 classifiers.
-        temperature: Temperature tau, above 0.
-
-    Returns:
-        Scalar float32, in nats.
-
-    Example:
-        >>> mutual_loss([torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])], temperature=1.0)
-        tensor(0.7616)
-    """
-    pairs = [
-        kd_loss(own, other, temperature=temperature)
-        for i, own in enumerate(logits)
-        for j, other in enumerate(logits)
-        if i != j
-    ]
-    return torch.stack(pairs).sum() / (len(logits) - 1)
 
 
 def mean_log_probability(logits: Sequence[Tensor]) -> Tensor:
@@ -84,12 +55,3 @@ def disagreement(logits: Sequence[Tensor]) -> Tensor:
     """
     answers = torch.stack([each.argmax(dim=1) for each in logits])
     return (answers != answers[0]).any(dim=0).float().mean()
-
-
-def all_logits(student: NetOutput) -> list[Tensor]:
-    """Return the logits ``B x K`` of all classifiers, the student's first.
-
-    Args:
-        student: Output of the student with its peers.
-    """
-    return [student.logits, *(branch.logits for branch in student.branches)]

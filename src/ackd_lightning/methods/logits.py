@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ackd_lightning.functional import entropy_weights, standardized
-from ackd_lightning.methods.base import Method
+from ackd_lightning.methods.base import Method, TeacherAccess
 from ackd_lightning.validation import Positive
 
 LogitLoss = Callable[[Tensor, Tensor], Tensor]
@@ -23,7 +23,7 @@ class LogitMethod(Method):
             `ackd_lightning.functional.entropy_weights`. None for equal weights.
     """
 
-    teacher = "logits"
+    teacher: TeacherAccess = "logits"
 
     def __init__(self, *, standardize: bool = False, entropy_temperature: Positive | None = None) -> None:
         super().__init__()

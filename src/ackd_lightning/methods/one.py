@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.functional import cross_entropy, kd_loss, weighted_logits, whole_batch
 from ackd_lightning.methods.base import Method, Networks, features_of
+from ackd_lightning.methods.peers import all_logits
 from ackd_lightning.models.features import pooled, require_stages
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive, PositiveInt
@@ -175,7 +176,7 @@ class ONE(Method):
         Returns:
             ``B x K`` float32.
         """
-        return weighted_logits(self.gate_weights(student), _all_logits(student))
+        return weighted_logits(self.gate_weights(student), all_logits(student))
 
     def update(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> None:
         """Update the gate's running statistics; arguments as in the base class."""
@@ -192,7 +193,7 @@ class ONE(Method):
             "ce": cross_entropy(student.logits, batch.labels),
             "ce_aux": torch.stack([cross_entropy(each.logits, batch.labels) for each in student.branches]).sum(),
             "ce_ensemble": cross_entropy(group, batch.labels),
-            "one": one_loss(_all_logits(student), group, temperature=self.temperature),
+            "one": one_loss(all_logits(student), group, temperature=self.temperature),
         }
 
     def statistics(self, student: NetOutput) -> dict[str, Tensor]:
@@ -204,7 +205,3 @@ class ONE(Method):
         target, *others = self.gate_weights(student).mean(dim=0)
         auxiliary = {f"gate_weight_aux{number}": share for number, share in enumerate(others, start=1)}
         return {"gate_weight_target": target, **auxiliary}
-
-
-def _all_logits(student: NetOutput) -> list[Tensor]:
-    return [student.logits, *(branch.logits for branch in student.branches)]

@@ -39,6 +39,7 @@ from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.monitored import check_monitors
 from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite
 from ackd_lightning.training.optimizers import constant, factory_of
+from ackd_lightning.training.overrides import check_outermost, check_overrides
 from ackd_lightning.training.own_callbacks import own_callbacks
 from ackd_lightning.training.schedule import (
     OptimizerFactory,
@@ -137,6 +138,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
             "seed": seed,
         }
         check_arguments(DistillationModule, flags)
+        check_overrides(type(self), DistillationModule)
         # a checkpoint holds plain data, which comes back here
         self.recipe = Recipe(**recipe) if isinstance(recipe, Mapping) else recipe or Recipe()
         given_data = DataInfo(**data) if isinstance(data, Mapping) else data
@@ -410,6 +412,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         Raises:
             ACKDError: If it has another form than the module was built for.
         """
+        check_outermost(self)
         result = read_batch(batch, self.data, check=first)
         image = result.image.to(dtype_of(self.student))
         if self.channels_last:

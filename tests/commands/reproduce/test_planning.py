@@ -61,8 +61,8 @@ def test_networks_are_not_kept_and_what_estimates_need_of_them_is():
     known = {job.row: job.networks for job in jobs}
     for job in jobs:
         assert not any(isinstance(each, nn.Module) for each in vars(job.planned).values())
-    assert (known["kd"].student, known["kd"].teacher) == ("resnet8 ()", "resnet20")
-    assert (known["ce"].teacher, known["kd"].image_shape, known["kd"].num_classes) == (None, (3, 16, 16), 10)
+    assert (known["kd"].student, known["kd"].teachers) == ("resnet8 ()", (("resnet20", {}),))
+    assert (known["ce"].teachers, known["kd"].image_shape, known["kd"].num_classes) == ((), (3, 16, 16), 10)
     plain = sum(each.numel() for each in create_model("resnet8", 10).parameters())
     assert (known["kd"].trained, known["kd"].kept) == (plain, plain)
     assert known["crd"].trained == plain + 2 * (64 * 128 + 128)
@@ -140,7 +140,7 @@ class TestTable2:
 
 def small(here, **content):
     rows = {"ce": {}, "kd": {}, "eskd": {}, "takd": {}}
-    pair = {**HERE, "assistant": "resnet14", "early_stop": 20}
+    pair = {**HERE, "assistants": ["resnet14"], "early_stop": 20}
     return own_table(here, **{"rows": rows, "pairs": {PAIR: pair}, **content})
 
 
@@ -164,6 +164,28 @@ def test_given_weights_replace_the_teachers_run(here):
     assert {option(job, "--model.teacher.weights") for job in (assistant, kd)} == {str(given)}
     pair = small(here).pairs[PAIR]
     assert (planner.given_weights(pair), planner.teacher_file(pair)) == (given, ("resnet20", str(given)))
+
+
+def test_every_assistant_learns_from_the_one_before_it_and_a_student_from_the_last_or_from_all(here):
+    pair = {**HERE, "assistants": ["resnet14", "resnet8x4"]}
+    table = small(here, pairs={PAIR: pair}, rows={"takd": {}, "dgkd": {}, "ceskd": {}})
+    teacher, first, second, takd, dgkd, ceskd = plan(table)[1]
+    runs = (teacher, first, second)
+    assert [job.kind for job in runs] == ["teacher", "assistant", "assistant"]
+    names, files = ("resnet20", "resnet14", "resnet8x4"), [str(job.student_file) for job in runs]
+    assert (first.needs, second.needs) == ((teacher.folder,), (first.folder,))
+    assert option(second, "--model.student") == "resnet8x4"
+    assert option(second, "--model.teacher.network") == "resnet14"
+    assert (takd.needs, option(takd, "--model.teacher.network")) == ((second.folder,), "resnet8x4")
+    for job in (dgkd, ceskd):
+        assert job.needs == tuple(each.folder for each in runs)
+        assert job.sources == tuple(each.student_file for each in runs)
+        given = yaml.safe_load(option(job, "--model.teacher"))
+        assert [(each["network"], each["weights"]) for each in given] == list(zip(names, files, strict=True))
+        assert [each["network"] for each in job.settings["model.teacher"]] == list(names)
+        assert not any("weights" in each for each in job.settings["model.teacher"])
+        assert [name for name, _ in job.networks.teachers] == list(names)
+    assert dgkd.config_hash != ceskd.config_hash
 
 
 def test_a_very_short_early_stop_keeps_an_epoch_before_each_milestone(here):
@@ -234,9 +256,9 @@ def test_settings_of_a_table_reach_whom_they_are_for(here):
 @pytest.mark.parametrize(
     ("pair", "methods", "overrides", "sentence"),
     [
-        ({"assistant": "resnet14"}, ["eskd"], [], "`early_stop`"),
-        ({"early_stop": 20}, ["takd"], [], "`assistant`"),
-        ({"assistant": "resnet15"}, ["takd"], [], "resnet15"),
+        ({"assistants": ["resnet14"]}, ["eskd"], [], "`early_stop`"),
+        ({"early_stop": 20}, ["takd"], [], "`assistants`"),
+        ({"assistants": ["resnet15"]}, ["takd"], [], "resnet15"),
         ({}, ["kd"], ["--trainer.max_epoch", "3"], "trainer.max_epoch"),
         ({}, ["kd"], ["--model.lr_scheduler.milestones", "[x]"], "milestones"),
         ({}, ["kd"], ["--data.batch_size", "0"], "batch_size"),
@@ -385,7 +407,7 @@ def test_tables_agree_on_the_runs_that_they_share():
     for table in map(read_table, table_names()):
         for pair in table.pairs.values():
             early = {"early_stop": pair.early_stop} if pair.early_stop else {}
-            proxies = early | ({"assistant": pair.assistant} if pair.assistant else {})
+            proxies = early | ({"assistants": pair.assistants} if pair.assistants else {})
             rows = {name: (row.method, row.teacher, row.settings) for name, row in table.rows.items()}
             settings = (table.settings, table.teacher_settings, table.student_settings)
             for key, value in {"settings": settings, **proxies, **rows}.items():
@@ -403,7 +425,7 @@ def test_values_reach_the_command_line_as_yaml_reads_them():
 def test_a_run_that_learnt_from_another_file_is_refused(tmp_path):
     weights = tmp_path / "teacher.safetensors"
     weights.write_bytes(b"one")
-    job = make_job(tmp_path / "kd", source=weights)
+    job = make_job(tmp_path / "kd", sources=(weights,))
     write_run(job.folder, teacher={"sha256": digest(weights)})
     (job.folder / "config.yaml").write_text("{}")
     assert unchanged(job)
@@ -431,7 +453,7 @@ def test_a_student_that_learns_from_itself_gets_the_run_of_its_seed_alone(here):
     ]
     for alone, taught in (jobs[:2], jobs[2:]):
         assert taught.needs == (alone.folder,)
-        assert taught.source == alone.student_file
+        assert taught.sources == (alone.student_file,)
         assert taught.settings["model.teacher.network"] == alone.settings["model.student.network"] == "resnet8"
 
 

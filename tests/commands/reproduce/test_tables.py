@@ -26,9 +26,18 @@ class TestMistakes:
         ("content", "sentence"),
         [
             ({"pairs": {"p": {"config": "digits_resnet20_resnet9"}}}, "no packaged .* did you mean 'digits_resnet20_"),
-            ({"pairs": {"p": {"assistant": "resnet14"}}}, "pair 'p' of own.yaml has no `config`; name"),
+            ({"pairs": {"p": {"assistants": ["resnet14"]}}}, "pair 'p' of own.yaml has no `config`; name"),
             ({"pairs": {"p": "digits_resnet20_resnet8"}}, "pair 'p' of own.yaml has no `config`; name"),
-            ({"pairs": {"p": {**HERE, "asistant": "a"}}}, "pair 'p' of own.yaml has no key 'asistant'; did .*'assist"),
+            (
+                {"pairs": {"p": {**HERE, "asistants": "a"}}},
+                "pair 'p' of own.yaml has no key 'asistants'; did .*'assist",
+            ),
+            (
+                {"pairs": {"p": {**HERE, "assistants": "resnet14"}}},
+                "`assistants` of pair 'p' of own.yaml is 'resnet14'",
+            ),
+            ({"pairs": {"p": {**HERE, "assistants": [3]}}}, "`assistants` of pair 'p' of own.yaml is "),
+            ({"pairs": {"p": {**HERE, "assistants": ["a", "a"]}}}, "`assistants` of pair 'p' .* twice"),
             ({"pairs": ["p"]}, "own.yaml is not a table; add `pairs` and `rows`"),
             ({"metric": ["acc"]}, "own.yaml has no key 'metric'; did you mean 'metrics'"),
             ({"metrics": ["top1"]}, "own.yaml has the metric 'top1'; known are acc, acc_top5"),

@@ -86,9 +86,8 @@ class Stopwatch:
             return None
         networks, shape = job.networks, job.networks.image_shape
         each = self.seconds(lambda: plan(job.arguments).model.student, networks.student, shape, train=True)
-        if networks.teacher is not None:
-            name = networks.teacher
-            make = functools.partial(create_model, name, networks.num_classes, **networks.teacher_options)
+        for name, options in networks.teachers:
+            make = functools.partial(create_model, name, networks.num_classes, **options)
             each += self.seconds(make, name, shape, train=False)
         return each * images * job.epochs * _OVERHEAD
 

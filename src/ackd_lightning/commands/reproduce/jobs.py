@@ -35,7 +35,7 @@ class Job:
         settings: Dotted settings that define the experiment, without the seed.
         planned: The parsed run, without its networks.
         networks: Sizes of the networks.
-        source: Weight file of the network that it learns from; None without a teacher.
+        sources: Weight files of the networks that it learns from.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Job:
     settings: dict[str, Any]
     planned: ACKDCLI
     networks: Networks
-    source: Path | None = None
+    sources: tuple[Path, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -114,16 +114,21 @@ def _changed(job: Job) -> tuple[str, str, str] | None:
 
 
 def _changed_teacher(job: Job) -> tuple[str, str, str] | None:
-    """The same for the network that a finished run learned from."""
-    if job.source is None or not job.finished:
+    """The same for the networks that a finished run learned from."""
+    if not job.sources or not job.finished:
         return None
-    known = read_summary(job.folder).get("teacher", {}).get("sha256")
-    if known is None:
-        return None
-    if not job.source.is_file():
-        return "a teacher", f"{known[:12]}", f"{job.source}, which does not exist"
-    now = digest(job.source)
-    return None if now == known else ("a teacher", known[:12], f"{job.source} ({now[:12]})")
+    summary = read_summary(job.folder)
+    for source, teacher in zip(
+        job.sources, [summary.get("teacher", {}), *summary.get("other_teachers", [])], strict=False
+    ):
+        known = teacher.get("sha256")
+        if known is None:
+            continue
+        if not source.is_file():
+            return "a teacher", f"{known[:12]}", f"{source}, which does not exist"
+        if (now := digest(source)) != known:
+            return "a teacher", known[:12], f"{source} ({now[:12]})"
+    return None
 
 
 def unchanged(job: Job) -> bool:

@@ -20,8 +20,7 @@ class Networks:
 
     Attributes:
         student: Name of the student, including its auxiliary learners.
-        teacher: Name of the teacher; None for a method without one.
-        teacher_options: Keyword arguments of the teacher.
+        teachers: Name and keyword arguments of every teacher.
         image_shape: ``(C, H, W)`` of an image.
         num_classes: Number of classes K.
         trained: Number of trained parameters.
@@ -30,8 +29,7 @@ class Networks:
     """
 
     student: str
-    teacher: str | None
-    teacher_options: dict[str, Any]
+    teachers: tuple[tuple[str, dict[str, Any]], ...]
     image_shape: tuple[int, int, int]
     num_classes: int
     trained: int
@@ -55,11 +53,9 @@ class Networks:
         if method.teacher != "own":  # such a method needs loaded teachers
             targets = torch.arange(_SAMPLE) % data.num_classes
             method.begin_fit(FitInfo(epochs=None, batch_size=None, targets=targets, seed=0, teachers=()))
-        teacher = next(iter(module.teachers.configs), None)
         return cls(
             student=f"{module.model_name} {module.student.specs}",
-            teacher=None if teacher is None else str(teacher.network),
-            teacher_options=dict((teacher and teacher.options) or {}),
+            teachers=tuple((str(each.network), dict(each.options or {})) for each in module.teachers.configs),
             image_shape=data.image_shape,
             num_classes=data.num_classes,
             trained=trained,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,34 @@ def needs_teacher(row: Row) -> bool:
         row: Row of a table.
     """
     return from_description(load_configs([row.method])[0]["model"]["method"]).teacher != "none"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Networks that a run learns from.
+
+    Attributes:
+        networks: Settings below ``model.teacher``, without the weights, and weight file of each.
+        needs: Folders of the runs that train them.
+    """
+
+    networks: tuple[tuple[Mapping[str, Any], Path], ...] = ()
+    needs: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Weight files."""
+        return tuple(file for _, file in self.networks)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of a run; those of several teachers take the place of the configuration's."""
+        if len(self.networks) > 1:
+            return {"model.teacher": [{**settings, "weights": str(file)} for settings, file in self.networks]}
+        return {
+            f"model.teacher.{key}": value
+            for settings, file in self.networks
+            for key, value in {**settings, "weights": str(file)}.items()
+        }
 
 
 class Planner:
@@ -57,7 +86,7 @@ class Planner:
         seeds: Sequence[int] = (_TEACHER_SEED,),
         needs: tuple[Path, ...] = (),
         learns_from: str = "",
-        source: Path | None = None,
+        sources: tuple[Path, ...] = (),
     ) -> list[Job]:
         """Plan a run per seed; the settings are parsed once."""
         jobs: list[Job] = []
@@ -88,7 +117,7 @@ class Planner:
                     arguments=tuple(own),
                     folder=folder,
                     needs=needs,
-                    source=source,
+                    sources=sources,
                     settings=experiment,
                     planned=planned,
                     networks=networks,
@@ -189,41 +218,58 @@ class Planner:
         values = as_arguments({**self.table.settings, **settings})
         return plan_fit(["--config", str(config), *values, *self.overrides, "--name", "unnamed"])
 
-    def assistant(self, pair: Pair) -> Job:
-        """Plan the run that trains the assistant of TAKD with KD from the teacher.
+    def assistants(self, pair: Pair) -> list[Job]:
+        """Plan the runs that train the assistants of a pair, each with KD from the one before it.
 
         Args:
-            pair: Pair of the table, which names the assistant.
-        """
-        if (pair.name, "assistant") in self._sources:
-            return self._sources[pair.name, "assistant"]
-        if not pair.assistant:
-            raise ACKDError(f"pair {pair.name} of {self.table.name} has no `assistant`, which TAKD needs")
-        source, needs = self._source(pair, "teacher")
-        settings = {**self.table.student_settings, **source, "model.student": pair.assistant}
-        self._sources[pair.name, "assistant"] = self._job(
-            title=f"assistant {pair.assistant}",
-            pair=pair,
-            kind="assistant",
-            configs=[str(pair.config), "kd"],
-            settings=settings,
-            name=f"assistant-{pair.assistant}",
-            needs=needs,
-            source=Path(source["model.teacher.weights"]),
-        )[0]
-        return self._sources[pair.name, "assistant"]
+            pair: Pair of the table, which names the assistants.
 
-    def _source(self, pair: Pair, kind: TeacherKind) -> tuple[dict[str, Any], tuple[Path, ...]]:
-        """Settings of the network to learn from, and the folders of the runs that train it."""
-        given = self.given_weights(pair)
-        if kind == "teacher" and given is not None:
-            return {"model.teacher.weights": str(given)}, ()
+        Returns:
+            The runs in the order of the pair, the first of which learns from the teacher.
+        """
+        if not pair.assistants:
+            raise ACKDError(
+                f"pair {pair.name} of {self.table.name} has no `assistants`, which this row needs; add them"
+            )
+        chain: list[Job] = []
+        for name in pair.assistants:
+            if (pair.name, f"assistant {name}") not in self._sources:
+                learned = self._learned(pair.assistants[len(chain) - 1], chain[-1]) if chain else self._teacher(pair)
+                self._sources[pair.name, f"assistant {name}"] = self._job(
+                    title=f"assistant {name}",
+                    pair=pair,
+                    kind="assistant",
+                    configs=[str(pair.config), "kd"],
+                    settings={**self.table.student_settings, **learned.settings(), "model.student": name},
+                    name=f"assistant-{name}",
+                    needs=learned.needs,
+                    sources=learned.files,
+                )[0]
+            chain.append(self._sources[pair.name, f"assistant {name}"])
+        return chain
+
+    def _teacher(self, pair: Pair, *, early: bool = False) -> _Source:
+        given = None if early else self.given_weights(pair)
+        if given is not None:
+            return _Source((({}, given),))
+        job = self.teacher(pair, early=early)
+        return _Source((({}, job.student_file),), (job.folder,))
+
+    @staticmethod
+    def _learned(network: str, job: Job) -> _Source:
+        return _Source((({"network": network}, job.student_file),), (job.folder,))
+
+    def _source(self, pair: Pair, kind: TeacherKind) -> _Source:
+        """Networks to learn from."""
+        if kind in ("teacher", "early_stopped"):
+            return self._teacher(pair, early=kind == "early_stopped")
+        chain = [self._learned(*each) for each in zip(pair.assistants, self.assistants(pair), strict=True)]
         if kind == "assistant":
-            job = self.assistant(pair)
-            weights = {"model.teacher.network": pair.assistant, "model.teacher.weights": str(job.student_file)}
-            return weights, (job.folder,)
-        job = self.teacher(pair, early=kind == "early_stopped")
-        return {"model.teacher.weights": str(job.student_file)}, (job.folder,)
+            return chain[-1]
+        model: dict[str, Any] = load_configs([str(pair.config)])[0]["model"]
+        teacher = self._teacher(pair)
+        networks = [(model["teacher"], teacher.files[0]), *(network for each in chain for network in each.networks)]
+        return _Source(tuple(networks), (*teacher.needs, *(need for each in chain for need in each.needs)))
 
     def add(self, pair: Pair, row: Row, seeds: Sequence[int]) -> list[Job]:
         """Plan the runs of a row of a pair, and the runs that they need.
@@ -234,28 +280,25 @@ class Planner:
             seeds: Seeds, one run each.
         """
         if row.teacher == "itself":
-            return [job for seed in seeds for job in self._add(pair, row, [seed], *self._itself(pair, seed))]
-        return self._add(pair, row, seeds, *(self._source(pair, row.teacher) if needs_teacher(row) else ({}, ())))
+            return [job for seed in seeds for job in self._add(pair, row, [seed], self._itself(pair, seed))]
+        return self._add(pair, row, seeds, self._source(pair, row.teacher) if needs_teacher(row) else _Source())
 
-    def _itself(self, pair: Pair, seed: int) -> tuple[dict[str, Any], tuple[Path, ...]]:
-        """Settings of a teacher that is the student trained alone from the same seed; shared with the row ``ce``."""
+    def _itself(self, pair: Pair, seed: int) -> _Source:
+        """Teacher that is the student trained alone from the same seed; shared with the row ``ce``."""
         (job,) = self.add(pair, self.table.rows.get("ce", Row("ce", "ce", label="ce")), [seed])
-        student = self._networks(pair)[1]
-        return {"model.teacher.network": student, "model.teacher.weights": str(job.student_file)}, (job.folder,)
+        return self._learned(self._networks(pair)[1], job)
 
-    def _add(
-        self, pair: Pair, row: Row, seeds: Sequence[int], source: Mapping[str, Any], needs: tuple[Path, ...]
-    ) -> list[Job]:
+    def _add(self, pair: Pair, row: Row, seeds: Sequence[int], source: _Source) -> list[Job]:
         return self._job(
             title=f"{pair.name}: {row.label}",
             pair=pair,
             row=row.name,
             kind="student",
             configs=[str(pair.config), row.method],
-            settings={**self.table.student_settings, **source, **row.settings},
+            settings={**self.table.student_settings, **source.settings(), **row.settings},
             name=row.name,
             seeds=seeds,
-            needs=needs,
-            learns_from=row.teacher if source else "",
-            source=Path(source["model.teacher.weights"]) if source else None,
+            needs=source.needs,
+            learns_from=row.teacher if source.networks else "",
+            sources=source.files,
         )

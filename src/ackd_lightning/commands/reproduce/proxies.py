@@ -80,8 +80,8 @@ def proxy_lines(
     for pair in pairs:
         for row in {row.name: row for row in (*table.rows.values(), *rows)}.values():
             students = [job for job in jobs if (job.pair, job.row, job.kind) == (pair.name, row.name, "student")]
-            if not all(job.settings["learns from"] for job in students):
-                continue  # a student alone has no proxy
+            if row.teacher == "guides" or not all(job.settings["learns from"] for job in students):
+                continue  # several networks are no proxy, and a student alone has none
             measured = [measure(job, planner.teacher_file(pair)) for job in students]
             for key in _MEASURES:
                 paper = (pair.paper.get(row.name) or {}).get(key)

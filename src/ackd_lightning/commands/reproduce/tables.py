@@ -17,18 +17,20 @@ from ackd_lightning.config.files import (
 )
 from ackd_lightning.errors import ACKDError, near_matches
 
-TeacherKind = Literal["teacher", "early_stopped", "assistant", "itself"]
-TEACHER_KINDS: tuple[TeacherKind, ...] = ("teacher", "early_stopped", "assistant", "itself")
+TeacherKind = Literal["teacher", "early_stopped", "assistant", "guides", "itself"]
+TEACHER_KINDS: tuple[TeacherKind, ...] = ("teacher", "early_stopped", "assistant", "guides", "itself")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "eskd": {"method": "kd", "teacher": "early_stopped"},
     "takd": {"method": "kd", "teacher": "assistant"},
+    "dgkd": {"teacher": "guides"},
+    "ceskd": {"teacher": "guides"},
     "aikd": {"teacher": "itself"},
 }
-"""Rows that need further runs: KD from an early-stopped teacher, KD from an assistant, and a student that learns from
-itself, trained alone before."""
+"""Rows that need further runs: KD from an early-stopped teacher, KD from the last assistant, methods that learn from
+the teacher and all assistants, and a student that learns from itself, trained alone before."""
 METRICS = ("acc", "acc_top5")
 _TABLE_KEYS = {"metrics", "error", "proxies", "set", "teacher_set", "student_set", "pairs", "rows"}
-_PAIR_KEYS = {"config", "assistant", "early_stop", "paper"}
+_PAIR_KEYS = {"config", "assistants", "early_stop", "paper"}
 _ROW_KEYS = {"method", "teacher", "label", "set"}
 
 
@@ -39,14 +41,15 @@ class Pair:
     Attributes:
         name: Name, such as ``resnet110_resnet20``.
         config: Configuration of its ACKD run.
-        assistant: Name of TAKD's assistant, a network between the two.
+        assistants: Networks between the two, the largest first. Each learns by KD from the one before it, the first
+            from the teacher.
         early_stop: Epoch of the configured schedule at which ESKD's teacher stops.
         paper: Figures in percent by row, in the order of the metrics; named figures for a table of proxies.
     """
 
     name: str
     config: Path
-    assistant: str | None = None
+    assistants: tuple[str, ...] = ()
     early_stop: int | None = None
     paper: dict[str, Any] = field(default_factory=dict)
 
@@ -70,7 +73,8 @@ class Row:
     Attributes:
         name: Name, unique in the table.
         method: Fragment of ``configs/methods``, or several joined by ``+``, whose losses are added.
-        teacher: The teacher, the early-stopped teacher, an assistant, or the student itself, trained alone before.
+        teacher: The teacher, the early-stopped teacher, the last assistant, the teacher and all assistants, or the
+            student itself, trained alone before.
         label: Printed name.
         settings: Dotted settings of its runs.
     """
@@ -161,16 +165,24 @@ def _pairs(content: Mapping[str, Any], path: Path) -> dict[str, Pair]:
         _refuse_unknown(given, _PAIR_KEYS, f"pair {name!r} of {path}")
         for key, kind, what in (
             ("config", str, "a name"),
-            ("assistant", str, "a network"),
             ("early_stop", int, "epochs"),
         ):
             if given.get(key) is not None and (not isinstance(given[key], kind) or given[key] in ("", 0, True)):
                 raise ACKDError(f"`{key}` of pair {name!r} of {path} is {given[key]!r}; write {what}")
+        assistants = given.get("assistants") or []
+        if not isinstance(assistants, list) or not all(isinstance(each, str) and each for each in assistants):
+            raise ACKDError(
+                f"`assistants` of pair {name!r} of {path} is {assistants!r}; write a list of networks, "
+                "the largest first"
+            )
+        if len(set(assistants)) < len(assistants):
+            raise ACKDError(f"`assistants` of pair {name!r} of {path} names a network twice; name each once")
         _require_mapping(given.get("paper"), f"`paper` of pair {name!r} of {path}")
         beside = path.parent / given["config"]
         config = beside if beside.is_file() else find_config(given["config"])
         rest = {key: value for key, value in given.items() if key != "config"}
-        pairs[str(name)] = Pair(str(name), config, **{**rest, "paper": rest.get("paper") or {}})
+        rest |= {"paper": rest.get("paper") or {}, "assistants": tuple(assistants)}
+        pairs[str(name)] = Pair(str(name), config, **rest)
     return pairs
 
 

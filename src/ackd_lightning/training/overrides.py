@@ -1,0 +1,59 @@
+"""Hooks that a sub-class of a training module overrides, and a training module inside another module."""
+
+from __future__ import annotations
+
+import inspect
+from types import CodeType
+
+import lightning.pytorch as L
+
+from ackd_lightning.errors import ACKDError
+
+_OTHERS = ("setup", "configure_callbacks")
+"""Hooks whose names do not begin with ``on_``."""
+
+
+def check_overrides(cls: type[L.LightningModule], base: type[L.LightningModule]) -> None:
+    """Refuse hooks that leave out what a training module does in them, such as updating memories.
+
+    Args:
+        cls: Class of a module.
+        base: The training module that it is derived from.
+
+    Raises:
+        ACKDError: If a hook neither calls ``super()`` nor the hook of a base class.
+    """
+    package = __name__.partition(".")[0]
+    ours = [each for each in base.__mro__ if each.__module__.partition(".")[0] == package]
+    hooks = {name for each in ours for name in vars(each) if name.startswith("on_") or name in _OTHERS}
+    for each in cls.__mro__[: cls.__mro__.index(base)]:
+        for name in sorted(hooks & vars(each).keys()):
+            code = getattr(inspect.unwrap(vars(each)[name]), "__code__", None)
+            if code is not None and not _names(code) & {"super", name}:
+                raise ACKDError(
+                    f"{each.__qualname__}.{name} replaces what {base.__name__} does there; call super().{name}(...)"
+                )
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names that a function uses, inner functions included."""
+    inner = [_names(each) for each in code.co_consts if isinstance(each, CodeType)]
+    return {*code.co_names, *(name for names in inner for name in names)}
+
+
+def check_outermost(module: L.LightningModule) -> None:
+    """Refuse a training module inside another one, whose hooks are all that the Trainer calls.
+
+    Args:
+        module: A training module.
+
+    Raises:
+        ACKDError: Naming the module around it.
+    """
+    trainer = module._trainer
+    around = None if trainer is None else trainer.lightning_module
+    if around is not None and around is not module:
+        inner, outer = type(module).__name__, type(around).__name__
+        raise ACKDError(
+            f"{inner} is inside {outer}, and Lightning calls the hooks of {outer} alone; derive {outer} from {inner}"
+        )
