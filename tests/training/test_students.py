@@ -24,6 +24,7 @@ from ackd_lightning import (
     load_student,
     save_weights,
 )
+from ackd_lightning.methods import DCM
 from ackd_lightning.models.freezing import frozen_modules
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import pretrained as published
