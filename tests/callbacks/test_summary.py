@@ -50,14 +50,16 @@ class ReadsValues(nn.Module):
         return self.fc(feature.mean(dim=(2, 3)))
 
 
+@pytest.mark.filterwarnings("ignore:teacher .* has accuracy")
 def test_teachers_with_other_channels_and_branches_on_values_are_counted(tmp_path):
-    teachers = [teaching(ReadsValues()), teaching(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)))]
+    teachers = [teaching(ReadsValues(), gate="warn"), teaching(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)))]
     callback = RunSummary(tmp_path, config="c")
     student = build(KD(), teacher=teachers)
     trainer(max_epochs=1, callbacks=[callback], limit_train_batches=1).fit(student, datamodule=Blobs())
     summary = json.loads((tmp_path / "summary.json").read_text())
     counted = [each["multiply_adds"] for each in (summary["teacher"], *summary["other_teachers"])]
     assert counted == [8 * 9 * 36 + 8 * 4, 3 * 64 * 4]
+    assert [each["acc"] is None for each in (summary["teacher"], *summary["other_teachers"])] == [False, False]
 
 
 def test_nothing_is_written_under_fast_dev_run(tmp_path, capsys):

@@ -133,6 +133,32 @@ def test_bad_tables_are_refused_in_one_sentence(photos, rows, options, named):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "is empty"),
+        ("path,label,label\nphotos/00.png,a,b\nphotos/01.png,c,d\n", "2 columns 'label'"),
+        (",path,label\n7,photos/00.png,a\n8,photos/99.png,b\n", r"99\.png of line 3"),  # the index of pandas
+    ],
+)
+def test_headers_as_people_write_them(photos, text, named):
+    (photos / "all.csv").write_text(text)
+    with pytest.raises(ACKDError, match=named):
+        made(photos, train="all.csv")
+
+
+@pytest.mark.skipif(not PYARROW, reason="needs pyarrow")
+@pytest.mark.parametrize("labels", [[b"a", b"b"], [["a"], ["b"]]])
+def test_labels_that_are_neither_text_nor_numbers(photos, labels):
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"path": ["photos/00.png", "photos/01.png"], "label": labels})
+    parquet.write_table(table, photos / "all.parquet")
+    with pytest.raises(ACKDError, match="label_column"):
+        made(photos, train="all.parquet")
+
+
 @pytest.mark.parametrize("label", ["c", ""])
 def test_labels_of_the_test_table_are_classes_of_the_training_table(photos, label):
     write(photos / "train.csv", GOOD)

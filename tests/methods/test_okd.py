@@ -132,3 +132,10 @@ def test_several_teachers_and_stages_that_return_tuples_are_refused():
 
     with pytest.raises(ACKDError, match="'first' of the teacher returns a tuple"):
         Harness(OKD(), teacher=Tuples()).terms()
+
+
+def test_a_teacher_without_logits_is_refused_before_the_first_step():
+    harness = Harness(OKD())
+    harness.module.teacher.features_only = True
+    with pytest.raises(ACKDError, match="OKD reads logits"):
+        harness.begin_fit()

@@ -90,3 +90,10 @@ def test_several_teachers_are_refused():
 def test_bad_arguments_are_refused(region):
     with pytest.raises(ACKDError, match=rf"region is {region} in PASM"):
         PASM(region=region)
+
+
+def test_a_teacher_without_logits_is_refused_before_the_first_step():
+    harness = Harness(PASM())
+    harness.module.teacher.features_only = True
+    with pytest.raises(ACKDError, match="PASM reads logits"):
+        harness.begin_fit()

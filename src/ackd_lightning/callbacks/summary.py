@@ -24,7 +24,7 @@ from ackd_lightning.runs.versions import device_name, versions
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
     from ackd_lightning.models.teacher import FrozenTeacher
-    from ackd_lightning.types import DataInfo, NetSpec
+    from ackd_lightning.types import NetSpec
 
 
 class RunSummary(L.Callback):
@@ -45,7 +45,7 @@ class RunSummary(L.Callback):
         self.seconds = 0.0
         # counted before the fit: the hooks of a profiler cannot be copied, and nothing may fail after the last epoch
         self.multiply_adds = 0
-        self.teachers: list[dict[str, Any]] = []
+        self.teacher_adds: list[int] = []
         self.measured_at = -1
         self.finished: tuple[dict[str, Any], dict[str, str]] | None = None
         self.last: dict[str, float] = {}
@@ -153,7 +153,14 @@ class RunSummary(L.Callback):
 
     def _count_teachers(self, pl_module: L.LightningModule) -> None:
         module = cast("TrainingModule", pl_module)
-        self.teachers = [_teacher_summary(each, module.data) for each in module.teachers.frozen]
+        self.teacher_adds = [
+            multiply_adds(
+                each.network,
+                each.input_size or module.data.input_size,
+                channels_of(each.network, each.given, module.data.image_shape[0]),
+            )
+            for each in module.teachers.frozen
+        ]
 
     def _summary(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, Any]:
         network, data = module.kept_network(), getattr(trainer, "datamodule", None)
@@ -185,8 +192,8 @@ class RunSummary(L.Callback):
             "device": device_name(module.device),
             "versions": versions(),
         }
-        if self.teachers:
-            first, *others = self.teachers
+        if self.teacher_adds:
+            first, *others = map(_teacher_summary, module.teachers.frozen, self.teacher_adds)
             summary |= {"teacher": first, **({"other_teachers": others} if others else {})}
         return summary
 
@@ -279,13 +286,12 @@ def _shape(spec: NetSpec, stage: int) -> str:
     return f"F{stage}{shape}"
 
 
-def _teacher_summary(teacher: FrozenTeacher, data: DataInfo) -> dict[str, Any]:
+def _teacher_summary(teacher: FrozenTeacher, adds: int) -> dict[str, Any]:
     measured = teacher.metadata.get("measured_acc")
-    channels = channels_of(teacher.network, teacher.given, data.image_shape[0])
     return {
         "model": teacher.name,
         "acc": float(measured) if measured else None,
         "sha256": teacher.metadata.get("sha256"),
         "parameters": count_parameters(teacher.network),
-        "multiply_adds": multiply_adds(teacher.network, teacher.input_size or data.input_size, channels),
+        "multiply_adds": adds,
     }

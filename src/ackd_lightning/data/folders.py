@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from ackd_lightning.data.decoding import HEIF
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.sources import Files
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 
 ClassOrder = Literal["text", "natural"]
 
@@ -164,7 +164,7 @@ class Walk:
         if self.special:
             parts.append(f"{self.special:,} {'pipes or devices' if self.special > 1 else 'pipe or device'}")
         if self.links:
-            parts.append(f"{self.links:,} links to folders that were read already")
+            parts.append(f"{count_of(self.links, 'link')} to folders that were read already")
         if parts:
             heif = HEIF & set(self.others) and "; photos of phones need pip install 'ackd-lightning[heic]'"
             say(f"passed over in {place}: {'; '.join(parts)}{heif or ''}")

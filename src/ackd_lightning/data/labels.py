@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Number
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,10 +26,15 @@ def read_labels(values: Sequence[object], place: Callable[[int], str]) -> list[L
         place: Function of a row that names it in messages.
 
     Raises:
-        ACKDError: If a label is another number, or numbers and text are mixed.
+        ACKDError: If a label is another number or no number and no text, or numbers and text are mixed.
     """
     labels: list[Label] = []
     for row, value in enumerate(values):
+        if not isinstance(value, str | Number | np.generic | None):
+            raise ACKDError(
+                f"the label in {place(row)} is {type(value).__name__}, and labels are whole numbers or text: set "
+                "label_column"
+            )
         text = "" if value is None else str(value).strip()
         try:
             number = float(text or NO_LABEL)

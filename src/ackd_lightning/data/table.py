@@ -184,6 +184,7 @@ def _csv(table: Path) -> Mapping[str, Sequence[Any]]:
             file.seek(0)
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             names = [name.strip() for name in next(reader, [])]
+            _check_names(names, table)
             columns: dict[str, list[Any]] = {name: [] for name in names}
             columns[""] = []
             for values in reader:
@@ -195,17 +196,28 @@ def _csv(table: Path) -> Mapping[str, Sequence[Any]]:
                         "correct it, or quote text that holds the delimiter"
                     )
                 for name, value in zip(names, values, strict=True):
-                    columns[name].append(value)
+                    if name:  # pandas writes its index without one
+                        columns[name].append(value)
                 columns[""].append(reader.line_num)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ACKDError(f"{table} cannot be read as CSV in UTF-8 ({error}): save it so") from None
     return columns
 
 
+def _check_names(names: Sequence[str], table: Path) -> None:
+    """Refuse tables without a column, and those with two columns of one name."""
+    if not names:
+        raise ACKDError(f"{table} is empty: write a header and a line for each image")
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ACKDError(f"{table} has {names.count(twice)} columns {twice!r}: rename all but one")
+
+
 def _parquet(table: Path) -> Mapping[str, Sequence[Any]]:
     parquet, pyarrow = require("pyarrow.parquet", "parquet", str(table)), require("pyarrow", "parquet", str(table))
     try:
-        content: Mapping[str, Sequence[Any]] = parquet.read_table(table).to_pydict()
+        found = parquet.read_table(table)
+        content: Mapping[str, Sequence[Any]] = found.to_pydict()
     except (pyarrow.ArrowException, OSError) as error:
         raise ACKDError(f"{table} cannot be read as Parquet ({str(error).splitlines()[0]}): write it again") from None
+    _check_names(found.column_names, table)
     return content

@@ -62,7 +62,8 @@ def list_images(places: Sequence[str]) -> list[Listed]:
             found += [Listed((prefix / each.relative_to(path)).as_posix(), each) for each in walk.images(path)]
             walk.report(path)
         elif not path.is_file():
-            raise ACKDError(f"--images {place} does not exist; name a folder, image files or a table")
+            problem = "is a pipe or a device" if path.exists() else "does not exist"
+            raise ACKDError(f"--images {place} {problem}; name a folder, image files or a table")
         elif path.suffix.lower() in _TABLES:
             found += _of_table(path)
         else:

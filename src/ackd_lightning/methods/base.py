@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 from ackd_lightning.validation import checked
 
-T = TypeVar("T")
 TeacherAccess = Literal["none", "logits", "output", "own"]
 Labels = Literal["hard", "smoothed", "mixed"]
 LABELS: tuple[Labels, ...] = get_args(Labels)
@@ -366,21 +365,6 @@ def is_task_term(name: str) -> bool:
         name: Name of the term.
     """
     return name == "ce" or name.startswith("ce_")
-
-
-def only_teacher(teachers: Sequence[T], method: str) -> T:
-    """Return the teacher of a method that runs it itself and can run one.
-
-    Args:
-        teachers: Teachers of the training, or their shapes.
-        method: Name of the method, for the message.
-
-    Raises:
-        ACKDError: If there are several.
-    """
-    if len(teachers) != 1:
-        raise ACKDError(f"method {method} has one teacher and `teacher` names {len(teachers)}; name one of them")
-    return teachers[0]
 
 
 def features_of(output: NetOutput) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import FitInfo, Networks
 from ackd_lightning.methods.logits import LogitMethod
+from ackd_lightning.methods.running import require_logits
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch
 from ackd_lightning.validation import Positive
@@ -51,13 +52,8 @@ class GuidedMethod(LogitMethod):
         Raises:
             ACKDError: If the features of a guide alone are used.
         """
-        for teacher in fit.teachers:
-            if teacher.features_only:
-                raise ACKDError(
-                    f"class_map of teacher {teacher.name} is features and method {type(self).__name__} reads logits; "
-                    "map the teacher's classes"
-                )
-        self.keep_outside("guides", tuple(fit.teachers))
+        guides = tuple(require_logits(teacher, type(self).__name__) for teacher in fit.teachers)
+        self.keep_outside("guides", guides)
 
     def guide_logits(self, batch: Batch) -> list[Tensor]:
         """Run all guides.

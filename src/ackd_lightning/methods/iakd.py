@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods.base import FitInfo, Method, Networks, only_teacher
+from ackd_lightning.methods.base import FitInfo, Method, Networks
 from ackd_lightning.methods.pairing import pair_stages
+from ackd_lightning.methods.running import only_teacher
 from ackd_lightning.models.features import StagePlan, require_stages
 from ackd_lightning.models.finding import require_plan
 from ackd_lightning.models.freezing import statistics_kept

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss
-from ackd_lightning.methods.base import FitInfo, Method, Networks, only_teacher
+from ackd_lightning.methods.base import FitInfo, Method, Networks
+from ackd_lightning.methods.running import only_teacher, require_logits
 from ackd_lightning.models.features import require_stages
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch, NetOutput
@@ -129,8 +130,11 @@ class OKD(Method):
 
         Args:
             fit: Information about the fit, of which the teacher is read.
+
+        Raises:
+            ACKDError: If the features of the teacher alone are used.
         """
-        self.keep_outside("host", only_teacher(fit.teachers, "OKD"))
+        self.keep_outside("host", require_logits(only_teacher(fit.teachers, "OKD"), "OKD"))
 
     def adapted(self, image: Tensor) -> NetOutput:
         """Run the teacher with the modules.

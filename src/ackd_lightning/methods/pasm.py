@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss
-from ackd_lightning.methods.base import FitInfo, Method, Networks, only_teacher
+from ackd_lightning.methods.base import FitInfo, Method, Networks
+from ackd_lightning.methods.running import only_teacher, require_logits
 from ackd_lightning.models.freezing import statistics_kept
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.types import Batch, NetOutput
@@ -138,8 +139,11 @@ class PASM(Method):
 
         Args:
             fit: Information about the fit, of which the teacher is read.
+
+        Raises:
+            ACKDError: If the features of the teacher alone are used.
         """
-        self.keep_outside("attacked", only_teacher(fit.teachers, "PASM"))
+        self.keep_outside("attacked", require_logits(only_teacher(fit.teachers, "PASM"), "PASM"))
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Run the teacher, attack it, run the student on the harder images and return the four terms.
