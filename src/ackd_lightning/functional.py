@@ -172,8 +172,8 @@ def entropy(logits: Tensor, *, temperature: float) -> Tensor:
         ``B`` float32 from 0 to log K, in nats.
 
     Example:
-        >>> entropy(torch.tensor([[0.0, 0.0], [0.0, 90.0]]), temperature=1.0)
-        tensor([0.6931, 0.0000])
+        >>> entropy(torch.tensor([[0.0, 0.0], [0.0, 3.0]]), temperature=1.0)
+        tensor([0.6931, 0.1909])
     """
     log_probability = F.log_softmax(logits.float() / temperature, dim=1)
     return -(log_probability.exp() * log_probability).sum(dim=1)

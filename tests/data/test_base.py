@@ -49,8 +49,17 @@ def test_sizes_and_counts(folder):
     assert not module.val_is_test
 
 
-def test_training_leaves_out_the_incomplete_batch(folder):
-    assert len(epoch(data(folder, batch_size=10).train_dataloader(), 0)) == 2
+@pytest.mark.parametrize(
+    ("batch_size", "whole", "sizes"), [(10, False, [10, 10, 4]), (10, True, [10, 10]), (23, False, [23])]
+)
+def test_an_incomplete_batch_is_used_where_it_can_be(folder, caplog, batch_size, whole, sizes):
+    module = data(folder, batch_size=batch_size)
+    module.whole_batches = whole
+    found = [len(each.index) for _ in range(2) for each in epoch(module.train_dataloader(), 0)]
+    assert found == sizes * 2
+    said = [each for each in caplog.messages if "left out of each epoch" in each]
+    assert len(said) == (sum(sizes) < 24)
+    assert all(f"{24 - sum(sizes)} of 24" in each for each in said)
 
 
 def test_raw_batch_becomes_an_augmented_batch(folder):
@@ -303,27 +312,29 @@ def hold(monkeypatch):
 
 
 def digits(**options):
-    return DigitsDataModule(**{"batch_size": 32, "max_per_class": 17, "seed": 1, **options})  # 5 batches an epoch
+    return DigitsDataModule(
+        **{"batch_size": 32, "max_per_class": 17, "seed": 1, **options}
+    )  # 6 batches an epoch, the last one smaller
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the second run saves nothing
 @pytest.mark.parametrize(
-    ("every", "workers", "held"), [(4, 0, False), (4, 2, False), (5, 2, False), (None, 0, False), (4, 2, True)]
+    ("every", "workers", "held"), [(4, 0, False), (4, 2, False), (6, 2, False), (None, 0, False), (4, 2, True)]
 )
 def test_a_resumed_run_sees_what_an_uninterrupted_one_does(tmp_path, hold, every, workers, held):
     whole = Net()
     trainer().fit(whole, digits())
-    assert len(whole.seen) == 15
+    assert len(whole.seen) == 18
     if held:
         hold()
-    assert whole.seen[0][1] != whole.seen[5][1]
+    assert whole.seen[0][1] != whole.seen[6][1]
     saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=every)
     first = Net()
     with pytest.raises(RuntimeError, match="killed"):
         trainer(saver, Stop(9)).fit(first, digits(num_workers=workers))
     last = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     step = torch.load(last, weights_only=True)["global_step"]
-    assert step == {4: 8, 5: 5, None: 5}[every]
+    assert step == {4: 8, 6: 6, None: 6}[every]
     second = Net()
     trainer().fit(second, digits(num_workers=workers), ckpt_path=last)
     assert first.seen[:step] + second.seen == whole.seen

@@ -289,6 +289,29 @@ def test_a_peer_is_a_network_of_its_own():
     assert all(each.grad is None for each in student.plain().parameters())
 
 
+def test_a_peer_can_have_branches_of_its_own():
+    torch.manual_seed(0)
+    specs = ["last2", "peer+last2+last", "resnet14+D3B1"]
+    student = BranchyStudent(create_model("resnet8", 10), specs, num_classes=10, input_size=16).eval()
+    image = torch.randn(2, 3, 16, 16)
+    out = student(image)
+    assert student.specs == ("D2B2", *specs[1:])
+    assert [len(each.branches) for each in out.branches] == [0, 2, 1]
+    for branch, peer in zip(out.branches[1:], student.branches[1:], strict=True):
+        assert torch.allclose(branch.logits, peer.network(image), atol=1e-6)
+        alone = BranchyStudent(peer.network, [])(image)
+        for output, learner in zip(branch.branches, peer.branches, strict=True):
+            assert torch.allclose(output.logits, learner(alone.features[learner.entry - 1]).logits, atol=1e-6)
+    loss = sum(each.logits.sum() for each in out.branches[1].branches)
+    loss.backward()
+    assert all(each.grad is None for each in student.plain().parameters())
+    reached = [name for name, each in student.branches[1].network.named_parameters() if each.grad is not None]
+    assert any(name.startswith("layer2") for name in reached)
+    assert not any(name.startswith(("layer3", "fc")) for name in reached)
+    with pytest.raises(ACKDError, match="D9B1"):
+        BranchyStudent(create_model("resnet8", 10), ["peer+D9B1"], num_classes=10)
+
+
 def test_a_peer_needs_no_known_stages():
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     out = BranchyStudent(backbone, ["peer"])(torch.zeros(2, 3, 8, 8))
@@ -306,7 +329,16 @@ def test_a_learner_that_is_neither_branch_nor_network_is_named(spec, words):
 
 @pytest.mark.parametrize(
     ("spec", "branch"),
-    [("D3B1", True), ("D9", True), ("last", True), ("peer", False), ("resnet20", False), ("D-net", False)],
+    [
+        ("D3B1", True),
+        ("D9", True),
+        ("last", True),
+        ("last2", True),
+        ("peer", False),
+        ("peer+D3B1", False),
+        ("resnet20", False),
+        ("D-net", False),
+    ],
 )
 def test_a_branch_is_told_from_a_network_of_its_own(spec, branch):
     assert is_branch(spec) is branch
@@ -315,6 +347,7 @@ def test_a_branch_is_told_from_a_network_of_its_own(spec, branch):
 def test_branches_are_listed_from_the_shortest(backbone):
     assert branch_names(plan_for(backbone)) == ("D3B1", "D2B2", "D1B3")
     assert entry_stage("last", plan_for(backbone)) == 3
+    assert entry_stage("last2", plan_for(backbone)) == 2
 
 
 @pytest.mark.parametrize("branches", [["D3B1", "D2B2"], ["peer", "resnet14"], []])

@@ -72,7 +72,7 @@ def test_stop_names_step_term_and_rate_before_the_weights_change(value):
         "step 5 (epoch 1)",
         f"kd = {value}",
         "learning rate 0.05",
-        "--model.optimizer.lr",
+        "optimizer's lr",
         "warmup_epochs",
         "skip",
     ):
@@ -217,10 +217,10 @@ def test_remedies_fit_the_run():
     net = made(recipe=Recipe(warmup_epochs=3, gradient_clip_val=1.0))
     run = trainer(fast_dev_run=1)
     run.fit(net, datamodule=Blobs())
-    assert remedies(net) == f"lower --model.optimizer.lr (it is {run.optimizers[0].param_groups[0]['lr']} now)"
+    assert remedies(net) == f"lower the optimizer's lr (it is {run.optimizers[0].param_groups[0]['lr']} now)"
     net.recipe = Recipe()
-    assert "--model.recipe.warmup_epochs" in remedies(net)
-    assert "--model.recipe.gradient_clip_val" in remedies(net)
+    assert "recipe.warmup_epochs" in remedies(net)
+    assert "recipe.gradient_clip_val" in remedies(net)
 
 
 def test_other_values_are_refused():

@@ -24,6 +24,7 @@ from ackd_lightning import (
     load_student,
     save_weights,
 )
+from ackd_lightning.methods import DCM
 from ackd_lightning.models.freezing import frozen_modules
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import pretrained as published
@@ -262,6 +263,9 @@ def test_branches_can_start_from_the_stages_of_the_backbone():
     assert not differing(state(network.three), state(last.suffix.network.three))
     assert not differing(state(network.two), state(wider.suffix.network.two))
     assert not torch.equal(last.suffix.network.fc.weight, network.fc.weight)
+    peer = build(DCM(), student=StudentConfig(network, init_branches="backbone")).student.branches[2]
+    for stage in (peer.network.three, peer.branches[0].suffix.network.three, peer.branches[1].suffix.network.three):
+        assert not differing(state(network.three), state(stage))
     fresh = build(ACKD(), student=StudentConfig(TinyNet())).student
     assert differing(state(fresh.backbone.three), state(fresh.branches[0].suffix.network.three))
 

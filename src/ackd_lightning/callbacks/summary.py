@@ -145,7 +145,7 @@ class RunSummary(L.Callback):
             size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
             raise ACKDError(
                 f"batch_size is {size} and there are fewer training images, so that nothing was trained; set a smaller "
-                "--data.batch_size, or limit the callback that has chosen it"
+                "batch_size, or limit the callback that has chosen it"
             )
         if self.finished is None and not (self.folder / "summary.json").is_file():
             self._count_teachers(pl_module)

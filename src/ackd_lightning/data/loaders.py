@@ -15,6 +15,7 @@ from torch import Tensor
 from ackd_lightning.data.arguments import PlainArguments
 from ackd_lightning.data.augmentation import Augmentation, AugmentedImages, ImageAugmentation, Mixing
 from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
+from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import ImageFormat
 from ackd_lightning.data.sampling import EpochSampler, ImageLoader, Part, ResumableLoader, as_is
 from ackd_lightning.data.sources import Pixels, Source
@@ -39,8 +40,10 @@ class ImageLoaders(PlainArguments):
         sampling: Order of training images.
         num_workers: Number of worker processes of each loader.
         seed: Seed of shuffling and augmentation.
+        whole_batches: Whether the incomplete last batch of a training epoch is left out, as some methods need it.
     """
 
+    whole_batches: bool = False
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -53,6 +56,7 @@ class ImageLoaders(PlainArguments):
     num_workers: int
     seed: int | None
     _held: dict[Part, tuple[Tensor, Tensor]]
+    _told_rest = False
 
     augment: Literal["crop_flip", "crop", "none"] = "crop_flip"
     """Augmentation of images in memory: zero-padded crop and mirror image, crop alone, or nothing."""
@@ -80,7 +84,11 @@ class ImageLoaders(PlainArguments):
     # ------------------------------------------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return the shuffled, resumable loader of the training part; the last incomplete batch is left out."""
+        """Return the shuffled, resumable loader of the training part.
+
+        The last batch of an epoch may be smaller. It is left out if the method needs whole batches, or if it has a
+        single image for each process, with which BatchNorm cannot train.
+        """
         world, rank = self._world()
         if self.batch_size % world:
             raise ACKDError(
@@ -96,9 +104,14 @@ class ImageLoaders(PlainArguments):
             # Lightning calls set_epoch only after workers have started (#21938): a resumed run would replay epoch 0.
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             sampler.set_epoch(progress.processed)
-        return ResumableLoader(
-            dataset, batch_size=self.batch_size // world, sampler=sampler, drop_last=True, **self._options(dataset)
-        )
+        size = self.batch_size // world
+        rest = len(sampler) % size
+        drop = bool(rest) and (self.whole_batches or rest == 1)
+        if drop and not self._told_rest:
+            self._told_rest = True
+            why = "the method needs whole batches" if self.whole_batches else "BatchNorm needs more than one image"
+            say(f"left out of each epoch: {rest * world:,} of {len(dataset):,} training images, since {why}")
+        return ResumableLoader(dataset, batch_size=size, sampler=sampler, drop_last=drop, **self._options(dataset))
 
     def val_dataloader(self) -> ImageLoader:
         """Return the loader of the validation part in order; of the test set when `val_is_test`."""

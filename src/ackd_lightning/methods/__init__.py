@@ -11,6 +11,7 @@ from ackd_lightning.methods.cc import CC
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.ceskd import CESKD
 from ackd_lightning.methods.crd import CRD
+from ackd_lightning.methods.dcm import DCM
 from ackd_lightning.methods.dgkd import DGKD
 from ackd_lightning.methods.dist import DIST
 from ackd_lightning.methods.dkd import DKD
@@ -48,6 +49,7 @@ __all__ = [
     "CE",
     "CESKD",
     "CRD",
+    "DCM",
     "DGKD",
     "DIST",
     "DKD",

@@ -48,8 +48,8 @@ class LearnerAttention(nn.Module):
 
         Example:
             >>> attention = LearnerAttention([(4, 2, 2)] * 2)
-            >>> attention([torch.ones(3, 4, 2, 2)] * 2).sum(dim=1)
-            tensor([1., 1., 1.], grad_fn=<SumBackward1>)
+            >>> attention([torch.ones(3, 4, 2, 2)] * 2).sum(dim=1).detach().round(decimals=4)
+            tensor([1., 1., 1.])
         """
         if self.inputs == "pooled":
             joined = torch.cat([pooled(feature) for feature in features], dim=1)

@@ -117,6 +117,7 @@ class Method(nn.Module):
         head: Replaces the student's own classifier in predictions and in the export.
         lr_scales: Learning rate of a sub-module's parameters relative to the student's, by name of the sub-module.
         compile_modules: Names of sub-modules that are worth compiling.
+        whole_batches: Whether every training batch must have the data's batch size; the rest of an epoch is left out.
         replicated_buffers: Names of buffers that the method itself keeps equal in all processes, so that DDP does not
             have to broadcast them.
     """
@@ -129,6 +130,7 @@ class Method(nn.Module):
     head: SharedClassifiers | None
     lr_scales: Mapping[str, float] = {}
     compile_modules: tuple[str, ...] = ()
+    whole_batches: bool = False
     replicated_buffers: tuple[str, ...] = ()
     init_args: dict[str, Any]
     reads_index: bool = False  # set when the method asks for the targets of a fit

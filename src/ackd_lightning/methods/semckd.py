@@ -150,9 +150,9 @@ def projection(inputs: int, outputs: int) -> nn.Sequential:
 class SemCKD(Method):
     """Cross-entropy, plain distillation, and attention-weighted distances between all pairs of stages.
 
-    The MLPs read one number per image of the global batch. All training batches must have the same size (the data
-    modules of this package drop the last, smaller batch), also when a run is resumed; the number of processes may
-    change. The size comes from the data module or from a checkpoint.
+    The MLPs read one number per image of the global batch. All training batches must have the same size, also
+    when a run is resumed (data modules of this package leave out the incomplete last batch for this method); the number
+    of processes may change. The size comes from the data module or from a checkpoint.
 
     Args:
         batch_size: Number of images of one step in all processes; None for the data module's ``batch_size``.
@@ -167,6 +167,7 @@ class SemCKD(Method):
     """
 
     labels = "mixed"
+    whole_batches = True
 
     def __init__(
         self,

@@ -81,6 +81,7 @@ class Sum(Method):
             for number, (method, scale) in enumerate(zip(self._each(), self.scales, strict=True))
             for name, weight in method.loss_weights.items()
         }
+        self.whole_batches = any(method.whole_batches for method in self._each())
         self.reads_index = any(method.reads_index for method in self._each())
         self.layers = tuple(dict.fromkeys(pair for method in self._each() for pair in method.layers))
         self.lr_scales = self._prefixed_mapping(lambda method: method.lr_scales)

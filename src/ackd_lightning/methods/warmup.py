@@ -32,5 +32,5 @@ def tell_if_shorter(method: str, term: str, warmup_epochs: int, epochs: int | No
     if epochs is not None and 0 < epochs < warmup_epochs:
         tell(
             f"the weight of {method}'s term {term!r} grows over {warmup_epochs} epochs and the fit has {epochs}, so it "
-            f"ends at {epochs / warmup_epochs:.0%}; --model.method.warmup_epochs sets another length"
+            f"ends at {epochs / warmup_epochs:.0%}; warmup_epochs of the method sets another length"
         )

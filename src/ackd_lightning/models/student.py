@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.branches import LAST, PEER, branch_names, default_branches, entry_stage, is_branch
+from ackd_lightning.models.branches import (
+    LAST,
+    PEER,
+    branch_names,
+    default_branches,
+    entry_stage,
+    is_branch,
+    resolved,
+)
 from ackd_lightning.models.copies import clone, name_of
 from ackd_lightning.models.features import StagePlan, capture, staged_forward, watch
 from ackd_lightning.models.finding import check_plan, plan_for, require_plan
@@ -80,15 +88,17 @@ class Peer(nn.Module):
 
     Args:
         network: Network with fresh weights.
+        branches: Auxiliary learners on the peer's own first stages.
     """
 
     entry = 0
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, branches: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.network = network
         self.plan = plan_for(network)
         watch(network, self.plan)
+        self.branches = nn.ModuleList(branches)
 
     def forward(self, image: Tensor) -> NetOutput:
         """Compute the peer's logits, last feature map and embedding.
@@ -98,11 +108,26 @@ class Peer(nn.Module):
 
         Returns:
             Logits ``B x K``, the last feature map alone and the embedding ``B x D``; the last two are None if the
-            stages of the peer are unknown.
+            stages of the peer are unknown. ``branches`` has the outputs of the peer's own auxiliary learners.
         """
-        out = staged_forward(self.network, self.plan, image)
+        out = _run_all(self.network, self.plan, self.branches, image)
         last = None if out.features is None else out.features[-1:]
-        return NetOutput(logits=out.logits, features=last, embedding=out.embedding)
+        return NetOutput(out.logits, last, out.embedding, out.branches)
+
+
+def _run_all(network: nn.Module, plan: StagePlan | None, branches: nn.ModuleList, image: Tensor) -> NetOutput:
+    """Run a network once and its auxiliary learners on its features."""
+    if plan is None or not branches:
+        target, inputs = staged_forward(network, plan, image), (image,)
+    else:
+        output, features, embedding, values = capture(network, plan, image, image.shape[2] / image.shape[3])
+        target = NetOutput(logits_of(output, name_of(network)), features, embedding)
+        inputs = (image, *(values[name] for name in plan.features))
+    if not branches:
+        return target
+    learners = [cast("AuxiliaryLearner | Peer", branch) for branch in branches]
+    outputs = tuple(learner(inputs[learner.entry]) for learner in learners)
+    return NetOutput(target.logits, target.features, target.embedding, outputs)
 
 
 class BranchyStudent(nn.Module):
@@ -115,8 +140,9 @@ class BranchyStudent(nn.Module):
         backbone: Target learner. Any network; one in which no stages are found can have peers, but no branches.
         branches: Auxiliary learners, such as ``("D3B1", "D2B2")``. The same name twice makes two learners with
             different fresh weights. ``last`` is D{K}B1 of a backbone with K stages, ``peer`` a second network of the
-            backbone's structure, and a name that ``create_model`` knows a peer of that architecture. None for the
-            paper's two, an empty sequence for no auxiliary learners.
+            backbone's structure, and a name that ``create_model`` knows a peer of that architecture. ``last2`` is
+            D{K-1}B2. A peer can have branches of its own, as in ``peer+D3B1``. None for the paper's two, an empty
+            sequence for no auxiliary learners.
         num_classes: Number K of classes; peers that are given by name need it.
         input_size: Height and width of the images in pixels, for which each branch is shown to be a part of the
             backbone: with the backbone's weights it computes the backbone's logits. None to leave that out.
@@ -147,8 +173,7 @@ class BranchyStudent(nn.Module):
             check_plan(backbone, self.plan, input_size)
         if branches is None:
             branches = (LAST,) if self.plan is None else default_branches(self.plan)
-        last = LAST if self.plan is None else branch_names(self.plan)[0]
-        self.specs = tuple(last if spec == LAST else spec for spec in branches)
+        self.specs = tuple(resolved(spec, self.plan) for spec in branches)
         self.backbone = backbone
         watch(backbone, self.plan)
         self.branches = nn.ModuleList(self._learners(num_classes, input_size))
@@ -156,22 +181,32 @@ class BranchyStudent(nn.Module):
     def _learners(self, num_classes: int | None, input_size: ImageSize | None) -> Iterator[AuxiliaryLearner | Peer]:
         name, cuts = name_of(self.backbone), None
         for spec in self.specs:
-            if spec == PEER:
+            network_name, _, own = spec.partition("+")
+            if network_name == PEER:
                 network = clone(self.backbone)
                 init_fresh(network)
-                yield Peer(network)
+                yield self._peer(network, own, num_classes, input_size)
             elif num_classes is None or is_branch(spec):
                 plan = require_plan(self.backbone, name, f"branch {spec!r}")
                 entry = entry_stage(spec, plan, name)
                 cuts = Cuts(self.backbone, plan, input_size) if cuts is None else cuts
                 yield self._branch(spec, cuts, entry, proved=input_size is not None)
             else:
-                yield self._other(spec, num_classes)
+                yield self._peer(self._other(network_name, num_classes), own, num_classes, input_size)
 
-    def _other(self, spec: str, num_classes: int) -> Peer:
-        """Build a peer of another architecture."""
+    @staticmethod
+    def _peer(network: nn.Module, own: str, num_classes: int | None, input_size: ImageSize | None) -> Peer:
+        """Build a peer with the branches that its name lists."""
+        if not own:
+            return Peer(network)
+        return Peer(
+            network, BranchyStudent(network, own.split("+"), num_classes=num_classes, input_size=input_size).branches
+        )
+
+    def _other(self, spec: str, num_classes: int) -> nn.Module:
+        """Build a network of another architecture."""
         try:
-            return Peer(create_model(spec, num_classes))
+            return create_model(spec, num_classes)
         except ACKDError as error:
             if self.plan is None:
                 raise
@@ -208,19 +243,7 @@ class BranchyStudent(nn.Module):
         Returns:
             Output of the target learner, whose ``branches`` hold one output per auxiliary learner.
         """
-        if self.plan is None or not self.branches:
-            target, inputs = staged_forward(self.backbone, self.plan, image), (image,)
-        else:
-            output, features, embedding, values = capture(
-                self.backbone, self.plan, image, image.shape[2] / image.shape[3]
-            )
-            target = NetOutput(logits_of(output, name_of(self.backbone)), features, embedding)
-            inputs = (image, *(values[name] for name in self.plan.features))
-        if not self.branches:
-            return target
-        learners = [cast("AuxiliaryLearner | Peer", branch) for branch in self.branches]
-        outputs = tuple(learner(inputs[learner.entry]) for learner in learners)
-        return NetOutput(target.logits, target.features, target.embedding, outputs)
+        return _run_all(self.backbone, self.plan, self.branches, image)
 
     def plain(self) -> nn.Module:
         """Return the target learner alone: its state dict loads strictly into ``create_model(...)``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.branches import PEER, is_branch, peer_network
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers, with_head
 from ackd_lightning.models.quantization import float_state
@@ -65,9 +65,10 @@ def peer_name(spec: str, student: str) -> str | None:
         spec: Entry of ``BranchyStudent.specs``.
         student: Model name of the student.
     """
-    if re.match(r"D\d", spec):
+    if is_branch(spec):
         return None
-    return student if spec == "peer" else spec
+    network = peer_network(spec)
+    return student if network == PEER else network
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
             peers = [str(number) for number, spec in enumerate(specs, start=1) if peer_name(spec, name)]
             remedy = f"use one of {', '.join(['0', *peers])}" if peers else "it has no peers, so leave it out"
             raise ACKDError(f"--learner is {learner}, which is not a network of its own in {path}; {remedy}")
-        own = options if specs[learner - 1] == "peer" else {}
+        own = options if peer_network(specs[learner - 1]) == PEER else {}
         return _Source(found, own, classes, None, below(f"student.branches.{learner - 1}.network."))
     head, plain = metadata.get("head"), below(STUDENT_PREFIX)
     if metadata.get("quantization") is not None:

@@ -17,6 +17,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from ackd_lightning.data.base import info_of
+from ackd_lightning.data.loaders import ImageLoaders
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.ackd import ACKD
 from ackd_lightning.methods.base import Method, Networks, check_method, weighted_loss
@@ -323,6 +324,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self.match_classes(data)
         before = self._method_sizes()
         self._begin_fit()
+        if isinstance(data, ImageLoaders):
+            data.whole_batches = self.method.whole_batches
         check_features_only(self, data)
         check_sampling(self.method, data)
         speed_up(

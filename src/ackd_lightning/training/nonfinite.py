@@ -97,7 +97,7 @@ class NonFiniteGuard:
             if (bad := _which(step.names, step.values)) is not None:
                 raise NonFiniteError(
                     f"the loss is not finite in {step.place}: {bad}, learning rate {learning_rate(module):.3g}; "
-                    f"{remedies(module)}; existing checkpoints are finite, and --on_nonfinite skip skips such steps"
+                    f"{remedies(module)}; existing checkpoints are finite, and on_nonfinite=skip skips such steps"
                 )
 
     def _skip(self, module: L.LightningModule, names: tuple[str, ...], values: Tensor) -> bool:
@@ -159,15 +159,15 @@ def remedies(module: L.LightningModule) -> str:
     Args:
         module: Module in training.
     """
-    advice = [f"lower --model.optimizer.lr (it is {learning_rate(module):.3g} now)"]
+    advice = [f"lower the optimizer's lr (it is {learning_rate(module):.3g} now)"]
     recipe = getattr(module, "recipe", None)
     if recipe is not None and not recipe.warmup_epochs:
-        advice.append("start slowly with --model.recipe.warmup_epochs 5")
+        advice.append("start slowly with recipe.warmup_epochs 5")
     if recipe is not None and recipe.gradient_clip_val is None:
-        advice.append("clip with --model.recipe.gradient_clip_val 5")
+        advice.append("clip with recipe.gradient_clip_val 5")
     plugin = module.trainer.precision_plugin
     if isinstance(plugin, MixedPrecision) and plugin.precision == "16-mixed":
-        advice.insert(0, "train in --trainer.precision bf16-mixed instead of 16-mixed")
+        advice.insert(0, "train in precision bf16-mixed instead of 16-mixed")
     return ", or ".join(advice)
 
 

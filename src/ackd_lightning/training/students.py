@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
+from ackd_lightning.models.branches import PEER, peer_network
 from ackd_lightning.models.copies import image_channels, name_of
 from ackd_lightning.models.finding import check_trainable, use_taps
 from ackd_lightning.models.freezing import freeze, frozen_modules
@@ -149,14 +150,19 @@ def start_branches(student: BranchyStudent) -> None:
     """
     heads = tuple(f"{name}." for name in head_names(student.backbone))
     state = {key: each for key, each in student.backbone.state_dict().items() if not key.startswith(heads)}
+    for network in _same_structure(student):
+        own = network.state_dict()
+        network.load_state_dict({key: each for key, each in state.items() if key in own}, strict=False)
+
+
+def _same_structure(student: BranchyStudent) -> Iterator[nn.Module]:
+    """Networks of the auxiliary learners whose layers have the names and shapes of the backbone's."""
     for spec, learner in zip(student.specs, student.branches, strict=True):
         if isinstance(learner, AuxiliaryLearner):
-            own = learner.suffix.network.state_dict()
-            learner.suffix.network.load_state_dict(
-                {key: each for key, each in state.items() if key in own}, strict=False
-            )
-        elif isinstance(learner, Peer) and spec == "peer":
-            learner.network.load_state_dict(state, strict=False)
+            yield learner.suffix.network
+        elif isinstance(learner, Peer) and peer_network(spec) == PEER:
+            yield learner.network
+            yield from (each.suffix.network for each in learner.branches if isinstance(each, AuxiliaryLearner))
 
 
 def slow_parameters(student: BranchyStudent, config: StudentConfig) -> list[nn.Parameter]:
@@ -174,11 +180,8 @@ def slow_parameters(student: BranchyStudent, config: StudentConfig) -> list[nn.P
     names = head_names(student.backbone)
     found = body(student.backbone, map(student.backbone.get_submodule, names))
     if config.init_branches == "backbone":
-        for spec, learner in zip(student.specs, student.branches, strict=True):
-            if isinstance(learner, AuxiliaryLearner):
-                found += body(learner, map(learner.suffix.network.get_submodule, names))
-            elif isinstance(learner, Peer) and spec == "peer":
-                found += body(learner.network, map(learner.network.get_submodule, names))
+        for network in _same_structure(student):
+            found += body(network, map(network.get_submodule, names))
     return found
 
 

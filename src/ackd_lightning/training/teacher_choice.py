@@ -222,7 +222,7 @@ def compare_classes(first: Sequence[str], second: Sequence[str], owner: str, oth
         ]
         raise ACKDError(
             f"{owner} and {other} have different classes ({'; '.join(parts)}); use data of the same classes, or pass "
-            "--model.on_class_mismatch ignore"
+            "on_class_mismatch=ignore"
         )
 
 

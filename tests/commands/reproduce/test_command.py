@@ -153,7 +153,7 @@ class TestFirst:
             assert line in (folder / "out/table2-smoke.md").read_text()
             assert f" {expected} " in shown
         assert {row["ours, last"] for label, row in table.items() if label in ("kd", "eskd", "ackd")} == {"not run"}
-        assert len(table) == 12
+        assert len(table) == 13
         assert matplotlib.image.imread(folder / "out/table2-smoke.png").std() > 0.02
 
 
@@ -166,7 +166,7 @@ def test_the_same_command_runs_nothing_and_prints_the_table(again, finished, cap
     assert files(again / "out/runs") | files(again / "out/logs") == before
     table = [line for line in finished[1].splitlines() if line.startswith("│")]
     assert [line for line in shown.splitlines() if line.startswith("│")] == table
-    assert len(table) == 12
+    assert len(table) == 13
 
 
 def test_rows_of_an_earlier_command_stay_in_the_table(again, capfd):

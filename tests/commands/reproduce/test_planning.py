@@ -253,6 +253,23 @@ def test_settings_of_a_table_reach_whom_they_are_for(here):
     assert chosen(takd) == [0.02, decay, 7, temperature, 5]
 
 
+def test_a_pair_has_settings_of_its_own_for_a_row(here):
+    pair = {**HERE, "rows": {"kd": {"model.method.temperature": 3.5}, "dkd": {"model.method.beta": 2.0}}}
+    table = own_table(here, pairs={"p": pair}, rows={"kd": {"set": {"model.method.temperature": 2.5}}})
+    _, jobs = plan(table, methods=["kd", "dkd"], overrides=SHORT)
+    found = {job.row: job.settings for job in jobs}
+    assert found["kd"]["model.method.temperature"] == 3.5
+    assert found["dkd"]["model.method.beta"] == 2.0  # not a row of the table
+
+
+def test_the_rows_that_compare_maps_read_them_where_the_benchmark_does():
+    _, jobs = plan(read_table("table2"), methods=["at", "kd"], pairs=["wrn_40_2_wrn_40_1"])
+    found = {job.row: job.settings for job in jobs}
+    assert found["at"]["model.teacher.taps"] == found["at"]["model.student.taps"]
+    assert list(found["at"]["model.student.taps"]) == ["conv1", "block1", "block2", "block3"]
+    assert found["kd"].get("model.student.taps") is None
+
+
 @pytest.mark.parametrize(
     ("pair", "methods", "overrides", "sentence"),
     [

@@ -36,6 +36,7 @@ class TestMistakes:
                 {"pairs": {"p": {**HERE, "assistants": "resnet14"}}},
                 "`assistants` of pair 'p' of own.yaml is 'resnet14'",
             ),
+            ({"pairs": {"p": {**HERE, "rows": {"kd": 3}}}}, "row 'kd' of pair 'p' of own.yaml"),
             ({"pairs": {"p": {**HERE, "assistants": [3]}}}, "`assistants` of pair 'p' of own.yaml is "),
             ({"pairs": {"p": {**HERE, "assistants": ["a", "a"]}}}, "`assistants` of pair 'p' .* twice"),
             ({"pairs": ["p"]}, "own.yaml is not a table; add `pairs` and `rows`"),

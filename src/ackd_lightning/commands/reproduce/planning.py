@@ -295,7 +295,12 @@ class Planner:
             row=row.name,
             kind="student",
             configs=[str(pair.config), row.method],
-            settings={**self.table.student_settings, **source.settings(), **row.settings},
+            settings={
+                **self.table.student_settings,
+                **source.settings(),
+                **row.settings,
+                **(pair.rows.get(row.name) or {}),
+            },
             name=row.name,
             seeds=seeds,
             needs=source.needs,

@@ -30,7 +30,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 the teacher and all assistants, and a student that learns from itself, trained alone before."""
 METRICS = ("acc", "acc_top5")
 _TABLE_KEYS = {"metrics", "error", "proxies", "set", "teacher_set", "student_set", "pairs", "rows"}
-_PAIR_KEYS = {"config", "assistants", "early_stop", "paper"}
+_PAIR_KEYS = {"config", "assistants", "early_stop", "paper", "rows"}
 _ROW_KEYS = {"method", "teacher", "label", "set"}
 
 
@@ -45,6 +45,7 @@ class Pair:
             from the teacher.
         early_stop: Epoch of the configured schedule at which ESKD's teacher stops.
         paper: Figures in percent by row, in the order of the metrics; named figures for a table of proxies.
+        rows: Dotted settings of this pair's runs by row, such as the weights that a method's authors use for it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Pair:
     assistants: tuple[str, ...] = ()
     early_stop: int | None = None
     paper: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def figure(self, row: str, metric: int) -> float | None:
         """Figure of the paper; None where it has none.
@@ -178,10 +180,13 @@ def _pairs(content: Mapping[str, Any], path: Path) -> dict[str, Pair]:
         if len(set(assistants)) < len(assistants):
             raise ACKDError(f"`assistants` of pair {name!r} of {path} names a network twice; name each once")
         _require_mapping(given.get("paper"), f"`paper` of pair {name!r} of {path}")
+        _require_mapping(given.get("rows"), f"`rows` of pair {name!r} of {path}")
+        for row, settings in (given.get("rows") or {}).items():
+            _require_mapping(settings, f"row {row!r} of pair {name!r} of {path}")
         beside = path.parent / given["config"]
         config = beside if beside.is_file() else find_config(given["config"])
         rest = {key: value for key, value in given.items() if key != "config"}
-        rest |= {"paper": rest.get("paper") or {}, "assistants": tuple(assistants)}
+        rest |= {"paper": rest.get("paper") or {}, "assistants": tuple(assistants), "rows": rest.get("rows") or {}}
         pairs[str(name)] = Pair(str(name), config, **rest)
     return pairs
 
