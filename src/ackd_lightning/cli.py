@@ -19,6 +19,7 @@ from ackd_lightning.errors import (
     near_matches,
 )
 from ackd_lightning.launch import LIGHTNING
+from ackd_lightning.launch.streams import outlive_readers
 
 _COMMANDS = {
     "configs": "configs:configs",
@@ -255,8 +256,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough: ackd configs | head
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  # flushed when the process ends
     except RunFinishedError as error:
         print(f"ackd: {error}")
     except Exception as error:
@@ -285,5 +284,6 @@ def _failed(sentence: str, code: int) -> int:
 
 
 def script() -> None:
-    """Exit the process with what ``main`` returns."""
+    """Exit the process with what ``main`` returns; output whose reader leaves does not end it before."""
+    outlive_readers()
     sys.exit(main())

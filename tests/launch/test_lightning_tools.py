@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -178,3 +179,13 @@ def test_the_id_of_a_wandb_run_is_kept(tmp_path):
     first = run_id(tmp_path / "a")
     assert run_id(tmp_path / "a") == first
     assert run_id(tmp_path / "b") != first
+
+
+def test_a_training_goes_on_when_the_reader_of_its_output_leaves(tmp_path):
+    options = ["--config", "digits_resnet8", "--name", "a", "--trainer.max_epochs", "2", "--data.max_per_class", "8"]
+    command = [sys.executable, "-m", "ackd_lightning", "fit", *options, "--trainer.accelerator", "cpu"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.readline()
+    process.stdout.close()  # as head does
+    assert process.wait(60) == 0
+    assert (tmp_path / "runs/digits_resnet8/a/summary.json").is_file()

@@ -120,8 +120,6 @@ def test_a_refusal_names_what_was_given(options, words, capsys):
         (["--name= "], "' '"),
         (["--name=a\nb"], r"'a\nb'"),
         (["--model.student", "resnet_8"], "'resnet8' or 'resnet18'"),
-        (["--trainer.callbacks+=BatchSizeFinder", "--trainer.callbacks.init_val", "512"], "batch_size"),
-        (["--trainer.callbacks+=BatchSizeFinder", "--data.batch_size=2"], "batch_size is 64"),
     ],
     ids=lambda value: repr(value[0]) if isinstance(value, list) else "",
 )
@@ -131,6 +129,12 @@ def test_what_cannot_be_meant_is_refused(options, words, capsys):
     assert words in shown
     assert shown.count("'resnet18'") < 2
     assert not list(Path().rglob("summary.json"))
+
+
+@pytest.mark.parametrize("options", [["--trainer.callbacks.init_val", "512"], ["--data.batch_size=2"]])
+def test_a_batch_that_a_finder_made_larger_than_the_data_trains(options):
+    assert fit("--trainer.callbacks+=BatchSizeFinder", *options) == 0
+    assert list(Path().rglob("summary.json"))
 
 
 @pytest.mark.parametrize(("names", "said"), [(("cat", "dog", "owl"), "'owl'"), (("cat",), "'dog'"), (None, "3")])

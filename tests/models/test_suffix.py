@@ -97,6 +97,13 @@ def test_a_branch_point_that_does_not_work_is_refused_with_those_that_do():
     assert BranchyStudent(network, ["D3B1"], input_size=32).specs == ("D3B1",)
 
 
+@pytest.mark.parametrize("name", ["alexnet", "timm:vit_tiny_patch16_224"])
+def test_a_size_that_a_network_cannot_read_is_refused_with_one_that_it_can(name):
+    network = create_model(name, 4)
+    with pytest.raises(ACKDError, match="it can read 224 x 224"):
+        Cuts(network, StagePlan(("features",)), 32)
+
+
 def test_a_branch_at_a_module_that_data_flow_past_is_refused():
     network = SkipsAhead()
     use_taps(network, ["blocks.1", "blocks.2", "blocks.5"])

@@ -41,7 +41,7 @@ LIMITS = {
     "float32": Limits(1e-3, 0.99, 0.005),
     "float16": Limits(2e-2, 0.98, 0.01),
     "bfloat16": Limits(0.1, 0.95, 0.02),
-    "int8": Limits(None, 0.9, 0.05),
+    "int8": Limits(None, 0.8, 0.05),  # kernels round each layer in their own way
 }
 """Limits by the type of the weights, or of the quantization."""
 

@@ -73,6 +73,7 @@ class SingleStage:
         features = cuts.plan.features
         self.part = cuts.suffix(features[number - 1]).eval().float().requires_grad_(False)
         self.part.network.get_submodule(features[number]).register_forward_hook(_stop)
+        self.device = torch.device("cpu")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SingleStage:
         return self  # it never changes
@@ -83,8 +84,11 @@ class SingleStage:
         Args:
             feature: Output of the stage before, ``B x C x H x W``.
         """
+        if feature.device != self.device:
+            self.part.to(feature.device)
+            self.device = feature.device
         try:
-            self.part.to(feature.device)(feature)
+            self.part(feature)
         except _Done as done:
             return done.value
         raise AssertionError("the stage was not run")

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import EXAMPLES, clone, dtype_of, name_of, twin
 from ackd_lightning.models.features import StagePlan, capture
-from ackd_lightning.models.finding import native_sizes, traced
+from ackd_lightning.models.finding import native_sizes, probe, traced
 from ackd_lightning.models.outputs import first_tensor, logits_of
 from ackd_lightning.models.tracing import Trace
 from ackd_lightning.types import ImageSize
@@ -213,7 +213,9 @@ class Cuts:
         sizes = native_sizes(network) if input_size is None else [input_size]
         example = next((found for size in sizes if (found := traced(network, size)) is not None), None)
         if example is None:
-            raise ACKDError(f"{name_of(network)} cannot be run on an example of {input_size} pixels; give another size")
+            if input_size is not None:
+                probe(network, input_size)  # states why, and a size that the network can read
+            raise ACKDError(f"{name_of(network)} cannot be run on an example; check its forward")
         self.network, self.plan, self.example = network, plan, example
         self.ratio = example[1].shape[2] / example[1].shape[3]
         self._whole: tuple[nn.Module, Tensor, dict[str, Any]] | None = None

@@ -1,0 +1,42 @@
+"""Output of the command that outlives its readers."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+
+class _Unbroken(io.TextIOWrapper):
+    """Output that goes nowhere once its reader has left, as in ``ackd fit | head``, so that a training goes on."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        stream.flush()
+        super().__init__(
+            stream.buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering
+        )
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._leave()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+
+
+def outlive_readers() -> None:
+    """Let the output of this process go nowhere, instead of ending the process, once its reader has left."""
+    for name in ("stdout", "stderr"):
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper) and not stream.closed:
+            setattr(sys, name, _Unbroken(stream))
