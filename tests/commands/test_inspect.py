@@ -54,6 +54,7 @@ def test_a_network_that_cannot_be_cut_has_no_table_and_says_what_works(capsys):
     ("arguments", "named"),
     [
         (["resnet9"], "resnet8"),
+        (["gone.onnx"], "gone.onnx does not exist"),
         (["resnet8", "--size", "big"], "'big'"),
         (["resnet8", "--size", "0"], "'0'"),
         (["resnet8", "--size", "3x4x5"], "'3x4x5'"),

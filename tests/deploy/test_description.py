@@ -67,12 +67,15 @@ def test_lines_contain_what_a_user_asks_for():
         ("reads", "float64"),
         ("val_count", "-1"),
         ("versions", "{]"),
+        ("versions", "[1]"),
+        ("batch", '"many"'),
+        ("batch", "0"),
         ("model_options", "[" * 100_000),
     ],
 )
 def test_text_that_cannot_be_right_is_refused(key, value):
     text = FULL.metadata()
-    del text[key]
+    text.pop(key, None)
     with pytest.raises(ACKDError, match=r"odd\.onnx"):
         Description.from_metadata(text if value is None else {**text, key: value}, "odd.onnx")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ackd_lightning.deploy import checking
 from ackd_lightning.deploy.checking import LIMITS, Check, compare, random_images
 from ackd_lightning.deploy.description import Description
-from ackd_lightning.deploy.exporting import export, reading_uint8
+from ackd_lightning.deploy.exporting import check_free, export, reading_uint8
 from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.formats.formats import FORMATS, find_format
 from ackd_lightning.errors import ACKDError
@@ -245,3 +245,10 @@ def test_a_graph_of_another_program_is_refused(tmp_path):
 def test_an_unknown_format(name, hint):
     with pytest.raises(ACKDError, match=hint):
         find_format(name)
+
+
+def test_what_lies_beside_a_file_is_not_replaced(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"theirs")
+    with pytest.raises(ACKDError, match=r"a\.bin exists"):
+        check_free(FORMATS["openvino"], tmp_path / "a.xml", overwrite=False)
+    check_free(FORMATS["onnx"], tmp_path / "a.onnx", overwrite=False)

@@ -44,7 +44,9 @@ def ackd(*words: str) -> str:
 @pytest.mark.slow
 def test_a_student_goes_to_the_hub_and_comes_back(tmp_path):
     checkpoint(tmp_path / "run/checkpoints/last.ckpt", "timm:test_byobnet", input_size=32, preprocessing=PLAIN)
-    (tmp_path / "run/report.md").write_text("## Results\n![figure](a.png)\nbest run\n")
+    (tmp_path / "run/report").mkdir()
+    text = "## Results\n![figure](a.png)\nbest run\n\n## About this page\n/home/anna\n"
+    (tmp_path / "run/report/report.md").write_text(text)
     push = ackd("push", "run", "anna/student", "--check", "random", "--license", "mit")
     with running() as hub:
         without = call(tmp_path, hub.url, push)
@@ -58,6 +60,7 @@ def test_a_student_goes_to_the_hub_and_comes_back(tmp_path):
         assert card.startswith("---\nlicense: mit\n")
         assert "best run" in card
         assert "figure" not in card
+        assert "/home/anna" not in card
         config = json.loads(hub.files["anna/student", "config.json"])
         assert config["architecture"] == "test_byobnet"
         assert config["label_names"] == NAMES

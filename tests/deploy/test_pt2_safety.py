@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import sys
 import zipfile
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.formats import pt2
+from ackd_lightning.deploy.formats.pt2_safety import check_archive
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.zoo import create_model
 
@@ -96,3 +98,21 @@ def test_other_members_are_refused(file, tmp_path):
         archive.writestr("archive/data/aotinductor/model/x.so", b"\x7fELF")
     with pytest.raises(ACKDError, match=r"x\.so"):
         open_network(evil)
+
+
+def test_a_damaged_weight_is_found_by_its_checksum(file, tmp_path):
+    content = bytearray(file.read_bytes())
+    weight = zipfile.ZipFile(file).read("archive/data/weights/weight_0")
+    content[content.index(weight)] ^= 1
+    (tmp_path / "damaged.pt2").write_bytes(content)
+    with pytest.raises(ACKDError, match="checksum"):
+        open_network(tmp_path / "damaged.pt2")
+
+
+def test_operators_of_int8_are_registered_or_their_library_is_named(file, tmp_path, monkeypatch):
+    before, after = b"torch.ops.aten.relu.default", b"torch.ops.quantized_decomposed.relu.default"
+    int8 = changed(file, tmp_path / "int8.pt2", lambda _, content: content.replace(before, after))
+    assert check_archive(int8) == {"aten", "quantized_decomposed"}
+    monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e.quantize_pt2e", None)
+    with pytest.raises(ACKDError, match="quantization"):
+        open_network(int8)

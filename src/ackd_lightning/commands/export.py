@@ -14,8 +14,8 @@ from ackd_lightning.commands.export_int8 import check_int8, show_int8
 from ackd_lightning.commands.student import check_data, read_student
 from ackd_lightning.deploy.checking import Check, images_of, random_images
 from ackd_lightning.deploy.description import Description
-from ackd_lightning.deploy.exporting import export, measured, reading_uint8
-from ackd_lightning.deploy.formats.formats import FORMATS, Format, find_format
+from ackd_lightning.deploy.exporting import check_free, export, measured, reading_uint8
+from ackd_lightning.deploy.formats.formats import FORMATS, Format, file_size, find_format
 from ackd_lightning.deploy.formats.safetensors import DTYPES
 from ackd_lightning.deploy.int8 import Measured, export_int8, fine_tuned, int8_network
 from ackd_lightning.errors import ACKDError, near_matches
@@ -74,8 +74,7 @@ def export_command(
     for kind, target in zip(kinds, targets, strict=True):
         kind.check_libraries()
         check_writable(target.parent, "the folder of --out,")
-        if target.exists() and not overwrite:
-            raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
+        check_free(kind, target, overwrite=overwrite)
     data = None if check == "random" else check_data(checkpoint, description, options)
     images = random_images(description) if data is None else images_of(data)
     reference = images.logits(network)
@@ -172,6 +171,8 @@ def _targets(kinds: Sequence[Format], out: str | None, stem: Path, dtype: str, w
                 f"--out is {out} and there are {len(kinds)} formats; give a name without an ending, such as "
                 f"{path.with_suffix('')}"
             )
+        if path.is_dir():
+            raise ACKDError(f"--out is {out}, a folder; give the name of the files in it, such as {path / 'student'}")
         return [path.with_name(path.name + kind.ending) for kind in kinds]
     if path.suffix.lower() != kinds[0].ending or path.is_dir():
         raise ACKDError(f"--out is {out}; name a file that ends in {kinds[0].ending}")
@@ -190,10 +191,14 @@ def _show(
         return "-" if value is None else f"{value:.2%}"
 
     for path, check in checks.items():
-        files = [path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
-        size = sum(each.stat().st_size for each in files)
         difference = f"{check.difference:.2g}"
-        row = (f"{size / 1e6:.2f}", difference, percent(check.agreement), percent(check.before), percent(check.after))
+        row = (
+            f"{file_size(path) / 1e6:.2f}",
+            difference,
+            percent(check.agreement),
+            percent(check.before),
+            percent(check.after),
+        )
         table.add_row(path.name, *row)
     console.print(table)
     costs = Table()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ackd_lightning.deploy.files import open_network
+from ackd_lightning.deploy.files import ENDINGS, open_network
+from ackd_lightning.deploy.formats.formats import file_size
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branches import branch_names, default_branches
 from ackd_lightning.models.copies import image_channels, name_of
@@ -54,7 +55,8 @@ def inspect(network: str, *, size: str | None = None, classes: int | None = None
     """
     path = Path(network)
     remote = is_hub_name(network) and not Path(network.removeprefix(PREFIX)).expanduser().is_dir()
-    if not remote and not path.is_file() and not (path / "checkpoints").is_dir():
+    is_place = path.suffix.lower() in (*ENDINGS, ".ckpt") or path.is_file() or (path / "checkpoints").is_dir()
+    if not remote and not is_place:
         return _stages(network, size=size, classes=1000 if classes is None else classes, taps=taps)
     given = {"--size": size, "--classes": classes, "--taps": taps or None}
     if wrong := next((name for name, value in given.items() if value is not None), None):
@@ -66,8 +68,7 @@ def _describe(path: str) -> None:
     """Print what a file or a run states, and its size."""
     opened = open_network(path)
     description = opened.description
-    files = [opened.path, *([opened.path.with_suffix(".bin")] if opened.kind == "openvino" else [])]
-    print(f"{opened.path}: {opened.kind}, {sum(each.stat().st_size for each in files) / 1e6:.2f} MB")
+    print(f"{opened.path}: {opened.kind}, {file_size(opened.path) / 1e6:.2f} MB")
     print("\n".join(description.lines()))
     with torch.device("meta"):
         model = create_model(description.model, description.num_classes, **description.options)

@@ -53,7 +53,7 @@ def push_command(
         images = images_of(check_data(student.checkpoint, student.description, options))
     reference = images.logits(student.network)
     description = measured(student.description, images, reference)
-    report = run_folder(student.checkpoint) / "report.md"
+    report = run_folder(student.checkpoint) / "report" / "report.md"
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / each for each in (WEIGHTS, CARD, CONFIG)]
         export(student.network, description, files[0], FORMATS["safetensors"], images=images, reference=reference)

@@ -188,6 +188,11 @@ class Description:
             plain = {
                 key: json.loads(metadata.get(key, "null")) for key in ("model_options", "head", "versions", "batch")
             }
+            for key, kind in (("model_options", dict), ("head", dict), ("versions", dict), ("batch", int)):
+                if plain[key] is not None and type(plain[key]) is not kind:
+                    raise ValueError(key)
+            if plain["batch"] is not None and plain["batch"] < 1:
+                raise ValueError("batch")
         except (KeyError, ValueError, RecursionError) as error:
             raise ACKDError(
                 f"{origin} does not state which network it has and how images are prepared; name a file that "

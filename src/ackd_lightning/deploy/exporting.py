@@ -106,8 +106,7 @@ def export(
             file gives other logits.
     """
     kind.check_libraries()
-    if target.exists() and not overwrite:
-        raise ACKDError(f"{target} exists; choose another --out or pass --overwrite")
+    check_free(kind, target, overwrite=overwrite)
     limits = LIMITS["int8" if description.quantization else description.dtype]
     words = f"{kind.name} file on {images.words}: at least {limits.agreement:.0%} of the classes as in training"
     if limits.difference is not None:
@@ -140,6 +139,22 @@ def export(
             "may write in"
         ) from error
     return check
+
+
+def check_free(kind: Format, target: Path, *, overwrite: bool) -> None:
+    """Refuse to replace files.
+
+    Args:
+        kind: Format.
+        target: File to write.
+        overwrite: Whether files may be replaced.
+
+    Raises:
+        ACKDError: Naming the file that exists.
+    """
+    existing = next((each for each in kind.files(target) if each.exists()), None)
+    if existing is not None and not overwrite:
+        raise ACKDError(f"{existing} exists; choose another --out or pass --overwrite")
 
 
 def _require_space(target: Path, size: int) -> None:

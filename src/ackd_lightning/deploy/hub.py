@@ -11,6 +11,7 @@ import torch
 
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.heads import with_head
 from ackd_lightning.models.hub import WEIGHTS
 from ackd_lightning.models.zoo import TIMM, count_parameters, create_model, multiply_adds
 
@@ -60,13 +61,14 @@ def model_card(description: Description, repository: str, *, license_name: str, 
         description: The network.
         repository: ``USER/NAME``.
         license_name: Licence of the weights, by the hub's name.
-        report: Report of the run in Markdown; pictures in it are left out. None without one.
+        report: Report of the run in Markdown; pictures, and where it was made, are left out. None without one.
     """
     library = "timm" if for_timm(description) else "ackd-lightning"
     head = ["---", f"license: {license_name}", f"library_name: {library}", "pipeline_tag: image-classification"]
     head += ["tags:", "- image-classification", "- knowledge-distillation", "---", ""]
     with torch.device("meta"):
         network = create_model(description.model, description.num_classes, **description.options)
+        network = with_head(network, description.head)
     cost = multiply_adds(network, description.input_size, description.channels)
     rows = [
         ("parameters", f"{count_parameters(network):,}"),
@@ -85,6 +87,7 @@ def model_card(description: Description, repository: str, *, license_name: str, 
         use += [f'network = timm.create_model("hf-hub:{repository}", pretrained=True)', "```"]
     text = "\n".join([*head, f"# {repository.rpartition('/')[2]}", "", *table, "", "## How to load", "", *use, ""])
     if report:
+        report = report.partition("\n## About this page\n")[0]  # commands and folders of this machine
         text += "\n" + "\n".join(line for line in report.splitlines() if "![" not in line and "<img" not in line) + "\n"
     return text
 

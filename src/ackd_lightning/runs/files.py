@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -155,6 +156,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        if isinstance(error, pickle.UnpicklingError):  # whose text explains an option of torch
+            reason = "it has more than tensors and plain data, or is no checkpoint"
         raise ACKDError(f"{path} cannot be read as a checkpoint ({reason}); choose another one") from error
     if not isinstance(checkpoint, dict) or "ackd_lightning" not in checkpoint or "state_dict" not in checkpoint:
         raise ACKDError(

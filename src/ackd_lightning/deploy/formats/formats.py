@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ackd_lightning.deploy.formats import onnx, openvino, pt2, pte, safetensors
 from ackd_lightning.deploy.formats.program import Opener, Writer
@@ -22,6 +23,7 @@ class Format:
         extra: Extra of this package that the format needs; None for none.
         libraries: Libraries of the extra.
         batch: Largest batch that a file takes; None for any.
+        beside: Ending of a second file beside it; None for none.
     """
 
     name: str
@@ -31,6 +33,15 @@ class Format:
     extra: str | None = None
     libraries: tuple[str, ...] = ()
     batch: int | None = None
+    beside: str | None = None
+
+    def files(self, path: Path) -> list[Path]:
+        """Return a file and what belongs beside it.
+
+        Args:
+            path: File of this format.
+        """
+        return [path] if self.beside is None else [path, path.with_suffix(self.beside)]
 
     def check_libraries(self) -> None:
         """Import what the format needs.
@@ -49,7 +60,7 @@ FORMATS = {
         Format("onnx", ".onnx", onnx.write, onnx.open_file, "onnx", ("onnx", "onnxscript", "onnxruntime")),
         Format("pt2", ".pt2", pt2.write, pt2.open_file),
         Format("pte", ".pte", pte.write, pte.open_file, "executorch", ("executorch",), pte.LARGEST_BATCH),
-        Format("openvino", ".xml", openvino.write, openvino.open_file, "openvino", ("openvino",)),
+        Format("openvino", ".xml", openvino.write, openvino.open_file, "openvino", ("openvino",), beside=".bin"),
     )
 }
 
@@ -68,3 +79,13 @@ def find_format(name: str) -> Format:
     if found is None:
         raise ACKDError(f"format {name!r} is unknown; {near_matches(name, FORMATS)}")
     return found
+
+
+def file_size(path: Path) -> int:
+    """Return the size of a network's file in bytes, with what belongs beside it.
+
+    Args:
+        path: File of any format, or a checkpoint.
+    """
+    kind = {each.ending: each for each in FORMATS.values()}.get(path.suffix.lower())
+    return sum(each.stat().st_size for each in (kind.files(path) if kind else [path]) if each.is_file())

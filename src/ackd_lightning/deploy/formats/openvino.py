@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.deploy.formats.program import Opened, graph_of, quiet, refused, unreadable
+from ackd_lightning.deploy.formats.program import Opened, graph_of, quiet, quiet_natively, refused, unreadable
 from ackd_lightning.extras import require
 
 PLACE = ["ackd_lightning", "description"]
@@ -54,7 +54,8 @@ def open_file(path: Path) -> Opened:
     try:
         core = openvino.Core()
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        model = core.read_model(path)
+        with quiet_natively():  # what is not XML is tried as other formats, aloud
+            model = core.read_model(path)
         metadata = json.loads(model.get_rt_info(PLACE).astype(str)) if model.has_rt_info(PLACE) else {}
         compiled = core.compile_model(model, "CPU", settings)
     except Exception as error:  # of a damaged file, in any way

@@ -56,11 +56,16 @@ def unreadable(path: Path, kind: str, error: Exception) -> ACKDError:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error that says something, at most 160 characters long.
 
+    Lines with a place in the code of a library, such as OpenVINO's, come last.
+
     Args:
         error: Any exception.
     """
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = sorted(
+        (line.strip() for line in text.splitlines() if line.strip()),
+        key=lambda line: line.startswith(("Exception from ", "Check '")),
+    )
     return (lines or [type(error).__name__])[0][:160]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ackd_lightning.deploy.formats.program import Opened, graph_of, quiet, unreadable
 from ackd_lightning.deploy.formats.pt2_safety import check_archive
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.extras import require
 
 DESCRIPTION = "description.json"
 """Name of the extra file with the metadata."""
@@ -44,12 +45,14 @@ def open_file(path: Path) -> Opened:
         path: ``.pt2`` file.
 
     Raises:
-        ACKDError: If torch cannot read it, or it holds more than tensors and a graph of known operators.
+        ACKDError: If torch cannot read it, it holds more than tensors and a graph of known operators, or the library
+            of its operators is missing.
     """
     extra = {DESCRIPTION: ""}
     try:
-        check_archive(path)
         with quiet():
+            if "quantized_decomposed" in check_archive(path):
+                require("torchao.quantization.pt2e.quantize_pt2e", "quantization", str(path))  # registers them
             module = torch.export.load(path, extra_files=extra).module()
     except ACKDError:
         raise

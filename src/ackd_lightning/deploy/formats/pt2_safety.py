@@ -48,16 +48,20 @@ _FREE_TEXT = {"metadata", "in_spec", "out_spec", "doc", "module_call_graph", "to
 """Entries that torch reads as text or as JSON and never evaluates."""
 
 
-def check_archive(path: Path) -> None:
+def check_archive(path: Path) -> set[str]:
     """Refuse a file that holds anything but tensors and a graph of known operators.
 
     Args:
         path: ``.pt2`` file.
 
+    Returns:
+        Libraries of the operators, such as ``aten``.
+
     Raises:
         ACKDError: Naming what it holds.
         Exception: Any other error of a damaged archive.
     """
+    libraries: set[str] = set()
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
@@ -68,12 +72,15 @@ def check_archive(path: Path) -> None:
             if name.endswith("_config.json"):
                 _check_payload(path, json.loads(archive.read(name)))
             elif name.endswith("models/model.json"):
-                _check_graph(path, json.loads(archive.read(name)))
+                libraries |= _check_graph(path, json.loads(archive.read(name)))
             elif name.endswith("sample_inputs/model.pt") and (content := archive.read(name)):
                 try:
                     torch.load(io.BytesIO(content), weights_only=True)
                 except Exception as error:  # of a pickle, in any way
                     raise _refused(path, "objects in its example") from error
+        if (damaged := archive.testzip()) is not None:  # torch does not look at the checksums
+            raise ValueError(f"the checksum of {damaged} is wrong")
+    return libraries
 
 
 def _refused(path: Path, what: str) -> ACKDError:
@@ -88,16 +95,21 @@ def _check_payload(path: Path, content: Mapping[str, Any]) -> None:
             raise _refused(path, f"the object {entry['path_name']}")
 
 
-def _check_graph(path: Path, content: Mapping[str, Any]) -> None:
+def _check_graph(path: Path, content: Mapping[str, Any]) -> set[str]:
     if content.get("guards_code"):
         raise _refused(path, "code of guards")
+    libraries: set[str] = set()
     for key, text in _texts(content, ""):
-        if key == "target" and not (_OPERATORS.fullmatch(text) and "__" not in text):
-            raise _refused(path, f"the operator {text}")
+        if key == "target":
+            operator = _OPERATORS.fullmatch(text)
+            if operator is None or "__" in text:
+                raise _refused(path, f"the operator {text}")
+            libraries |= {operator[1]} - {None}
         if key == "expr_str" and not _is_expression(text):
             raise _refused(path, f"the expression {text}")
         if key not in ("target", "expr_str") and not _GRAPH.fullmatch(text):
             raise _refused(path, f"the name {text!r}")
+    return libraries
 
 
 def _texts(content: Any, key: str) -> Iterator[tuple[str, str]]:

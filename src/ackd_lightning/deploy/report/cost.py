@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -53,17 +52,6 @@ def of_module(name: str, network: nn.Module, shape: tuple[int, int, int]) -> Cos
         adds = None
     weights = sum(each.numel() * each.element_size() for each in network.state_dict().values())
     return Cost(name, count_parameters(network), adds, weights)
-
-
-def file_size(path: Path) -> int:
-    """Return the size of an exported file in bytes, with the weights that OpenVINO keeps beside it.
-
-    Args:
-        path: File.
-    """
-    beside = path.with_suffix(".bin")
-    extra = beside.stat().st_size if path.suffix == ".xml" and beside.is_file() else 0
-    return path.stat().st_size + extra
 
 
 def latencies(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.deploy.files import ENDINGS, ExportedNetwork, open_network
-from ackd_lightning.deploy.report.cost import Cost, file_size, latencies, of_module
+from ackd_lightning.deploy.formats.formats import file_size
+from ackd_lightning.deploy.report.cost import Cost, latencies, of_module
 from ackd_lightning.deploy.report.gradcam import Source
 from ackd_lightning.deploy.report.measuring import STUDENT, TEACHER, Runner
 from ackd_lightning.errors import ACKDError
