@@ -2,8 +2,8 @@
 
 Both start from the graph of the network in evaluation mode: without dropout, and with every BatchNorm after a
 convolution folded into its weights. The folded weights are computed in the graph from the weights of both layers, so
-that these keep their names and are trained. Folding before the fine-tuning is what Nagel et al.: A White Paper on
-Neural Network Quantization, 2021, section 4.2.1, recommend.
+that these keep their names and are trained. Nagel et al. (A White Paper on Neural Network Quantization, 2021) discuss
+folding before and during the fine-tuning.
 """
 
 from __future__ import annotations
