@@ -223,3 +223,21 @@ def test_networks_without_a_graph_or_without_layers_are_refused():
 )
 def test_ranges_stay_in_the_last_quarter_of_the_epochs(epochs, expected):
     assert [epoch for epoch in range(10) if ranges_fixed(epoch, epochs) and epoch < (epochs or 10)] == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_one_sign_have_zero_at_zero(backend):
+    """Kernels ignore another zero: such a file computes something else."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    )
+    with torch.no_grad():
+        network[0].weight.copy_(network[0].weight.abs() + 0.1)
+        network[0].weight[1] *= -1
+    student = FakeQuantized(network, backend, 16).train()
+    for _ in range(2):
+        student(images())
+    state = student.eval().converted().state_dict()
+    points = [each for name, each in state.items() if "zero_point" in name and each.numel() > 1]
+    assert points
+    assert all(not each.any() for each in points)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import operator
 import warnings
@@ -133,13 +134,38 @@ def _quantizer(backend: Backend, *, training: bool) -> Any:
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
         config = x86.get_default_x86_inductor_quantization_config(is_qat=training)
-        # norms are folded already: the patterns of layers with norms are not looked for
-        return x86.X86InductorQuantizer().set_global(dataclasses.replace(config, is_qat=False))
+        return x86.X86InductorQuantizer().set_global(_without_norms(config, training=training))
     module = require("executorch.backends.xnnpack.quantizer.xnnpack_quantizer", "executorch", needed_by)
     config = module.get_symmetric_quantization_config(is_per_channel=True, is_qat=training)
-    quantizer = module.XNNPACKQuantizer().set_global(dataclasses.replace(config, is_qat=False))
+    quantizer = module.XNNPACKQuantizer().set_global(_without_norms(config, training=training))
     quantizer.SUPPORTED_PATTERNS = [each for each in quantizer.SUPPORTED_PATTERNS if not each.is_qat]
     return quantizer
+
+
+@functools.cache
+def _weight_quantizer() -> Any:
+    """Return a maker of fake quantizers of weights, with the range of the present weights of each channel."""
+    from torchao.quantization import pt2e
+
+    class CurrentRange(pt2e.PerChannelMinMaxObserver):  # type: ignore[misc, unused-ignore]
+        def forward(self, weight: Tensor) -> Tensor:
+            self.min_val.fill_(float("inf"))
+            self.max_val.fill_(float("-inf"))
+            result: Tensor = super().forward(weight)
+            return result
+
+    return pt2e.FakeQuantize.with_args(observer=CurrentRange, eps=2**-12)
+
+
+def _without_norms(config: Any, *, training: bool) -> Any:
+    """Return a configuration for a graph whose norms are folded, with weights whose zero is 0, as kernels expect.
+
+    The fused fake quantizer that the libraries choose takes another zero for a channel whose weights have one sign.
+    """
+    if training:
+        weight = dataclasses.replace(config.weight, observer_or_fake_quant_ctr=_weight_quantizer())
+        config = dataclasses.replace(config, weight=weight)
+    return dataclasses.replace(config, is_qat=False)
 
 
 def _fold_norms(graph: GraphModule) -> None:
