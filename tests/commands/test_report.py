@@ -79,22 +79,25 @@ def test_the_page_of_a_run(run, capsys):
 
 
 def test_a_file_without_a_run_and_without_its_libraries(run, monkeypatch, capsys):
-    shutil.copy(run / "student.safetensors", "net.safetensors")
+    Path("cache").mkdir()
+    shutil.copy(run / "student.safetensors", "cache/model.safetensors")
+    monkeypatch.setattr(command, "local_file", lambda _: Path("cache/model.safetensors"))
 
     def missing(module, extra, needed_by):
         raise ACKDError(f"{needed_by} needs grad-cam; run: pip install 'ackd-lightning[{extra}]'")
 
     monkeypatch.setattr(gradcam, "require", missing)
     data = ["--config", "data/digits.yaml", "--data.val_fraction", "0"]
-    assert main(["report", "net.safetensors", "--no-latency", *data, "--out", "page"]) == 0
-    found = json.loads(Path("page/report.json").read_text())
+    assert main(["report", "hf:anna/digits", "--no-latency", *data]) == 0
+    found = json.loads(Path("model-report/report.json").read_text())
+    assert found["source"] == "hf:anna/digits"
     answers = read_answers(answers_file(run, "last"))
     assert found["accuracy"]["student"]["right"] == int(answers.right.sum())
     assert "temperature" not in found["calibration"]
     assert found["agreement"] is None
     assert "ackd-lightning[gradcam]" in found["no_gradcam"]
     assert "ackd-lightning[gradcam]" in capsys.readouterr().out
-    assert not Path("page/figures/gradcam.png").exists()
+    assert not Path("model-report/figures/gradcam.png").exists()
 
 
 @pytest.mark.slow

@@ -47,6 +47,8 @@ def test_a_student_predicts(run):
     assert student.predict(images[0]).probabilities.allclose(expected[:1], atol=1e-5)
     with pytest.raises(ACKDError, match="no images"):
         student.predict([])
+    with pytest.raises(ACKDError, match="ndarray"):
+        student.predict(images[0].numpy())
 
 
 @pytest.mark.parametrize("name", ["nowhere.onnx", "picture.png", "plain.safetensors", "text.safetensors", "empty"])

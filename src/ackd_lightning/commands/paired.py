@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ackd_lightning.errors import count_of
 from ackd_lightning.metrics.intervals import (
     mean_interval,
     paired_bootstrap,
@@ -54,7 +55,7 @@ def paired_tests(groups: Mapping[str, Sequence[Path]], which: Which) -> list[str
         return []
     missing = [run for runs in groups.values() for run in runs if not answers_file(run, which).is_file()]
     if missing:
-        more = f" and {len(missing) - 1:,} more runs have" if len(missing) > 1 else " has"
+        more = f" and {count_of(len(missing) - 1, 'more run')} have" if len(missing) > 1 else " has"
         option = "" if which == "last" else f" --which {which}"
         return [
             f"no paired test: {missing[0]}{more} no predictions of the test set (run `ackd test {missing[0]}{option}`)"

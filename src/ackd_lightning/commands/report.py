@@ -22,6 +22,8 @@ from ackd_lightning.launch.execute import in_our_words
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_checkpoint, check_writable
 from ackd_lightning.metrics.intervals import share_text
+from ackd_lightning.models.hub import is_hub_name
+from ackd_lightning.models.weight_files import local_file
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
 from ackd_lightning.runs.versions import versions
 
@@ -40,8 +42,9 @@ def report_command(
     """Measure a trained network on its test set and write a page about it.
 
     Args:
-        run: Run folder, checkpoint or exported file.
-        out: Folder of the page; None: ``report`` in the folder of the run, or beside a file without a run.
+        run: Run folder, checkpoint, exported file, or ``hf:USER/NAME`` on the hub.
+        out: Folder of the page; None: ``report`` in the folder of the run, beside a file without a run, or in the
+            current folder.
         which: Checkpoint of a run folder.
         device: Device that predicts; ``auto`` is a GPU where there is one.
         latency: Whether speed is measured.
@@ -50,18 +53,21 @@ def report_command(
     Raises:
         ACKDError: If the network, its data or the folder are not usable.
     """
-    path, is_file = Path(run), Path(run).suffix.lower() in ENDINGS
+    remote = is_hub_name(run)
+    path = local_file(run) if remote else Path(run)
+    is_file = path.suffix.lower() in ENDINGS
     if device == "cuda" and not torch.cuda.is_available():
         raise ACKDError("--device is cuda and torch finds no CUDA device here; leave it out")
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     folder = path.parent if is_file else run_folder(find_checkpoint(run, which))
-    has_run = (folder / "config.yaml").is_file()
+    has_run = not remote and (folder / "config.yaml").is_file()
     if is_file and not has_run and not any(each.startswith(("--config", "-c", "--data")) for each in settings):
         raise ACKDError(
             f"{run} is not in the folder of a run, so its test data are unknown; name them, as in --config "
             "data/digits.yaml, or --data ackd_lightning.data.ImageFolderDataModule --data.root FOLDER"
         )
-    target = Path(out) if out else folder / ("report" if has_run else f"{path.stem}-report")
+    place = Path() if remote else folder
+    target = Path(out) if out else place / ("report" if has_run else f"{path.stem}-report")
     _check_folder(target)
     measure_on = ([torch.device("cpu")] + ([chosen] if chosen.type != "cpu" else [])) if latency else []
     with in_our_words(settings):
@@ -87,7 +93,7 @@ def report_command(
     )
     found["network"]["data"] = found["network"].get("data") or type(data).__name__
     found |= {
-        "source": str(path),
+        "source": run,
         "training": {key: summary[key] for key in _TRAINING if key in summary},
         "machine": _machine(),
         "versions": {key: each for key, each in versions().items() if each},

@@ -117,7 +117,7 @@ class Notes:
             found.append(f"made {how}, which the network reads: {kinds}")
         if self.dark:
             found.append(
-                f"{self.dark:,} images of 16 bits use at most 12 of them, so they look black to the network; scale them"
+                f"images of 16 bits that use at most 12, and so look black to the network: {self.dark:,}; scale them"
             )
         return found
 

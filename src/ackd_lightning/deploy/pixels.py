@@ -111,6 +111,10 @@ class Preprocessing:
             return convert(load_image(path), self.form, str(path))
         if isinstance(image, Image.Image):
             return convert(as_decoded(image), self.form, "an image")
+        if not isinstance(image, Tensor):
+            raise ACKDError(
+                f"an image is of the type {type(image).__name__}; give a file, an image of Pillow, or a tensor"
+            )
         return self._tensor(image)
 
     def _tensor(self, image: Tensor) -> Decoded:
