@@ -77,6 +77,7 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
 
     runs = [folder / "runs"]
     Console(width=None if Console().is_terminal else 140).print(compare(runs))
+    print("this checks the installation: 10 classes and few images do not compare methods (docs/results.md)")
     draw_curves(runs, folder / "curves.png")
     student = folder / "student.safetensors"
     export_command(str(folder / "runs" / f"{PAIR}+ackd" / "seed0"), which="last", out=str(student), overwrite=False)
