@@ -161,7 +161,7 @@ def test_steps_read_numbers_from_the_device_only_where_it_is_known(monkeypatch):
     measure(arguments("ackd"), warmup=2, steps=3)
     assert sum(steps) == 2
     assert found.pop("nonfinite.py") == 2 * 2  # the discriminators' loss, and the student's
-    assert found.pop("base.py") == 2
+    assert found.pop("loaders.py") == 2
     assert found.pop("batches.py") == 2 * 2  # smallest and largest target, on a CPU only
     assert found.pop("progress bar", 0) <= 2  # Lightning's, for a value that is logged with prog_bar
     assert not found, found
