@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import os
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,6 +137,15 @@ def _has_more(image: Image.Image) -> bool:
     return pages or tags.get(_SAMPLES_PER_PIXEL, 1) > len(image.getbands())
 
 
+def _array(data: bytes) -> NDArray[Any]:
+    # CPython before 3.12.1 counts the depth of syntax trees for all threads together, so that reading a header
+    # beside another thread can end in a SystemError of no meaning (python/cpython#106905).
+    for _ in range(3):
+        with suppress(SystemError):
+            return cast("NDArray[Any]", np.load(io.BytesIO(data), allow_pickle=False))
+    return cast("NDArray[Any]", np.load(io.BytesIO(data), allow_pickle=False))
+
+
 def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
     """Decode a file as it is.
 
@@ -153,8 +163,7 @@ def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
         register_heif()
     try:
         if suffix == ".npy":
-            stored: NDArray[Any] = np.load(io.BytesIO(_bytes(file)), allow_pickle=False)
-            return stored.view(Spectral)
+            return _array(_bytes(file)).view(Spectral)
         with Image.open(stream(file)) as image:
             if has_deep_colours(image):
                 return _deep_png(file) if image.format == "PNG" else _tiff(file)
