@@ -125,16 +125,19 @@ def _wrong(place: str, value: Any, kind: str, given: Given) -> ACKDError:
     return ACKDError(f"setting {place} is {str(value)[:80]!r}; it must be {kind}{at}")
 
 
-def _unknown(name: str, known: Iterable[str], given: Given) -> str:
+def _unknown(name: str, known: Iterable[str], given: Given, holder: str) -> str:
     """Put an unknown setting into words.
 
     Args:
         name: Dotted name, or the last part of it.
         known: Names that the parser knows: all settings, or the arguments of one class.
         given: Settings and their places.
+        holder: Dotted name of the setting whose value has it; empty if that is unknown.
     """
     place = given.place(name)
     own = _plain(place) or name
+    if holder and not own.startswith(f"{holder}."):  # another setting of the same last name
+        name, own = holder, f"{holder}.{name}"
     parent = own.rpartition(".")[0]
     known = set(known)
     top = "model" in known
@@ -190,7 +193,8 @@ def shorten(refused: RefusedError, given: Given, *, around: str = "") -> str:
         if own.startswith("data.") and "data" not in given.classes and not chosen:
             student = (given.settings.get("model") or {}).get("student")
             return f"{'data' if student else ', '.join(reversed(_NEEDED))} missing; {_WHOLE}"
-        return _unknown(name, refused.known, given)
+        holder = None if "model" in refused.known else re.search(r'Parser key "(?!config")([^"]+)"', around)
+        return _unknown(name, refused.known, given, holder[1] if holder else "")
     if required := re.search(r"arguments are required: (.+)", text):
         inside = re.search(r'Parser key "([^"]+)"', text)
         missing = f"{inside[1]}.{required[1].split()[0]}" if inside else _missing(required[1], given, around)
@@ -204,6 +208,11 @@ def shorten(refused: RefusedError, given: Given, *, around: str = "") -> str:
         return text[:400]
     if "Unable to load config" in text:
         return f"setting {key[1]} holds settings, not a value; set {key[1]}.NAME, or name a file of settings"
+    names = refused.known | given.names | names_below(given.classes)
+    held = [each for each in sorted(names) if each.rpartition(".")[0] == key[1]]
+    if held and value and key[1] not in given.classes and not value[1].startswith("{"):
+        likely = [each for each in held if each.endswith((".network", ".weights"))] or held[:2]
+        return f"setting {key[1]} is {value[1]!r}; it holds settings, such as {' and '.join(likely)}{given.at(key[1])}"
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\.? Got value| - | Given value|$)", text))
     bare = (re.sub(r"(?:typing\.)?Literal\[(.*)\]|typing\.|<class '([\w.]+)'>", r"\1\2", each) for each in expected)
     kinds = sorted({_kind(each): None for each in bare if each != "NoneType"} or [_CLASS], key=_CLASS.__eq__)

@@ -39,6 +39,10 @@ _USUAL = {
     "workers": "num_workers",
     "tau": "temperature",
     "arch": "network",
+    "name": "network",
+    "path": "weights",
+    "checkpoint": "weights",
+    "ckpt": "weights",
     "amp": "precision",
 }
 """Usual names of settings elsewhere, and ours."""
