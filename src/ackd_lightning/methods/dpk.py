@@ -60,7 +60,6 @@ def unbiased_cka(first: Tensor, second: Tensor) -> Tensor:
         >>> unbiased_cka(features, 2 * features + 1)
         tensor(1.)
     """
-
     if len(first) < _FEWEST:
         return torch.zeros((), device=first.device)
 

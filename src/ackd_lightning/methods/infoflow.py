@@ -14,11 +14,12 @@ kernels:
 \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{flow} J_{embedding} + w_{layers}\,\gamma^{e} \sum_{(n,m)} J_{F_n^s, F_m^t}\)
 
 The weight of the layers is large in the first epochs, when a network forms its critical connections, and decays with
-the epoch e; from 1e-6 downwards it is 0 here, and the layers are no longer compared. Kernels, divergence, the ratio of the two weights (1 to 100) and the decay \(\gamma\) 0.7 are those of the
-authors' code. Ours: the cross-entropy, since the authors train without labels for 50 epochs of Adam and measure
-retrieval, which also makes the scale of their loss (a mean over i and j) immaterial; `pair_stages` in place of layers
-named by hand; kernels below 1e-6 count as 1e-6, so that opposite features stay finite. Their auxiliary teacher, of the
-student's architecture with wider layers, is a run of its own here (`ackd reproduce`, row ``takd``, for KD).
+the epoch e; from 1e-6 downwards it is 0 here, and the layers are no longer compared. Kernels, divergence, the ratio of
+the two weights (1 to 100) and the decay \(\gamma\) 0.7 are those of the authors' code. Ours: the cross-entropy, since
+the authors train without labels for 50 epochs of Adam and measure retrieval, which also makes the scale of their loss
+(a mean over i and j) immaterial; `pair_stages` in place of layers named by hand; kernels below 1e-6 count as 1e-6, so
+that opposite features stay finite. Their auxiliary teacher, of the student's architecture with wider layers, is a run
+of its own here (`ackd reproduce`, row ``takd``, for KD).
 """
 
 from __future__ import annotations
