@@ -214,7 +214,8 @@ class Method(nn.Module):
 
         Discriminators and generators are such parameters. Each has a step in every batch before the student's, and is
         frozen in the student's step. The names are those of the logged learning rates, ``lr/NAME``. A parameter group
-        with the entry ``lr_scale`` is trained at that multiple of the student's learning rate.
+        with the entry ``lr_scale`` is trained at that multiple of the student's largest learning rate where both
+        optimizers are SGD, whose rates can be compared, and else at the rate that it has.
         """
         return {}
 
