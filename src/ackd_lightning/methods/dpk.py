@@ -10,8 +10,9 @@ stages with encoders E, a decoder D and random masks M of the positions of every
 
 with the CKA of the batch. \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{prior} L_{prior}\). No gradient flows through the CKA.
 
-The abstract, and what others write about the paper, describe this much: masks that stitch both maps together, an
-encoder and a decoder, the teacher's map as target, and the share by CKA; the authors' repository has no code. Ours:
+The full text was not available to us. The abstract, and what others write about the paper, describe this much: masks
+that stitch both maps together, an encoder and a decoder, the teacher's map as target, and the share by CKA; the
+authors' repository has no code. Ours:
 
 * the networks: a 1x1 convolution with BatchNorm as encoder of each side and two 3x3 convolutions with BatchNorm and a
   1x1 convolution as decoder, so that a position is filled in from its neighbours
