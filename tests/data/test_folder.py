@@ -36,6 +36,14 @@ def test_one_folder_of_class_folders_is_split(folder):
     assert len(set(images)) == len(images)
 
 
+@pytest.mark.parametrize(("parts", "said"), [(("train",), "6 images"), (("train", "val"), "validation part")])
+def test_a_test_set_that_is_taken_from_another_part_is_said(folder, parts, said, caplog):
+    (folder / "test").rename(folder / "val")
+    module = ImageFolderDataModule(folder if "val" in parts else folder / "train", batch_size=8)
+    module.setup()
+    assert sum("has no test part" in line and said in line for line in caplog.messages) == 1
+
+
 def test_class_folders_named_like_parts_of_another_layout(folder):
     (folder / "train").rename(folder / "other")
     with pytest.raises(ACKDError, match="holds the folder test but no folder train"):

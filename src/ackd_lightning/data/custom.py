@@ -14,7 +14,7 @@ from ackd_lightning.data.datasets import IN_MEMORY
 from ackd_lightning.data.decoding import label, load_image
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import ImageFormat, is_deep
-from ackd_lightning.data.sampling import stratified_split
+from ackd_lightning.data.sampling import Part, stratified_split
 from ackd_lightning.data.sources import Files, Records, Source
 from ackd_lightning.data.stored import StoredDataModule
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -112,19 +112,34 @@ class CustomImagesDataModule(StoredDataModule):
         return self._checked(files, folder, part)
 
 
-def split_test(targets: Tensor) -> tuple[Tensor, Tensor]:
+def say_test_is_validation(place: object) -> None:
+    """Say that data without a test part are tested on their validation part.
+
+    Args:
+        place: What the images were read from.
+    """
+    say(f"{place} has no test part: its validation part is the test set, and training images are held out to validate")
+
+
+def split_test(targets: Tensor, part: Part, place: object) -> Tensor:
     """Split data without a test part: a stratified fifth of the labelled images, always the same, is the test set.
 
     Args:
         targets: ``N`` int64 class indices, -1 without a label.
+        part: Part that is wanted; the test part says what it was taken from.
+        place: What the images were read from, for the line about it.
 
     Returns:
-        Sorted positions (int64) of the training part and of the test part.
+        Sorted positions (int64) of the part.
     """
     labelled = (targets >= 0).nonzero().flatten()
     kept, held_out = stratified_split(targets[labelled], _TEST_SHARE, split_seed=_TEST_SPLIT_SEED)
-    train = torch.cat([labelled[kept], (targets < 0).nonzero().flatten()])
-    return train.sort().values, labelled[held_out]
+    if part == "test":
+        say(
+            f"{place} has no test part: {len(held_out):,} images, always the same fifth of each class, are the test set"
+        )
+        return labelled[held_out]
+    return torch.cat([labelled[kept], (targets < 0).nonzero().flatten()]).sort().values
 
 
 def _normalisation(

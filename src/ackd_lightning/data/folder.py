@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ackd_lightning.data.custom import CustomImagesDataModule, split_test
+from ackd_lightning.data.custom import CustomImagesDataModule, say_test_is_validation, split_test
 from ackd_lightning.data.folders import (
     ClassOrder,
     Walk,
@@ -104,6 +104,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
                 found[part] = self.root / name
         if "test" not in found and given["val"] is None and "val" in found:
             found["test"] = found.pop("val")
+            say_test_is_validation(self.root)
         if "train" not in found and found:
             name = next(iter(found.values())).name
             raise ACKDError(f"{self.root} holds the folder {name} but no folder train: name it with train_dir")
@@ -121,8 +122,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
         if part == "train" or part not in self._folders:
             files = scan_class_folders(self._folders["train"], order=self.class_order)
             if "test" not in self._folders:
-                kept, held_out = split_test(files.targets)
-                files = files.select(kept if part == "train" else held_out)
+                files = files.select(split_test(files.targets, part, self.root))
         else:
             files = scan_class_folders(self._folders[part], classes=self._names, order=self.class_order)
         if part != "train" or self._unlabelled is None:

@@ -381,7 +381,7 @@ def _check_empty(path: Path, folders: Iterable[str], empty: Sequence[str], *, wh
         )
     if not set(folders) - set(empty):
         raise ACKDError(f"{path} has no images of the classes of the training part ({_listed(empty)}): add some")
-    say(f"{path} has no images of {len(empty):,} classes of the training part: {_listed(empty)}")
+    say(f"{path} has no images of {len(empty):,} of the training part's classes: {_listed(empty)}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ackd_lightning.data.custom import CustomImagesDataModule, split_test
+from ackd_lightning.data.custom import CustomImagesDataModule, say_test_is_validation, split_test
 from ackd_lightning.data.decoding import Encoded
 from ackd_lightning.data.folders import part_of
 from ackd_lightning.data.labels import classes_of, read_labels, targets_of
@@ -86,6 +86,7 @@ class HuggingFaceDataModule(CustomImagesDataModule):
             raise ACKDError(f"{self.root} has the splits {', '.join(found)} and none for training: name one train")
         if "test" not in splits and "val" in splits:
             splits["test"] = splits.pop("val")
+            say_test_is_validation(self.root)
         return splits
 
     def _find_image(self, split: Any) -> str:
@@ -128,8 +129,7 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         split, targets = self._splits[name], self._targets[name]
         split = split.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
         if "test" not in self._splits:
-            kept, held_out = split_test(targets)
-            rows = kept if part == "train" else held_out
+            rows = split_test(targets, part, self.root)
             split, targets = split.select(rows.tolist()), targets[rows]
         return self._read(
             Records(self.root, self._names, _Reader(split, self._image, f"{part} split of {self.root}"), targets),

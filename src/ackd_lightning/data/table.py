@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ackd_lightning.data.custom import CustomImagesDataModule, split_test
+from ackd_lightning.data.custom import CustomImagesDataModule, say_test_is_validation, split_test
 from ackd_lightning.data.folders import part_of
 from ackd_lightning.data.labels import Label, classes_of, read_labels, targets_of
 from ackd_lightning.data.messages import say
@@ -65,6 +65,7 @@ class TableDataModule(CustomImagesDataModule):
         if split_column is not None and (val or test):
             raise ACKDError("split_column names the parts of one table, so leave val and test out")
         self._label = Path(train).stem
+        self._table = self.root / train
         self._rows_of: dict[str, list[_Row]] = {}
         columns = (path_column, label_column)
         for part, name in (("train", train), ("val", val), ("test", test)):
@@ -76,8 +77,9 @@ class TableDataModule(CustomImagesDataModule):
             self._rows_of = {part: rows for part, rows in self._rows_of.items() if rows}
         if "test" not in self._rows_of and "val" in self._rows_of:
             self._rows_of["test"] = self._rows_of.pop("val")
+            say_test_is_validation(self._table)
         train_rows = self._rows_of.get("train", [])
-        index, names = classes_of([row.label for row in train_rows], class_names, str(self.root / train))
+        index, names = classes_of([row.label for row in train_rows], class_names, str(self._table))
         self._targets = {part: self._targets_of(part, index) for part in self._rows_of}
         self._has_validation = "val" in self._rows_of
         self._say_shared()
@@ -108,8 +110,7 @@ class TableDataModule(CustomImagesDataModule):
             )
         files = Files(self.root, self._names, paths, self._targets[name])
         if "test" not in self._rows_of:
-            kept, held_out = split_test(files.targets)
-            files = files.select(kept if part == "train" else held_out)
+            files = files.select(split_test(files.targets, part, self._table))
         return self._read(files, self.root, f"{self._label}-{part}")
 
 
