@@ -403,8 +403,6 @@ CASES = [
          images(kind="jpg", then=lambda root: cut(root / "train/dog/1.jpg", 300)())),
     Case("images_text", FOLDER, ("mine/train/dog/1.png", "replace the file or delete it"),
          images(then=lambda root: (root / "train/dog/1.png").write_text("no"))),
-    Case("images_too_few", [*FOLDER, "--data.val_fraction", "0", "--data.cache", "false"],
-         ("fewer than one batch of 20", "set batch_size to 8"), images(5)),
     Case("images_without_training", FOLDER, ("test", "train_dir"), images(parts=("test",))),
     Case("images_of_size_0", [*FOLDER, "--data.image_size", "0"], ("image_size is 0", "at least 8"), images()),
     Case("images_of_huge_size", [*FOLDER, "--data.image_size", "99999999"], ("image_size is 99999999",), images()),
