@@ -108,6 +108,12 @@ def test_a_larger_network_is_trained_along():
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+def test_a_twin_as_peer_is_named(capsys):
+    for peer, lines in (("peer", 1), ("resnet14", 0)):
+        Harness(BDKD(peer=peer)).begin_fit()
+        assert capsys.readouterr().out.count("BDKD") == lines
+
+
 @pytest.mark.parametrize("peer", ["D3B1", "last"])
 def test_a_branch_is_refused(peer):
     with pytest.raises(ACKDError, match="BDKD"):

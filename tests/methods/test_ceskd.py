@@ -108,6 +108,12 @@ def test_steps_lower_it(monkeypatch):
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_experts_from_the_smallest_to_the_largest_are_refused():
+    with pytest.raises(ACKDError, match=r"resnet8 with [\d,]+ parameters before resnet14 .* CESKD"):
+        Harness(CESKD(), teacher=("resnet20", "resnet8", "resnet14"))
+    Harness(CESKD(), teacher=("resnet14", "resnet14", "resnet8"))
+
+
 def test_a_teacher_without_assistants_is_refused():
     with pytest.raises(ACKDError, match="CESKD"):
         Harness(CESKD(), teacher="resnet14")

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import DPK
 from ackd_lightning.methods.dpk import prior_mask, unbiased_cka
 from ackd_lightning.random import stateless_bits
@@ -123,7 +122,12 @@ def test_steps_lower_it():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_batches_that_are_too_small_are_refused():
-    harness = Harness(DPK(), data=RandomImages(batch_size=3))
-    with pytest.raises(ACKDError, match=r"3 images .* DPK"):
-        harness.begin_fit()
+@pytest.mark.parametrize("images", [2, 3, 4])
+def test_a_batch_that_is_too_small_for_the_cka_gives_the_whole_prior(images):
+    harness = Harness(DPK(weight_ce=0.0), data=RandomImages(batch_size=images))
+    loss = harness.step()
+    assert loss.isfinite()
+    encoders = [parameter.grad for pair in harness.method.decoders for parameter in pair.student.parameters()]
+    assert any(gradient.any() for gradient in encoders) is (images >= 4)
+    line = torch.arange(images)[:, None].square()
+    assert unbiased_cka(line, line).item() == (1.0 if images >= 4 else 0.0)

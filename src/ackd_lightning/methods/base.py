@@ -118,6 +118,7 @@ class Method(nn.Module):
         head: Replaces the student's own classifier in predictions and in the export.
         lr_scales: Learning rate of a sub-module's parameters relative to the student's, by name of the sub-module.
         compile_modules: Names of sub-modules that are worth compiling.
+        raw_classes: Whether the method reads a teacher's own classes, which cannot be matched with those of the data.
         whole_batches: Whether every training batch must have the data's batch size; the rest of an epoch is left out.
         replicated_buffers: Names of buffers that the method itself keeps equal in all processes, so that DDP does not
             have to broadcast them.
@@ -131,6 +132,7 @@ class Method(nn.Module):
     head: SharedClassifiers | None
     lr_scales: Mapping[str, float] = {}
     compile_modules: tuple[str, ...] = ()
+    raw_classes: bool = False
     whole_batches: bool = False
     replicated_buffers: tuple[str, ...] = ()
     init_args: dict[str, Any]
@@ -215,7 +217,8 @@ class Method(nn.Module):
 
         Discriminators and generators are such parameters. Each has a step in every batch before the student's, and is
         frozen in the student's step. The names are those of the logged learning rates, ``lr/NAME``. A parameter group
-        with the entry ``lr_scale`` is trained at that multiple of the student's learning rate.
+        with the entry ``lr_scale`` is trained at that multiple of the student's largest learning rate where both
+        optimizers are SGD, whose rates can be compared, and else at the rate that it has.
         """
         return {}
 

@@ -12,11 +12,11 @@ to the teacher's decision, and the region around it is taken away.
 with the margin m between the teacher's two largest logits and \(\tilde x\), the image without a square around
 \((h^*, w^*)\). Its pixels are 0, the mean colour of normalised images.
 
-The abstract says this much: a point attack on a trained teacher, one informative position that is adapted to image and
-teacher, harder images, guidance by the teacher. Ours: the gradient of the margin as the attack, which does not vanish
-where the teacher is sure and needs no label; the square and its size; the prediction for the whole image as guidance
-for the harder one; KL with \(\tau = 4\); all weights. In the paper the student then becomes the teacher of the next
-student; here that is another run with the exported student as teacher.
+The full text was not available to us. The abstract says this much: a point attack on a trained teacher, one informative
+position that is adapted to image and teacher, harder images, guidance by the teacher. Ours: the gradient of the margin
+as the attack, which does not vanish where the teacher is sure and needs no label; the square and its size; the
+prediction for the whole image as guidance for the harder one; KL with \(\tau = 4\); all weights. In the paper the
+student then becomes the teacher of the next student; here that is another run with the exported student as teacher.
 """
 
 from __future__ import annotations

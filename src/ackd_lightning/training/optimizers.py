@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ackd_lightning.errors import ACKDError
@@ -27,7 +27,7 @@ from ackd_lightning.training.schedule import (
     SchedulerFactory,
     build_scheduler,
     describe_factory,
-    largest_rate,
+    follow_student,
     reads_metric,
     scale_learning_rates,
     step_scheduler,
@@ -229,14 +229,25 @@ class OpenOptimizers(TwoGradients):
             schedules: Its schedule in Lightning's form; may be empty.
         """
         own = self.method.auxiliary_optimizers()
-        if optimizers:
-            rate = largest_rate(
-                optimizers[0], [each["scheduler"] if isinstance(each, Mapping) else each for each in schedules]
-            )
-            for group in (group for each in own.values() for group in each.param_groups if "lr_scale" in group):
-                group["lr"] = rate * group["lr_scale"]
+        self._follow_student([*optimizers, *own.values()], schedules)
         added = [self._schedule(each, f"lr/{name}", own_rate=True) for name, each in own.items()]
         return [*optimizers, *own.values()], self._without_monitors([*schedules, *added])
+
+    def _follow_student(self, optimizers: Sequence[Optimizer], schedules: Sequence[Any]) -> None:
+        """Give the method's optimizers the student's learning rate where they ask for it, and say which rate it is."""
+        schedulers = [each["scheduler"] if isinstance(each, Mapping) else each for each in schedules]
+        for optimizer in optimizers[1:]:
+            alike = all(isinstance(each, SGD) for each in (optimizer, optimizers[0]))
+            rate = follow_student(optimizer, optimizers[0], schedulers, same_kind=alike)
+            if rate is None:
+                continue
+            first = optimizer.param_groups[0]["params"][0]
+            name = next(name for name, parameters in self.auxiliary.items() if parameters[0] is first)
+            own, other = type(optimizer).__name__, type(optimizers[0]).__name__
+            why = "the student's largest" if alike else f"since the student's is for {other}"
+            rank_zero_only(print)(
+                f"{name} of method {type(self.method).__name__}: {own} with learning rate {rate:g}, {why}"
+            )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step a schedule; one that reads a metric after every epoch was stepped before checkpoints were written.
@@ -360,6 +371,7 @@ def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
             )
             held -= auxiliary
         if auxiliary & held:
+            self._follow_student(optimizers, schedules)
             schedules = self._without_monitors(schedules)
         else:
             optimizers, schedules = self.add_method_optimizers(optimizers, schedules)

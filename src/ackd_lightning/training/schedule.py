@@ -199,7 +199,47 @@ def largest_rate(optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> float:
     group = optimizer.param_groups[0]
     inner = [each.scheduler if isinstance(each, WarmUp) else each for each in schedulers]
     cyclic = [float(each.max_lrs[0]) for each in inner if isinstance(each, CyclicLR)]
-    return max(cyclic) if cyclic else float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+    unscaled = [each.unscaled[0] for each in schedulers if isinstance(each, WarmUp)]
+    present = max(unscaled, default=group["lr"])
+    return max(cyclic) if cyclic else float(group.get("max_lr", group.get("initial_lr", present)))
+
+
+def follow_student(
+    optimizer: Optimizer, student: Optimizer, schedulers: Sequence[Any] = (), *, same_kind: bool
+) -> float | None:
+    """Train the groups of a method's optimizer that have an ``lr_scale`` at this multiple of the student's rate.
+
+    Rates of unlike optimizers cannot be compared: then the groups keep the rate that the method gave them. So do groups
+    whose rate was changed since.
+
+    Args:
+        optimizer: Optimizer of the method, perhaps with a schedule.
+        student: The student's optimizer.
+        schedulers: Schedules of both, perhaps with a warm-up around them.
+        same_kind: Whether the rates of the two can be compared.
+
+    Returns:
+        Learning rate of the first of these groups; None if there is none, or its rate was changed.
+    """
+    found: float | None = None
+    for group in optimizer.param_groups:
+        scale, own = group.pop("lr_scale", None), float(group.get("initial_lr", group["lr"]))
+        if scale is None or own != optimizer.defaults["lr"]:
+            continue
+        rate = largest_rate(student, [each for each in schedulers if each.optimizer is student]) * scale
+        if same_kind and rate != own:
+            _multiply(group, rate / own)
+            for each in schedulers:
+                if each.optimizer is optimizer and hasattr(each, "base_lrs"):
+                    each.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        found = (rate if same_kind else own) if found is None else found
+    return found
+
+
+def _multiply(group: dict[str, Any], factor: float) -> None:
+    """Multiply all learning rates that a parameter group knows."""
+    for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
+        group[key] = group[key] * factor
 
 
 def _keep_ratios(scheduler: LRScheduler, rates: Sequence[float], *, own_rate: bool) -> None:
@@ -213,8 +253,7 @@ def _keep_ratios(scheduler: LRScheduler, rates: Sequence[float], *, own_rate: bo
         return
     factors = [rate / (top if own_rate else rates[0]) for rate, top in zip(rates, largest, strict=True)]
     for group, factor in zip(groups, factors, strict=True):
-        for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
-            group[key] = group[key] * factor
+        _multiply(group, factor)
     if isinstance(scheduler, CyclicLR):
         for name in ("base_lrs", "max_lrs"):
             values = zip(getattr(scheduler, name), factors, strict=True)
