@@ -40,6 +40,17 @@ def test_the_point_is_where_a_small_change_moves_the_margin_most():
     assert all(parameter.grad is None for parameter in teacher.network.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_attack_is_in_float32_under_autocast(dtype):
+    harness = Harness(PASM())
+    teacher, image = harness.module.teacher, harness.data.batch().image
+    expected = informative_point(teacher, image)
+    with torch.autocast("cpu", dtype=dtype):
+        found = informative_point(teacher, image)
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
+
+
 def test_the_region_is_a_rectangle_around_the_point():
     image = torch.rand(3, 2, 8, 6) + 1
     point = torch.tensor([[4, 3], [0, 5], [7, 0]])
