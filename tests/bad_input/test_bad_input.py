@@ -390,7 +390,7 @@ CASES = [
          ("--weights_dir file", "choose a folder"), text("", "file")),
     Case("demo_below_a_file", ["demo", "--out", "file"], ("--out file", "choose a folder"), text("", "file")),
     # ------------------------------------------------------------------ images
-    Case("images_nowhere", FOLDER, ("no folder mine", "set root")),
+    Case("images_nowhere", FOLDER, ("no folder mine", "set --data.root")),
     Case("images_none", FOLDER, ("mine holds neither images", "one folder for each class"),
          lambda: Path("mine").mkdir()),
     Case("images_without_any", FOLDER, ("mine/train/cat holds no images", "add some"), images(0)),

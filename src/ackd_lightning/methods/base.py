@@ -86,7 +86,8 @@ class FitInfo:
         if self.targets is None:
             raise ACKDError(
                 f"method {type(method).__name__} keeps a row for every training image; give the data module an "
-                "attribute `train_targets`, the class of every image by its index, and batches with that index"
+                "attribute `train_targets`, the class of every image by its index, and batches with that index, or "
+                "unpack images that are streamed, such as tar shards, into class folders"
             )
         method.reads_index = True
         return self.targets
