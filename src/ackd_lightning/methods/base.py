@@ -119,6 +119,7 @@ class Method(nn.Module):
         lr_scales: Learning rate of a sub-module's parameters relative to the student's, by name of the sub-module.
         compile_modules: Names of sub-modules that are worth compiling.
         raw_classes: Whether the method reads a teacher's own classes, which cannot be matched with those of the data.
+        random_by_index: Whether the method draws random numbers for every image by its index.
         whole_batches: Whether every training batch must have the data's batch size; the rest of an epoch is left out.
         replicated_buffers: Names of buffers that the method itself keeps equal in all processes, so that DDP does not
             have to broadcast them.
@@ -133,6 +134,7 @@ class Method(nn.Module):
     lr_scales: Mapping[str, float] = {}
     compile_modules: tuple[str, ...] = ()
     raw_classes: bool = False
+    random_by_index: bool = False
     whole_batches: bool = False
     replicated_buffers: tuple[str, ...] = ()
     init_args: dict[str, Any]

@@ -143,6 +143,7 @@ class DPK(Method):
     """
 
     labels = "mixed"
+    random_by_index = True
 
     def __init__(self, *, weight_ce: NonNegative = 1.0, weight_prior: NonNegative = 1.0) -> None:
         super().__init__()

@@ -103,6 +103,7 @@ class IAKD(Method):
 
     teacher = "own"
     labels = "mixed"
+    random_by_index = True
 
     def __init__(
         self,

@@ -37,6 +37,8 @@ from ackd_lightning.validation import Fraction, NonNegative, Positive
 def informative_point(teacher: FrozenTeacher, image: Tensor) -> tuple[Tensor, Tensor]:
     """Return the teacher's logits and the position to which its decision is most sensitive.
 
+    Both are computed in float32, also under autocast, unless the teacher itself has another type.
+
     Args:
         teacher: Teacher whose margin between the two largest logits is attacked.
         image: Images ``B x C x H x W``.
@@ -44,7 +46,7 @@ def informative_point(teacher: FrozenTeacher, image: Tensor) -> tuple[Tensor, Te
     Returns:
         Logits ``B x K`` without gradient, and row and column in pixels, ``B x 2`` int64.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
         attacked = image.detach().float().requires_grad_()
         logits = teacher.with_gradient(attacked).logits
         best = logits.float().topk(2, dim=1).values

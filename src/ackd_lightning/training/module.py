@@ -31,7 +31,7 @@ from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.random import mix, seed_device
 from ackd_lightning.training.absent import absent_specs, describe_specs
-from ackd_lightning.training.batches import read_batch
+from ackd_lightning.training.batches import check_index, read_batch
 from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
 from ackd_lightning.training.labels import Labels, check_batch, check_labels, check_sampling
@@ -453,8 +453,8 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         batch = self.as_batch(batch, first=batch_idx == 0)
         check_batch(self.method, batch)
         self._shares, batch = batch.soft, self.labelling(batch)
-        if self.method.reads_index and batch_idx == 0:  # one check an epoch: it waits for a GPU
-            self._check_index(batch)
+        if batch_idx == 0:
+            check_index(self.method, batch, starts=self.global_step == 0)
         try:
             return self._step(batch)
         except ValueError as error:  # BatchNorm's
@@ -479,13 +479,6 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self._last = student, teacher, batch
         self.log_terms(loss, terms, student, batch)
         return loss
-
-    def _check_index(self, batch: Batch) -> None:
-        if bool((batch.index < 0).any()):
-            raise ACKDError(
-                f"method {type(self.method).__name__} keeps a row for every training image and the batches have no "
-                "index; let the data give (image, target, index) with the image's position in `train_targets`"
-            )
 
     def on_after_backward(self) -> None:
         """Update the method's memories."""
