@@ -34,19 +34,14 @@ from ackd_lightning.training.absent import absent_specs, describe_specs
 from ackd_lightning.training.batches import check_index, read_batch
 from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
+from ackd_lightning.training.factories import constant, describe_factory, factory_of
 from ackd_lightning.training.labels import Labels, check_batch, check_labels, check_sampling
 from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.monitored import check_monitors
 from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite
-from ackd_lightning.training.optimizers import constant, factory_of
 from ackd_lightning.training.overrides import check_outermost, check_overrides
 from ackd_lightning.training.own_callbacks import own_callbacks
-from ackd_lightning.training.schedule import (
-    OptimizerFactory,
-    Recipe,
-    SchedulerFactory,
-    describe_factory,
-)
+from ackd_lightning.training.schedule import OptimizerFactory, Recipe, SchedulerFactory
 from ackd_lightning.training.speed import speed_up
 from ackd_lightning.training.strategies import refuse_sharding
 from ackd_lightning.training.students import (
