@@ -27,7 +27,8 @@ from ackd_lightning import ACKD, KD, ACKDError, ACKDModule, DistillationModule, 
 from ackd_lightning.data.sampling import EpochSampler, ResumableLoader
 from ackd_lightning.methods import CE, CRD
 from ackd_lightning.models.student_config import StudentConfig
-from ackd_lightning.training.schedule import WarmUp, build_scheduler, describe_factory, step_scheduler
+from ackd_lightning.training.factories import describe_factory
+from ackd_lightning.training.schedule import WarmUp, build_scheduler, step_scheduler
 from training.helpers import BadImages, Blobs, TinyNet, build, largest_difference, module, state, trainer
 from training.test_nonfinite import skipping
 

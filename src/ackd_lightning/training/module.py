@@ -26,29 +26,15 @@ from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.training.absent import absent_specs, describe_specs
 from ackd_lightning.training.arguments import note_arguments
 from ackd_lightning.training.evaluation import Evaluation
+from ackd_lightning.training.factories import constant, describe_factory, factory_of
 from ackd_lightning.training.fit_start import PASS_TEACHER, FitStart
 from ackd_lightning.training.labels import Labels, check_labels
 from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite
-from ackd_lightning.training.optimizers import constant, factory_of
 from ackd_lightning.training.overrides import check_overrides
-from ackd_lightning.training.schedule import (
-    OptimizerFactory,
-    Recipe,
-    SchedulerFactory,
-    describe_factory,
-)
-from ackd_lightning.training.students import (
-    build_student,
-    check_quantization,
-    keep_frozen_in_evaluation,
-)
-from ackd_lightning.training.teacher_choice import (
-    GivenTeacher,
-    as_configs,
-    chosen,
-    describe_teachers,
-)
+from ackd_lightning.training.schedule import OptimizerFactory, Recipe, SchedulerFactory
+from ackd_lightning.training.students import build_student, check_quantization, keep_frozen_in_evaluation
+from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
 from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import DataInfo, NetSpec
 from ackd_lightning.validation import check_arguments

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -288,38 +285,3 @@ def scale_learning_rates(optimizer: Optimizer, scales: Mapping[int, float]) -> N
         factor = scales.get(id(group["params"][0]), 1.0) if group["params"] else 1.0
         if factor != 1.0:
             group["lr"] = group["lr"] * factor
-
-
-def describe_factory(factory: Any) -> dict[str, Any] | None:
-    """Return a factory of optimizers or schedules as plain data, or None if it is not a class with plain arguments.
-
-    Args:
-        factory: A class, or a `functools.partial` of one.
-
-    Example:
-        >>> describe_factory(functools.partial(torch.optim.SGD, lr=0.1))
-        {'class_path': 'torch.optim.SGD', 'init_args': {'lr': 0.1}}
-    """
-    if isinstance(factory, Mapping):
-        return dict(factory)  # as a checkpoint has it
-    arguments: dict[str, Any] = {}
-    found = factory
-    if isinstance(factory, functools.partial):
-        arguments = dict(factory.keywords)
-        found = next((each for each in (factory.func, *reversed(factory.args)) if isinstance(each, type)), None)
-    if not isinstance(found, type) or not all(map(_is_plain, arguments.values())):
-        return None
-    cls: type = found
-    home: Any = torch.optim.lr_scheduler if issubclass(cls, LRScheduler) else torch.optim
-    for package in ("timm.optim", "ackd_lightning.training"):
-        if cls.__module__.startswith(f"{package}."):
-            home = importlib.import_module(package)
-    public = getattr(home, cls.__name__, None) is cls
-    path = f"{home.__name__}.{cls.__name__}" if public else f"{cls.__module__}.{cls.__qualname__}"
-    return {"class_path": path, "init_args": arguments}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(each) for each in value)
-    return isinstance(value, (bool, int, float, str, type(None)))
