@@ -167,16 +167,16 @@ def test_given_weights_replace_the_teachers_run(here):
 
 
 def test_every_assistant_learns_from_the_one_before_it_and_a_student_from_the_last_or_from_all(here):
-    pair = {**HERE, "assistants": ["resnet14", "resnet8x4"]}
+    pair = {**HERE, "assistants": ["resnet14", "resnet8"]}
     table = small(here, pairs={PAIR: pair}, rows={"takd": {}, "dgkd": {}, "ceskd": {}})
     teacher, first, second, takd, dgkd, ceskd = plan(table)[1]
     runs = (teacher, first, second)
     assert [job.kind for job in runs] == ["teacher", "assistant", "assistant"]
-    names, files = ("resnet20", "resnet14", "resnet8x4"), [str(job.student_file) for job in runs]
+    names, files = ("resnet20", "resnet14", "resnet8"), [str(job.student_file) for job in runs]
     assert (first.needs, second.needs) == ((teacher.folder,), (first.folder,))
-    assert option(second, "--model.student") == "resnet8x4"
+    assert option(second, "--model.student") == "resnet8"
     assert option(second, "--model.teacher.network") == "resnet14"
-    assert (takd.needs, option(takd, "--model.teacher.network")) == ((second.folder,), "resnet8x4")
+    assert (takd.needs, option(takd, "--model.teacher.network")) == ((second.folder,), "resnet8")
     for job in (dgkd, ceskd):
         assert job.needs == tuple(each.folder for each in runs)
         assert job.sources == tuple(each.student_file for each in runs)
