@@ -258,7 +258,6 @@ CASES = [
     Case("max_per_class_zero", [*CE, "--data.max_per_class", "0"], ("max_per_class is 0", "at least 1")),
     Case("workers_negative", [*CE, "--data.num_workers", "-1"], ("num_workers is -1", "at least 0")),
     Case("eval_batch_zero", [*CE, "--data.eval_batch_size", "0"], ("eval_batch_size is 0", "at least 1")),
-    Case("batch_larger_than_data", [*CE, "--data.batch_size", "5000"], ("5000", "40 images", "set batch_size to 40")),
     # ---------------------------------------------------------------- devices
     Case("gpu_that_is_not_there", [*CE, "--trainer.accelerator", "gpu"],
          ("trainer.accelerator is gpu", "no GPU", "use cpu")),
@@ -390,7 +389,7 @@ CASES = [
          ("--weights_dir file", "choose a folder"), text("", "file")),
     Case("demo_below_a_file", ["demo", "--out", "file"], ("--out file", "choose a folder"), text("", "file")),
     # ------------------------------------------------------------------ images
-    Case("images_nowhere", FOLDER, ("no folder mine", "set root")),
+    Case("images_nowhere", FOLDER, ("no folder mine", "set --data.root")),
     Case("images_none", FOLDER, ("mine holds neither images", "one folder for each class"),
          lambda: Path("mine").mkdir()),
     Case("images_without_any", FOLDER, ("mine/train/cat holds no images", "add some"), images(0)),
@@ -403,8 +402,6 @@ CASES = [
          images(kind="jpg", then=lambda root: cut(root / "train/dog/1.jpg", 300)())),
     Case("images_text", FOLDER, ("mine/train/dog/1.png", "replace the file or delete it"),
          images(then=lambda root: (root / "train/dog/1.png").write_text("no"))),
-    Case("images_too_few", [*FOLDER, "--data.val_fraction", "0", "--data.cache", "false"],
-         ("fewer than one batch of 20", "set batch_size to 8"), images(5)),
     Case("images_without_training", FOLDER, ("test", "train_dir"), images(parts=("test",))),
     Case("images_of_size_0", [*FOLDER, "--data.image_size", "0"], ("image_size is 0", "at least 8"), images()),
     Case("images_of_huge_size", [*FOLDER, "--data.image_size", "99999999"], ("image_size is 99999999",), images()),

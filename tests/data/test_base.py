@@ -50,7 +50,8 @@ def test_sizes_and_counts(folder):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "whole", "sizes"), [(10, False, [10, 10, 4]), (10, True, [10, 10]), (23, False, [23])]
+    ("batch_size", "whole", "sizes"),
+    [(10, False, [10, 10, 4]), (10, True, [10, 10]), (23, False, [23]), (25, False, [24])],
 )
 def test_an_incomplete_batch_is_used_where_it_can_be(folder, caplog, batch_size, whole, sizes):
     module = data(folder, batch_size=batch_size)
@@ -59,7 +60,19 @@ def test_an_incomplete_batch_is_used_where_it_can_be(folder, caplog, batch_size,
     assert found == sizes * 2
     said = [each for each in caplog.messages if "left out of each epoch" in each]
     assert len(said) == (sum(sizes) < 24)
+    assert sum("instead of 25" in each for each in caplog.messages) == (batch_size == 25)
     assert all(f"{24 - sum(sizes)} of 24" in each for each in said)
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "whole"), [({"batch_size": 25}, 1, True), ({"max_per_class": 1}, 2, False)]
+)
+def test_an_epoch_without_any_batch_is_refused(folder, monkeypatch, options, world, whole):
+    module = data(folder, **options)
+    module.whole_batches = whole
+    monkeypatch.setattr(module, "_world", lambda: (world, 0))
+    with pytest.raises(ACKDError):
+        module.train_dataloader()
 
 
 def test_raw_batch_becomes_an_augmented_batch(folder):
@@ -192,7 +205,6 @@ def test_bad_data_are_refused_before_training(folder, harm, size):
         ({"train_fraction": 1.5}, "train_fraction is 1.5"),
         ({"train_fraction": 0}, "train_fraction is 0"),
         ({"max_per_class": 0}, "max_per_class is 0"),
-        ({"batch_size": 25}, "holds 24 images, fewer than one batch of 25: set batch_size to 24 or less"),
         ({"val_fraction": 0.01}, "val_fraction 0.01 of 32 images leaves none"),
     ],
 )

@@ -217,22 +217,24 @@ def test_tiff_files_that_pillow_does_not_read(tmp_path, shape):
     torch.testing.assert_close(values(tmp_path / "x.tif", form), expected)
 
 
-def array_file(path, shape):
-    np.save(path.with_suffix(".npy"), np.zeros(shape, np.uint8))
+def array_file(path, array):
+    np.save(path.with_suffix(".npy"), array)
 
 
-def tiff_file(path, shape):
+def tiff_file(path, array):
     import tifffile
 
-    options = {"photometric": "rgb" if shape[-1] > 4 else "minisblack", "planarconfig": "contig"}
-    tifffile.imwrite(path.with_suffix(".tif"), np.zeros(shape, np.uint8), **options)
+    options = {"photometric": "rgb", "extrasamples": ["unspecified"] * (array.shape[-1] - 3)}
+    options = options if array.shape[-1] > 3 else {"photometric": "minisblack"}
+    tifffile.imwrite(path.with_suffix(".tif"), array, planarconfig="contig", **options)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tifffile") is None, reason="needs tifffile")
 @pytest.mark.parametrize("make", [array_file, tiff_file])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("shape", [(6, 8, 2), (6, 8, 4), (6, 8, 5)])
-def test_channels_that_are_no_transparency_are_neither_alpha_nor_dropped(tmp_path, make, shape):
-    make(tmp_path / "x", shape)
+def test_channels_that_are_not_transparency_are_neither_alpha_nor_dropped(tmp_path, make, dtype, shape):
+    make(tmp_path / "x", np.zeros(shape, dtype))
     (path,) = tmp_path.iterdir()
     channels = shape[-1]
     assert read_image(path, ImageFormat((4, 4), channels, deep=True)).shape == (channels, 6, 8)

@@ -79,6 +79,13 @@ def test_an_epoch_reads_every_image_once_in_an_order_of_seed_and_epoch(shards, s
     assert done.index.tolist() == [-1] * 4
 
 
+def test_images_that_fill_no_batch_are_left_out_with_a_line(shards, caplog):
+    module = made(shards, batch_size=5)
+    for _ in range(2):
+        assert [len(batch.index) for batch in epoch(module)] == [5] * 7
+    assert [each for each in caplog.messages if "1 of 36" in each] == caplog.messages
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_epoch_goes_on_exactly(shards, workers):
     module = made(shards, num_workers=workers)

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from ackd_lightning.deploy.report import content, figures
+from ackd_lightning.deploy.report.elements import escaped, table
 from ackd_lightning.deploy.report.measuring import Measured, Pictures
-from ackd_lightning.deploy.report.page import _calibration, escaped, page, table
+from ackd_lightning.deploy.report.page import _calibration, page
 
 
 def opened(png: bytes) -> Image.Image:

@@ -56,3 +56,7 @@ def test_a_run_is_tested_from_another_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "other")
     assert main(["test", str(tmp_path / "runs" / "pets" / "a")]) == 0
     assert str(tmp_path / "pets") in capsys.readouterr().out
+    (tmp_path / "pets").rename(tmp_path / "moved")
+    for command in ("test", "report"):
+        assert main([command, str(tmp_path / "runs" / "pets" / "a")]) == 2
+        assert "--data.root" in capsys.readouterr().err

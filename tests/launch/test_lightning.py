@@ -19,7 +19,7 @@ from ackd_lightning.launch.execute import plan
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.methods.description import describe
 from ackd_lightning.training import DOT
-from ackd_lightning.training.schedule import describe_factory
+from ackd_lightning.training.factories import describe_factory
 
 PAIR = ["--config", "digits_resnet20_resnet8"]
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}

@@ -13,6 +13,8 @@ from ackd_lightning.cli import main
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import in_our_words
 from ackd_lightning.launch.preflight import check_checkpoint
+from ackd_lightning.models.weights import save_weights
+from ackd_lightning.models.zoo import create_model
 
 QUICK = ["--weights_dir", "null", "--trainer.max_epochs", "1", "--data.max_per_class", "6", "--data.batch_size", "20"]
 QUICK += ["--name", "a"]
@@ -71,6 +73,18 @@ def test_the_table_says_which_data_were_measured(limit, said, capsys):
     if said != "no":
         assert ("part of the" in shown) == (said is not None)
         assert said is None or said in shown
+
+
+def test_fine_tuning_of_a_student_without_weights_is_said(capsys):
+    Path("mine.yaml").write_text("include: [recipes/finetune]")
+    save_weights(create_model("resnet8", 10), Path("w.safetensors"))
+    for config, options, said in [
+        ("finetune", [], 1),
+        ("mine.yaml", [], 1),
+        ("mine.yaml", ["--model.student.weights=w.safetensors"], 0),
+    ]:
+        assert fit("--config", config, *options, "--trainer.fast_dev_run", "1") == 0
+        assert capsys.readouterr().out.count("model.student.weights") == said
 
 
 def test_a_test_of_some_batches_says_so(capsys):

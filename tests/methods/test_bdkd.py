@@ -11,6 +11,7 @@ from ackd_lightning.functional import kl_per_image
 from ackd_lightning.methods import BDKD
 from ackd_lightning.methods.bdkd import balanced_loss
 from ackd_lightning.testing import Harness
+from methods.helpers import extreme, slow_divergences, softened
 
 
 def inputs(images: int = 6, classes: int = 7) -> tuple[Tensor, Tensor]:
@@ -19,18 +20,11 @@ def inputs(images: int = 6, classes: int = 7) -> tuple[Tensor, Tensor]:
 
 
 def slow(student: Tensor, peer: Tensor, temperature: float) -> list[float]:
-    def softened(row: list[float]) -> list[float]:
-        powers = [math.exp(each / temperature) for each in row]
-        return [each / sum(powers) for each in powers]
-
-    def divergence(first: list[float], second: list[float]) -> float:
-        return temperature**2 * sum(a * math.log(a / b) for a, b in zip(first, second, strict=True))
-
     losses = []
-    for z_s, z_t in zip(student.double().tolist(), peer.double().tolist(), strict=True):
-        s, t = softened(z_s), softened(z_t)
-        h_s, h_t = (-sum(each * math.log(each) for each in p) for p in (s, t))
-        losses.append((h_t * divergence(t, s) + h_s * divergence(s, t)) / (h_s + h_t))
+    forward, reverse = (slow_divergences(*each, temperature) for each in ((peer, student), (student, peer)))
+    for z_s, z_t, ahead, back in zip(student.tolist(), peer.tolist(), forward, reverse, strict=True):
+        h_s, h_t = (-sum(each * math.log(each) for each in softened(z, temperature)) for z in (z_s, z_t))
+        losses.append((h_t * ahead + h_s * back) / (h_s + h_t))
     return losses
 
 
@@ -75,10 +69,7 @@ def test_the_student_learns_from_the_balanced_term_and_the_peer_from_its_own(sce
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_value_and_gradient_are_finite_at_the_largest_logits(dtype, sign):
-    student = torch.full((2, 5), -6e4, dtype=dtype)
-    student[:, 1] = 6e4
-    peer = sign * student.clone()
-    student.requires_grad_()
+    student, peer = extreme(dtype), extreme(dtype, sign=sign)
     loss = balanced_loss(student, peer, temperature=1.0).mean()
     loss.backward()
     assert loss.dtype is torch.float32
@@ -106,6 +97,12 @@ def test_a_larger_network_is_trained_along():
     after = list(harness.module.student.branches[0].parameters())
     assert len(after) > len(list(harness.module.student.plain().parameters()))
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_a_twin_as_peer_is_named(capsys):
+    for peer, lines in (("peer", 1), ("resnet14", 0)):
+        Harness(BDKD(peer=peer)).begin_fit()
+        assert capsys.readouterr().out.count("BDKD") == lines
 
 
 @pytest.mark.parametrize("peer", ["D3B1", "last"])

@@ -4,14 +4,15 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.functional import kl_per_image
+from ackd_lightning.functional import entropy_weights, standardized
 from ackd_lightning.methods import CESKD, FitInfo
 from ackd_lightning.methods.ceskd import choose_experts
 from ackd_lightning.testing import Harness
 from ackd_lightning.types import NetOutput
+from methods.helpers import extreme, slow_divergences
 
 THREE = ("resnet20", "resnet14", "resnet8")
 
@@ -58,8 +59,23 @@ def test_every_image_learns_from_its_own_expert(epoch, share):
     total = 0.0
     for image, expert in enumerate(slow_experts(difficulty, 3, share)):
         logits = torch.tensor(guides[expert][image])[None]
-        total += kl_per_image(student.logits[image : image + 1].detach(), logits, temperature=2.0).item()
+        total += slow_divergences(logits, student.logits[image : image + 1], 2.0)[0]
     assert harness.method(student, None, batch)["kd"].item() == pytest.approx(total / 8, rel=1e-4)
+
+
+def test_standardised_logits_and_weights_of_images_are_those_of_all_logit_methods():
+    method = CESKD(curriculum_epochs=0, standardize=True, entropy_temperature=2.0)
+    harness = Harness(method, teacher=THREE)
+    student, _, batch = harness.outputs()
+    guides = method.guide_logits(batch)
+    difficulty = torch.stack([F.cross_entropy(each, batch.target, reduction="none") for each in guides]).mean(dim=0)
+    chosen = slow_experts(difficulty.tolist(), 3, 1.0)  # by the logits as they are
+    ours = standardized(student.logits.detach())
+    theirs = standardized(torch.stack([guides[expert][image] for image, expert in enumerate(chosen)]))
+    losses = slow_divergences(theirs, ours, 4.0)
+    weights = entropy_weights(ours, theirs, temperature=2.0).tolist()
+    expected = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / len(losses)
+    assert method(student, None, batch)["kd"].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_curriculum_takes_half_of_the_training_unless_told_otherwise(capsys):
@@ -74,18 +90,13 @@ def test_the_curriculum_takes_half_of_the_training_unless_told_otherwise(capsys)
     assert "curriculum_epochs" in "".join(capsys.readouterr())
 
 
-def extreme_guides(batch) -> list[Tensor]:
-    logits = torch.full((8, 5), -6e4)
-    logits[:, 1] = 6e4
-    return [logits, logits.flip(1)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_value_and_gradient_are_finite_at_the_largest_logits(dtype, monkeypatch):
     harness = Harness(CESKD(curriculum_epochs=0))
     _, _, batch = harness.outputs()
-    monkeypatch.setattr(harness.method, "guide_logits", extreme_guides)
-    student = extreme_guides(batch)[0].to(dtype).requires_grad_()
+    logits = extreme(torch.float32).detach()
+    monkeypatch.setattr(harness.method, "guide_logits", lambda batch: [logits, logits.flip(1)])
+    student = extreme(dtype)
     loss = harness.method(NetOutput(student), None, batch)["kd"]
     loss.backward()
     assert loss.dtype is torch.float32
@@ -106,6 +117,12 @@ def test_steps_lower_it(monkeypatch):
         student.data -= gradient
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_experts_from_the_smallest_to_the_largest_are_refused():
+    with pytest.raises(ACKDError, match=r"resnet8 with [\d,]+ parameters before resnet14 .* CESKD"):
+        Harness(CESKD(), teacher=("resnet8", "resnet14"))
+    Harness(CESKD(), teacher=("resnet8", "resnet8"))
 
 
 def test_a_teacher_without_assistants_is_refused():

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,15 +10,7 @@ from ackd_lightning.methods.dcm import dense_loss
 from ackd_lightning.models.student import Peer
 from ackd_lightning.testing import Harness
 from ackd_lightning.types import Batch, NetOutput
-
-
-def slow_divergence(source: Tensor, learner: Tensor, temperature: float) -> float:
-    total = 0.0
-    for z_t, z_s in zip(source.double().tolist(), learner.double().tolist(), strict=True):
-        t, s = ([math.exp(each / temperature) for each in row] for row in (z_t, z_s))
-        t, s = [each / sum(t) for each in t], [each / sum(s) for each in s]
-        total += temperature**2 * sum(a * math.log(a / b) for a, b in zip(t, s, strict=True))
-    return total / len(source)
+from methods.helpers import slow_divergence
 
 
 def inputs(count: int) -> list[Tensor]:

@@ -5,30 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import IAKD, FitInfo
-from ackd_lightning.models.features import StagePlan
 from ackd_lightning.testing import Harness
-
-
-class Stages(nn.Module):
-    """A network whose stages a test can run one by one."""
-
-    stage_plan = StagePlan(("stem", "first", "second"), "head")
-
-    def __init__(self, widths: tuple[int, int, int] = (4, 8, 6), *, stride: int = 2) -> None:
-        super().__init__()
-
-        def stage(inputs: int, outputs: int, stride: int) -> nn.Module:
-            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
-
-        self.stem, self.first = stage(3, widths[0], 1), stage(widths[0], widths[1], stride)
-        self.second, self.head = stage(widths[1], widths[2], stride), nn.Linear(widths[2], 5)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.second(self.first(self.stem(image))).mean(dim=(2, 3)))
+from ackd_lightning.types import NetOutput
+from methods.helpers import Stages, extreme
 
 
 def harness_for(method: IAKD, widths: tuple[int, int, int]) -> Harness:
@@ -71,10 +53,11 @@ def test_without_swaps_it_is_the_student_and_with_all_of_them_the_teacher_after_
 def test_gradients_reach_the_student_through_the_teacher_and_both_stay_as_they_were():
     harness = harness_for(IAKD(probability=1.0, schedule="uniform"), (4, 12, 10))
     before = [copy.deepcopy(each.state_dict()) for each in (harness.module.student, harness.module.teacher.network)]
+    student = harness.module.student.plain()
+    hooks = {name: len(module._forward_hooks) for name, module in student.named_modules()}
     output, _, batch = harness.outputs()
     statistics = copy.deepcopy(harness.module.student.state_dict())
     harness.method(output, None, batch)["ce_hybrid"].backward()
-    student = harness.module.student.plain()
     assert student.stem[0].weight.grad.any()
     assert not student.first[0].weight.grad.any()
     assert student.head.weight.grad.any()
@@ -83,8 +66,19 @@ def test_gradients_reach_the_student_through_the_teacher_and_both_stay_as_they_w
         assert torch.equal(value, statistics[key]), key  # of the one pass in outputs
     for key, value in harness.module.teacher.network.state_dict().items():
         assert torch.equal(value, before[1][key]), key
-    assert not any(module._forward_hooks for name, module in student.named_modules() if name == "head")
-    assert torch.equal(harness.module.student.eval()(batch.image).logits, student(batch.image))
+    assert {name: len(module._forward_hooks) for name, module in student.named_modules()} == hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_and_gradients_are_finite_at_the_largest_logits(dtype, monkeypatch):
+    harness = harness_for(IAKD(weight_ce=1.0), (4, 8, 6))
+    student, hybrid = extreme(dtype), extreme(dtype, sign=-1)
+    monkeypatch.setattr(harness.method, "hybrid", lambda batch: hybrid)
+    terms = harness.method(NetOutput(student), None, harness.data.batch())
+    assert {each.dtype for each in terms.values()} == {torch.float32}
+    sum(terms.values()).backward()
+    for value in (*terms.values(), student.grad, hybrid.grad):
+        assert value.isfinite().all()
 
 
 def test_the_probability_falls_and_bits_depend_on_seed_epoch_and_image():

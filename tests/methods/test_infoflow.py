@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import InfoFlow
-from ackd_lightning.methods.infoflow import infoflow_loss
+from ackd_lightning.methods.infoflow import infoflow_loss, log_similarities
 from ackd_lightning.testing import Harness
 from ackd_lightning.types import NetOutput
 
@@ -45,6 +46,36 @@ def test_it_is_zero_at_equality_and_ignores_rotations():
     assert infoflow_loss(teacher, teacher).item() == 0.0
     rotation = torch.linalg.qr(torch.randn(3, 3))[0]
     torch.testing.assert_close(infoflow_loss(student @ rotation, teacher), infoflow_loss(student, teacher))
+
+
+def test_the_gradient_is_that_of_the_differences_and_needs_no_backward_pass_of_cdist():
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def loss_of_differences(flat: Tensor) -> Tensor:
+        unit = flat / (flat.norm(dim=1, keepdim=True) + 1e-6)
+        squared = (flat[:, None] - flat[None]).square().sum(dim=2)
+        own = [((unit @ unit.T + 1) / 2), 1 / (1 + (squared + 1e-6).sqrt())]
+        total = 0.0
+        for ours, theirs in zip(own, log_similarities(teacher.double()), strict=True):
+            s, t = (ours / ours.sum(dim=1, keepdim=True)).log(), theirs.double()
+            total = total + ((t.exp() - s.exp()) * (t - s)).sum(dim=1).mean()
+        return total
+
+    student, teacher = features(images=8, ours=300)
+    student = 5 * student + 100  # a common offset, and two pairs that are equal and nearly equal
+    student[1], student[3] = student[0], student[2] + 1e-3
+    names: list[str] = []
+    found = student.clone().requires_grad_()
+    with Calls():
+        infoflow_loss(found, teacher).backward()
+    assert not any("cdist_backward" in name for name in names)
+    exact = student.double().requires_grad_()
+    loss_of_differences(exact).backward()
+    error = (found.grad - exact.grad).norm() / exact.grad.norm()
+    assert error < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -87,6 +118,12 @@ def test_the_layers_come_first():
         method.set_epoch(epoch)
         found.append(method.loss_weights["layers"])
     assert found == [8.0, 4.0, 1.0, 8.0]
+    harness = Harness(method)
+    harness.begin_fit(epoch=22)  # a weight of 1.9e-6
+    assert harness.terms()["layers"] > 0
+    harness.begin_fit(epoch=23)
+    assert harness.terms()["layers"] == 0.0
+    assert method.loss_weights["layers"] == 0.0
     assert InfoFlow().loss_weights == {"ce": 1.0, "flow": 1.0, "layers": 100.0}
 
 

@@ -11,23 +11,9 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import kd_loss
 from ackd_lightning.methods import OKD
 from ackd_lightning.methods.okd import OnlineModule
-from ackd_lightning.models.features import StagePlan
-from ackd_lightning.testing import Harness
-
-
-class Stages(nn.Module):
-    """A teacher whose stages a test can run one by one."""
-
-    stage_plan = StagePlan(("stem", "first", "second"), "head")
-
-    def __init__(self, classes: int = 5) -> None:
-        super().__init__()
-        self.stem, self.first = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, stride=2, padding=1)
-        self.second, self.head = nn.Conv2d(8, 6, 3, stride=2, padding=1), nn.Linear(6, classes)
-
-    def forward(self, image: Tensor) -> Tensor:
-        feature = self.second(self.first(self.stem(image)))
-        return self.head(feature.mean(dim=(2, 3)))
+from ackd_lightning.testing import Harness, RandomImages
+from ackd_lightning.types import NetOutput
+from methods.helpers import Stages, extreme
 
 
 def disturbed(harness: Harness) -> Harness:
@@ -40,7 +26,7 @@ def disturbed(harness: Harness) -> Harness:
 
 
 def test_the_adapted_teacher_equals_a_slow_reference():
-    network = Stages()
+    network = Stages().eval()
     harness = disturbed(Harness(OKD(reduction=2), teacher=network))
     batch = harness.data.batch()
     feature = network.stem(batch.image)
@@ -60,12 +46,12 @@ def test_it_starts_as_the_teacher_and_leaves_no_hook_in_it():
     harness.begin_fit()
     image, teacher = harness.data.batch().image, harness.module.teacher
     assert torch.equal(harness.method.adapted(image).logits, teacher(image).logits)
-    before = copy.deepcopy(teacher.network.state_dict())
+    before, logits = copy.deepcopy(teacher.network.state_dict()), teacher(image).logits
     for number in range(3):
         harness.step(harness.data.batch(number))
     disturbed(harness)
-    assert torch.equal(teacher(image).logits, teacher(image).logits)
-    assert not torch.equal(harness.method.adapted(image).logits, teacher(image).logits)
+    assert torch.equal(teacher(image).logits, logits)
+    assert not torch.equal(harness.method.adapted(image).logits, logits)
     assert all(torch.equal(value, before[key]) for key, value in teacher.network.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.network.parameters())
 
@@ -88,6 +74,17 @@ def test_terms_and_where_their_gradients_go():
         into_modules = torch.autograd.grad(terms[name], modules, retain_graph=True, allow_unused=True)
         assert (into_student is None) == name.endswith("teacher"), name
         assert all((each is None) == (not name.endswith("teacher")) for each in into_modules), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_and_gradients_are_finite_at_the_largest_logits(dtype, monkeypatch):
+    method, student, teacher = OKD(), extreme(dtype), extreme(dtype, sign=-1)
+    monkeypatch.setattr(method, "adapted", lambda image: NetOutput(teacher))
+    terms = method(NetOutput(student), None, RandomImages().batch())
+    assert {each.dtype for each in terms.values()} == {torch.float32}
+    sum(terms.values()).backward()
+    for value in (*terms.values(), student.grad, teacher.grad):
+        assert value.isfinite().all()
 
 
 def test_steps_move_the_teacher_towards_labels_and_student():

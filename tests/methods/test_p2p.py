@@ -1,23 +1,12 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import P2P
 from ackd_lightning.testing import Harness
-
-
-def slow_divergence(source: Tensor, learner: Tensor, temperature: float) -> float:
-    total = 0.0
-    for z_t, z_s in zip(source.double().tolist(), learner.double().tolist(), strict=True):
-        t, s = ([math.exp(each / temperature) for each in row] for row in (z_t, z_s))
-        t, s = [each / sum(t) for each in t], [each / sum(s) for each in s]
-        total += temperature**2 * sum(a * math.log(a / b) for a, b in zip(t, s, strict=True))
-    return total / len(source)
+from methods.helpers import extreme, slow_divergence
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -57,14 +46,17 @@ def test_it_is_zero_for_students_that_equal_their_teacher(scene):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_values_are_finite_at_the_largest_logits(scene, dtype):
+def test_values_and_gradients_are_finite_at_the_largest_logits(scene, dtype):
     here = scene(1)
     for leaf, sign in ((here.z_s, 1), (here.z_t, -1), (here.z[0], -1)):
-        leaf.data = sign * torch.tensor([[6e4] + [-6e4] * 4] * 4, dtype=dtype)
+        leaf.data = extreme(dtype, sign=sign, images=4).data
     terms = P2P()(here.student, here.teacher, here.batch)
     for name, term in terms.items():
         assert term.dtype is torch.float32, name
         assert term.isfinite(), name
+        gradients = [each for each in here.gradients(term).values() if each is not None]
+        assert gradients, name
+        assert all(each.isfinite().all() for each in gradients), name
 
 
 def test_both_kinds_of_teacher_train():

@@ -7,10 +7,12 @@ from torch import nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import kd_loss
-from ackd_lightning.methods import PASM
+from ackd_lightning.methods import PASM, pasm
 from ackd_lightning.methods.pasm import informative_point, without_region
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.testing import Harness
+from ackd_lightning.types import NetOutput
+from methods.helpers import extreme
 
 
 def test_the_point_is_where_a_small_change_moves_the_margin_most():
@@ -38,6 +40,17 @@ def test_the_point_is_where_a_small_change_moves_the_margin_most():
                     slopes[y, x] += abs(margin(changed) - margin(one))
         assert tuple(point[number].tolist()) == max(slopes, key=slopes.get)
     assert all(parameter.grad is None for parameter in teacher.network.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_attack_is_in_float32_under_autocast(dtype):
+    harness = Harness(PASM())
+    teacher, image = harness.module.teacher, harness.data.batch().image
+    expected = informative_point(teacher, image)
+    with torch.autocast("cpu", dtype=dtype):
+        found = informative_point(teacher, image)
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
 
 
 def test_the_region_is_a_rectangle_around_the_point():
@@ -73,6 +86,21 @@ def test_terms_are_those_of_the_whole_and_the_harder_images_and_statistics_are_o
     }
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_and_gradients_are_finite_at_the_largest_logits(dtype, monkeypatch):
+    harness = Harness(PASM())
+    harness.begin_fit()
+    student, mined = extreme(dtype), extreme(dtype, sign=-1)
+    monkeypatch.setattr(harness.module.student, "forward", lambda image: NetOutput(mined))
+    point = torch.zeros(8, 2, dtype=torch.int64)
+    monkeypatch.setattr(pasm, "informative_point", lambda teacher, image: (extreme(dtype).flip(1).detach(), point))
+    terms = harness.method(NetOutput(student), None, harness.data.batch())
+    assert {each.dtype for each in terms.values()} == {torch.float32}
+    sum(terms.values()).backward()
+    for value in (*terms.values(), student.grad, mined.grad):
+        assert value.isfinite().all()
 
 
 def test_steps_lower_the_loss_on_harder_images():

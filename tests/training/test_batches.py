@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from ackd_lightning import CE, KD, DataInfo, DistillationModule, ImageFolderDataModule, TeacherConfig
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import CRD, DKD
-from ackd_lightning.training.batches import read_batch
+from ackd_lightning.methods import ACN, CRD, DKD, DPK, IAKD, Sum
+from ackd_lightning.training.batches import check_index, read_batch
 from ackd_lightning.types import Batch
 
 DATA = DataInfo(4, (8, 12))
@@ -86,6 +86,15 @@ def test_targets_with_another_meaning_are_refused_in_one_sentence(target, named)
 )
 def test_forms_of_a_batch(batch):
     assert torch.equal(read_batch(batch, DATA).target, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("method", "lines"), [(DPK(), 1), (IAKD(), 1), (ACN(), 1), (Sum([KD(), DPK()]), 1), (ACN(weight_generated=0.0), 0)]
+)
+def test_random_numbers_without_an_index_are_said_once(method, lines, capsys):
+    for index, starts, expected in ((-1, True, lines), (-1, False, 0), (3, True, 0)):
+        check_index(method, Batch(IMAGE, TARGET, torch.full((3,), index)), starts=starts)
+        assert capsys.readouterr().out.count("no index") == expected
 
 
 def test_an_index_comes_along():

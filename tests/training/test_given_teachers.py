@@ -14,12 +14,14 @@ from torch.utils.data import DataLoader
 from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
 from ackd_lightning.callbacks.health import TeacherGate, permutation
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import AT, ATSC, CRD, DKD, KD, RKD, SP, Sum
+from ackd_lightning.methods import AT, ATSC, CESKD, CRD, DGKD, DKD, IAKD, KD, OKD, PASM, RKD, SP, Sum
+from ackd_lightning.methods.guides import GuidedMethod
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.teacher_choice import on_meta
 from ackd_lightning.training.teachers import Teachers
+from ackd_lightning.types import Batch
 from training.helpers import CLASSES, DATA, NORMALISED, SIZE, Blobs, TinyNet, sgd, teaching, trainer
 
 NAMES = ("ant", "bee", "cow", "dog")
@@ -127,7 +129,18 @@ def test_other_classes_that_nothing_matches_are_refused_before_a_step(classes, o
         fitted(built(teaching(wide(classes), **options)))
 
 
-def test_a_method_that_runs_its_teachers_takes_no_class_map():
+@pytest.mark.parametrize("method", [PASM(), OKD(), IAKD(), DGKD(), CESKD()], ids=lambda each: type(each).__name__)
+def test_methods_that_run_their_teachers_match_classes(method):
+    networks = [wide(6), wide(5)] if isinstance(method, GuidedMethod) else [wide(6)]
+    module = fitted(built([teaching(each, class_map=[3, 2, 1, 0]) for each in networks], method=method))
+    expected = [network.eval()(images())[:, [3, 2, 1, 0]] for network in networks]
+    for teacher, logits in zip(module.teachers, expected, strict=True):
+        torch.testing.assert_close(teacher(images()).logits, logits)
+    if isinstance(method, GuidedMethod):
+        torch.testing.assert_close(method.guide_logits(Batch(images(), None, None)), expected)
+
+
+def test_a_method_that_reads_the_teachers_own_classes_takes_no_class_map():
     with pytest.raises(ACKDError, match="this method"):
         fitted(built(teaching(wide(4), class_map=[1, 0, 2, 3]), method=ATSC()))
 

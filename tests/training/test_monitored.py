@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import lightning.pytorch as L
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from ackd_lightning import ACKDError, Recipe
 from ackd_lightning.methods import ACKD, CE, KD
@@ -28,6 +29,8 @@ def fit(method, *callbacks, tmp_path, **options):
         (KD(), EarlyStopping("test/acc"), "val/acc", {}),
         (CE(), EarlyStopping("train/kd"), "train/ce", {}),
         (CE(), EarlyStopping("val/acc"), "train/loss", {"limit_val_batches": 0}),
+        (CE(), ModelCheckpoint(monitor="lr/student"), "val/acc", {}),  # nothing logs it
+        (CE(), EarlyStopping("epoch"), "val/acc", {}),
     ],
 )
 def test_an_unknown_metric(method, callback, named, options, tmp_path):
@@ -44,6 +47,18 @@ def test_an_unknown_metric(method, callback, named, options, tmp_path):
 )
 def test_a_metric_that_is_logged(method, monitor, tmp_path):
     assert fit(method, EarlyStopping(monitor), tmp_path=tmp_path).current_epoch == 1
+
+
+@pytest.mark.parametrize("monitor", ["lr/student", "lr/discriminators"])
+def test_a_learning_rate_that_is_logged(monitor, tmp_path):
+    logged = LearningRateMonitor(logging_interval="epoch")
+    run = fit(ACKD(), logged, ModelCheckpoint(monitor=monitor), tmp_path=tmp_path, logger=CSVLogger(tmp_path))
+    assert monitor in run.callback_metrics
+
+
+def test_an_unknown_learning_rate(tmp_path):
+    with pytest.raises(ACKDError):
+        fit(CE(), LearningRateMonitor(), EarlyStopping("lr/studnet"), tmp_path=tmp_path, logger=CSVLogger(tmp_path))
 
 
 class Own(L.Callback):

@@ -40,7 +40,12 @@ class Mixed(Teachers, DistillationModule):
     pass
 
 
-@pytest.mark.parametrize("kind", [Memories, Epochs, Gate, Mixed])
+class Elsewhere(DistillationModule):
+    def on_train_batch_start(self, batch, batch_idx):
+        super().train()  # and not the hook
+
+
+@pytest.mark.parametrize("kind", [Memories, Epochs, Gate, Mixed, Elsewhere])
 def test_hooks_that_leave_out_what_the_module_does_are_refused(kind):
     with pytest.raises(ACKDError, match=r"super\(\)"):
         build(CE() if kind is not Epochs else None, kind=kind, **({"teacher": None} if kind is not Epochs else {}))

@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     CyclicLR,
+    LinearLR,
     MultiStepLR,
     OneCycleLR,
     PolynomialLR,
@@ -26,7 +27,8 @@ from ackd_lightning import ACKD, KD, ACKDError, ACKDModule, DistillationModule, 
 from ackd_lightning.data.sampling import EpochSampler, ResumableLoader
 from ackd_lightning.methods import CE, CRD
 from ackd_lightning.models.student_config import StudentConfig
-from ackd_lightning.training.schedule import WarmUp, build_scheduler, describe_factory, step_scheduler
+from ackd_lightning.training.factories import describe_factory
+from ackd_lightning.training.schedule import WarmUp, build_scheduler, step_scheduler
 from training.helpers import BadImages, Blobs, TinyNet, build, largest_difference, module, state, trainer
 from training.test_nonfinite import skipping
 
@@ -277,7 +279,7 @@ class TestOwnOptimizer:
         assert self.rates(build(ACKD(discriminator_lr=0.07), kind=Scaled)) == [[1e-3, 1e-4], [0.07]]
 
     def test_without_attention_there_is_no_warning(self):
-        assert self.rates(build(ACKD(attention="off"), kind=OwnACKD)) == [[1e-3], [1e-3]]
+        assert self.rates(build(ACKD(attention="off"), kind=OwnACKD)) == [[1e-3], [0.1]]
 
     def test_with_its_own_schedule(self):
         found = self.rates(build(ACKD(discriminator_lr=0.08), kind=Scheduled, decays=[1]))
@@ -303,27 +305,68 @@ class TestOwnOptimizer:
     [
         (functools.partial(OneCycleLR, max_lr=0.4, total_steps=17), 0.4),
         (functools.partial(CyclicLR, base_lr=0.01, max_lr=0.2, step_size_up=4), 0.2),
+        (ReduceLROnPlateau, 0.05),
     ],
-    ids=["one cycle", "cyclic"],
+    ids=["one cycle", "cyclic", "plateau"],
 )
 def test_a_group_of_the_method_follows_the_largest_rate_of_the_student(schedule, peak):
-    net = module(ACKD(), lr_scheduler=schedule, recipe=Recipe(interval="step", warmup_epochs=1))
-    run = trainer(limit_val_batches=0, max_epochs=1)
+    net = module(ACKD(), lr_scheduler=schedule, recipe=Recipe(interval="epoch", warmup_epochs=4))
+    run = trainer(limit_val_batches=1, max_epochs=1)
     run.fit(net, datamodule=Blobs())
     found = []
     for config in run.lr_scheduler_configs:
-        own = config.scheduler.scheduler
-        found.append(own.max_lrs[0] if isinstance(own, CyclicLR) else own.optimizer.param_groups[0]["max_lr"])
+        own, group = config.scheduler.scheduler, config.scheduler.optimizer.param_groups[0]
+        found.append(own.max_lrs[0] if isinstance(own, CyclicLR) else group.get("max_lr", config.scheduler.unscaled[0]))
     assert found == pytest.approx([peak, peak])
 
 
-@pytest.mark.parametrize("kind", [Own, Scheduled, Extended])
-def test_an_overridden_rate_is_the_discriminators_too(kind):
-    net = build(ACKD(attention="off"), kind=kind, decays=[9])
-    run = trainer(max_epochs=1, limit_val_batches=0)
-    run.fit(net, datamodule=Blobs())
-    first, second = (each.param_groups[0].get("initial_lr", each.param_groups[0]["lr"]) for each in run.optimizers)
-    assert first == second
+class Complete(ACKDModule):
+    """The method's optimizers are returned by the sub-class itself."""
+
+    def configure_optimizers(self):
+        student = SGD(self.learner_groups(), lr=0.02)
+        return [student, *self.method.auxiliary_optimizers().values()]
+
+
+class CompleteAndScheduled(ACKDModule):
+    def configure_optimizers(self):
+        optimizers = [SGD(self.learner_groups(), lr=0.02), *self.method.auxiliary_optimizers().values()]
+        return optimizers, [LinearLR(each, 0.5, total_iters=99) for each in optimizers]
+
+
+class Chosen(ACKDModule):
+    def configure_optimizers(self):
+        (own,) = self.method.auxiliary_optimizers().values()
+        own.param_groups[0]["lr"] = 0.3
+        return [SGD(self.learner_groups(), lr=0.02), own]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "rates", "said"),
+    [
+        (ACKDModule, {}, [0.05, 0.05], "SGD with learning rate 0.05"),
+        (ACKDModule, {"optimizer": functools.partial(AdamW, lr=1e-3)}, [1e-3, 0.1], "SGD with learning rate 0.1"),
+        (Own, {}, [1e-3, 0.1], "SGD with learning rate 0.1"),
+        (Scheduled, {}, [1e-3, 1e-3], "SGD with learning rate 0.001"),
+        (Extended, {}, [0.05, 0.05], "SGD with learning rate 0.05"),
+        (Complete, {}, [0.02, 0.02], "SGD with learning rate 0.02"),
+        (CompleteAndScheduled, {}, [0.02, 0.02], "SGD with learning rate 0.02"),
+        (Chosen, {}, [0.02, 0.3], None),
+    ],
+)
+def test_discriminators_have_the_rate_of_a_student_with_sgd_and_else_that_of_the_paper(
+    kind, options, rates, said, capsys
+):
+    net = build(ACKD(attention="off"), kind=kind, decays=[9], **options)
+    net.trainer = trainer(max_epochs=1, limit_val_batches=0)
+    found, schedules = net.configure_optimizers()
+    groups = [each.param_groups[0] for each in found]
+    assert [group.get("initial_lr", group["lr"]) for group in groups] == pytest.approx(rates)
+    if kind is CompleteAndScheduled:
+        assert [group["lr"] for group in groups] == pytest.approx([0.01, 0.01])
+        assert [each.base_lrs[0] for each in schedules] == pytest.approx(rates)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "discriminators" in line]
+    assert [said in line for line in lines] == ([True] if said else [])
 
 
 @pytest.mark.parametrize(

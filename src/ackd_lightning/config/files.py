@@ -243,6 +243,21 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(result, content)
 
 
+def read_files(value: str) -> list[Path]:
+    """Return the files of a configuration: those that it includes, and itself last.
+
+    Args:
+        value: Path or name, but not a sum.
+    """
+    path = find_config(value)
+    content = read_yaml(path)
+    found: list[Path] = []
+    for name in (content.get(_INCLUDE) or []) if isinstance(content, dict) else []:
+        local = path.parent / f"{name}.yaml"
+        found += read_files(str(local if local.is_file() else config_folder() / f"{name}.yaml"))
+    return [*found, path]
+
+
 def method_fragment(values: Sequence[str]) -> str | None:
     """Return the name of the packaged method that configurations choose, such as ``simkd``; None without one.
 
@@ -254,15 +269,8 @@ def method_fragment(values: Sequence[str]) -> str | None:
         if len(config_parts(value)) > 1:
             found = None
             continue
-        path = find_config(value)
-        if path.parent == config_folder() / _METHODS:
-            found = path.stem
-            continue
-        content = read_yaml(path)
-        for name in (content.get(_INCLUDE) or []) if isinstance(content, dict) else []:
-            local = path.parent / f"{name}.yaml"
-            inner = local if local.is_file() else config_folder() / f"{name}.yaml"
-            found = method_fragment([str(inner)]) or found
+        methods = [path.stem for path in read_files(value) if path.parent == config_folder() / _METHODS]
+        found = methods[-1] if methods else found
     return found
 
 

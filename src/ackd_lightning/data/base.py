@@ -245,7 +245,7 @@ class ImageDataModule(ImageLoaders):
             stage: Lightning's stage; ignored, since all parts are memory-mapped or lists of files.
 
         Raises:
-            ACKDError: If the data are not usable, or too few for one batch.
+            ACKDError: If the data are not usable.
         """
         if self._rows:
             return
@@ -274,11 +274,6 @@ class ImageDataModule(ImageLoaders):
             )
         train_rows = subset(train_rows, train.targets, self.train_fraction, self.max_per_class)
         train_rows = torch.cat([train_rows, unlabelled])
-        if len(train_rows) < self.batch_size:
-            raise ACKDError(
-                f"the training part holds {len(train_rows):,} images, fewer than one batch of {self.batch_size}: "
-                f"set batch_size to {max(1, len(train_rows))} or less, or use more of the data"
-            )
         self.num_train_samples = len(train_rows)
         self._rows = {"train": ("train", train_rows), "val": (val_part, val_rows), "test": ("test", test_rows)}
 

@@ -139,7 +139,7 @@ def _has_more(image: Image.Image) -> bool:
 
 def _array(data: bytes) -> NDArray[Any]:
     # CPython before 3.12.1 counts the depth of syntax trees for all threads together, so that reading a header
-    # beside another thread can end in a SystemError of no meaning (python/cpython#106905).
+    # beside another thread can end in a meaningless SystemError (python/cpython#106905).
     for _ in range(3):
         with suppress(SystemError):
             return cast("NDArray[Any]", np.load(io.BytesIO(data), allow_pickle=False))
@@ -165,9 +165,10 @@ def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
         if suffix == ".npy":
             return _array(_bytes(file)).view(Spectral)
         with Image.open(stream(file)) as image:
-            if has_deep_colours(image):
-                return _deep_png(file) if image.format == "PNG" else _tiff(file)
-            if image.format == "TIFF" and _has_more(image):
+            deep = has_deep_colours(image)
+            if deep and image.format == "PNG":
+                return _deep_png(file)
+            if deep or (image.format == "TIFF" and _has_more(image)):
                 return _tiff(file) if image.mode in ("LA", "RGBA") else _tiff(file).view(Spectral)
             return as_decoded(image)
     except UnidentifiedImageError as error:

@@ -20,13 +20,17 @@ from ackd_lightning.data.pixels import ImageFormat
 from ackd_lightning.data.sampling import EpochSampler, ImageLoader, Part, ResumableLoader, as_is
 from ackd_lightning.data.sources import Pixels, Source
 from ackd_lightning.data.transforms import Keys, RawBatch, crop_flip, normalise
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.types import Batch, ImageSize, height_width
 
 _HELD_SHARE = 0.25
 """Share of a GPU's free memory that the images of one part may take."""
 _COPY = 4096
 """Number of images that are copied to the device at once, so that host memory never holds a second copy of all."""
+
+
+_WHY_WHOLE = "the method needs whole batches"
+_WHY_NOT_ONE = "a batch of one image trains neither BatchNorm nor losses that compare images"
 
 
 class ImageLoaders(PlainArguments):
@@ -87,7 +91,10 @@ class ImageLoaders(PlainArguments):
         """Return the shuffled, resumable loader of the training part.
 
         The last batch of an epoch may be smaller. It is left out if the method needs whole batches, or if it has a
-        single image for each process, with which BatchNorm cannot train.
+        single image for each process, which trains neither BatchNorm nor losses that compare images.
+
+        Raises:
+            ACKDError: If no batch is left, or the batch size is not a multiple of the processes.
         """
         world, rank = self._world()
         if self.batch_size % world:
@@ -107,10 +114,19 @@ class ImageLoaders(PlainArguments):
         size = self.batch_size // world
         rest = len(sampler) % size
         drop = bool(rest) and (self.whole_batches or rest == 1)
+        why = _WHY_WHOLE if self.whole_batches else _WHY_NOT_ONE
+        if drop and len(sampler) < size:
+            smaller = f"set batch_size to {len(sampler) * world} or less, or " if self.whole_batches else ""
+            raise ACKDError(
+                f"the training part holds {count_of(len(dataset), 'image')}, fewer than one batch of "
+                f"{self.batch_size}, and {why}: {smaller}use more of the data"
+            )
         if drop and not self._told_rest:
             self._told_rest = True
-            why = "the method needs whole batches" if self.whole_batches else "BatchNorm needs more than one image"
             say(f"left out of each epoch: {rest * world:,} of {len(dataset):,} training images, since {why}")
+        elif len(sampler) < size and not self._told_rest:
+            self._told_rest = True
+            say(f"the training part holds {len(dataset):,} images, so each step has these instead of {self.batch_size}")
         return ResumableLoader(dataset, batch_size=size, sampler=sampler, drop_last=drop, **self._options(dataset))
 
     def val_dataloader(self) -> ImageLoader:

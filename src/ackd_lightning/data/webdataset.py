@@ -202,7 +202,13 @@ class WebDatasetDataModule(CustomImagesDataModule):
                 f"batch_size {self.batch_size} does not divide by {world} processes: it is the global batch, so use a "
                 f"multiple of {world}"
             )
-        batches = self.num_train_samples // self.batch_size
+        batches, rest = divmod(self.num_train_samples, self.batch_size)
+        if rest and not self._told_rest:
+            self._told_rest = True
+            say(
+                f"left out of each epoch: {rest:,} of {self.num_train_samples:,} training images, since batches of "
+                "shards are always whole"
+            )
         loader = self._stream("train", batch_size=self.batch_size // world, batches=batches)
         if self.trainer is not None:
             progress: Any = self.trainer.fit_loop.epoch_progress.current

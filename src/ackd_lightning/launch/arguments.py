@@ -50,7 +50,7 @@ def refuse_values_alone(options: Sequence[str]) -> None:
     Raises:
         ACKDError: Naming it, and how it is meant to be written.
     """
-    for name, _ in _pairs(options):
+    for name, _ in option_pairs(options):
         if name.startswith("-"):
             continue
         if name.endswith((".yaml", ".yml")):
@@ -176,7 +176,7 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
         holder, key = _holder(settings, name)
         if (inside := _element(settings, name)) is not None:
             element, inner = inside
-            element[inner] = _read(value if equals else next(waiting, ""))
+            element[inner] = read_value(value if equals else next(waiting, ""))
             continue
         if key not in holder:
             others.append(option)
@@ -223,8 +223,16 @@ def set_length(scheduler: Any, *, epochs: int | None, steps: int, interval: str)
     scheduler[_INIT][name] = epochs
 
 
-def _pairs(options: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Options and their values; None for one without a value."""
+def option_pairs(options: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield the options of a command line and their values; None for one without a value.
+
+    Args:
+        options: Command line.
+
+    Example:
+        >>> list(option_pairs(["--name", "first", "--fast", "--data.batch_size=8"]))
+        [('--name', 'first'), ('--fast', None), ('--data.batch_size', '8')]
+    """
     position = 0
     while position < len(options):
         name, equals, value = options[position].partition("=")
@@ -279,8 +287,12 @@ def _element(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str
     return value, key
 
 
-def _read(value: str) -> Any:
-    """A value as YAML reads it; text that is a number to Python, such as 1e-3, is one."""
+def read_value(value: str) -> Any:
+    """Read a value as YAML does; text that is a number to Python, such as 1e-3, is one.
+
+    Args:
+        value: Value of an option.
+    """
     try:
         read = yaml.safe_load(value)
     except Exception:  # whatever PyYAML's constructors raise

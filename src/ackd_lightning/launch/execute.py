@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,13 +20,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.callbacks.answers import TestAnswers
 from ackd_lightning.callbacks.summary import RunSummary
-from ackd_lightning.config.files import method_fragment
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.arguments import split_configs
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.messages import first_cause
 from ackd_lightning.launch.preflight import check_checkpoint, check_loaders, check_name, check_processes, check_writable
 from ackd_lightning.launch.trainer import make_trainer
+from ackd_lightning.launch.words import as_given
 from ackd_lightning.runs.claim import Claim, claim
 from ackd_lightning.runs.files import read_summary, run_folder, write_json
 from ackd_lightning.runs.resume import Length, changed_settings, resume_auto, resume_from
@@ -85,6 +83,7 @@ class Execution:
             self.cli.build()
             self.make_trainer()
             self._check()
+            self._say_fresh()
             self.execute()
         except Exception as error:
             started = hasattr(self, "trainer") and self.trainer.global_step > 0
@@ -128,6 +127,17 @@ class Execution:
             run = run_folder(Path(checkpoint))
             if self.cli.command == "test" and (run / "summary.json").is_file():
                 read_summary(run)
+
+    def _say_fresh(self) -> None:
+        """Say that a recipe of fine-tuning meets a student without weights; a network of the user's may have some."""
+        model = self.cli.model
+        named = isinstance(model.student_config.network, str) and model.start is None
+        if self.fit and self.cli.fine_tunes and named and not self.option("ckpt_path") and _rank() == 0:
+            print(
+                f"recipes/finetune is for a student with weights and {model.student_config.network} has fresh ones; "
+                "set model.student.pretrained or model.student.weights, or choose another recipe",
+                flush=True,
+            )
 
     # ---------------------------------------------------------------- folder
 
@@ -264,21 +274,6 @@ def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
-def _named_as_given(message: str, arguments: Sequence[str]) -> str:
-    """Add the name of the configuration to that of a method whose special case it is: ``method ATSC (simkd)``.
-
-    Args:
-        message: Message of an error.
-        arguments: Command line.
-    """
-    with contextlib.suppress(ACKDError):  # which the message is about
-        fragment = method_fragment(split_configs(arguments)[0])
-        named = re.search(r"\bmethod ([A-Z]\w*)", message)
-        if fragment and named and named[1].lower() not in fragment.lower().split("_"):
-            return message.replace(named[0], f"{named[0]} ({fragment})", 1)
-    return message
-
-
 @contextlib.contextmanager
 def in_our_words(arguments: Sequence[str] = ()) -> Iterator[None]:
     """Show warnings as sentences, silence chatter, and raise this package's own error out of a chain of others.
@@ -302,7 +297,7 @@ def in_our_words(arguments: Sequence[str] = ()) -> Iterator[None]:
             ours = first_cause(error)
             if not isinstance(ours, ACKDError):
                 raise
-            words = _named_as_given(str(ours), arguments)
+            words = as_given(ours, arguments)
             if ours is error and words == str(ours):
                 raise
             raise type(ours)(words) from error

@@ -15,7 +15,7 @@ import lightning.pytorch as L
 import yaml
 
 from ackd_lightning.config.class_paths import check_classes
-from ackd_lightning.config.files import config_parts, find_config, load_configs
+from ackd_lightning.config.files import config_folder, config_parts, find_config, load_configs, read_files
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import (
@@ -54,6 +54,7 @@ class ACKDCLI:
         folder: Folder of the run.
         altered: Whether the command line changes data, model or the part of the data that is read.
         prints: Whether ``--print_config`` was given.
+        fine_tunes: Whether the configurations contain ``recipes/finetune``.
         datamodule: Data module, after ``build``.
         model: Training module, after ``build``.
 
@@ -86,6 +87,8 @@ class ACKDCLI:
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output")}
         parts = [part for each in configs for part in config_parts(each)]
+        recipe = (config_folder() / "recipes" / "finetune.yaml").resolve()
+        self.fine_tunes = any(recipe == file.resolve() for part in parts for file in read_files(part))
         given = Given({each: find_config(each).resolve() for each in parts}, options, settings)
         check_shape(given)
         options = choose_classes(settings, options)

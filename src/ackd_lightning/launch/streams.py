@@ -13,7 +13,11 @@ class _Unbroken(io.TextIOWrapper):
     def __init__(self, stream: io.TextIOWrapper) -> None:
         stream.flush()
         super().__init__(
-            stream.buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering
+            stream.buffer,
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,  # python -u and PYTHONUNBUFFERED: nothing is lost when a process dies
         )
 
     def write(self, text: str) -> int:

@@ -66,8 +66,9 @@ class ACKD(LogitMethod):
         discriminator_inputs: Features that discriminators read: every position of the ``map``, or ``pooled``.
         discriminator_optimizer: Optimizer of the discriminators: ``sgd`` (momentum 0.9, weight decay 5e-4) or ``adam``
             (betas 0.5 and 0.999).
-        discriminator_lr: Learning rate of this optimizer, which follows the student's schedule. None for the student's
-            own with ``sgd`` and 1e-3 with ``adam``.
+        discriminator_lr: Learning rate of this optimizer, which follows the student's schedule. None for 1e-3
+            with ``adam``. With ``sgd``, None is the student's largest rate if its optimizer is SGD, else the paper's
+            0.1.
         lambda_kd_aux: Weight lambda_1 of the distillation from teacher to group (Eq. 2).
         lambda_kd_target: Weight lambda_2 of the distillation from group to target (Eq. 6).
         lambda_adv: Weight lambda_3 of the adversarial term (Eq. 5).
@@ -267,7 +268,7 @@ class ACKD(LogitMethod):
             return {"discriminators": Adam(parameters, lr=1e-3 if rate is None else rate, betas=(0.5, 0.999))}
         if rate is not None:
             return {"discriminators": SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)}
-        group = {"params": parameters, "lr_scale": 1.0}  # of the student's rate, which replaces the 0.1
+        group = {"params": parameters, "lr_scale": 1.0}  # of the rate of a student with SGD
         return {"discriminators": SGD([group], lr=0.1, momentum=0.9, weight_decay=5e-4)}
 
     def auxiliary_loss(

@@ -138,7 +138,7 @@ class ACN(Method):
         self.warmup_epochs = _WARMUP if warmup_epochs is None else warmup_epochs
         self.residual: ResidualConnection = residual
         self.generator_width, self.adversary_lr = generator_width, adversary_lr
-        self.generates = weight_generated > 0
+        self.generates = self.random_by_index = weight_generated > 0
         self.epoch = 0
         self.knows_range = False
         self._made: tuple[Tensor, Tensor] | None = None  # images and generated ones

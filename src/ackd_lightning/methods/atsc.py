@@ -92,6 +92,7 @@ class ATSC(Method):
 
     teacher = "own"
     labels = "mixed"
+    raw_classes = True
 
     def __init__(
         self,

@@ -86,7 +86,8 @@ class FitInfo:
         if self.targets is None:
             raise ACKDError(
                 f"method {type(method).__name__} keeps a row for every training image; give the data module an "
-                "attribute `train_targets`, the class of every image by its index, and batches with that index"
+                "attribute `train_targets`, the class of every image by its index, and batches with that index, or "
+                "unpack images that are streamed, such as tar shards, into class folders"
             )
         method.reads_index = True
         return self.targets
@@ -117,6 +118,8 @@ class Method(nn.Module):
         head: Replaces the student's own classifier in predictions and in the export.
         lr_scales: Learning rate of a sub-module's parameters relative to the student's, by name of the sub-module.
         compile_modules: Names of sub-modules that are worth compiling.
+        raw_classes: Whether the method reads a teacher's own classes, which cannot be matched with those of the data.
+        random_by_index: Whether the method draws random numbers for every image by its index.
         whole_batches: Whether every training batch must have the data's batch size; the rest of an epoch is left out.
         replicated_buffers: Names of buffers that the method itself keeps equal in all processes, so that DDP does not
             have to broadcast them.
@@ -130,6 +133,8 @@ class Method(nn.Module):
     head: SharedClassifiers | None
     lr_scales: Mapping[str, float] = {}
     compile_modules: tuple[str, ...] = ()
+    raw_classes: bool = False
+    random_by_index: bool = False
     whole_batches: bool = False
     replicated_buffers: tuple[str, ...] = ()
     init_args: dict[str, Any]
@@ -214,7 +219,8 @@ class Method(nn.Module):
 
         Discriminators and generators are such parameters. Each has a step in every batch before the student's, and is
         frozen in the student's step. The names are those of the logged learning rates, ``lr/NAME``. A parameter group
-        with the entry ``lr_scale`` is trained at that multiple of the student's learning rate.
+        with the entry ``lr_scale`` is trained at that multiple of the student's largest learning rate where both
+        optimizers are SGD, whose rates can be compared, and else at the rate that it has.
         """
         return {}
 

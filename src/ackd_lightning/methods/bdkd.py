@@ -1,18 +1,19 @@
 r"""BD-KD. Amara, Sepahvand, Meyer, Gross, Clark: Balancing the Divergences for Online KD, 2022 (arXiv:2212.12965).
 
-A student and a larger network, trained together from scratch. The larger network learns from the labels and from the
-student. The student's loss balances, image by image, the forward divergence from the larger network, which makes the
-student cover all classes that the other finds likely, and the reverse one, which makes it commit itself:
+A student and a peer, in the paper a larger network, are trained together from scratch. The peer learns from the labels
+and from the student. The student's loss balances, image by image, the forward divergence from the peer, which makes the
+student cover all classes that the peer finds likely, and the reverse one, which makes it commit itself:
 
 * \(L_{balanced} = \tau^2 \left[ a\,\mathrm{KL}(p^t \| p^s) + (1 - a)\,\mathrm{KL}(p^s \| p^t) \right]\), no gradient
   into \(p^t\)
 * \(L_{peer} = \tau^2\,\mathrm{KL}(p^s \| p^t)\), no gradient into \(p^s\)
 * \(L = w_{ce}\,\mathrm{CE}(p^s, y) + w_{aux}\,\mathrm{CE}(p^t, y) + w_{balanced} L_{balanced} + w_{peer} L_{peer}\)
 
-The abstract and summaries of the paper state the two divergences of the student, that the gap of the entropies weighs
-them for each image, and the reverse divergence for the larger network. The weight itself is not public; ours is
-\(a = H^t / (H^t + H^s)\) with the entropies of both predictions at temperature \(\tau\): the forward part weighs more
-where the student is surer than the larger network. Temperature and weights are ours, too.
+The full text was not available to us. The abstract and summaries of the paper state the two divergences of the student,
+that the gap of the entropies weighs them for each image, and the reverse divergence for the peer. The weight is ours:
+\(a = H^t / (H^t + H^s)\) with the entropies of both predictions at temperature \(\tau\). The forward part weighs more
+where the student is surer than the peer. Temperature and weights are ours, too, and so is the default peer, a twin of
+the student, since no larger network suits every student.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ackd_lightning.functional import cross_entropy, entropy, kd_loss, kl_per_image
-from ackd_lightning.methods.base import Method
+from ackd_lightning.methods.base import FitInfo, Method
 from ackd_lightning.methods.peers import require_networks
+from ackd_lightning.models.weight_files import tell
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, Positive
 
@@ -33,7 +35,7 @@ def balanced_loss(student_logits: Tensor, peer_logits: Tensor, *, temperature: f
 
     Args:
         student_logits: Logits ``B x K`` of the student.
-        peer_logits: Logits ``B x K`` of the larger network.
+        peer_logits: Logits ``B x K`` of the peer.
         temperature: Temperature tau, above 0.
 
     Returns:
@@ -58,16 +60,16 @@ def balanced_loss(student_logits: Tensor, peer_logits: Tensor, *, temperature: f
 
 
 class BDKD(Method):
-    """Cross-entropies of the student and a larger network that learn from each other, balanced for the student.
+    """Cross-entropies of the student and a peer that learn from each other, balanced for the student.
 
     Args:
-        peer: Larger network that is trained along: a model name such as resnet110, or ``peer`` for the student's own
-            structure.
+        peer: Network that is trained along: a model name such as ``resnet110``, larger than the student in the paper,
+            or ``peer`` for a twin of the student.
         temperature: Temperature tau, above 0.
         weight_ce: Weight of the student's cross-entropy.
-        weight_ce_aux: Weight of the larger network's cross-entropy.
+        weight_ce_aux: Weight of the peer's cross-entropy.
         weight_balanced: Weight of the student's balanced divergence.
-        weight_peer: Weight of the larger network's divergence from the student.
+        weight_peer: Weight of the peer's divergence from the student.
 
     Raises:
         ACKDError: If a value is not allowed.
@@ -99,6 +101,15 @@ class BDKD(Method):
             "balanced": weight_balanced,
             "peer": weight_peer,
         }
+
+    def begin_fit(self, fit: FitInfo) -> None:
+        """Say that the peer is a twin of the student.
+
+        Args:
+            fit: Information about the fit.
+        """
+        if self.branches == ("peer",):
+            tell("the peer of method BDKD is a twin of the student; --model.method.peer names a larger network")
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Return the terms ``ce``, ``ce_aux``, ``balanced`` and ``peer``; arguments as in the base class."""

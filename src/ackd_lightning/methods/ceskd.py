@@ -16,6 +16,7 @@ image. Temperature and weights are those of KD here.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kl_per_image, whole_batch
-from ackd_lightning.methods.base import FitInfo
+from ackd_lightning.methods.base import FitInfo, Networks
 from ackd_lightning.methods.guides import GuidedMethod
 from ackd_lightning.methods.warmup import linear_warmup
+from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.weight_files import tell
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, NonNegativeInt, Positive
@@ -87,6 +89,25 @@ class CESKD(GuidedMethod):
         self.temperature, self.given_epochs = temperature, curriculum_epochs
         self.curriculum_epochs, self.epoch = curriculum_epochs or 0, 0
         self.loss_weights = {"ce": weight_ce, "kd": weight_kd}
+
+    def build(self, networks: Networks) -> None:
+        """Count the experts, and compare their sizes.
+
+        Args:
+            networks: Networks of the training.
+
+        Raises:
+            ACKDError: If there is one teacher alone, or a larger expert is listed after a smaller one.
+        """
+        super().build(networks)
+        for larger, smaller in itertools.pairwise(networks.teacher_networks):
+            counts = [sum(each.numel() for each in network.parameters()) for network in (larger, smaller)]
+            if counts[0] < counts[1]:
+                raise ACKDError(
+                    f"`teacher` lists {name_of(larger)} with {counts[0]:,} parameters before {name_of(smaller)} with "
+                    f"{counts[1]:,} and method CESKD has the earlier ones teach the harder images; list the largest "
+                    "network first"
+                )
 
     def begin_fit(self, fit: FitInfo) -> None:
         """Take the experts and the length of the curriculum.

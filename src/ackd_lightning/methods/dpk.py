@@ -10,13 +10,15 @@ stages with encoders E, a decoder D and random masks M of the positions of every
 
 with the CKA of the batch. \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{prior} L_{prior}\). No gradient flows through the CKA.
 
-The abstract, and what others write about the paper, describe this much: masks that stitch both maps together, an
-encoder and a decoder, the teacher's map as target, and the share by CKA; the authors' repository has no code. Ours:
+The full text was not available to us. The abstract, and what others write about the paper, describe this much: masks
+that stitch both maps together, an encoder and a decoder, the teacher's map as target, and the share by CKA; the
+authors' repository has no code. Ours:
 
 * the networks: a 1x1 convolution with BatchNorm as encoder of each side and two 3x3 convolutions with BatchNorm and a
   1x1 convolution as decoder, so that a position is filled in from its neighbours
 * CKA with a linear kernel and the unbiased estimate of HSIC (Song et al. 2012), cut off at 0: in a batch that is
-  smaller than the features have entries, the biased estimate is near 1 for any two networks
+  smaller than the features have entries, the biased estimate is near 1 for any two networks; in a batch of fewer than
+  4 images, which the last one of an epoch may be, there is no estimate and the whole map is the teacher's
 * all pairs of stages, a mask for each image, and both weights, which are 1; ``--config dpk+kd`` adds KD
 """
 
@@ -28,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.functional import cross_entropy, whole_batch
 from ackd_lightning.methods.base import FitInfo, Method, Networks
 from ackd_lightning.methods.pairing import layer_features, layer_shapes, pair_stages, same_size
@@ -48,17 +49,20 @@ def unbiased_cka(first: Tensor, second: Tensor) -> Tensor:
     \frac{2}{n - 2} 1^T K L 1\right)\) of Gram matrices whose diagonals are set to 0.
 
     Args:
-        first: Features ``B x ...``, B at least 4.
+        first: Features ``B x ...``.
         second: Features ``B x ...``.
 
     Returns:
-        Scalar float32 in [0, 1], without gradient; 0 where a set of features does not vary.
+        Scalar float32 in [0, 1], without gradient; 0 where a set of features does not vary, and for fewer than 4
+        images, for which the estimate is not defined.
 
     Example:
         >>> features = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [3.0, 1.0]])
         >>> unbiased_cka(features, 2 * features + 1)
         tensor(1.)
     """
+    if len(first) < _FEWEST:
+        return torch.zeros((), device=first.device)
 
     def gram(features: Tensor) -> Tensor:
         flat = features.float().flatten(1)
@@ -139,6 +143,7 @@ class DPK(Method):
     """
 
     labels = "mixed"
+    random_by_index = True
 
     def __init__(self, *, weight_ce: NonNegative = 1.0, weight_prior: NonNegative = 1.0) -> None:
         super().__init__()
@@ -165,13 +170,8 @@ class DPK(Method):
 
         Args:
             fit: Information about the fit.
-
-        Raises:
-            ACKDError: If a batch has too few images to compare two networks.
         """
         self.seed = fit.seed
-        if fit.batch_size is not None:
-            _require_images(fit.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Store the epoch, which the masks depend on.
@@ -189,16 +189,7 @@ class DPK(Method):
         for number, (decoder, ours, theirs) in enumerate(pairs):
             ours, theirs = same_size(ours, theirs.detach())
             every, aims = whole_batch(ours.detach()), whole_batch(theirs)
-            _require_images(len(every))
             keys = stateless_bits(_STREAM, self.seed, self.epoch, number, image_keys(batch.index))
             mask = prior_mask(1 - unbiased_cka(every, aims), keys, *ours.shape[2:])
             losses.append(F.mse_loss(decoder(ours, theirs, mask).float(), theirs.float()))
         return {"ce": cross_entropy(student.logits, batch.labels), "prior": torch.stack(losses).sum()}
-
-
-def _require_images(count: int) -> None:
-    if count < _FEWEST:
-        raise ACKDError(
-            f"a batch has {count_of(count, 'image')} and method DPK compares networks on {_FEWEST} or more; raise "
-            "data.batch_size"
-        )

@@ -14,7 +14,7 @@ from ackd_lightning.validation import Positive
 
 
 class GuidedMethod(LogitMethod):
-    """Base of methods with several guides: the given teachers, of which assistants follow the teacher, largest first.
+    """Base of methods with several guides: the given teachers, first the teacher and then its assistants.
 
     Args:
         standardize: Whether the terms read standardised logits; see `LogitMethod`.
@@ -40,7 +40,7 @@ class GuidedMethod(LogitMethod):
         if len(networks.teachers) < 2:
             raise ACKDError(
                 f"method {type(self).__name__} learns from a teacher and its assistants, and `teacher` names "
-                f"{len(networks.teachers)} network; list the teacher and then the assistants, the largest first"
+                f"{len(networks.teachers)} network; list the teacher and then the assistants"
             )
 
     def begin_fit(self, fit: FitInfo) -> None:

@@ -1,7 +1,7 @@
 r"""IAKD. Fu, Li, Xu, Cheng, Liu, Yang: Interactive Knowledge Distillation for Image Classification, 2020.
 
 Blocks of the student are replaced by the corresponding blocks of the frozen teacher at random, and the hybrid network
-learns from the labels alone (arXiv:2007.01476). For stage n of the student, stage m of the teacher and a random bit b:
+learns from the labels (arXiv:2007.01476). For stage n of the student, stage m of the teacher and a random bit b:
 
 \(H_n = b\,A_n' T_m(A_n H_{n-1}) + (1 - b)\,S_n(H_{n-1}),\quad P(b = 1) = p_e\)
 
@@ -10,12 +10,16 @@ learns from the labels alone (arXiv:2007.01476). For stage n of the student, sta
 Gradients flow through the teacher's stages into the student's earlier ones; the teacher's weights stay. A is a 1x1
 convolution where the channels of student and teacher differ, and nothing where they are equal.
 
-The abstract says this much: blocks of the student are replaced by the teacher's at random. Ours: the labels as the only
-source besides (``weight_ce`` adds the student's own cross-entropy); whole stages as blocks, so that any two
-convolutional networks can be paired whose stages shrink their maps alike; the convolutions A; a bit for each image
-rather than for a batch, because all random numbers here depend on (seed, epoch, index); the probability, 0.5 at first
-and falling linearly towards 0, so that the student works alone in the end, or ``uniform``; and running statistics of
-BatchNorm, which evaluation and export use, from the student alone.
+The full text was not available to us. The abstract says this much: blocks of the student are replaced by the teacher's
+at random. Ours:
+
+* the loss: cross-entropies with the labels alone, by default that of the hybrid network alone (``weight_ce`` is 0)
+* whole stages as blocks, so that any two convolutional networks can be paired whose stages shrink their maps alike, and
+  the convolutions A
+* a bit for each image rather than for a batch, because all random numbers here depend on (seed, epoch, index)
+* the probability: 0.5 in the first epoch and falling linearly towards 0, so that the student works alone in the end, or
+  ``uniform``
+* running statistics of BatchNorm, which evaluation and export use, from the student alone
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from ackd_lightning.models.features import StagePlan, require_stages
 from ackd_lightning.models.finding import require_plan
 from ackd_lightning.models.freezing import statistics_kept
 from ackd_lightning.models.outputs import logits_of
+from ackd_lightning.models.single_stage import SingleStage
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.suffix import Cuts
 from ackd_lightning.random import image_keys, stateless_uniform
@@ -44,54 +49,6 @@ from ackd_lightning.types import Batch, NetOutput, NetSpec
 from ackd_lightning.validation import Fraction, NonNegative
 
 _STREAM = 0x49414B44  # keeps these bits apart from all other random numbers
-
-
-class _Done(Exception):  # noqa: N818  # no error: it ends a forward pass early
-    """The output of a stage, behind which nothing has to run."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-
-def _stop(module: nn.Module, args: Any, value: Tensor) -> None:
-    raise _Done(value)
-
-
-class SingleStage:
-    """One stage of a network, with frozen float32 copies of its weights.
-
-    Args:
-        cuts: Places at which the network can be cut.
-        number: Number of the stage, from 1.
-
-    Raises:
-        ACKDError: If the network cannot be cut there.
-    """
-
-    def __init__(self, cuts: Cuts, number: int) -> None:
-        features = cuts.plan.features
-        self.part = cuts.suffix(features[number - 1]).eval().float().requires_grad_(False)
-        self.part.network.get_submodule(features[number]).register_forward_hook(_stop)
-        self.device = torch.device("cpu")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SingleStage:
-        return self  # it never changes
-
-    def __call__(self, feature: Tensor) -> Tensor:
-        """Return the stage's output; gradients flow into the feature.
-
-        Args:
-            feature: Output of the stage before, ``B x C x H x W``.
-        """
-        if feature.device != self.device:
-            self.part.to(feature.device)
-            self.device = feature.device
-        try:
-            self.part(feature)
-        except _Done as done:
-            return done.value
-        raise AssertionError("the stage was not run")
 
 
 def swappable(student: NetSpec, teacher: NetSpec) -> tuple[tuple[int, int], ...]:
@@ -134,9 +91,9 @@ class IAKD(Method):
     """Cross-entropy of a student in which some stages are the teacher's, at random for every image.
 
     Args:
-        probability: Probability p of a swap; of the first epoch with a falling schedule.
-        schedule: Whether the probability falls linearly, to p divided by the number of epochs in the last one, or
-            stays as it is.
+        probability: Probability p of a swap; with a falling schedule that of the first epoch.
+        schedule: Course of the probability: ``falling`` linearly from p in the first epoch to p / E in the last of E
+            epochs, or ``uniform``, always p.
         weight_ce: Weight of the cross-entropy of the student alone.
         weight_hybrid: Weight of the cross-entropy of the hybrid network.
 
@@ -146,6 +103,7 @@ class IAKD(Method):
 
     teacher = "own"
     labels = "mixed"
+    random_by_index = True
 
     def __init__(
         self,
@@ -203,7 +161,7 @@ class IAKD(Method):
         return cuts
 
     def begin_fit(self, fit: FitInfo) -> None:
-        """Copy the teacher's stages, and store seed and length of the fit.
+        """Take the teacher's stages, and store seed and length of the fit.
 
         Args:
             fit: Information about the fit.

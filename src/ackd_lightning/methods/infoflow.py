@@ -14,11 +14,12 @@ kernels:
 \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{flow} J_{embedding} + w_{layers}\,\gamma^{e} \sum_{(n,m)} J_{F_n^s, F_m^t}\)
 
 The weight of the layers is large in the first epochs, when a network forms its critical connections, and decays with
-the epoch e. Kernels, divergence, the ratio of the two weights (1 to 100) and the decay \(\gamma\) 0.7 are those of the
-authors' code. Ours: the cross-entropy, since the authors train without labels for 50 epochs of Adam and measure
-retrieval, which also makes the scale of their loss (a mean over i and j) immaterial; `pair_stages` in place of layers
-named by hand; kernels below 1e-6 count as 1e-6, so that opposite features stay finite. Their auxiliary teacher, of the
-student's architecture with wider layers, is a run of its own here (`ackd reproduce`, row ``takd``, for KD).
+the epoch e; from 1e-6 downwards it is 0 here, and the layers are no longer compared. Kernels, divergence, the ratio of
+the two weights (1 to 100) and the decay \(\gamma\) 0.7 are those of the authors' code. Ours: the cross-entropy, since
+the authors train without labels for 50 epochs of Adam and measure retrieval, which also makes the scale of their loss
+(a mean over i and j) immaterial; `pair_stages` in place of layers named by hand; kernels below 1e-6 count as 1e-6, so
+that opposite features stay finite. Their auxiliary teacher, of the student's architecture with wider layers, is a run
+of its own here (`ackd reproduce`, row ``takd``, for KD).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import Fraction, NonNegative
 
 _EPS = 1e-6  # the authors'
+_NIL = 1e-6  # smaller weights count as 0: the term would change the loss by less than its rounding does
 
 
 def log_similarities(feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,10 +62,27 @@ def log_similarities(feature: Tensor) -> tuple[Tensor, Tensor]:
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
         unit = torch.where(length > _EPS, flat, 0.0) / (length + _EPS)
         cosine = (unit @ unit.T + 1) / 2
-        distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")  # exact for equal images
-        student_t = 1 / (1 + (distance.square() + _EPS).sqrt())
+        student_t = 1 / (1 + (_squared_distances(flat) + _EPS).sqrt())
     logs = [kernel.clamp_min(_EPS).log() for kernel in (cosine, student_t)]
     return F.log_softmax(logs[0], dim=1), F.log_softmax(logs[1], dim=1)
+
+
+def _squared_distances(flat: Tensor) -> Tensor:
+    """Return the squared distances ``B x B`` of the rows of ``B x D``.
+
+    The values are sums of squared differences, exact for equal and close rows. Their gradient would need B x B x D
+    numbers on a GPU; that of the Gram matrix is the same and needs B x B. Equal rows have no gradient, as rounding of
+    the Gram matrix, times the steep kernel at distance 0, would be all of it.
+    """
+    with torch.no_grad():
+        exact = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
+    if not flat.requires_grad:
+        return exact
+    centred = flat - flat.detach().mean(dim=0)
+    lengths = centred.square().sum(dim=1)
+    sums = lengths[:, None] + lengths
+    gram = sums - 2 * centred @ centred.T
+    return exact + torch.where(exact > 1e-12 * sums, gram - gram.detach(), 0.0)
 
 
 def infoflow_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
@@ -127,18 +146,24 @@ class InfoFlow(Method):
         require_embedding(teacher, "the teacher", "method InfoFlow")
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the weight of the layers, which decays.
+        """Set the weight of the layers, which decays; below 1e-6 it is 0.
 
         Args:
             epoch: Number of the epoch, from 0.
         """
-        self.loss_weights["layers"] = self.weight_layers * self.decay**epoch
+        weight = self.weight_layers * self.decay**epoch
+        self.loss_weights["layers"] = weight if weight >= _NIL else 0.0
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Return ``ce``, and ``flow`` and ``layers`` of the global batch; arguments as in the base class."""
+        """Return ``ce``, and ``flow`` and ``layers`` of the global batch; arguments as in the base class.
+
+        ``layers`` is 0 and takes no time once its weight is 0.
+        """
         assert teacher is not None
-        pairs = zip(*layer_features(self.layers, student, teacher), strict=True)
-        layers = [infoflow_loss(whole_batch(ours), whole_batch(theirs)) for ours, theirs in pairs]
+        layers = [torch.zeros((), device=student.logits.device)]
+        if self.loss_weights["layers"]:
+            pairs = zip(*layer_features(self.layers, student, teacher), strict=True)
+            layers += [infoflow_loss(whole_batch(ours), whole_batch(theirs)) for ours, theirs in pairs]
         return {
             "ce": cross_entropy(student.logits, batch.labels),
             "flow": infoflow_loss(whole_batch(embedding_of(student)), whole_batch(embedding_of(teacher))),

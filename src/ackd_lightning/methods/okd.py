@@ -12,10 +12,11 @@ teacher with its modules and sg a stopped gradient:
 * student: \(w_{ce}\,\mathrm{CE}(z^s, y) + w_{kd}\,\mathrm{KL}_\tau(\mathrm{sg}\,p^t \| p^s)\)
 * modules: \(w_{ce}'\,\mathrm{CE}(z^t, y) + w_{kd}'\,\mathrm{KL}_\tau(\mathrm{sg}\,p^s \| p^t)\)
 
-The abstract says this much: small modules in the teacher, trained concurrently with few parameters, that adapt to the
-student's distribution. Ours, for networks that classify images: where the modules are and what they compute, both
-losses of the modules, KL with \(\tau = 4\), and all weights, which are 1. What the paper says about sampling text has
-no counterpart here. The given teacher is not changed; the modules are part of the method's state.
+The full text was not available to us. The abstract says this much: small modules in the teacher, trained concurrently
+with few parameters, that adapt to the student's distribution. Ours, for networks that classify images: where the
+modules are and what they compute, both losses of the modules, KL with \(\tau = 4\), and all weights, which are 1. What
+the paper says about sampling text has no counterpart here. The given teacher is not changed; the modules are part of
+the method's state.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ to the teacher's decision, and the region around it is taken away.
 with the margin m between the teacher's two largest logits and \(\tilde x\), the image without a square around
 \((h^*, w^*)\). Its pixels are 0, the mean colour of normalised images.
 
-The abstract says this much: a point attack on a trained teacher, one informative position that is adapted to image and
-teacher, harder images, guidance by the teacher. Ours: the gradient of the margin as the attack, which does not vanish
-where the teacher is sure and needs no label; the square and its size; the prediction for the whole image as guidance
-for the harder one; KL with \(\tau = 4\); all weights. In the paper the student then becomes the teacher of the next
-student; here that is another run with the exported student as teacher.
+The full text was not available to us. The abstract says this much: a point attack on a trained teacher, one informative
+position that is adapted to image and teacher, harder images, guidance by the teacher. Ours: the gradient of the margin
+as the attack, which does not vanish where the teacher is sure and needs no label; the square and its size; the
+prediction for the whole image as guidance for the harder one; KL with \(\tau = 4\); all weights. In the paper the
+student then becomes the teacher of the next student; here that is another run with the exported student as teacher.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from ackd_lightning.validation import Fraction, NonNegative, Positive
 def informative_point(teacher: FrozenTeacher, image: Tensor) -> tuple[Tensor, Tensor]:
     """Return the teacher's logits and the position to which its decision is most sensitive.
 
+    Both are computed in float32, also under autocast, unless the teacher itself has another type.
+
     Args:
         teacher: Teacher whose margin between the two largest logits is attacked.
         image: Images ``B x C x H x W``.
@@ -44,7 +46,7 @@ def informative_point(teacher: FrozenTeacher, image: Tensor) -> tuple[Tensor, Te
     Returns:
         Logits ``B x K`` without gradient, and row and column in pixels, ``B x 2`` int64.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
         attacked = image.detach().float().requires_grad_()
         logits = teacher.with_gradient(attacked).logits
         best = logits.float().topk(2, dim=1).values

@@ -83,6 +83,7 @@ class Sum(Method):
         }
         self.whole_batches = any(method.whole_batches for method in self._each())
         self.reads_index = any(method.reads_index for method in self._each())
+        self.random_by_index = any(method.random_by_index for method in self._each())
         self.layers = tuple(dict.fromkeys(pair for method in self._each() for pair in method.layers))
         self.lr_scales = self._prefixed_mapping(lambda method: method.lr_scales)
         self.compile_modules = tuple(self._prefixed_mapping(lambda method: dict.fromkeys(method.compile_modules, 1.0)))

@@ -171,7 +171,7 @@ def shared_classifier(network: nn.Module, method: str, *, fixed: bool = False) -
         network: Network of a teacher.
         method: Name of the method that shares it, for the message.
         fixed: Whether the classifier is only read. A 1 x 1 convolution that reads the pooled map, as some networks of
-            timm have, is then returned as a linear layer with copies of its weights.
+            timm have, is then returned as a linear layer that shares its weights.
 
     Raises:
         ACKDError: If the classifier is unknown, or is not a linear layer with a bias.

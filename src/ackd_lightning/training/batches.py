@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods.base import Method
+from ackd_lightning.models.weight_files import tell
 from ackd_lightning.types import Batch, DataInfo
 
 _KEYS = {
@@ -123,6 +125,31 @@ def _check_range(target: Tensor, classes: int) -> None:
     remedy = "subtract 1, if they run from 1 to K" if low >= 1 and high == classes else "correct them, or num_classes"
     raise ACKDError(
         f"targets run from {low} to {high} in a batch and the {classes} classes are 0 to {classes - 1}; {remedy}"
+    )
+
+
+def check_index(method: Method, batch: Batch, *, starts: bool) -> None:
+    """Refuse images without an index where a method has a row for each, and say what it means for random numbers.
+
+    Args:
+        method: Method after ``begin_fit``.
+        batch: First batch of an epoch.
+        starts: Whether it is the first of the fit.
+
+    Raises:
+        ACKDError: If an index is missing and needed.
+    """
+    asks = method.reads_index or (method.random_by_index and starts)  # waits for a GPU
+    if not asks or not bool((batch.index < 0).any()):
+        return
+    if method.reads_index:
+        raise ACKDError(
+            f"method {type(method).__name__} keeps a row for every training image and the batches have no index; let "
+            "the data give (image, target, index) with the image's position in `train_targets`"
+        )
+    tell(
+        f"method {type(method).__name__} draws random numbers for each image and the batches have no index, so that "
+        "all batches of an epoch have the same ones; let the data give (image, target, index)"
     )
 
 

@@ -129,7 +129,7 @@ class SelfDescribing(OpenOptimizers):
     def _match_teachers(self) -> None:
         """Bring the teachers' logits into the order of the data's classes, and say what is done to them."""
         self.teachers.match_classes(
-            self.data.class_names, reorder=self.method.teacher != "own", by_name=self.matches_classes
+            self.data.class_names, reorder=not self.method.raw_classes, by_name=self.matches_classes
         )
         for sentence in self.teachers.announce():
             rank_zero_only(print)(sentence, flush=True)

@@ -163,10 +163,12 @@ def check_unlabelled(method: Method, targets: Tensor | None, data: Any) -> None:
     some = f"{missing:,} of {len(targets):,} training images have no label"
     if method.labels != "mixed":
         raise ACKDError(f"{some} and {_cannot_mix(method)}; leave them out, or use another method, such as kd")
-    if method.teacher == "none" and (missing == len(targets) or set(method.loss_weights) <= {"ce"}):
+    alone = set(method.loss_weights) <= {"ce"}
+    if method.teacher == "none" and (alone or missing == len(targets)):
+        reason = "learns from labels alone" if alone else "needs some labels, as it has no teacher"
         raise ACKDError(
-            f"{some} and method {type(method).__name__} learns from labels alone; leave them out, or use a method with "
-            "a teacher, such as kd"
+            f"{some} and method {type(method).__name__} {reason}; "
+            f"{'leave them out' if alone else 'add images with labels'}, or use a method with a teacher, such as kd"
         )
     if isinstance(data, ImageDataModule) and (data.augmentation.mixing() or data.sampling == "balanced"):
         setting = "data.augmentation mixes images" if data.augmentation.mixing() else "data.sampling is balanced"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,66 +9,38 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from ackd_lightning.data.base import info_of
-from ackd_lightning.data.loaders import ImageLoaders
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.ackd import ACKD
-from ackd_lightning.methods.base import Method, Networks, check_method, weighted_loss
+from ackd_lightning.methods.base import Method, Networks, check_method
 from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
-from ackd_lightning.models.copies import dtype_of, image_channels
+from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.finding import probe
-from ackd_lightning.models.quantization import FakeQuantized, ranges_fixed
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
-from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
-from ackd_lightning.random import mix, seed_device
 from ackd_lightning.training.absent import absent_specs, describe_specs
-from ackd_lightning.training.batches import read_batch
-from ackd_lightning.training.checkpointing import SelfDescribing
-from ackd_lightning.training.evaluation import Evaluation, EvaluationSteps
-from ackd_lightning.training.labels import Labels, check_batch, check_labels, check_sampling
+from ackd_lightning.training.arguments import note_arguments
+from ackd_lightning.training.evaluation import Evaluation
+from ackd_lightning.training.factories import constant, describe_factory, factory_of
+from ackd_lightning.training.fit_start import PASS_TEACHER, FitStart
+from ackd_lightning.training.labels import Labels, check_labels
 from ackd_lightning.training.means import TermMeans
-from ackd_lightning.training.monitored import check_monitors
 from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite
-from ackd_lightning.training.optimizers import constant, factory_of
-from ackd_lightning.training.overrides import check_outermost, check_overrides
-from ackd_lightning.training.own_callbacks import own_callbacks
-from ackd_lightning.training.schedule import (
-    OptimizerFactory,
-    Recipe,
-    SchedulerFactory,
-    describe_factory,
-)
-from ackd_lightning.training.speed import speed_up
-from ackd_lightning.training.strategies import refuse_sharding
-from ackd_lightning.training.students import (
-    build_student,
-    check_quantization,
-    check_trained,
-    keep_frozen_in_evaluation,
-)
-from ackd_lightning.training.teacher_cache import TeacherCache, open_cache
-from ackd_lightning.training.teacher_choice import (
-    GivenTeacher,
-    as_configs,
-    check_features_only,
-    chosen,
-    describe_teachers,
-)
+from ackd_lightning.training.overrides import check_overrides
+from ackd_lightning.training.schedule import OptimizerFactory, Recipe, SchedulerFactory
+from ackd_lightning.training.students import build_student, check_quantization, keep_frozen_in_evaluation
+from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
 from ackd_lightning.training.teachers import Teachers
-from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
+from ackd_lightning.types import DataInfo, NetSpec
 from ackd_lightning.validation import check_arguments
 
-_PASS_TEACHER = "pass it, as in load_from_checkpoint(path, teacher=network)"
 
-
-class DistillationModule(SelfDescribing, EvaluationSteps):
+class DistillationModule(FitStart):
     """Train a student with a distillation method.
 
     Batches are ``(image, target)`` or ``(image, target, index)`` with normalised images. A method with optimizers of
@@ -159,7 +129,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         self.absent = absent_specs(teacher)
         configs = () if self.absent else chosen(as_configs(teacher), self.method)
         if self.absent and self.method.teacher == "own":
-            raise ACKDError(f"method {type(self.method).__name__} is built from its teachers; {_PASS_TEACHER}")
+            raise ACKDError(f"method {type(self.method).__name__} is built from its teachers; {PASS_TEACHER}")
         self.student_config = as_student_config(student)
         if any(each.network is self.student_config.network for each in configs if isinstance(each.network, nn.Module)):
             raise ACKDError("teacher and student are the same network; a frozen teacher cannot learn, pass a copy")
@@ -198,8 +168,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         if self.auxiliary:
             self.use_manual_optimization()
         self.evaluation = Evaluation(self.spec, self.method)
-        self.cache = cast("TeacherCache | None", None)
-        self._last: tuple[NetOutput, NetOutput | None, Batch] | None = None
+        self.cache = None
         self.save_hyperparameters(
             {
                 "student": describe_student(self.student_config, self.student.plain()),
@@ -224,19 +193,7 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Note which arguments the constructor of a sub-class is given: a checkpoint holds those alone."""
         super().__init_subclass__(**kwargs)
-        own = cls.__dict__.get("__init__")
-        if own is None:
-            return
-        parameters = list(inspect.signature(own).parameters.values())[1:]
-        names = [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-
-        @functools.wraps(own)
-        def constructor(self: DistillationModule, *args: Any, **kwargs: Any) -> None:
-            given = {*kwargs, *names[: len(args)], *(["student"] if len(args) > len(names) else [])}
-            self.__dict__.setdefault("_given", given)  # the outermost constructor comes first
-            own(self, *args, **kwargs)
-
-        cls.__init__ = constructor  # type: ignore[method-assign]
+        note_arguments(cls)
 
     def _describe_teachers(self, configs: Sequence[TeacherConfig]) -> Any:
         """Teachers as plain data: their settings, or the shapes of networks, with which inference needs no teacher."""
@@ -268,26 +225,6 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         pairs = list(zip(self.data.mean, self.data.std, strict=True))
         return tuple(-mean / std for mean, std in pairs), tuple((1 - mean) / std for mean, std in pairs)
 
-    # ---------------------------------------------------------------- teacher
-
-    @property
-    def teacher(self) -> FrozenTeacher | None:
-        """The first teacher; None without one, and before a teacher given by name is loaded."""
-        return self.teachers.frozen[0] if self.teachers.frozen else None
-
-    @property
-    def teacher_spec(self) -> NetSpec | None:
-        """Shapes of the first teacher; None without one."""
-        return self.teachers.specs[0] if self.teachers.specs else None
-
-    def load_teacher(self) -> None:
-        """Load teachers given by name. Nothing happens when they are loaded or not needed.
-
-        Raises:
-            ACKDError: If a weight file is missing or does not fit.
-        """
-        self.teachers.load()
-
     def train(self, mode: bool = True) -> DistillationModule:
         """Set the mode; parts whose parameters are all frozen stay in evaluation mode.
 
@@ -303,195 +240,6 @@ class DistillationModule(SelfDescribing, EvaluationSteps):
         if "teachers" in self.__dict__:
             self.teachers.apply(fn, recurse)
         return cast(DistillationModule, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
-
-    # ---------------------------------------------------------------- hooks
-
-    def setup(self, stage: str) -> None:
-        """Load the teachers and tell the method about the fit."""
-        refuse_sharding(self.trainer.strategy)
-        data = getattr(self.trainer, "datamodule", None)
-        if stage != "fit":
-            self._take_class_names(data)
-            return
-        if not (self.training and self.student.training and self.student.backbone.training):
-            self.train()  # Lightning trains in the mode that it finds
-        if self.absent:
-            raise ACKDError(f"the teacher of the checkpoint was a network, which it does not hold; {_PASS_TEACHER}")
-        self.check_data(data)
-        check_monitors(self)
-        self.load_teacher()
-        matched = self.start is not None and self.start.class_names is not None
-        self.match_classes(data)
-        before = self._method_sizes()
-        self._begin_fit()
-        if isinstance(data, ImageLoaders):
-            data.whole_batches = self.method.whole_batches
-        check_features_only(self, data)
-        check_sampling(self.method, data)
-        speed_up(
-            self.student,
-            self.method,
-            self.teachers.frozen,
-            input_size=self.data.input_size,
-            channels_last=self.channels_last,
-            compiles=self.compiles,
-        )
-        self.cache = open_cache(self, data, epochs=self.trainer.max_epochs, precision=str(self.trainer.precision))
-        if self.method.teacher == "own" or self._method_sizes() != before or matched:
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):
-                    callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
-
-    def check_data(self, data: Any) -> None:
-        """Refuse a data module that does not go with method and recipe.
-
-        Args:
-            data: Data module, which need not be set up; None for loaders alone.
-
-        Raises:
-            ACKDError: Naming the setting.
-        """
-        check_labels(self.method, self.recipe, data)
-        if self.recipe.early_stopping is None or self._trainer is None:
-            return
-        if not self.trainer.enable_validation or self.looks_at_test():
-            problem = "validation reads the test set" if self.looks_at_test() else "there is no validation"
-            raise ACKDError(
-                f"recipe.early_stopping is {self.recipe.early_stopping} and {problem}; set it to null, or hold "
-                "validation data out (data.val_fraction)"
-            )
-
-    def _method_sizes(self) -> dict[str, torch.Size]:
-        return {name: tensor.shape for name, tensor in self.method.state_dict().items()}
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Return what comes with the module into any Trainer: alarms, the teacher gate, and callbacks of the recipe."""
-        branches = bool(self.spec.branches)
-        return own_callbacks(self.trainer, self.method, self.recipe, self.teachers.configs, branches=branches)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the networks' own noise by (seed, epoch, batch, rank), so that a resumed run draws the same."""
-        self.rearm_buffer_broadcast()
-        if isinstance(backbone := self.student.backbone, FakeQuantized):
-            backbone.fixed_ranges = ranges_fixed(self.current_epoch, self.trainer.max_epochs)
-        self.method.set_epoch(self.current_epoch)  # here and not at an epoch's start, which a resumed run skips
-        seed_device(mix(self.seed, self.current_epoch, batch_idx, self.global_rank), self.device)
-
-    # ---------------------------------------------------------------- steps
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Return logits of the network that is kept: the student with the head that its method gives it.
-
-        Args:
-            image: ``B x C x H x W``.
-
-        Returns:
-            ``B x K``.
-        """
-        return self.prediction(self.student(image))
-
-    def prediction(self, student: NetOutput) -> Tensor:
-        """Return logits ``B x K`` of the network that is kept.
-
-        Args:
-            student: Output of the student.
-        """
-        if self.method.head is None:
-            return student.logits
-        assert student.features is not None
-        logits: Tensor = self.method.head(student.features[-1])
-        return logits
-
-    def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
-        """Read a batch, as `read_batch` does; its images get the floating-point type of the student's weights.
-
-        Args:
-            batch: Batch of any data module.
-            first: Whether it is the first of an epoch, whose targets are checked on a GPU, too.
-
-        Raises:
-            ACKDError: If it has another form than the module was built for.
-        """
-        check_outermost(self)
-        result = read_batch(batch, self.data, check=first)
-        image = result.image.to(dtype_of(self.student))
-        if self.channels_last:
-            image = image.contiguous(memory_format=torch.channels_last)
-        return result._replace(image=image)
-
-    def outputs(self, batch: Batch) -> tuple[NetOutput, NetOutput | None]:
-        """Run teacher and student once; a method that runs its teachers itself gets None.
-
-        Args:
-            batch: Images.
-        """
-        if self.cache is not None:
-            return self.student(batch.image), self.cache.read(self.current_epoch, batch.index)
-        runs = self.teacher is not None and self.method.teacher != "own"
-        teacher = self.teachers(batch.image) if runs else None
-        return self.student(batch.image), teacher
-
-    def training_parameters(self) -> int:
-        """Return the number of parameters that learn, of the student with its learners and of the method."""
-        return sum(each.numel() for each in self.parameters() if each.requires_grad)
-
-    def networks_in_training(self) -> tuple[nn.Module, ...]:
-        """Return student and method."""
-        return self.student, self.method
-
-    def on_train_start(self) -> None:
-        """Refuse a student of weights that nothing trained, where the recipe needs trained ones."""
-        super().on_train_start()
-        check_trained(self.student, self.student_config, self.start or self._started_from)  # a checkpoint is loaded now
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """Train on one batch.
-
-        Returns:
-            The weighted loss, 0 for a skipped batch; None with manual optimization.
-        """
-        batch = self.as_batch(batch, first=batch_idx == 0)
-        check_batch(self.method, batch)
-        self._shares, batch = batch.soft, self.labelling(batch)
-        if self.method.reads_index and batch_idx == 0:  # one check an epoch: it waits for a GPU
-            self._check_index(batch)
-        try:
-            return self._step(batch)
-        except ValueError as error:  # BatchNorm's
-            if len(batch.target) > 1 or "more than 1 value" not in str(error):
-                raise
-            raise ACKDError(
-                f"a batch has 1 image and BatchNorm needs more to train ({error}); set drop_last=True in your "
-                "DataLoader, or choose a batch size that leaves more than 1 image over"
-            ) from error
-
-    def _step(self, batch: Batch) -> Tensor | None:
-        if not self.automatic_optimization:
-            self.manual_step(batch)
-            return None
-        before = self.statistics_before()
-        student, teacher = self.outputs(batch)
-        terms = self.method(student, teacher, batch)
-        loss = weighted_loss(self.method, terms)
-        if self.skips({**terms, "loss": loss}, before):
-            return torch.zeros_like(loss)  # without a backward pass: Lightning refuses None with several processes
-        self.split_gradient(terms)
-        self._last = student, teacher, batch
-        self.log_terms(loss, terms, student, batch)
-        return loss
-
-    def _check_index(self, batch: Batch) -> None:
-        if bool((batch.index < 0).any()):
-            raise ACKDError(
-                f"method {type(self.method).__name__} keeps a row for every training image and the batches have no "
-                "index; let the data give (image, target, index) with the image's position in `train_targets`"
-            )
-
-    def on_after_backward(self) -> None:
-        """Update the method's memories."""
-        if self._last is not None and self.automatic_optimization:
-            self.update_memories(*self._last)
-            self._last = None
 
 
 class ACKDModule(DistillationModule):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
+
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.methods.base import Method
@@ -24,7 +27,7 @@ def check_monitors(module: Any) -> None:
     parts = (module, module.method, *callbacks)
     if not all(type(each).__module__.startswith(("ackd_lightning.", "lightning.")) for each in parts):
         return
-    known = _logged(module)
+    known = _logged(module) | _rates(module, callbacks)
     for each in callbacks:
         monitor = getattr(each, "monitor", None)
         if not isinstance(monitor, str) or not getattr(each, "strict", True):
@@ -33,7 +36,8 @@ def check_monitors(module: Any) -> None:
         split, _, name = plain.partition("/")
         measures = type(module.method).statistics is not Method.statistics and f"{split}/acc" in known
         open_ended = measures or (split == "train" and bool(module.auxiliary))  # names that a method makes up
-        if plain in known or split in ("lr", "epoch", "step") or (open_ended and name):
+        counted = split in ("epoch", "step") and isinstance(each, Checkpoint)
+        if plain in known or counted or (open_ended and name):
             continue
         near = near_matches(monitor, known)
         near = f"{near} " if near.startswith("did") else ""
@@ -41,6 +45,14 @@ def check_monitors(module: Any) -> None:
             f"{type(each).__name__} monitors {monitor!r} and this run logs no such metric; {near}"
             f"{'known' if not near else 'Known'} are {', '.join(sorted(known))}"
         )
+
+
+def _rates(module: Any, callbacks: Sequence[Any]) -> set[str]:
+    """Learning rates, which are metrics where a callback logs them."""
+    if not any(isinstance(each, LearningRateMonitor) for each in callbacks):
+        return set()
+    groups = (each["name"] for each in module.learner_groups())
+    return {f"lr/{name}" for name in (*groups, *module.auxiliary)}
 
 
 def _logged(module: Any) -> set[str]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ackd_lightning.errors import ACKDError
@@ -20,14 +17,15 @@ from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.training.continuing import compare_optimizers, schedule_settings, take_settings
 from ackd_lightning.training.dot import DOT, TwoGradients
+from ackd_lightning.training.factories import refused_arguments
 from ackd_lightning.training.manual import metric_missing
+from ackd_lightning.training.own_optimizers import with_method_optimizers
 from ackd_lightning.training.schedule import (
     OptimizerFactory,
     Recipe,
     SchedulerFactory,
     build_scheduler,
-    describe_factory,
-    largest_rate,
+    follow_student,
     reads_metric,
     scale_learning_rates,
     step_scheduler,
@@ -63,7 +61,7 @@ class OpenOptimizers(TwoGradients):
         super().__init_subclass__(**kwargs)
         own = cls.configure_optimizers
         if own is not OpenOptimizers.configure_optimizers and not hasattr(own, "adds_method_optimizers"):
-            cls.configure_optimizers = _with_method_optimizers(own)  # type: ignore[method-assign, assignment]
+            cls.configure_optimizers = with_method_optimizers(own)  # type: ignore[method-assign, assignment]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip gradients by norm, after mixed precision has unscaled them."""
@@ -182,7 +180,7 @@ class OpenOptimizers(TwoGradients):
         if self.recipe.interval == "step":
             length = float(trainer.estimated_stepping_batches)  # loads the data, which num_training_batches needs
             per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-        with _refused("lr_scheduler", self.scheduler_factory):
+        with refused_arguments("lr_scheduler", self.scheduler_factory):
             scheduler = build_scheduler(
                 self.scheduler_factory,
                 optimizer,
@@ -214,7 +212,7 @@ class OpenOptimizers(TwoGradients):
 
     def configure_optimizers(self) -> Any:
         """Build the student's optimizer, those of the method, and their schedules."""
-        with _refused("optimizer", self.optimizer_factory):
+        with refused_arguments("optimizer", self.optimizer_factory):
             optimizer = self.optimizer_factory(self.learner_groups())
         self.scale_learning_rates(optimizer)
         return self.add_method_optimizers([optimizer], [self._schedule(optimizer, "lr", own_rate=False)])
@@ -229,14 +227,25 @@ class OpenOptimizers(TwoGradients):
             schedules: Its schedule in Lightning's form; may be empty.
         """
         own = self.method.auxiliary_optimizers()
-        if optimizers:
-            rate = largest_rate(
-                optimizers[0], [each["scheduler"] if isinstance(each, Mapping) else each for each in schedules]
-            )
-            for group in (group for each in own.values() for group in each.param_groups if "lr_scale" in group):
-                group["lr"] = rate * group["lr_scale"]
+        self._follow_student([*optimizers, *own.values()], schedules)
         added = [self._schedule(each, f"lr/{name}", own_rate=True) for name, each in own.items()]
         return [*optimizers, *own.values()], self._without_monitors([*schedules, *added])
+
+    def _follow_student(self, optimizers: Sequence[Optimizer], schedules: Sequence[Any]) -> None:
+        """Give the method's optimizers the student's learning rate where they ask for it, and say which rate it is."""
+        schedulers = [each["scheduler"] if isinstance(each, Mapping) else each for each in schedules]
+        for optimizer in optimizers[1:]:
+            alike = all(isinstance(each, SGD) for each in (optimizer, optimizers[0]))
+            rate = follow_student(optimizer, optimizers[0], schedulers, same_kind=alike)
+            if rate is None:
+                continue
+            first = optimizer.param_groups[0]["params"][0]
+            name = next(name for name, parameters in self.auxiliary.items() if parameters[0] is first)
+            own, other = type(optimizer).__name__, type(optimizers[0]).__name__
+            why = "the student's largest" if alike else f"since the student's is for {other}"
+            rank_zero_only(print)(
+                f"{name} of method {type(self.method).__name__}: {own} with learning rate {rate:g}, {why}"
+            )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step a schedule; one that reads a metric after every epoch was stepped before checkpoints were written.
@@ -268,20 +277,6 @@ class OpenOptimizers(TwoGradients):
             if metric is not None:
                 step_scheduler(cast(LRScheduler, config.scheduler), metric)
 
-    def _say_untrained(self, optimizers: Sequence[Optimizer]) -> None:
-        """Say which parameters of an overridden ``configure_optimizers`` no optimizer trains."""
-        held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
-        counts: Counter[str] = Counter()
-        for group in self.learner_groups() if optimizers else []:
-            missing = sum(each.numel() for each in group["params"] if id(each) not in held)
-            counts.update({group["name"]: missing} if missing else {})
-        if counts:
-            left = ", ".join(f"{name} ({count:,} parameters)" for name, count in counts.items())
-            rank_zero_warn(
-                f"{type(self).__name__}.configure_optimizers leaves {left} without an optimizer, so that they stay as "
-                "they are; give it self.learner_groups() to train them"
-            )
-
     def _without_monitors(self, schedules: list[Any]) -> list[Any]:
         """Keep the names of monitored metrics; Lightning would warn and forget them in manual optimization."""
         if self.automatic_optimization:
@@ -294,100 +289,3 @@ class OpenOptimizers(TwoGradients):
                 each = {key: each[key] for key in each if key not in ("monitor", "reduce_on_plateau", "strict")}
             found.append(each)
         return found
-
-
-@contextlib.contextmanager
-def _refused(setting: str, factory: Any) -> Iterator[None]:
-    """Put what torch states against the arguments of an optimizer or a schedule into one sentence."""
-    try:
-        yield
-    except ACKDError:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:
-        described = describe_factory(factory)
-        if described is None:  # a function of the user's own: its error shows where
-            raise
-        name, reason = str(described["class_path"]).rpartition(".")[2], " ".join(str(error).split())[:200]
-        raise ACKDError(f"{name} refuses its arguments ({reason.rstrip('.')}); correct model.{setting}") from error
-
-
-def constant(optimizer: Optimizer) -> LRScheduler:
-    """Return a schedule that leaves the learning rate as it is.
-
-    Args:
-        optimizer: Optimizer of the schedule.
-    """
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-def factory_of(given: Any) -> Any:
-    """Return the factory of an optimizer or a schedule: as it is given, or from the plain data of a checkpoint.
-
-    Args:
-        given: A function, or ``class_path`` and ``init_args``.
-
-    Raises:
-        ACKDError: If the plain data name a class outside ``torch.optim``, ``timm.optim`` and this package.
-    """
-    if not isinstance(given, Mapping):
-        return given
-    module, _, name = str(given["class_path"]).rpartition(".")
-    if module not in ("torch.optim", "torch.optim.lr_scheduler", "timm.optim", "ackd_lightning.training"):
-        raise ACKDError(f"the checkpoint was trained with {given['class_path']}; pass that optimizer or schedule again")
-    home = importlib.import_module(module)
-    return functools.partial(getattr(home, name), **given["init_args"])
-
-
-def _with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Complete what an overridden ``configure_optimizers`` returns with the optimizers of the method."""
-
-    @functools.wraps(own)
-    def configure_optimizers(self: OpenOptimizers) -> Any:
-        result = own(self)
-        if not self.auxiliary:
-            self._say_untrained(_parts(result)[0])
-            return result
-        optimizers, schedules = _parts(result)
-        auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
-        held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
-        count = len(optimizers)
-        if auxiliary & held and count == 1:  # such as AdamW(self.parameters())
-            for group in optimizers[0].param_groups:
-                group["params"] = [each for each in group["params"] if id(each) not in auxiliary]
-            rank_zero_only(print)(
-                f"{type(self).__name__}.configure_optimizers trains all parameters; those of "
-                f"{', '.join(self.auxiliary)} have optimizers of the method and are left to them"
-            )
-            held -= auxiliary
-        if auxiliary & held:
-            schedules = self._without_monitors(schedules)
-        else:
-            optimizers, schedules = self.add_method_optimizers(optimizers, schedules)
-        if len(optimizers) != 1 + len(self.auxiliary):
-            raise ACKDError(
-                f"{type(self).__name__}.configure_optimizers returns {count} optimizers, and method "
-                f"{type(self.method).__name__} has {len(self.auxiliary)} of its own, which are added; return the "
-                "student's optimizer alone"
-            )
-        self._say_untrained(optimizers)
-        return optimizers, schedules
-
-    configure_optimizers.adds_method_optimizers = True  # type: ignore[attr-defined]
-    return configure_optimizers
-
-
-def _parts(result: Any) -> tuple[list[Optimizer], list[Any]]:
-    """Split one of Lightning's forms of optimizers and schedules into two lists."""
-    if result is None:
-        return [], []
-    if isinstance(result, Optimizer):
-        return [result], []
-    if isinstance(result, Mapping):
-        schedule = result.get("lr_scheduler")
-        if schedule is not None and not isinstance(schedule, Mapping):
-            schedule = {"scheduler": schedule, "monitor": result.get("monitor")}
-        return [result["optimizer"]], [] if schedule is None else [schedule]
-    if isinstance(result, (list, tuple)) and len(result) == 2 and isinstance(result[0], (list, tuple)):
-        return list(result[0]), list(result[1])
-    pairs = [_parts(each) for each in result]
-    return [each for found, _ in pairs for each in found], [each for _, found in pairs for each in found]

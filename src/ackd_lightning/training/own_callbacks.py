@@ -24,7 +24,7 @@ def own_callbacks(
         teachers: Settings of the teachers.
         branches: Whether the student has auxiliary learners.
     """
-    present: list[L.Callback] = getattr(trainer, "callbacks", [])
+    present: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     watched = any(isinstance(each, HealthMonitor) for each in present)
     callbacks: list[L.Callback] = [HealthMonitor()] if branches and not watched else []
     if recipe.ema_decay is not None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -199,7 +196,47 @@ def largest_rate(optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> float:
     group = optimizer.param_groups[0]
     inner = [each.scheduler if isinstance(each, WarmUp) else each for each in schedulers]
     cyclic = [float(each.max_lrs[0]) for each in inner if isinstance(each, CyclicLR)]
-    return max(cyclic) if cyclic else float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+    unscaled = [each.unscaled[0] for each in schedulers if isinstance(each, WarmUp)]
+    present = max(unscaled, default=group["lr"])
+    return max(cyclic) if cyclic else float(group.get("max_lr", group.get("initial_lr", present)))
+
+
+def follow_student(
+    optimizer: Optimizer, student: Optimizer, schedulers: Sequence[Any] = (), *, same_kind: bool
+) -> float | None:
+    """Train the groups of a method's optimizer that have an ``lr_scale`` at this multiple of the student's rate.
+
+    Rates of unlike optimizers cannot be compared: then the groups keep the rate that the method gave them. So do groups
+    whose rate was changed since.
+
+    Args:
+        optimizer: Optimizer of the method, perhaps with a schedule.
+        student: The student's optimizer.
+        schedulers: Schedules of both, perhaps with a warm-up around them.
+        same_kind: Whether the rates of the two can be compared.
+
+    Returns:
+        Learning rate of the first of these groups; None if there is none, or its rate was changed.
+    """
+    found: float | None = None
+    for group in optimizer.param_groups:
+        scale, own = group.pop("lr_scale", None), float(group.get("initial_lr", group["lr"]))
+        if scale is None or own != optimizer.defaults["lr"]:
+            continue
+        rate = largest_rate(student, [each for each in schedulers if each.optimizer is student]) * scale
+        if same_kind and rate != own:
+            _multiply(group, rate / own)
+            for each in schedulers:
+                if each.optimizer is optimizer and hasattr(each, "base_lrs"):
+                    each.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        found = (rate if same_kind else own) if found is None else found
+    return found
+
+
+def _multiply(group: dict[str, Any], factor: float) -> None:
+    """Multiply all learning rates that a parameter group knows."""
+    for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
+        group[key] = group[key] * factor
 
 
 def _keep_ratios(scheduler: LRScheduler, rates: Sequence[float], *, own_rate: bool) -> None:
@@ -213,8 +250,7 @@ def _keep_ratios(scheduler: LRScheduler, rates: Sequence[float], *, own_rate: bo
         return
     factors = [rate / (top if own_rate else rates[0]) for rate, top in zip(rates, largest, strict=True)]
     for group, factor in zip(groups, factors, strict=True):
-        for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
-            group[key] = group[key] * factor
+        _multiply(group, factor)
     if isinstance(scheduler, CyclicLR):
         for name in ("base_lrs", "max_lrs"):
             values = zip(getattr(scheduler, name), factors, strict=True)
@@ -249,38 +285,3 @@ def scale_learning_rates(optimizer: Optimizer, scales: Mapping[int, float]) -> N
         factor = scales.get(id(group["params"][0]), 1.0) if group["params"] else 1.0
         if factor != 1.0:
             group["lr"] = group["lr"] * factor
-
-
-def describe_factory(factory: Any) -> dict[str, Any] | None:
-    """Return a factory of optimizers or schedules as plain data, or None if it is not a class with plain arguments.
-
-    Args:
-        factory: A class, or a `functools.partial` of one.
-
-    Example:
-        >>> describe_factory(functools.partial(torch.optim.SGD, lr=0.1))
-        {'class_path': 'torch.optim.SGD', 'init_args': {'lr': 0.1}}
-    """
-    if isinstance(factory, Mapping):
-        return dict(factory)  # as a checkpoint has it
-    arguments: dict[str, Any] = {}
-    found = factory
-    if isinstance(factory, functools.partial):
-        arguments = dict(factory.keywords)
-        found = next((each for each in (factory.func, *reversed(factory.args)) if isinstance(each, type)), None)
-    if not isinstance(found, type) or not all(map(_is_plain, arguments.values())):
-        return None
-    cls: type = found
-    home: Any = torch.optim.lr_scheduler if issubclass(cls, LRScheduler) else torch.optim
-    for package in ("timm.optim", "ackd_lightning.training"):
-        if cls.__module__.startswith(f"{package}."):
-            home = importlib.import_module(package)
-    public = getattr(home, cls.__name__, None) is cls
-    path = f"{home.__name__}.{cls.__name__}" if public else f"{cls.__module__}.{cls.__qualname__}"
-    return {"class_path": path, "init_args": arguments}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(each) for each in value)
-    return isinstance(value, (bool, int, float, str, type(None)))

@@ -199,7 +199,7 @@ class Teachers:
 
         Args:
             names: Names of the data's classes; None when unknown.
-            reorder: Whether the logits can be changed; a method that runs its teachers itself reads them as they are.
+            reorder: Whether the logits can be changed; some methods read the teacher's own classes.
             by_name: Whether classes that both sides name are matched by their names; if not, by their number.
 
         Raises:

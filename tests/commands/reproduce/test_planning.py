@@ -11,7 +11,7 @@ from torch import nn
 
 from ackd_lightning.commands.reproduce.command import _plan
 from ackd_lightning.commands.reproduce.estimate import megabytes, train_images
-from ackd_lightning.commands.reproduce.jobs import as_arguments, check_unchanged, unchanged
+from ackd_lightning.commands.reproduce.jobs import as_arguments, check_unchanged, unchanged, union
 from ackd_lightning.commands.reproduce.planning import Planner
 from ackd_lightning.commands.reproduce.tables import choose, read_table, table_names
 from ackd_lightning.errors import ACKDError
@@ -186,6 +186,18 @@ def test_every_assistant_learns_from_the_one_before_it_and_a_student_from_the_la
         assert not any("weights" in each for each in job.settings["model.teacher"])
         assert [name for name, _ in job.networks.teachers] == list(names)
     assert dgkd.config_hash != ceskd.config_hash
+
+
+def test_settings_of_the_teacher_reach_every_one_of_several_and_no_run_without(here):
+    pair = {**HERE, "assistants": ["resnet14"]}
+    table = small(here, pairs={PAIR: pair}, rows={"dgkd": {}}, student_set={"model.teacher.interpolation": "bicubic"})
+    teacher, assistant, dgkd = plan(table, overrides=["--model.teacher.bf16", "true", "--data.batch_size=8"])[1]
+    assert teacher.settings.get("model.teacher.bf16") is None
+    assert assistant.settings["model.teacher.bf16"] is True
+    teachers = dgkd.settings["model.teacher"]
+    assert [each["network"] for each in teachers] == ["resnet20", "resnet14"]
+    assert all((each["bf16"], each["interpolation"]) == (True, "bicubic") for each in teachers)
+    assert {job.settings["data.batch_size"] for job in (teacher, assistant, dgkd)} == {8}
 
 
 def test_a_very_short_early_stop_keeps_an_epoch_before_each_milestone(here):
@@ -429,7 +441,26 @@ def test_tables_agree_on_the_runs_that_they_share():
             settings = (table.settings, table.teacher_settings, table.student_settings)
             for key, value in {"settings": settings, **proxies, **rows}.items():
                 assert seen.setdefault((pair.config.name, key), value) == value, (table.name, pair.name, key)
+            assert seen.setdefault(pair.name, pair.rows) == pair.rows, (table.name, pair.name)  # on any data set
     assert len([key for key in seen if key[0] == "cifar100_resnet110_resnet20.yaml"]) > 15  # tables 2, 6 and 7
+
+
+@pytest.mark.slow  # plans 15 runs
+def test_all_tables_plan_the_runs_that_they_share_alike():
+    shared, jobs = {"resnet110_resnet20", "wrn_28_4_resnet56"}, []
+    for name in ("table1", "table2", "table6", "table7"):  # those of CIFAR-100
+        table = read_table(name)
+        jobs += plan(table, methods=["dkd", "at"], pairs=sorted(shared & table.pairs.keys()))[1]
+    assert len(union(jobs)) == 6 < len(jobs)
+
+
+@pytest.mark.parametrize("other", [{"model.method.beta": 2.0}, {"model.method.beta": 8.0, "model.student.taps": ["a"]}])
+def test_one_run_with_different_settings_in_two_tables_is_refused(tmp_path, other):
+    first = make_job(tmp_path / "run", settings={"model.method.beta": 8.0})
+    same = make_job(tmp_path / "run", settings={"model.method.beta": 8.0})
+    assert union([first, same]) == {first.folder: first}
+    with pytest.raises(ACKDError):
+        union([first, make_job(tmp_path / "run", settings=other)])
 
 
 def test_values_reach_the_command_line_as_yaml_reads_them():

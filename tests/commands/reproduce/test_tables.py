@@ -37,6 +37,11 @@ class TestMistakes:
                 "`assistants` of pair 'p' of own.yaml is 'resnet14'",
             ),
             ({"pairs": {"p": {**HERE, "rows": {"kd": 3}}}}, "row 'kd' of pair 'p' of own.yaml"),
+            ({"pairs": {"p": {**HERE, "rows": {"dkdd": {}}}}}, "names 'dkdd'; did you mean 'dkd'"),
+            ({"pairs": {"p": {**HERE, "rows": {"kd+dkdd": {}}}}}, "names 'dkdd'; did you mean 'dkd'"),
+            ({"pairs": {"p": {**HERE, "rows": {"kd": {"modl.method.beta": 2}}}}}, "'modl.method.beta'; did .* 'model'"),
+            ({"pairs": {"p": {**HERE, "rows": "nowhere"}}}, "nowhere.yaml does not exist"),
+            ({"set": {"trainr.max_epochs": 2}}, "'trainr.max_epochs'; did you mean 'trainer'"),
             ({"pairs": {"p": {**HERE, "assistants": [3]}}}, "`assistants` of pair 'p' of own.yaml is "),
             ({"pairs": {"p": {**HERE, "assistants": ["a", "a"]}}}, "`assistants` of pair 'p' .* twice"),
             ({"pairs": ["p"]}, "own.yaml is not a table; add `pairs` and `rows`"),
@@ -115,6 +120,13 @@ def test_a_configuration_beside_the_table_is_found(here):
     (here / "mine" / "net.yaml").write_text("seed_everything: 0")
     write_table(here / "mine" / "own.yaml", pairs={"p": {"config": "net.yaml"}})
     assert read_table("mine/own.yaml").pairs["p"].config.resolve() == here / "mine" / "net.yaml"
+
+
+def test_rows_of_a_pair_may_be_in_a_file_that_tables_share(here):
+    (here / "ours.yaml").write_text("dkd: {model.method.beta: 3.0}\nkd+crd:\n")
+    table = own_table(here, pairs={"p": {**HERE, "rows": "ours"}, "q": {**HERE, "rows": "resnet110_resnet20"}})
+    assert table.pairs["p"].rows == {"dkd": {"model.method.beta": 3.0}, "kd+crd": {}}
+    assert table.pairs["q"].rows == read_table("table7").pairs["resnet110_resnet20"].rows
 
 
 def test_a_preset_takes_the_place_of_pairs_and_settings():

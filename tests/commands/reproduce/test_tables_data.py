@@ -298,8 +298,10 @@ def test_settings_are_arguments_of_what_they_set(name, pair):
         "model.lr_scheduler": parameters(settings["model"]["lr_scheduler"]["class_path"]),
     }
     dotted = [("ackd", content.get(part) or {}) for part in ("set", "teacher_set", "student_set")]
-    dotted += [(row.method, row.settings) for row in read_table(name).rows.values()] if name != "smoke" else []
-    dotted += list(content["pairs"][pair].get("rows", {}).items())
+    if name != "smoke":
+        table = read_table(name)
+        dotted += [(row.method, row.settings) for row in table.rows.values()]
+        dotted += list(table.pairs[pair].rows.items())
     for method, given in dotted:
         fragment, _ = load_configs([method])
         arguments = parameters(fragment["model"]["method"]["class_path"])

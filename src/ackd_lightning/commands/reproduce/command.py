@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning.commands.reproduce.estimate import Stopwatch, megabytes
-from ackd_lightning.commands.reproduce.jobs import Job, check_unchanged, unchanged
+from ackd_lightning.commands.reproduce.jobs import Job, check_unchanged, unchanged, union
 from ackd_lightning.commands.reproduce.output import COLUMNS, METRIC_NAMES, write_records, write_tables
 from ackd_lightning.commands.reproduce.planning import Planner, needs_teacher
 from ackd_lightning.commands.reproduce.proxies import proxy_lines
 from ackd_lightning.commands.reproduce.results import Line, lines, note, record
 from ackd_lightning.commands.reproduce.running import Runner
-from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec, choose, read_table, table_names
+from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec
+from ackd_lightning.commands.reproduce.tables import choose, read_table, table_names
 from ackd_lightning.errors import ACKDError, RunsFailedError
 
 _MOST_SEEDS = 1000
@@ -185,7 +186,7 @@ def reproduce(
         some_pairs, rows = choose(table, pairs, methods)
         planner = Planner(table, folder if name != "all" else folder.parent, overrides)
         work.append((table, folder, some_pairs, rows, planner, _plan(table, some_pairs, rows, chosen_seeds, planner)))
-    everything = {job.folder: job for *_, jobs in work for job in jobs}
+    everything = union(job for *_, jobs in work for job in jobs)
     if dry_run:
         _print_plan(", ".join(table.name for table, *_ in work), list(everything.values()))
         return

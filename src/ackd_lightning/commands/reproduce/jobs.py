@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,3 +155,25 @@ def check_unchanged(job: Job) -> None:
             f"run {job.folder} was made with {key} = {there} and would now have {planned}; "
             "choose another --out, or remove that run"
         )
+
+
+def union(jobs: Iterable[Job]) -> dict[Path, Job]:
+    """Collect the runs of several tables by folder; tables that need the same run share it.
+
+    Args:
+        jobs: Planned runs.
+
+    Raises:
+        ACKDError: When two tables plan one folder with different settings.
+    """
+    found: dict[Path, Job] = {}
+    for job in jobs:
+        there = found.setdefault(job.folder, job)
+        for key in sorted(there.settings.keys() | job.settings.keys()):
+            first, second = (json.dumps(each.settings.get(key)) for each in (there, job))
+            if first != second:
+                raise ACKDError(
+                    f"two tables would share the run {job.folder}, with {key} = {first} in one and {second} in the "
+                    "other; give the row the same settings in both, or run each table with its own --out"
+                )
+    return found

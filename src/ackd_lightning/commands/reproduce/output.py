@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ackd_lightning.commands.reproduce.results import Line
-from ackd_lightning.commands.reproduce.tables import TableSpec
+from ackd_lightning.commands.reproduce.specs import TableSpec
 from ackd_lightning.runs.files import write_json
 
 COLUMNS = ["row", "paper", "ours, last", "ours, best", "n", "difference"]

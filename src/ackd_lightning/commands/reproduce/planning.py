@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ackd_lightning.commands.reproduce.jobs import Job, as_arguments
 from ackd_lightning.commands.reproduce.networks import Networks
-from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec, TeacherKind
+from ackd_lightning.commands.reproduce.sources import Source, lay_into_teachers
+from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec, TeacherKind
 from ackd_lightning.config.experiment import experiment_settings
 from ackd_lightning.config.files import find_config, load_configs
 from ackd_lightning.errors import ACKDError, count_of
@@ -29,34 +29,6 @@ def needs_teacher(row: Row) -> bool:
         row: Row of a table.
     """
     return from_description(load_configs([row.method])[0]["model"]["method"]).teacher != "none"
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Networks that a run learns from.
-
-    Attributes:
-        networks: Settings below ``model.teacher``, without the weights, and weight file of each.
-        needs: Folders of the runs that train them.
-    """
-
-    networks: tuple[tuple[Mapping[str, Any], Path], ...] = ()
-    needs: tuple[Path, ...] = ()
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Weight files."""
-        return tuple(file for _, file in self.networks)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings of a run; those of several teachers take the place of the configuration's."""
-        if len(self.networks) > 1:
-            return {"model.teacher": [{**settings, "weights": str(file)} for settings, file in self.networks]}
-        return {
-            f"model.teacher.{key}": value
-            for settings, file in self.networks
-            for key, value in {**settings, "weights": str(file)}.items()
-        }
 
 
 class Planner:
@@ -92,7 +64,7 @@ class Planner:
         jobs: list[Job] = []
         fixed = [part for config in configs for part in ("--config", config)]
         fixed += ["--runs_dir", str(self.out / "runs"), "--weights_dir", "null"]
-        fixed += [*as_arguments({**self.table.settings, **settings}), *self.overrides]
+        fixed += self._options(configs, settings)
         names = [f"{name}-seed{seed}" if name else f"seed{seed}" for seed in seeds]
         planned = plan_fit([*fixed, "--seed_everything", str(seeds[0]), "--name", names[0]])
         networks = Networks.of(planned.model)
@@ -215,8 +187,13 @@ class Planner:
         return found[0]
 
     def _read(self, config: Path, settings: Mapping[str, Any]) -> ACKDCLI:
-        values = as_arguments({**self.table.settings, **settings})
-        return plan_fit(["--config", str(config), *values, *self.overrides, "--name", "unnamed"])
+        return plan_fit(["--config", str(config), *self._options([str(config)], settings), "--name", "unnamed"])
+
+    def _options(self, configs: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        """Settings of the table and of a run, and the user's, as a command line."""
+        teacher = load_configs(configs)[0].get("model", {}).get("teacher") is not None
+        laid, overrides = lay_into_teachers({**self.table.settings, **settings}, self.overrides, teacher=teacher)
+        return [*as_arguments(laid), *overrides]
 
     def assistants(self, pair: Pair) -> list[Job]:
         """Plan the runs that train the assistants of a pair, each with KD from the one before it.
@@ -248,18 +225,18 @@ class Planner:
             chain.append(self._sources[pair.name, f"assistant {name}"])
         return chain
 
-    def _teacher(self, pair: Pair, *, early: bool = False) -> _Source:
+    def _teacher(self, pair: Pair, *, early: bool = False) -> Source:
         given = None if early else self.given_weights(pair)
         if given is not None:
-            return _Source((({}, given),))
+            return Source((({}, given),))
         job = self.teacher(pair, early=early)
-        return _Source((({}, job.student_file),), (job.folder,))
+        return Source((({}, job.student_file),), (job.folder,))
 
     @staticmethod
-    def _learned(network: str, job: Job) -> _Source:
-        return _Source((({"network": network}, job.student_file),), (job.folder,))
+    def _learned(network: str, job: Job) -> Source:
+        return Source((({"network": network}, job.student_file),), (job.folder,))
 
-    def _source(self, pair: Pair, kind: TeacherKind) -> _Source:
+    def _source(self, pair: Pair, kind: TeacherKind) -> Source:
         """Networks to learn from."""
         if kind in ("teacher", "early_stopped"):
             return self._teacher(pair, early=kind == "early_stopped")
@@ -269,7 +246,7 @@ class Planner:
         model: dict[str, Any] = load_configs([str(pair.config)])[0]["model"]
         teacher = self._teacher(pair)
         networks = [(model["teacher"], teacher.files[0]), *(network for each in chain for network in each.networks)]
-        return _Source(tuple(networks), (*teacher.needs, *(need for each in chain for need in each.needs)))
+        return Source(tuple(networks), (*teacher.needs, *(need for each in chain for need in each.needs)))
 
     def add(self, pair: Pair, row: Row, seeds: Sequence[int]) -> list[Job]:
         """Plan the runs of a row of a pair, and the runs that they need.
@@ -281,14 +258,14 @@ class Planner:
         """
         if row.teacher == "itself":
             return [job for seed in seeds for job in self._add(pair, row, [seed], self._itself(pair, seed))]
-        return self._add(pair, row, seeds, self._source(pair, row.teacher) if needs_teacher(row) else _Source())
+        return self._add(pair, row, seeds, self._source(pair, row.teacher) if needs_teacher(row) else Source())
 
-    def _itself(self, pair: Pair, seed: int) -> _Source:
+    def _itself(self, pair: Pair, seed: int) -> Source:
         """Teacher that is the student trained alone from the same seed; shared with the row ``ce``."""
         (job,) = self.add(pair, self.table.rows.get("ce", Row("ce", "ce", label="ce")), [seed])
         return self._learned(self._networks(pair)[1], job)
 
-    def _add(self, pair: Pair, row: Row, seeds: Sequence[int], source: _Source) -> list[Job]:
+    def _add(self, pair: Pair, row: Row, seeds: Sequence[int], source: Source) -> list[Job]:
         return self._job(
             title=f"{pair.name}: {row.label}",
             pair=pair,
@@ -299,7 +276,7 @@ class Planner:
                 **self.table.student_settings,
                 **source.settings(),
                 **row.settings,
-                **(pair.rows.get(row.name) or {}),
+                **pair.rows.get(row.name, {}),
             },
             name=row.name,
             seeds=seeds,

@@ -11,7 +11,7 @@ import torch
 from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.commands.reproduce.planning import Planner
 from ackd_lightning.commands.reproduce.results import Line
-from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec
+from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec
 from ackd_lightning.metrics.proxies import proxy_measurements
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.weights import digest

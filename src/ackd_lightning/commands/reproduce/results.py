@@ -11,7 +11,7 @@ from typing import Any
 from ackd_lightning.commands.compare import curves, mean_and_std
 from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.commands.reproduce.planning import Planner
-from ackd_lightning.commands.reproduce.tables import Pair, Row, TableSpec
+from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.runs.files import read_summary
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from ackd_lightning.commands.reproduce.specs import TEACHER_KINDS, Pair, Row, TableSpec
 from ackd_lightning.config.files import (
     config_folder,
     config_parts,
@@ -17,8 +17,6 @@ from ackd_lightning.config.files import (
 )
 from ackd_lightning.errors import ACKDError, near_matches
 
-TeacherKind = Literal["teacher", "early_stopped", "assistant", "guides", "itself"]
-TEACHER_KINDS: tuple[TeacherKind, ...] = ("teacher", "early_stopped", "assistant", "guides", "itself")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "eskd": {"method": "kd", "teacher": "early_stopped"},
     "takd": {"method": "kd", "teacher": "assistant"},
@@ -31,90 +29,8 @@ the teacher and all assistants, and a student that learns from itself, trained a
 METRICS = ("acc", "acc_top5")
 _TABLE_KEYS = {"metrics", "error", "proxies", "set", "teacher_set", "student_set", "pairs", "rows"}
 _PAIR_KEYS = {"config", "assistants", "early_stop", "paper", "rows"}
+_SECTIONS = ("data", "model", "trainer")
 _ROW_KEYS = {"method", "teacher", "label", "set"}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A teacher and a student on a data set.
-
-    Attributes:
-        name: Name, such as ``resnet110_resnet20``.
-        config: Configuration of its ACKD run.
-        assistants: Networks between the two, the largest first. Each learns by KD from the one before it, the first
-            from the teacher.
-        early_stop: Epoch of the configured schedule at which ESKD's teacher stops.
-        paper: Figures in percent by row, in the order of the metrics; named figures for a table of proxies.
-        rows: Dotted settings of this pair's runs by row, such as the weights that a method's authors use for it.
-    """
-
-    name: str
-    config: Path
-    assistants: tuple[str, ...] = ()
-    early_stop: int | None = None
-    paper: dict[str, Any] = field(default_factory=dict)
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def figure(self, row: str, metric: int) -> float | None:
-        """Figure of the paper; None where it has none.
-
-        Args:
-            row: Name of the row.
-            metric: Index of the metric.
-        """
-        value = self.paper.get(row)
-        if isinstance(value, Sequence):
-            value = value[metric]
-        return None if value is None or (metric and not isinstance(self.paper.get(row), Sequence)) else float(value)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table: a method and the network that it learns from.
-
-    Attributes:
-        name: Name, unique in the table.
-        method: Fragment of ``configs/methods``, or several joined by ``+``, whose losses are added.
-        teacher: The teacher, the early-stopped teacher, the last assistant, the teacher and all assistants, or the
-            student itself, trained alone before.
-        label: Printed name.
-        settings: Dotted settings of its runs.
-    """
-
-    name: str
-    method: str
-    teacher: TeacherKind = "teacher"
-    label: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TableSpec:
-    """A table to fill.
-
-    Attributes:
-        name: Stem of the file name.
-        title: First comment of the file.
-        metrics: ``acc``, ``acc_top5``.
-        error: Whether the figures are errors (100 - accuracy).
-        proxies: Whether the table compares proxies of the teacher (Table 1) instead of accuracies.
-        pairs: Pairs by name.
-        rows: Rows by name, in printed order.
-        settings: Dotted settings of every run.
-        teacher_settings: Dotted settings of teachers.
-        student_settings: Dotted settings of assistants and students.
-    """
-
-    name: str
-    title: str
-    metrics: tuple[str, ...]
-    error: bool
-    proxies: bool
-    pairs: dict[str, Pair]
-    rows: dict[str, Row]
-    settings: dict[str, Any]
-    teacher_settings: dict[str, Any]
-    student_settings: dict[str, Any]
 
 
 def table_names() -> list[str]:
@@ -141,8 +57,9 @@ def _read(path: Path, keys: set[str]) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("pairs"), dict):
         raise ACKDError(f"{path} is not a table; add `pairs` and `rows` as in configs/tables/table2.yaml")
     _refuse_unknown(content, keys, str(path))
-    for key in keys & {"rows", "set", "teacher_set", "student_set"}:
-        _require_mapping(content.get(key), f"`{key}` of {path}")
+    _require_mapping(content.get("rows"), f"`rows` of {path}")
+    for key in ("set", "teacher_set", "student_set"):
+        _require_settings(content.get(key), f"`{key}` of {path}")
     if not isinstance(content.get("metrics") or [], list):
         raise ACKDError(f"`metrics` of {path} is {content['metrics']!r}; write a list such as [acc, acc_top5]")
     return content
@@ -151,6 +68,14 @@ def _read(path: Path, keys: set[str]) -> dict[str, Any]:
 def _require_mapping(value: Any, place: str) -> None:
     if value is not None and not isinstance(value, dict):
         raise ACKDError(f"{place} is {str(value)[:60]!r}; write `name: value` lines")
+
+
+def _require_settings(value: Any, place: str) -> None:
+    _require_mapping(value, place)
+    for key in value or {}:
+        section, dot, _ = str(key).partition(".")
+        if dot and section not in _SECTIONS:
+            raise ACKDError(f"{place} has the setting {key!r}; {near_matches(section, _SECTIONS)}")
 
 
 def _refuse_unknown(content: Mapping[str, Any], keys: set[str], place: str) -> None:
@@ -180,15 +105,43 @@ def _pairs(content: Mapping[str, Any], path: Path) -> dict[str, Pair]:
         if len(set(assistants)) < len(assistants):
             raise ACKDError(f"`assistants` of pair {name!r} of {path} names a network twice; name each once")
         _require_mapping(given.get("paper"), f"`paper` of pair {name!r} of {path}")
-        _require_mapping(given.get("rows"), f"`rows` of pair {name!r} of {path}")
-        for row, settings in (given.get("rows") or {}).items():
-            _require_mapping(settings, f"row {row!r} of pair {name!r} of {path}")
         beside = path.parent / given["config"]
         config = beside if beside.is_file() else find_config(given["config"])
         rest = {key: value for key, value in given.items() if key != "config"}
-        rest |= {"paper": rest.get("paper") or {}, "assistants": tuple(assistants), "rows": rest.get("rows") or {}}
+        rows = _pair_rows(given.get("rows"), path, f"pair {name!r} of {path}")
+        rest |= {"paper": rest.get("paper") or {}, "assistants": tuple(assistants), "rows": rows}
         pairs[str(name)] = Pair(str(name), config, **rest)
     return pairs
+
+
+def _pair_rows(given: Any, path: Path, place: str) -> dict[str, dict[str, Any]]:
+    """Settings of a pair's runs by row: written there, or in a file that several tables share."""
+    if isinstance(given, str):
+        files = [folder / f"{given}.yaml" for folder in (path.parent, _folder())]
+        file = next((each for each in files if each.is_file()), None)
+        if file is None:
+            raise ACKDError(f"`rows` of {place} is {given!r} and {files[0]} does not exist; name a file of rows")
+        given, place = read_yaml(file), f"{file}, `rows` of {place}"
+    _require_mapping(given, f"`rows` of {place}")
+    for row, settings in (given or {}).items():
+        _require_settings(settings, f"row {row!r} of {place}")
+    return {str(row): settings or {} for row, settings in (given or {}).items()}
+
+
+def _refuse_unknown_rows(pairs: Mapping[str, Pair], rows: Mapping[str, Row], path: Path) -> None:
+    known = _row_names(rows)
+    for pair in pairs.values():
+        for row in pair.rows:
+            for part in [row] if row in known else config_parts(row):
+                if part not in known:
+                    raise ACKDError(
+                        f"`rows` of pair {pair.name!r} of {path} names {part!r}; {near_matches(part, known)}"
+                    )
+
+
+def _row_names(rows: Mapping[str, Row]) -> list[str]:
+    """Rows of a table, and every method that may become a row of it."""
+    return [*rows, *SCHEDULES, *(name.removesuffix(".yaml") for name in method_names())]
 
 
 def _check_figures(pairs: Mapping[str, Pair], metrics: Sequence[str], path: Path) -> None:
@@ -207,7 +160,7 @@ def _row(name: str, given: Mapping[str, Any] | None, place: str) -> Row:
     _require_mapping(given, f"row {name!r} of {place}")
     given = {**SCHEDULES.get(name, {}), **(given or {})}
     _refuse_unknown(given, _ROW_KEYS, f"row {name!r} of {place}")
-    _require_mapping(given.get("set"), f"`set` of row {name!r} of {place}")
+    _require_settings(given.get("set"), f"`set` of row {name!r} of {place}")
     method, kind = str(given.get("method", name)), given.get("teacher", "teacher")
     for part in config_parts(method):
         if f"{part}.yaml" not in method_names() and not Path(part).is_file():
@@ -248,6 +201,7 @@ def read_table(name: str, preset: str | None = None) -> TableSpec:
     if not pairs:
         raise ACKDError(f"{path} has no pairs; add one below `pairs`, as in configs/tables/table2.yaml")
     rows = {str(row): _row(str(row), given, str(path)) for row, given in (content.get("rows") or {}).items()}
+    _refuse_unknown_rows(pairs, rows, path)
     return TableSpec(
         name=path.stem if preset is None else f"{path.stem}-{preset}",
         title=describe_config(str(path)) + (f" (preset {preset}, other data)" if preset else ""),
@@ -276,7 +230,7 @@ def choose(table: TableSpec, pairs: Sequence[str], methods: Sequence[str]) -> tu
     for pair in pairs:
         if pair not in table.pairs:
             raise ACKDError(f"{table.name} has no pair {pair!r}; {near_matches(pair, list(table.pairs))}")
-    known = [*table.rows, *SCHEDULES, *(name.removesuffix(".yaml") for name in method_names())]
+    known = _row_names(table.rows)
     for method in methods:
         for part in [method] if method in known else config_parts(method):
             if part not in known:

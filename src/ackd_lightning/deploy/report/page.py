@@ -10,8 +10,8 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-FIGURES = "figures"
-"""Folder of the figures, beside the Markdown."""
+from ackd_lightning.deploy.report.elements import FIGURES, escaped, figure, interval_text, percent, size_text, table
+
 _SHOWN_CLASSES = 30
 _STYLE = """
 :root { color-scheme: light; }
@@ -26,72 +26,6 @@ img { max-width: 100%; height: auto; margin: .6rem 0; }
 code { background: #f3f4f6; padding: .1rem .3rem; border-radius: 3px; font-size: .9em; }
 .wide { overflow-x: auto; }
 """
-
-
-def escaped(text: str) -> str:
-    r"""Return text that Markdown shows as it is, such as the name of a class.
-
-    Args:
-        text: Any text.
-
-    Example:
-        >>> escaped("a|b_c")
-        'a\\|b\\_c'
-    """
-    return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", " ".join(text.split()))
-
-
-def percent(value: float | None, decimals: int = 2) -> str:
-    """Return a share in percent as text.
-
-    Args:
-        value: Share from 0 to 1; None for a dash.
-        decimals: Number of decimals.
-    """
-    return "-" if value is None else f"{100 * value:.{decimals}f}"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1) -> str:
-    """Return a Markdown table; numbers are aligned to the right.
-
-    Args:
-        columns: Names of the columns.
-        rows: Cells.
-        text: Number of columns that hold text, from the left.
-    """
-    rule = [" --- " if place < text else " ---: " for place in range(len(columns))]
-    lines = [columns, *rows]
-    cells = ["| " + " | ".join(each) + " |" for each in lines]
-    return "\n".join([cells[0], "|" + "|".join(rule) + "|", *cells[1:]])
-
-
-def figure(name: str, caption: str) -> str:
-    """Return the Markdown of a figure.
-
-    Args:
-        name: Stem of its file.
-        caption: What it shows.
-    """
-    return f"![{escaped(caption)}]({FIGURES}/{name}.png)"
-
-
-def size_text(count: int | None) -> str:
-    """Return a number of bytes as text.
-
-    Args:
-        count: Number of bytes.
-
-    Example:
-        >>> size_text(12_345), size_text(12_345_678)
-        ('12.3 kB', '12.35 MB')
-    """
-    if count is None:
-        return "-"
-    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
-def _interval(ends: Sequence[float]) -> str:
-    return f"{100 * ends[0]:.2f} to {100 * ends[1]:.2f}"
 
 
 def markdown(content: Mapping[str, Any], figures: Sequence[str]) -> str:
@@ -124,7 +58,7 @@ def _head(content: Mapping[str, Any]) -> list[str]:
     adds = cost.get("multiply_adds")
     numbers = [
         f"**{percent(student['acc'])} %** of {content['images']:,} test images are classified correctly (95 % interval "
-        f"{_interval(student['interval'])})."
+        f"{interval_text(student['interval'])})."
     ]
     if cost.get("parameters") is not None:
         size = f"It has **{cost['parameters']:,} parameters**"
@@ -150,7 +84,7 @@ def _accuracy(content: Mapping[str, Any]) -> list[str]:
         [
             _label(name, content),
             percent(each["acc"]),
-            _interval(each["interval"]),
+            interval_text(each["interval"]),
             *([percent(each["acc_top5"])] if top5 else []),
         ]
         for name, each in content["accuracy"].items()
@@ -252,7 +186,7 @@ def _cost(content: Mapping[str, Any]) -> list[str]:
     files = [each for each in content["cost"] if each["asked"]]
     if files:
         rows = [
-            [escaped(each["name"]), percent(each["right"] / each["asked"]), _interval(each["interval"])]
+            [escaped(each["name"]), percent(each["right"] / each["asked"]), interval_text(each["interval"])]
             for each in files
         ]
         asked = files[0]["asked"]

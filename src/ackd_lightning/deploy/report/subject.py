@@ -166,8 +166,7 @@ def _add_sources(
 
         def of_teacher(image: Tensor, teacher: FrozenTeacher = teacher) -> Tensor:
             dtype = next(teacher.network.parameters()).dtype
-            logits = logits_of(teacher.network(teacher.conversion(image).to(dtype))).float()
-            return logits if teacher.selection is None else cast("Tensor", teacher.selection(logits))
+            return teacher.select(logits_of(teacher.network(teacher.conversion(image).to(dtype))).float())
 
         add(f"teacher {teacher.name}", teacher, teacher.network, teacher.plan, of_teacher)
     first = "target learner" if learners else f"student {subject.facts['model']}"

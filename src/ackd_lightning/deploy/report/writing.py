@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ackd_lightning.deploy.report import content as numbers
 from ackd_lightning.deploy.report import figures, gradcam
+from ackd_lightning.deploy.report.elements import FIGURES
 from ackd_lightning.deploy.report.measuring import STUDENT, Measured
-from ackd_lightning.deploy.report.page import FIGURES, markdown, page
+from ackd_lightning.deploy.report.page import markdown, page
 from ackd_lightning.deploy.report.subject import Subject
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.metrics.calibration import reliability

@@ -1,0 +1,98 @@
+"""The start of a fit: what a training module checks, loads and tells its method before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+
+from ackd_lightning.data.loaders import ImageLoaders
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.training.labels import check_labels, check_sampling
+from ackd_lightning.training.monitored import check_monitors
+from ackd_lightning.training.own_callbacks import own_callbacks
+from ackd_lightning.training.speed import speed_up
+from ackd_lightning.training.steps import TrainingSteps
+from ackd_lightning.training.strategies import refuse_sharding
+from ackd_lightning.training.teacher_cache import open_cache
+from ackd_lightning.training.teacher_choice import check_features_only
+from ackd_lightning.types import NetSpec
+
+PASS_TEACHER = "pass it, as in load_from_checkpoint(path, teacher=network)"
+
+
+class FitStart(TrainingSteps):
+    """Checks and preparations when Lightning starts a fit.
+
+    Attributes:
+        absent: Shapes of the teachers that a checkpoint describes and does not hold.
+        compiles: Whether the networks are compiled.
+    """
+
+    absent: tuple[NetSpec, ...]
+    compiles: bool
+
+    def setup(self, stage: str) -> None:
+        """Load the teachers and tell the method about the fit."""
+        refuse_sharding(self.trainer.strategy)
+        data = getattr(self.trainer, "datamodule", None)
+        if stage != "fit":
+            self._take_class_names(data)
+            return
+        if not (self.training and self.student.training and self.student.backbone.training):
+            self.train()  # Lightning trains in the mode that it finds
+        if self.absent:
+            raise ACKDError(f"the teacher of the checkpoint was a network, which it does not hold; {PASS_TEACHER}")
+        self.check_data(data)
+        check_monitors(self)
+        self.load_teacher()
+        matched = self.start is not None and self.start.class_names is not None
+        self.match_classes(data)
+        before = self._method_sizes()
+        self._begin_fit()
+        if isinstance(data, ImageLoaders):
+            data.whole_batches = self.method.whole_batches
+        check_features_only(self, data)
+        check_sampling(self.method, data)
+        speed_up(
+            self.student,
+            self.method,
+            self.teachers.frozen,
+            input_size=self.data.input_size,
+            channels_last=self.channels_last,
+            compiles=self.compiles,
+        )
+        self.cache = open_cache(self, data, epochs=self.trainer.max_epochs, precision=str(self.trainer.precision))
+        if self.method.teacher == "own" or self._method_sizes() != before or matched:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
+
+    def check_data(self, data: Any) -> None:
+        """Refuse a data module that does not go with method and recipe.
+
+        Args:
+            data: Data module, which need not be set up; None for loaders alone.
+
+        Raises:
+            ACKDError: Naming the setting.
+        """
+        check_labels(self.method, self.recipe, data)
+        if self.recipe.early_stopping is None or self._trainer is None:
+            return
+        if not self.trainer.enable_validation or self.looks_at_test():
+            problem = "validation reads the test set" if self.looks_at_test() else "there is no validation"
+            raise ACKDError(
+                f"recipe.early_stopping is {self.recipe.early_stopping} and {problem}; set it to null, or hold "
+                "validation data out (data.val_fraction)"
+            )
+
+    def _method_sizes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self.method.state_dict().items()}
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Return what comes with the module into any Trainer: alarms, the teacher gate, and callbacks of the recipe."""
+        branches = bool(self.spec.branches)
+        return own_callbacks(self.trainer, self.method, self.recipe, self.teachers.configs, branches=branches)

@@ -1,0 +1,88 @@
+"""An overridden ``configure_optimizers``, completed with the optimizers of the method."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch.optim import Optimizer
+
+from ackd_lightning.errors import ACKDError
+
+
+def with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Complete what an overridden ``configure_optimizers`` returns with the optimizers of the method.
+
+    Args:
+        own: Method of a training module.
+    """
+
+    @functools.wraps(own)
+    def configure_optimizers(self: Any) -> Any:
+        result = own(self)
+        if not self.auxiliary:
+            _say_untrained(self, _parts(result)[0])
+            return result
+        optimizers, schedules = _parts(result)
+        auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
+        held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+        count = len(optimizers)
+        if auxiliary & held and count == 1:  # such as AdamW(self.parameters())
+            for group in optimizers[0].param_groups:
+                group["params"] = [each for each in group["params"] if id(each) not in auxiliary]
+            rank_zero_only(print)(
+                f"{type(self).__name__}.configure_optimizers trains all parameters; those of "
+                f"{', '.join(self.auxiliary)} have optimizers of the method and are left to them"
+            )
+            held -= auxiliary
+        if auxiliary & held:
+            self._follow_student(optimizers, schedules)
+            schedules = self._without_monitors(schedules)
+        else:
+            optimizers, schedules = self.add_method_optimizers(optimizers, schedules)
+        if len(optimizers) != 1 + len(self.auxiliary):
+            raise ACKDError(
+                f"{type(self).__name__}.configure_optimizers returns {count} optimizers, and method "
+                f"{type(self.method).__name__} has {len(self.auxiliary)} of its own, which are added; return the "
+                "student's optimizer alone"
+            )
+        _say_untrained(self, optimizers)
+        return optimizers, schedules
+
+    configure_optimizers.adds_method_optimizers = True  # type: ignore[attr-defined]
+    return configure_optimizers
+
+
+def _say_untrained(module: Any, optimizers: Sequence[Optimizer]) -> None:
+    """Say which parameters of an overridden ``configure_optimizers`` no optimizer trains."""
+    held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+    counts: Counter[str] = Counter()
+    for group in module.learner_groups() if optimizers else []:
+        missing = sum(each.numel() for each in group["params"] if id(each) not in held)
+        counts.update({group["name"]: missing} if missing else {})
+    if counts:
+        left = ", ".join(f"{name} ({count:,} parameters)" for name, count in counts.items())
+        rank_zero_warn(
+            f"{type(module).__name__}.configure_optimizers leaves {left} without an optimizer, so that they stay as "
+            "they are; give it self.learner_groups() to train them"
+        )
+
+
+def _parts(result: Any) -> tuple[list[Optimizer], list[Any]]:
+    """Split one of Lightning's forms of optimizers and schedules into two lists."""
+    if result is None:
+        return [], []
+    if isinstance(result, Optimizer):
+        return [result], []
+    if isinstance(result, Mapping):
+        schedule = result.get("lr_scheduler")
+        if schedule is not None and not isinstance(schedule, Mapping):
+            schedule = {"scheduler": schedule, "monitor": result.get("monitor")}
+        return [result["optimizer"]], [] if schedule is None else [schedule]
+    if isinstance(result, (list, tuple)) and len(result) == 2 and isinstance(result[0], (list, tuple)):
+        return list(result[0]), list(result[1])
+    pairs = [_parts(each) for each in result]
+    return [each for found, _ in pairs for each in found], [each for _, found in pairs for each in found]
