@@ -116,7 +116,7 @@ def resumed_settings(options: Sequence[str]) -> list[str]:
     Args:
         options: Command line without ``--config``.
     """
-    named = [Path(value) for name, value in _pairs(options) if name == "--resume" and value not in (None, "auto")]
+    named = [Path(value) for name, value in option_pairs(options) if name == "--resume" and value not in (None, "auto")]
     configs = [(path if path.is_dir() else run_folder(path)) / "config.yaml" for path in named[-1:]]
     return [str(config) for config in configs if config.is_file()]
 
