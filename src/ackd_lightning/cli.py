@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing usage."""
-        raise ACKDError(f"{self.prog}: {message}; see `{self.prog} --help`")
+        raise ACKDError(f"{message}; see `{self.prog} --help`")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -232,7 +232,7 @@ def _run(arguments: Sequence[str]) -> None:
     if name := _PASS_ON.get(options.pop("command")):
         options[name] = others
     elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        raise ACKDError(f"unrecognized arguments: {' '.join(others)}; see `ackd {command} --help`")
     positional = [
         options.pop(name) for name in ("filter", "network", "run", "repository", "runs", "table") if name in options
     ]

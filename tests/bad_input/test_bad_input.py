@@ -258,7 +258,6 @@ CASES = [
     Case("max_per_class_zero", [*CE, "--data.max_per_class", "0"], ("max_per_class is 0", "at least 1")),
     Case("workers_negative", [*CE, "--data.num_workers", "-1"], ("num_workers is -1", "at least 0")),
     Case("eval_batch_zero", [*CE, "--data.eval_batch_size", "0"], ("eval_batch_size is 0", "at least 1")),
-    Case("batch_larger_than_data", [*CE, "--data.batch_size", "5000"], ("5000", "40 images", "set batch_size to 40")),
     # ---------------------------------------------------------------- devices
     Case("gpu_that_is_not_there", [*CE, "--trainer.accelerator", "gpu"],
          ("trainer.accelerator is gpu", "no GPU", "use cpu")),

@@ -38,7 +38,7 @@ def test_the_size_is_the_networks_own_by_default_and_may_be_rectangular(capsys):
 
 
 def test_modules_can_be_named_as_stages(capsys):
-    assert main(["inspect", "resnet18", "--size", "64", "--taps", "layer2, layer4"]) == 0
+    assert main(["inspect", "resnet18", "--size", "64", "--taps", "[layer2, layer4]"]) == 0
     table = rows(capsys.readouterr().out)
     assert [row[1] for row in table.values()] == ["layer1", "layer2", "layer4"]
 

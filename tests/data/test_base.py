@@ -60,6 +60,7 @@ def test_an_incomplete_batch_is_used_where_it_can_be(folder, caplog, batch_size,
     assert found == sizes * 2
     said = [each for each in caplog.messages if "left out of each epoch" in each]
     assert len(said) == (sum(sizes) < 24)
+    assert sum("instead of 25" in each for each in caplog.messages) == (batch_size == 25)
     assert all(f"{24 - sum(sizes)} of 24" in each for each in said)
 
 

@@ -226,7 +226,7 @@ def test_a_class_that_the_test_part_lacks_is_allowed_and_said(folder, caplog, le
     targets = [target for batch in module.test_dataloader() for target in batch.target.tolist()]
     assert targets == [1] * 4
     assert module.class_names == ("cat", "dog")
-    assert "1 classes of the training part: cat" in caplog.text
+    assert "no images of 1 of the training part's classes: cat" in caplog.text
 
 
 def test_numbers_as_names(tmp_path, write_classes, caplog):

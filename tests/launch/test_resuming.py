@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from ackd_lightning.cli import main
+from ackd_lightning.models.weights import read_metadata
 
 FIT = ["fit", "--config", "digits_resnet8.yaml", "--data.max_per_class", "4", "--trainer.accelerator", "cpu"]
 FIT += ["--trainer.enable_progress_bar", "false", "--name", "one"]
@@ -42,3 +44,18 @@ def test_a_run_that_was_stopped_after_its_last_epoch_gets_its_summary(run):
     assert (run / "student.safetensors").is_file()
     for key in ("epochs", "last", "best"):
         assert after[key] == before[key]
+
+
+def test_a_run_goes_on_with_its_own_settings_and_leaves_no_trace_of_it_in_them(run, tmp_path, monkeypatch):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2"]) == 0
+    settings["trainer"]["max_epochs"] = 2
+    assert yaml.safe_load((run / "config.yaml").read_text()) == settings
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 2
+    for file in (run / "student.safetensors", run.parents[2] / "weights/digits_resnet8.safetensors"):
+        assert read_metadata(file)["epochs"] == "2"
+    monkeypatch.chdir(tmp_path)
+    last = run / "checkpoints/last.ckpt"
+    assert main(["fit", "--resume", str(last), "--trainer.max_epochs", "3", "--weights_dir", "null"]) == 0
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 3
+    assert not (tmp_path / "runs").exists()

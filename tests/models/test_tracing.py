@@ -91,6 +91,8 @@ FORMS = {
     "tuple of other shapes": ((ONE, TWO[:, :2]), ONE),
     "list": ([ONE], ONE),
     "tuple with a map": ((ONE, torch.zeros(1, 3, 2, 2)), ONE),
+    "tuple with features": ((ONE, [TWO, TWO]), ONE),
+    "tuple with None": ((ONE, None), ONE),
 }
 
 

@@ -36,7 +36,10 @@ class RunConfig(SaveConfigCallback):
                     logger.log_hyperparams({"cli": yaml.safe_load(text)})
 
     def _text(self) -> str:
-        return str(self.parser.dump(self.config, skip_unset=False))
+        config = self.config.clone()
+        if config.get("resume"):  # a new run with these settings starts from the beginning
+            config.resume = config.ckpt_path = None
+        return str(self.parser.dump(config, skip_unset=False))
 
     def _write(self) -> str:
         text = self._text()

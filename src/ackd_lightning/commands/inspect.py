@@ -86,14 +86,15 @@ def _stages(network: str, *, size: str | None, classes: int, taps: str) -> None:
         network: Name for `create_model`.
         size: Image size, ``96`` or ``96x128``; None for the size that the network was designed for.
         classes: Number of classes.
-        taps: Names of modules whose outputs are taken as stages, separated by commas; default: found in the network.
+        taps: Names of modules whose outputs are taken as stages, separated by commas, in brackets or without; default:
+            found in the network.
 
     Raises:
         ACKDError: If there is no such network, or it cannot read images of this size.
     """
     model = create_model(network, classes)
     if taps:
-        use_taps(model, [part.strip() for part in taps.split(",") if part.strip()], name_of(model))
+        use_taps(model, [part.strip() for part in taps.strip("[]").split(",") if part.strip()], name_of(model))
     if size is None:
         sizes = native_sizes(model)
         pixels: ImageSize = next((each for each in sizes if traced(model, each) is not None), 224)

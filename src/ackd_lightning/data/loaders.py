@@ -124,6 +124,9 @@ class ImageLoaders(PlainArguments):
         if drop and not self._told_rest:
             self._told_rest = True
             say(f"left out of each epoch: {rest * world:,} of {len(dataset):,} training images, since {why}")
+        elif len(sampler) < size and not self._told_rest:
+            self._told_rest = True
+            say(f"the training part holds {len(dataset):,} images, so each step has these instead of {self.batch_size}")
         return ResumableLoader(dataset, batch_size=size, sampler=sampler, drop_last=drop, **self._options(dataset))
 
     def val_dataloader(self) -> ImageLoader:

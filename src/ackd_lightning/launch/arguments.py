@@ -110,6 +110,17 @@ def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], lis
     return configs, others
 
 
+def resumed_settings(options: Sequence[str]) -> list[str]:
+    """Return the ``config.yaml`` of the run that ``--resume PATH`` names; empty if there is none.
+
+    Args:
+        options: Command line without ``--config``.
+    """
+    named = [Path(value) for name, value in option_pairs(options) if name == "--resume" and value not in (None, "auto")]
+    configs = [(path if path.is_dir() else run_folder(path)) / "config.yaml" for path in named[-1:]]
+    return [str(config) for config in configs if config.is_file()]
+
+
 def find_data(settings: dict[str, Any], config: Path) -> list[str]:
     """Find the data of a run that was started in another folder, whose relative paths do not exist in this one.
 

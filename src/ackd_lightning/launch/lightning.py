@@ -23,6 +23,7 @@ from ackd_lightning.launch.arguments import (
     find_data,
     name_checkpoint,
     refuse_values_alone,
+    resumed_settings,
     split_configs,
     without_none,
 )
@@ -72,12 +73,16 @@ class ACKDCLI:
             configs, options = name_checkpoint(configs, options)
             if not configs and not {"-h", "--help"} & set(options):
                 raise ACKDError(f"`ackd {command}` needs a run; write `ackd {command} RUN`, or name its --config")
+        own = command != "fit"  # the settings are those of a run
+        if not own and not configs:
+            configs = resumed_settings(options)
+            own = bool(configs)
         self.prints = any(each.startswith("--print_config") for each in options)
         options = [each for each in options if not each.startswith("--print_config")]
         refuse_values_alone(options)
         options = without_none(options)
         settings, self.config_name = load_configs(configs)
-        if command != "fit" and configs and (found := find_data(settings, find_config(config_parts(configs[0])[0]))):
+        if own and configs and (found := find_data(settings, find_config(config_parts(configs[0])[0]))):
             print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output")}

@@ -16,8 +16,9 @@ def logits_of(output: Any, whose: str = "the network") -> Tensor:
     """Find the logits in what a network returns.
 
     Args:
-        output: Tensor ``B x K``, ``B x K x 1 x 1``; an object or dict with ``logits``; a tuple or list of such tensors,
-            whose mean is taken when they have equal shapes (as the two heads of a distilled DeiT).
+        output: Tensor ``B x K``, ``B x K x 1 x 1``; an object or dict with ``logits``; a tuple or list that begins
+            with the logits. The mean is taken if all it holds are tensors of their shape (as the two heads of a
+            distilled DeiT); anything else, such as features or None, is passed over.
         whose: Name of the network in the error message.
 
     Returns:
@@ -31,8 +32,8 @@ def logits_of(output: Any, whose: str = "the network") -> Tensor:
         found = found["logits"] if "logits" in found else next(iter(found.values())) if len(found) == 1 else found
     elif hasattr(found, "logits"):
         found = found.logits
-    elif isinstance(found, tuple | list) and found and all(isinstance(each, Tensor) for each in found):
-        same = all(each.shape == found[0].shape for each in found)
+    elif isinstance(found, tuple | list) and found and isinstance(found[0], Tensor):
+        same = all(isinstance(each, Tensor) and each.shape == found[0].shape for each in found)
         found = torch.stack(tuple(found)).mean(dim=0) if same and len(found) > 1 else found[0]
     if isinstance(found, Tensor) and found.dim() == 4 and found.shape[2:] == (1, 1):
         found = found.flatten(1)
