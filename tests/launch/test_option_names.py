@@ -9,7 +9,9 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
+import yaml
 
+from ackd_lightning.cli import main
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.names import nearest
@@ -192,3 +194,13 @@ def test_a_whole_number_of_batches_is_not_a_share(name, given, read, monkeypatch
     monkeypatch.setitem(inspect.unwrap(L.Trainer.__init__).__annotations__, name, float | int | None)
     found = ACKDCLI("fit", [*CE, f"--trainer.{name}", given]).option(f"trainer.{name}")
     assert repr(found) == repr(read)
+
+
+@pytest.mark.parametrize("recipe", ["strong", "patient"])
+def test_a_recipe_is_laid_over_data_that_the_command_line_names(recipe, capsys):
+    options = ["--data", "DigitsDataModule", "--data.batch_size", "8", "--model.student", "resnet8"]
+    assert main(["fit", "--config", f"recipes/{recipe}.yaml", "--config", "ce.yaml", *options, "--print_config"]) == 0
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["class_path"].endswith(".DigitsDataModule")
+    assert data["init_args"]["batch_size"] == 8
+    assert data["init_args"]["augmentation"]["mixup"] > 0

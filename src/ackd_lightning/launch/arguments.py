@@ -249,7 +249,9 @@ def _holder(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str]
     if isinstance(holder, dict) and isinstance(holder.get(_INIT), dict):
         holder = holder[_INIT]
     value = holder.get(key) if isinstance(holder, dict) else None
-    is_class = "class_path" in value if isinstance(value, dict) else value is None and key == "lr_scheduler"
+    is_class = (
+        bool({"class_path", _INIT} & set(value)) if isinstance(value, dict) else value is None and key == "lr_scheduler"
+    )
     return (holder, key) if is_class and isinstance(holder, dict) and option.startswith("--") else ({}, key)
 
 
