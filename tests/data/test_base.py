@@ -205,7 +205,7 @@ def test_bad_data_are_refused_before_training(folder, harm, size):
         ({"train_fraction": 1.5}, "train_fraction is 1.5"),
         ({"train_fraction": 0}, "train_fraction is 0"),
         ({"max_per_class": 0}, "max_per_class is 0"),
-        ({"val_fraction": 0.01}, "val_fraction 0.01 of 32 images leaves none"),
+        ({"val_fraction": 0.01}, "val_fraction 0.01 of 32 labelled images leaves none for validation: make it larger"),
     ],
 )
 def test_bad_options_are_refused(folder, options, sentence):

@@ -258,6 +258,8 @@ def test_a_flat_training_folder_has_no_labels(folder, picture):
     module = made(folder)
     assert module.class_names == ("cat", "dog")
     assert module.train_targets.tolist() == [-1] * 8
+    with pytest.raises(ACKDError, match="of 0 labelled images leaves none for validation: set it to 0"):
+        made(folder, val_fraction=0.5)
 
 
 def test_lines_about_the_data_do_not_depend_on_the_level_of_other_libraries(folder, caplog):

@@ -20,7 +20,7 @@ from ackd_lightning.data.sampling import (
     subset,
 )
 from ackd_lightning.data.sources import Pixels, Source, new_positions, renumber, reorder, require_same_classes
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.types import DataInfo
 from ackd_lightning.validation import Fraction, NonNegativeInt, Positive, PositiveInt, Range, checked
 
@@ -268,10 +268,10 @@ class ImageDataModule(ImageLoaders):
             kept, held_out = stratified_split(train.targets[labelled], self.val_fraction)
             train_rows, val_rows = labelled[kept], labelled[held_out]
         if not len(val_rows):
-            raise ACKDError(
-                f"val_fraction {self.val_fraction:g} of {len(self._sources[val_part].targets):,} images leaves none "
-                "for validation: make it larger, or 0 to validate on the test set"
-            )
+            count = len(labelled) if val_part == "train" else len(self._sources[val_part].targets)
+            share = f"val_fraction {self.val_fraction:g} of {count_of(count, 'labelled image')}"
+            remedy = "make it larger, or 0" if count else "set it to 0"
+            raise ACKDError(f"{share} leaves none for validation: {remedy} to validate on the test set")
         train_rows = subset(train_rows, train.targets, self.train_fraction, self.max_per_class)
         train_rows = torch.cat([train_rows, unlabelled])
         self.num_train_samples = len(train_rows)
