@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ackd_lightning.deploy import checking
@@ -17,6 +19,7 @@ from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import check_free, export, reading_uint8
 from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.formats.formats import FORMATS, find_format
+from ackd_lightning.deploy.formats.program import Opened
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.export import network_of
 from ackd_lightning.runs.files import read_checkpoint
@@ -100,9 +103,26 @@ def test_half_of_the_bits(tmp_path, dtype, share):
     half, check, *_ = written(tmp_path, "safetensors", network, description.replace(dtype=dtype), overwrite=True)
     assert half.stat().st_size < share * size
     assert check.difference > 0
+    types = {key: value.dtype for key, value in load_file(half).items()}
+    assert types["conv1.weight"] == getattr(torch, dtype)
+    assert types["bn1.weight"] == types["bn1.running_var"] == torch.float32
     opened = open_network(half)
     assert opened.description.dtype == dtype
     assert next(opened.network.parameters()).dtype == torch.float32
+
+
+def test_a_file_that_its_runtime_cannot_run_is_not_kept(tmp_path, monkeypatch):
+    network, description = trained(tmp_path)
+
+    def fails(images):
+        raise RuntimeError("method->execute() failed with error 0x12")
+
+    monkeypatch.setitem(
+        FORMATS, "safetensors", replace(FORMATS["safetensors"], open_file=lambda path: Opened(fails, {}))
+    )
+    with pytest.raises(ACKDError, match=r"cannot run it .*0x12"):
+        written(tmp_path, "safetensors", network, description)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_weights_beyond_half_precision_are_not_kept(tmp_path):

@@ -126,7 +126,13 @@ def export(
             opened = kind.open_file(partial)
 
             def run(pixels: Tensor) -> Tensor:
-                return opened.run(Preprocessing(stated).raw(pixels) if stated.reads == "uint8" else pixels)
+                try:
+                    return opened.run(Preprocessing(stated).raw(pixels) if stated.reads == "uint8" else pixels)
+                except RuntimeError as error:  # of a graph that its exporter took and its runtime cannot run
+                    raise ACKDError(
+                        f"{target} was not written, because its runtime cannot run it ({first_line(error)}); choose "
+                        "another format"
+                    ) from error
 
             check = compare(images, reference, run)
             if (problem := check.problem(limits)) is not None:

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.formats.program import Opened
@@ -19,7 +20,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def write(network: nn.Module, example: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the weights of a network in the type that the metadata name (``dtype``).
+    """Write the weights of a network in the type that the metadata name (``dtype``), those of BatchNorm in float32.
+
+    BatchNorm's are few and decide most of the rounding error, since they scale whole channels.
 
     Args:
         network: Network in evaluation mode.
@@ -28,8 +31,12 @@ def write(network: nn.Module, example: Tensor, path: Path, metadata: Mapping[str
         metadata: Text for the file.
     """
     dtype = DTYPES[metadata.get("dtype", "float32")]
-    state = network.state_dict().items()
-    save_weights({key: value.to(dtype) if value.is_floating_point() else value for key, value in state}, path, metadata)
+    kept = tuple(f"{name}." for name, each in network.named_modules() if isinstance(each, _NormBase))
+    state = {
+        key: value.to(dtype) if value.is_floating_point() and not key.startswith(kept) else value
+        for key, value in network.state_dict().items()
+    }
+    save_weights(state, path, metadata)
 
 
 def open_file(path: Path) -> Opened:
