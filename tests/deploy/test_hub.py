@@ -59,6 +59,7 @@ def test_a_student_goes_to_the_hub_and_comes_back(tmp_path):
         card = hub.files["anna/student", "README.md"].decode()
         assert card.startswith("---\nlicense: mit\n")
         assert "best run" in card
+        assert "| checked | safetensors file on " in card
         assert "figure" not in card
         assert "/home/anna" not in card
         config = json.loads(hub.files["anna/student", "config.json"])

@@ -10,6 +10,7 @@ from typing import Literal
 from ackd_lightning.commands.student import check_data, read_student
 from ackd_lightning.deploy.checking import images_of, random_images
 from ackd_lightning.deploy.exporting import export, measured
+from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.formats.formats import FORMATS
 from ackd_lightning.deploy.hub import CARD, CONFIG, for_timm, model_card, push, require_token, write_config
 from ackd_lightning.errors import ACKDError
@@ -57,6 +58,7 @@ def push_command(
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / each for each in (WEIGHTS, CARD, CONFIG)]
         export(student.network, description, files[0], FORMATS["safetensors"], images=images, reference=reference)
+        description = open_network(files[0]).description  # with how it was checked
         text = report.read_text(encoding="utf-8") if report.is_file() else None
         files[1].write_text(model_card(description, name, license_name=license_name, report=text), encoding="utf-8")
         write_config(description, files[2])
