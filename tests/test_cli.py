@@ -22,7 +22,7 @@ from PIL import Image
 from ackd_lightning import create_model
 from ackd_lightning.cli import main
 from ackd_lightning.commands.compare import group_runs
-from ackd_lightning.config.files import load_configs, method_names, packaged_names
+from ackd_lightning.config.files import load_configs, method_names, packaged_names, recipe_names
 from ackd_lightning.data.sources import Pixels
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
@@ -554,7 +554,7 @@ def test_debug_shows_where(here, monkeypatch):
 def test_configs_lists_everything(capsys):
     assert main(["configs"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in (*packaged_names(), *method_names()))
+    assert all(name in shown for name in (*packaged_names(), *method_names(), *recipe_names()))
 
 
 def test_configs_lists_what_contains_the_text(capsys):

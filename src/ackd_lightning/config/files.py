@@ -43,11 +43,17 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(path.name for path in (config_folder() / _METHODS).glob("*.yaml")))
 
 
+@cache
+def recipe_names() -> tuple[str, ...]:
+    """Return the file names of the recipes, for a further ``--config``."""
+    return tuple(sorted(path.name for path in (config_folder() / _RECIPES).glob("*.yaml")))
+
+
 def describe_config(name: str) -> str:
     """Return the first comment line of a packaged configuration.
 
     Args:
-        name: File name of a run or a method.
+        name: File name of a run, a method or a recipe.
     """
     path = find_config(name)
     with path.open(encoding="utf-8") as lines:
@@ -70,8 +76,7 @@ def find_config(value: str) -> Path:
     for folder in (config_folder(), config_folder() / _METHODS, config_folder() / _RECIPES):
         if (folder / name).is_file():
             return folder / name
-    recipes = (path.name for path in (config_folder() / _RECIPES).glob("*.yaml"))
-    known = (*packaged_names(), *method_names(), *recipes)
+    known = (*packaged_names(), *method_names(), *recipe_names())
     hint = near_matches(name, known)
     if not hint.startswith("did you"):
         hint = "`ackd configs` lists the packaged configurations"
