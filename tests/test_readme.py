@@ -93,6 +93,10 @@ def test_readme_has_commands():
 
 @pytest.mark.parametrize("line", FITS)
 def test_settings_of_fit_are_understood(line, folder, capsys):
+    run = Path(FITS[line][-1])
+    if FITS[line][-2] == "--resume" and "--config" not in FITS[line]:  # the run has its settings
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(parse(["fit", "--config", run.parent.name], capsys))
     assert "class_path: ackd_lightning" in parse(FITS[line], capsys)
 
 

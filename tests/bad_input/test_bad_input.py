@@ -160,6 +160,8 @@ CASES = [
          ("--model.teacher.gat", "did you mean 'model.teacher.gate'")),
     Case("option_teacher_elsewhere", [*ACKD, "--model.teacher.name", "x"],
          ("'model.teacher.name'", "did you mean 'model.teacher.network'")),
+    Case("class_of_data", ["fit", "--config", "ce", "--model.student", "resnet8", "--data", "ImageFolder"],
+         ("'ImageFolder'", "did you mean 'ImageFolderDataModule'")),
     Case("value_teacher", [*CE, "--model.teacher", "{name: resnet20}", "--name", "x"],
          ("'model.teacher.name'", "did you mean 'model.teacher.network'", "(--model.teacher)")),
     Case("option_foreign_to_optimizer", [*CE, "--model.optimizer", "AdamW", "--model.optimizer.momentum", "0.9"],

@@ -162,6 +162,18 @@ def test_an_image_that_breaks_while_training_is_named_by_a_worker(folder):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [16, 72], ids=["in memory", "from files"])
+@pytest.mark.parametrize(("count", "shown"), [(2, 1), (3, 2), (9, 5)])
+def test_broken_images_are_named_together(folder, size, count, shown):
+    for file in sorted((folder / "train" / "cat").iterdir())[1 : 1 + count]:
+        file.write_bytes(b"gone")
+    with pytest.raises(ACKDError, match=r"0001\.png .*; the same goes for .*0002\.png") as caught:
+        data(folder, image_size=size).setup()
+    more = str(caught.value).partition("; the same goes for ")[2]
+    assert more.count(".png") == shown
+    assert ("and others" in more) == (count > 6)
+
+
 def broken(folder: Path) -> str:
     (folder / "test" / "dog" / "0002.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     return r"could not read the image .*test/dog/0002\.png"

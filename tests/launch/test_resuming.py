@@ -48,8 +48,11 @@ def test_a_run_that_was_stopped_after_its_last_epoch_gets_its_summary(run):
 
 def test_a_run_goes_on_with_its_own_settings_and_leaves_no_trace_of_it_in_them(run, tmp_path, monkeypatch):
     settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert main(["test", str(run)]) == 0
+    assert [each.name for each in (run / "predictions").iterdir()] == ["test-last.safetensors"]
     assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2"]) == 0
     settings["trainer"]["max_epochs"] = 2
+    assert not any((run / "predictions").iterdir())  # those of the weights before
     assert yaml.safe_load((run / "config.yaml").read_text()) == settings
     assert json.loads((run / "summary.json").read_text())["epochs"] == 2
     for file in (run / "student.safetensors", run.parents[2] / "weights/digits_resnet8.safetensors"):
@@ -59,3 +62,10 @@ def test_a_run_goes_on_with_its_own_settings_and_leaves_no_trace_of_it_in_them(r
     assert main(["fit", "--resume", str(last), "--trainer.max_epochs", "3", "--weights_dir", "null"]) == 0
     assert json.loads((run / "summary.json").read_text())["epochs"] == 3
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_does_not_exist_is_named_with_the_nearest_one(run, capsys):
+    assert main(["fit", "--resume", str(run.with_name("onne"))]) == 2
+    assert "did you mean 'one'?" in capsys.readouterr().err
+    assert main(["fit", "--resume", str(run), "--model.student", "resnet20", "--trainer.max_epochs", "9"]) == 2
+    assert "leave out what differs" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from ackd_lightning.cli import main
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import in_our_words
 from ackd_lightning.launch.preflight import check_checkpoint
+from ackd_lightning.launch.words import as_given
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
 
@@ -209,3 +210,9 @@ def test_print_config_refuses_what_a_fit_refuses(setting, capsys):
     said = capsys.readouterr()
     assert setting.partition("=")[0] in said.err
     assert said.out == ""
+
+
+@pytest.mark.parametrize("written", ["on_class_mismatch=ignore", "on_class_mismatch='ignore'"])
+def test_the_remedy_for_other_classes_is_an_option_of_the_command_line(written):
+    message = as_given(ACKDError(f"other classes; use data of the same classes, or pass {written}"), ["test", "run"])
+    assert message.endswith("or pass --model.on_class_mismatch ignore")

@@ -17,6 +17,7 @@ from ackd_lightning.callbacks.progress import is_terminal
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.models.preprocessing import channels_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
+from ackd_lightning.runs.answers import answers_file
 from ackd_lightning.runs.export import FileKeptError, export_student, peer_name
 from ackd_lightning.runs.files import write_json
 from ackd_lightning.runs.versions import device_name, versions
@@ -72,10 +73,14 @@ class RunSummary(L.Callback):
             print(f"layers, student - teacher: {', '.join(pairs)}", flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the teachers; remove the summary of a finished run that is trained longer, as its state is restored."""
+        """Count the teachers; remove summary and answers of a run that is trained longer, as its state is restored."""
         if trainer.is_global_zero and not is_fast_dev_run(trainer):
             self._count_teachers(pl_module)
-            (self.folder / "summary.json").unlink(missing_ok=True)
+            for file in (
+                self.folder / "summary.json",
+                *(answers_file(self.folder, which) for which in ("last", "best")),
+            ):
+                file.unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of the last epoch and those of the best one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -23,6 +23,8 @@ from ackd_lightning.errors import ACKDError
 _PLAIN = ("RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "YCbCr")
 _WITH_PROGRESS = 2000
 """Number of images from which a progress bar is shown."""
+_LISTED = 6
+"""Number of broken files that a message names."""
 
 Found = TypeVar("Found")
 
@@ -39,30 +41,51 @@ class Depth(NamedTuple):
     largest: int | None = None
 
 
-def run_over(paths: Sequence[object], work: Callable[[int], Found], what: str) -> list[Found]:
+def run_over(files: Files | Records, work: Callable[[int], Found], what: str) -> list[Found]:
     """Call ``work(position)`` for every file on a few threads, with a progress bar for many files on a terminal.
 
     Args:
-        paths: Files.
-        work: Function of the position of a file in ``paths``.
+        files: Files.
+        work: Function of the position of a file.
         what: Text beside the progress bar.
 
     Returns:
         What ``work`` returned for each file.
+
+    Raises:
+        ACKDError: For the first file, in order, that ``work`` refuses, with the names of further ones.
     """
-    show = len(paths) >= _WITH_PROGRESS and sys.stderr.isatty() and on_first_process()
+
+    def attempt(position: int) -> Found | ACKDError:
+        try:
+            return work(position)
+        except ACKDError as error:
+            return error
+
+    show = len(files) >= _WITH_PROGRESS and sys.stderr.isatty() and on_first_process()
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     threads = min(16, os.cpu_count() or 1)
     found: list[Found] = []
+    refused: list[tuple[int, ACKDError]] = []
     with Progress(*columns, disable=not show, transient=True) as bar, ThreadPoolExecutor(threads) as pool:
-        task = bar.add_task(what, total=len(paths))
+        task = bar.add_task(what, total=len(files))
         try:
-            for value in pool.map(work, range(len(paths))):
-                found.append(value)
+            for position, value in enumerate(pool.map(attempt, range(len(files)))):
+                if isinstance(value, ACKDError):
+                    refused.append((position, value))
+                    if len(refused) > _LISTED:
+                        break
+                else:
+                    found.append(value)
                 bar.advance(task)
-        except BaseException:
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    if len(refused) > 1:
+        more = ", ".join(label(files.file(position)) for position, _ in refused[1:_LISTED])
+        others = "" if len(refused) <= _LISTED else " and others"
+        raise ACKDError(f"{refused[0][1]}; the same goes for {more}{others}") from refused[0][1]
+    if refused:
+        raise refused[0][1]
     return found
 
 
@@ -84,7 +107,7 @@ def decode(files: Files | Records, form: ImageFormat) -> Pixels:
         images[position] = to_tensor(fit(convert(raw, form, label(file)), form.size), form)
         return Depth(is_deep(raw), largest_value(raw))
 
-    note = _check_depth(files, run_over(range(len(files)), work, f"reading {files.root.name}"), form)
+    note = _check_depth(files, run_over(files, work, f"reading {files.root.name}"), form)
     return Pixels(files.class_names, images, files.targets, note=note)
 
 
@@ -180,9 +203,7 @@ def check_files(files: Files | Records, form: ImageFormat, mark: str, cache: Pat
     stamp = fingerprint(paths_of(files), files.root, "checked", form.channels, form.value_range, form.deep, mark)
     content = None if cache is None else read_cache(cache, stamp)
     if content is None:
-        found = run_over(
-            range(len(files)), lambda row: check_image_file(files.file(row), form), f"checking {files.root.name}"
-        )
+        found = run_over(files, lambda row: check_image_file(files.file(row), form), f"checking {files.root.name}")
         content = {"fingerprint": stamp, "note": _check_depth(files, found, form)}
         if cache is not None:
             save_cache(cache, content)

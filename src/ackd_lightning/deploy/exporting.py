@@ -108,7 +108,8 @@ def export(
     kind.check_libraries()
     check_free(kind, target, overwrite=overwrite)
     limits = LIMITS["int8" if description.quantization else description.dtype]
-    words = f"{kind.name} file on {images.words}: at least {limits.agreement:.0%} of the classes as in training"
+    model = "by the int8 network in torch" if description.quantization else "in training"
+    words = f"{kind.name} file on {images.words}: at least {limits.agreement:.0%} of the classes as {model}"
     if limits.difference is not None:
         words += f", logits within {limits.difference:g} of the largest"
     stated = description.replace(checked=words, batch=kind.batch)

@@ -115,10 +115,17 @@ def resumed_settings(options: Sequence[str]) -> list[str]:
 
     Args:
         options: Command line without ``--config``.
+
+    Raises:
+        ACKDError: If there is no such run, or it has no settings.
     """
     named = [Path(value) for name, value in option_pairs(options) if name == "--resume" and value not in (None, "auto")]
-    configs = [(path if path.is_dir() else run_folder(path)) / "config.yaml" for path in named[-1:]]
-    return [str(config) for config in configs if config.is_file()]
+    if not named:
+        return []
+    folder = named[-1] if named[-1].is_dir() else run_folder(find_checkpoint(named[-1]))
+    if not (folder / "config.yaml").is_file():
+        raise ACKDError(f"{folder} has no config.yaml; name the settings with --config")
+    return [str(folder / "config.yaml")]
 
 
 def find_data(settings: dict[str, Any], config: Path) -> list[str]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import callbacks, loggers, profilers
+from lightning.pytorch import LightningDataModule, callbacks, loggers, profilers
 
+from ackd_lightning.config.class_paths import sub_classes
 from ackd_lightning.config.files import read_config, walk
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.launch.names import is_meant, names_below, nearest, of_other_classes
@@ -231,7 +232,11 @@ def shorten(refused: RefusedError, given: Given, *, around: str = "") -> str:
 
 
 def _near_class(setting: str, stated: str) -> str:
-    """Propose a class of Lightning's whose name is like the one that a setting of the Trainer names."""
+    """Propose a data module, or a class of Lightning's for the Trainer, whose name is like the one that is named."""
+    if setting == "data":
+        names = [each.__name__ for each in sub_classes(LightningDataModule) if each.__name__.endswith("DataModule")]
+        near = near_matches(stated.rpartition(".")[2], names)
+        return f"; {near}" if near.startswith("did") else ""
     home = {"trainer.callbacks": callbacks, "trainer.logger": loggers, "trainer.profiler": profilers}
     name = stated.rpartition(".")[2]
     for place, module in home.items():

@@ -207,7 +207,9 @@ def check_checkpoint(path: Path, module: DistillationModule, content: Mapping[st
     except ACKDError:
         if there == here:
             raise
-        raise ACKDError(f"{path} was made with {there} and the settings have {here}; choose another one") from None
+        raise ACKDError(
+            f"{path} was made with {there} and the settings have {here}; leave out what differs, or start a new run"
+        ) from None
 
 
 def _compare_classes(path: Path, metadata: Mapping[str, Any], module: DistillationModule) -> None:

@@ -15,7 +15,8 @@ from ackd_lightning.launch.arguments import split_configs
 def as_given(error: ACKDError, arguments: Sequence[str]) -> str:
     """Return a message with the configuration of a method whose special case it is, and with options of the data.
 
-    ``method ATSC`` becomes ``method ATSC (simkd)``, and ``set root to`` of a data module ``set --data.root to``.
+    ``method ATSC`` becomes ``method ATSC (simkd)``, ``set root to`` of a data module ``set --data.root to``, and
+    ``pass on_class_mismatch=ignore`` the option of that name.
 
     Args:
         error: Error that was raised.
@@ -25,6 +26,7 @@ def as_given(error: ACKDError, arguments: Sequence[str]) -> str:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if frames and frames[-1].f_globals["__name__"].startswith("ackd_lightning.data."):
         message = re.sub(r"(: |, or )set (\w+) to\b", r"\1set --data.\2 to", message)
+    message = re.sub(r"\bpass on_class_mismatch='?ignore'?", "pass --model.on_class_mismatch ignore", message)
     with contextlib.suppress(ACKDError):  # which the message is about
         fragment = method_fragment(split_configs(arguments)[0])
         named = re.search(r"\bmethod ([A-Z]\w*)", message)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, near_matches
 
 Which = Literal["last", "best"]
 _MAX_CLASSES, _MAX_INPUT_SIZE = 1_000_000, 4096
@@ -130,7 +130,11 @@ def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
             raise ACKDError(f"{found} does not exist (its checkpoints: {others}); choose another run or --which")
         return found
     if not path.is_file():
-        raise ACKDError(f"{run} is neither a run folder nor a checkpoint; `ackd fit` writes runs to runs/CONFIG/NAME")
+        hint = near_matches(
+            path.name, [each.name for each in path.parent.glob("*/") if (each / "checkpoints").is_dir()]
+        )
+        hint = hint if hint.startswith("did") else "`ackd fit` writes runs to runs/CONFIG/NAME"
+        raise ACKDError(f"{run} is neither a run folder nor a checkpoint; {hint}")
     return path
 
 
