@@ -57,6 +57,8 @@ def test_a_run_goes_on_with_its_own_settings_and_leaves_no_trace_of_it_in_them(r
     assert json.loads((run / "summary.json").read_text())["epochs"] == 2
     for file in (run / "student.safetensors", run.parents[2] / "weights/digits_resnet8.safetensors"):
         assert read_metadata(file)["epochs"] == "2"
+    settings["ckpt_path"] = "start.ckpt"  # of a run that started from another one's weights
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
     last = run / "checkpoints/last.ckpt"
     assert main(["fit", "--resume", str(last), "--trainer.max_epochs", "3", "--weights_dir", "null"]) == 0

@@ -86,6 +86,8 @@ class ACKDCLI:
             print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output")}
+        elif own:  # the run goes on from its own checkpoint, wherever it started from
+            settings = {key: value for key, value in settings.items() if key not in ("ckpt_path", "resume")}
         parts = [part for each in configs for part in config_parts(each)]
         recipe = (config_folder() / "recipes" / "finetune.yaml").resolve()
         self.fine_tunes = any(recipe == file.resolve() for part in parts for file in read_files(part))
