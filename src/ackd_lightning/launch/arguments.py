@@ -102,11 +102,8 @@ def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], lis
         run, others = others[place + 1], [*others[:place], *others[place + 2 :]]
     if run:
         checkpoint = find_checkpoint(run, cast("Any", which))
-        folder = run_folder(checkpoint)
-        if not (folder / "config.yaml").is_file():
-            raise ACKDError(f"{folder} has no config.yaml; name the settings with --config")
         others = ["--ckpt_path", str(checkpoint), *others]
-        configs = [str(folder / "config.yaml"), *configs]
+        configs = [_settings_of(run_folder(checkpoint)), *configs]
     return configs, others
 
 
@@ -122,10 +119,15 @@ def resumed_settings(options: Sequence[str]) -> list[str]:
     named = [Path(value) for name, value in option_pairs(options) if name == "--resume" and value not in (None, "auto")]
     if not named:
         return []
-    folder = named[-1] if named[-1].is_dir() else run_folder(find_checkpoint(named[-1]))
-    if not (folder / "config.yaml").is_file():
+    return [_settings_of(named[-1] if named[-1].is_dir() else run_folder(find_checkpoint(named[-1])))]
+
+
+def _settings_of(folder: Path) -> str:
+    """The ``config.yaml`` of a run."""
+    path = folder / "config.yaml"
+    if not path.is_file():
         raise ACKDError(f"{folder} has no config.yaml; name the settings with --config")
-    return [str(folder / "config.yaml")]
+    return str(path)
 
 
 def find_data(settings: dict[str, Any], config: Path) -> list[str]:

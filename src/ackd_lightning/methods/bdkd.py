@@ -109,7 +109,7 @@ class BDKD(Method):
             fit: Information about the fit.
         """
         if self.branches == ("peer",):
-            tell("the peer of method BDKD is a twin of the student; --model.method.peer names a larger network")
+            tell("the peer of method BDKD is a twin of the student; its argument peer names a larger network")
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
         """Return the terms ``ce``, ``ce_aux``, ``balanced`` and ``peer``; arguments as in the base class."""
