@@ -8,7 +8,6 @@ import platform
 import shutil
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.runs.versions import cpu_flags
 from ackd_lightning.types import ImageSize
 
 Compile = bool | Literal["reduce-overhead"]
@@ -36,11 +36,7 @@ def has_bfloat16(accelerator: str) -> bool:
     """
     if accelerator != "cpu" and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return False
-    flags = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-    return bool(set(flags.split()) & set(_HALF))
+    return bool(cpu_flags() & set(_HALF))
 
 
 def has_compiler() -> bool:
