@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from ackd_lightning._version import __version__
 from ackd_lightning.errors import (
     ACKDError,
+    NotReadyError,
     RunFinishedError,
     RunsFailedError,
     RunStoppedError,
@@ -23,6 +24,7 @@ from ackd_lightning.launch.short_help import asks_for_help, short_help
 from ackd_lightning.launch.streams import outlive_readers
 
 _COMMANDS = {
+    "doctor": "doctor:doctor",
     "configs": "configs:configs",
     "inspect": "inspect:inspect",
     "export": "export:export_command",
@@ -66,6 +68,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in LIGHTNING.items():
         commands.add_parser(name, help=text, add_help=False)
+
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices and extras, and whether training works here (exit code 1 if not)"
+    )
+    doctor.add_argument("--json", dest="as_json", action="store_true", help="print JSON instead of a table")
 
     configs = commands.add_parser("configs", help="list the packaged configurations")
     configs.add_argument("filter", nargs="?", default="", help="show only names that contain this text")
@@ -276,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ACKD_DEBUG"):
             raise
-        if isinstance(error, ACKDError | RunsFailedError | UnreadableImagesError):
+        if isinstance(error, ACKDError | NotReadyError | RunsFailedError | UnreadableImagesError):
             return _failed(str(error), 2 if isinstance(error, ACKDError) else 1)
         first = (str(error).splitlines() or [""])[0]
         return _failed(f"{type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)", 1)

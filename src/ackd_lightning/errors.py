@@ -26,6 +26,10 @@ class UnreadableImagesError(RuntimeError):
     """Some images could not be read and were skipped; the predictions for the others have been written."""
 
 
+class NotReadyError(RuntimeError):
+    """This machine cannot train as it is; the sentence has the remedy."""
+
+
 class RunFinishedError(ACKDError):
     """The run that was to be resumed has already finished, which is not a failure."""
 

@@ -128,7 +128,7 @@ def test_what_a_machine_lacks_is_reported(monkeypatch):
 def test_the_flags_of_the_processor_are_read(monkeypatch, tmp_path, flags, expected):
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor : 0\n{flags}\n")
-    monkeypatch.setattr(speed, "Path", lambda _: info)
+    monkeypatch.setattr("ackd_lightning.runs.versions._CPUINFO", info)
     assert has_bfloat16("cpu") is expected
     info.unlink()
     assert has_bfloat16("cpu") is False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import platform
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from ackd_lightning.metrics.intervals import share_text
 from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.weight_files import local_file
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
-from ackd_lightning.runs.versions import versions
+from ackd_lightning.runs.versions import cpu_name, versions
 
 _TRAINING = ("seconds", "epochs", "steps", "training_parameters", "device", "precision", "seed", "skipped_steps")
 
@@ -168,13 +167,5 @@ def _file(
 
 
 def _machine() -> str:
-    names = [platform.processor() or platform.machine()]
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.startswith("model name")
-        ][:1] or names
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    return " and ".join([*names, *gpu])
+    return " and ".join([cpu_name(), *gpu])

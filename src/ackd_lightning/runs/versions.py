@@ -13,6 +13,8 @@ import torchvision
 
 from ackd_lightning._version import __version__
 
+_CPUINFO = Path("/proc/cpuinfo")  # of Linux
+
 
 @functools.cache
 def commit() -> str | None:
@@ -43,6 +45,24 @@ def versions() -> dict[str, str]:
         "lightning": version("lightning"),
         "python": platform.python_version(),
     }
+
+
+def cpu_name() -> str:
+    """Return the name of the processor."""
+    lines = (line.partition(":") for line in _cpuinfo())
+    named = next((value.strip() for key, _, value in lines if key.strip() == "model name"), "")
+    return named or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> set[str]:
+    """Return the names of the processor's instructions as Linux knows them; empty elsewhere."""
+    return set(next((line.split() for line in _cpuinfo() if line.startswith(("flags", "Features"))), []))
+
+
+def _cpuinfo() -> tuple[str, ...]:
+    if not _CPUINFO.is_file():
+        return ()
+    return tuple(_CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines())
 
 
 def device_name(device: torch.device) -> str:

@@ -8,13 +8,13 @@ import platform
 import shutil
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.runs.versions import cpu_flags
 from ackd_lightning.types import ImageSize
 
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 2**28}
@@ -31,11 +31,7 @@ def has_bfloat16(accelerator: str) -> bool:
     """
     if accelerator != "cpu" and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return False
-    flags = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-    return bool(set(flags.split()) & set(_HALF))
+    return bool(cpu_flags() & set(_HALF))
 
 
 def has_compiler() -> bool:
