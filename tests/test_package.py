@@ -57,3 +57,7 @@ def test_the_wheel_trains_without_the_repository(wheel, tmp_path):
     small = ["--data.train_fraction", "0.1", "--name", "wheel"]
     subprocess.run([python, *fit, *small], check=True, capture_output=True, env=clean, cwd=tmp_path)
     assert (tmp_path / "runs/digits_resnet8/wheel/student.safetensors").is_file()
+
+
+def test_the_citation_names_this_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
