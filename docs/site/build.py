@@ -89,7 +89,7 @@ def api_pages() -> dict[str, str]:
 
 def without_outside_links(text: str) -> str:
     """Replace links to files that are not pages by their text."""
-    return re.sub(r"\[([^\]]+)\]\((?:\.\./)+(?:src|benchmarks|configs|tests|notebooks|[A-Z]+\.md)[^)]*\)", r"\1", text)
+    return re.sub(r"\[([^\]]+)\]\((?:\.\./)*(?:src/|benchmarks/|configs/|tests/|notebooks/|[A-Z]+\b)[^)]*\)", r"\1", text)
 
 
 def copy_pages() -> None:
@@ -98,6 +98,8 @@ def copy_pages() -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(ROOT / "docs", SOURCES, ignore=shutil.ignore_patterns("site"))
     shutil.copy(ROOT / "docs/site/style.css", SOURCES)
+    start = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    (SOURCES / "index.md").write_text(start, encoding="utf-8")
     for page in SOURCES.glob("*.md"):
         page.write_text(without_outside_links(page.read_text(encoding="utf-8")), encoding="utf-8")
 
