@@ -14,6 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers of the tests
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests that need a GPU on a machine without one."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True)
 def _clean_process(monkeypatch: pytest.MonkeyPatch):
     """No seed, run name, folder, rank, silence or service of Weights & Biases of one test may reach the next."""

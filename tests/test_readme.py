@@ -58,7 +58,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 COMMANDS = {" ".join(words): words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))}
-FITS = {line: words for line, words in COMMANDS.items() if words[0] == "fit" and len(words) > 2}
+FITS = {line: words for line, words in COMMANDS.items() if words[0] == "fit" and len(words) > 2 and "help" not in line}
 ON_RUNS = {line: words for line, words in COMMANDS.items() if words[0] in RUN_COMMANDS and len(words) > 1}
 IMAGES = {line: words for line, words in ON_RUNS.items() if "--images" in words}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ackd_lightning.runs.versions import versions
+from ackd_lightning.runs.versions import cpu_flags, versions
 
 BUSY = 0.05
 """Share of the machine's cores that other processes may use before a run counts as disturbed."""
@@ -73,6 +73,11 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in tiles (AMX)."""
+    return "amx_tile" in cpu_flags()
 
 
 def machine() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ackd_lightning.training.manual import frozen
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.speed import keep_freed_memory
 from timing.machine import MATRIX, machine, matrix_peak, matrix_type, resident_bytes, wait
-from timing.synthetic import give_weights, usable
+from timing.synthetic import give_cache, give_weights, usable
 
 PARTS = {
     "data": "data: loader, augmentation",
@@ -274,6 +274,14 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
         run.model.load_teacher()
         device = run.trainer.strategy.root_device
         epoch = _middle_epoch(run, steps=length)
+        give_cache(
+            run.model,
+            run.datamodule,
+            Path(folder) / "cache",
+            run.notes,
+            epochs=run.trainer.max_epochs or 1,
+            precision=str(run.trainer.precision),
+        )
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)

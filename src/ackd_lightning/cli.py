@@ -20,6 +20,7 @@ from ackd_lightning.errors import (
     near_matches,
 )
 from ackd_lightning.launch import LIGHTNING
+from ackd_lightning.launch.short_help import asks_for_help, short_help
 from ackd_lightning.launch.streams import outlive_readers
 
 _COMMANDS = {
@@ -243,6 +244,8 @@ def _run(arguments: Sequence[str]) -> None:
         options = vars(make_image_parser().parse_args(arguments[1:]))
         return pkgutil.resolve_name("ackd_lightning.commands.predict:predict")(options.pop("run"), **options)  # type: ignore[no-any-return]
     if command in LIGHTNING:
+        if wanted := asks_for_help(arguments[1:]):
+            return _help(command, wanted)
         from ackd_lightning.launch.execute import run
 
         return run(command, arguments[1:])
@@ -264,6 +267,18 @@ def _run(arguments: Sequence[str]) -> None:
     call = pkgutil.resolve_name(f"ackd_lightning.commands.{_COMMANDS[command]}")
     call(*positional, **options)
     return None
+
+
+def _help(command: str, wanted: str) -> None:
+    """Print the short help of a command of Lightning, or the complete one of its parser, for which torch is needed."""
+    if wanted == "short":
+        print(short_help(command), end="")
+    else:
+        from ackd_lightning.launch.options import make_parser as complete
+
+        complete(command).print_help()
+    if command == "predict":
+        print(f"\n{make_image_parser().format_help()}", end="")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -570,7 +570,7 @@ def test_files_are_never_held(folder, monkeypatch):
     assert isinstance(module.train_dataloader().dataset, FileImages)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_run_on_a_gpu_sees_the_same_either_way(hold, monkeypatch):
     held, sent = Net(), Net()
     copied = hold()

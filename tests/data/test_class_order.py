@@ -135,7 +135,7 @@ def test_images_held_by_the_device(folder, monkeypatch, when):
     require_reversed(module, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_images_held_by_a_gpu(folder):
     module = ImageFolderDataModule(folder, batch_size=8, val_fraction=0.25)
     module.setup()

@@ -110,7 +110,7 @@ def test_random_crop_of_an_image_that_no_crop_fits_is_its_centre(size, box):
     assert {random_crop(*size, seed)[0] for seed in range(5)} == {box}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_same_numbers_on_the_gpu():
     raw = batch()
     cuda = RawBatch(*(field.cuda() for field in raw[:4]))

@@ -1,4 +1,4 @@
-"""What a step must not do, counted: wait for a number from the device, or compile a network again."""
+"""What a step must not do: wait for a number from the device, read what an earlier step returned, or compile again."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ackd_lightning
 from ackd_lightning.config.files import config_folder, read_config
+from ackd_lightning.errors import NonFiniteError
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods import ACKD, CE, Method
 from ackd_lightning.methods.description import from_description
+from ackd_lightning.types import NetOutput
 from training.helpers import Blobs, IndexedBlobs, game, trainer
 
 FRAGMENTS = sorted((config_folder() / "methods").glob("*.yaml"))
@@ -139,11 +141,41 @@ class Watch(L.Callback):
         self.modes.close()
 
 
+class Reused(L.Callback):
+    """Overwrite outputs and gradients of a step when the next one begins, as CUDA graphs do."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+        self.overwritten = 0
+
+    def on_train_start(self, trainer, pl_module):
+        method = pl_module.method
+        parts = [method.get_submodule(name) for name in method.compile_modules]
+        for network in (pl_module.student, *pl_module.teachers.frozen, *parts):
+            network.register_forward_hook(lambda _, __, output: self._keep(output))
+
+    def _keep(self, output):
+        if isinstance(output, NetOutput):
+            self._keep((output.logits, output.features or (), output.embedding, output.branches))
+        elif isinstance(output, tuple):
+            for each in output:
+                self._keep(each)
+        elif isinstance(output, torch.Tensor) and output.is_floating_point():
+            self.kept.append(output)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        gradients = [each.grad for each in pl_module.parameters() if each.grad is not None]
+        for each in (*self.kept, *gradients):
+            each.data.fill_(float("nan"))
+        self.overwritten += len(self.kept)
+        self.kept.clear()
+
+
 def reads_of(method: Method, folder: Path, *, epoch: int = 0) -> set[tuple[str, str, str]]:
     """Return what makes the host wait in four steps of a fit of 100 epochs that begins in an epoch."""
-    watch = Watch()
+    watch, reused = Watch(), Reused()
     run = trainer(
-        callbacks=[watch],
+        callbacks=[reused, watch],
         logger=CSVLogger(folder),
         max_epochs=100,
         max_steps=4,
@@ -152,9 +184,13 @@ def reads_of(method: Method, folder: Path, *, epoch: int = 0) -> set[tuple[str, 
     )
     for name in ("ready", "started", "processed", "completed"):
         setattr(run.fit_loop.epoch_progress.current, name, epoch)
+    net = game(method, lr=0.01)
     with pytest.warns(UserWarning, match="log_every_n_steps"):
-        run.fit(game(method, lr=0.01), datamodule=IndexedBlobs())
+        run.fit(net, datamodule=IndexedBlobs())
     assert watch.steps == len(WATCHED)
+    assert reused.overwritten > 0
+    assert all(each.isfinite().all() for each in net.state_dict().values())
+    assert run.callback_metrics["train/loss"].isfinite()
     assert watch.reads.operators > 100
     return set(watch.reads.found)
 
@@ -165,6 +201,22 @@ def test_no_step_waits_for_the_device(path, epoch, tmp_path):
     found = reads_of(from_description(read_config(path)["model"]["method"]), tmp_path, epoch=epoch)
     assert ("training/nonfinite.py", "_which", "tolist") in found  # so the watch works
     assert found - KNOWN == set()
+
+
+class Keeping(CE):
+    """Cross-entropy that reads the logits of the step before."""
+
+    last: torch.Tensor | None = None
+
+    def forward(self, student, teacher, batch):
+        loss = cross_entropy(student.logits, batch.target)
+        before, self.last = self.last, student.logits.detach()
+        return {"ce": loss if before is None else loss + before.mean()}
+
+
+def test_what_is_kept_of_a_step_is_found(tmp_path):
+    with pytest.raises(NonFiniteError):
+        reads_of(Keeping(), tmp_path)
 
 
 class Asking(CE):

@@ -228,7 +228,7 @@ def test_other_values_are_refused():
         made(on_nonfinite="ignore")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("several", [False, True])
 def test_on_a_gpu_the_error_comes_before_a_checkpoint(tmp_path, several):
     saver = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)

@@ -16,8 +16,10 @@ from torch import nn
 
 from ackd_lightning import ACKD, KD, create_model
 from ackd_lightning.cli import main
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch import execute
-from ackd_lightning.training import speed
+from ackd_lightning.training import fit_start, speed
+from ackd_lightning.training import steps as training_steps
 from ackd_lightning.training.speed import fast_settings, has_bfloat16
 from training.helpers import CLASSES, Blobs, build, largest_difference, module, state, teaching, trainer
 
@@ -91,6 +93,56 @@ def test_without_discriminators_there_are_none_to_compile(compiled):
     assert len(compiled) == 2
     trainer(fast_dev_run=True).fit(build(KD()), datamodule=Blobs())
     assert len(compiled) == 2  # not asked for
+
+
+def test_graphs_are_a_mode_of_the_compiler_and_every_batch_begins_a_step(monkeypatch):
+    modes, steps = [], []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *, dynamic, mode=None: modes.append(mode))
+    monkeypatch.setattr(fit_start, "refuse_graphs", lambda _: None)
+    monkeypatch.setattr(training_steps, "begin_step", lambda compiles, device: steps.append((compiles, device.type)))
+    net = module(compile="reduce-overhead")
+    few = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 2}
+    trainer(**few).fit(net, datamodule=Blobs())
+    assert modes == ["reduce-overhead"] * 3  # student, teacher, discriminators
+    assert steps == [("reduce-overhead", "cpu")] * 5  # training and validation
+    assert net.hparams["compile"] == "reduce-overhead"
+
+
+@pytest.mark.parametrize(
+    ("compiles", "device", "marks"), [(speed.GRAPHS, "cuda", 1), (speed.GRAPHS, "cpu", 0), (True, "cuda", 0)]
+)
+def test_a_step_is_marked_where_there_are_graphs(monkeypatch, compiles, device, marks):
+    marked = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
+    speed.begin_step(compiles, torch.device(device))
+    assert len(marked) == marks
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "batches", "word"),
+    [
+        ("cpu", 1, 1, "cpu"),
+        ("cuda", 2, 1, "processes"),
+        ("cuda", 1, 4, "accumulate_grad_batches"),
+        ("cuda", 1, 1, None),
+    ],
+)
+def test_graphs_are_refused_where_they_cannot_run(monkeypatch, device, processes, batches, word):
+    monkeypatch.setattr(torch.version, "hip", None)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    run = SimpleNamespace(strategy=strategy, world_size=processes, accumulate_grad_batches=batches)
+    if word is None:
+        speed.refuse_graphs(run)
+        return
+    with pytest.raises(ACKDError, match=word) as error:
+        speed.refuse_graphs(run)
+    assert "reduce-overhead" in str(error.value)
+
+
+def test_a_fit_on_a_cpu_refuses_graphs_before_it_compiles(compiled):
+    with pytest.raises(ACKDError, match="reduce-overhead"):
+        trainer(max_epochs=1).fit(build(KD(), compile="reduce-overhead"), datamodule=Blobs())
+    assert compiled == []
 
 
 @pytest.mark.filterwarnings("ignore:--fast")

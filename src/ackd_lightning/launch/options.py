@@ -18,6 +18,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch import LIGHTNING
 from ackd_lightning.launch.arguments import set_length
 from ackd_lightning.launch.messages import RefusedError
+from ackd_lightning.launch.short_help import FIT_TEXTS, TEXTS
 from ackd_lightning.models.branches import default_branches
 from ackd_lightning.models.finding import plan_for, use_taps
 from ackd_lightning.models.student_config import StudentConfig
@@ -27,19 +28,6 @@ from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.training.speed import fast_settings
 
-_FIT_HELP = {
-    "name": "name of the run; default: a time stamp",
-    "runs_dir": "the run is written to RUNS_DIR/CONFIG/NAME",
-    "resume": "resume the newest unfinished run of this configuration (of this --name, if given), or the run at PATH",
-    "weights_dir": "folder that also gets the student's weights, as CONFIG.safetensors (teacher configurations set it)",
-    "wandb": "log to Weights & Biases; offline when no key is known",
-    "tensorboard": "log to TensorBoard, into the run's folder",
-    "test": "test the last and the best checkpoint after the fit",
-    "on_nonfinite": "how to handle a non-finite loss: end the run, or skip the step and count it; short for "
-    "--model.on_nonfinite",
-    "fast": "bfloat16 where the hardware has it, channels-last layout and compiled networks; short for "
-    "--trainer.precision bf16-mixed --model.channels_last true --model.compile true",
-}
 _TEXT = {"type": str | None, "default": None}
 _KINDS: dict[str, dict[str, Any]] = {
     # with and without a value, as sweeps write --fast=True
@@ -49,7 +37,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "wandb": {**_TEXT, "metavar": "PROJECT", "nargs": "?", "const": "ackd-lightning"},
     "on_nonfinite": {"type": Literal["stop", "skip"] | None, "default": None},
 }
-FIT_ONLY = tuple(_FIT_HELP)
+FIT_ONLY = tuple(FIT_TEXTS)
 """Options that only ``ackd fit`` has."""
 
 
@@ -96,10 +84,9 @@ def make_parser(command: str) -> Parser:
         "-c",
         "--config",
         action=ActionConfigFile,
-        help="configuration: a file, or the name of a packaged one (`ackd configs`); later ones are laid over earlier; "
-        "methods joined by + are added, as in kd+crd",
+        help=TEXTS["config"],
     )
-    parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, data order and augmentation")
+    parser.add_argument("--seed_everything", type=int, default=0, help=TEXTS["seed_everything"])
     parser.add_lightning_class_args(L.Trainer, "trainer")
     parser.add_class_arguments(
         DistillationModule, "model", skip={"student", "teacher"}, fail_untyped=False, sub_configs=True
@@ -121,12 +108,12 @@ def make_parser(command: str) -> Parser:
     # the recipe comes from configs/recipes/sgd.yaml: another class would inherit the arguments of a default here
     parser.set_defaults({"trainer.enable_model_summary": False, "model.optimizer": None, "model.lr_scheduler": None})
     parser.set_defaults({"model.recipe": asdict(Recipe())})
-    parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to start from or to evaluate")
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help=TEXTS["ckpt_path"])
     if command == "fit":
-        for name, text in _FIT_HELP.items():
+        for name, text in FIT_TEXTS.items():
             parser.add_argument(f"--{name}", help=text, **_KINDS.get(name, _TEXT))
     if command == "predict":
-        parser.add_argument("--output", type=str, default="predictions.csv", help="CSV file for the predictions")
+        parser.add_argument("--output", type=str, default="predictions.csv", help=TEXTS["output"])
     parser.whole_numbers_first()
     return parser
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method, is_task_term
 from ackd_lightning.training.manual import ManualSteps
+from ackd_lightning.training.speed import GRAPHS, Compile
 from ackd_lightning.validation import NonNegative, Range, check_arguments
 
 
@@ -41,7 +42,7 @@ class DOT(Optimizer):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> weight = nn.Parameter(torch.zeros(1))
         >>> optimizer = DOT([weight], lr=1.0, momentum=0.5, delta=0.25)
         >>> for _ in range(2):
@@ -151,13 +152,14 @@ class DOT(Optimizer):
         return [self.state[each][name] for each in parameters]
 
 
-def check_dot(method: Method, *, manual: Iterable[str], trainer_clips: bool) -> None:
+def check_dot(method: Method, *, manual: Iterable[str], trainer_clips: bool, graphs: bool) -> None:
     """Refuse a fit with `DOT` that does not have two gradients in one step.
 
     Args:
         method: The method.
         manual: Names of its auxiliary optimizers.
         trainer_clips: Whether the Trainer clips gradients by itself.
+        graphs: Whether networks run as CUDA graphs.
 
     Raises:
         ACKDError: Naming the reason.
@@ -172,6 +174,11 @@ def check_dot(method: Method, *, manual: Iterable[str], trainer_clips: bool) -> 
         raise ACKDError(
             "trainer.gradient_clip_val does not know the two gradients of optimizer DOT; set "
             "model.recipe.gradient_clip_val instead"
+        )
+    if graphs:
+        raise ACKDError(
+            f"optimizer DOT runs the backward pass twice and model.compile is {GRAPHS}, whose graphs run it once; set "
+            "model.compile to true"
         )
     weights = method.loss_weights
     task = [each for each, weight in weights.items() if weight and is_task_term(each)]
@@ -209,8 +216,13 @@ def mean_over_processes(gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parame
 
 
 class TwoGradients(ManualSteps):
-    """A module that computes the gradient of the distillation apart where its optimizer is `DOT`."""
+    """A module that computes the gradient of the distillation apart where its optimizer is `DOT`.
 
+    Attributes:
+        compiles: Whether the networks are compiled, and how.
+    """
+
+    compiles: Compile
     _dot: DOT | None = None
     _distillation: Tensor | None = None
     _task_reaches: set[nn.Parameter] | None = None
@@ -221,7 +233,12 @@ class TwoGradients(ManualSteps):
         self._dot = optimizer if isinstance(optimizer, DOT) else None
         self._task_reaches = self._distillation = None
         if self._dot is not None:
-            check_dot(self.method, manual=self.auxiliary, trainer_clips=bool(self.trainer.gradient_clip_val))
+            check_dot(
+                self.method,
+                manual=self.auxiliary,
+                trainer_clips=bool(self.trainer.gradient_clip_val),
+                graphs=self.compiles == GRAPHS,
+            )
             torch._functorch.config.donated_buffer = False  # compiled networks keep their graph for a second pass
 
     def split_gradient(self, terms: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.training.labels import check_labels, check_sampling
 from ackd_lightning.training.monitored import check_monitors
 from ackd_lightning.training.own_callbacks import own_callbacks
-from ackd_lightning.training.speed import speed_up
+from ackd_lightning.training.speed import GRAPHS, refuse_graphs, speed_up
 from ackd_lightning.training.steps import TrainingSteps
 from ackd_lightning.training.strategies import refuse_sharding
 from ackd_lightning.training.teacher_cache import open_cache
@@ -28,11 +28,9 @@ class FitStart(TrainingSteps):
 
     Attributes:
         absent: Shapes of the teachers that a checkpoint describes and does not hold.
-        compiles: Whether the networks are compiled.
     """
 
     absent: tuple[NetSpec, ...]
-    compiles: bool
 
     def setup(self, stage: str) -> None:
         """Load the teachers and tell the method about the fit."""
@@ -41,6 +39,8 @@ class FitStart(TrainingSteps):
         if stage != "fit":
             self._take_class_names(data)
             return
+        if self.compiles == GRAPHS:
+            refuse_graphs(self.trainer)
         if not (self.training and self.student.training and self.student.backbone.training):
             self.train()  # Lightning trains in the mode that it finds
         if self.absent:

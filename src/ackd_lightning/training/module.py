@@ -33,6 +33,7 @@ from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite
 from ackd_lightning.training.overrides import check_overrides
 from ackd_lightning.training.schedule import OptimizerFactory, Recipe, SchedulerFactory
+from ackd_lightning.training.speed import Compile
 from ackd_lightning.training.students import build_student, check_quantization, keep_frozen_in_evaluation
 from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
 from ackd_lightning.training.teachers import Teachers
@@ -69,14 +70,15 @@ class DistillationModule(FitStart):
             by rounding only.
         compile: Compile student, teachers and discriminators when a fit starts, with BatchNorm of frozen teachers fused
             into their convolutions. The first steps take about a minute, state dicts keep their keys, and results
-            differ by rounding only.
+            differ by rounding only. ``reduce-overhead`` also runs them as CUDA graphs, which need an NVIDIA GPU and
+            gain most with small networks and batches.
         seed: Seed of noise inside the networks (dropout); None for that of ``seed_everything`` or
             ``torch.manual_seed``.
 
     Raises:
         ACKDError: If arguments do not go together.
 
-    Example:
+    Examples:
         >>> from ackd_lightning.methods import KD
         >>> module = DistillationModule("resnet8", method=KD(), teacher="resnet14", data=DataInfo(num_classes=10))
         >>> module.data.input_size
@@ -96,7 +98,7 @@ class DistillationModule(FitStart):
         on_nonfinite: OnNonFinite = "stop",
         on_class_mismatch: Literal["stop", "ignore"] = "stop",
         channels_last: bool = False,
-        compile: bool = False,  # noqa: A002  # torch's word for it
+        compile: Compile = False,  # noqa: A002  # torch's word for it
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -247,7 +249,7 @@ class ACKDModule(DistillationModule):
 
     A `DistillationModule` whose default method is `ACKD` with the paper's two auxiliary learners and all weights 1.
 
-    Example:
+    Examples:
         >>> from ackd_lightning.models.zoo import create_model
         >>> module = ACKDModule(create_model("resnet8", 10), teacher=create_model("resnet14", 10))
         >>> module.student.specs

@@ -1,4 +1,4 @@
-"""Speed on this machine: the settings of ``--fast``, and an allocator that keeps freed memory."""
+"""Speed on this machine: the settings of ``--fast``, CUDA graphs, and an allocator that keeps freed memory."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ import platform
 import shutil
 import warnings
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.runs.versions import cpu_flags
 from ackd_lightning.types import ImageSize
 
+Compile = bool | Literal["reduce-overhead"]
+"""Whether networks are compiled; ``reduce-overhead`` runs them as CUDA graphs besides."""
+GRAPHS = "reduce-overhead"
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 2**28}
 """M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: no mapped blocks, no memory returned, and 256 MB requested at a time."""
 _OWN = ("mmap_max", "mmap_threshold", "trim_threshold", "top_pad")
@@ -64,7 +69,7 @@ def speed_up(
     *,
     input_size: ImageSize,
     channels_last: bool,
-    compiles: bool,
+    compiles: Compile,
 ) -> None:
     """Change the memory layout of the networks and compile them, in place.
 
@@ -76,7 +81,7 @@ def speed_up(
         teachers: Loaded teachers.
         input_size: Side of the images in pixels, or their height and width.
         channels_last: Whether to lay out convolutions with channels last.
-        compiles: Whether to compile.
+        compiles: Whether to compile, and how.
     """
     if compiles and method.teacher != "own":
         for teacher in teachers:
@@ -86,8 +91,48 @@ def speed_up(
             network.to(memory_format=torch.channels_last)
     if compiles:
         parts = [method.get_submodule(name) for name in method.compile_modules]
+        mode = {} if isinstance(compiles, bool) else {"mode": compiles}
         for network in (student, *teachers, *parts):
-            network.compile(dynamic=False)
+            network.compile(dynamic=False, **mode)
+
+
+def refuse_graphs(trainer: Any) -> None:
+    """Refuse CUDA graphs where they cannot run, or where a gradient must outlive its step.
+
+    The memory of a graph's outputs, gradients included, is used again in the next step.
+
+    Args:
+        trainer: Lightning's Trainer.
+
+    Raises:
+        ACKDError: Naming the setting.
+    """
+    device, batches = trainer.strategy.root_device.type, trainer.accumulate_grad_batches
+    if device != "cuda":
+        problem = f"the run is on {device}, where there are no CUDA graphs"
+    elif torch.version.hip is not None:
+        problem = "this GPU is not one of NVIDIA's"
+    elif trainer.world_size > 1:
+        problem = f"the run has {trainer.world_size} processes, with which CUDA graphs were not tried"
+    elif batches > 1:
+        problem = f"trainer.accumulate_grad_batches is {batches}, and a graph keeps no gradient from step to step"
+    else:
+        return
+    raise ACKDError(f"model.compile is {GRAPHS} and {problem}; set model.compile to true")
+
+
+def begin_step(compiles: Compile, device: torch.device) -> None:
+    """Tell CUDA graphs that a step begins, so that the outputs of the step before may be overwritten.
+
+    Without it, torch takes every call of a compiled network for a new step, and the student would overwrite what the
+    teacher returned.
+
+    Args:
+        compiles: Whether networks are compiled, and how.
+        device: Device that computes.
+    """
+    if compiles == GRAPHS and device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def keep_freed_memory() -> bool:

@@ -18,6 +18,7 @@ from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import EvaluationSteps
 from ackd_lightning.training.labels import check_batch
 from ackd_lightning.training.overrides import check_outermost
+from ackd_lightning.training.speed import begin_step
 from ackd_lightning.training.students import check_trained
 from ackd_lightning.training.teacher_cache import TeacherCache
 from ackd_lightning.types import Batch, NetOutput, NetSpec
@@ -85,7 +86,7 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
         return logits
 
     def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
-        """Read a batch, as `read_batch` does; its images get the floating-point type of the student's weights.
+        """Read the batch of a step, as `read_batch` does; images get the floating-point type of the student's weights.
 
         Args:
             batch: Batch of any data module.
@@ -95,6 +96,7 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
             ACKDError: If it has another form than the module was built for.
         """
         check_outermost(self)
+        begin_step(self.compiles, self.device)
         result = read_batch(batch, self.data, check=first)
         image = result.image.to(dtype_of(self.student))
         if self.channels_last:

@@ -76,7 +76,7 @@ def build_student(
     return student, found
 
 
-def check_quantization(config: StudentConfig, method: Method, recipe: Recipe, *, compiled: bool) -> None:
+def check_quantization(config: StudentConfig, method: Method, recipe: Recipe, *, compiled: bool | str) -> None:
     """Refuse what does not go with a student that is fine-tuned for int8.
 
     Args:
@@ -99,7 +99,7 @@ def check_quantization(config: StudentConfig, method: Method, recipe: Recipe, *,
     if recipe.ema_decay is not None:
         raise ACKDError(f"recipe.ema_decay is {recipe.ema_decay} and {where}; set one of them to null")
     if compiled:
-        raise ACKDError(f"compile is True and {where}; set compile to false, as the student is a graph already")
+        raise ACKDError(f"compile is {compiled} and {where}; set compile to false, as the student is a graph already")
 
 
 def check_trained(student: BranchyStudent, config: StudentConfig, started: object) -> None:
