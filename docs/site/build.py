@@ -89,7 +89,8 @@ def api_pages() -> dict[str, str]:
 
 def without_outside_links(text: str) -> str:
     """Replace links to files that are not pages by their text."""
-    return re.sub(r"\[([^\]]+)\]\((?:\.\./)*(?:src/|benchmarks/|configs/|tests/|notebooks/|[A-Z]+\b)[^)]*\)", r"\1", text)
+    outside = r"(?:\.\./)*(?:src/|benchmarks/|configs/|tests/|notebooks/|[A-Z]+\b)"
+    return re.sub(rf"\[([^\]]+)\]\({outside}[^)]*\)", r"\1", text)
 
 
 def copy_pages() -> None:
