@@ -109,7 +109,7 @@ def asks_for_help(arguments: Sequence[str]) -> str | None:
     Args:
         arguments: Command line after the subcommand.
 
-    Example:
+    Examples:
         >>> [asks_for_help(line.split()) for line in ("--config kd -h", "--help all", "--name help")]
         ['short', 'all', None]
     """
