@@ -58,6 +58,8 @@ def commands(text: str) -> list[list[str]]:
 
 
 SHOWN = {name: block for page in PAGES for name, block in named_blocks(page.read_text(encoding="utf-8")).items()}
+# files that `ackd init photos` writes
+SHOWN |= {f"photos_{each}.yaml": SHOWN[f"pets_{each}.yaml"] for each in ("teacher", "student")}
 COMMANDS = {" ".join(words): words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))}
 FITS = {line: words for line, words in COMMANDS.items() if words[0] == "fit" and len(words) > 2 and "help" not in line}
 ON_RUNS = {line: words for line, words in COMMANDS.items() if words[0] in RUN_COMMANDS and len(words) > 1}
@@ -89,7 +91,8 @@ def parse(words: list[str], capsys) -> str:
 def test_readme_has_commands():
     assert len(FITS) >= 8
     assert len(ON_RUNS) >= 3
-    assert {words[0] for words in commands(README)} >= {"fit", "test", "predict", "export", "compare", "configs"}
+    assert {words[0] for words in commands(README)} >= {"doctor", "init", "fit", "report", "export", "reproduce"}
+    assert {words[0] for words in COMMANDS.values()} >= {"test", "predict", "compare", "configs", "push", "inspect"}
 
 
 @pytest.mark.parametrize("line", FITS)
@@ -97,7 +100,7 @@ def test_settings_of_fit_are_understood(line, folder, capsys):
     run = Path(FITS[line][-1])
     if FITS[line][-2] == "--resume" and "--config" not in FITS[line]:  # the run has its settings
         run.mkdir(parents=True)
-        (run / "config.yaml").write_text(parse(["fit", "--config", run.parent.name], capsys))
+        (run / "config.yaml").write_text(parse(["fit", "--config", f"{run.parent.name}.yaml"], capsys))
     assert "class_path: ackd_lightning" in parse(FITS[line], capsys)
 
 
