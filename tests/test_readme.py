@@ -122,7 +122,7 @@ def test_settings_of_commands_on_runs_are_understood(line, folder, capsys):
 @pytest.mark.parametrize("line", [line for line, words in COMMANDS.items() if words[0] not in ("fit", *RUN_COMMANDS)])
 def test_other_commands_are_understood(line, folder, capsys):
     words = COMMANDS[line]
-    names = ("export", "compare", "report", "reproduce", "inspect")
+    names = ("init", "export", "compare", "report", "reproduce", "inspect")
     bare = len(words) == 1 and words[0] in names  # the name alone, in a sentence
     chosen, settings = make_parser().parse_known_args([*words, *(["RUN"] if bare else [])])
     assert chosen.command == words[0]
@@ -133,7 +133,7 @@ def test_other_commands_are_understood(line, folder, capsys):
 
 def test_every_command_exists():
     known = {"fit", *RUN_COMMANDS, "configs", "export", "push", "report", "compare", "demo", "reproduce", "cache"}
-    known |= {"inspect", "doctor"}
+    known |= {"inspect", "doctor", "init"}
     assert {words[0] for words in COMMANDS.values()} <= known
 
 

@@ -32,7 +32,7 @@ def mean_and_std(values: Sequence[float], decimals: int = 2) -> str:
         values: Numbers in the printed unit.
         decimals: Number of decimals.
 
-    Example:
+    Examples:
         >>> mean_and_std([50, 60]), mean_and_std([50]), mean_and_std([])
         ('55.00 ± 7.07', '50.00', '-')
     """

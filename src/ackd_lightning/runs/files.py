@@ -42,7 +42,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     Yields:
         Path of the hidden file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder = tempfile.TemporaryDirectory()
         >>> target = Path(folder.name) / "notes" / "first.txt"
