@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all check docs package new-method clean
+.PHONY: demo test test-all check docs notebooks package new-method clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ new-method: $(VENV)/.ready  ## the files of a new method: make new-method NAME=m
 
 docs: $(VENV)/.ready  ## the documentation site: build/site/index.html
 	$(BIN)/python docs/site/build.py
+
+notebooks: $(VENV)/.ready  ## execute the notebooks and keep their outputs and pictures
+	$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
+	$(BIN)/python notebooks/run.py
 
 check: $(VENV)/.ready  ## format, lint, types, direction of imports, documentation site
 	$(BIN)/ruff format --check .

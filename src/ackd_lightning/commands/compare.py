@@ -179,13 +179,11 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
         places: Run folders, or folders of runs.
         target: Image file to write (PNG, PDF or SVG).
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose figures a notebook would show as well
 
     groups = group_runs(places)
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     stages: set[str] = set()
     for number, (config, runs) in enumerate(groups.items()):
         color = f"C{number % 10}"
@@ -207,7 +205,6 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
     axes.grid(alpha=0.3)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
-    plt.close(figure)
 
 
 def compare_command(places: Sequence[str], *, figure: str, which: Which = "last") -> None:
