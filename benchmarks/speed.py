@@ -16,6 +16,7 @@ import pkgutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,10 +59,15 @@ def plain_loop(
     batch_size: int,
     warmup: int,
     steps: int,
+    tf32: bool = False,
 ) -> float:
-    """Mean seconds of a step of the usual loop: images in memory, float32, nothing fused, means read in every step."""
+    """Mean seconds of a step of the usual loop: images in memory, float32, nothing fused, means read in every step.
+
+    On a GPU ``tf32`` lets torch round products to TF32, which it does by itself in convolutions alone.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     batches = [
         (torch.randn(batch_size, 3, size, size).to(device), torch.randint(num_classes, (batch_size,)).to(device))
         for _ in range(8)
@@ -116,6 +122,7 @@ def plain(request: dict) -> dict:
         batch_size=request["batch_size"],
         warmup=request["warmup"],
         steps=request["steps"],
+        tf32=request.get("tf32", False),
     )
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_bytes()
     speed = request["batch_size"] / seconds
@@ -273,19 +280,13 @@ def show(pairs: list[dict], lines: list[dict]) -> None:
         print(f"  {line['goal']:<56} {numbers:<28} {line['wanted']:<8} {verdict}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every program that measures in pairs."""
     parser.add_argument("--pairs", type=int, default=5, help="number of undisturbed pairs")
     parser.add_argument(
         "--attempts", type=int, default=None, help="largest number of pairs to run; default: 3 x --pairs"
     )
     parser.add_argument("--config", default="cifar100_resnet110_resnet20.yaml")
-    parser.add_argument(
-        "--methods",
-        default="kd,ackd,crd,kd_cached",
-        help="methods of our side; NAME_cached: with the teacher's logits from a cache",
-    )
-    parser.add_argument("--plain-methods", default="kd", help="methods of the plain loop: kd, ce, or kd,ce")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
@@ -297,28 +298,44 @@ def main() -> None:
         "or the settings of the environment",
     )
     parser.add_argument(
-        "--out", type=Path, default=None, help="raw numbers; default: benchmarks/results/speed-TIME.json"
+        "--out", type=Path, default=None, help="raw numbers; default: a file named by the time in benchmarks/results"
     )
-    parser.add_argument("--plain", default=None, help=argparse.SUPPRESS)  # the fresh process of the plain loop
-    options, settings = parser.parse_known_args()
-    if options.plain is not None:
-        print(json.dumps(plain(json.loads(options.plain))))
-        return
+
+
+def repeated(measure: Callable[[], dict], options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Measure pairs until enough are undisturbed; return these and the others."""
     if min(options.pairs, options.steps, options.warmup, options.batch_size) < 1:
-        parser.error("--pairs, --steps, --warmup and --batch-size must be 1 or more")
-    if unknown := set(options.plain_methods.split(",")) - {"kd", "ce"}:
-        parser.error(f"--plain-methods has {', '.join(sorted(unknown))}; the plain loop has kd and ce")
+        sys.exit("--pairs, --steps, --warmup and --batch-size must be 1 or more")
     kept: list[dict] = []
     rejected: list[dict] = []
-    attempts = options.attempts or 3 * options.pairs
-    for attempt in range(attempts):
-        pair = measure_pair(options, settings)
+    for attempt in range(options.attempts or 3 * options.pairs):
+        pair = measure()
         (rejected if pair["busy"] else kept).append(pair)
         speeds = ", ".join(f"{name} {each['images_per_second']:,.1f}" for name, each in pair["runs"].items())
         verdict = "REJECTED, other processes were busy" if pair["busy"] else f"pair {len(kept)} of {options.pairs}"
         print(f"[{attempt + 1}] {speeds} images/s: {verdict}", flush=True)
         if len(kept) == options.pairs:
             break
+    return kept, rejected
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
+    parser.add_argument(
+        "--methods",
+        default="kd,ackd,crd,kd_cached",
+        help="methods of our side; NAME_cached: with the teacher's logits from a cache",
+    )
+    parser.add_argument("--plain-methods", default="kd", help="methods of the plain loop: kd, ce, or kd,ce")
+    parser.add_argument("--plain", default=None, help=argparse.SUPPRESS)  # the fresh process of the plain loop
+    options, settings = parser.parse_known_args()
+    if options.plain is not None:
+        print(json.dumps(plain(json.loads(options.plain))))
+        return
+    if unknown := set(options.plain_methods.split(",")) - {"kd", "ce"}:
+        parser.error(f"--plain-methods has {', '.join(sorted(unknown))}; the plain loop has kd and ce")
+    kept, rejected = repeated(lambda: measure_pair(options, settings), options)
     amx, equal = has_amx(), options.malloc == "tuned"
     lines = judged(kept, goals_machine=amx and equal) if kept else []
     out = options.out or RESULTS / f"speed-{time.strftime('%Y%m%d-%H%M%S')}.json"
