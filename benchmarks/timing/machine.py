@@ -102,6 +102,23 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def busy_share(spans: Sequence[tuple[float, float]]) -> float | None:
+    """Share of the time from the first start to the last end in which something runs; None without spans.
+
+    Args:
+        spans: Start and end of every kernel and copy, in any order; they may overlap.
+    """
+    if not spans:
+        return None
+    ordered = sorted(spans)
+    first, reached = ordered[0]
+    busy = reached - first
+    for start, end in ordered[1:]:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / (reached - first) if reached > first else None
+
+
 def matrix_peak(device: torch.device, dtype: torch.dtype, *, side: int, repeats: int = 5) -> float:
     """Operations per second of a large matrix product (two per multiply-add), the best of several.
 

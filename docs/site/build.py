@@ -80,17 +80,18 @@ def api_pages() -> dict[str, str]:
     for title, modules in API.items():
         lines = [f"# {title}", ""]
         for each in modules.split():
-            lines += [f"::: ackd_lightning.{each}", ""]
+            lines += [f"::: ackd_lightning.{each}", "    options:", "      show_root_full_path: true", ""]
         path = f"api/{title.lower()}.md"
         (SOURCES / path).write_text("\n".join(lines), encoding="utf-8")
         pages[path] = title
     return pages
 
 
-def without_outside_links(text: str) -> str:
-    """Replace links to files that are not pages by their text."""
+def as_page(text: str, titles: dict[str, str]) -> str:
+    """Replace links to files that are not pages by their text, and file names as the text of links by titles."""
     outside = r"(?:\.\./)*(?:src/|benchmarks/|configs/|tests/|notebooks/|[A-Z]+\b)"
-    return re.sub(rf"\[([^\]]+)\]\({outside}[^)]*\)", r"\1", text)
+    text = re.sub(rf"\[([^\]]+)\]\({outside}[^)]*\)", r"\1", text)
+    return re.sub(r"\[(?:docs/)?(\w+\.md)\](?=\(\1)", lambda found: f"[{titles.get(found[1], found[1])}]", text)
 
 
 def copy_pages() -> None:
@@ -101,8 +102,10 @@ def copy_pages() -> None:
     shutil.copy(ROOT / "docs/site/style.css", SOURCES)
     start = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
     (SOURCES / "index.md").write_text(start, encoding="utf-8")
-    for page in SOURCES.glob("*.md"):
-        page.write_text(without_outside_links(page.read_text(encoding="utf-8")), encoding="utf-8")
+    pages = {page: page.read_text(encoding="utf-8") for page in SOURCES.glob("*.md")}
+    titles = {page.name: text.partition("\n")[0].removeprefix("# ") for page, text in pages.items()}
+    for page, text in pages.items():
+        page.write_text(as_page(text, titles), encoding="utf-8")
 
 
 def write_configuration(**generated: dict[str, str]) -> Path:

@@ -112,3 +112,9 @@ def test_a_folder_of_one_class_is_refused_with_the_command(here, capsys):
     assert main(["init", "pets"]) == 2
     assert "ackd init pets/all" in capsys.readouterr().err
     assert not list(Path().glob("*.yaml"))
+
+
+def test_files_are_named_after_the_folder_as_it_was_given(here):
+    (here / "trees").symlink_to(photos(here / "kept", {"ash": 6, "oak": 6}))
+    assert main(["init", "trees"]) == 0
+    assert (here / "trees_teacher.yaml").is_file()

@@ -46,7 +46,8 @@ def init(
     Raises:
         ACKDError: If there are no such photos, or files exist.
     """
-    name = re.sub(r"\W+", "_", Path(folder).resolve().name).strip("_") or "photos"
+    named = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()  # a link keeps its own name
+    name = re.sub(r"\W+", "_", named.name).strip("_") or "photos"
     place = Path(out)
     files = [place / f"{name}{ending}" for ending in ("_teacher.yaml", "_student.yaml", "_samples.png")]
     if (there := [each for each in files if each.exists()]) and not force:
