@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -19,20 +20,25 @@ LARGE = 40_000
 
 
 def small_png(data: str) -> str:
-    """Return a PNG (base64), with 256 colours if it is large."""
-    if len(data) * 3 / 4 <= LARGE:
-        return data
-    buffer = io.BytesIO()
+    """Return a PNG (base64), with as few colours as make it small."""
     picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
-    return min(data, base64.b64encode(buffer.getvalue()).decode(), key=len)
+    for colors in (256, 64, 32, 16):
+        if len(data) * 3 / 4 <= LARGE:
+            break
+        buffer = io.BytesIO()
+        picture.quantize(colors, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+        data = base64.b64encode(buffer.getvalue()).decode()
+    return data
 
 
 def tidy(output: dict[str, Any]) -> None:
-    """Keep one form of a picture, without addresses in memory."""
+    """Keep one form of an output, without addresses in memory and escape sequences for colours."""
     found = output.get("data", {})
     if "image/png" in found:
         output["data"] = {"image/png": small_png(found["image/png"])}
+        output["metadata"] = {}
+    elif "text/html" in found:  # tables of rich, which are text as well
+        output["data"] = {"text/plain": re.sub(r"\x1b\[[\d;]*m", "", found["text/plain"])}
         output["metadata"] = {}
 
 
