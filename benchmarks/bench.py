@@ -40,15 +40,16 @@ SUMMARISED = (
     "memory_bytes",
     "matrix_peak",
     "matrix_share",
+    "busy_share",
 )
 """Numbers of which median, minimum and maximum are shown."""
 
 
-def _measured(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, Any]:
+def _measured(arguments: Sequence[str], *, warmup: int, steps: int, trace: int) -> dict[str, Any]:
     """Measure one run in a fresh process."""
     with tempfile.TemporaryDirectory(prefix="ackd-bench-") as folder:
         out = Path(folder) / "result.json"
-        request = {"arguments": list(arguments), "warmup": warmup, "steps": steps, "out": str(out)}
+        request = {"arguments": list(arguments), "warmup": warmup, "steps": steps, "trace": trace, "out": str(out)}
         done, load = watched([sys.executable, __file__, "--measure", json.dumps(request)])
         if not out.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -63,14 +64,14 @@ def answer(request: str) -> int:
     """Measure in this process, and write the numbers or the message of an error to a file.
 
     Args:
-        request: JSON with ``arguments``, ``warmup`` and ``steps`` of ``measure``, and the file name ``out``.
+        request: JSON with ``arguments``, ``warmup``, ``steps`` and ``trace`` of ``measure``, and the file name ``out``.
 
     Returns:
         Exit code of the process.
     """
     asked = json.loads(request)
     try:
-        result = measure(asked["arguments"], warmup=asked["warmup"], steps=asked["steps"])
+        result = measure(asked["arguments"], warmup=asked["warmup"], steps=asked["steps"], trace=asked["trace"])
     except ACKDError as error:
         result = {"error": str(error)}
     write_json(result, Path(asked["out"]))
@@ -84,7 +85,7 @@ def summarised(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         runs: Results of ``measure``, with ``load``.
     """
     quiet = [each for each in runs if not each["load"]["busy"]] or list(runs)
-    known = [name for name in SUMMARISED if quiet[0][name] is not None]
+    known = [name for name in SUMMARISED if quiet[0].get(name) is not None]
     return {
         "runs": len(runs),
         "used": len(quiet),
@@ -132,6 +133,8 @@ def _table(report: Mapping[str, Any]) -> Table:
         row(f"multiply-adds, {label}, M", lambda each, key=network: f"{each['multiply_adds'][key] / 1e6:,.1f}")  # type: ignore[misc]
     row("matrix product, Gop/s", lambda each: _cell(each["matrix_peak"], 1e-9, 0))
     row("share of it in use, %", lambda each: _cell(each["matrix_share"], 100))
+    if any("busy_share" in each for each in methods.values()):
+        row("GPU busy, % of the time", lambda each: _cell(each["busy_share"], 100))
     return table
 
 
@@ -160,6 +163,7 @@ def bench(
     steps: int = 20,
     warmup: int = 5,
     runs: int = 5,
+    trace: int = 0,
     out: str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -171,6 +175,7 @@ def bench(
         steps: Number of timed steps of every run.
         warmup: Number of steps before them.
         runs: Number of fresh processes per method.
+        trace: Number of steps after the timed ones whose kernels on a GPU are recorded.
         out: JSON file for all numbers; ``-``: standard output, in place of the table.
         overrides: Settings of ``ackd fit``.
 
@@ -201,7 +206,7 @@ def bench(
         for method in methods or [""]:
             layers = [*configs, *([method] if method else [])]
             arguments = [part for layer in layers for part in ("--config", layer)] + list(overrides)
-            result = _measured(arguments, warmup=warmup, steps=steps)
+            result = _measured(arguments, warmup=warmup, steps=steps, trace=trace)
             name = method or result["method"].lower()
             results.append({"name": name, "run": number, **result})
             load = result["load"]
@@ -250,6 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=5, help="steps before the timed ones")
     parser.add_argument("--runs", type=int, default=5, help="fresh processes per method, methods in turn")
     parser.add_argument(
+        "--trace", type=int, default=0, help="further steps in which the busy share of a GPU is measured"
+    )
+    parser.add_argument(
         "--out", default=None, help="JSON file for all numbers; -: standard output instead of the table"
     )
     parser.add_argument("--measure", default=None, help=argparse.SUPPRESS)  # the fresh process of one measurement
@@ -263,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             steps=options.steps,
             warmup=options.warmup,
             runs=options.runs,
+            trace=options.trace,
             out=options.out,
             overrides=overrides,
         )

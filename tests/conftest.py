@@ -11,6 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers of the tests
 
+from ackd_lightning.callbacks.figures import draw_figures as _DRAW
+
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
@@ -38,3 +40,17 @@ def _one_thread():
     """Tiny networks gain nothing from threads, and the processes of a test run share the cores."""
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_figures():
+    """Runs of the tests draw nothing, which would take longer than most of them; those of ``figures`` do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ackd_lightning.callbacks.figures.draw_figures", lambda folder: None)
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch):
+    """Let the runs of this test draw their figures."""
+    monkeypatch.setattr("ackd_lightning.callbacks.figures.draw_figures", _DRAW)

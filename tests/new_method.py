@@ -137,5 +137,5 @@ if __name__ == "__main__":
   1. the maths in src/ackd_lightning/methods/{sys.argv[1]}.py, and its slow reference in the test
   2. python tests/contracts/test_loss_curves.py   records the losses of 20 steps
   3. python -m pytest tests/methods tests/contracts -k {sys.argv[1]}
-  4. a row in docs/methods.md, the name in README.md, a line in CHANGELOG.md"""
+  4. a row in docs/methods.md, a line in CHANGELOG.md"""
     )

@@ -26,6 +26,7 @@ from ackd_lightning.config.files import load_configs, method_names, packaged_nam
 from ackd_lightning.data.sources import Pixels
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
+from ackd_lightning.runs.figures import read_metrics
 
 QUICK = ["--data.max_per_class", "4", "--data.batch_size", "20", "--trainer.max_epochs", "2"]
 QUICK += ["--model.lr_scheduler.milestones", "[1]"]
@@ -196,15 +197,18 @@ class TestAfterwards:
             assert words in capsys.readouterr().err
 
 
-def test_resumed_run_keeps_its_curves_and_equals_an_uninterrupted_one(beside):
+def test_resumed_run_keeps_its_curves_and_equals_an_uninterrupted_one(beside, figures):
     common = ["fit", "--config", "digits_resnet20_resnet8.yaml", "--model.teacher.gate", "off", *QUICK]
     assert main([*common, "--name", "whole", "--trainer.max_epochs", "3"]) == 0
     assert main([*common, "--name", "parts"]) == 0
     folder = beside / "runs" / "digits_resnet20_resnet8"
     last = folder / "parts" / "checkpoints" / "last.ckpt"
     assert main([*common, "--name", "parts", "--trainer.max_epochs", "3", "--ckpt_path", str(last)]) == 0
-    epochs = [row["epoch"] for row in read_rows(folder / "parts" / "metrics.csv") if row["val/acc"]]
-    assert epochs == ["0", "1", "2"]
+    metrics = read_metrics(folder / "parts" / "metrics.csv")
+    assert list(metrics["val/acc"]) == [1, 2, 3]
+    assert metrics == read_metrics(folder / "whole" / "metrics.csv")
+    for name in ("curves.png", "learners.png"):  # a deterministic drawing of all three epochs
+        assert (folder / "parts" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     whole, parts = (load_state(folder / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)

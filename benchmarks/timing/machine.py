@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ackd_lightning.runs.versions import versions
+from ackd_lightning.runs.versions import cpu_flags, versions
 
 BUSY = 0.05
 """Share of the machine's cores that other processes may use before a run counts as disturbed."""
@@ -75,6 +75,11 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in tiles (AMX)."""
+    return "amx_tile" in cpu_flags()
+
+
 def machine() -> dict[str, Any]:
     """Versions, hardware, number of threads, and the environment variables that change speed."""
     return {
@@ -95,6 +100,23 @@ def wait(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def busy_share(spans: Sequence[tuple[float, float]]) -> float | None:
+    """Share of the time from the first start to the last end in which something runs; None without spans.
+
+    Args:
+        spans: Start and end of every kernel and copy, in any order; they may overlap.
+    """
+    if not spans:
+        return None
+    ordered = sorted(spans)
+    first, reached = ordered[0]
+    busy = reached - first
+    for start, end in ordered[1:]:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / (reached - first) if reached > first else None
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, *, side: int, repeats: int = 5) -> float:

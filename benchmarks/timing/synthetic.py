@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ackd_lightning.data.base import ImageDataModule
@@ -17,7 +18,9 @@ from ackd_lightning.data.sources import Pixels
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.runs.files import write_json
 from ackd_lightning.training.module import DistillationModule
+from ackd_lightning.training.teacher_cache import KEY_FILE, epoch_file, view_key
 
 _UNKNOWN_IMAGES = 10_000
 """Number of synthetic images in place of a data set of unknown size."""
@@ -119,3 +122,31 @@ def give_weights(module: DistillationModule, folder: Path, notes: list[str]) -> 
             missing = config.weights or "its weight file"
             notes.append(f"teacher {config.network} has fresh weights ({missing} does not exist)")
     module.teachers.configs = tuple(configs)
+
+
+def give_cache(
+    module: DistillationModule, data: ImageDataModule, folder: Path, notes: list[str], *, epochs: int, precision: str
+) -> None:
+    """Write random logits for every teacher's cache that does not exist.
+
+    Args:
+        module: Module whose teachers are loaded.
+        data: Data module that is set up.
+        folder: Folder for the cache.
+        notes: List that random logits are reported in.
+        epochs: Number of epochs of the run, for all of which the same logits are used.
+        precision: Lightning's name of the precision.
+    """
+    configs = module.teachers.configs
+    asked = next((each.cache for each in configs if each.cache is not None), None)
+    if asked is None or Path(asked).is_dir():
+        return
+    folder.mkdir()
+    key = view_key(module, data, precision)
+    write_json(key, folder / KEY_FILE)
+    logits = torch.randn(key["images"], module.data.num_classes)
+    save_file({"logits": logits.bfloat16() if precision == "bf16-mixed" else logits}, epoch_file(folder, 0))
+    for epoch in range(1, epochs):
+        epoch_file(folder, epoch).hardlink_to(epoch_file(folder, 0))
+    module.teachers.configs = tuple(replace(each, cache=str(folder)) for each in configs)
+    notes.append(f"the teacher's logits are random numbers from a file ({asked} does not exist)")

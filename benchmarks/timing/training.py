@@ -24,8 +24,8 @@ from ackd_lightning.models.zoo.complexity import multiply_adds
 from ackd_lightning.training.manual import frozen
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.speed import keep_freed_memory
-from timing.machine import MATRIX, machine, matrix_peak, matrix_type, resident_bytes, wait
-from timing.synthetic import give_weights, usable
+from timing.machine import MATRIX, busy_share, machine, matrix_peak, matrix_type, resident_bytes, wait
+from timing.synthetic import give_cache, give_weights, usable
 
 PARTS = {
     "data": "data: loader, augmentation",
@@ -207,19 +207,35 @@ def _graphs() -> int:
     return int(loaded.counters["stats"]["unique_graphs"]) if loaded else 0
 
 
-def _through_trainer(run: BenchRun, *, warmup: int, steps: int) -> tuple[float, dict[str, int]]:
+def _traced(trace: torch.profiler.profile) -> float | None:
+    """Busy share of the GPU in a trace."""
+    events = [each for each in trace.events() or () if each.device_type == torch.autograd.DeviceType.CUDA]
+    return busy_share([(each.time_range.start, each.time_range.end) for each in events])
+
+
+def _through_trainer(
+    run: BenchRun, *, warmup: int, steps: int, trace: int
+) -> tuple[float, dict[str, int], float | None]:
     """Mean seconds from the start of one step to the start of the next inside a fit.
 
-    Also the number of graphs that were compiled before and during the timed steps.
+    Also the number of graphs that were compiled before and during the timed steps, and the busy share of a GPU in
+    ``trace`` more steps.
     """
     trainer, module = run.trainer, run.model
     device, starts, graphs = trainer.strategy.root_device, list[float](), [_graphs()]
+    kinds = [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [torch.profiler.ProfilerActivity.CPU]
+    profiler = torch.profiler.profile(activities=kinds)
     inner: Callable[[Any, int], None] = module.on_train_batch_start
 
     def at_start(batch: Any, batch_idx: int) -> None:
         if len(starts) in (warmup, warmup + steps):
             wait(device)
             graphs.append(_graphs())
+        if trace and len(starts) == warmup + steps:
+            profiler.start()
+        if trace and len(starts) == warmup + steps + trace:
+            wait(device)
+            profiler.stop()
         starts.append(time.perf_counter())
         inner(batch, batch_idx)
 
@@ -228,12 +244,14 @@ def _through_trainer(run: BenchRun, *, warmup: int, steps: int) -> tuple[float, 
         trainer.fit(module, datamodule=run.datamodule)
     finally:
         del module.on_train_batch_start
-    if len(starts) <= warmup + steps:
+    if len(starts) <= warmup + steps + trace:
         raise ACKDError(
-            f"the fit ended after {len(starts)} of {warmup + steps + 1} steps; leave out the settings that shorten it"
+            f"the fit ended after {len(starts)} of {warmup + steps + trace + 1} steps; leave out the settings that "
+            "shorten it"
         )
     seconds = (starts[warmup + steps] - starts[warmup]) / steps
-    return seconds, {"before": graphs[1] - graphs[0], "timed": graphs[2] - graphs[1]}
+    counts = {"before": graphs[1] - graphs[0], "timed": graphs[2] - graphs[1]}
+    return seconds, counts, _traced(profiler) if trace else None
 
 
 def _middle_epoch(run: BenchRun, *, steps: int) -> int:
@@ -248,13 +266,14 @@ def _middle_epoch(run: BenchRun, *, steps: int) -> int:
     return epoch
 
 
-def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, Any]:
+def measure(arguments: Sequence[str], *, warmup: int, steps: int, trace: int = 0) -> dict[str, Any]:
     """Measure one run in this process.
 
     Args:
         arguments: Command line of ``ackd fit``.
         warmup: Number of steps before the timed ones.
         steps: Number of timed steps of each kind.
+        trace: Number of steps after those of the Trainer whose kernels on a GPU are recorded.
 
     Returns:
         Plain data: seconds, images per second, bytes, multiply-adds, and what they were measured on.
@@ -262,7 +281,7 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
     Raises:
         ACKDError: When a setting is wrong.
     """
-    length = warmup + steps + 1
+    length = warmup + steps + trace + 1
     limits = {"max_steps": length, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     fixed = [part for key, value in limits.items() for part in (f"--trainer.{key}", str(value))]
     with tempfile.TemporaryDirectory(prefix="ackd-bench-") as folder, in_our_words():
@@ -274,11 +293,19 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
         run.model.load_teacher()
         device = run.trainer.strategy.root_device
         epoch = _middle_epoch(run, steps=length)
+        give_cache(
+            run.model,
+            run.datamodule,
+            Path(folder) / "cache",
+            run.notes,
+            epochs=run.trainer.max_epochs or 1,
+            precision=str(run.trainer.precision),
+        )
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         memory_before = torch.cuda.memory_allocated(device) if on_gpu else resident_bytes()
-        step_seconds, graphs = _through_trainer(run, warmup=warmup, steps=steps)
+        step_seconds, graphs, busy = _through_trainer(run, warmup=warmup, steps=steps, trace=trace)
         memory = torch.cuda.max_memory_allocated(device) if on_gpu else resident_bytes()
         loop, made = BareLoop(run), _graphs()
         bare_seconds = loop.seconds(steps, warmup=warmup)
@@ -326,5 +353,6 @@ def measure(arguments: Sequence[str], *, warmup: int, steps: int) -> dict[str, A
         "operations_per_image": operations,
         "matrix_peak": peak,
         "matrix_share": operations * images_per_second / peak,
+        "busy_share": busy,
         "machine": machine(),
     }

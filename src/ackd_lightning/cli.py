@@ -25,6 +25,7 @@ from ackd_lightning.launch.streams import outlive_readers
 
 _COMMANDS = {
     "doctor": "doctor:doctor",
+    "init": "init.command:init",
     "configs": "configs:configs",
     "inspect": "inspect:inspect",
     "export": "export:export_command",
@@ -73,6 +74,21 @@ def make_parser() -> argparse.ArgumentParser:
         "doctor", help="versions, devices and extras, and whether training works here (exit code 1 if not)"
     )
     doctor.add_argument("--json", dest="as_json", action="store_true", help="print JSON instead of a table")
+
+    start = commands.add_parser(
+        "init", help="look at a folder of photos and write configurations of a teacher and a student: ackd init FOLDER"
+    )
+    start.add_argument("folder", help="folder of class folders, or with the folders train, test and perhaps val")
+    start.add_argument("--out", default=".", help="folder of the new files")
+    start.add_argument(
+        "--no-pretrained",
+        dest="pretrained",
+        action="store_false",
+        help="train the teacher from scratch, so that nothing is downloaded",
+    )
+    start.add_argument("--force", action="store_true", help="replace files of an earlier call")
+    for part in ("train", "val", "test"):
+        start.add_argument(f"--{part}-dir", help=f"folder in FOLDER with the {part} images; default: by its name")
 
     configs = commands.add_parser("configs", help="list the packaged configurations")
     configs.add_argument("filter", nargs="?", default="", help="show only names that contain this text")
@@ -244,7 +260,9 @@ def _run(arguments: Sequence[str]) -> None:
     elif others:
         raise ACKDError(f"unrecognized arguments: {' '.join(others)}; see `ackd {command} --help`")
     positional = [
-        options.pop(name) for name in ("filter", "network", "run", "repository", "runs", "table") if name in options
+        options.pop(name)
+        for name in ("filter", "folder", "network", "run", "repository", "runs", "table")
+        if name in options
     ]
     call = pkgutil.resolve_name(f"ackd_lightning.commands.{_COMMANDS[command]}")
     call(*positional, **options)

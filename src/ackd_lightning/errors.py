@@ -54,7 +54,7 @@ def count_of(number: int, noun: str) -> str:
         number: How many.
         noun: Noun in the singular, whose plural ends in s.
 
-    Example:
+    Examples:
         >>> count_of(1, "epoch"), count_of(1200, "epoch")
         ('1 epoch', '1,200 epochs')
     """
@@ -69,7 +69,7 @@ def near_matches(value: str, known: Iterable[str], *, most: int = 3) -> str:
         known: Valid names.
         most: Largest number of similar names in the hint.
 
-    Example:
+    Examples:
         >>> near_matches("resnet2O", ["resnet20", "wrn_40_2"])
         "did you mean 'resnet20'?"
     """

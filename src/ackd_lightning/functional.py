@@ -45,7 +45,7 @@ def kl_divergence(
     Raises:
         ValueError: If ``direction`` is none of the three.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> kl_divergence(z, z, temperature=4.0).item()
         0.0
@@ -83,7 +83,7 @@ def kl_per_image(
     Raises:
         ValueError: If ``direction`` is none of the three.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
         >>> [round(each, 4) for each in kl_per_image(student, teacher, temperature=1.0).tolist()]
         [0.4338, 0.0]
@@ -150,7 +150,7 @@ def standardized(logits: Tensor) -> Tensor:
     Returns:
         ``B x K`` float32; rows have mean 0 and variance 1.
 
-    Example:
+    Examples:
         >>> standardized(torch.tensor([[1.0, 3.0], [5.0, 5.0]])).tolist()
         [[-1.0, 1.0], [0.0, 0.0]]
     """
@@ -171,7 +171,7 @@ def entropy(logits: Tensor, *, temperature: float) -> Tensor:
     Returns:
         ``B`` float32 from 0 to log K, in nats.
 
-    Example:
+    Examples:
         >>> entropy(torch.tensor([[0.0, 0.0], [0.0, 3.0]]), temperature=1.0)
         tensor([0.6931, 0.1909])
     """
@@ -194,7 +194,7 @@ def entropy_weights(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     Returns:
         ``B`` float32 from 0 to log K, without gradient.
 
-    Example:
+    Examples:
         >>> entropy_weights(torch.zeros(1, 2), torch.tensor([[0.0, 3.0]]), temperature=3.0)
         tensor([0.5822])
     """
@@ -242,7 +242,7 @@ def correlation(first: Tensor, second: Tensor, *, dim: int) -> Tensor:
     Returns:
         Vector along the other axis, from -1 to 1.
 
-    Example:
+    Examples:
         >>> first, second = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]), torch.tensor([[6.0, 4.0, 2.0]] * 2)
         >>> [round(each, 4) for each in correlation(first, second, dim=1).tolist()]
         [-1.0, 0.0]

@@ -31,7 +31,7 @@ def mix(*keys: int) -> int:
     Args:
         keys: Integers, such as seed, epoch and index; their order matters.
 
-    Example:
+    Examples:
         >>> mix(0, 1, 2) == mix(0, 1, 2), mix(0, 1, 2) == mix(0, 2, 1), mix(0) == mix(0, 0)
         (True, False, False)
     """
@@ -67,7 +67,7 @@ def image_keys(index: Tensor) -> Tensor:
     Args:
         index: Positions in the training set, ``B`` int64, -1 where unknown.
 
-    Example:
+    Examples:
         >>> image_keys(torch.tensor([7, -1, -1])).tolist()
         [7, 1, 2]
     """

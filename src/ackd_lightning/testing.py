@@ -86,7 +86,7 @@ class Harness:
         seed: Seed of the weights.
         arguments: Further arguments of the module.
 
-    Example:
+    Examples:
         >>> from ackd_lightning.methods import KD
         >>> harness = Harness(KD())
         >>> sorted(harness.terms())

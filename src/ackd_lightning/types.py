@@ -21,7 +21,7 @@ def height_width(size: ImageSize) -> tuple[int, int]:
     Args:
         size: Side of square images, or height and width.
 
-    Example:
+    Examples:
         >>> height_width(32), height_width((48, 64))
         ((32, 32), (48, 64))
     """
@@ -109,7 +109,7 @@ class DataInfo:
         class_names: Name of each class in the order of the targets; None when unknown.
         channels: Channels of the images. None for as many as ``mean`` has, or 3 without one.
 
-    Example:
+    Examples:
         >>> DataInfo(10, input_size=(48, 64), mean=(0.5,), std=(0.25,)).image_shape
         (1, 48, 64)
     """

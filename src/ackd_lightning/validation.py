@@ -68,7 +68,7 @@ def check_arguments(owner: type, arguments: Mapping[str, Any], *, named: type | 
     Raises:
         ACKDError: Naming the argument, its value, the class and the allowed values.
 
-    Example:
+    Examples:
         >>> class Example:
         ...     def __init__(self, *, mode: Literal["map", "pooled"] = "map") -> None: ...
         >>> check_arguments(Example, {"mode": "mapp"})

@@ -67,7 +67,7 @@ def test_the_program_measures_in_a_fresh_process():
 def test_methods_are_measured_in_turn(monkeypatch, capsys):
     asked = []
 
-    def measured(arguments, *, warmup, steps):
+    def measured(arguments, *, warmup, steps, trace):
         asked.append(arguments[3] if "--config" in arguments[2:] else "own")
         facts = {"cpu": "a processor", "gpu": None, "threads": 1}
         run = {**made_up(1.0), "method": "KD", "device": "cpu", "precision": "32-true", "memory_kind": "resident"}

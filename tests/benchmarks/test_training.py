@@ -89,6 +89,19 @@ def test_a_measurement_has_every_number_and_one_forward_of_each_network_a_step(m
     assert list(tmp_path.iterdir()) == []  # no run, no checkpoint, no weights are left
 
 
+def test_a_missing_cache_is_filled_and_the_teacher_is_not_run(monkeypatch, tmp_path):
+    forwards = Forwards(monkeypatch)
+    result = measure([*arguments("kd"), "--model.teacher.cache", "none"], warmup=WARMUP, steps=STEPS, trace=1)
+    assert result["teacher_from_cache"] is True
+    assert forwards.count["teacher"] == 0
+    assert forwards.count["student"] > 0
+    assert result["parts"]["teacher"] == 0
+    assert result["busy_share"] is None  # of a GPU
+    assert result["operations_per_image"] == 6 * result["multiply_adds"]["in_training"]
+    assert any("random numbers from a file" in note for note in result["notes"])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("method", ["kd", "crd", "ackd"])
 def test_the_bare_loop_trains_exactly_as_the_trainer_does(method, tmp_path, without_warnings):
     run = BenchRun([*arguments(method), *limits(3)], tmp_path)

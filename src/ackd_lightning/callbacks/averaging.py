@@ -21,7 +21,7 @@ class EMA(WeightAveraging):
     Args:
         decay: Share of the average that stays in a step. After n steps the share is at most (1 + n) / (10 + n).
 
-    Example:
+    Examples:
         >>> average = EMA(decay=0.999)
         >>> [round(average.decay_after(steps), 3) for steps in (0, 90, 100_000)]
         [0.1, 0.91, 0.999]

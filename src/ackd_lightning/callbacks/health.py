@@ -163,7 +163,7 @@ def permutation(first: Tensor, second: Tensor) -> ClassOrder | None:
     Returns:
         The order and its accuracy; None where it is the present one, or not clearly better.
 
-    Example:
+    Examples:
         >>> shifted = torch.eye(3, dtype=torch.int64).roll(1, dims=1) * 20
         >>> permutation(shifted, shifted)
         ClassOrder(places=(1, 2, 0), accuracy=1.0)

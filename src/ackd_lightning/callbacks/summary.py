@@ -19,7 +19,7 @@ from ackd_lightning.models.preprocessing import channels_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.answers import answers_file
 from ackd_lightning.runs.export import FileKeptError, export_student, peer_name
-from ackd_lightning.runs.files import write_json
+from ackd_lightning.runs.files import CURVES, LEARNERS, write_json
 from ackd_lightning.runs.versions import device_name, versions
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ class RunSummary(L.Callback):
             return
         module = cast("TrainingModule", pl_module)
         summary = self._summary(trainer, module)
-        files = {"settings": "config.yaml", "curves": "metrics.csv", "checkpoints": "checkpoints"}
+        files = {"settings": "config.yaml", "metrics": "metrics.csv", "checkpoints": "checkpoints"}
+        files |= {"curves": CURVES, "learners": LEARNERS}
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file() and module.model_name is not None:
             # only metrics that were measured with the very weights that are written

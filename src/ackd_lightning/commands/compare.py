@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
@@ -20,6 +19,7 @@ from ackd_lightning.config.files import read_yaml
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.export import peer_name
+from ackd_lightning.runs.figures import new_figure, read_metrics, save_figure
 from ackd_lightning.runs.files import Which, find_runs, read_summary
 
 _FIGURES = (".png", ".pdf", ".svg")
@@ -32,7 +32,7 @@ def mean_and_std(values: Sequence[float], decimals: int = 2) -> str:
         values: Numbers in the printed unit.
         decimals: Number of decimals.
 
-    Example:
+    Examples:
         >>> mean_and_std([50, 60]), mean_and_std([50]), mean_and_std([])
         ('55.00 ± 7.07', '50.00', '-')
     """
@@ -157,19 +157,9 @@ def curves(run: Path, metric: str = "acc") -> tuple[list[int], list[float], str]
         Epochs from 1, accuracies in percent, and their split: ``val``, or ``test`` without validation data.
     """
     stage = read_summary(run)["shown"]
-    epochs: list[int] = []
-    values: list[float] = []
-    path = run / "metrics.csv"
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                value = row.get(f"{stage}/{metric}")
-                if value and not math.isnan(float(value)):
-                    epochs.append(int(row["epoch"]) + 1)
-                    values.append(100 * float(value))
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ACKDError(f"{path} cannot be read ({str(error)[:120]}); remove it to leave out its curve") from error
-    return epochs, values, stage
+    found = read_metrics(run / "metrics.csv").get(f"{stage}/{metric}", {})
+    values = {epoch: 100 * value for epoch, value in found.items() if not math.isnan(value)}
+    return list(values), list(values.values()), stage
 
 
 def draw_curves(places: Sequence[str | Path], target: Path) -> None:
@@ -179,13 +169,8 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
         places: Run folders, or folders of runs.
         target: Image file to write (PNG, PDF or SVG).
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     groups = group_runs(places)
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, (axes,) = new_figure(8, 5)
     stages: set[str] = set()
     for number, (config, runs) in enumerate(groups.items()):
         color = f"C{number % 10}"
@@ -200,14 +185,10 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
         by_epoch = [dict(zip(epochs, values, strict=True)) for epochs, values, _ in lines]
         means = [statistics.fmean(each[epoch] for each in by_epoch) for epoch in shared]
         axes.plot(shared, means, color=color, linewidth=2, label=f"{config} (n={len(lines)})")
-    axes.set_xlabel("epoch")
     axes.set_ylabel(f"{' / '.join(sorted(stages))} accuracy in %")
     if stages:
         axes.legend()
-    axes.grid(alpha=0.3)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+    save_figure(figure, target)
 
 
 def compare_command(places: Sequence[str], *, figure: str, which: Which = "last") -> None:

@@ -54,7 +54,7 @@ def doctor(*, as_json: bool = False) -> None:
     if problems:
         raise NotReadyError(f"training does not work here: {'; '.join(problems)}")
     if not as_json:
-        print("training works here; next: ackd demo")
+        print("training works here; next: ackd init FOLDER for your own images, or ackd demo")
 
 
 def _show(found: dict[str, dict[str, str]]) -> None:

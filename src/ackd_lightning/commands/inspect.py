@@ -28,7 +28,7 @@ def read_size(text: str) -> ImageSize:
     Raises:
         ACKDError: If it is neither.
 
-    Example:
+    Examples:
         >>> read_size("96"), read_size("96x128")
         (96, (96, 128))
     """

@@ -91,7 +91,7 @@ def config_parts(value: str) -> list[str]:
     Args:
         value: Path or name; anything but a sum is its only part.
 
-    Example:
+    Examples:
         >>> config_parts("kd+crd"), config_parts("kd.yaml"), config_parts("runs/a+b/config.yaml")
         (['kd', 'crd'], ['kd.yaml'], ['runs/a+b/config.yaml'])
     """
@@ -156,7 +156,7 @@ def long_form(value: Any, key: str) -> Any:
         value: Value of a setting, such as ``resnet20``.
         key: Name of the setting, such as ``student``.
 
-    Example:
+    Examples:
         >>> long_form("resnet20", "student")
         {'network': 'resnet20'}
     """

@@ -113,6 +113,11 @@ class ImageFolderDataModule(CustomImagesDataModule):
             say(f"folders of {self.root} that are not read: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}")
         return {"train": self.root, **found}
 
+    def listed(self) -> dict[Part, Files]:
+        """Return the image files of each part as they lie in the folders, before any of them is opened."""
+        parts: tuple[Part, ...] = ("train", "val", "test") if self._has_validation else ("train", "test")
+        return {part: self._files(part) for part in parts}
+
     def _load(self, part: Part) -> Source:
         return self._read(self._files(part), self.root, part)
 

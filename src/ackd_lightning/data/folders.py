@@ -60,7 +60,7 @@ def part_of(name: str) -> str | None:
     Args:
         name: Name of a folder.
 
-    Example:
+    Examples:
         >>> [part_of(name) for name in ("Training", "test_images", "VAL", "trainset", "terrier")]
         ['train', 'test', 'val', 'train', None]
     """

@@ -135,7 +135,7 @@ class Description:
     def metadata(self) -> dict[str, str]:
         """Return the description as text by name: text as it is, everything else as JSON.
 
-        Example:
+        Examples:
             >>> network = Description("resnet20", 2, 32, class_names=("cat", "dog"))
             >>> network.metadata()["class_names"]
             '["cat", "dog"]'

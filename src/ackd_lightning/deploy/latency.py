@@ -60,7 +60,7 @@ def measure(
         seconds: Time to measure for; at least 10 and at most 1,000 passes are timed.
         device: Device of the images.
 
-    Example:
+    Examples:
         >>> result = measure(lambda image: image.mean(dim=(2, 3)), (3, 8, 8), batch=4, seconds=0.01)
         >>> result.batch, result.median > 0, result.passes > 1
         (4, True, True)

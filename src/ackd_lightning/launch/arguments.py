@@ -68,7 +68,7 @@ def without_none(options: Sequence[str]) -> list[str]:
     Args:
         options: Command line without ``--config``.
 
-    Example:
+    Examples:
         >>> without_none(["--data.max_per_class=None", "--model.student.weights", "None", "--name=Nonesuch"])
         ['--data.max_per_class=null', '--model.student.weights', 'null', '--name=Nonesuch']
     """
@@ -238,7 +238,7 @@ def option_pairs(options: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     Args:
         options: Command line.
 
-    Example:
+    Examples:
         >>> list(option_pairs(["--name", "first", "--fast", "--data.batch_size=8"]))
         [('--name', 'first'), ('--fast', None), ('--data.batch_size', '8')]
     """

@@ -79,7 +79,7 @@ def nearest(full: str, names: Iterable[str]) -> list[str]:
         full: Dotted name, or the last parts of one.
         names: Dotted names of all settings.
 
-    Example:
+    Examples:
         >>> nearest("lr", ["model.optimizer.lr", "trainer.max_epochs"])
         ['model.optimizer.lr']
         >>> nearest("trainer.max_epoch", ["model.optimizer.lr", "trainer.max_epochs", "trainer.devices"])

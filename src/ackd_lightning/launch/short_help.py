@@ -91,7 +91,7 @@ ENTRIES = (
     Entry("wandb", "PROJECT"),
     Entry("tensorboard", "", default=False),
 )
-"""The settings of ``ackd fit`` that README lists, and those that every run has to know."""
+"""The settings of ``ackd fit`` that docs/train.md lists, and those that every run has to know."""
 _EVALUATE = (
     Entry("which", "last|best", "checkpoint of the run", shown="last"),
     Entry("data.root", "FOLDER", "folder of the data", shown="that of the run"),
@@ -109,7 +109,7 @@ def asks_for_help(arguments: Sequence[str]) -> str | None:
     Args:
         arguments: Command line after the subcommand.
 
-    Example:
+    Examples:
         >>> [asks_for_help(line.split()) for line in ("--config kd -h", "--help all", "--name help")]
         ['short', 'all', None]
     """

@@ -22,6 +22,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from ackd_lightning.callbacks.answers import TestAnswers
 from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
 from ackd_lightning.callbacks.disk import DiskSpaceCheck
+from ackd_lightning.callbacks.figures import RunFigures
 from ackd_lightning.callbacks.metrics_csv import CurvesFile
 from ackd_lightning.callbacks.predictions import PredictionFile
 from ackd_lightning.callbacks.progress import EpochLine, is_terminal
@@ -113,6 +114,7 @@ def _callbacks(cli: ACKDCLI, folder: Path, summary: RunSummary) -> list[L.Callba
         ),
         DiskSpaceCheck(folder, copies=2 if summary.copy_to else 1),
         RunConfig(cli.parser, cli.config, folder=folder),
+        RunFigures(folder),
     ]
 
 

@@ -5,7 +5,7 @@ Auxiliary learners share the first stages of the student. They learn from the te
 
 \(L = \lambda_1 L_{kd}^a + \lambda_2 L_{kd}^s + \lambda_3 L_{ad} + \lambda_4 L_{ce}\) (Eq. 7), all \(\lambda = 1\).
 
-The paper leaves much open and contradicts itself in places. Each of these places is an argument of [`ACKD`][]. The
+The paper leaves much open and contradicts itself in places. Each of these places is an argument of `ACKD`. The
 config ``ackd_literal`` follows the printed equations exactly.
 """
 
@@ -79,7 +79,7 @@ class ACKD(LogitMethod):
     Raises:
         ACKDError: If a value is not allowed, or values contradict each other.
 
-    Example:
+    Examples:
         >>> ACKD(lambda_adv=0.5).loss_weights
         {'ce': 1.0, 'ce_aux': 1.0, 'kd_aux': 1.0, 'kd_target': 1.0, 'kd_direct': 0.0, 'adv': 0.5}
     """

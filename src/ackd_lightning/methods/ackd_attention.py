@@ -46,7 +46,7 @@ class LearnerAttention(nn.Module):
         Returns:
             ``B x M`` float32 whose rows sum to 1.
 
-        Example:
+        Examples:
             >>> attention = LearnerAttention([(4, 2, 2)] * 2)
             >>> attention([torch.ones(3, 4, 2, 2)] * 2).sum(dim=1).detach().round(decimals=4)
             tensor([1., 1., 1.])

@@ -84,7 +84,7 @@ def adversarial_value(logits: Tensor, *, flipped: bool = False) -> Tensor:
     Returns:
         Scalar float32 <= 0; \(-2\log 2\) when every probability is one half.
 
-    Example:
+    Examples:
         >>> adversarial_value(torch.zeros(2, 2, 8))  # -2 log 2
         tensor(-1.3863)
     """
@@ -101,7 +101,7 @@ def discriminator_accuracy(logits: Tensor) -> Tensor:
     """Return the accuracy with own and other learners weighted equally; one half is chance.
 
     Args:
-        logits: Logits ``M x M x N`` as in [`adversarial_value`][].
+        logits: Logits ``M x M x N`` as in `adversarial_value`.
 
     Returns:
         Scalar in [0, 1].

@@ -7,7 +7,7 @@ examples and stable training, *Weakly Residual Connection* and *Restricted Adver
 architectures and numbers below are ours.**
 
 With \(p_i = \mathrm{softmax}(z_i)\) of classifier i, \(\tilde x\) an image generated from x
-([`Generator`][ackd_lightning.methods.acn_networks.Generator]) and sg a stopped gradient:
+(`Generator`) and sg a stopped gradient:
 
 * divergence, \(J(x) = H(\bar p) - \frac1n \sum_i H(p_i)\) with \(\bar p = \frac1n \sum_i p_i\), from 0 to \(\log n\)
 * adversarial phase, the discriminator D:
@@ -93,7 +93,7 @@ class ACN(Method):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> ACN(classifiers=["peer", "resnet14"], weight_generated=0.5).loss_weights
         {'ce': 1.0, 'ce_aux': 1.0, 'mutual': 1.0, 'generated': 0.5}
     """

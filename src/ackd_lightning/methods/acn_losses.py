@@ -35,7 +35,7 @@ def js_divergence(logits: Sequence[Tensor]) -> Tensor:
     Returns:
         ``B`` float32 from 0 to log n, in nats.
 
-    Example:
+    Examples:
         >>> js_divergence([torch.tensor([[9.0, -9.0]]), torch.tensor([[-9.0, 9.0]])])  # log 2
         tensor([0.6931])
     """

@@ -71,7 +71,7 @@ class AIKD(Method):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> method = AIKD(weight_progressive=0.5)
         >>> method.begin_fit(FitInfo(epochs=10))
         >>> method.set_epoch(4)  # half of the training

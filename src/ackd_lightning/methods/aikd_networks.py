@@ -19,7 +19,7 @@ def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
     Returns:
         Scalar float32, in nats.
 
-    Example:
+    Examples:
         >>> soft_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]]))  # log 2
         tensor(0.6931)
     """
@@ -40,7 +40,7 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
     Returns:
         Scalar float32.
 
-    Example:
+    Examples:
         >>> critic = lambda x: 3 * x[:, 0]  # with a slope of 3
         >>> gradient_penalty(critic, torch.ones(2, 4), torch.zeros(2, 4), torch.tensor([0.2, 0.7])).item()
         4.0

@@ -36,7 +36,7 @@ def attention_map(feature: Tensor) -> Tensor:
     Returns:
         ``B x (H * W)`` float32; zero for an image whose feature is zero.
 
-    Example:
+    Examples:
         >>> attention_map(torch.tensor([[[[3.0, 0.0], [0.0, 0.0]]]]))
         tensor([[1., 0., 0., 0.]])
     """

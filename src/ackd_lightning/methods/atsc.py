@@ -85,7 +85,7 @@ class ATSC(Method):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> ATSC(weight_anchor=10.0).loss_weights
         {'ce': 0.0, 'kd': 0.0, 'features': 1.0, 'anchor': 10.0}
     """

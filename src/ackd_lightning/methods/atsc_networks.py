@@ -39,7 +39,7 @@ def anchor_distance(parameters: Sequence[Tensor], start: Tensor) -> Tensor:
     Returns:
         Scalar float32, in squared units of the parameters.
 
-    Example:
+    Examples:
         >>> anchor_distance([torch.ones(2, 2), torch.tensor([5.0])], torch.tensor([1.0, 1.0, 1.0, 3.0, 4.0]))
         tensor(5.)
     """

@@ -41,7 +41,7 @@ def balanced_loss(student_logits: Tensor, peer_logits: Tensor, *, temperature: f
     Returns:
         ``B`` float32, in nats.
 
-    Example:
+    Examples:
         >>> import torch
         >>> sure, even = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
         >>> balanced_loss(sure, even, temperature=1.0)  # almost the forward divergence
@@ -74,7 +74,7 @@ class BDKD(Method):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> BDKD(peer="resnet110").branches
         ('resnet110',)
     """

@@ -39,7 +39,7 @@ def cc_loss(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
     Returns:
         Scalar float32; 0 for a single image, which has no neighbour.
 
-    Example:
+    Examples:
         >>> cc_loss(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.zeros(2, 2))  # 1 * 0 + 2 * 3
         tensor(6.)
     """

@@ -16,7 +16,7 @@ class CE(Method):
     Args:
         weight_ce: Weight of the cross-entropy.
 
-    Example:
+    Examples:
         >>> CE().loss_weights
         {'ce': 1.0}
     """

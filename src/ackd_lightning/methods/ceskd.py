@@ -44,7 +44,7 @@ def choose_experts(difficulty: Tensor, experts: int, share: float) -> Tensor:
     Returns:
         ``B`` int64 from 0 to n - 1.
 
-    Example:
+    Examples:
         >>> choose_experts(torch.tensor([0.1, 5.0, 0.2, 0.3]), 2, 1.0)  # the two hardest have the largest expert
         tensor([1, 0, 1, 0])
         >>> choose_experts(torch.tensor([0.1, 5.0, 0.2, 0.3]), 2, 0.75)  # 1.5 * 3 / 4 is above 1, 1.5 * 2 / 4 is not

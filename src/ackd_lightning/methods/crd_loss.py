@@ -60,7 +60,7 @@ def nce_loss(scores: Tensor, *, normaliser: Tensor | float, rows: int) -> Tensor
     Returns:
         Scalar float32 in nats, summed over the samples and averaged over the batch.
 
-    Example:
+    Examples:
         >>> nce_loss(torch.zeros(1, 3), normaliser=1.0, rows=2)  # h = c = 1: three times log 2
         tensor(2.0794)
     """
@@ -168,7 +168,7 @@ def unit(rows: Tensor) -> Tensor:
     Args:
         rows: Vectors ``B x D``.
 
-    Example:
+    Examples:
         >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])

@@ -43,7 +43,7 @@ def dense_loss(first: Sequence[Tensor], second: Sequence[Tensor], *, temperature
     Returns:
         Scalar float32, in nats.
 
-    Example:
+    Examples:
         >>> sure, even = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
         >>> dense_loss([sure, even], [even], temperature=1.0)  # both directions of one pair; the other pair is equal
         tensor(0.7616)
@@ -73,7 +73,7 @@ class DCM(Method):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> DCM().branches
         ('last2', 'last', 'peer+last2+last')
     """

@@ -34,7 +34,7 @@ def public_path(cls: type) -> str:
     Args:
         cls: A class.
 
-    Example:
+    Examples:
         >>> from ackd_lightning.methods.kd import KD
         >>> public_path(KD)
         'ackd_lightning.methods.KD'

@@ -47,7 +47,7 @@ class DGKD(GuidedMethod):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> method = DGKD(dropped=2)
         >>> method.begin_fit(FitInfo(seed=3))
         >>> method.kept(4)

@@ -37,7 +37,7 @@ def dist_loss(
     Returns:
         Scalar float32, times tau squared.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
         >>> dist_loss(student, teacher, beta=1.0, gamma=1.0, temperature=1.0)  # all four correlations are -1

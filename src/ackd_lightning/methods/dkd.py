@@ -41,7 +41,7 @@ def dkd_loss(
     Returns:
         ``B`` float32, in nats, times tau squared.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0]])
         >>> dkd_loss(student, teacher, torch.tensor([0]), alpha=1.0, beta=8.0, temperature=4.0)

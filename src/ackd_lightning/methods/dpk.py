@@ -56,7 +56,7 @@ def unbiased_cka(first: Tensor, second: Tensor) -> Tensor:
         Scalar float32 in [0, 1], without gradient; 0 where a set of features does not vary, and for fewer than 4
         images, for which the estimate is not defined.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [3.0, 1.0]])
         >>> unbiased_cka(features, 2 * features + 1)
         tensor(1.)

@@ -40,7 +40,7 @@ def fitnet_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     Returns:
         Scalar float32, in squared units of the teacher's feature.
 
-    Example:
+    Examples:
         >>> import torch
         >>> fitnet_loss(torch.ones(1, 2, 4, 4), torch.full((1, 2, 4, 4), 3.0))
         tensor(4.)

@@ -61,7 +61,7 @@ def swappable(student: NetSpec, teacher: NetSpec) -> tuple[tuple[int, int], ...]
     Raises:
         ACKDError: If the stages of a network are unknown, or no stage can be swapped.
 
-    Example:
+    Examples:
         >>> student = NetSpec(10, ((8, 32, 32), (8, 32, 32), (16, 16, 16), (32, 8, 8)))
         >>> teacher = NetSpec(10, ((16, 32, 32), (32, 16, 16), (64, 8, 8)))
         >>> swappable(student, teacher)  # the student's first stage shrinks nothing

@@ -49,7 +49,7 @@ def log_similarities(feature: Tensor) -> tuple[Tensor, Tensor]:
         Two matrices ``B x B`` float32; the exponentials of each row sum to 1. A zero feature has no direction, and no
         gradient of the cosine.
 
-    Example:
+    Examples:
         >>> cosine, student_t = log_similarities(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         >>> cosine.exp()  # 1 and 1/2, divided by their sum
         tensor([[0.6667, 0.3333],
@@ -89,7 +89,7 @@ def infoflow_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """Return Jeffreys divergence of the similarities, mean over the images, summed over both kernels.
 
     The shapes of the features may differ. No gradient flows into the teacher. The value depends on the images of the
-    batch: with several processes gather them first (``whole_batch``), as [`InfoFlow`][] does.
+    batch: with several processes gather them first (``whole_batch``), as `InfoFlow` does.
 
     Args:
         student_feature: Features ``B x ...`` of the student.

@@ -39,7 +39,7 @@ def correlation_loss(student: Tensor, teacher: Tensor, *, alpha: float) -> Tenso
     Returns:
         Scalar float32, in bits.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
         >>> correlation_loss(student, teacher, alpha=1.0)  # C is 0.5 and -0.5: log2(0.25 + 2.25)
         tensor(1.3219)
@@ -59,7 +59,7 @@ def mutual_information_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Scalar float32, 0 or more.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> mutual_information_loss(student, teacher)  # four entries of 1/2 against two of them
         tensor(0.5000)

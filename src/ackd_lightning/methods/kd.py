@@ -32,7 +32,7 @@ class KD(LogitMethod):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
         >>> batch = Batch(torch.zeros(1, 3, 8, 8), target, torch.tensor([0]))

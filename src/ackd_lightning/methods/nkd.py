@@ -40,7 +40,7 @@ def nkd_loss(
     Returns:
         ``B`` float32, in nats.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0]])
         >>> nkd_loss(student, teacher, torch.tensor([0]), gamma=1.5, temperature=1.0)

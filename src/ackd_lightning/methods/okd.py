@@ -45,7 +45,7 @@ class OnlineModule(nn.Module):
         channels: Channels C of the map.
         reduction: C divided by the channels in between.
 
-    Example:
+    Examples:
         >>> module, feature = OnlineModule(8, 4), torch.randn(2, 8, 4, 4)
         >>> torch.equal(module(feature), feature)
         True

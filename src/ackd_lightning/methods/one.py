@@ -41,7 +41,7 @@ def one_loss(logits: Sequence[Tensor], ensemble_logits: Tensor, *, temperature: 
     Returns:
         Scalar float32, in nats.
 
-    Example:
+    Examples:
         >>> learners = [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
         >>> one_loss(learners, torch.tensor([[1.0, 0.0]]), temperature=3.0)
         tensor(0.2422)

@@ -44,7 +44,7 @@ class P2P(Method):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> P2P(students=["peer", "resnet14"], online_teacher="resnet110").branches
         ('peer', 'resnet14', 'resnet110')
     """

@@ -28,7 +28,7 @@ def pair_stages(student: NetSpec, teacher: NetSpec, *, method: str) -> tuple[tup
     Raises:
         ACKDError: If the stages of a network are unknown.
 
-    Example:
+    Examples:
         >>> student = NetSpec(10, ((16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)))
         >>> teacher = NetSpec(10, ((16, 32, 32), (32, 16, 16), (64, 8, 8)))
         >>> pair_stages(student, teacher, method="AT")

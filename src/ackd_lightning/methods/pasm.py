@@ -67,7 +67,7 @@ def without_region(image: Tensor, point: Tensor, share: float) -> Tensor:
     Returns:
         Images ``B x C x H x W``.
 
-    Example:
+    Examples:
         >>> without_region(torch.ones(1, 1, 3, 4), torch.tensor([[0, 1]]), 0.67)[0, 0]
         tensor([[0., 0., 0., 1.],
                 [1., 1., 1., 1.],

@@ -57,7 +57,7 @@ def mutual_loss(logits: Sequence[Tensor], *, temperature: float) -> Tensor:
     Returns:
         Scalar float32, in nats.
 
-    Example:
+    Examples:
         >>> mutual_loss([torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])], temperature=1.0)
         tensor(0.7616)
     """

@@ -49,7 +49,7 @@ def hcl_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tens
     Returns:
         Scalar float32, in squared units of the teacher's features.
 
-    Example:
+    Examples:
         >>> hcl_loss([torch.full((1, 2, 8, 8), 3.0)], [torch.ones(1, 2, 8, 8)])
         tensor(4.)
 

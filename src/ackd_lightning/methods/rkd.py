@@ -43,7 +43,7 @@ def rkd_loss(
     Returns:
         Scalar float32.
 
-    Example:
+    Examples:
         >>> line, corner = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
         >>> rkd_loss(line, corner, distance_weight=25.0, angle_weight=50.0)
         tensor(2.4456)

@@ -59,7 +59,7 @@ def rld_loss(
     Returns:
         ``B`` float32, in nats.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[2.0, 1.0, 0.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0, -1.0]])
         >>> settings = {"alpha": 1.0, "beta": 8.0, "confidence_temperature": 1.0, "temperature": 4.0}
         >>> rld_loss(student, teacher, torch.tensor([0]), **settings)  # class 1 is masked

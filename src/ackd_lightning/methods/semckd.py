@@ -81,7 +81,7 @@ def semckd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[T
         Scalar float32 in squared units of the teacher's features: mean over the entries of each map, over images and
         over the student's stages.
 
-    Example:
+    Examples:
         >>> student, teacher = [torch.ones(1, 2, 4, 4)] * 2, [torch.zeros(1, 2, 4, 4), torch.full((1, 2, 4, 4), 3.0)]
         >>> semckd_loss(student, teacher, torch.tensor([[[0.5, 0.5]]]))  # mean of 1 and 4
         tensor(2.5000)

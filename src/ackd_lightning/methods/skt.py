@@ -43,7 +43,7 @@ def pattern_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     Returns:
         Scalar float32, from 0 to 2.
 
-    Example:
+    Examples:
         >>> student = torch.tensor([[[[3.0, 1.0]], [[0.0, 0.0]]]])
         >>> teacher = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
         >>> pattern_loss(student, teacher)  # parallel at the first position, orthogonal at the second
@@ -62,7 +62,7 @@ def relations(features: Sequence[Tensor], size: Sequence[int]) -> list[Tensor]:
     Returns:
         ``B x C_n x C_m`` float32 of every two layers n < m; zero where a channel is constant.
 
-    Example:
+    Examples:
         >>> first, second = torch.tensor([[[[0.0, 4.0]]]]), torch.tensor([[[[1.0, -1.0]], [[2.0, 9.0]]]])
         >>> relations([first, second], (1, 2))[0].round(decimals=3)
         tensor([[[-1.,  1.]]])

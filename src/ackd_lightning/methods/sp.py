@@ -33,7 +33,7 @@ def similarities(feature: Tensor) -> Tensor:
     Returns:
         ``B x B`` float32; the row of an image whose feature is zero is zero.
 
-    Example:
+    Examples:
         >>> similarities(torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
         tensor([[0.3162, 0.9487],
                 [0.1191, 0.9929]])
@@ -47,7 +47,7 @@ def sp_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """Return the similarity-preserving loss (Eq. 4): squared distance of similarities, mean over pairs of images.
 
     The shapes of the features may differ. No gradient flows into the teacher. The value depends on the images of the
-    batch: with several processes gather them first (``whole_batch``), as [`SP`][] does.
+    batch: with several processes gather them first (``whole_batch``), as `SP` does.
 
     Args:
         student_feature: Features ``B x ...`` of the student.

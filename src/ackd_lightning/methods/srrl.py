@@ -41,7 +41,7 @@ class SRRL(Method):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> SRRL(weight_features=0.0).loss_weights
         {'ce': 1.0, 'features': 0.0, 'logits': 1.0}
     """

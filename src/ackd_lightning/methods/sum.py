@@ -31,7 +31,7 @@ class Sum(Method):
     Raises:
         ACKDError: If the methods do not go together.
 
-    Example:
+    Examples:
         >>> from ackd_lightning.methods import CRD, KD
         >>> Sum([KD(), CRD()], weights=[1.0, 0.5]).loss_weights
         {'ce': 0.1, 'kd': 0.9, 'ce_2': 0.5, 'kd_2': 0.0, 'crd': 0.4}

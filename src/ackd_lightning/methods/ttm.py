@@ -40,7 +40,7 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: flo
     Returns:
         ``B`` float32, in nats.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 4.0]])
         >>> ttm_loss(student, teacher, temperature=4.0, weighted=False)

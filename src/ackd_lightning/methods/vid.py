@@ -54,7 +54,7 @@ def vid_loss(predicted_mean: Tensor, log_scale: Tensor, teacher_feature: Tensor)
     Raises:
         ACKDError: If the shapes do not fit.
 
-    Example:
+    Examples:
         >>> vid_loss(torch.zeros(1, 2, 4, 4), torch.zeros(2), torch.ones(1, 2, 4, 4))  # (1 / log 2 + log log 2) / 2
         tensor(0.5381)
     """

@@ -31,7 +31,7 @@ class OrthogonalProjector(nn.Module):
         inputs: Dimensions d_s of the input.
         outputs: Dimensions d_t of the output.
 
-    Example:
+    Examples:
         >>> matrix = OrthogonalProjector(2, 3).matrix()
         >>> (matrix @ matrix.T).round(decimals=3).abs().tolist()
         [[1.0, 0.0], [0.0, 1.0]]
@@ -73,7 +73,7 @@ def vkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Scalar float32, mean over images and dimensions.
 
-    Example:
+    Examples:
         >>> vkd_loss(torch.tensor([[1.5, 1.0]]), torch.tensor([[7.0, 3.0]]))  # from (1, -1)
         tensor(0.8125)
     """

@@ -13,7 +13,7 @@ def linear_warmup(epoch: int, epochs: int, *, first: int = 1) -> float:
         epochs: Length of the warm-up; 0 for none.
         first: 1 for 1 / epochs in the first epoch, 0 to start at 0.
 
-    Example:
+    Examples:
         >>> [linear_warmup(epoch, 4) for epoch in (0, 1, 3, 9)]
         [0.25, 0.5, 1.0, 1.0]
     """

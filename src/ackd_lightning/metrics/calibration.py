@@ -43,7 +43,7 @@ def measure_calibration(logits: Tensor, target: Tensor, *, temperature: float = 
         target: ``N`` int64.
         temperature: Number by which logits are divided.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[0.8, 0.2]]).log().repeat(10, 1)  # right in 6 of 10 cases, with confidence 0.8
         >>> result = measure_calibration(logits, torch.tensor([0] * 6 + [1] * 4))
         >>> f"{result.nll:.4f} {result.ece:.2f}"
@@ -77,7 +77,7 @@ def reliability(logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> 
         target: ``N`` int64.
         temperature: Number by which logits are divided.
 
-    Example:
+    Examples:
         >>> bins = reliability(torch.tensor([[0.75, 0.25]]).log().repeat(10, 1), torch.tensor([0] * 6 + [1] * 4))
         >>> bins.count.nonzero().flatten().tolist(), f"{bins.accuracy[11]:.1f}", f"{bins.confidence[11]:.2f}"
         ([11], '0.6', '0.75')
@@ -102,7 +102,7 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
     Returns:
         Temperature from 0.01 to 100. Above 1 the network was too confident, below 1 not confident enough.
 
-    Example:
+    Examples:
         >>> logits = 2 * torch.tensor([[0.8, 0.2]]).log().repeat(10, 1)
         >>> f"{fit_temperature(logits, torch.tensor([0] * 8 + [1] * 2)):.3f}"
         '2.000'

@@ -28,7 +28,7 @@ def wilson_interval(correct: int, total: int, *, confidence: float = 0.95) -> tu
     Returns:
         Lower and upper end, from 0 to 1.
 
-    Example:
+    Examples:
         >>> low, high = wilson_interval(80, 100)
         >>> f"{low:.4f} {high:.4f}"
         '0.7112 0.8666'
@@ -78,7 +78,7 @@ class PairedTest:
             first: Name of the first classifier.
             second: Name of the second.
 
-        Example:
+        Examples:
             >>> import torch
             >>> right = torch.tensor([1] * 90 + [0] * 10).bool()
             >>> paired_test(right, right).sentence("KD", "ACKD")
@@ -109,7 +109,7 @@ def say_difference(first: str, second: str, difference: float, low: float, high:
         low: Lower end of the 95 % interval of the difference.
         high: Upper end of it.
 
-    Example:
+    Examples:
         >>> say_difference("KD", "CE", -0.02, -0.05, 0.01)
         'CE is 2.00 points better than KD (95 % interval -1.00 to 5.00)'
     """
@@ -146,7 +146,7 @@ def paired_test(first: Tensor, second: Tensor, *, draws: int = 2000, seed: int =
     Raises:
         ACKDError: If the numbers of images differ, or there are none.
 
-    Example:
+    Examples:
         >>> import torch
         >>> first = torch.tensor([1] * 70 + [1] * 15 + [0] * 5 + [0] * 10).bool()
         >>> second = torch.tensor([1] * 70 + [0] * 15 + [1] * 5 + [0] * 10).bool()
@@ -181,7 +181,7 @@ def paired_bootstrap(first: Tensor, second: Tensor, *, draws: int = 2000, seed: 
     Returns:
         Difference, first minus second, and the lower and upper end of its interval.
 
-    Example:
+    Examples:
         >>> import torch
         >>> first, second = torch.ones(100), torch.tensor([1.0] * 80 + [0.0] * 20)
         >>> [round(each, 2) for each in paired_bootstrap(first, second)]
@@ -201,7 +201,7 @@ def share_text(correct: int, total: int) -> str:
         correct: Number of correct answers.
         total: Number of answers.
 
-    Example:
+    Examples:
         >>> share_text(80, 100)
         '80.00 % (95 % interval 71.12 to 86.66)'
     """
@@ -215,7 +215,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     Args:
         values: One value for each seed.
 
-    Example:
+    Examples:
         >>> low, high = mean_interval([90.0, 91.0, 92.0])
         >>> f"{low:.2f} {high:.2f}"
         '88.52 93.48'

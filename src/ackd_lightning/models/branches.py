@@ -35,7 +35,7 @@ def peer_network(spec: str) -> str:
     Args:
         spec: Name of the learner, such as ``peer`` or ``resnet20+D3B1``.
 
-    Example:
+    Examples:
         >>> peer_network("resnet20+D3B1")
         'resnet20'
     """
@@ -63,7 +63,7 @@ def branch_names(plan: StagePlan) -> tuple[str, ...]:
     Args:
         plan: Stages of the backbone.
 
-    Example:
+    Examples:
         >>> branch_names(StagePlan(("stem", "layer1", "layer2"), "fc"))
         ('D2B1', 'D1B2')
     """

@@ -128,7 +128,7 @@ def resolve_class_map(
     Raises:
         ACKDError: If a class does not exist, is missing, or is used twice.
 
-    Example:
+    Examples:
         >>> theirs = TeacherClasses(4, ["cat", "lynx", "dog", "cow"])
         >>> resolve_class_map({"feline": ["cat", "lynx"], "canine": 2}, theirs=theirs, num_classes=2,
         ...                   names=["canine", "feline"], owner="the teacher")
@@ -203,7 +203,7 @@ class ClassSelection(nn.Module):
     Args:
         groups: Numbers of the teacher's classes for each class of the data.
 
-    Example:
+    Examples:
         >>> pooled = ClassSelection([(0, 1), (2,)])
         >>> pooled(torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()).softmax(dim=1)
         tensor([[0.8571, 0.1429]])

@@ -65,7 +65,7 @@ def require_stages(
     Raises:
         ACKDError: If the stages are unknown.
 
-    Example:
+    Examples:
         >>> require_stages(NetSpec(10, features=((16, 32, 32), (64, 8, 8)), embedding=64), "the teacher", "method AT")
         ((16, 32, 32), (64, 8, 8))
     """

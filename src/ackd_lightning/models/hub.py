@@ -25,7 +25,7 @@ def is_hub_name(text: str | os.PathLike[str]) -> bool:
     Args:
         text: Name of a weight file.
 
-    Example:
+    Examples:
         >>> is_hub_name("hf:anna/student@v2"), is_hub_name("weights/student.safetensors")
         (True, False)
     """
@@ -44,7 +44,7 @@ def parse_repository(text: str) -> tuple[str, str | None]:
     Raises:
         ACKDError: If it is something else.
 
-    Example:
+    Examples:
         >>> parse_repository("hf:anna/student@v2")
         ('anna/student', 'v2')
     """

@@ -88,7 +88,7 @@ def closest_interpolation(name: str) -> Interpolation:
     Args:
         name: Name such as ``lanczos``.
 
-    Example:
+    Examples:
         >>> closest_interpolation("lanczos"), closest_interpolation("box")
         ('bicubic', 'bilinear')
     """

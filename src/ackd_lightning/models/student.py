@@ -152,7 +152,7 @@ class BranchyStudent(nn.Module):
     Raises:
         ACKDError: If an auxiliary learner does not fit the backbone, no stages are found in it, or it cannot be cut.
 
-    Example:
+    Examples:
         >>> from ackd_lightning.models.zoo import create_model
         >>> import torch
         >>> student = BranchyStudent(create_model("resnet8", 10), ["D3B1", "D2B2"])

@@ -99,7 +99,7 @@ def claim(parent: Path, name: str | None = None, *, resume: bool = False) -> Cla
         ACKDError: If another process trains this run, if a new run's folder has results already, or if the folder
             cannot be written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> runs = tempfile.TemporaryDirectory()
         >>> with claim(Path(runs.name), "first") as mine:

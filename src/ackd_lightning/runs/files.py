@@ -19,6 +19,8 @@ from torch import Tensor
 from ackd_lightning.errors import ACKDError, near_matches
 
 Which = Literal["last", "best"]
+CURVES, LEARNERS = "curves.png", "learners.png"
+"""Figures of a run."""
 _MAX_CLASSES, _MAX_INPUT_SIZE = 1_000_000, 4096
 _REQUIRED = {"num_classes", "input_size", "mean", "std", "data", "method", "seed", "epoch"}
 """Metadata that every checkpoint has under ``ackd_lightning``."""
@@ -42,7 +44,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     Yields:
         Path of the hidden file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> folder = tempfile.TemporaryDirectory()
         >>> target = Path(folder.name) / "notes" / "first.txt"

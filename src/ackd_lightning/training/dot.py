@@ -42,7 +42,7 @@ class DOT(Optimizer):
     Raises:
         ACKDError: If a value is not allowed.
 
-    Example:
+    Examples:
         >>> weight = nn.Parameter(torch.zeros(1))
         >>> optimizer = DOT([weight], lr=1.0, momentum=0.5, delta=0.25)
         >>> for _ in range(2):

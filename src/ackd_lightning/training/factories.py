@@ -68,7 +68,7 @@ def describe_factory(factory: Any) -> dict[str, Any] | None:
     Args:
         factory: A class, or a `functools.partial` of one.
 
-    Example:
+    Examples:
         >>> describe_factory(functools.partial(torch.optim.SGD, lr=0.1))
         {'class_path': 'torch.optim.SGD', 'init_args': {'lr': 0.1}}
     """

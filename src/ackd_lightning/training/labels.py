@@ -25,7 +25,7 @@ class Labels:
     Raises:
         ACKDError: If there is not one class weight for each class.
 
-    Example:
+    Examples:
         >>> labels = Labels(Recipe(label_smoothing=0.2), 4)
         >>> batch = labels(Batch(torch.zeros(1, 3, 8, 8), torch.tensor([2]), torch.tensor([0])))
         >>> [round(each, 2) for each in batch.soft[0].tolist()]
@@ -94,7 +94,7 @@ def inverse_frequency(targets: Tensor, num_classes: int) -> Tensor:
     Returns:
         ``K`` float32; 0 for a class without images.
 
-    Example:
+    Examples:
         >>> inverse_frequency(torch.tensor([0, 0, 0, 1]), 2).tolist()
         [0.6666666865348816, 2.0]
     """

@@ -79,7 +79,7 @@ class DistillationModule(FitStart):
     Raises:
         ACKDError: If arguments do not go together.
 
-    Example:
+    Examples:
         >>> from ackd_lightning.methods import KD
         >>> module = DistillationModule("resnet8", method=KD(), teacher="resnet14", data=DataInfo(num_classes=10))
         >>> module.data.input_size
@@ -252,7 +252,7 @@ class ACKDModule(DistillationModule):
 
     A `DistillationModule` whose default method is `ACKD` with the paper's two auxiliary learners and all weights 1.
 
-    Example:
+    Examples:
         >>> from ackd_lightning.models.zoo import create_model
         >>> module = ACKDModule(create_model("resnet8", 10), teacher=create_model("resnet14", 10))
         >>> module.student.specs

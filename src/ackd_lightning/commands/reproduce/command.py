@@ -39,7 +39,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
     Raises:
         ACKDError: When the text is neither.
 
-    Example:
+    Examples:
         >>> read_seeds("3"), read_seeds("0,5")
         ((0, 1, 2), (0, 5))
     """

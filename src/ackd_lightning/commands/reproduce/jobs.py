@@ -91,7 +91,7 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
     Args:
         settings: Values by dotted name.
 
-    Example:
+    Examples:
         >>> as_arguments({"trainer.max_epochs": 3, "data.mean": [0.5, 0.4], "model.student": "resnet8"})
         ['--trainer.max_epochs', '3', '--data.mean', '[0.5, 0.4]', '--model.student', 'resnet8']
     """

@@ -54,7 +54,7 @@ def lay_into_teachers(
     Returns:
         Both, unchanged for a run with one teacher.
 
-    Example:
+    Examples:
         >>> teachers = {"model.teacher": [{"network": "resnet20"}, {"network": "resnet8"}]}
         >>> lay_into_teachers(teachers, ["--model.teacher.bf16", "true", "--data.batch_size=8"])[0]
         {'model.teacher': [{'network': 'resnet20', 'bf16': True}, {'network': 'resnet8', 'bf16': True}]}

@@ -15,7 +15,7 @@ def escaped(text: str) -> str:
     Args:
         text: Any text.
 
-    Example:
+    Examples:
         >>> escaped("a|b_c")
         'a\\|b\\_c'
     """
@@ -62,7 +62,7 @@ def size_text(count: int | None) -> str:
     Args:
         count: Number of bytes.
 
-    Example:
+    Examples:
         >>> size_text(12_345), size_text(12_345_678)
         ('12.3 kB', '12.35 MB')
     """

@@ -57,7 +57,7 @@ def published(name: str) -> Published:
     Raises:
         ACKDError: If no weights are published for that name.
 
-    Example:
+    Examples:
         >>> published("resnet18").metadata["weights"]
         'ResNet18_Weights.IMAGENET1K_V1'
     """

@@ -1,0 +1,192 @@
+"""Build the documentation site: `make docs` writes build/site/index.html.
+
+The pages of docs/ are copied, a page for every method and every module of the API is generated from the docstrings,
+Zensical renders them, formulas become MathML, and every link and anchor of the result is checked.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from latex2mathml.converter import convert
+
+from ackd_lightning import methods
+from ackd_lightning.config.files import find_config, method_names, read_config
+from ackd_lightning.methods.base import Method
+
+ROOT = Path(__file__).parents[2]
+SOURCES, SITE = ROOT / "build/docs", ROOT / "build/site"
+API = {
+    "Training": "training.module training.schedule models.student_config models.teacher_config",
+    "Methods": "methods.base methods.sum methods.logits types",
+    "Data": "data.base data.folder data.table data.webdataset data.huggingface data.cifar data.cinic10 "
+    "data.tiny_imagenet data.imagenet data.digits",
+    "Networks": "models.zoo models.features models.branches models.student models.teacher models.weights",
+    "Functions": "functional random validation testing errors",
+    "Deployment": "deploy.student",
+}
+
+
+def fragments() -> dict[str, list[str]]:
+    """Return the names of the packaged fragments by the class of the method that they choose."""
+    found: dict[str, list[str]] = {}
+    for name in method_names():
+        method = read_config(find_config(name))["model"]["method"]["class_path"]
+        found.setdefault(method.rpartition(".")[2], []).append(name)
+    return found
+
+
+def measured() -> dict[str, list[dict[str, str]]]:
+    """Rows of docs/results.md that were exported to benchmarks/results/methods.json, by fragment."""
+    path = ROOT / "benchmarks/results/methods.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def method_pages() -> dict[str, str]:
+    """Write one page for every method; return their titles by file."""
+    (SOURCES / "method").mkdir()
+    pages, names, rows = {}, fragments(), measured()
+    for each in methods.__all__:
+        kind = getattr(methods, each)
+        if not (isinstance(kind, type) and issubclass(kind, Method)) or kind is Method:
+            continue
+        module = kind.__module__
+        lines = [f"# {each}", ""]
+        if each in names:
+            listed = ", ".join(f"`{name}`" for name in names[each])
+            lines += [f"`--config` {listed} · `from ackd_lightning.methods import {each}`", ""]
+        lines += [f"::: {module}", "    options:", "      show_root_heading: false", "      show_root_toc_entry: false"]
+        lines += [f"      members: [{each}]", ""]
+        for row in [row for name in names.get(each, []) for row in rows.get(name.removesuffix(".yaml"), [])]:
+            lines += [f"Measured: {row['text']} ([{row['where']}](../results.md#{row['anchor']}))", ""]
+        path = f"method/{each.lower()}.md"
+        (SOURCES / path).write_text("\n".join(lines), encoding="utf-8")
+        pages[path] = each
+    return pages
+
+
+def api_pages() -> dict[str, str]:
+    """Write one page for every group of modules; return their titles by file."""
+    (SOURCES / "api").mkdir()
+    pages = {}
+    for title, modules in API.items():
+        lines = [f"# {title}", ""]
+        for each in modules.split():
+            lines += [f"::: ackd_lightning.{each}", "    options:", "      show_root_full_path: true", ""]
+        path = f"api/{title.lower()}.md"
+        (SOURCES / path).write_text("\n".join(lines), encoding="utf-8")
+        pages[path] = title
+    return pages
+
+
+def as_page(text: str, titles: dict[str, str]) -> str:
+    """Replace links to files that are not pages by their text, and file names as the text of links by titles."""
+    outside = r"(?:\.\./)*(?:src/|benchmarks/|configs/|tests/|notebooks/|[A-Z]+\b)"
+    text = re.sub(rf"\[([^\]]+)\]\({outside}[^)]*\)", r"\1", text)
+    return re.sub(r"\[(?:docs/)?(\w+\.md)\](?=\(\1)", lambda found: f"[{titles.get(found[1], found[1])}]", text)
+
+
+def copy_pages() -> None:
+    """Copy docs/ without this folder, and configuration with the generated pages in its navigation."""
+    shutil.rmtree(SOURCES, ignore_errors=True)
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", SOURCES, ignore=shutil.ignore_patterns("site"))
+    shutil.copy(ROOT / "docs/site/style.css", SOURCES)
+    start = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    (SOURCES / "index.md").write_text(start, encoding="utf-8")
+    pages = {page: page.read_text(encoding="utf-8") for page in SOURCES.glob("*.md")}
+    titles = {page.name: text.partition("\n")[0].removeprefix("# ") for page, text in pages.items()}
+    for page, text in pages.items():
+        page.write_text(as_page(text, titles), encoding="utf-8")
+
+
+def write_configuration(**generated: dict[str, str]) -> Path:
+    """Write the configuration with the generated pages in the places that the navigation names."""
+    text = (ROOT / "docs/site/site.yml").read_text(encoding="utf-8")
+    for name, pages in generated.items():
+        entries = "".join(f"\n          - {title}: {path}" for path, title in pages.items())
+        text = text.replace(f" {name.upper()}", entries)
+    path = ROOT / "build/site.yml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def formula(match: re.Match[str]) -> str:
+    """Return the MathML of one formula."""
+    block = match[1] == "div"
+    return convert(html.unescape(match[2]), display="block" if block else "inline")
+
+
+def with_formulas(text: str) -> str:
+    """Replace the formulas that the renderer leaves as LaTeX by MathML, which browsers show without a script."""
+    pattern = r'<(div|span) class="arithmatex">\s*\\[\[(](.*?)\\[\])]\s*</\1>'
+    return re.sub(pattern, formula, text, flags=re.DOTALL)
+
+
+class _Page(HTMLParser):
+    """Anchors, links and pictures of one page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Collect what the tag names or refers to."""
+        for key, value in attrs:
+            if key in ("id", "name") and value:
+                self.anchors.add(value)
+            if key in ("href", "src") and value and tag in ("a", "img"):
+                self.links.append(value)
+
+
+def broken_links() -> list[str]:
+    """Return every link to a page, file or anchor that is not there."""
+    pages = {path: _Page(path.read_text(encoding="utf-8")) for path in SITE.rglob("*.html")}
+    found = []
+    for path, page in pages.items():
+        if path.name == "404.html":
+            continue
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            if not target.is_file():
+                found.append(f"{path.relative_to(SITE)}: {link} does not exist")
+            elif (
+                parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors | {"__top"}
+            ):
+                found.append(f"{path.relative_to(SITE)}: {link} has no such anchor")
+    return sorted(set(found))
+
+
+def main() -> int:
+    """Build the site and return the exit code."""
+    copy_pages()
+    configuration = write_configuration(method_pages=method_pages(), api_pages=api_pages())
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(configuration)]
+    built = subprocess.run(command, check=False, capture_output=True, text=True)
+    if built.returncode:
+        print(built.stdout[-4000:], built.stderr[-2000:], sep="\n")
+        return built.returncode
+    for path in SITE.rglob("*.html"):
+        path.write_text(with_formulas(path.read_text(encoding="utf-8")), encoding="utf-8")
+    left = [str(path.relative_to(SITE)) for path in SITE.rglob("*.html") if "arithmatex" in path.read_text("utf-8")]
+    problems = broken_links() + [f"{each}: a formula was not converted" for each in left]
+    print("\n".join(problems) or f"{len(list(SITE.rglob('*.html')))} pages in {SITE / 'index.html'}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""``ackd init FOLDER``: look at the photos, choose, write, and say what to type next."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ackd_lightning.commands.init.choices import Choice, choose, reasons
+from ackd_lightning.commands.init.sheet import COLUMNS, write_sheet
+from ackd_lightning.commands.init.survey import Survey, survey
+from ackd_lightning.commands.init.writing import student_text, teacher_text
+from ackd_lightning.errors import ACKDError, count_of
+from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.runs.files import whole_file
+
+_SHOWN = 5
+
+
+def init(
+    folder: str,
+    *,
+    out: str = ".",
+    pretrained: bool = True,
+    force: bool = False,
+    train_dir: str | None = None,
+    val_dir: str | None = None,
+    test_dir: str | None = None,
+) -> None:
+    """Describe a folder of photos and write a teacher's and a student's configuration.
+
+    Args:
+        folder: Folder of class folders, or with folders for training, validation and test.
+        out: Folder of the new files.
+        pretrained: Whether the teacher may start from published weights.
+        force: Whether to replace files.
+        train_dir: Folder in ``folder`` with the training images; None for the one that is named so.
+        val_dir: The same for validation.
+        test_dir: The same for the test.
+
+    Raises:
+        ACKDError: If there are no such photos, or files exist.
+    """
+    named = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()  # a link keeps its own name
+    name = re.sub(r"\W+", "_", named.name).strip("_") or "photos"
+    place = Path(out)
+    files = [place / f"{name}{ending}" for ending in ("_teacher.yaml", "_student.yaml", "_samples.png")]
+    if (there := [each for each in files if each.exists()]) and not force:
+        raise ACKDError(f"{there[0]} exists; choose another --out, or replace it with --force")
+    check_writable(place, "--out")
+    places = {"train_dir": train_dir, "val_dir": val_dir, "test_dir": test_dir}
+    try:
+        seen = survey(folder, **places)
+    except ACKDError as error:
+        raise ACKDError(re.sub(r"set root to (?!a folder)(\S+)", r"run ackd init \1", str(error))) from error
+    _describe(folder, seen)
+    rows = write_sheet(seen, files[2])
+    more = f" of the first {rows} classes" if rows < len(seen.class_names) else ""
+    print(f"samples: {files[2]}, {COLUMNS} training images{more or ' of each class'}")
+    chosen = choose(seen, pretrained=pretrained)
+    _show(reasons(seen, chosen, asked=pretrained))
+    teacher, student = files[:2]
+    weights = f"weights/{teacher.stem}.safetensors"
+    _write(teacher, teacher_text(folder, chosen, places))
+    _write(student, student_text(folder, chosen, places, weights=weights))
+    for each in (teacher, student):
+        ACKDCLI("fit", ["--config", str(each)])  # what is written can be read
+    _next(seen, teacher, student, fetches=chosen.teacher if chosen.pretrained else "")
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _describe(folder: str, seen: Survey) -> None:
+    parts = ", ".join(f"{part} {len(files):,}" for part, files in seen.parts.items())
+    print(f"{folder}: {len(seen.class_names):,} classes, {count_of(len(seen.photos), 'image')} ({parts})")
+    counts = sorted(zip(seen.counts, seen.class_names, strict=True))
+    middle = counts[len(counts) // 2][0]
+    print(
+        f"training images of a class: {counts[0][0]:,} ({counts[0][1]}) to {counts[-1][0]:,} ({counts[-1][1]}), "
+        f"median {middle:,}"
+    )
+    smallest, median, largest = seen.sides
+    formats = ", ".join(f"{kind} {count:,}" for kind, count in seen.formats.most_common())
+    print(f"shorter sides: {smallest} to {largest} pixels, median {median}; formats: {formats}")
+    if broken := seen.broken:
+        more = f", the first {_SHOWN} of them" if len(broken) > _SHOWN else ""
+        print(f"broken: {count_of(len(broken), 'file')}{more}")
+        for path in broken[:_SHOWN]:
+            print(f"  {seen.photos[path].problem}")
+    if not seen.compared:
+        print("duplicates: not looked for, as the files are too large to be read here")
+    for pairs, what in ((seen.shared, "in two parts of the data"), (seen.contradicting, "in two classes")):
+        if pairs:
+            print(
+                f"equal files {what}: {len(pairs):,}, such as {pairs[0][0]} and {pairs[0][1]}; delete one of each pair"
+            )
+
+
+def _show(rows: list[Choice]) -> None:
+    table = Table(title="chosen values")
+    for column in Choice._fields:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(width=None if Console().is_terminal else 140).print(table)
+
+
+def _next(seen: Survey, teacher: Path, student: Path, *, fetches: str) -> None:
+    print(f"written: {teacher}, {student}")
+    if seen.broken:
+        listed = teacher.with_name(f"{teacher.stem.removesuffix('_teacher')}_broken.txt")
+        _write(listed, "".join(f"{path}\n" for path in seen.broken))
+        print(f"first replace or delete the broken files, with which no fit starts; {listed} lists them")
+    if fetches:
+        print(f"the teacher's fit downloads the weights of {fetches} once; --no-pretrained does without")
+    print("next:")
+    print(f"  ackd fit --config {shlex.quote(str(teacher))}")
+    print(f"  ackd fit --config {shlex.quote(str(student))}")

@@ -1,0 +1,120 @@
+"""`ackd init`: what it says about photos, what it chooses, and that its files run as they are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ackd_lightning.cli import main
+from ackd_lightning.commands.init.choices import choose
+from ackd_lightning.commands.init.survey import survey
+from ackd_lightning.config.files import load_configs
+
+QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
+QUICK += ["--trainer.enable_progress_bar", "false", "--model.lr_scheduler.milestones", "[1]", "--name", "a"]
+
+
+def photos(folder: Path, counts: dict[str, int], *, size: int = 28, grey: bool = False) -> Path:
+    for number, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for each in range(count):
+            pixels = np.random.default_rng(1000 * number + each).integers(0, 256, (size, size + 4, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels)
+            (image.convert("L") if grey else image).save(folder / name / f"{each}.png")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_both_files_run_as_they_are_written(here, capsys):
+    photos(Path("my pets"), {"cat": 40, "dog": 10, "no": 10}, grey=True)
+    assert main(["init", "my pets"]) == 0
+    shown = capsys.readouterr().out
+    assert "ackd fit --config my_pets_teacher.yaml" in shown
+    with Image.open("my_pets_samples.png") as sheet:
+        assert sheet.size[0] > sheet.size[1]
+    assert main(["fit", "--config", "my_pets_teacher.yaml", *QUICK]) == 0
+    assert main(["fit", "--config", "my_pets_student.yaml", *QUICK, "--model.teacher.gate", "off"]) == 0
+    settings = yaml.safe_load(Path("runs/my_pets_student/a/config.yaml").read_text())
+    assert settings["data"]["init_args"]["sampling"] == "balanced"
+    assert settings["data"]["init_args"]["channels"] == 1
+    assert settings["model"]["teacher"]["weights"] == "weights/my_pets_teacher.safetensors"
+
+
+def test_files_are_replaced_only_when_asked(here, capsys):
+    photos(Path("pets"), {"cat": 12, "dog": 12})
+    Path("pets_student.yaml").write_text("mine")
+    assert main(["init", "pets"]) == 2
+    assert "pets_student.yaml" in capsys.readouterr().err
+    assert Path("pets_student.yaml").read_text() == "mine"
+    assert main(["init", "pets", "--out", "other"]) == 0
+    assert main(["init", "pets", "--force"]) == 0
+    assert Path("pets_student.yaml").read_text() != "mine"
+
+
+def test_broken_files_and_duplicates_are_named(here, capsys):
+    root = Path("pets")
+    photos(root / "train", {"cat": 12, "dog": 12})
+    photos(root / "test", {"cat": 2, "dog": 2})  # equal to training images
+    content = (root / "train/cat/5.png").read_bytes()
+    (root / "train/cat/5.png").write_bytes(content[: len(content) // 2])
+    (root / "train/dog/twin.png").write_bytes((root / "train/cat/3.png").read_bytes())
+    assert main(["init", "pets"]) == 0
+    assert Path("pets_broken.txt").read_text() == "pets/train/cat/5.png\n"
+    seen = survey("pets")
+    assert len(seen.shared) == 4
+    assert [(one.name, other.name) for one, other in seen.contradicting] == [("3.png", "twin.png")]
+    assert seen.counts == [11, 13]
+
+
+@pytest.mark.parametrize(
+    ("size", "pretrained", "device", "expected"),
+    [
+        (28, True, "cpu", (32, "resnet56", "kd", False)),
+        (64, True, "cpu", (96, "timm:tf_efficientnet_lite0", "reviewkd", True)),
+        (64, False, "cpu", (96, "resnet18", "kd", False)),
+        (300, True, "cpu", (128, "timm:tf_efficientnet_lite0", "reviewkd", True)),
+        (300, True, "cuda", (224, "timm:tf_efficientnet_lite0", "reviewkd", True)),
+    ],
+)
+def test_values_follow_the_photos_and_the_machine(here, size, pretrained, device, expected):
+    chosen = choose(
+        survey(str(photos(here / "pets", {"cat": 2, "dog": 2}, size=size))), pretrained=pretrained, device=device
+    )
+    assert (chosen.image_size, chosen.teacher, chosen.method, chosen.pretrained) == expected
+    assert chosen.batch_size == 8
+    assert chosen.student_epochs == 200
+
+
+def test_only_the_teacher_fetches_weights_and_only_when_allowed(here):
+    photos(Path("pets"), {"cat": 3, "dog": 3}, size=64)
+    for options, expected in (([], True), (["--no-pretrained", "--force"], False)):
+        assert main(["init", "pets", *options]) == 0
+        teacher, student = (load_configs([f"pets_{which}.yaml"])[0]["model"] for which in ("teacher", "student"))
+        assert (
+            bool(teacher["student"].get("pretrained")) is expected
+            if isinstance(teacher["student"], dict)
+            else not expected
+        )
+        assert "pretrained" not in {**student["student"], **student["teacher"]}
+
+
+def test_a_folder_of_one_class_is_refused_with_the_command(here, capsys):
+    photos(Path("pets/all"), {"cat": 2, "dog": 2})
+    assert main(["init", "pets"]) == 2
+    assert "ackd init pets/all" in capsys.readouterr().err
+    assert not list(Path().glob("*.yaml"))
+
+
+def test_files_are_named_after_the_folder_as_it_was_given(here):
+    (here / "trees").symlink_to(photos(here / "kept", {"ash": 6, "oak": 6}))
+    assert main(["init", "trees"]) == 0
+    assert (here / "trees_teacher.yaml").is_file()

@@ -1,0 +1,68 @@
+"""Metrics by epoch, and the figures of a run."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from ackd_lightning.callbacks.figures import draw_figures
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.runs.figures import draw_run, read_metrics
+
+ROWS = """epoch,lr/student,step,train/loss,train/disc_acc,val/acc,val/aux1_acc,val/attention_entropy
+,0.1,0,,,,,
+0,,9,,,0.5,0.4,0.6
+0,,9,2.5,0.7,,,
+,0.01,10,,,,,
+1,,19,,,0.6,0.5,0.5
+1,,19,nan,0.8,,,
+,0.02,10,,,,,
+1,,19,,,0.75,0.5,0.5
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "metrics.csv").write_text(ROWS)
+    return tmp_path
+
+
+def test_an_epoch_that_was_repeated_has_its_last_values(run):
+    metrics = read_metrics(run / "metrics.csv")
+    assert metrics["val/acc"] == {1: 0.5, 2: 0.75}
+    assert metrics["lr/student"] == {1: 0.1, 2: 0.02}
+    assert "step" not in metrics
+
+
+def test_figures_are_images_and_drawn_in_less_than_a_second(run):
+    draw_run(run)  # matplotlib reads its fonts once
+    started = time.process_time()
+    assert [path.name for path in draw_run(run)] == ["curves.png", "learners.png"]
+    assert time.process_time() - started < 1
+    for name in ("curves.png", "learners.png"):
+        with Image.open(run / name) as image:
+            assert image.size[0] > image.size[1] > 300
+
+
+def test_a_run_with_one_network_has_one_figure(run):
+    (run / "metrics.csv").write_text("epoch,step,val/acc,train/loss\n0,9,0.5,1.0\n")
+    assert [path.name for path in draw_run(run)] == ["curves.png"]
+    (run / "metrics.csv").write_text("epoch,step\n")
+    assert draw_run(run) == []
+
+
+def test_what_cannot_be_drawn_is_a_warning(run, monkeypatch):
+    (run / "metrics.csv").write_text("epoch,step,val/acc\n0,1,many\n")
+    with pytest.raises(ACKDError, match="many"):
+        read_metrics(run / "metrics.csv")
+    with pytest.warns(UserWarning, match="no figures"):
+        draw_figures(run)
+    monkeypatch.delitem(sys.modules, "ackd_lightning.runs.figures")
+    for name in [each for each in sys.modules if each.startswith("matplotlib")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.warns(UserWarning, match="pip install matplotlib"):
+        draw_figures(run)
+    assert not list(run.glob("*.png"))
