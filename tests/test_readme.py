@@ -137,7 +137,7 @@ def test_other_commands_are_understood(line, folder, capsys):
 
 def test_every_command_exists():
     known = {"fit", *RUN_COMMANDS, "configs", "export", "push", "report", "compare", "demo", "reproduce", "cache"}
-    known |= {"inspect", "doctor", "init"}
+    known |= {"inspect", "doctor", "init", "completion", "tune"}
     assert {words[0] for words in COMMANDS.values()} <= known
 
 

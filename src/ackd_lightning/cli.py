@@ -26,6 +26,7 @@ from ackd_lightning.launch.streams import outlive_readers
 _COMMANDS = {
     "doctor": "doctor:doctor",
     "init": "init.command:init",
+    "completion": "completion:completion",
     "configs": "configs:configs",
     "inspect": "inspect:inspect",
     "export": "export:export_command",
@@ -89,6 +90,11 @@ def make_parser() -> argparse.ArgumentParser:
     start.add_argument("--force", action="store_true", help="replace files of an earlier call")
     for part in ("train", "val", "test"):
         start.add_argument(f"--{part}-dir", help=f"folder in FOLDER with the {part} images; default: by its name")
+
+    shells = commands.add_parser(
+        "completion", help='complete command lines by the Tab key: eval "$(ackd completion bash)" in ~/.bashrc'
+    )
+    shells.add_argument("shell", choices=["bash", "zsh", "fish"], help="shell whose script is printed")
 
     configs = commands.add_parser("configs", help="list the packaged configurations")
     configs.add_argument("filter", nargs="?", default="", help="show only names that contain this text")
@@ -243,6 +249,9 @@ def _run(arguments: Sequence[str]) -> None:
     if _predicts_images(command, arguments[1:]):
         options = vars(make_image_parser().parse_args(arguments[1:]))
         return pkgutil.resolve_name("ackd_lightning.commands.predict:predict")(options.pop("run"), **options)  # type: ignore[no-any-return]
+    if list(arguments[:2]) == ["completion", "--words"]:  # from the script of a shell
+        find = pkgutil.resolve_name("ackd_lightning.commands.completion:candidates")
+        return print("\n".join(find(make_parser(), arguments[2:])))
     if command in LIGHTNING:
         if wanted := asks_for_help(arguments[1:]):
             return _help(command, wanted)
@@ -261,7 +270,7 @@ def _run(arguments: Sequence[str]) -> None:
         raise ACKDError(f"unrecognized arguments: {' '.join(others)}; see `ackd {command} --help`")
     positional = [
         options.pop(name)
-        for name in ("filter", "folder", "network", "run", "repository", "runs", "table")
+        for name in ("filter", "folder", "shell", "network", "run", "repository", "runs", "table")
         if name in options
     ]
     call = pkgutil.resolve_name(f"ackd_lightning.commands.{_COMMANDS[command]}")
