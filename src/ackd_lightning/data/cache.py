@@ -36,7 +36,7 @@ def fingerprint(paths: PathTable, root: Path, *settings: object) -> str:
     """
     digest = hashlib.sha256(repr((_FORMAT, *settings)).encode())
     digest.update(os.fsencode(os.path.relpath(os.fsdecode(paths.root), root)))
-    for part in (paths.text, paths.ends.tobytes(), paths.stamps().tobytes()):
+    for part in (paths.text, paths.ends.data, paths.stamps().data):
         digest.update(part)
     return digest.hexdigest()
 

@@ -99,7 +99,7 @@ class Walk:
         Raises:
             ACKDError: If a folder cannot be read.
         """
-        return [folder / each.name for each in self.listed(folder)]
+        return [folder / name for name, _, _ in self.listed(folder)]
 
     def listed(self, folder: Path) -> list[Listed]:
         """List the images in a folder and below with their sizes and times, sorted by path.
@@ -130,7 +130,7 @@ class Walk:
                 _unreadable(error)
             deep = deep or bool(folders)
             waiting += [os.path.join(prefix, each) for each in sorted(folders, reverse=True)]  # noqa: PTH118
-        found.sort(key=(lambda each: Path(each.name).parts) if deep else None)
+        found.sort(key=(lambda each: Path(each[0]).parts) if deep else None)
         return found
 
     def _images_of(self, prefix: str, entries: Iterable[os.DirEntry[str]], found: list[Listed]) -> list[str]:
@@ -138,7 +138,11 @@ class Walk:
         endings, folders = self._endings, []
         for entry in entries:
             name = entry.name
-            if _is_folder(entry):
+            try:
+                inside = entry.is_dir()
+            except OSError:
+                inside = False
+            if inside:
                 if _passed_over(name):
                     self.folders.update([name])
                 else:
@@ -147,13 +151,13 @@ class Walk:
                 size = time = -1  # a link to nothing is reported as a file that cannot be read
                 try:
                     status = entry.stat()
-                    if not stat.S_ISREG(status.st_mode):  # reading it may never end
+                    if stat.S_IFMT(status.st_mode) != stat.S_IFREG:  # reading it may never end
                         self.special += 1
                         continue
                     size, time = status.st_size, status.st_mtime_ns
                 except OSError:
                     pass
-                found.append(Listed(os.path.join(prefix, name) if prefix else name, size, time))  # noqa: PTH118
+                found.append((os.path.join(prefix, name) if prefix else name, size, time))  # noqa: PTH118
         return folders
 
     def beside(self, path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +13,12 @@ from torch import Tensor
 
 from ackd_lightning.data.decoding import broken_image
 
+_AT_ONCE = 1 << 16
+"""Number of files whose names are separate objects at one time."""
 
-class Listed(NamedTuple):
-    """A file as a folder lists it.
-
-    Attributes:
-        name: Path relative to the folder.
-        size: Size in bytes; -1 for a file that cannot be read.
-        time: Time of the last change of its content in ns.
-    """
-
-    name: str
-    size: int
-    time: int
+Listed = tuple[str, int, int]
+"""A file as a folder lists it: path relative to the folder; size in bytes, -1 for a file that cannot be read; time of
+the last change of its content in ns."""
 
 
 class PathTable:
@@ -41,13 +33,11 @@ class PathTable:
         stamps: ``N x 2`` int64: size in bytes and time of the last change in ns; None to look when they are needed.
     """
 
-    def __init__(
-        self, root: Path | str, names: Sequence[str | bytes] = (), stamps: NDArray[np.int64] | None = None
-    ) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self.root = os.fsencode(root)
-        self.text = b"".join(encoded)
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    def __init__(self, root: Path | str, names: Sequence[str] = (), stamps: NDArray[np.int64] | None = None) -> None:
+        joined = "".join(names)
+        self.root, self.text = os.fsencode(root), os.fsencode(joined)
+        bytes_of = names if joined.isascii() else map(os.fsencode, names)
+        lengths = np.fromiter(map(len, bytes_of), np.int64, len(names))
         self.ends: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
         self._stamps = stamps
 
@@ -71,7 +61,8 @@ class PathTable:
             prefix: Folder below ``root`` that they were listed in.
         """
         stamps = np.array([each[1:] for each in listed], np.int64).reshape(-1, 2)
-        return cls(root, [os.path.join(prefix, each.name) for each in listed], stamps)  # noqa: PTH118
+        start = f"{prefix}{os.sep}" if prefix else ""
+        return cls(root, [f"{start}{each[0]}" for each in listed], stamps)
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -137,12 +128,14 @@ class PathTable:
         Args:
             rows: ``M`` int64 positions.
         """
-        chosen = rows.tolist()
+        chosen = rows.numpy()
+        texts = []
+        for part in np.split(chosen, range(_AT_ONCE, len(chosen), _AT_ONCE)):
+            pairs = zip(self.ends[part].tolist(), self.ends[part + 1].tolist(), strict=True)
+            texts.append(b"".join([self.text[start:end] for start, end in pairs]))
+        lengths = self.ends[chosen + 1] - self.ends[chosen]
         stamps = None if self._stamps is None else self._stamps[chosen]
-        ends = self.ends.tolist()
-        text = b"".join([self.text[ends[row] : ends[row + 1]] for row in chosen])
-        lengths = (self.ends[1:] - self.ends[:-1])[chosen]
-        return self._with(text, np.concatenate([np.zeros(1, np.int64), lengths.cumsum()]), stamps)
+        return self._with(b"".join(texts), np.concatenate([np.zeros(1, np.int64), lengths.cumsum()]), stamps)
 
     def _with(self, text: bytes, ends: NDArray[np.int64], stamps: NDArray[np.int64] | None) -> PathTable:
         other = PathTable(os.fsdecode(self.root))
@@ -173,7 +166,7 @@ class PathTable:
         """
         own = Path(os.fsdecode(self.root))
         start = str(own.relative_to(root)) if own.is_relative_to(root) else str(own.absolute())
-        names = [os.path.join(os.fsencode(start), self.name(position)) for position in range(len(self))]  # noqa: PTH118
+        names = [os.path.join(start, os.fsdecode(self.name(position))) for position in range(len(self))]  # noqa: PTH118
         return PathTable(root, names, self._stamps)
 
 
