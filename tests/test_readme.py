@@ -127,7 +127,7 @@ def test_settings_of_commands_on_runs_are_understood(line, folder, capsys):
 def test_other_commands_are_understood(line, folder, capsys):
     words = COMMANDS[line]
     names = ("init", "export", "compare", "report", "reproduce", "inspect")
-    needed = {**dict.fromkeys(names, ["RUN"]), "tune": ["--set", "model.optimizer.lr=0.1,0.2"]}
+    needed = {**{name: ["RUN"] for name in names}, "tune": ["--set", "model.optimizer.lr=0.1,0.2"]}
     bare = needed.get(words[0], []) if len(words) == 1 else []  # the name alone, in a sentence
     chosen, settings = make_parser().parse_known_args([*words, *bare])
     assert chosen.command == words[0]
