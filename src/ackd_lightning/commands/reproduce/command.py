@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import os
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from ackd_lightning.commands.processes import devices_for, ending_on_signals
 from ackd_lightning.commands.reproduce.estimate import Stopwatch, megabytes
 from ackd_lightning.commands.reproduce.jobs import Job, check_unchanged, unchanged, union
 from ackd_lightning.commands.reproduce.output import METRIC_NAMES, columns, write_records, write_tables
@@ -51,20 +49,6 @@ def read_seeds(text: str) -> tuple[int, ...]:
     if not 1 <= numbers[0] <= _MOST_SEEDS:
         raise ACKDError(f"--seeds is {text}; use 1 to {_MOST_SEEDS}")
     return tuple(range(numbers[0]))
-
-
-def _devices(workers: int | None) -> list[str | None]:
-    """One entry per concurrent run: a GPU, or None for the whole machine."""
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if workers is not None and workers < 1:
-        raise ACKDError(f"--workers is {workers}; use 1 or more")
-    if workers == 1 or (found < 2 and workers is None):
-        return [None]
-    if not found:
-        return [None] * (workers or 1)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers and names of GPUs as child processes read them
-    names = visible.split(",") if visible else [str(number) for number in range(found)]
-    return [names[number % found] for number in range(workers or found)]
 
 
 _OURS = {"seed_everything": "use --seeds", "runs_dir": "use --out"}
@@ -178,7 +162,7 @@ def reproduce(
         ACKDError: When an argument is wrong, before any training.
         RunsFailedError: When runs failed, after all others have finished.
     """
-    chosen_seeds, devices = read_seeds(seeds), _devices(workers)
+    chosen_seeds, devices = read_seeds(seeds), devices_for(workers)
     _refuse_ours(overrides)
     names = table_names() if name == "all" else [name]
     work: list[tuple[TableSpec, Path, list[Pair], list[Row], Planner, list[Job]]] = []
@@ -200,16 +184,8 @@ def reproduce(
     done = sum(job.finished for job in everything.values())
     place = work[0][4].out
     print(f"{len(everything)} runs, {done} of them finished, files in {place}", flush=True)
-    ending = [number for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number is not None]
-    previous = {number: signal.signal(number, _terminated) for number in ending}
-    try:
+    with ending_on_signals():
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
-    except (KeyboardInterrupt, SystemExit):
-        print("interrupted; the same command continues where it stopped", flush=True)
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     for table, folder, some_pairs, rows, planner, jobs in work:
         shown = [*jobs, *_earlier(table, some_pairs, rows, chosen_seeds, planner)]
         reference = against or ("kd" if "kd" in table.rows else None)
@@ -220,11 +196,6 @@ def reproduce(
         raise RunsFailedError(
             f"{len(failed)} of {len(everything)} runs failed ({reasons}); run the same command again to repeat them"
         )
-
-
-def _terminated(number: int, _: object) -> None:
-    """End the child processes on SIGTERM and when the terminal closes."""
-    raise SystemExit(128 + number)
 
 
 def _earlier(
