@@ -143,14 +143,14 @@ class TestFirst:
         for label, run in (("teacher", TEACHER), ("student alone", CE), ("takd", TAKD)):
             expected = f"{100 * made[run]['last']['acc']:.2f}"
             row = table[label]
-            assert [row[key] for key in ("paper", "ours, last", "n", "difference", "values")] == [
+            assert [row[key] for key in ("paper", "ours, last", "n", "minus paper", "values")] == [
                 "-",
                 expected,
                 "1",
                 "-",
                 expected,
             ]
-            line = f"| {label} | - | {expected} | {100 * made[run]['best']['acc']:.2f} | 1 | - |"
+            line = f"| {label} | - | {expected} | - | {100 * made[run]['best']['acc']:.2f} | 1 | - | - |"
             assert line in (folder / "out/table2-smoke.md").read_text()
             assert f" {expected} " in shown
         assert {row["ours, last"] for label, row in table.items() if label in ("kd", "eskd", "ackd")} == {"not run"}

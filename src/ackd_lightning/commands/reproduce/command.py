@@ -15,7 +15,7 @@ from rich.table import Table
 from ackd_lightning.commands.processes import devices_for, ending_on_signals
 from ackd_lightning.commands.reproduce.estimate import Stopwatch, megabytes
 from ackd_lightning.commands.reproduce.jobs import Job, check_unchanged, unchanged, union
-from ackd_lightning.commands.reproduce.output import COLUMNS, METRIC_NAMES, write_records, write_tables
+from ackd_lightning.commands.reproduce.output import METRIC_NAMES, columns, write_records, write_tables
 from ackd_lightning.commands.reproduce.planning import Planner, needs_teacher
 from ackd_lightning.commands.reproduce.proxies import proxy_lines
 from ackd_lightning.commands.reproduce.results import Line, lines, note, record
@@ -53,7 +53,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
 
 _OURS = {"seed_everything": "use --seeds", "runs_dir": "use --out"}
 _OURS |= dict.fromkeys(("name", "ckpt_path", "resume"), "leave it out")
-_OPTIONS = ("pair", "methods", "seeds", "out", "preset", "dry-run", "workers")
+_OPTIONS = ("pair", "methods", "seeds", "out", "preset", "dry-run", "workers", "against")
 _OURS["model.teacher.weights"] = "put the file where the pair's configuration names it"
 
 
@@ -141,6 +141,7 @@ def reproduce(
     preset: str | None = None,
     dry_run: bool = False,
     workers: int | None = None,
+    against: str | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
     """Run what one table, or every table, needs, and write the table.
@@ -154,6 +155,7 @@ def reproduce(
         preset: ``smoke``: the same rows on digits, in minutes.
         dry_run: Whether to print the runs with estimates and stop.
         workers: Number of concurrent runs; None: one per GPU.
+        against: Row from which the difference of every other row is printed; None: ``kd`` where the table has it.
         overrides: Settings of ``ackd fit`` for every run.
 
     Raises:
@@ -168,6 +170,8 @@ def reproduce(
         table = read_table(each, preset)
         folder = Path(out or "reproduce") / (table.name if out is None or name == "all" else "")
         some_pairs, rows = choose(table, pairs, methods)
+        if against is not None:
+            choose(table, (), [against])  # refuses an unknown row
         planner = Planner(table, folder if name != "all" else folder.parent, overrides)
         work.append((table, folder, some_pairs, rows, planner, _plan(table, some_pairs, rows, chosen_seeds, planner)))
     everything = union(job for *_, jobs in work for job in jobs)
@@ -184,7 +188,8 @@ def reproduce(
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
     for table, folder, some_pairs, rows, planner, jobs in work:
         shown = [*jobs, *_earlier(table, some_pairs, rows, chosen_seeds, planner)]
-        _report(table, folder, some_pairs, rows, planner, shown, failed)
+        reference = against or ("kd" if "kd" in table.rows else None)
+        _report(table, folder, some_pairs, rows, planner, shown, failed, reference)
     print(f"{len(everything)} runs in {_duration(time.monotonic() - started)}")
     if failed:
         reasons = "; ".join(f"{everything[folder].title}: {reason}" for folder, reason in failed.items())
@@ -220,6 +225,7 @@ def _report(
     planner: Planner,
     jobs: Sequence[Job],
     failed: dict[Path, str],
+    against: str | None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     records = [record(job) for job in jobs if job.finished]
@@ -230,16 +236,17 @@ def _report(
         content: list[Line] = proxy_lines(table, pairs, rows, [job for job in jobs if job.finished], planner)
     else:
         reasons = {(job.pair, job.row): failed[job.folder] for job in jobs if job.folder in failed}
-        content = lines(table, pairs, rows, records, planner, reasons)
-    files = write_tables(table, content, folder, text)
+        content = lines(table, pairs, rows, records, planner, reasons, against)
+    files = write_tables(table, content, folder, text, against)
     for pair in dict.fromkeys(line.pair for line in content):
         for metric in dict.fromkeys(line.metric for line in content):
             shown = Table(title=f"{table.title}: {pair}, {METRIC_NAMES[metric]}")
-            for column in COLUMNS:
+            heads = columns(against)
+            for column in heads:
                 shown.add_column(column, justify="left" if column == "row" else "right")
             for line in content:
                 if (line.pair, line.metric) == (pair, metric):
-                    shown.add_row(*line.cells())
+                    shown.add_row(*line.cells()[: len(heads)])
             Console(width=None if Console().is_terminal else 120).print(shown)
     print(text)
     print(", ".join(map(str, [*files, planner.out / "results.json"])))
