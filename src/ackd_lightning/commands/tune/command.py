@@ -225,7 +225,7 @@ class _Search:
                         trial = self.study.ask()
                         given = {name: each.suggest(trial, name) for name, each in self.space.items()}
                         trial.set_user_attr("settings", given)
-                        running[pool.submit(self._fit, processes, trial.number, given, number)] = trial
+                        running[pool.submit(self._fit, processes, trial.number, given)] = trial
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
                         failed += self._tell(running.pop(done), done)
             except BaseException:
@@ -241,13 +241,13 @@ class _Search:
         found = list((self.place / "runs").glob(f"*/trial{number:04}"))
         return found[0] if found else self.place / "runs"
 
-    def _fit(self, processes: Processes, number: int, given: Mapping[str, Any], total: int) -> str | None:
+    def _fit(self, processes: Processes, number: int, given: Mapping[str, Any]) -> str | None:
         device = processes.devices.get()
         try:
             log = self.place / "logs" / f"trial{number:04}.log"
             log.parent.mkdir(exist_ok=True)
             texts = ", ".join(f"{name.rpartition('.')[2]} {_short(value)}" for name, value in given.items())
-            label = f"trial {number} of {total}: {texts}"
+            label = f"trial {number}: {texts}"
             print(f"{label}: starts", flush=True)
             own = ["--runs_dir", str(self.place / "runs"), "--name", f"trial{number:04}"]
             reason = processes.process(["fit", *self.shared, *as_arguments(given), *own], log, device, label)

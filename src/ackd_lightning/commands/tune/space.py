@@ -19,7 +19,7 @@ class Values:
     """Values of one setting.
 
     Attributes:
-        text: As they were given.
+        text: The values as text.
         choices: The values, of any kind; empty for a range.
         low: Smallest value of a range.
         high: Largest value of a range.
