@@ -10,7 +10,8 @@ from rich.console import Console
 from torch import nn
 
 from ackd_lightning import KD
-from ackd_lightning.callbacks.summary import RunSummary, accuracy_table
+from ackd_lightning.callbacks.accuracy_table import accuracy_table
+from ackd_lightning.callbacks.summary import RunSummary
 from training.helpers import Blobs, build, module, teaching, trainer
 
 NAMES = ("red", "green", "blue", "black")

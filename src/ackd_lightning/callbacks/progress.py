@@ -1,20 +1,35 @@
-"""One line of output for each epoch, for terminals and logs without a progress bar."""
+"""How far a fit is: one line of output for each epoch, and a progress bar on terminals."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning.pytorch as L
+from lightning.pytorch.callbacks import RichProgressBar
 
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
 
 
-class EpochLine(L.Callback):
-    """Print loss, accuracy and the time left after each epoch."""
+class HasBest(Protocol):
+    """What knows the metrics of the best epoch so far."""
 
-    def __init__(self) -> None:
+    @property
+    def best(self) -> Mapping[str, float]:
+        """Metrics by name, ``val/acc`` and ``epoch`` among them; empty without validation data."""
+
+
+class EpochLine(L.Callback):
+    """Print loss, accuracy, the best accuracy so far and the time left for the whole run after each epoch.
+
+    Args:
+        summary: What knows the best epoch; None prints no best accuracy.
+    """
+
+    def __init__(self, summary: HasBest | None = None) -> None:
+        self.summary = summary
         self.started = 0.0
         self.first = 0
 
@@ -30,7 +45,7 @@ class EpochLine(L.Callback):
         values = {**trainer.callback_metrics, **unlogged}
         done = trainer.current_epoch - self.first + 1
         elapsed = time.monotonic() - self.started
-        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        total = _epochs(trainer)
         parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{total}" if total else "")]
         if "train/loss" in values:
             parts.append(f"loss {float(values['train/loss']):.3f}")
@@ -39,11 +54,90 @@ class EpochLine(L.Callback):
                 if f"{stage}/{network}acc" in values:
                     label = f"{stage} {network.rstrip('_') + ' ' if network else ''}acc"
                     parts.append(f"{label} {float(values[f'{stage}/{network}acc']):.2%}")
+        if best := _best(self.summary):
+            parts.append(f"best {best}")
         parts.append(f"{elapsed / done:.1f} s/epoch")
         if total:
-            left = (total - trainer.current_epoch - 1) * elapsed / done
-            parts.append(f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f} left")
+            parts.append(f"{clock((total - trainer.current_epoch - 1) * elapsed / done)} left")
         print("  ".join(parts), flush=True)
+
+
+class RunBar(RichProgressBar):
+    """Progress bar of an epoch, with the accuracies so far and the time left for the whole run.
+
+    Args:
+        summary: What knows the best epoch.
+    """
+
+    def __init__(self, summary: HasBest) -> None:
+        super().__init__()
+        self.summary = summary
+        self.started: tuple[float, float] | None = None  # on the clock, and in epochs
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self.started = time.monotonic(), _epochs_done(trainer)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+        """Return what stands beside the bar."""
+        values: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
+        values.pop("v_num", None)
+        shown: dict[str, Any] = {}
+        if (loss := values.pop("train/loss_step", None)) is not None:
+            shown["loss"] = f"{loss:.3f}"
+        for name in ("val/acc", "test/acc"):
+            if (accuracy := values.pop(name, None)) is not None:
+                best = self.summary.best.get("val/acc")
+                shown[name] = f"{accuracy:.2%}" + (f" (best {best:.2%})" if best is not None else "")
+        if (left := self._left(trainer)) is not None:
+            shown["left"] = clock(left)
+        return {**shown, **values}
+
+    def _left(self, trainer: L.Trainer) -> float | None:
+        """Seconds that the run still takes at the pace so far; None while that is not known."""
+        total = _epochs(trainer)
+        if self.started is None or total is None or not trainer.training:
+            return None
+        since, first = self.started
+        now = _epochs_done(trainer)
+        return (total - now) * (time.monotonic() - since) / (now - first) if now > first else None
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Count epochs from 1, as everywhere else."""
+        total = _epochs(self.trainer)
+        text = f"epoch {current_epoch + 1}" + (f"/{total}" if total else "")
+        return text.ljust(len(self.validation_description))
+
+
+def _epochs(trainer: L.Trainer) -> int | None:
+    return trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+
+
+def _epochs_done(trainer: L.Trainer) -> float:
+    steps = trainer.num_training_batches
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    whole = isinstance(steps, int) and steps > 0
+    return trainer.current_epoch + (min(ready / steps, 1.0) if whole else 0.0)
+
+
+def _best(summary: HasBest | None) -> str:
+    best = {} if summary is None else summary.best
+    return f"{best['val/acc']:.2%} (epoch {best['epoch']:.0f})" if "val/acc" in best else ""
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds.
+
+    Args:
+        seconds: Duration.
+
+    Example:
+        >>> clock(3725)
+        '1:02:05'
+    """
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"
 
 
 def is_terminal(stream: Any) -> bool:

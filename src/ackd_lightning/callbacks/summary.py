@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,15 +11,15 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
-from rich.table import Table
 
+from ackd_lightning.callbacks.accuracy_table import accuracy_table
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.progress import is_terminal
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.models.preprocessing import channels_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.answers import answers_file
-from ackd_lightning.runs.export import FileKeptError, export_student, peer_name
+from ackd_lightning.runs.export import FileKeptError, export_student
 from ackd_lightning.runs.files import CURVES, LEARNERS, write_json
 from ackd_lightning.runs.versions import device_name, versions
 
@@ -226,52 +227,22 @@ class RunSummary(L.Callback):
         if self.copy_to:
             print(f"weights for later runs: {self.copy_to}")
 
+    def show_next(self, *, tested: bool) -> None:
+        """Print the commands that use the run.
 
-def accuracy_table(summary: dict[str, Any]) -> Table:
-    """Return a table with the accuracy of every network of a run, in the last and the best epoch.
-
-    Args:
-        summary: Content of ``summary.json``.
-    """
-    stage = summary["shown"]
-    note = "test data, nothing selected on it" if stage == "test" else "validation data"
-    if repr(limit := summary.get("limit_val_batches", 1.0)) not in ("1.0", "None"):  # 1 is one batch, 1.0 is all
-        note = f"part of the {note} (limit_val_batches {limit})"
-    table = Table(title=f"{summary['config']}, seed {summary['seed']}: accuracy in % on {note}")
-    table.add_column("network")
-    for column in ("last", "best", "parameters"):
-        table.add_column(column, justify="right")
-
-    def percent(values: dict[str, float], key: str) -> str:
-        return f"{100 * values[key]:.2f}" if key in values else "not selected" if not values else "-"
-
-    for teacher in [summary[key] for key in ("teacher",) if key in summary] + summary.get("other_teachers", []):
-        shown = "-" if teacher["acc"] is None else f"{100 * teacher['acc']:.2f}"
-        table.add_row(f"teacher {teacher['model']}", shown, "", f"{teacher['parameters']:,}")
-    keys = [key for key in summary["last"] if key.startswith(f"{stage}/") and key.endswith("acc")]
-    for key in sorted(keys, key=lambda key: (key.count("_"), key)):
-        network = key.removeprefix(f"{stage}/").removesuffix("acc").rstrip("_")
-        label, size = _label_and_size(network, summary)
-        table.add_row(label, percent(summary["last"], key), percent(summary["best"], key), size)
-    return table
-
-
-def _label_and_size(network: str, summary: dict[str, Any]) -> tuple[str, str]:
-    """Return how the table calls a network, and its parameters if it is a network of its own.
-
-    Args:
-        network: Network of a metric: empty for the student, ``aux1`` for the first auxiliary learner, or a group.
-        summary: Content of ``summary.json``.
-    """
-    if not network:
-        return f"student {summary['student']}", f"{summary['parameters']:,}"
-    number = network.removeprefix("aux")
-    learners = summary["learners"]
-    if not number.isdecimal() or not 1 <= int(number) <= len(learners):
-        return network, ""
-    spec = learners[int(number) - 1]
-    peer = peer_name(spec, summary["student"])
-    return f"{network} ({peer or spec})", f"{summary['learner_parameters'][int(number) - 1]:,}" if peer else ""
+        Args:
+            tested: Whether its accuracy on the test set is known.
+        """
+        if self.finished is None:
+            return
+        run = shlex.quote(str(self.finished[0]["run"]))
+        steps = [] if tested else [(f"ackd test {run}", "accuracy on the test set, once every choice is made")]
+        steps += [
+            (f"ackd report {run}", "a page: accuracy, mistakes, calibration, size, speed"),
+            (f"ackd export {run} --format onnx", "the student as a file for a device"),
+        ]
+        width = max(len(command) for command, _ in steps)
+        print("next:", *(f"  {command:<{width}}  # {what}" for command, what in steps), sep="\n", flush=True)
 
 
 def _evaluation_images(trainer: L.Trainer) -> dict[str, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ackd_lightning.callbacks.progress import clock
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.launch.execute import plan
@@ -61,7 +62,7 @@ def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
         done += 1
         each = (time.monotonic() - started) / done
         left = sum(not epoch_file(folder, later).is_file() for later in range(epoch + 1, epochs))
-        print(f"epoch {epoch + 1}/{epochs}  {each:.1f} s/epoch  {_clock(left * each)} left", flush=True)
+        print(f"epoch {epoch + 1}/{epochs}  {each:.1f} s/epoch  {clock(left * each)} left", flush=True)
     size = sum(epoch_file(folder, epoch).stat().st_size for epoch in range(epochs))
     print(
         f"{folder}: {count_of(epochs, 'epoch')}, {size / 1e6:,.1f} MB; use it with --model.teacher.cache {folder} "
@@ -83,9 +84,5 @@ def _print_estimate(
     size = images * epochs * classes * (2 if precision == "bf16-mixed" else 4)
     print(
         f"{images:,} images x {count_of(epochs, 'epoch')} x {classes} classes: {size / 1e6:,.1f} MB on disk; every run "
-        f"that reads the cache saves {_clock(seconds)} of the teacher's time on {module.device.type}"
+        f"that reads the cache saves {clock(seconds)} of the teacher's time on {module.device.type}"
     )
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}"

@@ -237,10 +237,14 @@ class Execution:
             print(
                 f"fast_dev_run: nothing is written{' and nothing is tested' if self.option('test') else ''}", flush=True
             )
-        if not self.option("test") or self.dry:
-            return
-        if getattr(self.cli.datamodule, "val_is_test", False) and summary.up_to_date:
-            return  # the last epoch was measured on the test set
+        measured = getattr(self.cli.datamodule, "val_is_test", False) and summary.up_to_date
+        if self.option("test") and not self.dry and not measured:  # else the last epoch was measured on the test set
+            self._test()
+        if self.trainer.is_global_zero:
+            summary.show_next(tested=bool(self.option("test")) or measured)
+
+    def _test(self) -> None:
+        """Test the last and the best checkpoint."""
         for name in ("last", "best"):
             checkpoint = self.cli.folder / "checkpoints" / f"{name}.ckpt"
             if checkpoint.is_file():

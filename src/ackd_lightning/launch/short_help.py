@@ -119,6 +119,34 @@ def asks_for_help(arguments: Sequence[str]) -> str | None:
     return "all" if list(arguments[place + 1 : place + 2]) == ["all"] else "short"
 
 
+def entries_of(command: str) -> tuple[Entry, ...]:
+    """Return the settings in the short help of a subcommand.
+
+    Args:
+        command: fit, validate, test or predict.
+    """
+    output = (Entry("output", "FILE", default="predictions.csv"),) if command == "predict" else ()
+    return ENTRIES if command == "fit" else (*_EVALUATE, *output)
+
+
+def options_of(command: str) -> dict[str, list[str] | None]:
+    """Return the options in the short help of a subcommand, for completion.
+
+    Args:
+        command: fit, validate, test or predict.
+
+    Returns:
+        By option: its values, an empty list for free ones, None for a switch.
+    """
+    found: dict[str, list[str] | None] = {"--help": None, "--print_config": None}
+    if command == "fit":
+        found["--config"] = []
+    for entry in entries_of(command):
+        words = entry.value.split("|") if "|" in entry.value else []
+        found[f"--{entry.name}"] = [each for each in words if each.islower()] if entry.value else None
+    return found
+
+
 def short_help(command: str) -> str:
     """Return the short help of a subcommand.
 
@@ -138,8 +166,7 @@ def short_help(command: str) -> str:
     settings = parser.add_argument_group("settings" if fit else "settings that replace those of the run")
     if fit:
         settings.add_argument("-c", "--config", metavar="NAME", help=TEXTS["config"])
-    output = (Entry("output", "FILE", default="predictions.csv"),) if command == "predict" else ()
-    for entry in ENTRIES if fit else (*_EVALUATE, *output):
+    for entry in entries_of(command):
         kind: dict[str, Any] = {"metavar": entry.value} if entry.value else {"action": "store_true"}
         settings.add_argument(f"--{entry.name}", help=entry.help(), **kind)
     return parser.format_help()

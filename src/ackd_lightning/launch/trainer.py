@@ -25,7 +25,7 @@ from ackd_lightning.callbacks.disk import DiskSpaceCheck
 from ackd_lightning.callbacks.figures import RunFigures
 from ackd_lightning.callbacks.metrics_csv import CurvesFile
 from ackd_lightning.callbacks.predictions import PredictionFile
-from ackd_lightning.callbacks.progress import EpochLine, is_terminal
+from ackd_lightning.callbacks.progress import EpochLine, RunBar, is_terminal
 from ackd_lightning.callbacks.settings import RunConfig
 from ackd_lightning.callbacks.stopping import StopSafely
 from ackd_lightning.callbacks.summary import RunSummary
@@ -95,10 +95,11 @@ def make_trainer(cli: ACKDCLI, folder: Path, *, copy_to: Path | None = None) -> 
         callbacks.append(TestAnswers())
     if cli.command == "predict":
         callbacks.append(PredictionFile(Path(cli.option("output"))))
-    own_bar = any(isinstance(each, ProgressBar) for each in callbacks)
-    if not own_bar and not is_terminal(sys.stdout) and settings["enable_progress_bar"] is None:
-        settings["enable_progress_bar"] = False
-        callbacks += [EpochLine()] if fit else []
+    if not any(isinstance(each, ProgressBar) for each in callbacks):
+        if (bar := settings["enable_progress_bar"]) is None:
+            bar = settings["enable_progress_bar"] = is_terminal(sys.stdout)
+        if fit:
+            callbacks += [EpochLine(summary), *([RunBar(summary)] if bar else [])]
     try:
         return L.Trainer(**{**settings, "callbacks": callbacks})
     except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
