@@ -321,7 +321,7 @@ def test_proxies_are_measured_for_students_that_have_one(tmp_path):
         job = finished(tmp_path, f"eskd{seed}", row="eskd", seed=seed, settings={"learns from": "early_stopped"})
         kept = {key: number + seed / 10 for number, key in enumerate(keys)}
         model = {"teacher": {"network": "resnet14", "weights": str(weights), "options": None}}
-        job = replace(job, planned=SimpleNamespace(settings=lambda model=model: {"model": model}))
+        job = replace(job, config={"model": model})
         job.student_file.write_bytes(b"student")
         files = [digest(each) for each in (weights, weights, job.student_file)]
         (job.folder / "proxies.json").write_text(json.dumps({"networks": files, "values": kept}))

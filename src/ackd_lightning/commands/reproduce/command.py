@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -108,10 +109,10 @@ def _fetch_data(jobs: Sequence[Job]) -> None:
     """Download and check data once, before several processes do it at the same time."""
     seen: set[str] = set()
     for job in jobs:
-        key = json.dumps(job.planned.settings()["data"], sort_keys=True)
+        key = json.dumps(job.config["data"], sort_keys=True)
         if key not in seen and not job.finished:
             seen.add(key)
-            job.planned.images.prepare_data()
+            job.images.prepare_data()
 
 
 def _plan(
@@ -129,6 +130,17 @@ def _plan(
     for job in jobs:
         check_unchanged(job)
     return jobs
+
+
+@contextlib.contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Let the collector of garbage look at what is made from here on, and not at every imported module."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def reproduce(
@@ -166,18 +178,20 @@ def reproduce(
     _refuse_ours(overrides)
     names = table_names() if name == "all" else [name]
     work: list[tuple[TableSpec, Path, list[Pair], list[Row], Planner, list[Job]]] = []
-    for each in names:
-        table = read_table(each, preset)
-        folder = Path(out or "reproduce") / (table.name if out is None or name == "all" else "")
-        some_pairs, rows = choose(table, pairs, methods)
-        if against is not None:
-            choose(table, (), [against])  # refuses an unknown row
-        planner = Planner(table, folder if name != "all" else folder.parent, overrides)
-        work.append((table, folder, some_pairs, rows, planner, _plan(table, some_pairs, rows, chosen_seeds, planner)))
-    everything = union(job for *_, jobs in work for job in jobs)
-    if dry_run:
-        _print_plan(", ".join(table.name for table, *_ in work), list(everything.values()))
-        return
+    with _only_new_garbage():
+        for each in names:
+            table = read_table(each, preset)
+            folder = Path(out or "reproduce") / (table.name if out is None or name == "all" else "")
+            some_pairs, rows = choose(table, pairs, methods)
+            if against is not None:
+                choose(table, (), [against])  # refuses an unknown row
+            planner = Planner(table, folder if name != "all" else folder.parent, overrides)
+            planned = _plan(table, some_pairs, rows, chosen_seeds, planner)
+            work.append((table, folder, some_pairs, rows, planner, planned))
+        everything = union(job for *_, jobs in work for job in jobs)
+        if dry_run:
+            _print_plan(", ".join(table.name for table, *_ in work), list(everything.values()))
+            return
     started = time.monotonic()
     if len(devices) > 1:
         _fetch_data(list(everything.values()))
