@@ -24,8 +24,9 @@ from PIL import Image
 from timing.machine import machine, median_and_range, watched
 from timing.synthetic import SyntheticDataModule
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
 
 from ackd_lightning.data import CIFAR100DataModule, ImageDataModule, ImageFolderDataModule
 from ackd_lightning.runs.files import write_json
@@ -77,9 +78,9 @@ class Pictures(Dataset):
 
 
 def usual(crop: Callable, data: ImageDataModule) -> Callable:
-    """Usual transforms of torchvision."""
-    flip = transforms.RandomHorizontalFlip()
-    return transforms.Compose([crop, flip, transforms.ToTensor(), transforms.Normalize(data.mean, data.std)])
+    """Usual transforms of torchvision, of a PIL image or a uint8 tensor."""
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), to_float, v2.Normalize(data.mean, data.std)])
 
 
 def ours(data: ImageDataModule) -> Iterable:
@@ -102,14 +103,18 @@ def large(root: Path) -> ImageDataModule:
 
 def small_usual(workers: int) -> Iterable:
     data = small()
-    crop = transforms.RandomCrop(data.input_size, padding=4)
+    crop = v2.RandomCrop(data.input_size, padding=4)
     return loaded(Pictures(data.images, usual(crop, data)), MEMORY_BATCH, workers)
 
 
-def large_usual(root: Path) -> Iterable:
+def as_tensor(path: str) -> torch.Tensor:
+    return decode_image(path, mode=ImageReadMode.RGB)
+
+
+def large_usual(root: Path, **options: Callable) -> Iterable:
     data = large(root)
-    crop = transforms.RandomResizedCrop(data.input_size)
-    return loaded(ImageFolder(root / "train", usual(crop, data)), FILE_BATCH, data.num_workers)
+    crop = v2.RandomResizedCrop(data.input_size, antialias=True)
+    return loaded(ImageFolder(root / "train", usual(crop, data), **options), FILE_BATCH, data.num_workers)
 
 
 SIDES = {
@@ -118,11 +123,13 @@ SIDES = {
     "memory, torchvision, 2 workers": lambda root: small_usual(2),
     "files, ours, 2 workers": lambda root: ours(large(root)),
     "files, torchvision, 2 workers": large_usual,
+    "files, torchvision on tensors, 2 workers": lambda root: large_usual(root, loader=as_tensor),
 }
 RATIOS = (
     ("memory, ours", "memory, torchvision"),
     ("memory, ours", "memory, torchvision, 2 workers"),
     ("files, ours, 2 workers", "files, torchvision, 2 workers"),
+    ("files, ours, 2 workers", "files, torchvision on tensors, 2 workers"),
 )
 
 

@@ -127,11 +127,12 @@ def test_settings_of_commands_on_runs_are_understood(line, folder, capsys):
 def test_other_commands_are_understood(line, folder, capsys):
     words = COMMANDS[line]
     names = ("init", "export", "compare", "report", "reproduce", "inspect")
-    bare = len(words) == 1 and words[0] in names  # the name alone, in a sentence
-    chosen, settings = make_parser().parse_known_args([*words, *(["RUN"] if bare else [])])
+    needed = {**{name: ["RUN"] for name in names}, "tune": ["--set", "model.optimizer.lr=0.1,0.2"]}
+    bare = needed.get(words[0], []) if len(words) == 1 else []  # the name alone, in a sentence
+    chosen, settings = make_parser().parse_known_args([*words, *bare])
     assert chosen.command == words[0]
-    assert not settings or words[0] in ("cache", "report")  # takes those of fit
-    if settings and words[0] == "cache":
+    assert not settings or words[0] in ("cache", "report", "tune")  # takes those of fit
+    if settings and words[0] in ("cache", "tune"):
         assert "class_path: ackd_lightning" in parse(["fit", *settings], capsys)
 
 

@@ -35,6 +35,7 @@ _COMMANDS = {
     "report": "report:report_command",
     "demo": "demo:demo",
     "reproduce": "reproduce.command:reproduce",
+    "tune": "tune.command:tune",
     "cache": "cache:cache",
 }
 """Functions below ``ackd_lightning.commands``. They take positional arguments by position, options by name."""
@@ -44,6 +45,7 @@ _PASS_ON = {
     "export": "options",
     "push": "options",
     "report": "settings",
+    "tune": "settings",
 }
 """Commands that pass unknown options on to a command of Lightning, and the argument that takes them."""
 
@@ -202,9 +204,30 @@ def make_parser() -> argparse.ArgumentParser:
     )
     again.add_argument("--seeds", default="3", help="number of seeds (3 means 0, 1, 2), or the seeds (0,5)")
     again.add_argument("--out", help="folder of runs and tables; default: reproduce/TABLE")
+    again.add_argument("--against", metavar="ROW", help="print the difference of every row from this one; default: kd")
     again.add_argument("--preset", choices=["smoke"], help="smoke: the same rows on digits, in minutes")
     again.add_argument("--dry-run", action="store_true", help="print the runs with an estimate of time and disk space")
     again.add_argument("--workers", type=int, help="number of parallel runs; default: one per GPU")
+
+    search = commands.add_parser(
+        "tune",
+        help="choose settings by the validation accuracy of short runs: ackd tune --config NAME --set NAME=VALUES",
+        epilog="Any other option is a setting of `ackd fit` for every trial: --config, --data.root FOLDER, ...",
+    )
+    search.add_argument(
+        "--set",
+        dest="space",
+        action="append",
+        required=True,
+        metavar="NAME=VALUES",
+        help="setting and its values: NAME=0.1,0.5,0.9, a range NAME=0.1:0.9, or NAME=log:0.001:0.1; may be repeated",
+    )
+    search.add_argument("--trials", type=int, default=20, help="number of trials, with those of earlier calls")
+    search.add_argument("--train_fraction", type=float, help="share of the training images; default: the settings'")
+    search.add_argument("--epochs", type=int, help="epochs of a trial, to which the schedule is shortened")
+    search.add_argument("--out", default="tune", help="folder; the same one goes on where an earlier call stopped")
+    search.add_argument("--seed", type=int, default=0, help="seed of the search")
+    search.add_argument("--workers", type=int, help="number of parallel runs; default: one per GPU")
 
     keep = commands.add_parser(
         "cache",

@@ -7,19 +7,24 @@ import pytest
 import torch
 
 from ackd_lightning.data.cache import cached, fingerprint
+from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sources import Pixels
 
 
 def test_fingerprint_sees_names_sizes_times_and_settings(tmp_path, write_classes):
     write_classes(tmp_path, {"a": 2})
     paths = [tmp_path / "a" / "0000.png", tmp_path / "a" / "0001.png"]
-    marks = [fingerprint(paths, tmp_path, 32), fingerprint(paths, tmp_path, 16), fingerprint(paths[:1], tmp_path, 32)]
-    assert fingerprint(paths, tmp_path, 32) == marks[0]
+
+    def mark(count=2, setting=32):
+        return fingerprint(PathTable.of_paths(tmp_path, paths[:count]), tmp_path, setting)
+
+    marks = [mark(), mark(setting=16), mark(count=1)]
+    assert mark() == marks[0]
     os.utime(paths[1], ns=(1, 1))
-    marks.append(fingerprint(paths, tmp_path, 32))
+    marks.append(mark())
     paths[1].write_bytes(b"0")
     os.utime(paths[1], ns=(1, 1))
-    marks.append(fingerprint(paths, tmp_path, 32))
+    marks.append(mark())
     assert len(set(marks)) == 5
 
 

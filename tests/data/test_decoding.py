@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ackd_lightning.data import ImageFolderDataModule, path_table, reading
 from ackd_lightning.data.decoding import read_image
 from ackd_lightning.data.folders import scan_class_folders
+from ackd_lightning.data.jpeg import is_whole_jpeg
 from ackd_lightning.data.pixels import ImageFormat, fit, to_tensor
 from ackd_lightning.data.reading import check_files, check_image_file, decode
 from ackd_lightning.errors import ACKDError
@@ -114,6 +116,36 @@ def test_decode_keeps_order_and_pixels(tmp_path, write_classes, picture):
         assert torch.equal(pixels.images[position], expected)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_is_checked_by_its_header_and_its_end(tmp_path, mode, picture):
+    path = tmp_path / "a.jpg"
+    picture(0, 40).convert(mode).save(path, progressive=mode == "L")
+    whole = path.read_bytes()
+    assert is_whole_jpeg(os.fsencode(path))
+    scan = whole.index(b"\xff\xda")
+    for broken in (b"", whole[:9], whole[:-30], whole[2:], b"\xff\xd8" + whole[scan:], whole[:20] + whole[24:]):
+        path.write_bytes(broken)
+        assert not is_whole_jpeg(os.fsencode(path))
+
+
+def test_every_file_is_looked_at_once_at_each_start(tmp_path, write_classes, monkeypatch):
+    write_classes(tmp_path / "train", {"x": 5, "y": 3}, size=80, suffix=".jpg")
+    data = [ImageFolderDataModule(tmp_path, image_size=72, val_fraction=0) for _ in range(4)]
+    opened, whole = [], reading.is_whole_jpeg
+    monkeypatch.setattr(reading, "is_whole_jpeg", lambda path: opened.append(path) or whole(path))
+    monkeypatch.setattr(path_table, "status_of", lambda path: pytest.fail("asked again"))  # the listing has it
+    data[0].setup()
+    assert len(opened) == len(set(opened)) == 8
+    data[1].setup()
+    assert len(opened) == 8
+    (tmp_path / "train/x/0003.jpg").write_bytes(b"another")  # in place: the folder does not show it
+    with pytest.raises(ACKDError, match="0003"):
+        data[2].setup()
+    (tmp_path / "train/x/0003.jpg").unlink()
+    data[3].setup()
+    assert len(data[3].train_targets) + len(data[3].test_dataloader().dataset) == 7
+
+
 def test_files_are_checked_once(tmp_path, write_classes):
     write_classes(tmp_path / "a", {"x": 3})
     files = scan_class_folders(tmp_path / "a")
@@ -122,7 +154,9 @@ def test_files_are_checked_once(tmp_path, write_classes):
     before = broken.stat()
     broken.write_bytes(b"0" * before.st_size)
     os.utime(broken, ns=(before.st_atime_ns, before.st_mtime_ns))
+    files = scan_class_folders(tmp_path / "a")
     check_files(files, FORM, "", tmp_path / "checked.pt")  # size and time as before: not read again
     os.utime(broken)
+    files = scan_class_folders(tmp_path / "a")
     with pytest.raises(ACKDError, match=r"0001\.png"):
         check_files(files, FORM, "", tmp_path / "checked.pt")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ackd_lightning.data.folders import scan_class_folders
+from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sources import (
     Files,
     Pixels,
@@ -24,7 +25,7 @@ def test_scan_sorts_and_passes_over_other_files(tmp_path, write_classes):
     files = scan_class_folders(tmp_path)
     assert files.class_names == ("a", "b")
     assert files.targets.tolist() == [0, 0, 0, 0, 1, 1]
-    assert [p.relative_to(tmp_path).as_posix() for p in files.paths[2:5]] == [
+    assert [p.relative_to(tmp_path).as_posix() for p in list(files.paths)[2:5]] == [
         "a/0002.png",
         "a/images/0000.JPEG",
         "b/0000.png",
@@ -92,7 +93,7 @@ def test_other_classes_are_refused_and_up_to_three_are_named(order, named, unnam
 def test_reordering_keeps_images_and_the_name_of_each_class(tmp_path):
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     pixels = Pixels(("a", "b", "c"), images, torch.tensor([0, 2, 1, 0]))
-    files = Files(tmp_path, pixels.class_names, tuple(tmp_path / str(n) for n in range(4)), pixels.targets)
+    files = Files(tmp_path, pixels.class_names, PathTable(tmp_path, list("0123")), pixels.targets)
     for source in (pixels, files):
         other = reorder(source, ["c", "b", "a"])
         assert [other.class_names[t] for t in other.targets] == ["a", "c", "b", "a"]
@@ -102,7 +103,10 @@ def test_reordering_keeps_images_and_the_name_of_each_class(tmp_path):
 
 
 def test_some_of_the_files(tmp_path):
-    files = Files(tmp_path, ("a", "b"), tuple(tmp_path / str(n) for n in range(3)), torch.tensor([0, 1, 1]))
+    files = Files(tmp_path, ("a", "b"), PathTable(tmp_path, list("012")), torch.tensor([0, 1, 1]))
     some = files.select(torch.tensor([2, 0]))
     assert [path.name for path in some.paths] == ["2", "0"]
     assert some.targets.tolist() == [1, 0]
+    assert (some.names, len(some), some.file(-1)) == (("2", "0"), 2, tmp_path / "0")
+    with pytest.raises(IndexError):
+        some.file(2)

@@ -302,7 +302,7 @@ def test_inputs_of_the_discriminators(scene):
     assert made(here).discriminators.inputs == "map"
     pooled = made(here, discriminator_inputs="pooled")
     assert pooled.discriminators.inputs == "pooled"
-    assert pooled.discriminators(list(here.h)).shape == (2, 2, 4)
+    assert pooled.discriminators.logits(list(here.h)).shape == (2, 2, 4)
 
 
 def test_optimizers_of_the_discriminators(scene):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ackd_lightning.functional import weighted_logits
-from ackd_lightning.methods.ackd_attention import LearnerAttention
+from ackd_lightning.methods.ackd_attention import LearnerAttention, _Pooled
+from ackd_lightning.models.features import pooled
 
 SHAPES = [(4, 2, 2), (6, 2, 2), (5, 2, 2)]
 INPUTS = ("pooled", "flattened", "scaled")
@@ -103,3 +104,19 @@ def test_logits_of_the_group_stay_float32_under_autocast():
     assert cast.dtype is torch.float32
     assert torch.equal(cast, plain)
     assert weighted_logits(weights, [each.bfloat16() for each in logits]).dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_pooling_is_that_of_the_mean_and_takes_no_memory(dtype):
+    given = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        feature = torch.randn(3, 4, 5, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+        first, second = (feature.clone().to(memory_format=layout).requires_grad_() for _ in range(2))
+        first.register_hook(given.append)
+        weights = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results = [_Pooled.apply(first), pooled(second)]
+        for each in results:
+            (each * weights).sum().backward()
+        assert torch.equal(*results)
+        assert torch.equal(first.grad, second.grad)
+    assert [each.stride()[2:] for each in given] == [(0, 0)] * 2

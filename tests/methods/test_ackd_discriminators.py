@@ -4,7 +4,11 @@ import math
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ackd_lightning.methods.ackd_discriminators import Discriminators, adversarial_value, discriminator_accuracy
 
@@ -57,7 +61,7 @@ def test_one_discriminator_per_learner_with_weights_of_its_own():
 def test_entry_i_j_is_what_discriminator_i_says_of_learner_j():
     torch.manual_seed(0)
     discriminators, features = Discriminators(3, 8), maps(3)
-    logits = discriminators(features)
+    logits = discriminators.logits(features)
     assert logits.shape == (3, 3, 2 * 2 * 3)
     assert logits.dtype is torch.float32
     for i in range(3):
@@ -68,7 +72,7 @@ def test_entry_i_j_is_what_discriminator_i_says_of_learner_j():
 def test_pooled_inputs_are_the_mean_over_positions():
     torch.manual_seed(0)
     discriminators, features = Discriminators(2, 8, inputs="pooled"), maps(2)
-    logits = discriminators(features)
+    logits = discriminators.logits(features)
     assert logits.shape == (2, 2, 2)
     mean = features[1].mean(dim=(2, 3), keepdim=True)
     torch.testing.assert_close(logits[0, 1], discriminators.nets[0](mean).flatten())
@@ -76,7 +80,7 @@ def test_pooled_inputs_are_the_mean_over_positions():
 
 def test_logits_are_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert Discriminators(2, 8)(maps(2)).dtype is torch.float32
+        assert Discriminators(2, 8).logits(maps(2)).dtype is torch.float32
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -111,12 +115,12 @@ def test_the_value_is_zero_at_best_and_negative_elsewhere():
 def test_swapping_learners_with_their_discriminators_changes_nothing():
     torch.manual_seed(0)
     discriminators, features = Discriminators(3, 8), maps(3)
-    value = adversarial_value(discriminators(features))
+    value = adversarial_value(discriminators.logits(features))
     order = [2, 0, 1]
     discriminators.nets = nn.ModuleList(discriminators.nets[i] for i in order)
-    swapped = adversarial_value(discriminators([features[i] for i in order]))
+    swapped = adversarial_value(discriminators.logits([features[i] for i in order]))
     torch.testing.assert_close(value, swapped)
-    unmatched = adversarial_value(discriminators(features))
+    unmatched = adversarial_value(discriminators.logits(features))
     assert not torch.isclose(value, unmatched, rtol=1e-6)
 
 
@@ -137,13 +141,13 @@ def test_twenty_ascent_steps_teach_discriminators_to_tell_learners_apart():
     optimizer = torch.optim.Adam(discriminators.parameters(), lr=0.02)
     values = []
     for _ in range(20):
-        value = adversarial_value(discriminators(features))
+        value = adversarial_value(discriminators.logits(features))
         values.append(value.item())
         optimizer.zero_grad()
         (-value).backward()
         optimizer.step()
     assert values[-1] > values[0] + 0.1
-    assert discriminator_accuracy(discriminators(features)) > 0.9
+    assert discriminator_accuracy(discriminators.logits(features)) > 0.9
 
 
 def test_accuracy_weighs_own_and_other_learners_equally():
@@ -154,3 +158,69 @@ def test_accuracy_weighs_own_and_other_learners_equally():
     logits = right.clone()
     logits[0, 1, :2] = 1.0  # 2 of 24 answers about others are wrong
     assert discriminator_accuracy(logits).item() == pytest.approx(0.5 * (1 + 1 - 2 / 24))
+
+
+class Products(TorchDispatchMode):
+    """Count matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm", "convolution")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_one_product_a_layer_for_all_discriminators_and_learners(count):
+    with Products() as products:
+        Discriminators(count, 8)(maps(count))
+    assert products.count == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_and_compiled_they_compute_the_same(monkeypatch, dtype):
+    """Also where a hidden value is exactly 0, whose gradient is 0."""
+    torch.manual_seed(0)
+    discriminators = Discriminators(2, 8).to(dtype).requires_grad_(False)
+    for net in discriminators.nets:
+        net[0].weight[0] = 0.0
+        net[0].bias[0] = 0.0
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        features = [each.to(dtype).requires_grad_() for each in maps(2)]
+        value, accuracy = discriminators(features)
+        value.backward()
+        found.append([value, accuracy, *(each.grad for each in features)])
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+    assert found[0][2].abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("trained", [True, False])
+def test_no_boolean_mask_is_kept_for_the_gradient(trained):
+    """Torch's compiler writes booleans one by one on a CPU, which took longer than all products."""
+    kept = []
+
+    def keep(graph, inputs):
+        kept.extend(
+            node.meta["val"].dtype for node in graph.graph.find_nodes(op="output")[0].args[0] if node is not None
+        )
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    discriminators = Discriminators(2, 8).requires_grad_(trained)
+    backend = aot_autograd(
+        fw_compiler=keep,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    discriminators.compile(dynamic=False, backend=backend)
+    value, _ = discriminators([each.requires_grad_() for each in maps(2)])
+    value.backward()
+    torch._dynamo.reset()
+    assert len(kept) > 2
+    assert torch.bool not in kept

@@ -14,6 +14,8 @@ import yaml
 
 from ackd_lightning.errors import ACKDError, near_matches
 
+SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The safe loader, in C where PyYAML has it."""
 _INCLUDE = "include"
 _DEEPEST, _MOST = 50, 100_000
 """Largest number of levels and of values in a YAML file; an alias counts as often as it is used."""
@@ -187,7 +189,7 @@ def read_yaml(path: Path) -> Any:
         ACKDError: When it cannot be read, is not YAML, or holds anything else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=SAFE_LOADER)
     except OSError as error:
         raise ACKDError(f"{path} cannot be read ({error.strerror}); check its path and permissions") from error
     except Exception as error:  # PyYAML passes on whatever its constructors of numbers and dates raise

@@ -8,39 +8,36 @@ import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ackd_lightning.data.decoding import broken_image
 from ackd_lightning.data.messages import say
+from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sources import Pixels
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 
 
-def fingerprint(paths: Sequence[Path], root: Path, *settings: object) -> str:
+def fingerprint(paths: PathTable, root: Path, *settings: object) -> str:
     """Hash the names, sizes and modification times of files.
 
     Args:
         paths: Files.
-        root: Folder that the hashed names are relative to.
+        root: Folder of the data, which may be moved.
         settings: Anything else that the cached content depends on.
 
     Raises:
         ACKDError: If a file cannot be read.
     """
     digest = hashlib.sha256(repr((_FORMAT, *settings)).encode())
-    for path in paths:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise broken_image(path, error) from None
-        digest.update(os.fsencode(f"{os.path.relpath(path, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+    digest.update(os.fsencode(os.path.relpath(os.fsdecode(paths.root), root)))
+    for part in (paths.text, paths.ends.data, paths.stamps().data):
+        digest.update(part)
     return digest.hexdigest()
 
 

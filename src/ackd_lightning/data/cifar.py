@@ -18,6 +18,7 @@ import torch
 
 from ackd_lightning.data.cache import cached, fingerprint
 from ackd_lightning.data.download import Archive, DownloadedDataModule
+from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Pixels
 from ackd_lightning.errors import ACKDError
@@ -108,7 +109,7 @@ class CIFAR100DataModule(DownloadedDataModule):
         files = tuple(unpacked.values()) if unpacked else (archive,)
         if not unpacked and not archive.exists():
             self._archive_file()
-        mark = fingerprint(files, self.root, "cifar100")
+        mark = fingerprint(PathTable.of_paths(self.root, files), self.root, "cifar100")
         return cached(self._cache_file(self.root, f"cifar100-{part}"), mark, lambda: self._decode(part))
 
     def _read(self, name: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ackd_lightning.data.base import ImageDataModule
@@ -44,6 +43,8 @@ class DigitsDataModule(ImageDataModule):
 
 def all_digits() -> tuple[Tensor, Tensor]:
     """Return all digits: ``1797 x 3 x 16 x 16`` uint8 images and ``1797`` int64 class indices."""
+    from sklearn.datasets import load_digits  # which imports pandas where it is installed
+
     content = load_digits()
     grey = torch.from_numpy(content["images"]).to(torch.float32)[:, None] * (255 / 16)
     large = F.interpolate(grey, size=(16, 16), mode="bilinear", align_corners=False)

@@ -21,6 +21,7 @@ from ackd_lightning.data.folders import (
     scan_class_folders,
 )
 from ackd_lightning.data.messages import say
+from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import NO_LABEL, Files, Source
 from ackd_lightning.errors import ACKDError
@@ -68,6 +69,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
         self.class_order: ClassOrder = class_order
         self._folders = self._layout({"train": train_dir, "val": val_dir, "test": test_dir}, unlabelled)
         self._has_validation = "val" in self._folders
+        self._whole: Files | None = None
         self._unlabelled = None if unlabelled is None else self.root / unlabelled
         if self._unlabelled is not None and not self._unlabelled.is_dir():
             raise ACKDError(f"there is no folder {self._unlabelled}: set unlabelled to a folder of images")
@@ -125,20 +127,22 @@ class ImageFolderDataModule(CustomImagesDataModule):
         if part == "train" and self._flat:
             return self._without_labels(self._folders["train"])
         if part == "train" or part not in self._folders:
-            files = scan_class_folders(self._folders["train"], order=self.class_order)
+            files = self._whole or scan_class_folders(self._folders["train"], order=self.class_order)
             if "test" not in self._folders:
+                self._whole = files if part == "train" else None  # the test part is read next
                 files = files.select(split_test(files.targets, part, self.root))
         else:
             files = scan_class_folders(self._folders[part], classes=self._names, order=self.class_order)
         if part != "train" or self._unlabelled is None:
             return files
         more = self._without_labels(self._unlabelled)
-        return replace(files, paths=files.paths + more.paths, targets=torch.cat([files.targets, more.targets]))
+        paths = PathTable.joined([files.paths.below(self.root), more.paths.below(self.root)])
+        return replace(files, paths=paths, targets=torch.cat([files.targets, more.targets]))
 
     def _without_labels(self, folder: Path) -> Files:
         walk = Walk()
-        paths = walk.images(folder)
+        paths = PathTable.of(folder, walk.listed(folder))
         walk.report(folder)
-        if not paths:
+        if not len(paths):
             raise ACKDError(f"{folder} holds no images: set unlabelled to a folder of images")
-        return Files(folder, self._names, tuple(paths), torch.full((len(paths),), NO_LABEL))
+        return Files(folder, self._names, paths, torch.full((len(paths),), NO_LABEL))

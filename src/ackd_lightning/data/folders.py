@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from ackd_lightning.data.decoding import HEIF
 from ackd_lightning.data.messages import say
+from ackd_lightning.data.path_table import Listed, PathTable
 from ackd_lightning.data.sources import Files
 from ackd_lightning.errors import ACKDError, count_of
 
@@ -98,20 +99,66 @@ class Walk:
         Raises:
             ACKDError: If a folder cannot be read.
         """
-        found: list[Path] = []
+        return [folder / name for name, _, _ in self.listed(folder)]
+
+    def listed(self, folder: Path) -> list[Listed]:
+        """List the images in a folder and below with their sizes and times, sorted by path.
+
+        Every file is looked at once.
+
+        Args:
+            folder: Folder.
+
+        Raises:
+            ACKDError: If a folder cannot be read.
+        """
+        found: list[Listed] = []
         seen: set[tuple[int, int]] = set()
-        for place, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
-            here = Path(place)
-            status = here.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                self.links += 1
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            self.folders.update(each for each in folders if _passed_over(each))
-            folders[:] = sorted(each for each in folders if not _passed_over(each))
-            found += [here / name for name in names if self._is_image(here, name)]
-        return sorted(found)
+        waiting, deep = [""], False
+        while waiting:
+            prefix = waiting.pop()
+            here = folder / prefix
+            try:
+                status = here.stat()
+                if (status.st_dev, status.st_ino) in seen:
+                    self.links += 1
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                with os.scandir(here) as entries:
+                    folders = self._images_of(prefix, entries, found)
+            except OSError as error:
+                _unreadable(error)
+            deep = deep or bool(folders)
+            waiting += [os.path.join(prefix, each) for each in sorted(folders, reverse=True)]  # noqa: PTH118
+        found.sort(key=(lambda each: Path(each[0]).parts) if deep else None)
+        return found
+
+    def _images_of(self, prefix: str, entries: Iterable[os.DirEntry[str]], found: list[Listed]) -> list[str]:
+        """Add the images of one folder to those that were found, and return the folders in it."""
+        endings, folders = self._endings, []
+        for entry in entries:
+            name = entry.name
+            try:
+                inside = entry.is_dir()
+            except OSError:
+                inside = False
+            if inside:
+                if _passed_over(name):
+                    self.folders.update([name])
+                else:
+                    folders.append(name)
+            elif (name[name.rfind(".") :].lower() in endings and name[0] != ".") or self._is_image(entry):
+                size = time = -1  # a link to nothing is reported as a file that cannot be read
+                try:
+                    status = entry.stat()
+                    if stat.S_IFMT(status.st_mode) != stat.S_IFREG:  # reading it may never end
+                        self.special += 1
+                        continue
+                    size, time = status.st_size, status.st_mtime_ns
+                except OSError:
+                    pass
+                found.append((os.path.join(prefix, name) if prefix else name, size, time))  # noqa: PTH118
+        return folders
 
     def beside(self, path: Path) -> None:
         """Count what lies beside the class folders and is not read.
@@ -126,20 +173,22 @@ class Walk:
                 elif os.path.splitext(entry.name)[1].lower() in self._endings and entry.name[0] != ".":  # noqa: PTH122
                     self.loose += 1
 
-    def _is_image(self, here: Path, name: str) -> bool:
+    def _is_image(self, entry: os.DirEntry[str]) -> bool:
+        """Whether a file whose name does not show that it is an image is one, or cannot be told before it is opened."""
+        name = entry.name
+        ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
         if name.startswith("."):
             # "._cat.png" beside "cat.png" is what macOS stores about it
-            self.hidden += not name.startswith("._") and os.path.splitext(name)[1].lower() in self._endings  # noqa: PTH122
+            self.hidden += not name.startswith("._") and ending in self._endings
             return False
         if name.lower() in _SYSTEM_FILES or _OURS.fullmatch(name):
             return False
-        if _is_special(here / name):
-            self.special += 1
-            return False
-        ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
-        if ending in self._endings or (not ending and _looks_like_image(here / name)):
+        if not ending and (_is_special(Path(entry.path)) or _looks_like_image(Path(entry.path))):
             return True
-        self.others[ending or "no ending"] += 1
+        if _is_special(Path(entry.path)):
+            self.special += 1
+        else:
+            self.others[ending or "no ending"] += 1
         return False
 
     def report(self, place: Path) -> None:
@@ -170,7 +219,14 @@ class Walk:
             say(f"passed over in {place}: {'; '.join(parts)}{heif or ''}")
 
 
-def _unreadable(error: OSError) -> None:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _unreadable(error: OSError) -> NoReturn:
     raise ACKDError(
         f"the folder {error.filename} cannot be read ({error.strerror}): give yourself access, or move it out of the "
         "data"
@@ -220,7 +276,8 @@ def class_folders(path: Path, order: ClassOrder = "text") -> list[Path]:
     """
     if not path.is_dir():
         return []
-    folders = [entry for entry in path.iterdir() if not _passed_over(entry.name) and entry.is_dir()]
+    with os.scandir(path) as entries:  # whose entries mostly know what they are
+        folders = [path / entry.name for entry in entries if _is_folder(entry) and not _passed_over(entry.name)]
     return sorted(folders, key=lambda folder: sort_key(order, class_name(folder)))
 
 
@@ -339,19 +396,18 @@ def scan_class_folders(
         what = f"{loose:,} images but no class folders" if loose else "neither images nor class folders"
         raise ACKDError(f"{path} holds {what}: {hint}")
     names = found if classes is None else tuple(classes)
-    walk, paths, labels, empty = Walk(), list[Path](), list[int](), list[str]()
-    for label, name in enumerate(names):
-        files = walk.images(folders[name]) if name in folders else []
-        if not files:
-            empty.append(name)
-        paths += files
-        labels += [label] * len(files)
+    walk, tables = Walk(), list[PathTable]()
+    for name in names:
+        listed = walk.listed(folders[name]) if name in folders else []
+        tables.append(PathTable.of(path, listed, folders[name].name if name in folders else ""))
+    counts = torch.tensor([len(each) for each in tables])
+    empty = [name for name, table in zip(names, tables, strict=True) if not len(table)]
     _check_empty(path, folders, empty, whole=classes is None)
     walk.beside(path)
     if classes is not None and others == "refuse":
         refuse_other_classes(path, names)
     walk.report(path)
-    return Files(path, names, tuple(paths), torch.tensor(labels, dtype=torch.int64))
+    return Files(path, names, PathTable.joined(tables), torch.arange(len(names)).repeat_interleave(counts))
 
 
 def refuse_other_classes(path: Path, classes: Sequence[str]) -> None:

@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
 from ackd_lightning.data.decoding import BROKEN, Encoded, ImageFile, has_deep_colours, label, load_image, stream
+from ackd_lightning.data.jpeg import is_whole_jpeg
 from ackd_lightning.data.messages import on_first_process, say
+from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.pixels import ImageFormat, convert, fit, is_deep, largest_value, require_full_range, to_tensor
 from ackd_lightning.data.sources import Files, Pixels, Records
 from ackd_lightning.errors import ACKDError
@@ -23,6 +25,8 @@ from ackd_lightning.errors import ACKDError
 _PLAIN = ("RGB", "L", "P", "1", "CMYK", "RGBA", "LA", "YCbCr")
 _WITH_PROGRESS = 2000
 """Number of images from which a progress bar is shown."""
+_AT_ONCE = 256
+"""Largest number of files that a thread works on at once."""
 _LISTED = 6
 """Number of broken files that a message names."""
 
@@ -41,6 +45,9 @@ class Depth(NamedTuple):
     largest: int | None = None
 
 
+_EIGHT_BITS = Depth()
+
+
 def run_over(files: Files | Records, work: Callable[[int], Found], what: str) -> list[Found]:
     """Call ``work(position)`` for every file on a few threads, with a progress bar for many files on a terminal.
 
@@ -56,28 +63,34 @@ def run_over(files: Files | Records, work: Callable[[int], Found], what: str) ->
         ACKDError: For the first file, in order, that ``work`` refuses, with the names of further ones.
     """
 
-    def attempt(position: int) -> Found | ACKDError:
-        try:
-            return work(position)
-        except ACKDError as error:
-            return error
+    def attempt(positions: range) -> list[Found | ACKDError]:
+        answers: list[Found | ACKDError] = []
+        for position in positions:
+            try:
+                answers.append(work(position))
+            except ACKDError as error:
+                answers.append(error)
+        return answers
 
     show = len(files) >= _WITH_PROGRESS and sys.stderr.isatty() and on_first_process()
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     threads = min(16, os.cpu_count() or 1)
+    step = max(1, min(_AT_ONCE, len(files) // (4 * threads)))
+    parts = [range(start, min(start + step, len(files))) for start in range(0, len(files), step)]
     found: list[Found] = []
     refused: list[tuple[int, ACKDError]] = []
     with Progress(*columns, disable=not show, transient=True) as bar, ThreadPoolExecutor(threads) as pool:
         task = bar.add_task(what, total=len(files))
         try:
-            for position, value in enumerate(pool.map(attempt, range(len(files)))):
-                if isinstance(value, ACKDError):
-                    refused.append((position, value))
-                    if len(refused) > _LISTED:
-                        break
-                else:
-                    found.append(value)
-                bar.advance(task)
+            for positions, answers in zip(parts, pool.map(attempt, parts), strict=True):
+                for position, answer in zip(positions, answers, strict=True):
+                    if isinstance(answer, ACKDError):
+                        refused.append((position, answer))
+                    else:
+                        found.append(answer)
+                if len(refused) > _LISTED:
+                    break
+                bar.advance(task, len(positions))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     if len(refused) > 1:
@@ -135,13 +148,13 @@ def _check_depth(files: Files | Records, depths: list[Depth], form: ImageFormat)
     return f"{these} more than 8 bits and are reduced to 8 bits, which the first training image has"
 
 
-def paths_of(files: Files | Records) -> tuple[Path, ...]:
+def paths_of(files: Files | Records) -> PathTable:
     """Return the paths of image files; none for images in a table.
 
     Args:
         files: Images.
     """
-    return files.paths if isinstance(files, Files) else ()
+    return files.paths if isinstance(files, Files) else PathTable(files.root)
 
 
 def check_image_file(file: ImageFile, form: ImageFormat) -> Depth:
@@ -200,10 +213,18 @@ def check_files(files: Files | Records, form: ImageFormat, mark: str, cache: Pat
     Raises:
         ACKDError: For the first broken file.
     """
-    stamp = fingerprint(paths_of(files), files.root, "checked", form.channels, form.value_range, form.deep, mark)
+    paths = paths_of(files)
+    stamp = fingerprint(paths, files.root, "checked", form.channels, form.value_range, form.deep, mark)
     content = None if cache is None else read_cache(cache, stamp)
     if content is None:
-        found = run_over(files, lambda row: check_image_file(files.file(row), form), f"checking {files.root.name}")
+        plain = isinstance(files, Files) and form.channels in (1, 3) and form.value_range is None
+
+        def check(row: int) -> Depth:
+            if plain and is_whole_jpeg(paths.place(row)):
+                return _EIGHT_BITS
+            return check_image_file(files.file(row), form)
+
+        found = run_over(files, check, f"checking {files.root.name}")
         content = {"fingerprint": stamp, "note": _check_depth(files, found, form)}
         if cache is not None:
             save_cache(cache, content)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ackd_lightning.data.decoding import Encoded, ImageFile
+from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.errors import ACKDError
 
 NO_LABEL = -1
@@ -20,23 +19,6 @@ NO_LABEL = -1
 
 _SHOWN = 3
 """Class names that a message lists."""
-
-
-class PathTable:
-    """Paths of image files by position, as an array of bytes.
-
-    A worker that changes the reference counts of a list copies its memory.
-
-    Args:
-        paths: Image files.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = np.array([os.fsencode(path) for path in paths])
-
-    def __call__(self, position: int) -> ImageFile:
-        """Return the path of an image."""
-        return Path(os.fsdecode(bytes(self.paths[position])))
 
 
 @dataclass(frozen=True)
@@ -52,7 +34,7 @@ class Files:
 
     root: Path
     class_names: tuple[str, ...]
-    paths: tuple[Path, ...]
+    paths: PathTable
     targets: Tensor
 
     def __len__(self) -> int:
@@ -69,11 +51,11 @@ class Files:
     @property
     def names(self) -> tuple[str, ...]:
         """Paths relative to the folder of the part."""
-        return tuple(os.path.relpath(path, self.root) for path in self.paths)
+        return self.paths.relative_to(self.root)
 
-    def opener(self) -> PathTable:
+    def opener(self) -> Callable[[int], ImageFile]:
         """Return a function of the position of an image for worker processes."""
-        return PathTable(self.paths)
+        return self.paths.bare().__getitem__
 
     def select(self, rows: Tensor) -> Files:
         """Return some of the files.
@@ -81,8 +63,7 @@ class Files:
         Args:
             rows: ``M`` int64 positions.
         """
-        paths = tuple(self.paths[row] for row in rows.tolist())
-        return replace(self, paths=paths, targets=self.targets[rows])
+        return replace(self, paths=self.paths.select(rows), targets=self.targets[rows])
 
 
 @dataclass(frozen=True)

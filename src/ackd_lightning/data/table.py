@@ -13,6 +13,7 @@ from ackd_lightning.data.custom import CustomImagesDataModule, say_test_is_valid
 from ackd_lightning.data.folders import part_of
 from ackd_lightning.data.labels import Label, classes_of, read_labels, targets_of
 from ackd_lightning.data.messages import say
+from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files, Source
 from ackd_lightning.errors import ACKDError, near_matches
@@ -101,14 +102,13 @@ class TableDataModule(CustomImagesDataModule):
     def _load(self, part: Part) -> Source:
         name = part if part in self._rows_of else "train"
         rows = self._rows_of[name]
-        paths = tuple(self.root / row.path for row in rows)
-        missing = [row for row, path in zip(rows, paths, strict=True) if not path.is_file()]
+        missing = [row for row in rows if not (self.root / row.path).is_file()]
         if missing:
             raise ACKDError(
                 f"{len(missing):,} of {len(rows):,} images of {self.root} are missing, the first is "
                 f"{self.root / missing[0].path} of {missing[0].place}: correct the paths, which are relative to root"
             )
-        files = Files(self.root, self._names, paths, self._targets[name])
+        files = Files(self.root, self._names, PathTable(self.root, [row.path for row in rows]), self._targets[name])
         if "test" not in self._rows_of:
             files = files.select(split_test(files.targets, part, self._table))
         return self._read(files, self.root, f"{self._label}-{part}")

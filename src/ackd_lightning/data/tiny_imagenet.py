@@ -13,6 +13,7 @@ import torch
 from ackd_lightning.data.custom import Side
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
 from ackd_lightning.data.folders import class_folders, class_names_of, image_files, scan_class_folders
+from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files, Pixels
 from ackd_lightning.data.stored import ROOT
@@ -123,4 +124,4 @@ def annotated(val: Path, class_names: tuple[str, ...]) -> Files:
             f"{source} names no image of {len(empty)} training classes, the first is {empty[0]}: training and test "
             "need the same classes"
         )
-    return Files(val, class_names, tuple(path for _, path in chosen), torch.tensor(labels))
+    return Files(val, class_names, PathTable.of_paths(val, [path for _, path in chosen]), torch.tensor(labels))

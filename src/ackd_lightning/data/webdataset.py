@@ -16,6 +16,7 @@ from ackd_lightning.data.custom import CustomImagesDataModule
 from ackd_lightning.data.datasets import IN_MEMORY
 from ackd_lightning.data.decoding import Encoded, load_image
 from ackd_lightning.data.messages import say
+from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.pixels import is_deep
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.shards import ShardFormat, ShardLoader, Shards, expand, image_ending
@@ -163,7 +164,9 @@ class WebDatasetDataModule(CustomImagesDataModule):
         """Check all shards, and return the number of training images."""
         every = [path for shards in self._shards.values() for path in shards]
         names = "" if self._own_names is None else json.dumps(self._own_names)
-        mark = fingerprint(every, self.root, "shards", self.num_classes, names, self.label_key)
+        mark = fingerprint(
+            PathTable.of_paths(self.root, every), self.root, "shards", self.num_classes, names, self.label_key
+        )
         cache = self.root / "ackd-checked-shards.pt" if self.cache else None
         if cache is not None and (content := read_cache(cache, mark)) is not None:
             return int(content["images"])

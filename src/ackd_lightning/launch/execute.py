@@ -309,17 +309,22 @@ def in_our_words(arguments: Sequence[str] = ()) -> Iterator[None]:
             warnings.formatwarning = formatter
 
 
-def plan(arguments: Sequence[str]) -> ACKDCLI:
+def plan(arguments: Sequence[str], *, weights: bool = True) -> ACKDCLI:
     """Read the settings of a fit and build its networks without running it.
 
     Args:
         arguments: Command line after ``ackd fit``.
+        weights: Whether the networks must have weights; without, those that can be built so have shapes alone.
 
     Raises:
         ACKDError: For whatever is wrong with them.
     """
     with in_our_words(arguments):
         cli = ACKDCLI("fit", arguments)
+        with contextlib.suppress(Exception):  # what needs numbers, or is wrong, is built with them
+            if not weights:
+                cli.build(weights=False)
+                return cli
         cli.build()
         return cli
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import time
@@ -12,10 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 import yaml
 
 from ackd_lightning.config.class_paths import check_classes
-from ackd_lightning.config.files import config_folder, config_parts, find_config, load_configs, read_files
+from ackd_lightning.config.files import (
+    SAFE_LOADER,
+    config_folder,
+    config_parts,
+    find_config,
+    load_configs,
+    read_files,
+)
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import (
@@ -124,11 +133,14 @@ class ACKDCLI:
 
     def settings(self) -> dict[str, Any]:
         """Return all settings as plain data: the content of ``--print_config`` and of a run's ``config.yaml``."""
-        content: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        content: dict[str, Any] = yaml.load(self.parser.dump(self.config, skip_unset=False), Loader=SAFE_LOADER)
         return content
 
-    def build(self) -> None:
+    def build(self, *, weights: bool = True) -> None:
         """Build the data module and the training module, and keep what is built for the Trainer.
+
+        Args:
+            weights: Whether the networks get memory for their weights; without, they have shapes alone.
 
         Raises:
             ACKDError: When a constructor refuses its arguments or fails, in its own words.
@@ -136,8 +148,10 @@ class ACKDCLI:
         failed: list[Exception] = []
 
         def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
+            shapes = not weights and issubclass(cls, DistillationModule)
             try:
-                return cls(*args, **{name: _plain_partial(value) for name, value in kwargs.items()})
+                with torch.device("meta") if shapes else contextlib.nullcontext():
+                    return cls(*args, **{name: _plain_partial(value) for name, value in kwargs.items()})
             except Exception as error:
                 failed.append(error)
                 raise
@@ -184,10 +198,6 @@ class ACKDCLI:
         settings = self.config.clone()
         settings.model.student.weights, settings.model.student.pretrained = None, False
         return settings
-
-    def forget_networks(self) -> None:
-        """Free the memory of the networks; settings and data module stay."""
-        del self.model, self.built
 
 
 def _strategy_name(given: Any) -> str:

@@ -72,8 +72,9 @@ def data_parser() -> Parser:
     return parser
 
 
+@functools.cache
 def make_parser(command: str) -> Parser:
-    """Make the parser of a subcommand.
+    """Make the parser of a subcommand, once for all command lines that a process reads.
 
     Args:
         command: fit, validate, test or predict.

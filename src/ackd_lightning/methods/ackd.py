@@ -22,12 +22,7 @@ from torch.optim import SGD, Adam, Optimizer
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import KLDirection, cross_entropy, kl_per_image, weighted_logits
 from ackd_lightning.methods.ackd_attention import AttentionInput, LearnerAttention
-from ackd_lightning.methods.ackd_discriminators import (
-    DiscriminatorInput,
-    Discriminators,
-    adversarial_value,
-    discriminator_accuracy,
-)
+from ackd_lightning.methods.ackd_discriminators import DiscriminatorInput, Discriminators
 from ackd_lightning.methods.base import Networks, features_of
 from ackd_lightning.methods.logits import LogitMethod
 from ackd_lightning.methods.warmup import linear_warmup
@@ -251,12 +246,10 @@ class ACKD(LogitMethod):
     def _learners_loss(self, student: NetOutput) -> Tensor:
         if self.adversarial == "off":
             return torch.zeros((), device=student.logits.device)
-        logits: Tensor = self.discriminators([features_of(branch)[-1] for branch in student.branches])
-        if self.adversarial == "diversify":
-            return -adversarial_value(logits)
-        if self.adversarial_form == "non_saturating":
-            return -adversarial_value(logits, flipped=True)
-        return adversarial_value(logits)
+        flipped = self.adversarial == "fool" and self.adversarial_form == "non_saturating"
+        features = [features_of(branch)[-1] for branch in student.branches]
+        value: Tensor = self.discriminators(features, flipped=flipped)[0]
+        return -value if flipped or self.adversarial == "diversify" else value
 
     def auxiliary_optimizers(self) -> dict[str, Optimizer]:
         """Return the discriminators' optimizer, SGD with momentum or Adam; none with ``adversarial="off"``."""
@@ -285,9 +278,9 @@ class ACKD(LogitMethod):
         Returns:
             ``-L_ad`` and the values ``disc_loss`` and ``disc_acc``.
         """
-        logits: Tensor = self.discriminators([features_of(branch)[-1].detach() for branch in student.branches])
-        loss = -adversarial_value(logits)
-        return loss, {"disc_loss": loss.detach(), "disc_acc": discriminator_accuracy(logits.detach())}
+        value, accuracy = self.discriminators([features_of(branch)[-1].detach() for branch in student.branches])
+        loss: Tensor = -value
+        return loss, {"disc_loss": loss.detach(), "disc_acc": accuracy}
 
     def statistics(self, student: NetOutput) -> dict[str, Tensor]:
         """Return the mean attention weight of every learner and the entropy of the weights in nats.

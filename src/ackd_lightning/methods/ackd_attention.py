@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,25 @@ from torch import Tensor, nn
 from ackd_lightning.models.features import pooled
 
 AttentionInput = Literal["pooled", "flattened", "scaled"]
+
+
+class _Pooled(torch.autograd.Function):
+    """Mean of a map over its positions, whose gradient is a view.
+
+    The usual gradient is a map of its own, in another layout than channels last. It is added to that of the
+    discriminators, which then takes longer than everything else here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor) -> Tensor:
+        ctx.shape = feature.shape
+        return pooled(feature)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        *_, height, width = ctx.shape
+        each: Tensor = gradient / (height * width)
+        return each[:, :, None, None].expand(ctx.shape)
 
 
 class LearnerAttention(nn.Module):
@@ -52,7 +71,7 @@ class LearnerAttention(nn.Module):
             tensor([1., 1., 1.])
         """
         if self.inputs == "pooled":
-            joined = torch.cat([pooled(feature) for feature in features], dim=1)
+            joined = torch.cat([_Pooled.apply(feature) for feature in features], dim=1)
         else:
             scale = 1.0 if self.inputs == "flattened" else 1.0 / features[0][0, 0].numel()
             joined = torch.cat([feature.flatten(1) * scale for feature in features], dim=1)

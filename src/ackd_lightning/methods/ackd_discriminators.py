@@ -39,7 +39,20 @@ class Discriminators(nn.Module):
             for _ in range(count)
         )
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
+    def forward(self, features: Sequence[Tensor], *, flipped: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the adversarial value and the accuracy of the discriminators; one compiled network computes both.
+
+        Args:
+            features: Feature map ``B x C x H x W`` of each of the M learners.
+            flipped: Whether the labels are swapped, as in [`adversarial_value`][].
+
+        Returns:
+            Two scalars, float32; the second has no gradient.
+        """
+        logits = self.logits(features)
+        return adversarial_value(logits, flipped=flipped), discriminator_accuracy(logits.detach())
+
+    def logits(self, features: Sequence[Tensor]) -> Tensor:
         """Return the logits of all discriminators for the features of all learners.
 
         Args:
@@ -58,8 +71,19 @@ class Discriminators(nn.Module):
         for layers in others:
             weight = torch.stack([each.weight.flatten(1).T for each in layers])
             bias = torch.stack([each.bias for each in layers])[:, None]
-            hidden = torch.baddbmm(bias, F.relu(hidden), weight)
+            hidden = torch.baddbmm(bias, _relu(hidden, trained=weight.requires_grad), weight)
         return hidden.float().reshape(len(first), len(maps), -1)
+
+
+def _relu(hidden: Tensor, *, trained: bool) -> Tensor:
+    """ReLU for layers that are trained or frozen.
+
+    The gradient of frozen layers needs the signs alone. Torch's compiler would keep them as booleans, which it writes
+    one by one on a CPU; as numbers they take a tenth of the time.
+    """
+    if trained or not torch.compiler.is_compiling():
+        return F.relu(hidden)
+    return hidden * hidden.detach().sign().clamp_min(0)
 
 
 def _own_and_others(table: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.copies import examples, name_of
 from ackd_lightning.models.features import StagePlan, _unknown_stages, require_modules, staged_forward
+from ackd_lightning.models.known import remembered
 from ackd_lightning.models.outputs import first_tensor
 from ackd_lightning.models.stages import stage_names
 from ackd_lightning.models.tracing import Trace, trace
@@ -81,20 +82,20 @@ def plan_for(network: nn.Module, input_size: ImageSize | None = None) -> StagePl
         )
     if plan is not None or "stage_plan" in network.__dict__:
         return plan
-    found: StagePlan | None = None
-    ran = False
-    for size in native_sizes(network, input_size):
-        result = traced(network, size)
-        if result is not None:
-            ran = True
-            copied, _, record = result
-            names = stage_names(copied, record, height_width(size))
-            if names:
-                found = StagePlan(names, record.classifier, names[-1] in record.pooled)
-            break
+    ran, found = remembered(network, ("stages", input_size), lambda: _find_stages(network, input_size))
     if ran:  # else another size may be what it needs
         network.__dict__["stage_plan"] = found
     return found
+
+
+def _find_stages(network: nn.Module, input_size: ImageSize | None) -> tuple[bool, StagePlan | None]:
+    """Whether a copy of a network could be run, and the stages that were found."""
+    for size in native_sizes(network, input_size):
+        if (result := traced(network, size)) is not None:
+            copied, _, record = result
+            names = stage_names(copied, record, height_width(size))
+            return True, StagePlan(names, record.classifier, names[-1] in record.pooled) if names else None
+    return False, None
 
 
 def check_trainable(network: nn.Module, input_size: ImageSize) -> None:
@@ -140,6 +141,12 @@ def use_taps(network: nn.Module, names: Sequence[str], whose: str = "the network
     for name in names:
         if name not in known:
             raise ACKDError(f"taps names {name!r} and {whose} has no such module; {near_matches(name, known)}")
+    plan = remembered(network, ("taps", *names), lambda: _tapped(network, names, whose))
+    network.__dict__["stage_plan"] = plan
+    return plan
+
+
+def _tapped(network: nn.Module, names: Sequence[str], whose: str) -> StagePlan:
     result = next((found for size in native_sizes(network) if (found := traced(network, size)) is not None), None)
     if result is None:
         raise ACKDError(f"taps is {list(names)} and {whose} cannot be run on an example; leave taps out")
@@ -154,9 +161,7 @@ def use_taps(network: nn.Module, names: Sequence[str], whose: str = "the network
         raise ACKDError(f"taps is {list(names)} and {whose} calls them in the order {ordered}; give that order")
     start = record.calls[ordered[0]].start
     first = [each.name for each in record.spine if each.shape is not None and each.end < start][-1:]
-    plan = StagePlan((*first, *ordered), record.classifier, ordered[-1] in record.pooled)
-    network.__dict__["stage_plan"] = plan
-    return plan
+    return StagePlan((*first, *ordered), record.classifier, ordered[-1] in record.pooled)
 
 
 def require_plan(network: nn.Module, whose: str, needed_by: str) -> StagePlan:
@@ -245,6 +250,10 @@ def check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize, chann
         ACKDError: If they do not, or the classifier returns no logits.
     """
     require_modules(network, plan)
+    remembered(network, ("plan", plan, input_size, channels), lambda: _check_plan(network, plan, input_size))
+
+
+def _check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize) -> None:
     name = name_of(network)
     if len(plan.features) < 2 or len(set(plan.features)) < len(plan.features):
         raise ACKDError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from ackd_lightning.models.branches import (
 from ackd_lightning.models.copies import clone, name_of
 from ackd_lightning.models.features import StagePlan, capture, staged_forward, watch
 from ackd_lightning.models.finding import check_plan, plan_for, require_plan
+from ackd_lightning.models.known import remembered
 from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.models.suffix import Cuts
 from ackd_lightning.models.zoo import create_model
@@ -221,7 +223,9 @@ class BranchyStudent(nn.Module):
         """Build a branch, and show that its structure is the backbone's by running it with the backbone's weights."""
         features = cuts.plan.features
         try:
-            reason = cuts.difference(features[entry - 1]) if proved else None
+            find = functools.partial(cuts.difference, features[entry - 1])
+            asked = ("difference", features, entry, cuts.example[1].shape, cuts.has_weights)
+            reason = remembered(self.backbone, asked, find) if proved else None
             if reason is None:
                 return AuxiliaryLearner(cuts, entry)
         except ACKDError as error:

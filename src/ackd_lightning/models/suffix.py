@@ -220,6 +220,11 @@ class Cuts:
         self.ratio = example[1].shape[2] / example[1].shape[3]
         self._whole: tuple[nn.Module, Tensor, dict[str, Any]] | None = None
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the network has weights, by which its parts can be compared with it."""
+        return not any(each.is_meta for each in itertools.chain(self.network.parameters(), self.network.buffers()))
+
     def suffix(self, entry: str) -> Suffix:
         """Return the part of the network after a module.
 
@@ -244,7 +249,7 @@ class Cuts:
         Returns:
             Why the two differ; None if they are equal up to rounding, or the network has no weights.
         """
-        if any(each.is_meta for each in itertools.chain(self.network.parameters(), self.network.buffers())):
+        if not self.has_weights:
             return None
         try:
             with torch.random.fork_rng(devices=[]):

@@ -21,6 +21,7 @@ from ackd_lightning.methods.ce import CE
 from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.finding import probe
+from ackd_lightning.models.known import remembered
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.training.absent import absent_specs, describe_specs
@@ -142,7 +143,9 @@ class DistillationModule(FitStart):
         channels = image_channels(self.student)
         if given_data is not None and (given_data.channels or given_data.mean):
             channels = given_data.image_shape[0]  # else those that the network reads
-        self.spec: NetSpec = probe(self.student, size, channels=channels)
+        self.spec: NetSpec = remembered(
+            self.student, ("spec", size, channels), lambda: probe(self.student, size, channels=channels)
+        )
         self.data = replace(given_data or DataInfo(self.spec.num_classes, size), channels=channels)
         if self.spec.num_classes != self.data.num_classes:
             raise ACKDError(

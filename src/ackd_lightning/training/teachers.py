@@ -14,6 +14,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.class_map import FEATURES_ONLY, resolve_class_map
 from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.finding import plan_for, probe, use_taps
+from ackd_lightning.models.known import remembered
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.preprocessing import Preprocessing, channels_of, stated_by, usable_size
 from ackd_lightning.models.teacher import FrozenTeacher
@@ -35,19 +36,6 @@ def _tapped(network: nn.Module, config: TeacherConfig) -> nn.Module:
     if config.taps:
         use_taps(network, config.taps, f"the teacher {name_of(network)}")
     return network
-
-
-_SPECS: dict[tuple[Any, ...], NetSpec] = {}
-"""Shapes of named networks that were built before: a table plans dozens of runs with the same teacher."""
-
-
-def _remembered(network: nn.Module, asked: Any, find: Callable[[], NetSpec]) -> NetSpec:
-    """Return the shapes of a network, found once for each structure and question."""
-    tensors = tuple((name, tensor.shape) for name, tensor in network.state_dict().items())
-    key = (type(network), repr(network), tensors, repr(asked))
-    if key not in _SPECS:
-        _SPECS[key] = find()
-    return _SPECS[key]
 
 
 class Teachers:
@@ -161,7 +149,7 @@ class Teachers:
             return probe(structure, size, channels=channels)
 
         sizes = (data.input_size, own.input_size, stated, channels)
-        spec = found() if number in self._given else _remembered(structure, (config.taps, *sizes), found)
+        spec = remembered(structure, ("spec", config.taps, *sizes), found)
         if spec.num_classes != data.num_classes and config.class_map is None and not named:
             raise _other_classes(label, spec.num_classes, data.num_classes)
         return replace(spec, num_classes=data.num_classes)

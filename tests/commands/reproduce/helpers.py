@@ -20,7 +20,8 @@ def make_job(folder: Path, *arguments: str, needs: tuple[Job, ...] = (), **field
         arguments=("--folder", str(folder), *arguments),
         folder=folder,
         needs=tuple(each.folder for each in needs),
-        planned=None,
+        config={},
+        images=None,
         networks=None,
         **given,
     )

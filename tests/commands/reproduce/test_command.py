@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from ackd_lightning.cli import main
+from ackd_lightning.commands.processes import devices_for
 from ackd_lightning.commands.reproduce import command, planning
-from ackd_lightning.commands.reproduce.command import _devices, _duration, read_seeds
+from ackd_lightning.commands.reproduce.command import _duration, read_seeds
 from ackd_lightning.commands.reproduce.running import Runner
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch import execute
@@ -41,7 +42,7 @@ RUNS = [TEACHER, ASSISTANT, TAKD, CE]
 
 
 def in_this_process(runner, arguments, log, device, label):
-    """Do what `Runner._process` does, without the seconds that every process needs to start."""
+    """Do what `Runner.process` does, without the seconds that every process needs to start."""
     with log.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         code = main([*arguments, "--trainer.enable_progress_bar", "false"])
     last = (log.read_text().strip().splitlines() or [""])[-1].removeprefix("ackd: ")
@@ -51,14 +52,12 @@ def in_this_process(runner, arguments, log, device, label):
 @functools.cache
 def planned_once(*arguments):
     """A plan that is kept for the next command of this file, networks included: parsing is what takes time."""
-    result = execute.plan(arguments)
-    result.forget_networks = lambda: None
-    return result
+    return execute.plan(arguments)
 
 
 def make_cheap(patch):
-    patch.setattr(Runner, "_process", in_this_process)
-    patch.setattr(planning, "plan_fit", lambda arguments: planned_once(*arguments))
+    patch.setattr(Runner, "process", in_this_process)
+    patch.setattr(planning, "plan_fit", lambda arguments, weights: planned_once(*arguments))
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +141,14 @@ class TestFirst:
         for label, run in (("teacher", TEACHER), ("student alone", CE), ("takd", TAKD)):
             expected = f"{100 * made[run]['last']['acc']:.2f}"
             row = table[label]
-            assert [row[key] for key in ("paper", "ours, last", "n", "difference", "values")] == [
+            assert [row[key] for key in ("paper", "ours, last", "n", "minus paper", "values")] == [
                 "-",
                 expected,
                 "1",
                 "-",
                 expected,
             ]
-            line = f"| {label} | - | {expected} | {100 * made[run]['best']['acc']:.2f} | 1 | - |"
+            line = f"| {label} | - | {expected} | - | {100 * made[run]['best']['acc']:.2f} | 1 | - | - |"
             assert line in (folder / "out/table2-smoke.md").read_text()
             assert f" {expected} " in shown
         assert {row["ours, last"] for label, row in table.items() if label in ("kd", "eskd", "ackd")} == {"not run"}
@@ -337,12 +336,12 @@ def test_seeds_that_are_none(text):
     ],
 )
 def test_devices(monkeypatch, gpus, visible, workers, devices):
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(command.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert _devices(workers) == devices
+    assert devices_for(workers) == devices
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from ackd_lightning.commands.reproduce.jobs import as_arguments, check_unchanged
 from ackd_lightning.commands.reproduce.planning import Planner
 from ackd_lightning.commands.reproduce.tables import choose, read_table, table_names
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.models import known
 from ackd_lightning.models.weights import digest, save_weights
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training import module
 from commands.reproduce.helpers import PAIR, SHORT, make_job, own_table, write_run
 
 # `plan` calls what jsonargparse 4.49 deprecates and Lightning calls, too
@@ -60,9 +64,9 @@ def test_networks_are_not_kept_and_what_estimates_need_of_them_is():
     _, jobs = plan(read_table("table2", "smoke"), methods=["ce", "crd", "pskd", "kd"], overrides=SHORT)
     known = {job.row: job.networks for job in jobs}
     for job in jobs:
-        assert not any(isinstance(each, nn.Module) for each in vars(job.planned).values())
+        assert not any(isinstance(each, nn.Module) for each in vars(job).values())
     assert (known["kd"].student, known["kd"].teachers) == ("resnet8 ()", (("resnet20", {}),))
-    assert (known["ce"].teachers, known["kd"].image_shape, known["kd"].num_classes) == ((), (3, 16, 16), 10)
+    assert (known["ce"].teachers, known["kd"].data.image_shape, known["kd"].data.num_classes) == ((), (3, 16, 16), 10)
     plain = sum(each.numel() for each in create_model("resnet8", 10).parameters())
     assert (known["kd"].trained, known["kd"].kept) == (plain, plain)
     assert known["crd"].trained == plain + 2 * (64 * 128 + 128)
@@ -70,12 +74,30 @@ def test_networks_are_not_kept_and_what_estimates_need_of_them_is():
     assert known["pskd"].bytes_per_image >= 10 * 2  # a distribution over the classes
     assert known["kd"].bytes_per_image == 0
     by_row = {job.row: job for job in jobs}
-    images = train_images(by_row["crd"].planned.datamodule)
+    images = train_images(by_row["crd"].images)
     assert images > 100
     heads, memories = 8 * 2 * (64 * 128 + 128), images * 1024
     assert megabytes(by_row["crd"]) - megabytes(by_row["kd"]) == pytest.approx(
         2 * (heads + memories) / 1e6
     )  # last and best
+
+
+def test_a_plan_builds_each_run_once_and_without_weights(monkeypatch):
+    built, probed = [], []
+    build, probe = ACKDCLI.build, module.probe
+
+    def counted(cli, *, weights=True):
+        build(cli, weights=weights)
+        built.append(all(each.is_meta for each in cli.model.student.parameters()))
+        assert not cli.datamodule.train_targets.is_meta
+
+    monkeypatch.setattr(ACKDCLI, "build", counted)
+    monkeypatch.setattr(module, "probe", lambda *args, **options: probed.append(args) or probe(*args, **options))
+    monkeypatch.setattr(known, "_FOUND", {})
+    _, jobs = plan(read_table("table2", "smoke"), methods=["ce", "kd", "at"], seeds=(0, 1, 2), overrides=SHORT)
+    assert len(jobs) == 1 + 3 * 3
+    assert built == [True] * 4  # a teacher, and a student per row whatever the number of seeds
+    assert len(probed) == 2  # one per structure
 
 
 class TestTable2:
@@ -120,10 +142,9 @@ class TestTable2:
                 assert "--model.teacher.weights" not in job.arguments
             assert option(job, "--seed_everything") == str(job.seed)
             assert option(job, "--weights_dir") == "null"  # nothing outside the folder
-            assert job.planned.folder.parent == job.folder.parent
 
     def test_methods(self, second):
-        chosen = [job.planned.settings()["model"]["method"]["class_path"] for job in second]
+        chosen = [job.config["model"]["method"]["class_path"] for job in second]
         names = [path.rpartition(".")[2] for path in chosen]
         assert names == ["CE", "CE", "KD", "CE", "CE", *["KD"] * 6, "ACKD", "ACKD"]
 
@@ -359,7 +380,7 @@ def job(tmp_path_factory):
 
 class TestRunsThatAreThere:
     def write(self, job, *, finished=True, **changes):
-        settings = job.planned.settings()
+        settings = copy.deepcopy(job.config)
         for key, value in changes.items():
             place = settings
             *path, last = key.split("__")

@@ -80,13 +80,19 @@ def table_of(place, **content):
     return own_table(place, **{"pairs": {PAIR: pair}, "rows": {"ce": {"label": "student alone"}, "kd": {}}, **content})
 
 
-def content_of(table, records=(), *, extra=(), failed=None, **given):
+def content_of(table, records=(), *, extra=(), failed=None, against=None, **given):
     rows = [*table.rows.values(), *extra]
-    return lines(table, list(table.pairs.values()), rows, records, planner(**given), failed or {})
+    return lines(table, list(table.pairs.values()), rows, records, planner(**given), failed or {}, against)
+
+
+def plain(line):
+    """Cells without label, interval, and difference from the row of reference."""
+    _, paper, ours, _, best, n, difference, _ = line.cells()
+    return [paper, ours, best, n, difference]
 
 
 def cells(content):
-    return {(line.metric, line.row): line.cells()[1:] for line in content}
+    return {(line.metric, line.row): plain(line) for line in content}
 
 
 class TestLines:
@@ -98,8 +104,22 @@ class TestLines:
         ]
         (_, alone, kd) = content_of(table_of(tmp_path), runs)
         mean, spread = 100 * sum(values) / 3, 100 * statistics.stdev(values)
-        assert kd.cells() == ["kd", "50.00", f"{mean:.2f} ± {spread:.2f}", "56.67 ± 11.55", "3", "+2.00"]
-        assert alone.cells() == ["student alone", "40.00", "not run", "-", "0", "-"]
+        assert plain(kd) == ["50.00", f"{mean:.2f} ± {spread:.2f}", "56.67 ± 11.55", "3", "+2.00"]
+        assert alone.cells() == ["student alone", "40.00", "not run", "-", "-", "0", "-", "-"]
+
+    def test_differences_pair_the_seeds(self, tmp_path):
+        """Over seeds 0 and 1: 2 and 4 points; Student's t of one degree of freedom is 12.706."""
+        accuracies = {"kd": (0.50, 0.60, 0.90), "ce": (0.48, 0.56)}
+        runs = [
+            record(finished(tmp_path, f"{row}-seed{seed}", row=row, seed=seed, last=last))
+            for row, values in accuracies.items()
+            for seed, last in enumerate(values)
+        ]
+        (_, alone, kd) = content_of(table_of(tmp_path), runs, against="kd")
+        assert alone.over == pytest.approx((-2.0, -4.0))
+        assert alone.cells()[3] == f"{52 - 12.706 * 4:.2f} to {52 + 12.706 * 4:.2f}"
+        assert alone.cells()[-1] == f"-3.00 ({-3 - 12.706:.2f} to {-3 + 12.706:.2f})"
+        assert kd.cells()[-1] == "-"
 
     def test_of_one_seed_without_figure_or_best(self, tmp_path):
         table = table_of(tmp_path, pairs={PAIR: {"config": PAIR}})
@@ -207,10 +227,11 @@ class TestFiles:
         markdown, _, _ = write_tables(table_of(tmp_path), content, tmp_path, "What to know.")
         assert markdown.read_text(encoding="utf-8") == (
             f"# An own table\n\n## {PAIR}, top-1 accuracy in %\n\n"
-            "| row | paper | ours, last | ours, best | n | difference |\n|---|---|---|---|---|---|\n"
-            "| teacher | 80.00 | not run | - | 0 | - |\n"
-            "| student alone | 40.00 | failed | - | 0 | - |\n"
-            "| kd | 50.00 | 50.50 ± 0.71 | - | 2 | +0.50 |\n"
+            "| row | paper | ours, last | 95 % interval | ours, best | n | minus paper |\n"
+            "|---|---|---|---|---|---|---|\n"
+            "| teacher | 80.00 | not run | - | - | 0 | - |\n"
+            "| student alone | 40.00 | failed | - | - | 0 | - |\n"
+            "| kd | 50.00 | 50.50 ± 0.71 | 44.15 to 56.85 | - | 2 | +0.50 |\n"
             "\nWhat to know.\n"
         )
 
@@ -225,9 +246,10 @@ class TestFiles:
             "row": "kd",
             "paper": "50.00",
             "ours, last": "50.50 ± 0.71",
+            "95 % interval": "44.15 to 56.85",
             "ours, best": "-",
             "n": "2",
-            "difference": "+0.50",
+            "minus paper": "+0.50",
             "values": "50.00 51.00",
         }
 
@@ -299,7 +321,7 @@ def test_proxies_are_measured_for_students_that_have_one(tmp_path):
         job = finished(tmp_path, f"eskd{seed}", row="eskd", seed=seed, settings={"learns from": "early_stopped"})
         kept = {key: number + seed / 10 for number, key in enumerate(keys)}
         model = {"teacher": {"network": "resnet14", "weights": str(weights), "options": None}}
-        job = replace(job, planned=SimpleNamespace(settings=lambda model=model: {"model": model}))
+        job = replace(job, config={"model": model})
         job.student_file.write_bytes(b"student")
         files = [digest(each) for each in (weights, weights, job.student_file)]
         (job.folder / "proxies.json").write_text(json.dumps({"networks": files, "values": kept}))
@@ -308,7 +330,7 @@ def test_proxies_are_measured_for_students_that_have_one(tmp_path):
     given = SimpleNamespace(teacher_file=lambda pair: ("resnet20", str(weights)))
     content = proxy_lines(table, list(table.pairs.values()), list(table.rows.values()), jobs, given)
     assert [line.row for line in content] == ["eskd"] * 10 + ["takd"] * 10  # none for a student alone
-    shown = {(line.row, line.label): line.cells()[1:] for line in content}
+    shown = {(line.row, line.label): plain(line) for line in content}
     assert shown["eskd", "eskd: Acc(P)"] == ["76.30", "1.05 ± 0.07", "-", "2", "-75.25"]
     assert shown["eskd", "eskd: CKA(T, P)"] == ["0.7761", "4.0500 ± 0.0707", "-", "2", "+3.2739"]
     assert shown["eskd", "eskd: Acc(S)"][0] == "-"

@@ -254,9 +254,9 @@ def test_progress_is_shown_now_and_then(place, monkeypatch, capfd):
     lines = ["KD: student", "epoch 1/3  loss 2", "epoch 2/3  loss 1", "warning: epoch 9", "done"]
     runner, log = Runner(place / "logs", [None]), place / "log"
     clock = iter([0.0, 20.0, 20.0, 21.0, 22.0])
-    monkeypatch.setattr("ackd_lightning.commands.reproduce.running.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ackd_lightning.commands.processes.time.monotonic", lambda: next(clock))
     with log.open("w") as stream:
-        last = runner._relay(iter(f"{line}\n" for line in lines), stream, "[1/1] kd")
+        last = runner.relay(iter(f"{line}\n" for line in lines), stream, "[1/1] kd")
     assert (last, log.read_text().splitlines()) == ("done", lines)
     assert capfd.readouterr().out == "[1/1] kd: epoch 1/3  loss 2\n"  # the next one is too soon
 

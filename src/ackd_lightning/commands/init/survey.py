@@ -136,7 +136,7 @@ def survey(folder: str, **places: str | None) -> Survey:
 
 
 def _first(files: Files, name: str) -> Path:
-    return files.paths[files.targets.tolist().index(files.class_names.index(name))]
+    return files.file(files.targets.tolist().index(files.class_names.index(name)))
 
 
 def _look(path: Path) -> Photo:

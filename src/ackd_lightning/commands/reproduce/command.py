@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import json
-import os
-import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from ackd_lightning.commands.processes import devices_for, ending_on_signals
 from ackd_lightning.commands.reproduce.estimate import Stopwatch, megabytes
 from ackd_lightning.commands.reproduce.jobs import Job, check_unchanged, unchanged, union
-from ackd_lightning.commands.reproduce.output import COLUMNS, METRIC_NAMES, write_records, write_tables
+from ackd_lightning.commands.reproduce.output import METRIC_NAMES, columns, write_records, write_tables
 from ackd_lightning.commands.reproduce.planning import Planner, needs_teacher
 from ackd_lightning.commands.reproduce.proxies import proxy_lines
 from ackd_lightning.commands.reproduce.results import Line, lines, note, record
@@ -53,23 +52,9 @@ def read_seeds(text: str) -> tuple[int, ...]:
     return tuple(range(numbers[0]))
 
 
-def _devices(workers: int | None) -> list[str | None]:
-    """One entry per concurrent run: a GPU, or None for the whole machine."""
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if workers is not None and workers < 1:
-        raise ACKDError(f"--workers is {workers}; use 1 or more")
-    if workers == 1 or (found < 2 and workers is None):
-        return [None]
-    if not found:
-        return [None] * (workers or 1)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers and names of GPUs as child processes read them
-    names = visible.split(",") if visible else [str(number) for number in range(found)]
-    return [names[number % found] for number in range(workers or found)]
-
-
 _OURS = {"seed_everything": "use --seeds", "runs_dir": "use --out"}
 _OURS |= dict.fromkeys(("name", "ckpt_path", "resume"), "leave it out")
-_OPTIONS = ("pair", "methods", "seeds", "out", "preset", "dry-run", "workers")
+_OPTIONS = ("pair", "methods", "seeds", "out", "preset", "dry-run", "workers", "against")
 _OURS["model.teacher.weights"] = "put the file where the pair's configuration names it"
 
 
@@ -124,10 +109,10 @@ def _fetch_data(jobs: Sequence[Job]) -> None:
     """Download and check data once, before several processes do it at the same time."""
     seen: set[str] = set()
     for job in jobs:
-        key = json.dumps(job.planned.settings()["data"], sort_keys=True)
+        key = json.dumps(job.config["data"], sort_keys=True)
         if key not in seen and not job.finished:
             seen.add(key)
-            job.planned.images.prepare_data()
+            job.images.prepare_data()
 
 
 def _plan(
@@ -147,6 +132,17 @@ def _plan(
     return jobs
 
 
+@contextlib.contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Let the collector of garbage look at what is made from here on, and not at every imported module."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def reproduce(
     name: str,
     *,
@@ -157,6 +153,7 @@ def reproduce(
     preset: str | None = None,
     dry_run: bool = False,
     workers: int | None = None,
+    against: str | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
     """Run what one table, or every table, needs, and write the table.
@@ -170,56 +167,49 @@ def reproduce(
         preset: ``smoke``: the same rows on digits, in minutes.
         dry_run: Whether to print the runs with estimates and stop.
         workers: Number of concurrent runs; None: one per GPU.
+        against: Row from which the difference of every other row is printed; None: ``kd`` where the table has it.
         overrides: Settings of ``ackd fit`` for every run.
 
     Raises:
         ACKDError: When an argument is wrong, before any training.
         RunsFailedError: When runs failed, after all others have finished.
     """
-    chosen_seeds, devices = read_seeds(seeds), _devices(workers)
+    chosen_seeds, devices = read_seeds(seeds), devices_for(workers)
     _refuse_ours(overrides)
     names = table_names() if name == "all" else [name]
     work: list[tuple[TableSpec, Path, list[Pair], list[Row], Planner, list[Job]]] = []
-    for each in names:
-        table = read_table(each, preset)
-        folder = Path(out or "reproduce") / (table.name if out is None or name == "all" else "")
-        some_pairs, rows = choose(table, pairs, methods)
-        planner = Planner(table, folder if name != "all" else folder.parent, overrides)
-        work.append((table, folder, some_pairs, rows, planner, _plan(table, some_pairs, rows, chosen_seeds, planner)))
-    everything = union(job for *_, jobs in work for job in jobs)
-    if dry_run:
-        _print_plan(", ".join(table.name for table, *_ in work), list(everything.values()))
-        return
+    with _only_new_garbage():
+        for each in names:
+            table = read_table(each, preset)
+            folder = Path(out or "reproduce") / (table.name if out is None or name == "all" else "")
+            some_pairs, rows = choose(table, pairs, methods)
+            if against is not None:
+                choose(table, (), [against])  # refuses an unknown row
+            planner = Planner(table, folder if name != "all" else folder.parent, overrides)
+            planned = _plan(table, some_pairs, rows, chosen_seeds, planner)
+            work.append((table, folder, some_pairs, rows, planner, planned))
+        everything = union(job for *_, jobs in work for job in jobs)
+        if dry_run:
+            _print_plan(", ".join(table.name for table, *_ in work), list(everything.values()))
+            return
     started = time.monotonic()
     if len(devices) > 1:
         _fetch_data(list(everything.values()))
     done = sum(job.finished for job in everything.values())
     place = work[0][4].out
     print(f"{len(everything)} runs, {done} of them finished, files in {place}", flush=True)
-    ending = [number for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number is not None]
-    previous = {number: signal.signal(number, _terminated) for number in ending}
-    try:
+    with ending_on_signals():
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
-    except (KeyboardInterrupt, SystemExit):
-        print("interrupted; the same command continues where it stopped", flush=True)
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     for table, folder, some_pairs, rows, planner, jobs in work:
         shown = [*jobs, *_earlier(table, some_pairs, rows, chosen_seeds, planner)]
-        _report(table, folder, some_pairs, rows, planner, shown, failed)
+        reference = against or ("kd" if "kd" in table.rows else None)
+        _report(table, folder, some_pairs, rows, planner, shown, failed, reference)
     print(f"{len(everything)} runs in {_duration(time.monotonic() - started)}")
     if failed:
         reasons = "; ".join(f"{everything[folder].title}: {reason}" for folder, reason in failed.items())
         raise RunsFailedError(
             f"{len(failed)} of {len(everything)} runs failed ({reasons}); run the same command again to repeat them"
         )
-
-
-def _terminated(number: int, _: object) -> None:
-    """End the child processes on SIGTERM and when the terminal closes."""
-    raise SystemExit(128 + number)
 
 
 def _earlier(
@@ -249,6 +239,7 @@ def _report(
     planner: Planner,
     jobs: Sequence[Job],
     failed: dict[Path, str],
+    against: str | None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     records = [record(job) for job in jobs if job.finished]
@@ -259,16 +250,17 @@ def _report(
         content: list[Line] = proxy_lines(table, pairs, rows, [job for job in jobs if job.finished], planner)
     else:
         reasons = {(job.pair, job.row): failed[job.folder] for job in jobs if job.folder in failed}
-        content = lines(table, pairs, rows, records, planner, reasons)
-    files = write_tables(table, content, folder, text)
+        content = lines(table, pairs, rows, records, planner, reasons, against)
+    files = write_tables(table, content, folder, text, against)
     for pair in dict.fromkeys(line.pair for line in content):
         for metric in dict.fromkeys(line.metric for line in content):
             shown = Table(title=f"{table.title}: {pair}, {METRIC_NAMES[metric]}")
-            for column in COLUMNS:
+            heads = columns(against)
+            for column in heads:
                 shown.add_column(column, justify="left" if column == "row" else "right")
             for line in content:
                 if (line.pair, line.metric) == (pair, metric):
-                    shown.add_row(*line.cells())
+                    shown.add_row(*line.cells()[: len(heads)])
             Console(width=None if Console().is_terminal else 120).print(shown)
     print(text)
     print(", ".join(map(str, [*files, planner.out / "results.json"])))

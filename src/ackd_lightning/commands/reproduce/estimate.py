@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import time
 from collections.abc import Callable
 
@@ -11,13 +12,14 @@ import torch
 from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.execute import plan
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.training.students import build_student
 
 _OVERHEAD = 1.3
 """Factor for data, method, optimizer and evaluation in addition to the networks; measured between 1.1 and 1.5."""
 
-_PASSES = 3
+_PASSES, _IMAGES = 2, 8
+"""Passes that are timed, and images of a pass at 32 x 32 on a CPU."""
 
 
 def train_images(data: ImageDataModule) -> int | None:
@@ -57,7 +59,7 @@ class Stopwatch:
         """
         key = (name, shape, train)
         if key not in self.known:
-            count = 64 if self.device.type == "cuda" else max(2, min(16, 16 * 32**2 // (shape[1] * shape[2])))
+            count = 64 if self.device.type == "cuda" else max(2, min(_IMAGES, _IMAGES * 32**2 // (shape[1] * shape[2])))
             image = torch.randn(count, *shape, device=self.device)
             network = make().to(self.device).train(train)
             times = []
@@ -73,6 +75,8 @@ class Stopwatch:
                     torch.cuda.synchronize()
                 times.append((time.perf_counter() - begin) / count)
             self.known[key] = min(times[1:])  # other load makes a pass longer, never shorter
+            del network, output, logits, branches
+            gc.collect()  # a network whose stages are watched is part of a circle
         return self.known[key]
 
     def job(self, job: Job) -> float | None:
@@ -81,13 +85,18 @@ class Stopwatch:
         Args:
             job: Planned run.
         """
-        images = train_images(job.planned.images)
+        images = train_images(job.images)
         if images is None:
             return None
-        networks, shape = job.networks, job.networks.image_shape
-        each = self.seconds(lambda: plan(job.arguments).model.student, networks.student, shape, train=True)
+        networks, data = job.networks, job.networks.data
+        shape = data.image_shape
+
+        def student() -> torch.nn.Module:
+            return build_student(networks.student_config, networks.branches, data)[0]
+
+        each = self.seconds(student, networks.student, shape, train=True)
         for name, options in networks.teachers:
-            make = functools.partial(create_model, name, networks.num_classes, **options)
+            make = functools.partial(create_model, name, data.num_classes, **options)
             each += self.seconds(make, name, shape, train=False)
         return each * images * job.epochs * _OVERHEAD
 
@@ -98,7 +107,7 @@ def megabytes(job: Job) -> float:
     Args:
         job: Planned run.
     """
-    data, networks = job.planned.images, job.networks
+    data, networks = job.images, job.networks
     kept = 1 if data.val_is_test else 2
     memory = networks.bytes_per_image * (train_images(data) or 0) if networks.bytes_per_image else 0.0
     return (kept * (8 * networks.trained + memory) + 4 * networks.kept) / 1e6

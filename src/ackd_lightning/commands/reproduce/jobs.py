@@ -13,8 +13,8 @@ import yaml
 
 from ackd_lightning.commands.reproduce.networks import Networks
 from ackd_lightning.config.experiment import experiment_settings
+from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.models.weights import digest
 from ackd_lightning.runs.files import read_summary
 
@@ -33,7 +33,8 @@ class Job:
         folder: Folder of the run.
         needs: Folders of the runs whose networks it learns from.
         settings: Dotted settings that define the experiment, without the seed.
-        planned: The parsed run, without its networks.
+        config: All settings, the content of the run's ``config.yaml``.
+        images: Data module.
         networks: Sizes of the networks.
         sources: Weight files of the networks that it learns from.
     """
@@ -47,7 +48,8 @@ class Job:
     folder: Path
     needs: tuple[Path, ...]
     settings: dict[str, Any]
-    planned: ACKDCLI
+    config: dict[str, Any]
+    images: ImageDataModule
     networks: Networks
     sources: tuple[Path, ...] = ()
 

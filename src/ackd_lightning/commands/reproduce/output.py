@@ -13,7 +13,7 @@ from ackd_lightning.commands.reproduce.results import Line
 from ackd_lightning.commands.reproduce.specs import TableSpec
 from ackd_lightning.runs.files import write_json
 
-COLUMNS = ["row", "paper", "ours, last", "ours, best", "n", "difference"]
+_COLUMNS = ["row", "paper", "ours, last", "95 % interval", "ours, best", "n", "minus paper"]
 METRIC_NAMES = {
     "acc": "top-1 accuracy in %",
     "acc_top5": "top-5 accuracy in %",
@@ -23,7 +23,18 @@ METRIC_NAMES = {
 }
 
 
-def write_tables(table: TableSpec, content: Sequence[Line], out: Path, text: str) -> list[Path]:
+def columns(against: str | None) -> list[str]:
+    """Return the headings of a table.
+
+    Args:
+        against: Row of reference; None for none.
+    """
+    return [*_COLUMNS, *([f"minus {against} (95 %)"] if against else [])]
+
+
+def write_tables(
+    table: TableSpec, content: Sequence[Line], out: Path, text: str, against: str | None = None
+) -> list[Path]:
     """Write a table as Markdown, CSV and PNG.
 
     Args:
@@ -31,25 +42,26 @@ def write_tables(table: TableSpec, content: Sequence[Line], out: Path, text: str
         content: Lines of the table.
         out: Folder for the files.
         text: Note below the table.
+        against: Row of reference.
 
     Returns:
         Paths of the files.
     """
     markdown, plain, figure = (out / f"{table.name}.{suffix}" for suffix in ("md", "csv", "png"))
-    parts = [f"# {table.title}", ""]
+    parts, heads = [f"# {table.title}", ""], columns(against)
     for metric in dict.fromkeys(line.metric for line in content):
         for pair in dict.fromkeys(line.pair for line in content):
             own = [line for line in content if (line.pair, line.metric) == (pair, metric)]
             parts += [f"## {pair}, {METRIC_NAMES[metric]}", ""]
-            parts += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-            parts += [f"| {' | '.join(line.cells())} |" for line in own] + [""]
+            parts += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+            parts += [f"| {' | '.join(line.cells()[: len(heads)])} |" for line in own] + [""]
     markdown.write_text("\n".join([*parts, text, ""]), encoding="utf-8")
     with plain.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["pair", "metric", *COLUMNS, "values"])
+        writer.writerow(["pair", "metric", *heads, "values"])
         for line in content:
             values = " ".join(f"{value:.{line.decimals}f}" for value in line.last)
-            writer.writerow([line.pair, line.metric, *line.cells(), values])
+            writer.writerow([line.pair, line.metric, *line.cells()[: len(heads)], values])
     draw(content, figure)
     return [markdown, plain, figure]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ackd_lightning.commands.reproduce.jobs import Job, as_arguments
-from ackd_lightning.commands.reproduce.networks import Networks
+from ackd_lightning.commands.reproduce.networks import Networks, prove
 from ackd_lightning.commands.reproduce.sources import Source, lay_into_teachers
 from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec, TeacherKind
 from ackd_lightning.config.experiment import experiment_settings
@@ -66,10 +66,10 @@ class Planner:
         fixed += ["--runs_dir", str(self.out / "runs"), "--weights_dir", "null"]
         fixed += self._options(configs, settings)
         names = [f"{name}-seed{seed}" if name else f"seed{seed}" for seed in seeds]
-        planned = plan_fit([*fixed, "--seed_everything", str(seeds[0]), "--name", names[0]])
-        networks = Networks.of(planned.model)
-        planned.forget_networks()
-        experiment = {**experiment_settings(planned.settings()), "learns from": learns_from}
+        planned = plan_fit([*fixed, "--seed_everything", str(seeds[0]), "--name", names[0]], weights=False)
+        prove(planned.model)
+        networks, config, images = Networks.of(planned.model), planned.settings(), planned.images
+        experiment = {**experiment_settings(config), "learns from": learns_from}
         for seed, run_name in zip(seeds, names, strict=True):
             own = [*fixed, "--seed_everything", str(seed), "--name", run_name]
             folder = planned.folder.with_name(run_name)
@@ -91,7 +91,8 @@ class Planner:
                     needs=needs,
                     sources=sources,
                     settings=experiment,
-                    planned=planned,
+                    config=config,
+                    images=images,
                     networks=networks,
                 )
             jobs.append(self.jobs[folder])
@@ -187,7 +188,9 @@ class Planner:
         return found[0]
 
     def _read(self, config: Path, settings: Mapping[str, Any]) -> ACKDCLI:
-        return plan_fit(["--config", str(config), *self._options([str(config)], settings), "--name", "unnamed"])
+        return plan_fit(
+            ["--config", str(config), *self._options([str(config)], settings), "--name", "unnamed"], weights=False
+        )
 
     def _options(self, configs: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
         """Settings of the table and of a run, and the user's, as a command line."""

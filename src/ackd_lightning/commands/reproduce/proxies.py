@@ -22,7 +22,7 @@ _FILE = "proxies.json"
 
 
 def _test_batches(job: Job, device: torch.device) -> Iterator[Batch]:
-    data = job.planned.images
+    data = job.images
     data.prepare_data()
     data.setup()
     for raw in data.test_dataloader():
@@ -30,8 +30,8 @@ def _test_batches(job: Job, device: torch.device) -> Iterator[Batch]:
 
 
 def _network(name: str, weights: str, job: Job, options: dict[str, Any] | None) -> FrozenTeacher:
-    data = job.planned.images
-    network = FrozenTeacher.from_name(name, job.networks.num_classes, weights=weights, options=options)
+    data = job.images
+    network = FrozenTeacher.from_name(name, job.networks.data.num_classes, weights=weights, options=options)
     network.adapt_to(data.info)
     return network
 
@@ -44,7 +44,7 @@ def measure(job: Job, teacher: tuple[str, str]) -> dict[str, float]:
         teacher: Model name and weight file of the teacher.
     """
     kept = job.folder / _FILE
-    model = job.planned.settings()["model"]
+    model = job.config["model"]
     proxy = model["teacher"]
     files = (teacher[1], proxy["weights"], str(job.student_file))
     networks = [digest(file) for file in files]

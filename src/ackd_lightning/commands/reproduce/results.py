@@ -12,6 +12,7 @@ from ackd_lightning.commands.compare import curves, mean_and_std
 from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.commands.reproduce.planning import Planner
 from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec
+from ackd_lightning.metrics.intervals import mean_interval
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.runs.files import read_summary
 
@@ -75,6 +76,7 @@ class Line:
         paper: Figure of the paper, in the unit of the table; None without one.
         last: Our values of the last epoch in the same unit, one per seed.
         best: Our values of the best epoch.
+        over: Our value of the last epoch minus that of the row of reference with the same seed, for every common seed.
         failed: Text in place of missing values.
         decimals: Number of printed decimals.
     """
@@ -86,6 +88,7 @@ class Line:
     paper: float | None
     last: tuple[float, ...]
     best: tuple[float, ...]
+    over: tuple[float, ...] = ()
     failed: str = ""
     decimals: int = 2
 
@@ -99,8 +102,14 @@ class Line:
     def cells(self) -> list[str]:
         """Cells of the line as text."""
         paper = "-" if self.paper is None else f"{self.paper:.{self.decimals}f}"
-        ours = [self.ours, mean_and_std(self.best, self.decimals)]
-        return [self.label, paper, *ours, str(len(self.last)), self.difference]
+        ours = [self.ours, self._interval(self.last), mean_and_std(self.best, self.decimals)]
+        over = f"{statistics.fmean(self.over):+.{self.decimals}f} ({self._interval(self.over)})" if self.over else "-"
+        return [self.label, paper, *ours, str(len(self.last)), self.difference, over]
+
+    def _interval(self, values: Sequence[float]) -> str:
+        """Return the 95 % interval of the mean over the seeds; a dash for one seed."""
+        found = mean_interval(values)
+        return "-" if found is None else " to ".join(f"{end:.{self.decimals}f}" for end in found)
 
     @property
     def ours(self) -> str:
@@ -115,6 +124,7 @@ def lines(
     records: Sequence[dict[str, Any]],
     planner: Planner,
     failed: dict[tuple[str, str], str],
+    against: str | None = None,
 ) -> list[Line]:
     """Build every line of the table, including rows that were not requested.
 
@@ -125,15 +135,18 @@ def lines(
         records: Records of finished runs.
         planner: Planner of the table, which knows the teachers' files.
         failed: Reasons of failures by pair and row.
+        against: Row of reference, from which every other row's difference is computed; None for none.
     """
     shown = [*table.rows.values(), *(row for row in rows if row.name not in table.rows)]
     result: list[Line] = []
     for metric_number, metric in enumerate(table.metrics):
         for pair in pairs:
             taught = [row.name for row in shown if row.teacher == "teacher"]
+            reference = _by_seed(records, pair.name, against, metric)
             result.append(_teacher_line(table, pair, metric, metric_number, records, planner, taught))
             for row in shown:
                 own = [each for each in records if (each["pair"], each["row"]) == (pair.name, row.name)]
+                ours = {} if row.name == against else _by_seed(records, pair.name, row.name, metric)
                 result.append(
                     Line(
                         pair.name,
@@ -143,10 +156,16 @@ def lines(
                         _as_accuracy(table, pair.figure(row.name, metric_number)),
                         _percent(own, "last", metric),
                         _percent(own, "best", metric),
+                        tuple(ours[seed] - reference[seed] for seed in ours if seed in reference),
                         "failed" if (pair.name, row.name) in failed and not own else "",
                     )
                 )
     return result
+
+
+def _by_seed(records: Sequence[dict[str, Any]], pair: str, row: str | None, metric: str) -> dict[int, float]:
+    own = [each for each in records if (each["pair"], each["row"]) == (pair, row) and metric in each["last"]]
+    return {each["seed"]: 100 * each["last"][metric] for each in own}
 
 
 def _percent(records: Sequence[dict[str, Any]], which: str, metric: str) -> tuple[float, ...]:
@@ -199,7 +218,10 @@ def note(table: TableSpec, records: Sequence[dict[str, Any]], *, given: Sequence
     """
     students = [each for each in records if each["kind"] == "student"]
     epochs = sorted({each["epochs"] for each in students})
-    parts = ["Accuracy in % on the test set, mean ± sample standard deviation over n seeds."]
+    parts = [
+        "Accuracy in % on the test set, mean ± sample standard deviation over n seeds, with the 95 % interval of the "
+        "mean (Student's t); differences from a row are those of runs with the same seed."
+    ]
     if table.error:
         parts.append("The paper reports errors; the table shows 100 minus the error.")
     if table.proxies:

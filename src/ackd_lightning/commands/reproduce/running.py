@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from queue import SimpleQueue
-from typing import IO
 
+from ackd_lightning.commands.processes import Processes
 from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.runs.files import read_summary
 
-_PROGRESS = re.compile(r"^epoch \d+")
-_EVERY = 15.0
-"""Seconds between two progress lines of a run."""
-_PATIENCE = 300.0
-"""Seconds that a run has to stop: a step or a validation, and a checkpoint."""
 
-
-class Runner:
+class Runner(Processes):
     """Runs every job after the jobs that it needs, one job per device at a time.
 
     Args:
@@ -34,14 +21,8 @@ class Runner:
     """
 
     def __init__(self, logs: Path, devices: Sequence[str | None]) -> None:
+        super().__init__(devices)
         self.logs = logs
-        self.devices: SimpleQueue[str | None] = SimpleQueue()
-        for device in devices:
-            self.devices.put(device)
-        self.workers = len(devices)
-        self.children: set[subprocess.Popen[str]] = set()
-        self.lock = threading.Lock()
-        self.stopping = False
         self.total = self.started = 0
 
     def run_all(self, jobs: Sequence[Job]) -> dict[Path, str]:
@@ -70,7 +51,7 @@ class Runner:
                             failed[job.folder] = reason
                             print(f"failed: {job.title}: {reason}", flush=True)
             except (KeyboardInterrupt, SystemExit):
-                self._stop()
+                self.stop()
                 raise
         return failed
 
@@ -120,74 +101,20 @@ class Runner:
             label = f"[{number}/{self.total}] {job.title}"
             print(f"{label}: {'resumes' if resumed else 'starts'}", flush=True)
             if not job.finished:
-                reason = self._process(["fit", *job.arguments, "--test", *resumed], log, device, label)
+                reason = self.process(["fit", *job.arguments, "--test", *resumed], log, device, label)
                 if reason is None and not job.finished:
                     reason = "ended without a summary.json"
                 if reason:
                     return f"{reason} (output in {log})"
             if not self._tested(job):
                 for which in _checkpoints(job):
-                    reason = self._process(["test", str(job.folder), "--which", which], log, device, label)
+                    reason = self.process(["test", str(job.folder), "--which", which], log, device, label)
                     if reason:
                         return f"{reason} (output in {log})"
             print(f"{label}: {_accuracy(job)} ({time.monotonic() - begin:.0f} s)", flush=True)
             return None
         finally:
             self.devices.put(device)
-
-    def _process(self, arguments: list[str], log: Path, device: str | None, label: str) -> str | None:
-        environment = {key: value for key, value in os.environ.items() if key not in ("ACKD_RUN_NAME", "ACKD_RESUMED")}
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        command = [sys.executable, "-m", "ackd_lightning", *arguments, "--trainer.enable_progress_bar", "false"]
-        with log.open("a", encoding="utf-8") as stream:
-            with self.lock:  # either _stop sees this child, or no child is started
-                if self.stopping:
-                    return "interrupted"
-                child = subprocess.Popen(
-                    command,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    errors="replace",
-                    env=environment,
-                    start_new_session=True,  # Ctrl-C reaches the child once, through _stop
-                )
-                self.children.add(child)
-            assert child.stdout is not None
-            with child.stdout:
-                last = self._relay(child.stdout, stream, label)
-            code = child.wait()
-            with self.lock:
-                self.children.discard(child)
-        if code < 0:  # its last line is progress, not a reason
-            return f"killed by {signal.Signals(-code).name}"
-        return None if code == 0 else last or f"exit code {code}"
-
-    def _relay(self, source: IO[str], stream: IO[str], label: str) -> str:
-        """Copy the output of a run to its log, print a progress line now and then, and return the last line."""
-        shown, last = time.monotonic(), ""
-        for line in source:
-            stream.write(line)
-            stream.flush()
-            last = line.strip().removeprefix("ackd: ") or last
-            if _PROGRESS.match(line) and time.monotonic() - shown > _EVERY:
-                shown = time.monotonic()
-                print(f"{label}: {line.strip()}", flush=True)
-        return last
-
-    def _stop(self) -> None:
-        """Stop the child processes and wait for them."""
-        with self.lock:
-            self.stopping = True
-            children = list(self.children)
-        for child in children:
-            child.terminate()  # a shell makes its background processes ignore SIGINT
-        for child in children:
-            try:
-                child.wait(timeout=_PATIENCE)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)  # including the processes that it has started
 
 
 def _checkpoints(job: Job) -> list[str]:

@@ -27,6 +27,6 @@ def init_convolutions(network: nn.Module) -> None:
         He et al., "Delving Deep into Rectifiers", arXiv:1502.01852, section 2.2 (backward case).
     """
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             area = math.prod(module.kernel_size)
             nn.init.normal_(module.weight, mean=0.0, std=math.sqrt(2.0 / (area * module.out_channels)))

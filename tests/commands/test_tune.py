@@ -1,0 +1,125 @@
+"""`ackd tune`: values, a search that goes on, and what it refuses. Trials run in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ackd_lightning.cli import main
+from ackd_lightning.commands.processes import Processes
+from ackd_lightning.commands.tune.space import fragment, grid, read_values
+from ackd_lightning.config.files import load_configs
+from ackd_lightning.errors import ACKDError
+
+TUNE = ["tune", "--config", "digits_resnet8.yaml", "--data.max_per_class", "4", "--data.batch_size", "20"]
+TUNE += ["--epochs", "1", "--trials", "2"]
+LR = ["--set", "model.optimizer.lr=log:0.01:0.3"]
+calls: list[list[str]] = []
+
+
+def in_this_process(runner, arguments, log, device, label):
+    calls.append(arguments)
+    with log.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        code = main([*arguments, "--trainer.enable_progress_bar", "false"])
+    return None if code == 0 else log.read_text().splitlines()[-1]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Processes, "process", in_this_process)
+    calls.clear()
+
+
+def tried() -> list[dict[str, float]]:
+    return [dict(zip(each[::2], each[1::2], strict=False)) for each in ([p for p in c if p != "fit"] for c in calls)]
+
+
+def test_a_search_writes_runs_and_the_best_settings_and_goes_on(capsys):
+    assert main([*TUNE, *LR]) == 0
+    shown = capsys.readouterr().out
+    rates = [float(each["--model.optimizer.lr"]) for each in tried()]
+    assert len(rates) == 2
+    assert all(0.01 <= rate <= 0.3 for rate in rates)
+    summaries = [json.loads(path.read_text()) for path in sorted(Path("tune/runs").rglob("summary.json"))]
+    best = max(range(2), key=lambda number: (summaries[number]["last"]["val/acc"], -number))
+    assert "test" not in summaries[0]
+    assert yaml.safe_load(Path("tune/best.yaml").read_text())["model"]["optimizer"]["init_args"]["lr"] == rates[best]
+    assert "--config tune/best.yaml" in shown
+    assert load_configs(["digits_resnet8", "tune/best.yaml"])[0]["model"]["optimizer"]["init_args"]["lr"] == rates[best]
+    assert main([*TUNE, *LR, "--trials", "3"]) == 0
+    assert len(set(rates) | {float(each["--model.optimizer.lr"]) for each in tried()}) == 3
+    assert len(calls) == 3
+    assert main([*TUNE, "--set", "model.optimizer.lr=0.1,0.2"]) == 2
+    assert "another --out" in capsys.readouterr().err
+
+
+def test_an_interrupted_trial_is_tried_again(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Processes, "process", lambda *given: (calls.append(given[1]), interrupted()))
+        assert main([*TUNE, *LR, "--trials", "1"]) == 130
+    assert main([*TUNE, *LR, "--trials", "1"]) == 0
+    first, second = (each["--model.optimizer.lr"] for each in tried())
+    assert first == second
+
+
+def test_a_grid_is_tried_whole_and_a_failure_ends_the_search(monkeypatch, capsys):
+    monkeypatch.setattr(Processes, "process", lambda *given: calls.append(given[1]) or "no such luck")
+    assert main([*TUNE, "--set", "model.optimizer.lr=0.1,0.2"]) == 1
+    assert "no such luck" in capsys.readouterr().err
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([*LR, "--data.val_fraction", "0"], "val_fraction"),
+        ([*LR, "--trainer.limit_val_batches", "0"], "limit_val_batches"),
+        ([*LR, "--test"], "test set"),
+        ([*LR, "--model.optimizer.lr", "0.1"], "leave one of them out"),
+        (["--set", "model.optimizer.rate=0.1,0.2"], "model.optimizer.rate"),
+        (["--set", "model.optimizer.lr"], "NAME=0.1,0.5"),
+        ([*LR, *LR], "twice"),
+        ([*LR, "--trials", "0"], "--trials is 0"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(options, words, capsys):
+    assert main([*TUNE, *options]) == 2
+    assert words in capsys.readouterr().err
+    assert calls == []
+    assert not Path("tune").exists()
+
+
+def test_a_missing_library_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main([*TUNE, *LR]) == 2
+    assert "ackd-lightning[tune]" in capsys.readouterr().err
+
+
+def test_values():
+    name, values = read_values("model.optimizer.lr=log:1e-3:0.1")
+    assert (name, values.low, values.high, values.log) == ("model.optimizer.lr", 1e-3, 0.1, True)
+    assert read_values("a=1:8")[1].high == 8
+    assert read_values("a=resnet8,[1, 2],1e-3,true,null")[1].choices == ("resnet8", [1, 2], 1e-3, True, None)
+    for wrong in ("a", "a=", "=1,2", "a=log:0:1", "a=2:1", "a=log:1,2", "a=x:y", "a=[1"):
+        with pytest.raises(ACKDError):
+            read_values(wrong)
+
+
+def test_grid_and_fragment():
+    space = dict(map(read_values, ["a=1,2", "b=x,y"]))
+    assert grid(space, 4)[1] == {"a": "1", "b": '"y"'}
+    assert grid(space, 3) == grid({"a": read_values("a=1:2")[1]}, 9) == []
+    settings = {"data": {"class_path": "D", "init_args": {"batch_size": 8}}, "model": {"student": {"network": "n"}}}
+    assert fragment(settings, ["data.batch_size", "model.student.network"]) == {
+        "data": {"init_args": {"batch_size": 8}},
+        "model": {"student": {"network": "n"}},
+    }
