@@ -15,7 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-LARGE = 40_000
+LARGE = 30_000
 """Size in bytes above which a picture is kept with fewer colours."""
 
 

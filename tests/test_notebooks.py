@@ -53,6 +53,7 @@ def test_it_is_a_notebook_with_clean_outputs(path):
 
 
 @every_notebook
+@pytest.mark.usefixtures("figures")  # a notebook shows those of its runs
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")  # Lightning's advice; data in memory needs none
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
