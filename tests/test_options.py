@@ -33,7 +33,8 @@ PUBLIC = (
 def of_argparse(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Options and positional arguments of a parser, without those of Lightning and of jsonargparse."""
     for action in parser._actions:
-        if not isinstance(action, argparse._SubParsersAction):
+        refused = "--print_shtab" in action.option_strings  # hidden; jsonargparse 4.53 refuses it in favour of another
+        if not isinstance(action, argparse._SubParsersAction) and not refused:
             for name in action.option_strings or [action.dest]:
                 if not name.startswith("--trainer") and not name.endswith((".help", "+")) and "-->" not in name:
                     yield name

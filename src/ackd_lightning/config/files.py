@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,6 @@ import yaml
 
 from ackd_lightning.errors import ACKDError, near_matches
 
-SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The safe loader, in C where PyYAML has it."""
 _INCLUDE = "include"
 _DEEPEST, _MOST = 50, 100_000
 """Largest number of levels and of values in a YAML file; an alias counts as often as it is used."""
@@ -179,6 +178,21 @@ def walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from walk(inner, below)
 
 
+def parse_yaml(text: str) -> Any:
+    """Parse YAML of plain data, in C where PyYAML has that.
+
+    Args:
+        text: YAML.
+
+    Raises:
+        yaml.YAMLError: With the line, if it is not YAML.
+    """
+    if hasattr(yaml, "CSafeLoader"):
+        with contextlib.suppress(Exception):  # told by the other one, which counts lines as people do
+            return yaml.load(text, Loader=yaml.CSafeLoader)
+    return yaml.safe_load(text)
+
+
 def read_yaml(path: Path) -> Any:
     """Read a YAML file of plain data: mappings, lists, text, numbers.
 
@@ -189,7 +203,7 @@ def read_yaml(path: Path) -> Any:
         ACKDError: When it cannot be read, is not YAML, or holds anything else.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=SAFE_LOADER)
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ACKDError(f"{path} cannot be read ({error.strerror}); check its path and permissions") from error
     except Exception as error:  # PyYAML passes on whatever its constructors of numbers and dates raise

@@ -14,15 +14,14 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-import yaml
 
 from ackd_lightning.config.class_paths import check_classes
 from ackd_lightning.config.files import (
-    SAFE_LOADER,
     config_folder,
     config_parts,
     find_config,
     load_configs,
+    parse_yaml,
     read_files,
 )
 from ackd_lightning.data.base import ImageDataModule
@@ -133,7 +132,7 @@ class ACKDCLI:
 
     def settings(self) -> dict[str, Any]:
         """Return all settings as plain data: the content of ``--print_config`` and of a run's ``config.yaml``."""
-        content: dict[str, Any] = yaml.load(self.parser.dump(self.config, skip_unset=False), Loader=SAFE_LOADER)
+        content: dict[str, Any] = parse_yaml(self.parser.dump(self.config, skip_unset=False))
         return content
 
     def build(self, *, weights: bool = True) -> None:
