@@ -27,6 +27,8 @@ from ackd_lightning.errors import ACKDError, NotReadyError
 
 _US = "ackd-lightning"
 _LITTLE_DISK = 2e9
+_MAINTAINERS = {"dev", "notebooks", "release"}
+"""Extras that only work on this package needs."""
 
 
 def doctor(*, as_json: bool = False) -> None:
@@ -168,7 +170,7 @@ def _machine(problems: list[str]) -> dict[str, str]:
 def _extras() -> dict[str, str]:
     parts: dict[str, list[Requirement]] = {}
     for each, extra in _requirements():
-        if extra and extra != "dev" and each.name != _US:
+        if extra and extra not in _MAINTAINERS and each.name != _US:
             parts.setdefault(extra, []).append(each)
     found: dict[str, str] = {}
     for extra, needed in sorted(parts.items()):

@@ -195,4 +195,4 @@ def reasons(seen: Survey, chosen: Choices, *, asked: bool) -> list[Choice]:
 def _recipe(chosen: Choices) -> tuple[str, str]:
     if chosen.small:
         return "recipes/sgd", "the paper's, with the learning rate of small batches"
-    return "recipes/adamw", "for depthwise networks from scratch; learning rate of docs/results.md"
+    return "recipes/adamw", "from scratch on photos; learning rate of docs/results.md"
