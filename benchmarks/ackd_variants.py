@@ -1,7 +1,6 @@
-"""Readings of ACKD that were only measured: see the tables of this folder and docs/ackd.md.
+"""Readings of ACKD that are measured, and not part of the package: see ``tables/tiny100_screen.yaml``.
 
-They are not part of the package, because none was better than what the package has. Run ``ackd`` with this folder on
-``PYTHONPATH``.
+Run ``ackd`` with this folder on ``PYTHONPATH``.
 """
 
 from __future__ import annotations
