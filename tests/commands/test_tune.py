@@ -50,7 +50,7 @@ def test_a_search_writes_runs_and_the_best_settings_and_goes_on(capsys):
     best = max(range(2), key=lambda number: (summaries[number]["last"]["val/acc"], -number))
     assert "test" not in summaries[0]
     assert yaml.safe_load(Path("tune/best.yaml").read_text())["model"]["optimizer"]["init_args"]["lr"] == rates[best]
-    assert "--config tune/best.yaml" in shown
+    assert f"--model.optimizer.lr {rates[best]}" in shown.splitlines()[-1].replace("=", " ")
     assert load_configs(["digits_resnet8", "tune/best.yaml"])[0]["model"]["optimizer"]["init_args"]["lr"] == rates[best]
     assert main([*TUNE, *LR, "--trials", "3"]) == 0
     assert len(set(rates) | {float(each["--model.optimizer.lr"]) for each in tried()}) == 3

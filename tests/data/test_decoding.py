@@ -160,3 +160,13 @@ def test_files_are_checked_once(tmp_path, write_classes):
     files = scan_class_folders(tmp_path / "a")
     with pytest.raises(ACKDError, match=r"0001\.png"):
         check_files(files, FORM, "", tmp_path / "checked.pt")
+
+
+def test_a_jpeg_of_too_many_pixels_is_opened_to_know(tmp_path):
+    """PIL refuses it, so its header alone does not make it a good image."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    place = content.index(b"\xff\xc0") + 5
+    assert is_whole_jpeg(os.fsencode(tmp_path / "a.jpg"))
+    (tmp_path / "a.jpg").write_bytes(content[:place] + (20_000).to_bytes(2, "big") * 2 + content[place + 4 :])
+    assert not is_whole_jpeg(os.fsencode(tmp_path / "a.jpg"))

@@ -75,9 +75,17 @@ class RunBar(RichProgressBar):
         self.started: tuple[float, float] | None = None  # on the clock, and in epochs
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Stop the clock of an earlier fit."""
         super().on_train_start(trainer, pl_module)
-        self.started = time.monotonic(), _epochs_done(trainer)
+        self.started = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock with the first batch; a resumed loop counts those of its checkpoint until then."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.started is None:
+            self.started = time.monotonic(), _epochs_done(trainer, running=1)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
         """Return what stands beside the bar."""
@@ -114,9 +122,9 @@ def _epochs(trainer: L.Trainer) -> int | None:
     return trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
 
 
-def _epochs_done(trainer: L.Trainer) -> float:
+def _epochs_done(trainer: L.Trainer, running: int = 0) -> float:
     steps = trainer.num_training_batches
-    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready - running
     whole = isinstance(steps, int) and steps > 0
     return trainer.current_epoch + (min(ready / steps, 1.0) if whole else 0.0)
 

@@ -44,7 +44,7 @@ def doctor(*, as_json: bool = False) -> None:
     problems: list[str] = []
     found["versions"] = _versions(problems)
     works = _torch_works(problems)
-    found["devices"] = {**_processor(), **(_accelerators() if works else {})}
+    found["devices"] = {**_processor(), **(_accelerators(problems) if works else {})}
     found["machine"] = _machine(problems)
     found["extras"] = _extras()
     if works:
@@ -129,16 +129,21 @@ def _processor() -> dict[str, str]:
     return {"CPU": f"{cpu_name()}, {cores} cores{allowed}", "instructions": ", ".join(fast) or "none that matter here"}
 
 
-def _accelerators() -> dict[str, str]:
+def _accelerators(problems: list[str]) -> dict[str, str]:
     import torch
 
     from ackd_lightning.training.speed import has_bfloat16
 
     found = {"bfloat16": "fast" if has_bfloat16("auto") else "not faster than float32 here"}
     for number in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(number)
-        free = torch.cuda.mem_get_info(number)[0]
-        found[f"GPU {number}"] = f"{about.name}, {about.total_memory / 1e9:.1f} GB ({free / 1e9:.1f} GB free)"
+        try:
+            about = torch.cuda.get_device_properties(number)
+            free = torch.cuda.mem_get_info(number)[0]
+            found[f"GPU {number}"] = f"{about.name}, {about.total_memory / 1e9:.1f} GB ({free / 1e9:.1f} GB free)"
+        except RuntimeError as error:  # a broken driver, or a GPU that another process has for itself
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            found[f"GPU {number}"] = f"cannot be used ({reason})"
+            problems.append(f"GPU {number} cannot be used ({reason}); free it, or set CUDA_VISIBLE_DEVICES without it")
     if not torch.cuda.device_count():
         found["GPU"] = "none that torch finds"
         if shutil.which("nvidia-smi") and torch.version.cuda is None:
@@ -160,7 +165,7 @@ def _machine(problems: list[str]) -> dict[str, str]:
     pages = Path("/proc/meminfo")
     if pages.is_file():
         sizes = dict(line.split(":", 1) for line in pages.read_text(encoding="utf-8").splitlines() if ":" in line)
-        total, left = (int(sizes[name].split()[0]) / 1e6 for name in ("MemTotal", "MemAvailable"))
+        total, left = (int(sizes.get(name, "0").split()[0]) / 1e6 for name in ("MemTotal", "MemAvailable"))
         found["memory"] = f"{total:.1f} GB ({left:.1f} GB available)"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
     found["C++ compiler"] = compiler or "none: --fast does not compile networks; install g++"

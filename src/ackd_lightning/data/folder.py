@@ -127,7 +127,8 @@ class ImageFolderDataModule(CustomImagesDataModule):
         if part == "train" and self._flat:
             return self._without_labels(self._folders["train"])
         if part == "train" or part not in self._folders:
-            files = self._whole or scan_class_folders(self._folders["train"], order=self.class_order)
+            kept = None if part == "train" else self._whole  # files may have changed since an earlier setup
+            files = kept or scan_class_folders(self._folders["train"], order=self.class_order)
             if "test" not in self._folders:
                 self._whole = files if part == "train" else None  # the test part is read next
                 files = files.select(split_test(files.targets, part, self.root))

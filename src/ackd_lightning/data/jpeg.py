@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from PIL import Image
+
 _HEAD = 4096
 """Bytes of a file in which its header is looked for."""
 _TAIL = 16
@@ -50,7 +52,9 @@ def _has_header(head: bytes) -> bool:
             return frame
         if kind in _FRAMES:
             frame = head[place + 4] == 8 and head[place + 9] in (1, 3, 4)
-            if not (frame and any(head[place + 5 : place + 7]) and any(head[place + 7 : place + 9])):
+            height, width = (head[place + at] << 8 | head[place + at + 1] for at in (5, 7))
+            most_pixels = Image.MAX_IMAGE_PIXELS  # PIL refuses images of more than twice as many
+            if not (frame and height and width) or (most_pixels and height * width > most_pixels):
                 return False
         elif (kind != _TABLE and kind < _SCAN) or kind == 0xFF or length < 2:
             return False

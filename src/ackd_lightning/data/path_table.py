@@ -49,7 +49,9 @@ class PathTable:
             root: Folder that the names are relative to.
             paths: The files.
         """
-        return cls(root, [os.path.relpath(path, root) for path in paths])
+        return cls(
+            root, [str(path.relative_to(root) if path.is_relative_to(root) else path.absolute()) for path in paths]
+        )
 
     @classmethod
     def of(cls, root: Path | str, listed: Sequence[Listed], prefix: str = "") -> PathTable:

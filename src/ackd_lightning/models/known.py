@@ -19,7 +19,12 @@ def _structure(network: nn.Module) -> tuple[Any, ...] | None:
         own = vars(module)
         if not type(module).__module__.startswith(_LIBRARIES) or "forward" in own:
             return None
-        made = (own.get("model_name"), repr(own.get("model_options")), own.get("stage_plan"), own.get("plan"))
+        made = (
+            own.get("model_name"),
+            repr(own.get("model_options")),
+            repr(own.get("stage_plan")),
+            repr(own.get("plan")),
+        )
         parts.append((name, type(module), module.extra_repr(), *made))
     tensors = tuple((name, tensor.shape, tensor.dtype) for name, tensor in network.state_dict().items())
     return (*parts, tensors)

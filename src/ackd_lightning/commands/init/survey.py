@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import statistics
 from collections import Counter, defaultdict
@@ -170,7 +171,8 @@ def _duplicates(
     same: defaultdict[bytes, list[tuple[Path, Part, str]]] = defaultdict(list)
     for group in alike.values():
         for entry in group:
-            same[hashlib.blake2b(entry[0].read_bytes(), digest_size=16).digest()].append(entry)
+            with contextlib.suppress(OSError):  # named among the broken files
+                same[hashlib.blake2b(entry[0].read_bytes(), digest_size=16).digest()].append(entry)
     shared, contradicting = [], []
     for first, *others in same.values():
         for other in others:

@@ -298,4 +298,7 @@ def _report(search: _Search, settings: Sequence[str]) -> None:
     with whole_file(path) as partial:
         partial.write_text(head + text, encoding="utf-8")
     print(f"{path}:\n{text}", end="")
-    print(f"next:\n  {shlex.join(['ackd', 'fit', *settings, '--config', str(path)])}")
+    chosen = as_arguments(
+        best.user_attrs["settings"]
+    )  # as options: another one may name the class whose argument it is
+    print(f"next:\n  {shlex.join(['ackd', 'fit', *settings, *chosen])}")
