@@ -9,7 +9,7 @@ import unicodedata
 
 import pytest
 
-from ackd_lightning.data import ImageFolderDataModule, folders
+from ackd_lightning.data import ImageFolderDataModule, walk
 from ackd_lightning.data.folders import class_folders, part_of
 from ackd_lightning.errors import ACKDError
 
@@ -181,7 +181,7 @@ def test_endings_of_images_are_read(folder, picture, name):
 
 @pytest.mark.parametrize("name", ["a.heic", "b.raw", "c.pdf", "d"])
 def test_files_that_are_not_read_are_counted_and_said(folder, name, caplog, monkeypatch):
-    monkeypatch.setattr(folders, "find_spec", lambda package: None)
+    monkeypatch.setattr(walk, "find_spec", lambda package: None)
     (folder / "train" / "dog" / name).write_bytes(b"0123456789")
     with caplog.at_level(logging.WARNING):
         assert made(folder).num_train_samples == 32

@@ -189,7 +189,7 @@ def parse_yaml(text: str) -> Any:
     """
     if hasattr(yaml, "CSafeLoader"):
         with contextlib.suppress(Exception):  # told by the other one, which counts lines as people do
-            return yaml.load(text, Loader=yaml.CSafeLoader)
+            return yaml.CSafeLoader(text).get_single_data()
     return yaml.safe_load(text)
 
 

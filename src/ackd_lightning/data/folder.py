@@ -11,7 +11,6 @@ import torch
 from ackd_lightning.data.custom import CustomImagesDataModule, say_test_is_validation, split_test
 from ackd_lightning.data.folders import (
     ClassOrder,
-    Walk,
     class_folders,
     class_names_of,
     part_of,
@@ -24,6 +23,7 @@ from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import NO_LABEL, Files, Source
+from ackd_lightning.data.walk import Walk
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import checked
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ackd_lightning.data.folders import class_folders, image_files, scan_class_folders
+from ackd_lightning.data.folders import class_folders, scan_class_folders
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files
 from ackd_lightning.data.stored import StoredDataModule
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ackd_lightning.data.walk import image_files
 from ackd_lightning.errors import ACKDError
 
 _LAYOUT = (

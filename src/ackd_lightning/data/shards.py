@@ -17,10 +17,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ackd_lightning.data.augmentation import ImageAugmentation
 from ackd_lightning.data.datasets import EVAL_BORDER, augmented_crop
 from ackd_lightning.data.decoding import Encoded, load_image
-from ackd_lightning.data.folders import extensions
 from ackd_lightning.data.pixels import ImageFormat, convert, fit, is_deep, to_tensor
 from ackd_lightning.data.sampling import STREAM_SHUFFLE, STREAM_TRANSFORM, ImageLoader
 from ackd_lightning.data.transforms import RawBatch
+from ackd_lightning.data.walk import extensions
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.random import mix
 

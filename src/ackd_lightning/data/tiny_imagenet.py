@@ -12,12 +12,13 @@ import torch
 
 from ackd_lightning.data.custom import Side
 from ackd_lightning.data.download import Archive, DownloadedDataModule, extract
-from ackd_lightning.data.folders import class_folders, class_names_of, image_files, scan_class_folders
+from ackd_lightning.data.folders import class_folders, class_names_of, scan_class_folders
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files, Pixels
 from ackd_lightning.data.stored import ROOT
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ackd_lightning.data.walk import image_files
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import checked
 

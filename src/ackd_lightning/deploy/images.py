@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ackd_lightning.data.decoding import load_image
-from ackd_lightning.data.folders import Walk
 from ackd_lightning.data.pixels import bands, convert, is_convertible, largest_value
 from ackd_lightning.data.table import read_columns
+from ackd_lightning.data.walk import Walk
 from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.errors import ACKDError, count_of
 
