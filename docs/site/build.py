@@ -14,6 +14,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import mean, stdev
 from urllib.parse import unquote, urlsplit
 
 from latex2mathml.converter import convert
@@ -24,6 +25,9 @@ from ackd_lightning.methods.base import Method
 
 ROOT = Path(__file__).parents[2]
 SOURCES, SITE = ROOT / "build/docs", ROOT / "build/site"
+MEASURED = ROOT / "benchmarks/results/cifar10-jpeg-methods.json"
+ANCHOR = "cifar-10-as-jpeg-methods-since-2022-and-related-work"
+"""Where docs/results.md shows what `MEASURED` holds."""
 API = {
     "Training": "training.module training.schedule models.student_config models.teacher_config",
     "Methods": "methods.base methods.sum methods.logits types",
@@ -44,10 +48,17 @@ def fragments() -> dict[str, list[str]]:
     return found
 
 
-def measured() -> dict[str, list[dict[str, str]]]:
-    """Rows of docs/results.md that were exported to benchmarks/results/methods.json, by fragment."""
-    path = ROOT / "benchmarks/results/methods.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def measured() -> dict[str, str]:
+    """Return what docs/results.md has of a method on CIFAR-10 as JPEG, by the row of its table."""
+    runs = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if run["kind"] == "student":
+            found.setdefault(run["row"], []).append(run["acc"])
+    rows = {row: f"{mean(values):.2f} ± {stdev(values):.2f}" for row, values in found.items()}
+    setting = f"resnet8 on CIFAR-10 as JPEG, {runs[0]['epochs']} epochs, n = {len(found['ce'])}"
+    beside = f"student alone {rows['ce']}, KD with weights 1 and 1 {rows['kd_1_1']}"
+    return {row: f"{text} % with {setting}; {beside}" for row, text in rows.items()}
 
 
 def method_pages() -> dict[str, str]:
@@ -65,8 +76,9 @@ def method_pages() -> dict[str, str]:
             lines += [f"`--config` {listed} · `from ackd_lightning.methods import {each}`", ""]
         lines += [f"::: {module}", "    options:", "      show_root_heading: false", "      show_root_toc_entry: false"]
         lines += [f"      members: [{each}]", ""]
-        for row in [row for name in names.get(each, []) for row in rows.get(name.removesuffix(".yaml"), [])]:
-            lines += [f"Measured: {row['text']} ([{row['where']}](../results.md#{row['anchor']}))", ""]
+        for row in [name.removesuffix(".yaml") for name in names.get(each, [])]:
+            if row in rows:
+                lines += [f"Measured, `{row}`: {rows[row]} ([table](../results.md#{ANCHOR}))", ""]
         path = f"method/{each.lower()}.md"
         (SOURCES / path).write_text("\n".join(lines), encoding="utf-8")
         pages[path] = each

@@ -38,6 +38,22 @@ def test_the_bar_shows_the_accuracies_and_the_time_left_for_the_run():
     assert bar._left(fitting) is None  # after the fit
 
 
+def test_the_clock_of_a_resumed_run_starts_at_its_first_batch():
+    """The batches of the checkpoint took no time of this run."""
+    bar = RunBar(SimpleNamespace(best={}))
+    bar._trainer = None
+    progress = SimpleNamespace(current=SimpleNamespace(ready=0))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    resumed = SimpleNamespace(
+        num_training_batches=10, fit_loop=loop, current_epoch=4, max_epochs=10, training=True, progress_bar_metrics={}
+    )
+    assert bar._left(resumed) is None
+    progress.current.ready = 6  # five of the checkpoint, and the one that starts
+    bar.on_train_batch_start(resumed, build(CE()), None, 5)
+    assert bar.started is not None
+    assert bar.started[1] == 4.5
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (36_000, "10:00:00")])
 def test_clock(seconds, text):
     assert clock(seconds) == text

@@ -60,3 +60,17 @@ def test_a_step_that_fails_is_a_problem(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ackd_lightning.launch.execute.run", fails)
     assert main(["doctor"]) == 1
     assert "no kernel image" in capsys.readouterr().err
+
+
+def test_a_gpu_that_does_not_answer_is_a_problem_with_a_remedy(monkeypatch, capsys):
+    def busy(number):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy\nsecond line")
+
+    monkeypatch.setattr(doctor, "_one_step", lambda problems: "works")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", busy)
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr()
+    assert "GPU 0 cannot be used (CUDA error: all CUDA-capable devices are busy)" in shown.err
+    assert "CUDA_VISIBLE_DEVICES" in shown.err
+    assert "second line" not in shown.err + shown.out

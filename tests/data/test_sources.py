@@ -110,3 +110,13 @@ def test_some_of_the_files(tmp_path):
     assert (some.names, len(some), some.file(-1)) == (("2", "0"), 2, tmp_path / "0")
     with pytest.raises(IndexError):
         some.file(2)
+
+
+def test_a_path_outside_the_root_stays_whole(tmp_path):
+    """``..`` after a linked folder is another place than ``..`` in its name."""
+    (tmp_path / "real/shards").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real/shards")
+    (tmp_path / "image.png").write_bytes(b"x")
+    table = PathTable.of_paths(tmp_path / "link", [tmp_path / "image.png", tmp_path / "link/inside.png"])
+    assert [table[0], table[1]] == [tmp_path / "image.png", tmp_path / "link/inside.png"]
+    assert table[0].read_bytes() == b"x"

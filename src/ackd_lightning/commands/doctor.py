@@ -134,7 +134,7 @@ def _accelerators(problems: list[str]) -> dict[str, str]:
 
     from ackd_lightning.training.speed import has_bfloat16
 
-    found = {"bfloat16": "fast" if has_bfloat16("auto") else "not faster than float32 here"}
+    found, asked = {}, "auto"
     for number in range(torch.cuda.device_count()):
         try:
             about = torch.cuda.get_device_properties(number)
@@ -143,7 +143,9 @@ def _accelerators(problems: list[str]) -> dict[str, str]:
         except RuntimeError as error:  # a broken driver, or a GPU that another process has for itself
             reason = (str(error).splitlines() or ["no reason given"])[0]
             found[f"GPU {number}"] = f"cannot be used ({reason})"
+            asked = "cpu"
             problems.append(f"GPU {number} cannot be used ({reason}); free it, or set CUDA_VISIBLE_DEVICES without it")
+    found["bfloat16"] = "fast" if has_bfloat16(asked) else "not faster than float32 here"
     if not torch.cuda.device_count():
         found["GPU"] = "none that torch finds"
         if shutil.which("nvidia-smi") and torch.version.cuda is None:

@@ -298,7 +298,6 @@ def _report(search: _Search, settings: Sequence[str]) -> None:
     with whole_file(path) as partial:
         partial.write_text(head + text, encoding="utf-8")
     print(f"{path}:\n{text}", end="")
-    chosen = as_arguments(
-        best.user_attrs["settings"]
-    )  # as options: another one may name the class whose argument it is
+    # as options: another one may name the class whose argument it is
+    chosen = as_arguments(best.user_attrs["settings"])
     print(f"next:\n  {shlex.join(['ackd', 'fit', *settings, *chosen])}")
