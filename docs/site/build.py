@@ -1,11 +1,13 @@
 """Build the documentation site: `make docs` writes build/site/index.html.
 
-The pages of docs/ are copied, a page for every method and every module of the API is generated from the docstrings,
+The pages of docs/ are copied, a page for every notebook is made from its cells and outputs, a page for every method
+and every module of the API is generated from the docstrings,
 Zensical renders them, formulas become MathML, and every link and anchor of the result is checked.
 """
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
@@ -15,6 +17,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from latex2mathml.converter import convert
@@ -28,6 +31,8 @@ SOURCES, SITE = ROOT / "build/docs", ROOT / "build/site"
 MEASURED = ROOT / "benchmarks/results/cifar10-jpeg-methods.json"
 ANCHOR = "cifar-10-as-jpeg-methods-since-2022-and-related-work"
 """Where docs/results.md shows what `MEASURED` holds."""
+NOTEBOOKS = ("quickstart", "distil_photos", "look_inside_ackd", "write_a_method", "student_to_device")
+"""In the order of the navigation."""
 API = {
     "Training": "training.module training.schedule models.student_config models.teacher_config",
     "Methods": "methods.base methods.sum methods.logits types",
@@ -99,9 +104,44 @@ def api_pages() -> dict[str, str]:
     return pages
 
 
+def cell_lines(cell: dict[str, Any], picture: Path) -> list[str]:
+    """Return a notebook's cell as Markdown; what it drew goes to files whose names begin with that of ``picture``."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return [source, ""]
+    lines = ["```python", source, "```", ""]
+    for number, output in enumerate(cell["outputs"]):
+        data = output.get("data", {})
+        if "image/png" in data:
+            file = picture.with_name(f"{picture.name}_{number}.png")
+            file.write_bytes(base64.b64decode("".join(data["image/png"])))
+            lines += [f"![What the lines above draw]({file.name})", ""]
+        elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+            lines += ["```text", text, "```", ""]
+    return lines
+
+
+def notebook_pages() -> dict[str, str]:
+    """Write one page for every notebook, with its outputs; return their titles by file."""
+    folder = SOURCES / "notebook"
+    folder.mkdir()
+    if unlisted := {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} ^ set(NOTEBOOKS):
+        raise ValueError(f"NOTEBOOKS and the folder notebooks/ differ in {', '.join(sorted(unlisted))}")
+    pages = {}
+    for name in NOTEBOOKS:
+        cells = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        lines = [line for n, cell in enumerate(cells) for line in cell_lines(cell, folder / f"{name}_{n}")]
+        title = lines[0].partition("\n")[0].removeprefix("# ")
+        text = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", "\n".join(lines)).replace("](../docs/", "](../")
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        pages[f"notebook/{name}.md"] = title
+    return pages
+
+
 def as_page(text: str, titles: dict[str, str]) -> str:
     """Replace links to files that are not pages by their text, and file names as the text of links by titles."""
-    outside = r"(?:\.\./)*(?:src/|benchmarks/|configs/|tests/|notebooks/|[A-Z]+\b)"
+    text = re.sub(r"\]\((?:\.\./)?notebooks/(\w+)\.ipynb\)", r"](notebook/\1.md)", text)
+    outside = r"(?:\.\./)*(?:src/|benchmarks/|configs/|tests/|[A-Z]+\b)"
     text = re.sub(rf"\[([^\]]+)\]\({outside}[^)]*\)", r"\1", text)
     return re.sub(r"\[(?:docs/)?(\w+\.md)\](?=\(\1)", lambda found: f"[{titles.get(found[1], found[1])}]", text)
 
@@ -186,7 +226,9 @@ def broken_links() -> list[str]:
 def main() -> int:
     """Build the site and return the exit code."""
     copy_pages()
-    configuration = write_configuration(method_pages=method_pages(), api_pages=api_pages())
+    configuration = write_configuration(
+        notebook_pages=notebook_pages(), method_pages=method_pages(), api_pages=api_pages()
+    )
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(configuration)]
     built = subprocess.run(command, check=False, capture_output=True, text=True)
     if built.returncode:
