@@ -26,10 +26,9 @@ ON_TEST = "`best` is the best epoch on the test set itself and therefore too opt
 
 
 def finished(place, name="kd-seed0", *, seed=0, settings=None, row="kd", kind="student", pair=PAIR, **run):
-    write_run(place / name, **run)
-    return make_job(
-        place / name, seed=seed, row=row, kind=kind, pair=pair, settings=settings or {"model.optimizer.lr": 0.1}
-    )
+    folder = place / "runs" / pair / name
+    write_run(folder, **run)
+    return make_job(folder, seed=seed, row=row, kind=kind, pair=pair, settings=settings or {"model.optimizer.lr": 0.1})
 
 
 class TestRecord:
@@ -40,7 +39,7 @@ class TestRecord:
             "row": "kd",
             "kind": "student",
             "seed": 3,
-            "run": str(job.folder),
+            "run": f"runs/{PAIR}/kd-seed0",
             "config_hash": job.config_hash,
             "commit": "abc+",
             "versions": {"ackd_lightning": "0", "torch": "2"},

@@ -252,15 +252,23 @@ def _report(
         reasons = {(job.pair, job.row): failed[job.folder] for job in jobs if job.folder in failed}
         content = lines(table, pairs, rows, records, planner, reasons, against)
     files = write_tables(table, content, folder, text, against)
+    asked = {"teacher", *(row.name for row in rows)}
     for pair in dict.fromkeys(line.pair for line in content):
         for metric in dict.fromkeys(line.metric for line in content):
             shown = Table(title=f"{table.title}: {pair}, {METRIC_NAMES[metric]}")
             heads = columns(against)
             for column in heads:
-                shown.add_column(column, justify="left" if column == "row" else "right")
-            for line in content:
-                if (line.pair, line.metric) == (pair, metric):
+                if column == "row":
+                    shown.add_column(column, overflow="fold", min_width=24)
+                else:
+                    shown.add_column(column, justify="right")
+            own = [line for line in content if (line.pair, line.metric) == (pair, metric)]
+            absent = [line.row for line in own if line.row not in asked and not line.last]
+            for line in own:
+                if line.row not in absent:
                     shown.add_row(*line.cells()[: len(heads)])
             Console(width=None if Console().is_terminal else 120).print(shown)
+            if absent:
+                print(f"Not run, and not asked for: {', '.join(absent)} ({files[0]} has their lines)")
     print(text)
     print(", ".join(map(str, [*files, planner.out / "results.json"])))

@@ -121,4 +121,4 @@ def write_records(records: Sequence[dict[str, Any]], path: Path) -> None:
     if path.is_file():
         known = {each["run"]: each for each in json.loads(path.read_text(encoding="utf-8"))}
     known |= {each["run"]: each for each in records}
-    write_json([each for run, each in known.items() if (Path(run) / "summary.json").is_file()], path)
+    write_json([each for run, each in known.items() if (path.parent / run / "summary.json").is_file()], path)

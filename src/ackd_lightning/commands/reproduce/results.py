@@ -19,6 +19,15 @@ from ackd_lightning.runs.files import read_summary
 NOT_RUN = "not run"
 
 
+def place_of(job: Job) -> str:
+    """Return where a run lies below the folder of the results, ``runs/CONFIGURATION/NAME``.
+
+    Args:
+        job: Run.
+    """
+    return "/".join(job.folder.parts[-3:])
+
+
 def record(job: Job) -> dict[str, Any]:
     """Describe a finished run as plain data.
 
@@ -44,7 +53,7 @@ def record(job: Job) -> dict[str, Any]:
         "row": job.row,
         "kind": job.kind,
         "seed": job.seed,
-        "run": str(job.folder.resolve()),
+        "run": place_of(job),
         "config_hash": job.config_hash,
         "commit": versions.get("commit"),
         "versions": {key: value for key, value in versions.items() if key != "commit"},
@@ -201,7 +210,7 @@ def _teacher_line(
         last = (100 * float(known),) if known else ()
     else:
         job = planner.known_teacher(pair)
-        own = [each for each in records if job and each["run"] == str(job.folder.resolve())]
+        own = [each for each in records if job and each["run"] == place_of(job)]
         last = _percent(own, "last", metric)
         best = _percent(own, "best", metric)
     paper = _as_accuracy(table, pair.figure("teacher", number))
