@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,11 @@ def test_broken_files_and_duplicates_are_named(here, capsys):
     (root / "train/dog/twin.png").write_bytes((root / "train/cat/3.png").read_bytes())
     assert main(["init", "pets"]) == 0
     assert Path("pets_broken.txt").read_text() == "pets/train/cat/5.png\n"
+    for name in ("teacher.yaml", "student.yaml", "samples.png"):
+        Path(f"pets_{name}").unlink()
+    assert main(["init", "pets"]) == 2  # the list may be somebody's
+    assert "pets_broken.txt exists" in capsys.readouterr().err
+    assert main(["init", "pets", "--force"]) == 0
     seen = survey("pets")
     assert len(seen.shared) == 4
     assert [(one.name, other.name) for one, other in seen.contradicting] == [("3.png", "twin.png")]
@@ -105,6 +111,14 @@ def test_only_the_teacher_fetches_weights_and_only_when_allowed(here):
             else not expected
         )
         assert "pretrained" not in {**student["student"], **student["teacher"]}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+def test_a_line_break_in_the_name_of_the_folder_stays_in_its_quotes(here):
+    photos(Path("my\npets"), {"cat": 3, "dog": 3})
+    assert main(["init", "my\npets"]) == 0
+    for which in ("teacher", "student"):
+        assert load_configs([f"my_pets_{which}.yaml"])[0]["data"]["init_args"]["root"] == "my\npets"
 
 
 def test_a_folder_of_one_class_is_refused_with_the_command(here, capsys):

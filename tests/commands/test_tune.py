@@ -78,6 +78,17 @@ def test_a_grid_is_tried_whole_and_a_failure_ends_the_search(monkeypatch, capsys
     assert len(calls) == 1
 
 
+def test_a_failed_trial_of_a_grid_is_tried_again(monkeypatch):
+    run, rates = Processes.process, ["--set", "model.optimizer.lr=0.1,0.2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Processes, "process", lambda *given: run(*given) if "0.1" in given[1] else "no such luck")
+        main([*TUNE, *rates])
+    assert main([*TUNE, *rates]) == 0
+    assert sorted(each["--model.optimizer.lr"] for each in tried()) == ["0.1", "0.2"]
+    assert main([*TUNE, *rates]) == 0  # nothing is left
+    assert len(tried()) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -49,7 +49,7 @@ def init(
     named = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()  # a link keeps its own name
     name = re.sub(r"\W+", "_", named.name).strip("_") or "photos"
     place = Path(out)
-    files = [place / f"{name}{ending}" for ending in ("_teacher.yaml", "_student.yaml", "_samples.png")]
+    files = [place / f"{name}{ending}" for ending in ("_teacher.yaml", "_student.yaml", "_samples.png", "_broken.txt")]
     if (there := [each for each in files if each.exists()]) and not force:
         raise ACKDError(f"{there[0]} exists; choose another --out, or replace it with --force")
     check_writable(place, "--out")
@@ -64,13 +64,13 @@ def init(
     print(f"samples: {files[2]}, {COLUMNS} training images{more or ' of each class'}")
     chosen = choose(seen, pretrained=pretrained)
     _show(reasons(seen, chosen, asked=pretrained))
-    teacher, student = files[:2]
+    teacher, student, _, listed = files
     weights = f"weights/{teacher.stem}.safetensors"
     _write(teacher, teacher_text(folder, chosen, places))
     _write(student, student_text(folder, chosen, places, weights=weights))
     for each in (teacher, student):
         ACKDCLI("fit", ["--config", str(each)])  # what is written can be read
-    _next(seen, teacher, student, fetches=chosen.teacher if chosen.pretrained else "")
+    _next(seen, teacher, student, listed, fetches=chosen.teacher if chosen.pretrained else "")
 
 
 def _write(path: Path, text: str) -> None:
@@ -113,10 +113,10 @@ def _show(rows: list[Choice]) -> None:
     Console(width=None if Console().is_terminal else 140).print(table)
 
 
-def _next(seen: Survey, teacher: Path, student: Path, *, fetches: str) -> None:
+def _next(seen: Survey, teacher: Path, student: Path, listed: Path, *, fetches: str) -> None:
     print(f"written: {teacher}, {student}")
+    listed.unlink(missing_ok=True)  # of an earlier call
     if seen.broken:
-        listed = teacher.with_name(f"{teacher.stem.removesuffix('_teacher')}_broken.txt")
         _write(listed, "".join(f"{path}\n" for path in seen.broken))
         print(f"first replace or delete the broken files, with which no fit starts; {listed} lists them")
     if fetches:

@@ -53,7 +53,7 @@ def teacher_text(root: str, c: Choices, places: dict[str, str | None]) -> str:
         places: Arguments of the data module that name folders.
     """
     recipe = "finetune" if c.pretrained else "sgd" if c.small else "adamw"
-    lines = [f"# teacher: {c.teacher} on {root}; written by ackd init"]
+    lines = [f"# teacher: {c.teacher} on {_plain(root)}; written by ackd init"]
     lines += [f"include: [recipes/{recipe}, recipes/teacher]", "trainer:", f"  max_epochs: {c.teacher_epochs}"]
     lines += [*_data(root, c, places), "model:"]
     if c.pretrained:
@@ -76,7 +76,7 @@ def student_text(root: str, c: Choices, places: dict[str, str | None], *, weight
         weights: Weight file of the teacher.
     """
     recipe = "sgd" if c.small else "adamw"
-    lines = [f"# {c.method}: {c.teacher} teaches {c.student} on {root}; written by ackd init"]
+    lines = [f"# {c.method}: {c.teacher} teaches {c.student} on {_plain(root)}; written by ackd init"]
     lines += ["# another method: ackd fit --config THIS_FILE --config ackd.yaml; `ackd configs` lists them"]
     lines += [f"include: [recipes/{recipe}, methods/{c.method}]", "trainer:", f"  max_epochs: {c.student_epochs}"]
     lines += [*_data(root, c, places), "model:"]

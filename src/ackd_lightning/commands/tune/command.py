@@ -187,7 +187,7 @@ class _Search:
                     )
 
     def begin(self, combinations: Sequence[dict[str, str]]) -> None:
-        """Plan what an earlier call has left unfinished, and every combination of a grid.
+        """Plan what an earlier call has left unfinished, and every combination of a grid that has no accuracy yet.
 
         Args:
             combinations: Parameters of a grid; empty for a search.
@@ -196,8 +196,11 @@ class _Search:
         for left in self.study.get_trials(deepcopy=False, states=(states.RUNNING,)):
             self.study.tell(left.number, state=states.FAIL)
             self.study.enqueue_trial(left.params)
+        kept = self.study.get_trials(deepcopy=False, states=(states.COMPLETE, states.WAITING))
+        known = [each.params or each.system_attrs.get("fixed_params") for each in kept]
         for each in combinations:
-            self.study.enqueue_trial(each, skip_if_exists=True)
+            if each not in known:
+                self.study.enqueue_trial(each)
 
     @property
     def finished(self) -> list[Any]:
