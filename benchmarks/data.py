@@ -3,8 +3,8 @@
     python benchmarks/data.py --pairs 5
 
 Every pair runs each side once in a fresh process (A B A B over the pairs): images of 32 x 32 in memory, then JPEG files
-of about 500 x 375 that become 224 x 224. All sides end at the float batch that a network receives. A pair with load of
-other processes is discarded and repeated. README.md in this folder explains the numbers.
+of about 500 x 375 and photos of 4000 x 3000 that become 224 x 224. All sides end at the float batch that a network
+receives. A pair with load of other processes is discarded and repeated. README.md in this folder explains the numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ from ackd_lightning.runs.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY_BATCH, FILE_BATCH = 128, 64
-LINKS = 4
-"""Number of names of each file: the epoch is long and the folder small."""
+SIZES = {"files": (500, 375, 4), "photos": (4000, 3000, 40)}
+"""Width, height, and names of each file: the epoch is long and the folder small."""
 DETAIL = ((4, 45.0), (16, 25.0), (64, 15.0), (250, 10.0))
 """Noise of an image: cells across the image, strength in grey levels."""
 
@@ -42,21 +43,21 @@ DETAIL = ((4, 45.0), (16, 25.0), (64, 15.0), (250, 10.0))
 # ---------------------------------------------------------------- images
 
 
-def write_images(root: Path, count: int) -> None:
-    """Write smooth random JPEGs: ``train`` with ``count`` names of a quarter as many files, and a few in ``test``."""
+def write_images(root: Path, count: int, long: int, short: int, links: int) -> None:
+    """Write smooth random JPEGs: ``train`` with ``count`` names, ``links`` of each file, and a few in ``test``."""
     draw = np.random.default_rng(0)
-    for number in range(-8, count // LINKS):
-        width, height = (500, 375) if number % 4 else (375, 500)
+    for number in range(-4, count // links):
+        width, height = (long, short) if number % 4 else (short, long)
         pixels = np.full((height, width, 3), 128.0)
         for (cells, strength), channel in itertools.product(DETAIL, range(3)):
             noise = draw.normal(0, strength, (cells * height // width, cells)).astype(np.float32)
             pixels[..., channel] += np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
         folder = root / ("train" if number >= 0 else "test") / f"class{number % 4}"
         folder.mkdir(parents=True, exist_ok=True)
-        first = folder / f"{number + 8:05d}-0.jpg"
+        first = folder / f"{number + 4:05d}-0.jpg"
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(first, quality=90)
-        for link in range(1, LINKS if number >= 0 else 1):
-            first.with_name(f"{number + 8:05d}-{link}.jpg").hardlink_to(first)
+        for link in range(1, links if number >= 0 else 1):
+            first.with_name(f"{number + 4:05d}-{link}.jpg").hardlink_to(first)
 
 
 class Pictures(Dataset):
@@ -121,15 +122,20 @@ SIDES = {
     "memory, ours": lambda root: ours(small()),
     "memory, torchvision": lambda root: small_usual(0),
     "memory, torchvision, 2 workers": lambda root: small_usual(2),
-    "files, ours, 2 workers": lambda root: ours(large(root)),
-    "files, torchvision, 2 workers": large_usual,
-    "files, torchvision on tensors, 2 workers": lambda root: large_usual(root, loader=as_tensor),
+} | {
+    f"{kind}, {name}, 2 workers": (lambda root, kind=kind, make=make: make(root / kind))
+    for kind in SIZES
+    for name, make in {
+        "ours": lambda root: ours(large(root)),
+        "torchvision": large_usual,
+        "torchvision on tensors": lambda root: large_usual(root, loader=as_tensor),
+    }.items()
 }
 RATIOS = (
     ("memory, ours", "memory, torchvision"),
     ("memory, ours", "memory, torchvision, 2 workers"),
-    ("files, ours, 2 workers", "files, torchvision, 2 workers"),
-    ("files, ours, 2 workers", "files, torchvision on tensors, 2 workers"),
+    *((f"{kind}, ours, 2 workers", f"{kind}, torchvision, 2 workers") for kind in SIZES),
+    *((f"{kind}, ours, 2 workers", f"{kind}, torchvision on tensors, 2 workers") for kind in SIZES),
 )
 
 
@@ -186,7 +192,8 @@ def main() -> None:
     parser.add_argument(
         "--attempts", type=int, default=None, help="largest number of pairs to run; default: 3 x --pairs"
     )
-    parser.add_argument("--images", type=int, default=1600, help=f"number of JPEG names, {LINKS} per file")
+    parser.add_argument("--images", type=int, default=1600, help="number of JPEG names of 500 x 375")
+    parser.add_argument("--photos", type=int, default=640, help="number of JPEG names of 4000 x 3000")
     parser.add_argument("--warmup", type=int, default=4, help="untimed batches of every run")
     parser.add_argument(
         "--out", type=Path, default=None, help="raw numbers; default: benchmarks/results/data-TIME.json"
@@ -198,13 +205,18 @@ def main() -> None:
         return
     if options.pairs < 1 or options.warmup < 1:
         parser.error("--pairs and --warmup must be 1 or more")
-    if options.images < (options.warmup + 4) * FILE_BATCH:
-        parser.error(f"--images must be {(options.warmup + 4) * FILE_BATCH} or more, for {options.warmup} + 4 batches")
+    least = (options.warmup + 4) * FILE_BATCH
+    if min(options.images, options.photos) < least:
+        parser.error(f"--images and --photos must be {least} or more, for {options.warmup} + 4 batches")
     kept: list[dict] = []
     rejected: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="ackd-data-") as folder:
-        write_images(Path(folder), options.images)
-        sizes = [path.stat().st_size for path in Path(folder).glob("train/*/*-0.jpg")]
+        names = {"files": options.images, "photos": options.photos}
+        for kind, size in SIZES.items():
+            write_images(Path(folder) / kind, names[kind], *size)
+        sizes = {
+            kind: mean(path.stat().st_size for path in Path(folder).glob(f"{kind}/train/*/*-0.jpg")) for kind in SIZES
+        }
         for attempt in range(options.attempts or 3 * options.pairs):
             pair = measure_pair(options, Path(folder))
             (rejected if pair["busy"] else kept).append(pair)
@@ -216,7 +228,7 @@ def main() -> None:
     out = options.out or RESULTS / f"data-{time.strftime('%Y%m%d-%H%M%S')}.json"
     report = {
         "options": {key: value for key, value in vars(options).items() if key not in ("out", "side")},
-        "mean_file_bytes": sum(sizes) / len(sizes),
+        "mean_file_bytes": sizes,
         "ratios": ratios(kept) if kept else [],
         "pairs": kept,
         "rejected": rejected,

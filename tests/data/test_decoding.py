@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ackd_lightning.data import ImageFolderDataModule, path_table, reading
-from ackd_lightning.data.decoding import read_image
+from ackd_lightning.data import ImageFolderDataModule, decoding, path_table, reading
+from ackd_lightning.data.datasets import augmented_crop, reduction
+from ackd_lightning.data.decoding import load_for_crop, load_image, read_image
 from ackd_lightning.data.folders import scan_class_folders
 from ackd_lightning.data.jpeg import is_whole_jpeg
-from ackd_lightning.data.pixels import ImageFormat, fit, to_tensor
+from ackd_lightning.data.pixels import ImageFormat, convert, fit, height_and_width, to_tensor
 from ackd_lightning.data.reading import check_files, check_image_file, decode
+from ackd_lightning.data.transforms import random_crop
 from ackd_lightning.errors import ACKDError
 
 FORM = ImageFormat((32, 32))
@@ -58,6 +60,68 @@ def test_cmyk_becomes_rgb(tmp_path):
     red, green, blue = read_image(tmp_path / "x.jpg", FORM).getpixel((4, 4))
     assert red > 200
     assert max(green, blue) < 60
+
+
+def photo(path, width, height, orientation=1):
+    """Smooth colours that tell left from right and top from bottom."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = np.stack([255 * columns / width, 255 * rows / height, 128 + 60 * np.sin(columns / 90)], axis=2)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(path, quality=95, exif=exif)
+
+
+@pytest.mark.parametrize(("width", "height", "by"), [(127, 95, 1), (128, 99, 2), (131, 260, 4), (900, 521, 8)])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("library", ["PIL", "simplejpeg"])
+def test_a_large_photo_is_decoded_smaller_for_its_crop(tmp_path, monkeypatch, library, width, height, by, orientation):
+    if library == "PIL":
+        monkeypatch.setattr(decoding, "_simplejpeg", lambda: None)
+    photo(tmp_path / "x.jpg", width, height, orientation)
+    seen = (width, height) if orientation == 6 else (height, width)
+    raw, whole = load_for_crop(tmp_path / "x.jpg", 3, lambda *size: by if size == seen else 1)
+    assert whole == (None if by == 1 else seen)
+    assert height_and_width(raw) == tuple(-(-side // by) for side in seen)
+    form = ImageFormat((16, 16))
+    for seed in range(5):
+        small = augmented_crop(raw, form, seed, 0.3, whole).float()
+        large = augmented_crop(load_image(tmp_path / "x.jpg"), form, seed, 0.3).float()
+        assert (small - large).abs().mean() < 3
+        assert (small - large).abs().max() < 20
+
+
+@pytest.mark.parametrize("by", [1, 2, 4, 8])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_simplejpeg_decodes_what_pil_decodes(tmp_path, monkeypatch, by, channels):
+    photo(tmp_path / "rgb.jpg", 203, 149)
+    Image.open(tmp_path / "rgb.jpg").convert("L").save(tmp_path / "grey.jpg", quality=80)
+    file, form = tmp_path / ("grey.jpg" if channels == 1 else "rgb.jpg"), ImageFormat((8, 8), channels=channels)
+    found = []
+    for library in (decoding._simplejpeg(), None):
+        monkeypatch.setattr(decoding, "_simplejpeg", lambda library=library: library)
+        raw, _ = load_for_crop(file, channels, lambda *size: by)
+        found.append(to_tensor(convert(raw, form, file.name), form))
+        assert isinstance(raw, torch.Tensor) is (library is not None)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_cut_photo_is_named_by_either_library(tmp_path):
+    photo(tmp_path / "x.jpg", 203, 149)
+    (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:-900])
+    with pytest.raises(ACKDError, match=r"x\.jpg.*replace the file or delete it"):
+        load_for_crop(tmp_path / "x.jpg", 3, lambda *size: 1)
+
+
+def test_a_photo_is_never_decoded_smaller_than_its_crop_needs(tmp_path):
+    form, seen = ImageFormat((24, 16)), set()
+    for seed in range(200):
+        factor = reduction(form, seed, 0.08)(300, 200)
+        (left, top, right, bottom), _ = random_crop(200, 300, seed, 0.08)
+        assert factor == 1 or (bottom - top >= 24 * factor and right - left >= 16 * factor)
+        assert factor == 8 or bottom - top < 48 * factor or right - left < 32 * factor
+        seen.add(factor)
+    assert seen == {2, 4, 8}
 
 
 def truncated_jpeg(path, picture):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as vision
 
-from ackd_lightning.data.decoding import ImageFile, read_image
-from ackd_lightning.data.pixels import Decoded, ImageFormat, fit, height_and_width, to_tensor
+from ackd_lightning.data.decoding import ImageFile, label, load_for_crop, read_image
+from ackd_lightning.data.pixels import Decoded, ImageFormat, convert, fit, height_and_width, to_tensor
 from ackd_lightning.data.sampling import STREAM_TRANSFORM, Part
 from ackd_lightning.data.transforms import Keys, RawBatch, random_crop
 from ackd_lightning.random import mix
@@ -31,7 +31,29 @@ def _as_keys(keys: Sequence[int | Key]) -> tuple[Tensor, Tensor]:
     return both[:, 0].contiguous(), both[:, 1].contiguous()
 
 
-def augmented_crop(image: Decoded, form: ImageFormat, seed: int, smallest: float) -> Tensor:
+def reduction(form: ImageFormat, seed: int, smallest: float) -> Callable[[int, int], int]:
+    """Return the factor by which a JPEG of some height and width may be reduced before `augmented_crop`.
+
+    Args:
+        form: What the image becomes.
+        seed: Seed of the crop.
+        smallest: Smallest share of the image's area.
+
+    Returns:
+        Function for `load_for_crop`: the largest of 8, 4, 2 and 1 at which the crop has the size of the result or more.
+    """
+
+    def factor(height: int, width: int) -> int:
+        (left, top, right, bottom), _ = random_crop(width, height, seed, smallest)
+        times = min((bottom - top) // form.size[0], (right - left) // form.size[1])
+        return next(by for by in (8, 4, 2, 1) if by <= max(1, times))
+
+    return factor
+
+
+def augmented_crop(
+    image: Decoded, form: ImageFormat, seed: int, smallest: float, whole: tuple[int, int] | None = None
+) -> Tensor:
     """Return a random resized crop of an image, mirrored half of the time, as ``C x H x W``.
 
     Args:
@@ -39,9 +61,14 @@ def augmented_crop(image: Decoded, form: ImageFormat, seed: int, smallest: float
         form: What it becomes.
         seed: Seed of the draw, which depends on nothing else.
         smallest: Smallest share of the image's area.
+        whole: Height and width before the image was reduced; None if it was not.
     """
-    height, width = height_and_width(image)
+    size = height_and_width(image)
+    height, width = whole or size
     (left, top, right, bottom), mirror = random_crop(width, height, seed, smallest)
+    if whole is not None:
+        top, bottom = (round(edge * size[0] / height) for edge in (top, bottom))
+        left, right = (round(edge * size[1] / width) for edge in (left, right))
     crop = to_tensor(vision.crop(image, top, left, bottom - top, right - left), form)[None]
     resized = F.interpolate(crop, size=form.size, mode="bilinear", antialias=True)[0]
     return resized.flip(2) if mirror else resized
@@ -99,8 +126,9 @@ class HeldImages(Dataset[Keys]):
 class FileImages(Dataset[RawBatch]):
     """Images that are decoded on demand, in worker processes if there are any.
 
-    Training (keys with an epoch): random resized crop and mirror image, which depend only on (seed, epoch, index). The
-    crop is resized bilinearly with antialiasing by torch on uint8, which is faster than PIL; some pixels differ from
+    Training (keys with an epoch): random resized crop and mirror image, which depend only on (seed, epoch, index). A
+    JPEG whose crop has at least twice the size of the result is decoded at a half, a quarter or an eighth. The crop is
+    resized bilinearly with antialiasing by torch on uint8, which is faster than PIL; some pixels differ from
     PIL's by one grey level. Evaluation: resized until it covers 8/7 of the size, centre crop, by PIL. Nothing is left
     to augment, so ``epoch`` is -1 in every batch.
 
@@ -134,10 +162,12 @@ class FileImages(Dataset[RawBatch]):
         return len(self.rows)
 
     def _image(self, row: int, epoch: int, index: int) -> Tensor:
-        image = read_image(self.opener(row), self.form)
+        file, form = self.opener(row), self.form
         if epoch < 0:
-            return to_tensor(fit(image, self.form.size, border=EVAL_BORDER), self.form)
-        return augmented_crop(image, self.form, mix(self.seed, epoch, index, STREAM_TRANSFORM), self.smallest_crop)
+            return to_tensor(fit(read_image(file, form), form.size, border=EVAL_BORDER), form)
+        seed = mix(self.seed, epoch, index, STREAM_TRANSFORM)
+        raw, whole = load_for_crop(file, form.channels, reduction(form, seed, self.smallest_crop))
+        return augmented_crop(convert(raw, form, label(file)), form, seed, self.smallest_crop, whole)
 
     def __getitems__(self, keys: Sequence[int | Key]) -> RawBatch:
         epoch, index = _as_keys(keys)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ackd_lightning.data.pixels import Decoded, ImageFormat, Spectral, convert
+from ackd_lightning.data.pixels import Decoded, ImageFormat, Raw, Spectral, convert
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
 
@@ -27,6 +30,11 @@ _LOWER = ("RGB;16B", "RGBA;16B")
 
 
 _ORIENTATION = 0x0112
+_ON_ITS_SIDE = (5, 6, 7, 8)
+_JPEG = ("JPEG", "MPO")
+_JPEG_ENDINGS = (".jpg", ".jpeg")
+_PLAIN = {1: "L", 3: "RGB"}
+Factor = Callable[[int, int], int]
 
 
 _BITS_PER_SAMPLE = 258
@@ -105,13 +113,21 @@ def register_heif() -> bool:
     return True
 
 
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation that a camera has stored, 1 for none."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # EXIF data that cannot be read, in any way, name no orientation
+        return 1
+
+
 def _oriented(image: Image.Image) -> Image.Image:
     """Apply the orientation that a camera has stored."""
+    if _orientation(image) == 1:
+        return image
     try:
-        if image.getexif().get(_ORIENTATION, 1) == 1:
-            return image
         return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF data that cannot be read, in any way, name no orientation
+    except Exception:  # as above
         return image
 
 
@@ -158,22 +174,80 @@ def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
     Raises:
         ACKDError: If the file is not a whole image, or needs a package that is not installed.
     """
+    raw, _ = _load(file, None)
+    return cast("Image.Image | NDArray[Any]", raw)  # tensors only for a crop
+
+
+def load_for_crop(file: ImageFile, channels: int, factor: Factor) -> tuple[Raw, tuple[int, int] | None]:
+    """Decode a file of which a crop is needed, which is faster than `load_image` for a JPEG.
+
+    A large JPEG is decoded at a half, a quarter or an eighth of its size. Where simplejpeg is installed, it decodes
+    those that are grey or RGB as they are needed; the pixels are those of PIL.
+
+    Args:
+        file: Image file.
+        channels: Number of channels that is needed.
+        factor: Function of height and width, as the image is seen, that returns 1, 2, 4 or 8: by how much it may be
+            reduced.
+
+    Returns:
+        The image as of `load_image`, or ``C x H x W`` uint8; and height and width of the whole one if it was reduced,
+        otherwise None.
+
+    Raises:
+        ACKDError: As of `load_image`.
+    """
+    if isinstance(file, Path) and suffix_of(file) in _JPEG_ENDINGS:
+        with suppress(OSError):  # said below
+            file = Encoded(str(file), file.read_bytes())
+    return _load(file, lambda image: _jpeg_for_crop(file, image, channels, factor))
+
+
+def _jpeg_for_crop(
+    file: ImageFile, image: Image.Image, channels: int, factor: Factor
+) -> tuple[Raw, tuple[int, int] | None]:
+    (width, height), turn = image.size, _orientation(image)
+    seen = (width, height) if turn in _ON_ITS_SIDE else (height, width)
+    by = factor(*seen)
+    whole = seen if by > 1 else None
+    plain = turn == 1 and image.mode == _PLAIN.get(channels)
+    if plain and isinstance(file, Encoded) and (library := _simplejpeg()) is not None:
+        size = {"min_height": -(-height // by), "min_width": -(-width // by)} if by > 1 else {}
+        with suppress(ValueError):  # PIL decodes it, or says what is wrong
+            pixels = library.decode_jpeg(
+                file.content, "RGB" if channels == 3 else "GRAY", fastdct=False, fastupsample=False, **size
+            )
+            return torch.from_numpy(pixels).permute(2, 0, 1), whole
+    if by > 1:
+        image.draft(image.mode, (width // by, height // by))
+    return as_decoded(image), whole
+
+
+@functools.cache
+def _simplejpeg() -> Any:
+    return import_module("simplejpeg") if find_spec("simplejpeg") else None
+
+
+def _load(
+    file: ImageFile, jpeg: Callable[[Image.Image], tuple[Raw, tuple[int, int] | None]] | None
+) -> tuple[Raw, tuple[int, int] | None]:
+    """Decode a file; ``jpeg`` decodes an open JPEG."""
     suffix = suffix_of(file)
     if suffix in HEIF:
         register_heif()
     try:
         if suffix == ".npy":
-            return _array(_bytes(file)).view(Spectral)
+            return _array(_bytes(file)).view(Spectral), None
         with Image.open(stream(file)) as image:
             deep = has_deep_colours(image)
             if deep and image.format == "PNG":
-                return _deep_png(file)
+                return _deep_png(file), None
             if deep or (image.format == "TIFF" and _has_more(image)):
-                return _tiff(file) if image.mode in ("LA", "RGBA") else _tiff(file).view(Spectral)
-            return as_decoded(image)
+                return _tiff(file) if image.mode in ("LA", "RGBA") else _tiff(file).view(Spectral), None
+            return jpeg(image) if jpeg and image.format in _JPEG else (as_decoded(image), None)
     except UnidentifiedImageError as error:
         if suffix in (".tif", ".tiff"):
-            return _tiff(file).view(Spectral)
+            return _tiff(file).view(Spectral), None
         if suffix in HEIF and not register_heif():
             require("pillow_heif", "heic", label(file))
         raise broken_image(file, error) from None

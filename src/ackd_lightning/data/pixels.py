@@ -23,8 +23,12 @@ _TWELVE_BITS = 4095
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
+Raw = Image.Image | NDArray[Any] | Tensor
+"""A decoded file as it is: an image of 8 bits, an array of another depth, or ``C x H x W`` uint8."""
+
+
 Decoded = Image.Image | Tensor
-"""An image of 8 bits, or ``C x H x W`` float32 from 0 to 1."""
+"""An image of 8 bits, or ``C x H x W`` uint8, or float32 from 0 to 1."""
 
 
 class Spectral(np.ndarray[Any, Any]):
@@ -58,13 +62,13 @@ class ImageFormat:
         return torch.float32 if self.deep else torch.uint8
 
 
-def is_deep(raw: Image.Image | NDArray[Any]) -> bool:
+def is_deep(raw: Raw) -> bool:
     """Whether a decoded file has more than 8 bits.
 
     Args:
-        raw: Result of `load_image`.
+        raw: Decoded file.
     """
-    return not isinstance(raw, Image.Image) and raw.dtype != np.uint8 and raw.dtype != np.bool_
+    return not isinstance(raw, (Image.Image, Tensor)) and raw.dtype != np.uint8 and raw.dtype != np.bool_
 
 
 def largest_value(raw: Image.Image | NDArray[Any]) -> int | None:
@@ -117,18 +121,22 @@ def require_full_range(values: list[int], name: str) -> None:
         )
 
 
-def convert(raw: Image.Image | NDArray[Any], form: ImageFormat, name: str) -> Decoded:
+def convert(raw: Raw, form: ImageFormat, name: str) -> Decoded:
     """Bring a decoded file to the channels and the range of a format.
 
     Args:
-        raw: Result of `load_image`.
+        raw: Decoded file.
         form: What it becomes.
         name: Name of the file.
 
     Raises:
         ACKDError: If it has another number of channels, or an unknown range of values.
     """
-    if isinstance(raw, Image.Image):
+    if isinstance(raw, Tensor):  # has the channels already
+        if form.value_range is None:
+            return raw
+        raw = raw.permute(1, 2, 0).numpy()
+    elif isinstance(raw, Image.Image):
         image = _with_channels(raw, form, name)
         if form.value_range is None:
             return image
@@ -248,8 +256,10 @@ def to_tensor(image: Decoded, form: ImageFormat) -> Tensor:
         image: Decoded image.
         form: Format.
     """
-    if isinstance(image, Tensor):
+    if isinstance(image, Tensor) and image.dtype != torch.uint8:
         return image if form.deep else (image * 255).round().clamp(0, 255).to(torch.uint8)
+    if isinstance(image, Tensor):
+        return image / 255 if form.deep else image
     pixels = np.array(image)
     tensor = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
     return tensor / 255 if form.deep else tensor

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ackd_lightning.data.augmentation import ImageAugmentation
-from ackd_lightning.data.datasets import EVAL_BORDER, augmented_crop
-from ackd_lightning.data.decoding import Encoded, load_image
+from ackd_lightning.data.datasets import EVAL_BORDER, augmented_crop, reduction
+from ackd_lightning.data.decoding import Encoded, load_for_crop, load_image
 from ackd_lightning.data.pixels import ImageFormat, convert, fit, is_deep, to_tensor
 from ackd_lightning.data.sampling import STREAM_SHUFFLE, STREAM_TRANSFORM, ImageLoader
 from ackd_lightning.data.transforms import RawBatch
@@ -159,21 +159,22 @@ class Shards(IterableDataset[RawBatch]):
             )
         target = self.form.target(sample.get(self.form.label_key), place)
         index = key_hash(f"{sample['__key__']}")
-        form = self.form.image
-        raw = load_image(Encoded(f"{place}.{ending}", sample[ending]))
+        form, smallest = self.form.image, self.form.smallest_crop
+        file, seed = Encoded(f"{place}.{ending}", sample[ending]), mix(self.seed, epoch, index, STREAM_TRANSFORM)
+        cropped = epoch >= 0 and (self.form.crop or self.form.change is not None)
+        raw, whole = (
+            load_for_crop(file, form.channels, reduction(form, seed, smallest)) if cropped else (load_image(file), None)
+        )
         if is_deep(raw) != form.deep and (not form.deep or form.value_range is not None):
             here, there = ("8 bits", "more") if form.deep else ("more than 8 bits", "8")
             raise ACKDError(
                 f"{place} has {here} and the first image of the training shards has {there}: write shards of images "
                 "with the same depth"
             )
-        image = convert(raw, form, f"{place}.{ending}")
-        if epoch >= 0 and (self.form.crop or self.form.change is not None):
-            cropped = augmented_crop(
-                image, form, mix(self.seed, epoch, index, STREAM_TRANSFORM), self.form.smallest_crop
-            )
-            change = self.form.change
-            return (cropped if change is None else change(cropped, epoch, index)), target, index
+        image = convert(raw, form, file.name)
+        if cropped:
+            crop, change = augmented_crop(image, form, seed, smallest, whole), self.form.change
+            return (crop if change is None else change(crop, epoch, index)), target, index
         return to_tensor(fit(image, form.size, border=EVAL_BORDER if self.form.crop else 1), form), target, index
 
 
