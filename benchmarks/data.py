@@ -31,6 +31,7 @@ from torchvision.transforms import v2
 
 from ackd_lightning.data import CIFAR100DataModule, ImageDataModule, ImageFolderDataModule
 from ackd_lightning.runs.files import write_json
+from ackd_lightning.training.speed import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY_BATCH, FILE_BATCH = 128, 64
@@ -141,6 +142,7 @@ RATIOS = (
 
 def side(request: dict) -> dict:
     """Run an epoch of one side in this process; the first batches, while workers start, are not timed."""
+    keep_freed_memory()  # as `ackd fit` does on a CPU; here for all sides alike
     batches = iter(SIDES[request["side"]](Path(request["root"])))
     for _ in range(request["warmup"]):
         next(batches)
