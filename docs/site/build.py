@@ -143,7 +143,7 @@ def as_page(text: str, titles: dict[str, str]) -> str:
     text = re.sub(r"\]\((?:\.\./)?notebooks/(\w+)\.ipynb\)", r"](notebook/\1.md)", text)
     outside = r"(?:\.\./)*(?:src/|benchmarks/|configs/|tests/|[A-Z]+\b)"
     text = re.sub(rf"\[([^\]]+)\]\({outside}[^)]*\)", r"\1", text)
-    return re.sub(r"\[(?:docs/)?(\w+\.md)\](?=\(\1)", lambda found: f"[{titles.get(found[1], found[1])}]", text)
+    return re.sub(r"\[(?:docs/)?([\w-]+\.md)\](?=\(\1)", lambda found: f"[{titles.get(found[1], found[1])}]", text)
 
 
 def copy_pages() -> None:
