@@ -10,8 +10,10 @@ receives. A pair with load of other processes is discarded and repeated. README.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import itertools
 import json
+import pstats
 import sys
 import tempfile
 import time
@@ -154,6 +156,20 @@ def side(request: dict) -> dict:
     return {"images_per_second": images / seconds, "images": images, "seconds": seconds, "machine": machine()}
 
 
+def profile(root: Path) -> None:
+    """Print where the time of our files goes, in one process without workers."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    data = large(root / "files")
+    data.num_workers = 0
+    batches = ours(data)
+    next(iter(batches))
+    with cProfile.Profile() as found:
+        images = sum(len(image) for image, *_ in batches)
+    print(f"{images} images")
+    pstats.Stats(found).sort_stats("tottime").print_stats(8)
+
+
 # ---------------------------------------------------------------- pairs
 
 
@@ -200,6 +216,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="raw numbers; default: benchmarks/results/data-TIME.json"
     )
+    parser.add_argument("--profile", action="store_true", help="only show where the time of our files goes")
     parser.add_argument("--side", default=None, help=argparse.SUPPRESS)  # the fresh process of one side
     options = parser.parse_args()
     if options.side is not None:
@@ -216,6 +233,9 @@ def main() -> None:
         names = {"files": options.images, "photos": options.photos}
         for kind, size in SIZES.items():
             write_images(Path(folder) / kind, names[kind], *size)
+        if options.profile:
+            profile(Path(folder))
+            return
         sizes = {
             kind: mean(path.stat().st_size for path in Path(folder).glob(f"{kind}/train/*/*-0.jpg")) for kind in SIZES
         }
@@ -229,7 +249,7 @@ def main() -> None:
                 break
     out = options.out or RESULTS / f"data-{time.strftime('%Y%m%d-%H%M%S')}.json"
     report = {
-        "options": {key: value for key, value in vars(options).items() if key not in ("out", "side")},
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "side", "profile")},
         "mean_file_bytes": sizes,
         "ratios": ratios(kept) if kept else [],
         "pairs": kept,
