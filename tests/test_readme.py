@@ -131,9 +131,10 @@ def test_other_commands_are_understood(line, folder, capsys):
     bare = needed.get(words[0], []) if len(words) == 1 else []  # the name alone, in a sentence
     chosen, settings = make_parser().parse_known_args([*words, *bare])
     assert chosen.command == words[0]
-    assert not settings or words[0] in ("cache", "report", "tune")  # takes those of fit
-    if settings and words[0] in ("cache", "tune"):
-        assert "class_path: ackd_lightning" in parse(["fit", *settings], capsys)
+    assert not settings or words[0] in ("cache", "report", "reproduce", "tune")  # takes those of fit
+    if settings and words[0] != "report":
+        pair = ["--config", "digits_resnet20_resnet8.yaml"] if words[0] == "reproduce" else []
+        assert "class_path: ackd_lightning" in parse(["fit", *pair, *settings], capsys)
 
 
 def test_every_command_exists():
