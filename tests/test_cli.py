@@ -331,6 +331,7 @@ def test_paper_protocol_selects_nothing_on_the_test_set(beside, capsys):
 
 def wandb_history(folder: Path) -> tuple[list[dict[str, object]], dict[str, object]]:
     """History rows and config of an offline run, from its record log (LevelDB format, 32 KiB blocks)."""
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.rglob("run-*.wandb")
@@ -343,12 +344,15 @@ def wandb_history(folder: Path) -> tuple[list[dict[str, object]], dict[str, obje
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
         body = data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind == 0 and length == 0:
+        if (kind == 0 and length == 0) or place > len(data):
             break
         parts = body if kind in (1, 2) else parts + body
         if kind in (1, 4):
             record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
+            try:
+                record.ParseFromString(parts)
+            except DecodeError:  # W&B has not written the whole of it yet; the caller reads again
+                break
             which = record.WhichOneof("record_type")
             if which == "history":
                 items = record.history.item
