@@ -17,7 +17,7 @@ from ackd_lightning.launch.execute import in_our_words
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.training import DistillationModule
-from benchmarks.helpers import BATCH, STEPS, WARMUP, arguments
+from benchmarks.helpers import BATCH, SMALL, STEPS, WARMUP, arguments
 
 
 @pytest.fixture
@@ -89,9 +89,12 @@ def test_a_measurement_has_every_number_and_one_forward_of_each_network_a_step(m
     assert list(tmp_path.iterdir()) == []  # no run, no checkpoint, no weights are left
 
 
-def test_a_missing_cache_is_filled_and_the_teacher_is_not_run(monkeypatch, tmp_path):
-    forwards = Forwards(monkeypatch)
-    result = measure([*arguments("kd"), "--model.teacher.cache", "none"], warmup=WARMUP, steps=STEPS, trace=1)
+@pytest.mark.parametrize("data", ["digits", "missing, with names that are known after the setup"])
+def test_a_missing_cache_is_filled_and_the_teacher_is_not_run(monkeypatch, tmp_path, data):
+    forwards, options = Forwards(monkeypatch), arguments("kd")
+    if data != "digits":
+        options = ["--config", "cifar100_resnet110_resnet20", "--config", "kd", *SMALL, "--model.student", "resnet8"]
+    result = measure([*options, "--model.teacher.cache", "none"], warmup=WARMUP, steps=STEPS, trace=1)
     assert result["teacher_from_cache"] is True
     assert forwards.count["teacher"] == 0
     assert forwards.count["student"] > 0

@@ -59,7 +59,7 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
         "teachers": module.teachers.key(),
         "data": type(data).__name__,
         "images": len(targets),
-        "class_names": None if module.data.class_names is None else list(module.data.class_names),
+        "class_names": None if data.class_names is None else list(data.class_names),
         "targets": hashlib.sha256(targets.numpy().tobytes()).hexdigest(),
         "input_size": data.input_size,
         "mean": list(data.mean),
