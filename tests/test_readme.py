@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from ackd_lightning import DistillationModule, load_student
 from ackd_lightning.cli import main, make_image_parser, make_parser
 from ackd_lightning.config.files import config_folder, find_config, load_configs
+from ackd_lightning.data.decoding import read_image
+from ackd_lightning.data.pixels import ImageFormat, fit, to_tensor
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.description import from_description
 from ackd_lightning.testing import Harness
@@ -222,3 +228,36 @@ def test_makefile_has_the_commands_of_readme():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for page in PAGES:
         assert set(re.findall(r"`make ([\w-]+)", page.read_text(encoding="utf-8"))) <= targets
+
+
+@pytest.mark.parametrize("size", [(150, 97), (97, 150), (64, 64), (30, 200)])
+def test_the_program_on_the_device_prepares_photos_as_evaluation_does(tmp_path, monkeypatch, capsys, size):
+    page = (ROOT / "docs/distil.md").read_text(encoding="utf-8")
+    program = named_blocks(page)["on_device.py"]
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    about = {"input_size": "32", "crop_pct": "0.875", "class_names": '["cat", "dog"]'}
+    given = []
+
+    class Session:
+        def __init__(self, path):
+            self.custom_metadata_map = about
+
+        def get_modelmeta(self):
+            return self
+
+        def get_inputs(self):
+            return [SimpleNamespace(name="image")]
+
+        def run(self, outputs, inputs):
+            given.append(inputs["image"])
+            return [np.array([[0.0, 1.0]])]
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
+    monkeypatch.setattr(sys, "argv", ["on_device.py", "student.onnx", str(tmp_path / "photo.png")])
+    exec(compile(program, "on_device.py", "exec"), {"__name__": "__main__"})
+    form = ImageFormat((32, 32))
+    expected = to_tensor(fit(read_image(tmp_path / "photo.png", form), form.size, border=1 / 0.875), form)
+    assert given[0].dtype == np.uint8
+    np.testing.assert_array_equal(given[0][0], expected.numpy())
+    assert capsys.readouterr().out == "dog\n"

@@ -106,7 +106,10 @@ def test_simplejpeg_decodes_what_pil_decodes(tmp_path, monkeypatch, by, channels
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-def test_a_cut_photo_is_named_by_either_library(tmp_path):
+@pytest.mark.parametrize("library", ["PIL", "simplejpeg"])
+def test_a_cut_photo_is_named(tmp_path, monkeypatch, library):
+    if library == "PIL":
+        monkeypatch.setattr(decoding, "_simplejpeg", lambda: None)
     photo(tmp_path / "x.jpg", 203, 149)
     (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:-900])
     with pytest.raises(ACKDError, match=r"x\.jpg.*replace the file or delete it"):
