@@ -118,9 +118,14 @@ class TestRunFolder:
 
 
 class TestAfterwards:
-    def test_test_validate_predict(self, beside):
+    def test_test_validate_predict(self, beside, capsys):
         run = "runs/digits_resnet20_resnet8/a"
+        capsys.readouterr()
         assert main(["test", run, "--trainer.enable_progress_bar", "false"]) == 0
+        shown = capsys.readouterr().out
+        assert "DataLoader" not in shown
+        for word in ("student", "aux1", "group", "top-5", "95 % interval", "of 539 test images"):
+            assert word in shown
         assert main(["test", run, "--which", "best", "--trainer.enable_progress_bar", "false"]) == 0
         tested = json.loads(Path(run, "summary.json").read_text())["test"]
         assert set(tested) == {"last", "best"}

@@ -21,7 +21,7 @@ from ackd_lightning.errors import (
 )
 from ackd_lightning.launch import LIGHTNING
 from ackd_lightning.launch.short_help import asks_for_help, short_help
-from ackd_lightning.launch.streams import outlive_readers
+from ackd_lightning.launch.streams import outlive_readers, print_log
 
 _COMMANDS = {
     "doctor": "doctor:doctor",
@@ -310,7 +310,7 @@ def _help(command: str, wanted: str) -> None:
 
         complete(command).print_help()
     if command == "predict":
-        print(f"\n{make_image_parser().format_help()}", end="")
+        print(f"\nWith --images, for any images:\n\n{make_image_parser().format_help()}", end="")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -358,4 +358,5 @@ def _failed(sentence: str, code: int) -> int:
 def script() -> None:
     """Exit the process with what ``main`` returns; output whose reader leaves does not end it before."""
     outlive_readers()
+    print_log()
     sys.exit(main())

@@ -27,13 +27,17 @@ def test_the_line_of_an_epoch_has_the_best_one(capsys):
     assert "0:00:00 left" in lines[0]
 
 
-def test_the_bar_shows_the_accuracies_and_the_time_left_for_the_run():
+@pytest.mark.parametrize(("width", "best", "columns"), [(120, " (best 50.00%)", 5), (80, "", 3)])
+def test_the_bar_shows_the_accuracies_and_the_time_left_for_the_run(monkeypatch, width, best, columns):
+    """On a narrow terminal, what the lines of the epochs say as well is left out, so that the bar has one line."""
+    monkeypatch.setattr("ackd_lightning.callbacks.progress.get_console", lambda: SimpleNamespace(width=width))
     bar = Bar(SimpleNamespace(best={"val/acc": 0.5, "epoch": 1.0}))
     fitting = trainer(max_epochs=2, limit_train_batches=2, callbacks=[bar], enable_progress_bar=True)
     fitting.fit(build(CE()), datamodule=Blobs())
     assert len(bar.seen) == 4
     assert all(set(each) >= {"loss", "left"} and "v_num" not in each for each in bar.seen)
-    assert bar.seen[-1]["val/acc"].endswith("(best 50.00%)")
+    assert bar.seen[-1]["val/acc"].partition("%")[2] == best
+    assert len(bar.configure_columns(fitting)) == columns
     assert bar._get_train_description(1).strip() == "epoch 2/2"
     assert bar._left(fitting) is None  # after the fit
 

@@ -20,14 +20,14 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make_run(name, *, seed=0, right=None, images="same", which="last", config=None):
+def make_run(name, *, seed=0, right=None, images="same", which="last", config=None, steps=100):
     """A finished run of 200 test images, the first ``right`` of which it classifies correctly."""
     run = Path("runs") / (config or name) / f"seed{seed}"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump({"seed_everything": seed}))
     accuracy = None if right is None else sum(right) / 200 if isinstance(right, list) else right / 200
     summary = {"config": config or name, "seed": seed, "shown": "val", "method": "CE", "student": "resnet8"}
-    summary |= {"parameters": 1, "last": {"val/acc": 0.5}, "best": {}, "learners": []}
+    summary |= {"parameters": 1, "steps": steps, "last": {"val/acc": 0.5}, "best": {}, "learners": []}
     if right is not None:
         summary["test"] = {which: {"test/acc": accuracy}}
         answers = torch.tensor(right) if isinstance(right, list) else (torch.arange(200) < right).long()
@@ -42,7 +42,8 @@ def test_two_runs_are_compared_by_mcnemars_test(capsys):
     make_run("ce", right=150)
     assert main(["compare", "runs/kd", "runs/ce", "--figure", "a.png"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "kd is 5.00 points better than ce" in shown
+    assert "kd/seed0 is 5.00 points better than ce/seed0" in shown  # by their names, as nothing else tells them apart
+    assert "numbers of steps" not in shown
     assert "p = 0.002" in shown  # 2 / 2^10
     assert "73.91 to 84.95" in shown  # Wilson, 160 of 200
 
@@ -82,3 +83,11 @@ def test_a_damaged_file_of_predictions_is_named():
     answers_file(second, "last").write_bytes(b"x")
     with pytest.raises(ACKDError, match=str(answers_file(second, "last"))):
         paired_tests({"kd": [first], "ce": [second]}, "last")
+
+
+def test_a_shorter_training_is_said(capsys):
+    make_run("kd", right=160, steps=2000)
+    make_run("ce", right=150)
+    assert main(["compare", "runs/kd", "runs/ce", "--figure", "a.png"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "different numbers of steps, so accuracy is not the method's alone: kd/seed0 2,000, ce/seed0 100" in shown

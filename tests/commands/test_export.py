@@ -179,7 +179,7 @@ def test_the_comparison_shows_every_classifier():
     assert list(table.columns[2].cells) == ["resnet8", "resnet8 (learner 1)", "resnet14 (learner 2)"]
     sizes = [f"{count_parameters(create_model(name, 10)):,}" for name in ("resnet8", "resnet8", "resnet14")]
     assert list(table.columns[-1].cells) == sizes
-    assert list(table.columns[0].cells) == ["digits_resnet8_acn", "", ""]
+    assert list(table.columns[0].cells) == [f"digits_resnet8_acn/{ACN.name}", "", ""]
     for column in (4, 6):  # validation and test of the last epoch
         values = list(table.columns[column].cells)
         assert len(values) == 3
@@ -210,3 +210,10 @@ def test_a_file_without_a_valid_description_is_refused(metadata):
     save_file({"x": torch.zeros(1)}, "foreign.safetensors", metadata)
     with pytest.raises(ACKDError, match=r"foreign\.safetensors"):
         load_student("foreign.safetensors")
+
+
+@pytest.mark.parametrize(("accuracy", "said"), [(0.1, True), (0.9, False)])
+def test_a_student_that_guesses_is_exported_with_a_word(monkeypatch, capsys, tmp_path, accuracy, said):
+    monkeypatch.setattr("ackd_lightning.deploy.checking.CheckImages.accuracy", lambda *_: accuracy)
+    assert main(["export", "runs/digits_resnet20_resnet8/a", "--out", str(tmp_path / "a.safetensors")]) == 0
+    assert (f"the student is right for {accuracy:.2%} of" in capsys.readouterr().out) is said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ackd_lightning.cli import main
 from ackd_lightning.commands.init.choices import choose
 from ackd_lightning.commands.init.survey import survey
 from ackd_lightning.config.files import load_configs
+from ackd_lightning.data import ImageFolderDataModule
 
 QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
 QUICK += ["--trainer.enable_progress_bar", "false", "--model.lr_scheduler.milestones", "[1]", "--name", "a"]
@@ -132,3 +134,18 @@ def test_files_are_named_after_the_folder_as_it_was_given(here):
     (here / "trees").symlink_to(photos(here / "kept", {"ash": 6, "oak": 6}))
     assert main(["init", "trees"]) == 0
     assert (here / "trees_teacher.yaml").is_file()
+
+
+def test_the_steps_are_those_of_the_fit(here, capsys):
+    """One count of held-out images for the data and for what is said about them."""
+    photos(Path("pets"), {"cat": 34, "dog": 37, "fox": 34})
+    chosen = choose(survey("pets"), pretrained=False, device="cpu")
+    assert main(["init", "pets"]) == 0
+    quick = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--name", "a"]
+    quick += ["--trainer.limit_val_batches", "0", "--model.lr_scheduler.milestones", "[1]"]
+    assert main(["fit", "--config", "pets_teacher.yaml", *quick]) == 0
+    summary = json.loads(Path("runs/pets_teacher/a/summary.json").read_text())
+    assert summary["steps"] == chosen.steps
+    data = ImageFolderDataModule("pets", image_size=32, val_fraction=chosen.val_fraction)
+    data.setup("fit")
+    assert len(data.train_targets) == chosen.trained

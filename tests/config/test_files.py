@@ -67,6 +67,15 @@ def test_an_unknown_name_gets_near_matches(value, near):
     assert "did you mean" in str(caught.value)
 
 
+@pytest.mark.parametrize("folder", ["", "own/"])
+def test_a_file_beside_is_a_near_match(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "photos_student.yaml").write_text("")
+    with pytest.raises(ACKDError, match=f"did you mean '{folder}photos_student.yaml'"):
+        find_config(f"{folder}photo_student")
+
+
 def test_a_name_that_is_like_none_points_at_the_list():
     with pytest.raises(ACKDError, match="`ackd configs` lists"):
         find_config("0000/1111/2222")

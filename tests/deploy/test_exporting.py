@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ackd_lightning.deploy import checking
-from ackd_lightning.deploy.checking import LIMITS, Check, compare, random_images
+from ackd_lightning.deploy.checking import LIMITS, Check, CheckImages, compare, random_images
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import check_free, export, reading_uint8
 from ackd_lightning.deploy.files import open_network
@@ -164,8 +164,13 @@ def _shifted(logits):
     ],
 )
 def test_limits(check, limits, word):
-    problem = check.problem(LIMITS[limits])
+    images = CheckImages(
+        [], lambda each: each, part="val", counted=40, words="40 validation and 472 training images of Data"
+    )
+    problem = check.problem(LIMITS[limits], images)
     assert problem is None if word is None else word in problem
+    if problem is not None and "accuracy" in problem:
+        assert problem.endswith("on 40 validation images")  # those that it was measured on
 
 
 def test_non_finite_logits_count_as_different():

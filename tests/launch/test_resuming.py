@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import yaml
@@ -44,6 +45,23 @@ def test_a_run_that_was_stopped_after_its_last_epoch_gets_its_summary(run):
     assert (run / "student.safetensors").is_file()
     for key in ("epochs", "last", "best"):
         assert after[key] == before[key]
+
+
+def test_commands_on_an_unfinished_run_say_so(run, capsys):
+    summary, outdated = run / "summary.json", run / "student-last.onnx"
+    content = summary.read_text()
+    summary.unlink()
+    for command in (["test"], ["inspect"], ["export", "--out", "early.safetensors"], ["report", "--no-latency"]):
+        assert main([command[0], str(run), *command[1:]]) == 0
+        assert f"{run} has not finished" in capsys.readouterr().out
+    outdated.write_text("an earlier export")
+    os.utime(outdated, (0, 0))
+    assert main([*FIT, "--resume", str(run), "--trainer.max_epochs", "1"]) == 0
+    assert f"{outdated} was exported before the run ended" in capsys.readouterr().out
+    outdated.unlink()
+    assert main(["test", str(run)]) == 0
+    assert "finished" not in capsys.readouterr().out
+    summary.write_text(content)
 
 
 def test_a_run_goes_on_with_its_own_settings_and_leaves_no_trace_of_it_in_them(run, tmp_path, monkeypatch):

@@ -19,3 +19,17 @@ def test_unbuffered_output_is_not_held_back():
     surroundings = {**os.environ, "PYTHONUNBUFFERED": "1"}
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=False, env=surroundings)
     assert (done.returncode, done.stdout) == (3, b"a")
+
+
+LOG = """
+import logging
+from ackd_lightning.launch.streams import print_log
+print_log()
+logging.basicConfig()  # as some libraries do
+logging.getLogger("ackd_lightning.data").warning("a line")
+"""
+
+
+def test_lines_of_the_log_are_plain_whatever_libraries_do():
+    done = subprocess.run([sys.executable, "-c", LOG], capture_output=True, check=True)
+    assert done.stderr == b"a line\n"

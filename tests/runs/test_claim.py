@@ -101,6 +101,16 @@ def test_results_are_never_removed(tmp_path, result):
     assert path.read_text() == "text"
 
 
+@pytest.mark.parametrize(("finished", "advice"), [(False, "go on with it by --resume"), (True, "remove the folder")])
+def test_the_refusal_of_a_name_knows_whether_the_run_has_finished(tmp_path, finished, advice):
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoints" / "last.ckpt").write_text("weights")
+    if finished:
+        (tmp_path / "a" / "summary.json").write_text("{}")
+    with pytest.raises(ACKDError, match=advice):
+        claim(tmp_path, "a")
+
+
 def test_a_folder_that_another_process_made_is_kept(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes").write_text("text")

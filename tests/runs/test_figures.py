@@ -10,7 +10,7 @@ from PIL import Image
 
 from ackd_lightning.callbacks.figures import draw_figures
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.runs.figures import draw_run, read_metrics
+from ackd_lightning.runs.figures import _curves, draw_run, read_metrics
 
 ROWS = """epoch,lr/student,step,train/loss,train/disc_acc,val/acc,val/aux1_acc,val/attention_entropy
 ,0.1,0,,,,,
@@ -66,3 +66,11 @@ def test_what_cannot_be_drawn_is_a_warning(run, monkeypatch):
     with pytest.warns(UserWarning, match="pip install matplotlib"):
         draw_figures(run)
     assert not list(run.glob("*.png"))
+
+
+def test_equal_lines_are_one_and_losses_say_what_they_are():
+    equal = {1: 0.1, 2: 0.01}
+    panels = _curves({"lr/student": equal, "lr/student_no_decay": dict(equal), "lr/own": {1: 0.2, 2: 0.02}})
+    assert list(panels["learning rate"]) == ["student, student_no_decay", "own"]
+    panels = _curves({"train/loss": {1: 3.0}, "val/loss": {1: 2.0}})
+    assert list(panels["loss"]) == ["train, all terms", "val, cross-entropy"]

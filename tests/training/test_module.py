@@ -384,3 +384,10 @@ def test_frozen_teacher_is_used_as_it_is():
     net = ACKDModule(TinyNet(), teacher=teacher, data=DATA)
     assert net.teacher.network is teacher.network
     assert net.teacher.bf16
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(2, True), (3, False)])
+def test_a_fit_that_is_mostly_warm_up_is_said(capsys, epochs, said):
+    net = build(KD(), recipe=Recipe(warmup_epochs=1))
+    trainer(max_epochs=epochs, limit_train_batches=1, limit_val_batches=0).fit(net, datamodule=Blobs())
+    assert ("the learning rate warms up in 1 of 2 epochs" in capsys.readouterr().out) is said

@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import RichProgressBar
+from rich import get_console
 
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
+
+
+_WIDE = 110
+"""Columns of a terminal that the whole bar fits into."""
+_NEEDED = 3
+"""Description, bar and batches."""
+_SHORT = 8
+"""Width of the bar itself on a terminal that is narrower."""
 
 
 class HasBest(Protocol):
@@ -96,7 +105,7 @@ class RunBar(RichProgressBar):
             shown["loss"] = f"{loss:.3f}"
         for name in ("val/acc", "test/acc"):
             if (accuracy := values.pop(name, None)) is not None:
-                best = self.summary.best.get("val/acc")
+                best = self.summary.best.get("val/acc") if get_console().width >= _WIDE else None
                 shown[name] = f"{accuracy:.2%}" + (f" (best {best:.2%})" if best is not None else "")
         if (left := self._left(trainer)) is not None:
             shown["left"] = clock(left)
@@ -110,6 +119,14 @@ class RunBar(RichProgressBar):
         since, first = self.started
         now = _epochs_done(trainer)
         return (total - now) * (time.monotonic() - since) / (now - first) if now > first else None
+
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        """Leave out the time and the speed of an epoch where they would break the line."""
+        columns = list(super().configure_columns(trainer))
+        if get_console().width >= _WIDE:
+            return columns
+        columns[1].bar_width = _SHORT
+        return columns[:_NEEDED]
 
     def _get_train_description(self, current_epoch: int) -> str:
         """Count epochs from 1, as everywhere else."""

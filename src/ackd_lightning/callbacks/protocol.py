@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.types import Batch, DataInfo, NetOutput, NetSpec
@@ -40,6 +41,7 @@ class TrainingModule(Protocol):
     spec: NetSpec
     data: DataInfo
     seed: int
+    student_config: StudentConfig
 
     @property
     def teachers(self) -> _Teachers:

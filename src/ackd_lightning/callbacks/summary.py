@@ -50,6 +50,7 @@ class RunSummary(L.Callback):
         self.teacher_adds: list[int] = []
         self.measured_at = -1
         self.finished: tuple[dict[str, Any], dict[str, str]] | None = None
+        self.export_option = ""
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
 
@@ -61,6 +62,7 @@ class RunSummary(L.Callback):
         module = cast("TrainingModule", pl_module)
         self.multiply_adds = multiply_adds(module.kept_network(), module.data.input_size, module.data.image_shape[0])
         learners = "".join(f" + {spec}" for spec in module.student.specs)
+        self.export_option = "" if module.student_config.quantization is None else " --int8"
         method = type(module.method).__name__
         files = "" if is_fast_dev_run(trainer) else f", files in {self.folder}"
         print(
@@ -225,7 +227,17 @@ class RunSummary(L.Callback):
             )
         print(f"{summary['run']}: {', '.join(name for name in files.values() if (self.folder / name).exists())}")
         if self.copy_to:
-            print(f"weights for later runs: {self.copy_to}")
+            print(f"weights of the last epoch, for later runs: {self.copy_to}")
+        for file in self._outdated():
+            print(f"{file} was exported before the run ended; export it again")
+
+    def _outdated(self) -> list[Path]:
+        """Files of an earlier ``ackd export`` of the last checkpoint."""
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if not last.is_file():
+            return []
+        written = last.stat().st_mtime
+        return [each for each in sorted(self.folder.glob("student*-last*")) if each.stat().st_mtime < written]
 
     def show_next(self, *, tested: bool) -> None:
         """Print the commands that use the run.
@@ -239,7 +251,7 @@ class RunSummary(L.Callback):
         steps = [] if tested else [(f"ackd test {run}", "accuracy on the test set, once every choice is made")]
         steps += [
             (f"ackd report {run}", "a page: accuracy, mistakes, calibration, size, speed"),
-            (f"ackd export {run} --format onnx", "the student as a file for a device"),
+            (f"ackd export {run} --format onnx{self.export_option}", "the student as a file for a device"),
         ]
         width = max(len(command) for command, _ in steps)
         print("next:", *(f"  {command:<{width}}  # {what}" for command, what in steps), sep="\n", flush=True)

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
         for run in runs:
             apart = ", ".join(f"{key.rsplit('.', 1)[-1]}={settings[run].get(key, '-')}" for key in differing)
             groups[f"{config} ({apart})" if apart else config].append(run)
+        if len(runs) == 1:  # named as in `ackd fit --name`
+            groups[f"{config}/{runs[0].name}"] = groups.pop(config)
     for name, runs in groups.items():
         seeds = [read_summary(run)["seed"] for run in runs]
         if len(set(seeds)) < len(seeds):
@@ -191,6 +193,19 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
     save_figure(figure, target)
 
 
+def say_lengths(groups: Mapping[str, Sequence[Path]]) -> str:
+    """Say how long configurations were trained that were not trained equally long; nothing for others.
+
+    Args:
+        groups: Folders of the runs of each configuration.
+    """
+    steps = {name: sorted({read_summary(run).get("steps", 0) for run in runs}) for name, runs in groups.items()}
+    if len(set(map(tuple, steps.values()))) < 2:
+        return ""
+    each = (f"{name} {' to '.join(f'{number:,}' for number in (s[0], s[-1])[: len(s)])}" for name, s in steps.items())
+    return f"trained for different numbers of steps, so accuracy is not the method's alone: {', '.join(each)}"
+
+
 def compare_command(places: Sequence[str], *, figure: str, which: Which = "last") -> None:
     """Print the table and the paired tests, and draw the curves.
 
@@ -202,12 +217,15 @@ def compare_command(places: Sequence[str], *, figure: str, which: Which = "last"
     target = Path(figure)
     if target.suffix.lower() not in _FIGURES or target.is_dir():
         raise ACKDError(f"--figure is {figure}; name a file that ends in {', '.join(_FIGURES)}")
-    table, tests = compare(places, which=which), paired_tests(group_runs(places), which)
+    groups = group_runs(places)
+    table, tests = compare(places, which=which), paired_tests(groups, which)
     check_writable(target.parent, "the folder of --figure,")
     for run in find_runs(places):
         if (run / "metrics.csv").is_file():
             curves(run)  # a damaged file is reported before anything is printed
     Console(width=None if Console().is_terminal else 140).print(table)
+    if lengths := say_lengths(groups):
+        print(lengths)
     for sentence in tests:
         print(sentence)
     draw_curves(places, Path(figure))

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ackd_lightning.commands.export_int8 import check_int8, show_int8
+from ackd_lightning.commands.export_int8 import check_int8, int8_advice, show_int8
 from ackd_lightning.commands.student import check_data, read_student
-from ackd_lightning.deploy.checking import Check, images_of, random_images
+from ackd_lightning.deploy.checking import Check, images_of, is_chance, random_images
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import check_free, export, measured, reading_uint8
 from ackd_lightning.deploy.formats.formats import FORMATS, Format, file_size, find_format
@@ -85,8 +85,12 @@ def export_command(
         )
     description = measured(description, images, reference)
     print(f"comparing logits on {images.words}")
+    right = images.accuracy(reference)
+    if right is not None and is_chance(right, description.num_classes, images.counted):
+        print(f"the student is right for {right:.2%} of {images.counted_words}, as guessing may be")
     if int8:
         tuned = fine_tuned(student.content, checkpoint, network)
+        advice = int8_advice(folder, tuned=tuned is not None)
         own = reading_uint8(network, description)[1] if with_preprocessing else description
 
         def one(kind: Format, target: Path) -> tuple[Measured, Measured]:
@@ -100,10 +104,11 @@ def export_command(
                 kind,
                 images=images,
                 reference=reference,
+                advice=advice,
                 overwrite=overwrite,
             )
 
-        show_int8(kinds, targets, one)
+        show_int8(kinds, targets, one, images=images, advice=advice)
         return
     checks: dict[Path, Check] = {}
     failures: list[str] = []

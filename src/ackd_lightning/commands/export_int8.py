@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from ackd_lightning.deploy.checking import CheckImages
 from ackd_lightning.deploy.formats.formats import Format
-from ackd_lightning.deploy.int8 import BACKENDS, NOTEWORTHY_LOSS, Measured
+from ackd_lightning.deploy.int8 import BACKENDS, NOTEWORTHY_IMAGES, NOTEWORTHY_LOSS, Measured
 from ackd_lightning.errors import ACKDError
 
 
@@ -35,8 +37,26 @@ def check_int8(kinds: Sequence[Format], calibrate: int, learner: int) -> None:
         )
 
 
+def int8_advice(folder: Path, *, tuned: bool) -> str:
+    """Say what can be done about an int8 network that lost accuracy.
+
+    Args:
+        folder: Folder of the run.
+        tuned: Whether the student was fine-tuned for int8 already.
+    """
+    if tuned:
+        return "it was fine-tuned for int8 already; more epochs or another --model.student.quantization may help"
+    settings, weights = (shlex.quote(str(folder / name)) for name in ("config.yaml", "student.safetensors"))
+    return f"fine-tune it: ackd fit --config {settings} --config qat.yaml --model.student.weights {weights}"
+
+
 def show_int8(
-    kinds: Sequence[Format], targets: Sequence[Path], export: Callable[[Format, Path], tuple[Measured, Measured]]
+    kinds: Sequence[Format],
+    targets: Sequence[Path],
+    export: Callable[[Format, Path], tuple[Measured, Measured]],
+    *,
+    images: CheckImages,
+    advice: str,
 ) -> None:
     """Write a file in each format, and print float32 and int8 side by side.
 
@@ -44,6 +64,8 @@ def show_int8(
         kinds: Formats.
         targets: File of each format.
         export: Function that writes a file, and returns what was measured of float32 and int8.
+        images: Images of the check.
+        advice: What to do about lost accuracy.
 
     Raises:
         ACKDError: If a file was not written, after the others.
@@ -51,7 +73,7 @@ def show_int8(
     table = Table(title=f"files in {targets[0].parent}")
     for column in ("network", "MB", "same class", "accuracy", "ms an image", "spread"):
         table.add_column(column, justify="left" if column == "network" else "right", overflow="fold")
-    failures, lost, threads = [], [], 1
+    failures, notes, threads = [], [], 1
     for kind, target in zip(kinds, targets, strict=True):
         try:
             pair = export(kind, target)
@@ -64,17 +86,25 @@ def show_int8(
             table.add_row(each.name, f"{each.size / 1e6:.2f}", f"{each.agreement:.2%}", accuracy, *time)
             threads = each.latency.threads
         before, after = (each.accuracy for each in pair)
-        if before is not None and after is not None and before - after > NOTEWORTHY_LOSS:
-            lost.append(
-                f"{target.name} is right for {after:.2%} instead of {before:.2%}; fine-tuning with --config qat.yaml "
-                "may win it back"
+        if before is not None and after is not None:
+            fewer = round((before - after) * images.counted)
+            if before - after > NOTEWORTHY_LOSS and fewer >= NOTEWORTHY_IMAGES:
+                notes.append(
+                    f"{target.name} is right for {fewer:,} fewer of {images.counted_words} ({after:.2%} instead of "
+                    f"{before:.2%}); {advice}"
+                )
+        times = [each.latency.median for each in pair]
+        if times[1] > times[0]:
+            notes.append(
+                f"on this machine int8 takes {times[1] / times[0]:.1f} times as long as float32 in {kind.name}; "
+                "docs/quantization.md says where it is fast"
             )
     if table.row_count:
         Console(width=120).print(table)
         print(
             f"one image at a time, {threads} {'thread' if threads == 1 else 'threads'}, median and interquartile range"
         )
-    for line in lost:
+    for line in notes:
         print(line)
     if failures:
         raise ACKDError("\n".join(failures))

@@ -16,6 +16,7 @@ from ackd_lightning.models.heads import with_head
 from ackd_lightning.models.hub import PREFIX, is_hub_name
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import count_parameters, create_model, multiply_adds
+from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.types import ImageSize, height_width
 
 
@@ -67,6 +68,8 @@ def inspect(network: str, *, size: str | None = None, classes: int | None = None
 def _describe(path: str) -> None:
     """Print what a file or a run states, and its size."""
     opened = open_network(path)
+    if opened.kind == "checkpoint":
+        say_unfinished(opened.path)
     description = opened.description
     print(f"{opened.path}: {opened.kind}, {file_size(opened.path) / 1e6:.2f} MB")
     print("\n".join(description.lines()))

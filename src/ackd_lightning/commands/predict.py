@@ -18,6 +18,7 @@ from ackd_lightning.deploy.predictions import PARQUET, predict_images, write_tab
 from ackd_lightning.errors import ACKDError, UnreadableImagesError, count_of
 from ackd_lightning.extras import require
 from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.runs.files import Which
 
 
@@ -61,6 +62,8 @@ def predict(
     check_writable(target.parent, "the folder of --output,")
     listed = list_images(images)
     network = open_network(run, which=which, device=_device(device))
+    if network.kind == "checkpoint":
+        say_unfinished(network.path)
     place = _device(device) if network.network is not None else torch.device("cpu")
     description = network.description
     if top > description.num_classes:

@@ -23,6 +23,7 @@ from ackd_lightning.launch.preflight import check_checkpoint, check_writable
 from ackd_lightning.metrics.intervals import share_text
 from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.weight_files import local_file
+from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
 from ackd_lightning.runs.versions import cpu_name, versions
 
@@ -127,6 +128,7 @@ def _run(
     run: str, which: Which, settings: Sequence[str], measure_on: Sequence[torch.device], device: torch.device
 ) -> tuple[ImageDataModule, Subject]:
     checkpoint = find_checkpoint(run, which)
+    say_unfinished(checkpoint)
     cli = ACKDCLI("test", [str(checkpoint), *settings])
     cli.build()
     module, content = cli.model, read_checkpoint(checkpoint)

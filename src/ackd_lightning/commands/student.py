@@ -11,6 +11,7 @@ from torch import nn
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.run_data import data_of_run
+from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.runs.export import network_of
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
 
@@ -43,6 +44,7 @@ def read_student(run: str, which: Which, learner: int = 0) -> Student:
     """
     checkpoint = find_checkpoint(run, which)
     folder, content = run_folder(checkpoint), read_checkpoint(checkpoint)
+    say_unfinished(checkpoint)
     summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
     metadata = {**_accuracies(summary, checkpoint.stem, learner), "weights": f"{checkpoint.stem} epoch"}
     network, stated = network_of(content, checkpoint, learner=learner, extra=metadata)

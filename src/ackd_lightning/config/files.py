@@ -77,8 +77,9 @@ def find_config(value: str) -> Path:
     for folder in (config_folder(), config_folder() / _METHODS, config_folder() / _RECIPES):
         if (folder / name).is_file():
             return folder / name
-    known = (*packaged_names(), *method_names(), *recipe_names())
-    hint = near_matches(name, known)
+    beside = [str(path.with_name(each.name)) for each in path.parent.glob("*.y*ml")]
+    known = (*beside, *packaged_names(), *method_names(), *recipe_names())
+    hint = near_matches(str(path.with_name(Path(name).name)), known)
     if not hint.startswith("did you"):
         hint = "`ackd configs` lists the packaged configurations"
     raise ACKDError(f"--config {value}: there is no such file and no packaged configuration of that name; {hint}")

@@ -56,6 +56,16 @@ def _class_counts(targets: Tensor) -> dict[int, int]:
     return dict(zip(labels.tolist(), counts.tolist(), strict=True))
 
 
+def held_out_of(count: int, fraction: float) -> int:
+    """Return how many samples of a class `stratified_split` holds out.
+
+    Args:
+        count: Number of samples of the class, at least 1.
+        fraction: Held-out share of each class.
+    """
+    return min(round(fraction * count), count - 1)
+
+
 def stratified_split(targets: Tensor, fraction: float, *, split_seed: int = 0) -> tuple[Tensor, Tensor]:
     """Split positions into a training part and a held-out part with the same share of every class.
 
@@ -74,7 +84,7 @@ def stratified_split(targets: Tensor, fraction: float, *, split_seed: int = 0) -
     if not len(targets) or fraction == 0:
         return positions, positions[:0]
     rank = _rank_in_class(targets, stateless_bits(split_seed, positions, STREAM_SPLIT))
-    quota = {label: min(round(fraction * n), n - 1) for label, n in _class_counts(targets).items()}
+    quota = {label: held_out_of(n, fraction) for label, n in _class_counts(targets).items()}
     held_out = rank < _per_sample(targets, quota)
     return positions[~held_out], positions[held_out]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,11 @@ class CheckImages:
     ) -> None:
         self.batches, self._normalised = batches, normalised
         self.part, self.counted, self.words = part, counted, words
+
+    @property
+    def counted_words(self) -> str:
+        """What the images are that accuracy is measured on."""
+        return f"{self.counted:,} {'test' if self.part == 'test' else 'validation'} images"
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield normalised images, ``B x C x H x W``."""
@@ -185,21 +191,22 @@ class Check:
     before: float | None
     after: float | None
 
-    def problem(self, limits: Limits) -> str | None:
+    def problem(self, limits: Limits, images: CheckImages) -> str | None:
         """Say what is beyond the limits; None when nothing is.
 
         Args:
             limits: What a file may change.
+            images: Images of the check.
         """
         if not self.difference < float("inf"):
-            return "its logits are not finite"
+            return f"its logits are not finite on {images.words}"
         most = None if limits.difference is None else limits.difference * max(1.0, self.scale)
         if most is not None and self.difference > most:
-            return f"its logits differ by up to {self.difference:.3g}, more than {most:.3g}"
+            return f"its logits differ by up to {self.difference:.3g}, more than {most:.3g}, on {images.words}"
         if self.agreement < limits.agreement:
-            return f"its most probable class is the same for {self.agreement:.2%} of the images"
+            return f"its most probable class is the same for {self.agreement:.2%} of {images.words}"
         if self.before is not None and self.after is not None and self.before - self.after > limits.accuracy_loss:
-            return f"its accuracy is {self.after:.2%} instead of {self.before:.2%}"
+            return f"its accuracy is {self.after:.2%} instead of {self.before:.2%} on {images.counted_words}"
         return None
 
 
@@ -220,3 +227,18 @@ def compare(images: CheckImages, reference: Tensor, run: Callable[[Tensor], Tens
         images.accuracy(reference),
         images.accuracy(found),
     )
+
+
+def is_chance(accuracy: float, classes: int, count: int) -> bool:
+    """Return whether an accuracy may be that of guessing.
+
+    Args:
+        accuracy: Share of right images.
+        classes: Number of classes.
+        count: Number of images.
+
+    Returns:
+        True if it is at most two standard deviations above that of guessing.
+    """
+    chance = 1 / classes
+    return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / max(count, 1))

@@ -117,35 +117,47 @@ def export(
     example = Preprocessing(description).raw(pixels) if description.reads == "uint8" else pixels
     size = sum(each.numel() * each.element_size() for each in network.state_dict().values())
     _require_space(target, size)
+
+    def written(partial: Path, stated: Description) -> Check:
+        try:
+            kind.write(clone(network), example, partial, stated.metadata())
+        except RuntimeError as error:  # of libraries that do not raise OSError
+            _require_space(target, size)
+            raise ACKDError(f"{target} cannot be written ({first_line(error)}); choose another format") from error
+        opened = kind.open_file(partial)
+
+        def run(pixels: Tensor) -> Tensor:
+            try:
+                return opened.run(Preprocessing(stated).raw(pixels) if stated.reads == "uint8" else pixels)
+            except RuntimeError as error:  # of a graph that its exporter took and its runtime cannot run
+                raise ACKDError(
+                    f"{target} was not written, because its runtime cannot run it ({first_line(error)}); choose "
+                    "another format"
+                ) from error
+
+        check = compare(images, reference, run)
+        if (problem := check.problem(limits, images)) is not None:
+            raise ACKDError(f"{target} was not written, because {problem}; choose another format or --which")
+        return check
+
     try:
         with whole_files(target) as partial:
-            try:
-                kind.write(clone(network), example, partial, stated.metadata())
-            except RuntimeError as error:  # of libraries that do not raise OSError
-                _require_space(target, size)
-                raise ACKDError(f"{target} cannot be written ({first_line(error)}); choose another format") from error
-            opened = kind.open_file(partial)
-
-            def run(pixels: Tensor) -> Tensor:
-                try:
-                    return opened.run(Preprocessing(stated).raw(pixels) if stated.reads == "uint8" else pixels)
-                except RuntimeError as error:  # of a graph that its exporter took and its runtime cannot run
-                    raise ACKDError(
-                        f"{target} was not written, because its runtime cannot run it ({first_line(error)}); choose "
-                        "another format"
-                    ) from error
-
-            check = compare(images, reference, run)
-            if (problem := check.problem(limits)) is not None:
-                raise ACKDError(
-                    f"{target} was not written, because {problem} on {images.words}; choose another format or --which"
-                )
+            check = written(partial, stated)
+            if (own := _own_accuracy(stated, images, check)) != stated:
+                check = written(partial, own)
     except OSError as error:
         raise ACKDError(
             f"{target} cannot be written ({error.strerror or first_line(error)}); choose a folder with room that you "
             "may write in"
         ) from error
     return check
+
+
+def _own_accuracy(stated: Description, images: CheckImages, check: Check) -> Description:
+    """Description of an int8 file with the accuracy of the file itself: kernels round each layer in their own way."""
+    if stated.quantization is None or check.after is None or images.part is None:
+        return stated
+    return stated.replace(accuracy=(Accuracy(images.part, check.after, images.counted),))
 
 
 def check_free(kind: Format, target: Path, *, overwrite: bool) -> None:

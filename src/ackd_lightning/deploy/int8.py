@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.transforms import normalise
 from ackd_lightning.data.webdataset import WebDatasetDataModule
-from ackd_lightning.deploy.checking import CheckImages
-from ackd_lightning.deploy.description import Accuracy, Description
+from ackd_lightning.deploy.checking import CheckImages, is_chance
+from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import export, reading_uint8
 from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.formats.formats import Format
@@ -30,7 +29,9 @@ from ackd_lightning.types import Batch
 BACKENDS: dict[str, Backend] = {"onnx": "x86", "pt2": "x86", "pte": "xnnpack"}
 """Kernels that a format is quantised for, by its name."""
 NOTEWORTHY_LOSS = 0.01
-"""Loss of accuracy from which on it is said."""
+"""Loss of accuracy above which it is said."""
+NOTEWORTHY_IMAGES = 3
+"""Number of images that it must be at least; fewer say nothing about the network."""
 
 
 def fine_tuned(content: Mapping[str, Any], origin: Path, network: Any) -> FakeQuantized | None:
@@ -166,6 +167,7 @@ def export_int8(
     *,
     images: CheckImages,
     reference: Tensor,
+    advice: str,
     overwrite: bool = False,
 ) -> tuple[Measured, Measured]:
     """Write an int8 network as `export` does, and measure the file beside one with the float32 student.
@@ -179,6 +181,7 @@ def export_int8(
         kind: Format.
         images: Images of the check.
         reference: ``N x K`` logits of the student on them.
+        advice: What to do about an int8 network that guesses.
         overwrite: Whether to replace a file that exists.
 
     Returns:
@@ -193,12 +196,10 @@ def export_int8(
         classes = description.num_classes
         if is_chance(accuracy, classes, images.counted) and not is_chance(before, classes, images.counted):
             raise ACKDError(
-                f"{target} was not written, because the int8 network is right for {accuracy:.2%} of {images.words}, as "
-                f"guessing is, and the student for {before:.2%}; fine-tune it with --config qat.yaml"
+                f"{target} was not written, because the int8 network is right for {accuracy:.2%} of "
+                f"{images.counted_words}, as guessing is, and the student for {before:.2%}; {advice}"
             )
-    own = description.replace(quantization=words)
-    if accuracy is not None and images.part is not None:
-        own = own.replace(accuracy=(Accuracy(images.part, accuracy, images.counted),))
+    own = description.replace(quantization=words, accuracy=())  # `export` measures the file's own
     prepared = [quantised, network]
     if description.reads == "uint8":
         prepared = [reading_uint8(each, description.replace(reads="normalised"))[0] for each in prepared]
@@ -208,18 +209,3 @@ def export_int8(
         export(prepared[1], description, plain, kind, images=images, reference=reference)
         first = measured_file(f"{kind.name}, float32", plain, images, reference)
     return first, measured_file(f"{kind.name}, {words}", target, images, reference)
-
-
-def is_chance(accuracy: float, classes: int, count: int) -> bool:
-    """Return whether an accuracy may be that of guessing.
-
-    Args:
-        accuracy: Share of right images.
-        classes: Number of classes.
-        count: Number of images.
-
-    Returns:
-        True if it is at most two standard deviations above that of guessing.
-    """
-    chance = 1 / classes
-    return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / max(count, 1))

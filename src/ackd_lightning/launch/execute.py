@@ -22,11 +22,12 @@ from ackd_lightning.callbacks.answers import TestAnswers
 from ackd_lightning.callbacks.summary import RunSummary
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.launch.measured import show_measured
 from ackd_lightning.launch.messages import first_cause
 from ackd_lightning.launch.preflight import check_checkpoint, check_loaders, check_name, check_processes, check_writable
 from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.launch.words import as_given
-from ackd_lightning.runs.claim import Claim, claim
+from ackd_lightning.runs.claim import Claim, claim, say_unfinished
 from ackd_lightning.runs.files import read_summary, run_folder, write_json
 from ackd_lightning.runs.resume import Length, changed_settings, resume_auto, resume_from
 from ackd_lightning.training.speed import keep_freed_memory
@@ -111,7 +112,16 @@ class Execution:
             self._after_fit()
             return
         command = getattr(self.trainer, self.cli.command)
-        command(self.cli.model, datamodule=data, ckpt_path=checkpoint)
+        quiet = {} if self.cli.command == "predict" else {"verbose": False}
+        command(self.cli.model, datamodule=data, ckpt_path=checkpoint, **quiet)
+        if quiet and self.trainer.is_global_zero:
+            show_measured(
+                self.trainer.callback_metrics,
+                self.cli.command,
+                Path(checkpoint),
+                classes=self.cli.model.data.num_classes,
+                answers=next((each.answers for each in self._answers()), None),
+            )
         if self.cli.command == "test" and self.cli.altered:
             print(f"not kept in {run_folder(Path(checkpoint))}: the test was changed on the command line")
         elif self.cli.command == "test":
@@ -125,6 +135,8 @@ class Execution:
             check_checkpoint(Path(checkpoint), self.cli.model, self._content)
             self._content = None
             run = run_folder(Path(checkpoint))
+            if not self.fit and _rank() == 0:
+                say_unfinished(Path(checkpoint))
             if self.cli.command == "test" and (run / "summary.json").is_file():
                 read_summary(run)
 
@@ -258,14 +270,16 @@ class Execution:
                 )
                 print(f"test, {name}: accuracy {float(self.trainer.callback_metrics['test/acc']):.2%}{part}")
 
+    def _answers(self) -> list[TestAnswers]:
+        return [each for each in self.trainer.callbacks if isinstance(each, TestAnswers)]  # type: ignore[attr-defined]
+
     def _keep_test(self, checkpoint: Path) -> None:
         """Write the accuracies of a test into the summary of its run, and its predictions beside it."""
         path = run_folder(checkpoint) / "summary.json"
         if not self.trainer.is_global_zero or not path.is_file():
             return
-        for each in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(each, TestAnswers):
-                each.write(path.parent, checkpoint.stem)
+        for each in self._answers():
+            each.write(path.parent, checkpoint.stem)
         measured = self.trainer.callback_metrics.items()
         values = {key: float(value) for key, value in measured if not key.startswith(("train/", "val/"))}
         summary = json.loads(path.read_text(encoding="utf-8"))

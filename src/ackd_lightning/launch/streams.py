@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 
@@ -44,3 +45,10 @@ def outlive_readers() -> None:
     for name in ("stdout", "stderr"):
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper) and not stream.closed:
             setattr(sys, name, _Unbroken(stream))
+
+
+def print_log() -> None:
+    """Print what this package logs as plain lines on stderr, whatever handlers other libraries install."""
+    log = logging.getLogger("ackd_lightning")
+    log.addHandler(logging.StreamHandler())
+    log.propagate = False

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import secrets
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import IO
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.runs.files import run_folder
 
 LOCK_FILE = ".lock"
 _ATTEMPTS = 100
@@ -150,6 +152,21 @@ def has_results(folder: Path) -> bool:
     return (folder / "summary.json").exists() or any(folder.rglob("*.ckpt"))
 
 
+def say_unfinished(checkpoint: Path) -> None:
+    """Print that a checkpoint belongs to a run of ``ackd fit`` that has not finished, if it does.
+
+    Args:
+        checkpoint: Checkpoint file.
+    """
+    folder = run_folder(checkpoint)
+    if (folder / LOCK_FILE).is_file() and not (folder / "summary.json").is_file():
+        print(
+            f"{folder} has not finished, so this is its network so far; `ackd fit --resume "
+            f"{shlex.quote(str(folder))}` goes on",
+            flush=True,
+        )
+
+
 def _names(name: str | None) -> Iterator[str]:
     """Yield the given name again and again, or names made of the time, each once."""
     if name is not None:
@@ -213,6 +230,11 @@ def _unlock(stream: IO[str]) -> None:
 
 
 def _exists(folder: Path) -> ACKDError:
+    if not (folder / "summary.json").exists() and (folder / "checkpoints" / "last.ckpt").is_file():
+        return ACKDError(
+            f"run {folder} exists and has not finished; go on with it by --resume {shlex.quote(str(folder))}, or "
+            "choose another --name"
+        )
     return ACKDError(f"run {folder} exists; choose another --name, or remove the folder")
 
 

@@ -21,6 +21,8 @@ Metrics = Mapping[str, Mapping[int, float]]
 
 _WIDE = 50.0
 """Ratio of the largest value to the smallest one from which an axis is logarithmic."""
+_LOSS = {"train": "all terms"}
+"""What the loss of a split is; that of the others is the cross-entropy."""
 _NETWORK = re.compile(r"(val|test)/(aux\d+_|group_|ensemble_|teacher_)?acc")
 
 
@@ -112,11 +114,20 @@ def draw_run(run: Path) -> list[Path]:
 
 
 def _curves(metrics: Metrics) -> dict[str, Metrics]:
+    losses = _splits(metrics, "loss")
     return {
         "accuracy in %": _percent(_splits(metrics, "acc")),
-        "loss": _splits(metrics, "loss"),
-        "learning rate": {key.removeprefix("lr/"): metrics[key] for key in metrics if key.startswith("lr/")},
+        "loss": {f"{split}, {_LOSS.get(split, 'cross-entropy')}": each for split, each in losses.items()},
+        "learning rate": _merged({key.removeprefix("lr/"): metrics[key] for key in metrics if key.startswith("lr/")}),
     }
+
+
+def _merged(lines: Metrics) -> dict[str, Mapping[int, float]]:
+    """Make one line of those that are equal, with all their names."""
+    names: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for name, values in lines.items():
+        names.setdefault(tuple(values.items()), []).append(name)
+    return {", ".join(each): dict(values) for values, each in names.items()}
 
 
 def _splits(metrics: Metrics, name: str) -> dict[str, Mapping[int, float]]:
@@ -145,10 +156,12 @@ def _percent(lines: Metrics) -> dict[str, dict[int, float]]:
 def _draw(axes: Axes, title: str, lines: Metrics) -> None:
     axes.set_title(title, fontsize=10)
     for name, values in sorted(lines.items()):
-        style = "--" if name == "train" or name.endswith("teacher") else ".-"
+        style = "--" if name.startswith("train") or name.endswith("teacher") else ".-"
         axes.plot(list(values), list(values.values()), style, label=name, linewidth=1.4, markersize=4)
     axes.legend(fontsize=8)
     every = [value for values in lines.values() for value in values.values() if math.isfinite(value)]
     if title in ("loss", "learning rate") and every and 0 < min(every) < max(every) / _WIDE:
         axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-2, 4))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

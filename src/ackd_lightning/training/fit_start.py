@@ -7,9 +7,10 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.data.loaders import ImageLoaders
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.training.labels import check_labels, check_sampling
 from ackd_lightning.training.monitored import check_monitors
 from ackd_lightning.training.own_callbacks import own_callbacks
@@ -20,6 +21,8 @@ from ackd_lightning.training.teacher_cache import open_cache
 from ackd_lightning.training.teacher_choice import check_features_only
 from ackd_lightning.types import NetSpec
 
+_SHORT = 3
+"""Multiple of the warm-up below which a fit is short."""
 PASS_TEACHER = "pass it, as in load_from_checkpoint(path, teacher=network)"
 
 
@@ -64,11 +67,22 @@ class FitStart(TrainingSteps):
             channels_last=self.channels_last,
             compiles=self.compiles,
         )
+        self._say_warmup()
         self.cache = open_cache(self, data, epochs=self.trainer.max_epochs, precision=str(self.trainer.precision))
         if self.method.teacher == "own" or self._method_sizes() != before or matched:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback.setup(self.trainer, self, stage)  # it has copied the module as it was before
+
+    def _say_warmup(self) -> None:
+        """Say that a fit, often one that was shortened, is in large part warm-up of the learning rate."""
+        warmup, epochs = self.recipe.warmup_epochs, self.trainer.max_epochs or 0
+        if 0 < epochs < _SHORT * warmup:
+            rank_zero_only(print)(
+                f"the learning rate warms up in {warmup} of {count_of(epochs, 'epoch')}; model.recipe.warmup_epochs "
+                "sets another length",
+                flush=True,
+            )
 
     def check_data(self, data: Any) -> None:
         """Refuse a data module that does not go with method and recipe.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ackd_lightning.commands.init.survey import Survey
+from ackd_lightning.data.sampling import held_out_of
 
 _LITE, _LCNET = "timm:tf_efficientnet_lite0", "timm:lcnet_050"
 _SIZES = (96, 128, 160, 192, 224)
@@ -90,7 +92,7 @@ class Choices:
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return max(1, self.trained // self.batch_size)
+        return math.ceil(self.trained / self.batch_size)
 
 
 def choose(seen: Survey, *, pretrained: bool, device: str | None = None) -> Choices:
@@ -107,9 +109,9 @@ def choose(seen: Survey, *, pretrained: bool, device: str | None = None) -> Choi
     size = 32 if small else max([each for each in _SIZES if each <= min(median, _LARGEST[device])], default=_SIZES[0])
     pretrained = pretrained and not small
     val_fraction = None if "val" in seen.parts else 0.2 if min(counts) < _FEW else 0.1
-    trained = round(sum(counts) * (1 - (val_fraction or 0)))
+    trained = sum(each - held_out_of(each, val_fraction or 0) for each in counts)
     batch = next((each for each in (128, 64, 32, 16) if each <= min(trained // 10, _LARGEST_BATCH[device])), 8)
-    steps = max(1, trained // batch)
+    steps = math.ceil(trained / batch)
     from_scratch = max(20, min(200, _STEPS[device] // steps))
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Choices(
@@ -182,9 +184,7 @@ def reasons(seen: Survey, chosen: Choices, *, asked: bool) -> list[Choice]:
         ("student's epochs", c.student_epochs, f"{c.student_epochs * c.steps:,} steps from scratch on {on}"),
     ]
     if c.num_workers:
-        rows.insert(
-            3, ("workers", c.num_workers, "images above 64 pixels are read by processes; one for each processor")
-        )
+        rows.insert(3, ("workers", c.num_workers, "processes that decode images; one for each processor"))
     if c.channels == 1:
         rows.insert(1, ("channels", 1, "all images are grey"))
     if c.value_range is not None:

@@ -54,7 +54,12 @@ def _head(content: Mapping[str, Any]) -> list[str]:
     student = content["accuracy"]["student"]
     facts = content["network"]
     cost = content["cost"][0] if content["cost"] else {}
-    latency = next((each for each in cost.get("latency", []) if each["batch"] == 1), None)
+    own = _one_image_ms(cost)
+    in_torch = " in torch" if cost.get("parameters") is not None else ""
+    times = [f"**{own:.2f} ms**{in_torch}"] if own is not None else []
+    files = ((_one_image_ms(each), each["name"]) for each in content["cost"][1:] if each["asked"] is not None)
+    if in_torch and (exported := min(((time, name) for time, name in files if time is not None), default=None)):
+        times.append(f"**{exported[0]:.2f} ms** as {escaped(exported[1])}")
     adds = cost.get("multiply_adds")
     numbers = [
         f"**{percent(student['acc'])} %** of {content['images']:,} test images are classified correctly (95 % interval "
@@ -63,13 +68,19 @@ def _head(content: Mapping[str, Any]) -> list[str]:
     if cost.get("parameters") is not None:
         size = f"It has **{cost['parameters']:,} parameters**"
         size += f", needs **{adds / 1e6:,.1f} million multiply-adds** for an image" if adds is not None else ""
-        size += f" and takes **{latency['median_ms']:.2f} ms** on this machine" if latency else ""
+        size += f" and takes {' and '.join(times)} on this machine" if times else ""
         numbers.append(f"{size}.")
+    elif times:
+        numbers.append(f"It takes {' and '.join(times)} on this machine.")
     taught = f", taught by {escaped(facts['teacher'])}" if facts.get("teacher") else ""
     method = f", trained with {escaped(facts['method'])}" if facts.get("method") else ""
     of = f" on {escaped(facts['data'])}" if facts.get("data") else ""
     lead = f"`{content['source']}`: {escaped(facts['model'])}{method}{taught}{of}."
     return [f"# Report: {escaped(facts['model'])}", lead, " ".join(numbers)]
+
+
+def _one_image_ms(cost: Mapping[str, Any]) -> float | None:
+    return next((float(each["median_ms"]) for each in cost.get("latency", []) if each["batch"] == 1), None)
 
 
 def _label(name: str, content: Mapping[str, Any]) -> str:
