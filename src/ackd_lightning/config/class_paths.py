@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import pkgutil
 import sys
@@ -42,6 +43,7 @@ def check_classes(
     return found
 
 
+@functools.cache
 def declared(owner: type, name: str) -> tuple[type, ...]:
     """Return the classes in the declared type of a constructor's argument; none for plain data.
 
@@ -93,6 +95,7 @@ def _check(value: Any, kinds: tuple[type, ...], place: str) -> dict[str, type]:
     return found
 
 
+@functools.cache
 def _parameters(kind: type) -> Iterable[str]:
     """Names of the arguments of a class; none for one in C, such as ``timedelta``, that does not tell."""
     try:

@@ -28,7 +28,6 @@ def write_sheet(seen: Survey, path: Path) -> int:
     Returns:
         Number of classes that are shown.
     """
-    train, labels = seen.parts["train"], seen.parts["train"].targets.tolist()
     names = seen.class_names[:ROWS]
     step = _SIDE + _GAP
     sheet = Image.new("RGB", (_TEXT + COLUMNS * step, len(names) * step + _GAP), "white")
@@ -37,12 +36,8 @@ def write_sheet(seen: Survey, path: Path) -> int:
     form = ImageFormat((_SIDE, _SIDE), value_range=seen.value_range)
     for row, name in enumerate(names):
         text = name if len(name) <= 20 else f"{name[:19]}…"
-        draw.text((6, row * step + step // 2), f"{text}\n{seen.counts[row]:,}", fill="black", font=font, anchor="lm")
-        files = [
-            file
-            for file, label in zip(train.paths, labels, strict=True)
-            if label == row and not seen.photos[file].problem
-        ]
+        draw.text((6, row * step + step // 2), f"{text}\n{len(seen.readable[row]):,}", fill="black", font=font, anchor="lm")
+        files = seen.readable[row]
         chosen = [files[number * len(files) // COLUMNS] for number in range(COLUMNS)]
         for column, file in enumerate(dict.fromkeys(chosen)):
             sheet.paste(_thumbnail(file, form), (_TEXT + column * step, _GAP + row * step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import statistics
 from collections import Counter, defaultdict
@@ -68,7 +69,7 @@ class Survey:
     contradicting: Sequence[tuple[Path, Path]]
     compared: bool
 
-    @property
+    @functools.cached_property
     def good(self) -> list[Photo]:
         """Files that can be read."""
         return [each for each in self.photos.values() if not each.problem]
@@ -78,23 +79,26 @@ class Survey:
         """Files that cannot be read."""
         return [path for path, each in self.photos.items() if each.problem]
 
-    @property
+    @functools.cached_property
     def sides(self) -> tuple[int, int, int]:
         """Smallest, median and largest of the shorter sides."""
         sides = sorted(each.side for each in self.good)
         return sides[0], int(statistics.median(sides)), sides[-1]
 
+    @functools.cached_property
+    def readable(self) -> list[list[Path]]:
+        """Training images of each class that can be read."""
+        train = self.parts["train"]
+        found: list[list[Path]] = [[] for _ in self.class_names]
+        for path, label in zip(train.paths, train.targets.tolist(), strict=True):
+            if not self.photos[path].problem:
+                found[label].append(path)
+        return found
+
     @property
     def counts(self) -> list[int]:
         """Number of training images of each class that can be read."""
-        train = self.parts["train"]
-        labels = [
-            label
-            for path, label in zip(train.paths, train.targets.tolist(), strict=True)
-            if not self.photos[path].problem
-        ]
-        found = Counter(labels)
-        return [found[label] for label in range(len(self.class_names))]
+        return list(map(len, self.readable))
 
     @property
     def formats(self) -> Counter[str]:
