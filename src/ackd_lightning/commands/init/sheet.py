@@ -36,7 +36,9 @@ def write_sheet(seen: Survey, path: Path) -> int:
     form = ImageFormat((_SIDE, _SIDE), value_range=seen.value_range)
     for row, name in enumerate(names):
         text = name if len(name) <= 20 else f"{name[:19]}…"
-        draw.text((6, row * step + step // 2), f"{text}\n{len(seen.readable[row]):,}", fill="black", font=font, anchor="lm")
+        draw.text(
+            (6, row * step + step // 2), f"{text}\n{len(seen.readable[row]):,}", fill="black", font=font, anchor="lm"
+        )
         files = seen.readable[row]
         chosen = [files[number * len(files) // COLUMNS] for number in range(COLUMNS)]
         for column, file in enumerate(dict.fromkeys(chosen)):
