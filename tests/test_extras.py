@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ackd_lightning import create_model
+from ackd_lightning.cli import main
 from ackd_lightning.data import HuggingFaceDataModule, TableDataModule, WebDatasetDataModule
 from ackd_lightning.data.decoding import Encoded, load_image, register_heif
 from ackd_lightning.errors import ACKDError
@@ -65,3 +66,11 @@ def test_a_library_that_is_installed_is_returned_and_its_own_faults_are_not_hidd
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="a_library_that_is_not_there"):
         require("halfway", "anything", "this")
+
+
+def test_a_run_that_logs_to_tensorboard_names_the_extra(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert main(["fit", "--config", "digits_resnet8.yaml", "--tensorboard", "--name", "a"]) == 2
+    assert "pip install 'ackd-lightning[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

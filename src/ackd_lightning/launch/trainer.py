@@ -31,6 +31,7 @@ from ackd_lightning.callbacks.stopping import StopSafely
 from ackd_lightning.callbacks.summary import RunSummary
 from ackd_lightning.callbacks.wandb import SafeWandbLogger, offline, run_id
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.extras import require
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.messages import refused_by_trainer
 
@@ -137,6 +138,7 @@ def _loggers(cli: ACKDCLI, folder: Path) -> list[Logger]:
             )
         )
     if cli.option("tensorboard"):
+        require("tensorboard", "tensorboard", "--tensorboard")
         loggers.append(TensorBoardLogger(root, name=config, version=name))
     return loggers
 
