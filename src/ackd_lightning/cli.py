@@ -89,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_false",
         help="train the teacher from scratch, so that nothing is downloaded",
     )
-    start.add_argument("--force", action="store_true", help="replace files of an earlier call")
+    start.add_argument("--overwrite", action="store_true", help="replace files of an earlier call")
     for part in ("train", "val", "test"):
         start.add_argument(f"--{part}-dir", help=f"folder in FOLDER with the {part} images; default: by its name")
 
@@ -247,6 +247,7 @@ def make_image_parser() -> argparse.ArgumentParser:
         "--images", nargs="+", required=True, help="folders, image files, and tables (CSV, Parquet) with their paths"
     )
     parser.add_argument("--output", default="predictions.csv", help="file for the predictions: .csv or .parquet")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file")
     parser.add_argument("--top", type=int, default=1, help="number of classes for each image")
     parser.add_argument("--strict", action="store_true", help="exit with code 1 if files were skipped as unreadable")
     parser.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run folder")

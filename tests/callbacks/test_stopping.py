@@ -137,3 +137,12 @@ def test_two_processes_stop_together_and_are_resumed(tmp_path, method):
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     assert (result["stopped"]["code"], result["stopped"]["steps"]) == (143, 8)
     assert_same_end(result["again"], result["whole"])
+
+
+def test_a_loader_that_inherits_the_handler_says_nothing(tmp_path, monkeypatch, capfd):
+    """Ctrl-C reaches every process of a terminal; only the one that trains answers."""
+    stop = StopSafely(tmp_path / "last.ckpt", advice="")
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    stop._remember(signal.SIGINT, None)
+    stop._remember(signal.SIGINT, None)  # which would end the process that trains at once
+    assert (stop.received, capfd.readouterr().err) == (0, "")

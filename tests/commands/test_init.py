@@ -59,7 +59,7 @@ def test_files_are_replaced_only_when_asked(here, capsys):
     assert "pets_student.yaml" in capsys.readouterr().err
     assert Path("pets_student.yaml").read_text() == "mine"
     assert main(["init", "pets", "--out", "other"]) == 0
-    assert main(["init", "pets", "--force"]) == 0
+    assert main(["init", "pets", "--overwrite"]) == 0
     assert Path("pets_student.yaml").read_text() != "mine"
 
 
@@ -76,7 +76,7 @@ def test_broken_files_and_duplicates_are_named(here, capsys):
         Path(f"pets_{name}").unlink()
     assert main(["init", "pets"]) == 2  # the list may be somebody's
     assert "pets_broken.txt exists" in capsys.readouterr().err
-    assert main(["init", "pets", "--force"]) == 0
+    assert main(["init", "pets", "--overwrite"]) == 0
     seen = survey("pets")
     assert len(seen.shared) == 4
     assert [(one.name, other.name) for one, other in seen.contradicting] == [("3.png", "twin.png")]
@@ -104,7 +104,7 @@ def test_values_follow_the_photos_and_the_machine(here, size, pretrained, device
 
 def test_only_the_teacher_fetches_weights_and_only_when_allowed(here):
     photos(Path("pets"), {"cat": 3, "dog": 3}, size=64)
-    for options, expected in (([], True), (["--no-pretrained", "--force"], False)):
+    for options, expected in (([], True), (["--no-pretrained", "--overwrite"], False)):
         assert main(["init", "pets", *options]) == 0
         teacher, student = (load_configs([f"pets_{which}.yaml"])[0]["model"] for which in ("teacher", "student"))
         assert (
@@ -149,3 +149,11 @@ def test_the_steps_are_those_of_the_fit(here, capsys):
     data = ImageFolderDataModule("pets", image_size=32, val_fraction=chosen.val_fraction)
     data.setup("fit")
     assert len(data.train_targets) == chosen.trained
+
+
+def test_a_mistyped_folder_has_a_near_match(here, capsys):
+    photos(Path("pets"), {"cat": 12, "dog": 12})
+    assert main(["init", "pet"]) == 2
+    assert "there is no folder pet; did you mean 'pets'?" in capsys.readouterr().err
+    assert main(["init", "elsewhere/photos"]) == 2
+    assert "there is no folder elsewhere/photos; name a folder of class folders" in capsys.readouterr().err

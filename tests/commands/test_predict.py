@@ -234,3 +234,25 @@ def test_a_run_predicts_as_its_exported_file_does():
     shutil.rmtree("new")
     assert main(["predict", str(run)]) == 0  # the test part, by Lightning
     assert [each for each in rows()[0] if each != "target"] == list(rows("run.csv")[0])
+
+
+def test_a_few_predictions_are_printed_and_a_file_is_replaced_only_when_asked(capsys):
+    draw(Path("photos/a.png"))
+    assert predict("--images", "photos", "--top", "2") == 0
+    shown = capsys.readouterr().out
+    (row,) = rows()
+    assert f"a.png: {row['class_name']} {float(row['probability']):.1%}, {row['class_name_2']} " in shown
+    before = Path("predictions.csv").read_bytes()
+    draw(Path("photos/b.png"))
+    assert predict("--images", "photos") == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert predict("--images", "nowhere") == 2
+    assert "nowhere" in capsys.readouterr().err  # what is read comes first
+    assert Path("predictions.csv").read_bytes() == before
+    assert predict("--images", "photos", "--overwrite") == 0
+    assert len(rows()) == 2
+    for number in range(9):
+        draw(Path(f"photos/more{number}.png"))
+    capsys.readouterr()
+    assert predict("--images", "photos", "--overwrite") == 0
+    assert "a.png" not in capsys.readouterr().out  # those are in the file

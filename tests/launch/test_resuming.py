@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import yaml
 
 from ackd_lightning.cli import main
 from ackd_lightning.models.weights import read_metadata
+from ackd_lightning.runs.figures import read_metrics
 
 FIT = ["fit", "--config", "digits_resnet8.yaml", "--data.max_per_class", "4", "--trainer.accelerator", "cpu"]
 FIT += ["--trainer.enable_progress_bar", "false", "--name", "one"]
@@ -89,3 +91,19 @@ def test_a_run_that_does_not_exist_is_named_with_the_nearest_one(run, capsys):
     assert "did you mean 'one'?" in capsys.readouterr().err
     assert main(["fit", "--resume", str(run), "--model.student", "resnet20", "--trainer.max_epochs", "9"]) == 2
     assert "leave out what differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stated", [None, 3])
+def test_a_schedule_of_the_length_of_the_fit_follows_it(run, tmp_path, monkeypatch, capsys, stated):
+    """The settings of a run hold the length that its schedule had; a longer fit would otherwise climb again."""
+    monkeypatch.chdir(tmp_path)
+    cosine = ["--model.lr_scheduler", "CosineAnnealingLR", *([f"--model.lr_scheduler.T_max={stated}"] * bool(stated))]
+    arguments = ["fit", "--config", "digits_resnet8.yaml", "--name", "one", "--trainer.enable_progress_bar", "false"]
+    assert main([*arguments, *cosine, "--trainer.max_epochs", "2"]) == 0
+    assert main(["fit", "--resume", "runs/digits_resnet8/one", "--trainer.max_epochs", "4"]) == 0
+    settings = yaml.safe_load(Path("runs/digits_resnet8/one/config.yaml").read_text())
+    assert settings["model"]["lr_scheduler"]["init_args"]["T_max"] == (stated or 4)
+    assert ("T_max follows trainer.max_epochs: 2 -> 4" in capsys.readouterr().out) is (stated is None)
+    rates = read_metrics(Path("runs/digits_resnet8/one/metrics.csv"))["lr/student"]
+    if stated is None:
+        assert rates[4] < rates[3] <= rates[2]

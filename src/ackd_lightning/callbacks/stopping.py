@@ -36,7 +36,7 @@ class StopSafely(Checkpoint):
 
     def __init__(self, checkpoint: Path, *, advice: str) -> None:
         self.checkpoint, self.advice = checkpoint, advice
-        self.received = 0
+        self.received, self.process = 0, os.getpid()
         self.previous: dict[int, Handler] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -44,10 +44,13 @@ class StopSafely(Checkpoint):
         if trainer.is_global_zero:  # files that a killed process did not finish
             for partial in self.checkpoint.parent.glob(".*.ckpt.*.tmp"):
                 partial.unlink(missing_ok=True)
+        self.process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # of a loader, which has inherited the handler and ends with this process
+            return
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.received:

@@ -50,7 +50,7 @@ class RunSummary(L.Callback):
         self.teacher_adds: list[int] = []
         self.measured_at = -1
         self.finished: tuple[dict[str, Any], dict[str, str]] | None = None
-        self.export_option = ""
+        self.export_options = ""
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
 
@@ -62,7 +62,9 @@ class RunSummary(L.Callback):
         module = cast("TrainingModule", pl_module)
         self.multiply_adds = multiply_adds(module.kept_network(), module.data.input_size, module.data.image_shape[0])
         learners = "".join(f" + {spec}" for spec in module.student.specs)
-        self.export_option = "" if module.student_config.quantization is None else " --int8"
+        prepared = (getattr(getattr(trainer, "datamodule", None), "preprocessing", None) or {}).get("pixels") == "uint8"
+        self.export_options = " --with-preprocessing" if prepared else ""
+        self.export_options += "" if module.student_config.quantization is None else " --int8"
         method = type(module.method).__name__
         files = "" if is_fast_dev_run(trainer) else f", files in {self.folder}"
         print(
@@ -248,10 +250,12 @@ class RunSummary(L.Callback):
         if self.finished is None:
             return
         run = shlex.quote(str(self.finished[0]["run"]))
-        steps = [] if tested else [(f"ackd test {run}", "accuracy on the test set, once every choice is made")]
+        taught = [("ackd fit --config STUDENT.yaml", f"a student of this teacher (teacher.weights {self.copy_to})")]
+        steps = taught if self.copy_to else []
+        steps += [] if tested else [(f"ackd test {run}", "accuracy on the test set, once every choice is made")]
         steps += [
             (f"ackd report {run}", "a page: accuracy, mistakes, calibration, size, speed"),
-            (f"ackd export {run} --format onnx{self.export_option}", "the student as a file for a device"),
+            (f"ackd export {run} --format onnx{self.export_options}", "the student as a file for a device"),
         ]
         width = max(len(command) for command, _ in steps)
         print("next:", *(f"  {command:<{width}}  # {what}" for command, what in steps), sep="\n", flush=True)

@@ -70,16 +70,17 @@ def show_int8(
     Raises:
         ACKDError: If a file was not written, after the others.
     """
-    table = Table(title=f"files in {targets[0].parent}")
+    table = Table()
     for column in ("network", "MB", "same class", "accuracy", "ms an image", "spread"):
         table.add_column(column, justify="left" if column == "network" else "right", overflow="fold")
-    failures, notes, threads = [], [], 1
+    failures, written, notes, threads = [], [], [], 1
     for kind, target in zip(kinds, targets, strict=True):
         try:
             pair = export(kind, target)
         except ACKDError as error:
             failures.append(str(error))
             continue
+        written.append(str(target))
         for each in pair:
             accuracy = "-" if each.accuracy is None else f"{each.accuracy:.2%}"
             time = (f"{1000 * each.latency.median:.3f}", f"{1000 * each.latency.spread:.3f}")
@@ -104,6 +105,7 @@ def show_int8(
         print(
             f"one image at a time, {threads} {'thread' if threads == 1 else 'threads'}, median and interquartile range"
         )
+        print(f"written: {', '.join(written)}; the float32 file was for comparison and is not kept")
     for line in notes:
         print(line)
     if failures:

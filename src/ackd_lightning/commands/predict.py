@@ -21,6 +21,9 @@ from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.runs.files import Which
 
+_SHOWN = 10
+"""Number of images up to which the predictions are printed, too."""
+
 
 def predict(
     run: str,
@@ -29,6 +32,7 @@ def predict(
     output: str = "predictions.csv",
     top: int = 1,
     strict: bool = False,
+    overwrite: bool = False,
     which: Which = "last",
     batch_size: int = 64,
     workers: int | None = None,
@@ -42,6 +46,7 @@ def predict(
         output: CSV or Parquet file to write.
         top: Number of classes for each image.
         strict: Whether files that cannot be read are a failure, after the table has been written.
+        overwrite: Whether to replace ``output``.
         which: Checkpoint of a run folder.
         batch_size: Number of images of a batch.
         workers: Number of processes that decode images; None chooses it.
@@ -55,12 +60,12 @@ def predict(
     _check_numbers(top=top, batch_size=batch_size, workers=workers)
     if target.suffix.lower() not in (".csv", *PARQUET):
         raise ACKDError(f"--output is {output}; name a file that ends in .csv or .parquet")
-    if target.exists():
-        raise ACKDError(f"--output {output} exists; choose another file")
     if target.suffix.lower() in PARQUET:
         require("pyarrow.parquet", "parquet", f"--output {output}")
     check_writable(target.parent, "the folder of --output,")
     listed = list_images(images)
+    if target.exists() and not overwrite:
+        raise ACKDError(f"--output {output} exists; choose another file or pass --overwrite")
     network = open_network(run, which=which, device=_device(device))
     if network.kind == "checkpoint":
         say_unfinished(network.path)
@@ -91,6 +96,12 @@ def predict(
         print(line)
     if description.class_names is None:
         print(f"{network.path} does not name its classes, so class_name is empty")
+    if len(found.files) <= _SHOWN:
+        names = description.names
+        for file, numbers, shares in zip(
+            found.files, found.classes.tolist(), found.probabilities.tolist(), strict=True
+        ):
+            print(f"{file}: {', '.join(f'{names[n]} {share:.1%}' for n, share in zip(numbers, shares, strict=True))}")
     skipped = f", {len(notes.unreadable):,} skipped" if notes.unreadable else ""
     print(f"predictions: {target} ({count_of(len(found.files), 'image')}{skipped})", flush=True)
     if strict and notes.unreadable:

@@ -227,7 +227,7 @@ def _check_empty(path: Path, folders: Iterable[str], empty: Sequence[str], *, wh
         return
     if whole:
         raise ACKDError(
-            f"the class folder {path / empty[0]} holds no images: add some, or delete this class in all parts"
+            f"the class folder {path / empty[0]} holds no images: add some, or move it out of the data, in all parts"
         )
     if not set(folders) - set(empty):
         raise ACKDError(f"{path} has no images of the classes of the training part ({_listed(empty)}): add some")

@@ -232,6 +232,28 @@ def set_length(scheduler: Any, *, epochs: int | None, steps: int, interval: str)
     scheduler[_INIT][name] = epochs
 
 
+def renew_length(scheduler: Any, *, before: Any, epochs: Any, options: Sequence[str]) -> str:
+    """Let a schedule of the length of the fit follow an option that makes the fit shorter or longer.
+
+    The settings of a run hold the length that the fit had then.
+
+    Args:
+        scheduler: Parsed ``model.lr_scheduler``; changed in place.
+        before: ``trainer.max_epochs`` of the files.
+        epochs: ``trainer.max_epochs``.
+        options: Command line without ``--config``.
+
+    Returns:
+        What was done, or nothing.
+    """
+    name = _LENGTHS.get(_last_part(scheduler))
+    stated = any("lr_scheduler" in each and each.partition("=")[0].endswith(f".{name}") for each in options)
+    if name is None or stated or before in (None, epochs) or scheduler[_INIT].get(name) != before:
+        return ""
+    scheduler[_INIT][name] = 0
+    return f"model.lr_scheduler.{name} follows trainer.max_epochs: {before} -> {epochs}"
+
+
 def option_pairs(options: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """Yield the options of a command line and their values; None for one without a value.
 

@@ -222,7 +222,7 @@ class Execution:
             if changes := changed_settings(self.cli.folder, self.cli.settings()):
                 print(
                     f"settings that differ from the run's start: {', '.join(changes)} "
-                    "(the optimizer keeps the arguments in the checkpoint, the schedule follows its settings)",
+                    "(the learning rate follows the new schedule, the optimizer keeps its other arguments)",
                     flush=True,
                 )
 

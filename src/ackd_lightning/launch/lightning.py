@@ -31,6 +31,7 @@ from ackd_lightning.launch.arguments import (
     find_data,
     name_checkpoint,
     refuse_values_alone,
+    renew_length,
     resumed_settings,
     split_configs,
     without_none,
@@ -117,6 +118,11 @@ class ACKDCLI:
         check_numbers(self.config.as_dict())
         check_values(self.config.as_dict(), {"model": DistillationModule, **chosen}, given)
         refuse_sharding(_strategy_name(self.option("trainer.strategy")))
+        if command == "fit" and self.config.model.lr_scheduler is not None:
+            before, epochs = (settings.get("trainer") or {}).get("max_epochs"), self.option("trainer.max_epochs")
+            followed = renew_length(self.config.model.lr_scheduler, before=before, epochs=epochs, options=options)
+            if followed and not self.prints:
+                print(followed, flush=True)
         spell_out(self.config)
         self.config.pop("config", None)
         name = self.option("name") or time.strftime("%Y%m%d-%H%M%S")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def _callbacks(cli: ACKDCLI, folder: Path, summary: RunSummary) -> list[L.Callba
     return [
         *checkpoints(folder / "checkpoints", select=validates),
         StopSafely(
-            folder / "checkpoints" / "last.ckpt", advice=f"the same command with --resume {folder} resumes the run"
+            folder / "checkpoints" / "last.ckpt", advice=f"`ackd fit --resume {shlex.quote(str(folder))}` goes on"
         ),
         DiskSpaceCheck(folder, copies=2 if summary.copy_to else 1),
         RunConfig(cli.parser, cli.config, folder=folder),

@@ -12,6 +12,7 @@ import torch
 import torchvision
 
 from ackd_lightning._version import __version__
+from ackd_lightning.errors import count_of
 
 _CPUINFO = Path("/proc/cpuinfo")  # of Linux
 
@@ -73,4 +74,4 @@ def device_name(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    return f"CPU, {count_of(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)

@@ -79,8 +79,8 @@ class FitStart(TrainingSteps):
         warmup, epochs = self.recipe.warmup_epochs, self.trainer.max_epochs or 0
         if 0 < epochs < _SHORT * warmup:
             rank_zero_only(print)(
-                f"the learning rate warms up in {warmup} of {count_of(epochs, 'epoch')}; model.recipe.warmup_epochs "
-                "sets another length",
+                f"the learning rate warms up in {warmup} of {count_of(epochs, 'epoch')}, so that it may never "
+                "reach its full value; set a smaller model.recipe.warmup_epochs",
                 flush=True,
             )
 

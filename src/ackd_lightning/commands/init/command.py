@@ -14,7 +14,7 @@ from ackd_lightning.commands.init.choices import Choice, choose, reasons
 from ackd_lightning.commands.init.sheet import COLUMNS, write_sheet
 from ackd_lightning.commands.init.survey import Survey, survey
 from ackd_lightning.commands.init.writing import student_text, teacher_text
-from ackd_lightning.errors import ACKDError, count_of
+from ackd_lightning.errors import ACKDError, count_of, near_matches
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.files import whole_file
@@ -27,7 +27,7 @@ def init(
     *,
     out: str = ".",
     pretrained: bool = True,
-    force: bool = False,
+    overwrite: bool = False,
     train_dir: str | None = None,
     val_dir: str | None = None,
     test_dir: str | None = None,
@@ -38,7 +38,7 @@ def init(
         folder: Folder of class folders, or with folders for training, validation and test.
         out: Folder of the new files.
         pretrained: Whether the teacher may start from published weights.
-        force: Whether to replace files.
+        overwrite: Whether to replace files.
         train_dir: Folder in ``folder`` with the training images; None for the one that is named so.
         val_dir: The same for validation.
         test_dir: The same for the test.
@@ -50,8 +50,15 @@ def init(
     name = re.sub(r"\W+", "_", named.name).strip("_") or "photos"
     place = Path(out)
     files = [place / f"{name}{ending}" for ending in ("_teacher.yaml", "_student.yaml", "_samples.png", "_broken.txt")]
-    if (there := [each for each in files if each.exists()]) and not force:
-        raise ACKDError(f"{there[0]} exists; choose another --out, or replace it with --force")
+    if (there := [each for each in files if each.exists()]) and not overwrite:
+        raise ACKDError(f"{there[0]} exists; choose another --out, or pass --overwrite")
+    if not Path(folder).is_dir():
+        parent = named.parent
+        near = near_matches(
+            named.name, [each.name for each in parent.iterdir() if each.is_dir()] if parent.is_dir() else []
+        )
+        hint = near if near.startswith("did") else "name a folder of class folders"
+        raise ACKDError(f"there is no folder {folder}; {hint}")
     check_writable(place, "--out")
     places = {"train_dir": train_dir, "val_dir": val_dir, "test_dir": test_dir}
     try:
@@ -80,7 +87,7 @@ def _write(path: Path, text: str) -> None:
 
 def _describe(folder: str, seen: Survey) -> None:
     parts = ", ".join(f"{part} {len(files):,}" for part, files in seen.parts.items())
-    print(f"{folder}: {len(seen.class_names):,} classes, {count_of(len(seen.photos), 'image')} ({parts})")
+    print(f"{folder}: {len(seen.class_names):,} classes, {count_of(len(seen.photos), 'image file')} ({parts})")
     counts = sorted(zip(seen.counts, seen.class_names, strict=True))
     middle = counts[len(counts) // 2][0]
     print(

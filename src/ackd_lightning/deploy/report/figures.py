@@ -71,7 +71,9 @@ def per_class(shares: Sequence[float], intervals: Sequence[tuple[float, float]],
         axes.set_yticks(places, [short(names[each]) for each in order], fontsize=8, parse_math=False)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.axvline(mean, color=_RED, linewidth=1, linestyle="--")
-        axes.text(mean, len(names) - 0.4, f" mean {mean:.1f}", color=_RED, fontsize=8, va="bottom", ha="center")
+        axes.text(
+            mean, len(names) - 0.4, f" mean of classes {mean:.1f}", color=_RED, fontsize=8, va="bottom", ha="center"
+        )
         axes.set_xlim(0, 100)
         axes.set_xlabel("accuracy in %, with 95 % interval")
     else:
@@ -80,7 +82,7 @@ def per_class(shares: Sequence[float], intervals: Sequence[tuple[float, float]],
         places = np.arange(len(names))
         axes.fill_between(places, ends[:, 0], ends[:, 1], color=_BLUE, alpha=0.2, linewidth=0, label="95 % interval")
         axes.plot(places, values, color=_BLUE, linewidth=1.5)
-        axes.axhline(mean, color=_RED, linewidth=1, linestyle="--", label=f"mean {mean:.1f} %")
+        axes.axhline(mean, color=_RED, linewidth=1, linestyle="--", label=f"mean of classes {mean:.1f} %")
         axes.set_xlim(0, len(names) - 1)
         axes.set_ylim(0, 101)
         axes.set_xlabel(f"{len(names):,} classes, sorted")
