@@ -277,3 +277,10 @@ def test_what_lies_beside_a_file_is_not_replaced(tmp_path):
     with pytest.raises(ACKDError, match=r"a\.bin exists"):
         check_free(FORMATS["openvino"], tmp_path / "a.xml", overwrite=False)
     check_free(FORMATS["onnx"], tmp_path / "a.onnx", overwrite=False)
+
+
+def test_a_torch_that_writes_other_files_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.8.0+cpu")
+    with pytest.raises(ACKDError, match=r"format pt2 needs torch 2\.9 or newer and this is 2\.8\.0\+cpu"):
+        FORMATS["pt2"].check_libraries()
+    FORMATS["safetensors"].check_libraries()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from packaging.version import Version
+
 from ackd_lightning.deploy.formats import onnx, openvino, pt2, pte, safetensors
 from ackd_lightning.deploy.formats.program import Opener, Writer
 from ackd_lightning.errors import ACKDError, near_matches
@@ -24,6 +27,7 @@ class Format:
         libraries: Libraries of the extra.
         batch: Largest batch that a file takes; None for any.
         beside: Ending of a second file beside it; None for none.
+        oldest_torch: Oldest torch that writes files which `open_file` reads; None for any.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Format:
     libraries: tuple[str, ...] = ()
     batch: int | None = None
     beside: str | None = None
+    oldest_torch: str | None = None
 
     def files(self, path: Path) -> list[Path]:
         """Return a file and what belongs beside it.
@@ -47,10 +52,15 @@ class Format:
         """Import what the format needs.
 
         Raises:
-            ACKDError: If a library is not installed.
+            ACKDError: If a library is not installed, or torch is too old.
         """
         for library in self.libraries:
             require(library, str(self.extra), f"format {self.name}")
+        if self.oldest_torch is not None and Version(torch.__version__) < Version(self.oldest_torch):
+            raise ACKDError(
+                f"format {self.name} needs torch {self.oldest_torch} or newer and this is {torch.__version__}; update torch, or "
+                "choose another format"
+            )
 
 
 FORMATS = {
@@ -58,7 +68,7 @@ FORMATS = {
     for each in (
         Format("safetensors", ".safetensors", safetensors.write, safetensors.open_file),
         Format("onnx", ".onnx", onnx.write, onnx.open_file, "onnx", ("onnx", "onnxscript", "onnxruntime")),
-        Format("pt2", ".pt2", pt2.write, pt2.open_file),
+        Format("pt2", ".pt2", pt2.write, pt2.open_file, oldest_torch="2.9"),
         Format("pte", ".pte", pte.write, pte.open_file, "executorch", ("executorch",), pte.LARGEST_BATCH),
         Format("openvino", ".xml", openvino.write, openvino.open_file, "openvino", ("openvino",), beside=".bin"),
     )
