@@ -93,3 +93,11 @@ def test_the_first_auxiliary_learner_is_number_1():
         ("aux3", "nan", "not selected", ""),
         ("ensemble", "100.00", "not selected", ""),
     ]
+
+
+def test_a_data_module_with_an_attribute_of_the_same_name_does_not_stop_a_fit(tmp_path, capsys):
+    data = Blobs()
+    data.preprocessing = str.lower
+    callback = RunSummary(tmp_path, config="c")
+    trainer(fast_dev_run=1, callbacks=[callback]).fit(module(), datamodule=data)
+    assert callback.export_options == ""

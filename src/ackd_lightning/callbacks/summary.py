@@ -15,6 +15,7 @@ from rich.console import Console
 from ackd_lightning.callbacks.accuracy_table import accuracy_table
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.progress import is_terminal
+from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.models.preprocessing import channels_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
@@ -62,7 +63,8 @@ class RunSummary(L.Callback):
         module = cast("TrainingModule", pl_module)
         self.multiply_adds = multiply_adds(module.kept_network(), module.data.input_size, module.data.image_shape[0])
         learners = "".join(f" + {spec}" for spec in module.student.specs)
-        prepared = (getattr(getattr(trainer, "datamodule", None), "preprocessing", None) or {}).get("pixels") == "uint8"
+        images = getattr(trainer, "datamodule", None)
+        prepared = isinstance(images, ImageDataModule) and images.preprocessing["pixels"] == "uint8"
         self.export_options = " --with-preprocessing" if prepared else ""
         self.export_options += "" if module.student_config.quantization is None else " --int8"
         method = type(module.method).__name__
