@@ -139,10 +139,10 @@ def test_two_processes_stop_together_and_are_resumed(tmp_path, method):
     assert_same_end(result["again"], result["whole"])
 
 
-def test_a_loader_that_inherits_the_handler_says_nothing(tmp_path, monkeypatch, capfd):
+def test_a_loader_that_inherits_the_handler_says_nothing(tmp_path, capfd):
     """Ctrl-C reaches every process of a terminal; only the one that trains answers."""
     stop = StopSafely(tmp_path / "last.ckpt", advice="")
-    monkeypatch.setattr("os.getpid", lambda: 1)
+    stop.process = -1
     stop._remember(signal.SIGINT, None)
     stop._remember(signal.SIGINT, None)  # which would end the process that trains at once
     assert (stop.received, capfd.readouterr().err) == (0, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ackd_lightning.deploy.formats.formats import FORMATS
 from ackd_lightning.deploy.int8 import Measured, export_int8, fine_tuned, int8_network
 from ackd_lightning.deploy.latency import Latency
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.run_data import data_of_run
 from ackd_lightning.models.quantization import quantize
 from ackd_lightning.runs.export import network_of
@@ -221,6 +223,10 @@ def test_what_int8_costs_is_said(parts, tmp_path, capsys):
 
 
 def test_the_advice_knows_what_was_done():
-    own = int8_advice(PLAIN, tuned=False)
-    assert f"--config {PLAIN}/config.yaml --config qat.yaml --model.student.weights {PLAIN}/student.safetensors" in own
-    assert "qat.yaml" not in int8_advice(TUNED, tuned=True)
+    command = int8_advice(PLAIN, {}, tuned=False).removeprefix("fine-tune it: ackd fit ")
+    settings = ACKDCLI("fit", shlex.split(command)).settings()  # it can be typed as it is printed
+    assert settings["model"]["lr_scheduler"]["init_args"]["T_max"] == settings["trainer"]["max_epochs"] == 10
+    assert settings["model"]["method"]["class_path"].endswith("CE")
+    assert "ce.yaml" not in int8_advice(PLAIN, {"teacher": {"model": "resnet20"}}, tuned=False)
+    assert "qat.yaml" not in int8_advice(TUNED, {}, tuned=True)
+    assert int8_advice(Path("nowhere"), {}, tuned=False) == "fine-tune its student with --config qat.yaml"

@@ -156,4 +156,4 @@ def test_a_mistyped_folder_has_a_near_match(here, capsys):
     assert main(["init", "pet"]) == 2
     assert "there is no folder pet; did you mean 'pets'?" in capsys.readouterr().err
     assert main(["init", "elsewhere/photos"]) == 2
-    assert "there is no folder elsewhere/photos; name a folder of class folders" in capsys.readouterr().err
+    assert "there is no folder elsewhere/photos; name one of class folders" in capsys.readouterr().err

@@ -76,6 +76,12 @@ def test_a_file_beside_is_a_near_match(tmp_path, monkeypatch, folder):
         find_config(f"{folder}photo_student")
 
 
+@pytest.mark.parametrize("value", [".", "/", ".."])
+def test_a_folder_is_no_configuration(value):
+    with pytest.raises(ACKDError, match="no such file"):
+        find_config(value)
+
+
 def test_a_name_that_is_like_none_points_at_the_list():
     with pytest.raises(ACKDError, match="`ackd configs` lists"):
         find_config("0000/1111/2222")

@@ -78,6 +78,8 @@ def photo(path, width, height, orientation=1):
 def test_a_large_photo_is_decoded_smaller_for_its_crop(tmp_path, monkeypatch, library, width, height, by, orientation):
     if library == "PIL":
         monkeypatch.setattr(decoding, "_simplejpeg", lambda: None)
+    else:
+        pytest.importorskip("simplejpeg")
     photo(tmp_path / "x.jpg", width, height, orientation)
     seen = (width, height) if orientation == 6 else (height, width)
     raw, whole = load_for_crop(tmp_path / "x.jpg", 3, lambda *size: by if size == seen else 1)
@@ -110,6 +112,8 @@ def test_simplejpeg_decodes_what_pil_decodes(tmp_path, monkeypatch, by, channels
 def test_a_cut_photo_is_named(tmp_path, monkeypatch, library):
     if library == "PIL":
         monkeypatch.setattr(decoding, "_simplejpeg", lambda: None)
+    else:
+        pytest.importorskip("simplejpeg")
     photo(tmp_path / "x.jpg", 203, 149)
     (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:-900])
     with pytest.raises(ACKDError, match=r"x\.jpg.*replace the file or delete it"):

@@ -284,3 +284,5 @@ def test_a_torch_that_writes_other_files_is_refused(monkeypatch):
     with pytest.raises(ACKDError, match=r"format pt2 needs torch 2\.9 or newer and this is 2\.8\.0\+cpu"):
         FORMATS["pt2"].check_libraries()
     FORMATS["safetensors"].check_libraries()
+    monkeypatch.setattr("torch.__version__", "2.9.0a0+nv25.08")  # a build of 2.9
+    FORMATS["pt2"].check_libraries()

@@ -101,7 +101,7 @@ def test_results_are_never_removed(tmp_path, result):
     assert path.read_text() == "text"
 
 
-@pytest.mark.parametrize(("finished", "advice"), [(False, "go on with it by --resume"), (True, "remove the folder")])
+@pytest.mark.parametrize(("finished", "advice"), [(False, "continue it with --resume"), (True, "remove the folder")])
 def test_the_refusal_of_a_name_knows_whether_the_run_has_finished(tmp_path, finished, advice):
     (tmp_path / "a" / "checkpoints").mkdir(parents=True)
     (tmp_path / "a" / "checkpoints" / "last.ckpt").write_text("weights")

@@ -390,4 +390,4 @@ def test_frozen_teacher_is_used_as_it_is():
 def test_a_fit_that_is_mostly_warm_up_is_said(capsys, epochs, said):
     net = build(KD(), recipe=Recipe(warmup_epochs=1))
     trainer(max_epochs=epochs, limit_train_batches=1, limit_val_batches=0).fit(net, datamodule=Blobs())
-    assert ("the learning rate warms up in 1 of 2 epochs" in capsys.readouterr().out) is said
+    assert ("the warm-up of the learning rate takes 1 of 2 epochs" in capsys.readouterr().out) is said

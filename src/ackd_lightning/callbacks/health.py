@@ -103,7 +103,7 @@ class TeacherGate(L.Callback):
             remedy = "check its weight file, normalisation and class order"
         sentence = f"teacher {name} {problem}; {remedy}"
         if self.stop:
-            raise ACKDError(f"{sentence}, or set --model.teacher.gate to warn")
+            raise ACKDError(f"{sentence}, or set gate to warn in the teacher's settings (--model.teacher.gate warn)")
         rank_zero_warn(sentence)
 
     @staticmethod

@@ -49,7 +49,9 @@ class StopSafely(Checkpoint):
             self.previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # of a loader, which has inherited the handler and ends with this process
+        if (
+            os.getpid() != self.process
+        ):  # of a loader, which has inherited the handler and ends with the process that trains
             return
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -233,15 +233,16 @@ class RunSummary(L.Callback):
         if self.copy_to:
             print(f"weights of the last epoch, for later runs: {self.copy_to}")
         for file in self._outdated():
-            print(f"{file} was exported before the run ended; export it again")
+            print(f"{file} was exported before the run ended; export it again with --overwrite")
 
     def _outdated(self) -> list[Path]:
-        """Files of an earlier ``ackd export`` of the last checkpoint."""
-        last = self.folder / "checkpoints" / "last.ckpt"
-        if not last.is_file():
-            return []
-        written = last.stat().st_mtime
-        return [each for each in sorted(self.folder.glob("student*-last*")) if each.stat().st_mtime < written]
+        """Files of an earlier ``ackd export`` that are older than their checkpoint."""
+        found = []
+        for checkpoint in sorted((self.folder / "checkpoints").glob("*.ckpt")):
+            written = checkpoint.stat().st_mtime
+            exported = sorted(self.folder.glob(f"student*-{checkpoint.stem}*"))
+            found += [each for each in exported if each.suffix != ".bin" and each.stat().st_mtime < written]
+        return found
 
     def show_next(self, *, tested: bool) -> None:
         """Print the commands that use the run.

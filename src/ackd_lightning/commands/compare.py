@@ -199,11 +199,12 @@ def say_lengths(groups: Mapping[str, Sequence[Path]]) -> str:
     Args:
         groups: Folders of the runs of each configuration.
     """
-    steps = {name: sorted({read_summary(run).get("steps", 0) for run in runs}) for name, runs in groups.items()}
-    if len(set(map(tuple, steps.values()))) < 2:
+    known = {name: [read_summary(run).get("steps") for run in runs] for name, runs in groups.items()}
+    steps = {name: sorted({each for each in found if each}) for name, found in known.items() if any(found)}
+    if len({each for found in steps.values() for each in found}) < 2:
         return ""
     each = (f"{name} {' to '.join(f'{number:,}' for number in (s[0], s[-1])[: len(s)])}" for name, s in steps.items())
-    return f"trained for different numbers of steps, so accuracy is not the method's alone: {', '.join(each)}"
+    return f"trained for different numbers of steps, so a difference in accuracy may come from that: {', '.join(each)}"
 
 
 def compare_command(places: Sequence[str], *, figure: str, which: Which = "last") -> None:

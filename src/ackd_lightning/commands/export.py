@@ -87,10 +87,10 @@ def export_command(
     print(f"comparing logits on {images.words}")
     right = images.accuracy(reference)
     if right is not None and is_chance(right, description.num_classes, images.counted):
-        print(f"the student is right for {right:.2%} of {images.counted_words}, as guessing may be")
+        print(f"the student is right for {right:.2%} of {images.counted_words}, which guessing could reach, too")
     if int8:
         tuned = fine_tuned(student.content, checkpoint, network)
-        advice = int8_advice(folder, tuned=tuned is not None)
+        advice = int8_advice(folder, student.summary, tuned=tuned is not None)
         own = reading_uint8(network, description)[1] if with_preprocessing else description
 
         def one(kind: Format, target: Path) -> tuple[Measured, Measured]:

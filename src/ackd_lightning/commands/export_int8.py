@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,9 @@ from ackd_lightning.deploy.checking import CheckImages
 from ackd_lightning.deploy.formats.formats import Format
 from ackd_lightning.deploy.int8 import BACKENDS, NOTEWORTHY_IMAGES, NOTEWORTHY_LOSS, Measured
 from ackd_lightning.errors import ACKDError
+
+_SLOWER = 1.2
+"""Ratio of the times of int8 and float32 from which on it is said."""
 
 
 def check_int8(kinds: Sequence[Format], calibrate: int, learner: int) -> None:
@@ -37,17 +41,25 @@ def check_int8(kinds: Sequence[Format], calibrate: int, learner: int) -> None:
         )
 
 
-def int8_advice(folder: Path, *, tuned: bool) -> str:
+def int8_advice(folder: Path, summary: Mapping[str, Any], *, tuned: bool) -> str:
     """Say what can be done about an int8 network that lost accuracy.
 
     Args:
         folder: Folder of the run.
+        summary: Summary of the run; empty without one.
         tuned: Whether the student was fine-tuned for int8 already.
     """
     if tuned:
         return "it was fine-tuned for int8 already; more epochs or another --model.student.quantization may help"
-    settings, weights = (shlex.quote(str(folder / name)) for name in ("config.yaml", "student.safetensors"))
-    return f"fine-tune it: ackd fit --config {settings} --config qat.yaml --model.student.weights {weights}"
+    files = [folder / name for name in ("config.yaml", "student.safetensors")]
+    if not all(each.is_file() for each in files):
+        return "fine-tune its student with --config qat.yaml"
+    settings, weights = (shlex.quote(str(each)) for each in files)
+    method = "" if summary.get("teacher") else " --config ce.yaml"  # kd needs a teacher
+    return (
+        f"fine-tune it: ackd fit --config {settings} --config qat.yaml{method} --model.student.pretrained false "
+        f"--model.student.weights {weights}"
+    )
 
 
 def show_int8(
@@ -95,7 +107,7 @@ def show_int8(
                     f"{before:.2%}); {advice}"
                 )
         times = [each.latency.median for each in pair]
-        if times[1] > times[0]:
+        if times[1] > _SLOWER * times[0]:
             notes.append(
                 f"on this machine int8 takes {times[1] / times[0]:.1f} times as long as float32 in {kind.name}; "
                 "docs/quantization.md says where it is fast"

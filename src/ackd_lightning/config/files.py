@@ -77,9 +77,10 @@ def find_config(value: str) -> Path:
     for folder in (config_folder(), config_folder() / _METHODS, config_folder() / _RECIPES):
         if (folder / name).is_file():
             return folder / name
-    beside = [str(path.with_name(each.name)) for each in path.parent.glob("*.y*ml")]
-    known = (*beside, *packaged_names(), *method_names(), *recipe_names())
-    hint = near_matches(str(path.with_name(Path(name).name)), known)
+    beside = {each.name: str(path.parent / each.name) for each in path.parent.glob("*.y*ml")}
+    hint = near_matches(Path(name).name, (*beside, *packaged_names(), *method_names(), *recipe_names()))
+    for bare, place in beside.items():
+        hint = hint.replace(repr(bare), repr(place))
     if not hint.startswith("did you"):
         hint = "`ackd configs` lists the packaged configurations"
     raise ACKDError(f"--config {value}: there is no such file and no packaged configuration of that name; {hint}")

@@ -31,7 +31,7 @@ BACKENDS: dict[str, Backend] = {"onnx": "x86", "pt2": "x86", "pte": "xnnpack"}
 NOTEWORTHY_LOSS = 0.01
 """Loss of accuracy above which it is said."""
 NOTEWORTHY_IMAGES = 3
-"""Number of images that it must be at least; fewer say nothing about the network."""
+"""Smallest number of images lost that is reported."""
 
 
 def fine_tuned(content: Mapping[str, Any], origin: Path, network: Any) -> FakeQuantized | None:

@@ -247,7 +247,7 @@ def renew_length(scheduler: Any, *, before: Any, epochs: Any, options: Sequence[
         What was done, or nothing.
     """
     name = _LENGTHS.get(_last_part(scheduler))
-    stated = any("lr_scheduler" in each and each.partition("=")[0].endswith(f".{name}") for each in options)
+    stated = name is not None and any(name in each for each in options)
     if name is None or stated or before in (None, epochs) or scheduler[_INIT].get(name) != before:
         return ""
     scheduler[_INIT][name] = 0

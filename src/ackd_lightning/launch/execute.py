@@ -79,6 +79,8 @@ class Execution:
             ACKDError: For whatever is wrong with the input.
         """
         L.seed_everything(self.option("seed_everything"), workers=True)
+        if self.cli.followed and _rank() == 0 and "LOCAL_RANK" not in os.environ:
+            print(self.cli.followed, flush=True)
         try:
             self.choose_folder()
             self.cli.build()

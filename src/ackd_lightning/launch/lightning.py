@@ -75,7 +75,7 @@ class ACKDCLI:
     model: DistillationModule
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
-        self.command = command
+        self.command, self.followed = command, ""
         configs, options = split_configs(arguments)
         self.altered = any(each.startswith(("--data", "--model", "--trainer.limit")) for each in options)
         if command != "fit":
@@ -120,9 +120,7 @@ class ACKDCLI:
         refuse_sharding(_strategy_name(self.option("trainer.strategy")))
         if command == "fit" and self.config.model.lr_scheduler is not None:
             before, epochs = (settings.get("trainer") or {}).get("max_epochs"), self.option("trainer.max_epochs")
-            followed = renew_length(self.config.model.lr_scheduler, before=before, epochs=epochs, options=options)
-            if followed and not self.prints:
-                print(followed, flush=True)
+            self.followed = renew_length(self.config.model.lr_scheduler, before=before, epochs=epochs, options=options)
         spell_out(self.config)
         self.config.pop("config", None)
         name = self.option("name") or time.strftime("%Y%m%d-%H%M%S")

@@ -50,5 +50,6 @@ def outlive_readers() -> None:
 def print_log() -> None:
     """Print what this package logs as plain lines on stderr, whatever handlers other libraries install."""
     log = logging.getLogger("ackd_lightning")
-    log.addHandler(logging.StreamHandler())
+    if logging.lastResort is not None:  # which finds the stderr of the moment, also below a progress bar
+        log.addHandler(logging.lastResort)
     log.propagate = False

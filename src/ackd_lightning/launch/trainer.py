@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def _loggers(cli: ACKDCLI, folder: Path) -> list[Logger]:
             )
         )
     if cli.option("tensorboard"):
-        require("tensorboard", "tensorboard", "--tensorboard")
+        if find_spec("tensorboardX") is None:
+            require("tensorboard", "tensorboard", "--tensorboard")
         loggers.append(TensorBoardLogger(root, name=config, version=name))
     return loggers
 

@@ -232,7 +232,7 @@ def _unlock(stream: IO[str]) -> None:
 def _exists(folder: Path) -> ACKDError:
     if not (folder / "summary.json").exists() and (folder / "checkpoints" / "last.ckpt").is_file():
         return ACKDError(
-            f"run {folder} exists and has not finished; go on with it by --resume {shlex.quote(str(folder))}, or "
+            f"run {folder} exists and has not finished; continue it with --resume {shlex.quote(str(folder))}, or "
             "choose another --name"
         )
     return ACKDError(f"run {folder} exists; choose another --name, or remove the folder")

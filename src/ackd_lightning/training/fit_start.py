@@ -77,12 +77,15 @@ class FitStart(TrainingSteps):
     def _say_warmup(self) -> None:
         """Say that a fit, often one that was shortened, is in large part warm-up of the learning rate."""
         warmup, epochs = self.recipe.warmup_epochs, self.trainer.max_epochs or 0
-        if 0 < epochs < _SHORT * warmup:
-            rank_zero_only(print)(
-                f"the learning rate warms up in {warmup} of {count_of(epochs, 'epoch')}, so that it may never "
-                "reach its full value; set a smaller model.recipe.warmup_epochs",
-                flush=True,
+        if getattr(self.trainer, "fast_dev_run", False) or not 0 < epochs < _SHORT * warmup:
+            return
+        found = f"the warm-up of the learning rate takes {warmup} of {count_of(epochs, 'epoch')}"
+        if warmup >= epochs:
+            found = (
+                f"the warm-up of the learning rate takes {count_of(warmup, 'epoch')} and the fit {epochs}, so that it"
             )
+            found += " never reaches its full value"
+        rank_zero_only(print)(f"{found}; model.recipe.warmup_epochs sets another length", flush=True)
 
     def check_data(self, data: Any) -> None:
         """Refuse a data module that does not go with method and recipe.

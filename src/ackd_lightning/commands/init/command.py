@@ -50,15 +50,14 @@ def init(
     name = re.sub(r"\W+", "_", named.name).strip("_") or "photos"
     place = Path(out)
     files = [place / f"{name}{ending}" for ending in ("_teacher.yaml", "_student.yaml", "_samples.png", "_broken.txt")]
+    if not named.is_dir():
+        beside = [str(each) for each in named.parent.glob("*/")] if named.parent.is_dir() else []
+        near = near_matches(str(named), beside)
+        raise ACKDError(
+            f"there is no folder {folder}; {near if near.startswith('did') else 'name one of class folders'}"
+        )
     if (there := [each for each in files if each.exists()]) and not overwrite:
         raise ACKDError(f"{there[0]} exists; choose another --out, or pass --overwrite")
-    if not Path(folder).is_dir():
-        parent = named.parent
-        near = near_matches(
-            named.name, [each.name for each in parent.iterdir() if each.is_dir()] if parent.is_dir() else []
-        )
-        hint = near if near.startswith("did") else "name a folder of class folders"
-        raise ACKDError(f"there is no folder {folder}; {hint}")
     check_writable(place, "--out")
     places = {"train_dir": train_dir, "val_dir": val_dir, "test_dir": test_dir}
     try:

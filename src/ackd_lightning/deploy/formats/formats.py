@@ -56,7 +56,9 @@ class Format:
         """
         for library in self.libraries:
             require(library, str(self.extra), f"format {self.name}")
-        if self.oldest_torch is not None and Version(torch.__version__) < Version(self.oldest_torch):
+        if self.oldest_torch is not None and Version(Version(torch.__version__).base_version) < Version(
+            self.oldest_torch
+        ):
             raise ACKDError(
                 f"format {self.name} needs torch {self.oldest_torch} or newer and this is {torch.__version__}; update "
                 "torch, or choose another format"
