@@ -77,10 +77,11 @@ def find_config(value: str) -> Path:
     for folder in (config_folder(), config_folder() / _METHODS, config_folder() / _RECIPES):
         if (folder / name).is_file():
             return folder / name
-    beside = {each.name: str(path.parent / each.name) for each in path.parent.glob("*.y*ml")}
-    hint = near_matches(Path(name).name, (*beside, *packaged_names(), *method_names(), *recipe_names()))
-    for bare, place in beside.items():
-        hint = hint.replace(repr(bare), repr(place))
+    known = {Path(each).stem: each for each in (*packaged_names(), *method_names(), *recipe_names())}
+    known |= {each.stem: str(path.parent / each.name) for each in path.parent.glob("*.y*ml")}
+    hint = near_matches(Path(name).stem, known)
+    for stem, place in known.items():
+        hint = hint.replace(repr(stem), repr(place))
     if not hint.startswith("did you"):
         hint = "`ackd configs` lists the packaged configurations"
     raise ACKDError(f"--config {value}: there is no such file and no packaged configuration of that name; {hint}")
