@@ -20,6 +20,8 @@ def test_near_names_are_listed_nearest_first():
 
 def test_few_known_names_are_listed_in_order_if_none_is_similar():
     assert near_matches("xyz", ["b", "a"]) == "known are a, b"
+    assert near_matches("xyz", ["b", "a"], otherwise="") == ""
+    assert near_matches("xyy", ["xyz"], otherwise="look it up") == "did you mean 'xyz'?"
 
 
 def test_of_many_known_names_some_are_listed():

@@ -61,13 +61,14 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def near_matches(value: str, known: Iterable[str], *, most: int = 3) -> str:
-    """Return a hint such as ``did you mean 'resnet20'?``, or the known names if none is similar.
+def near_matches(value: str, known: Iterable[str], *, most: int = 3, otherwise: str | None = None) -> str:
+    """Return a hint such as ``did you mean 'resnet20'?``, or another hint if no name is similar.
 
     Args:
         value: Name that was not found.
         known: Valid names.
         most: Largest number of similar names in the hint.
+        otherwise: Hint if no name is similar. None for the known names.
 
     Examples:
         >>> near_matches("resnet2O", ["resnet20", "wrn_40_2"])
@@ -77,4 +78,6 @@ def near_matches(value: str, known: Iterable[str], *, most: int = 3) -> str:
     near = difflib.get_close_matches(value, names, n=most, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    if otherwise is not None:
+        return otherwise
     return f"known are {', '.join(names)}" if len(names) <= 12 else f"known are {', '.join(names[:12])}, …"

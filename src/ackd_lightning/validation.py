@@ -123,8 +123,8 @@ def _problem(value: Any, hint: Any) -> str | None:
     if origin is Literal:
         if any(value == each and type(value) is type(each) for each in arguments):
             return None
-        near = near_matches(str(value), [str(each) for each in arguments])
-        return " or ".join(repr(each) for each in arguments) + (f"; {near}" if near.startswith("did") else "")
+        near = near_matches(str(value), [str(each) for each in arguments], otherwise="")
+        return " or ".join(repr(each) for each in arguments) + (f"; {near}" if near else "")
     if origin in (list, tuple, Sequence):
         return _sequence_problem(value, arguments)
     plain: dict[Any, tuple[tuple[type, ...], str]] = {

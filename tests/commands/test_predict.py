@@ -223,7 +223,7 @@ def test_a_missing_library_is_named_before_anything_is_read(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_predicts_as_its_exported_file_does():
+def test_a_run_predicts_as_its_exported_file_does(capsys):
     fit = ["fit", "--config", "digits_resnet8", "--weights_dir", "null", "--trainer.max_epochs", "1", "--name", "a"]
     assert main([*fit, "--data.max_per_class", "20", "--trainer.limit_train_batches", "2"]) == 0
     draw("new/a.png")
@@ -234,6 +234,12 @@ def test_a_run_predicts_as_its_exported_file_does():
     shutil.rmtree("new")
     assert main(["predict", str(run)]) == 0  # the test part, by Lightning
     assert [each for each in rows()[0] if each != "target"] == list(rows("run.csv")[0])
+    before = rows()
+    assert main(["predict", str(run)]) == 2
+    assert "predictions.csv exists; choose another file or pass --overwrite" in capsys.readouterr().err
+    Path("predictions.csv").write_text("of another network")
+    assert main(["predict", str(run), "--overwrite"]) == 0
+    assert rows() == before
 
 
 def test_a_few_predictions_are_printed_and_a_file_is_replaced_only_when_asked(capsys):

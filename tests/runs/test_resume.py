@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -156,8 +157,21 @@ def test_two_processes_cannot_train_one_run(place, capsys):
     with (run / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert main([*FIT, "--resume", "auto"]) == 2
-    assert str(run) in capsys.readouterr().err
+        assert f"{run} is being trained by another process; wait" in capsys.readouterr().err
+        assert main([*FIT, "--name", run.name]) == 2
+        assert f"{run} is being trained by another process; wait" in capsys.readouterr().err
+        assert main(["inspect", str(run)]) == 0
+        assert f"{run} is being trained by another process, so this is its network so far\n" in capsys.readouterr().out
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_a_run_that_is_only_looked_at_can_be_resumed(place):
+    run = unfinished()
+    with (run / ".lock").open() as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        Timer(0.02, fcntl.flock, (look, fcntl.LOCK_UN)).start()
+        with claim(run.parent, run.name, resume=True) as mine:
+            assert mine.folder == run
 
 
 def test_a_checkpoint_outside_a_run_is_refused(place, capsys):

@@ -17,7 +17,7 @@ from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.deploy.predictions import PARQUET, predict_images, write_table
 from ackd_lightning.errors import ACKDError, UnreadableImagesError, count_of
 from ackd_lightning.extras import require
-from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.launch.preflight import check_predictions
 from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.runs.files import Which
 
@@ -62,10 +62,8 @@ def predict(
         raise ACKDError(f"--output is {output}; name a file that ends in .csv or .parquet")
     if target.suffix.lower() in PARQUET:
         require("pyarrow.parquet", "parquet", f"--output {output}")
-    check_writable(target.parent, "the folder of --output,")
     listed = list_images(images)
-    if target.exists() and not overwrite:
-        raise ACKDError(f"--output {output} exists; choose another file or pass --overwrite")
+    check_predictions(target, overwrite=overwrite)
     network = open_network(run, which=which, device=_device(device))
     if network.kind == "checkpoint":
         say_unfinished(network.path)

@@ -148,8 +148,7 @@ def _near(name: str, known: Iterable[str]) -> str:
     names = [each for each in known if not each.startswith("_")]
     if same := next((each for each in names if each.lower() == name.lower()), None):
         return f"did you mean {same!r}?"
-    hint = near_matches(name, names)
-    return hint if hint.startswith("did") else ""
+    return near_matches(name, names, otherwise="")
 
 
 def sub_classes(kind: type) -> Iterator[type]:

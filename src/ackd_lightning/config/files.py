@@ -79,11 +79,9 @@ def find_config(value: str) -> Path:
             return folder / name
     known = {Path(each).stem: each for each in (*packaged_names(), *method_names(), *recipe_names())}
     known |= {each.stem: str(path.parent / each.name) for each in path.parent.glob("*.y*ml")}
-    hint = near_matches(Path(name).stem, known)
+    hint = near_matches(Path(name).stem, known, otherwise="`ackd configs` lists the packaged configurations")
     for stem, place in known.items():
         hint = hint.replace(repr(stem), repr(place))
-    if not hint.startswith("did you"):
-        hint = "`ackd configs` lists the packaged configurations"
     raise ACKDError(f"--config {value}: there is no such file and no packaged configuration of that name; {hint}")
 
 

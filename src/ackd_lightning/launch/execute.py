@@ -24,7 +24,14 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.measured import show_measured
 from ackd_lightning.launch.messages import first_cause
-from ackd_lightning.launch.preflight import check_checkpoint, check_loaders, check_name, check_processes, check_writable
+from ackd_lightning.launch.preflight import (
+    check_checkpoint,
+    check_loaders,
+    check_name,
+    check_predictions,
+    check_processes,
+    check_writable,
+)
 from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.launch.words import as_given
 from ackd_lightning.runs.claim import Claim, claim, say_unfinished
@@ -179,9 +186,7 @@ class Execution:
         if not self.option("ckpt_path"):
             raise ACKDError(f"`ackd {command}` needs a run; write `ackd {command} RUN`, or set --ckpt_path FILE")
         if command == "predict":
-            if Path(output).exists():
-                raise ACKDError(f"--output {output} exists; choose another file")
-            check_writable(Path(output).parent, "the folder of --output,")
+            check_predictions(Path(output), overwrite=self.option("overwrite"))
 
     def _claim_folder(self) -> None:
         resumed = self.option("ckpt_path")

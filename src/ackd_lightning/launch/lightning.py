@@ -94,7 +94,7 @@ class ACKDCLI:
         if own and configs and (found := find_data(settings, find_config(config_parts(configs[0])[0]))):
             print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
         if command != "fit":  # a run's config.yaml has them
-            settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output")}
+            settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output", "overwrite")}
         elif own:  # the run goes on from its own checkpoint, wherever it started from
             settings = {key: value for key, value in settings.items() if key not in ("ckpt_path", "resume")}
         parts = [part for each in configs for part in config_parts(each)]

@@ -116,8 +116,7 @@ def check_shape(given: Given) -> None:
         if not isinstance(value.get(_INIT) or {}, Mapping):
             raise _wrong(f"{place}.{_INIT}", value[_INIT], _SECTION, given)
         if unknown := next((str(key) for key in value if key not in _CLASS_KEYS), None):
-            hint = near_matches(unknown, _CLASS_KEYS)
-            hint = hint if hint.startswith("did") else f"write it below {_INIT}"
+            hint = near_matches(unknown, _CLASS_KEYS, otherwise=f"write it below {_INIT}")
             raise ACKDError(f"there is no setting {unknown!r} here; {hint}{given.at(f'{place}.{unknown}')}")
 
 
@@ -235,13 +234,13 @@ def _near_class(setting: str, stated: str) -> str:
     """Propose a data module, or a class of Lightning's for the Trainer, whose name is like the one that is named."""
     if setting == "data":
         names = [each.__name__ for each in sub_classes(LightningDataModule) if each.__name__.endswith("DataModule")]
-        near = near_matches(stated.rpartition(".")[2], names)
-        return f"; {near}" if near.startswith("did") else ""
+        near = near_matches(stated.rpartition(".")[2], names, otherwise="")
+        return f"; {near}" if near else ""
     home = {"trainer.callbacks": callbacks, "trainer.logger": loggers, "trainer.profiler": profilers}
     name = stated.rpartition(".")[2]
     for place, module in home.items():
-        near = near_matches(name, module.__all__) if setting == place else ""
-        if near.startswith("did"):
+        near = near_matches(name, module.__all__, otherwise="") if setting == place else ""
+        if near:
             return f"; {near}"
     return ""
 

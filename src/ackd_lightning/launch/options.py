@@ -31,7 +31,10 @@ from ackd_lightning.training.speed import fast_settings
 _TEXT = {"type": str | None, "default": None}
 _KINDS: dict[str, dict[str, Any]] = {
     # with and without a value, as sweeps write --fast=True
-    **{name: {"type": bool, "default": False, "nargs": "?", "const": True} for name in ("tensorboard", "test", "fast")},
+    **{
+        name: {"type": bool, "default": False, "nargs": "?", "const": True}
+        for name in ("tensorboard", "test", "fast", "overwrite")
+    },
     "runs_dir": {"type": str, "default": "runs"},
     "resume": {**_TEXT, "metavar": "auto|PATH"},
     "wandb": {**_TEXT, "metavar": "PROJECT", "nargs": "?", "const": "ackd-lightning"},
@@ -115,6 +118,7 @@ def make_parser(command: str) -> Parser:
             parser.add_argument(f"--{name}", help=text, **_KINDS.get(name, _TEXT))
     if command == "predict":
         parser.add_argument("--output", type=str, default="predictions.csv", help=TEXTS["output"])
+        parser.add_argument("--overwrite", help=TEXTS["overwrite"], **_KINDS["overwrite"])
     parser.whole_numbers_first()
     return parser
 

@@ -141,6 +141,23 @@ def check_writable(folder: Path, option: str) -> None:
                 each.rmdir()
 
 
+def check_predictions(output: Path, *, overwrite: bool) -> None:
+    """Check that ``ackd predict`` may write its file.
+
+    Args:
+        output: Value of ``--output``.
+        overwrite: Value of ``--overwrite``.
+
+    Raises:
+        ACKDError: If it is a folder, exists without ``overwrite``, or cannot be written.
+    """
+    if output.is_dir():
+        raise ACKDError(f"--output {output} exists and is a folder; choose another file")
+    if output.exists() and not overwrite:
+        raise ACKDError(f"--output {output} exists; choose another file or pass --overwrite")
+    check_writable(output.parent, "the folder of --output,")
+
+
 def check_loaders(data: L.LightningDataModule, command: str, *, test: bool) -> None:
     """Refuse a data module that does not have the loaders that a subcommand reads.
 

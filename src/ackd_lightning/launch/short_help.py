@@ -16,8 +16,9 @@ TEXTS = {
     "seed_everything": "seed of weights, data order and augmentation",
     "ckpt_path": "checkpoint to start from or to evaluate",
     "output": "CSV file for the predictions",
+    "overwrite": "replace the file of --output",
 }
-"""Help of the options that every command has, and of the output of ``ackd predict``."""
+"""Help of the options that every command has, and of those of ``ackd predict``."""
 FIT_TEXTS = {
     "name": "name of the run; default: a time stamp",
     "runs_dir": "the run is written to RUNS_DIR/CONFIG/NAME",
@@ -125,8 +126,8 @@ def entries_of(command: str) -> tuple[Entry, ...]:
     Args:
         command: fit, validate, test or predict.
     """
-    output = (Entry("output", "FILE", default="predictions.csv"),) if command == "predict" else ()
-    return ENTRIES if command == "fit" else (*_EVALUATE, *output)
+    output = (Entry("output", "FILE", default="predictions.csv"), Entry("overwrite", ""))
+    return ENTRIES if command == "fit" else (*_EVALUATE, *(output if command == "predict" else ()))
 
 
 def options_of(command: str) -> dict[str, list[str] | None]:

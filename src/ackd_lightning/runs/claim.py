@@ -125,9 +125,7 @@ def claim(parent: Path, name: str | None = None, *, resume: bool = False) -> Cla
         except _InUseError:
             if name is None:
                 continue
-            raise ACKDError(
-                f"run {folder} is being trained by another process; wait for it, or choose another --name"
-            ) from None
+            raise _in_use(folder) from None
         except FileNotFoundError as error:  # another process removed the folder that it had made
             failures += 1
             if failures == _ATTEMPTS:
@@ -159,12 +157,26 @@ def say_unfinished(checkpoint: Path) -> None:
         checkpoint: Checkpoint file.
     """
     folder = run_folder(checkpoint)
-    if (folder / LOCK_FILE).is_file() and not (folder / "summary.json").is_file():
-        print(
-            f"{folder} has not finished, so this is its network so far; `ackd fit --resume "
-            f"{shlex.quote(str(folder))}` goes on",
-            flush=True,
-        )
+    if not (folder / LOCK_FILE).is_file() or (folder / "summary.json").is_file():
+        return
+    state, then = "has not finished", f"; `ackd fit --resume {shlex.quote(str(folder))}` goes on"
+    if _in_training(folder):
+        state, then = "is being trained by another process", ""
+    print(f"{folder} {state}, so this is its network so far{then}", flush=True)
+
+
+def _in_training(folder: Path) -> bool:
+    """Return whether another process holds the lock of a run's folder; False where the file system has no locks."""
+    try:
+        import fcntl
+
+        with (folder / LOCK_FILE).open() as stream:  # shared, so that two commands that look do not see each other
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return False
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
 
 
 def _names(name: str | None) -> Iterator[str]:
@@ -198,7 +210,11 @@ def _locked(folder: Path) -> IO[str] | None:
     try:
         import fcntl
 
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)  # a command that looks whether the run is in training holds the lock for an instant
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
         stream.close()
         return None
@@ -229,8 +245,14 @@ def _unlock(stream: IO[str]) -> None:
     stream.close()
 
 
+def _in_use(folder: Path) -> ACKDError:
+    return ACKDError(f"run {folder} is being trained by another process; wait for it, or choose another --name")
+
+
 def _exists(folder: Path) -> ACKDError:
     if not (folder / "summary.json").exists() and (folder / "checkpoints" / "last.ckpt").is_file():
+        if _in_training(folder):
+            return _in_use(folder)
         return ACKDError(
             f"run {folder} exists and has not finished; continue it with --resume {shlex.quote(str(folder))}, or "
             "choose another --name"

@@ -132,10 +132,8 @@ def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
             raise ACKDError(f"{found} does not exist (its checkpoints: {others}); choose another run or --which")
         return found
     if not path.is_file():
-        hint = near_matches(
-            path.name, [each.name for each in path.parent.glob("*/") if (each / "checkpoints").is_dir()]
-        )
-        hint = hint if hint.startswith("did") else "`ackd fit` writes runs to runs/CONFIG/NAME"
+        beside = [each.name for each in path.parent.glob("*/") if (each / "checkpoints").is_dir()]
+        hint = near_matches(path.name, beside, otherwise="`ackd fit` writes runs to runs/CONFIG/NAME")
         raise ACKDError(f"{run} is neither a run folder nor a checkpoint; {hint}")
     return path
 

@@ -39,11 +39,10 @@ def check_monitors(module: Any) -> None:
         counted = split in ("epoch", "step") and isinstance(each, Checkpoint)
         if plain in known or counted or (open_ended and name):
             continue
-        near = near_matches(monitor, known)
-        near = f"{near} " if near.startswith("did") else ""
+        near = near_matches(monitor, known, otherwise="")
         raise ACKDError(
             f"{type(each).__name__} monitors {monitor!r} and this run logs no such metric; {near}"
-            f"{'known' if not near else 'Known'} are {', '.join(sorted(known))}"
+            f"{' Known' if near else 'known'} are {', '.join(sorted(known))}"
         )
 
 
