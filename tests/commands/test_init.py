@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -37,11 +38,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_both_files_run_as_they_are_written(here, capsys):
+def test_both_files_run_as_they_are_written(here, capsys, caplog):
     photos(Path("my pets"), {"cat": 40, "dog": 10, "no": 10}, grey=True)
     assert main(["init", "my pets"]) == 0
     shown = capsys.readouterr().out
-    assert "ackd fit --config my_pets_teacher.yaml" in shown
+    assert re.search(r"ackd fit --config my_pets_teacher.yaml  # about \d+(\.\d)? (s|min|h)\n", shown)
+    assert shown.count("has no test part") + caplog.text.count("has no test part") == 1
     with Image.open("my_pets_samples.png") as sheet:
         assert sheet.size[0] > sheet.size[1]
     assert main(["fit", "--config", "my_pets_teacher.yaml", *QUICK]) == 0
@@ -113,6 +115,7 @@ def test_only_the_teacher_fetches_weights_and_only_when_allowed(here):
             else not expected
         )
         assert "pretrained" not in {**student["student"], **student["teacher"]}
+    assert load_configs(["pets_student.yaml"])[0]["data"]["init_args"]["val_fraction"] == 0  # of 2 images a class
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such names there")

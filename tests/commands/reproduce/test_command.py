@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from ackd_lightning.cli import main
 from ackd_lightning.commands.processes import devices_for
 from ackd_lightning.commands.reproduce import command, planning
-from ackd_lightning.commands.reproduce.command import _duration, read_seeds
+from ackd_lightning.commands.reproduce.command import read_seeds
 from ackd_lightning.commands.reproduce.running import Runner
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch import execute
@@ -340,13 +340,6 @@ def test_devices(monkeypatch, gpus, visible, workers, devices):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert devices_for(workers) == devices
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (600, "10 min"), (7200, "2.0 h"), (200_000, "2.3 days")]
-)
-def test_durations(seconds, text):
-    assert _duration(seconds) == text
 
 
 def processes(text):

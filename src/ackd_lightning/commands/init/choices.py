@@ -110,6 +110,8 @@ def choose(seen: Survey, *, pretrained: bool, device: str | None = None) -> Choi
     pretrained = pretrained and not small
     val_fraction = None if "val" in seen.parts else 0.2 if min(counts) < _FEW else 0.1
     trained = sum(each - held_out_of(each, val_fraction or 0) for each in counts)
+    if val_fraction is not None and trained == sum(counts):
+        val_fraction = 0.0  # which validates on the test images
     batch = next((each for each in (128, 64, 32, 16) if each <= min(trained // 10, _LARGEST_BATCH[device])), 8)
     steps = math.ceil(trained / batch)
     from_scratch = max(20, min(200, _STEPS[device] // steps))
@@ -150,7 +152,13 @@ def reasons(seen: Survey, chosen: Choices, *, asked: bool) -> list[Choice]:
         size_why = f"{fits}, enlarged for networks of photos"
     else:
         size_why = f"{fits}; at most {_LARGEST[c.device]} on {on}"
-    held = "the folder has its own" if c.val_fraction is None else f"the smallest class has {min(counts):,} images"
+    if c.val_fraction is None:
+        held_out, held_why = "val", "the folder has its own"
+    elif c.val_fraction == 0:
+        held_out, held_why = "the test images", "too few training images to hold any out"
+    else:
+        held_out = f"{c.val_fraction:.0%} of the training images"
+        held_why = f"the smallest class has {min(counts):,} images"
     without = "--no-pretrained" if not asked else "published weights are for larger images"
     teacher_why = "starts from weights that timm publishes for ImageNet" if c.pretrained else f"from scratch: {without}"
     student_why = "the same kind, a third as deep" if c.small else "small, and made for CPUs (LCNet)"
@@ -161,7 +169,7 @@ def reasons(seen: Survey, chosen: Choices, *, asked: bool) -> list[Choice]:
     )
     rows = [
         ("image size", f"{c.image_size} x {c.image_size}", size_why),
-        ("validation", "val" if c.val_fraction is None else f"{c.val_fraction:.0%} of the training images", held),
+        ("validation", held_out, held_why),
         (
             "batch size",
             c.batch_size,

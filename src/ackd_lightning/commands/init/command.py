@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ackd_lightning.commands.init.choices import Choice, choose, reasons
+from ackd_lightning.commands.init.choices import Choice, Choices, choose, reasons
+from ackd_lightning.commands.init.duration import durations
 from ackd_lightning.commands.init.sheet import COLUMNS, write_sheet
 from ackd_lightning.commands.init.survey import Survey, survey
-from ackd_lightning.commands.init.writing import student_text, teacher_text
+from ackd_lightning.commands.init.writing import data_arguments, student_text, teacher_text
+from ackd_lightning.commands.stopwatch import rough
 from ackd_lightning.errors import ACKDError, count_of, near_matches
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_writable
@@ -52,10 +54,8 @@ def init(
     files = [place / f"{name}{ending}" for ending in ("_teacher.yaml", "_student.yaml", "_samples.png", "_broken.txt")]
     if not named.is_dir():
         beside = [str(each) for each in named.parent.glob("*/")] if named.parent.is_dir() else []
-        near = near_matches(str(named), beside)
-        raise ACKDError(
-            f"there is no folder {folder}; {near if near.startswith('did') else 'name one of class folders'}"
-        )
+        near = near_matches(str(named), beside, otherwise="name one of class folders")
+        raise ACKDError(f"there is no folder {folder}; {near}")
     if (there := [each for each in files if each.exists()]) and not overwrite:
         raise ACKDError(f"{there[0]} exists; choose another --out, or pass --overwrite")
     check_writable(place, "--out")
@@ -76,7 +76,7 @@ def init(
     _write(student, student_text(folder, chosen, places, weights=weights))
     for each in (teacher, student):
         ACKDCLI("fit", ["--config", str(each)])  # what is written can be read
-    _next(seen, teacher, student, listed, fetches=chosen.teacher if chosen.pretrained else "")
+    _next(seen, (teacher, student), listed, chosen, data_arguments(folder, chosen, places))
 
 
 def _write(path: Path, text: str) -> None:
@@ -119,14 +119,20 @@ def _show(rows: list[Choice]) -> None:
     Console(width=None if Console().is_terminal else 140).print(table)
 
 
-def _next(seen: Survey, teacher: Path, student: Path, listed: Path, *, fetches: str) -> None:
-    print(f"written: {teacher}, {student}")
+def _next(
+    seen: Survey, configs: tuple[Path, Path], listed: Path, chosen: Choices, arguments: dict[str, object]
+) -> None:
+    print(f"written: {configs[0]}, {configs[1]}")
     listed.unlink(missing_ok=True)  # of an earlier call
     if seen.broken:
         _write(listed, "".join(f"{path}\n" for path in seen.broken))
         print(f"first replace or delete the broken files, with which no fit starts; {listed} lists them")
-    if fetches:
-        print(f"the teacher's fit downloads the weights of {fetches} once; --no-pretrained does without")
-    print("next:")
-    print(f"  ackd fit --config {shlex.quote(str(teacher))}")
-    print(f"  ackd fit --config {shlex.quote(str(student))}")
+    if chosen.pretrained:
+        print(f"the teacher's fit downloads the weights of {chosen.teacher} once; --no-pretrained does without")
+    commands = [f"ackd fit --config {shlex.quote(str(each))}" for each in configs]
+    longest = max(map(len, commands))
+    # a broken file could be among those whose reading is timed
+    times = ["", ""] if seen.broken else [f"  # about {rough(each)}" for each in durations(chosen, arguments)]
+    print("next:" if seen.broken else "next, with durations on this machine at its present load:")
+    for command, about in zip(commands, times, strict=True):
+        print(f"  {command:{longest}}{about}".rstrip())

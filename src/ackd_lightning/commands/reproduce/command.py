@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning.commands.processes import devices_for, ending_on_signals
-from ackd_lightning.commands.reproduce.estimate import Stopwatch, megabytes
+from ackd_lightning.commands.reproduce.estimate import job_seconds, megabytes
 from ackd_lightning.commands.reproduce.jobs import Job, check_unchanged, unchanged, union
 from ackd_lightning.commands.reproduce.output import METRIC_NAMES, columns, write_records, write_tables
 from ackd_lightning.commands.reproduce.planning import Planner, needs_teacher
@@ -23,6 +23,7 @@ from ackd_lightning.commands.reproduce.results import Line, lines, note, record
 from ackd_lightning.commands.reproduce.running import Runner
 from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec
 from ackd_lightning.commands.reproduce.tables import choose, read_table, table_names
+from ackd_lightning.commands.stopwatch import Stopwatch, rough
 from ackd_lightning.errors import ACKDError, RunsFailedError
 
 _MOST_SEEDS = 1000
@@ -77,32 +78,24 @@ def _print_plan(title: str, jobs: Sequence[Job]) -> None:
         table.add_column(column, justify="right" if column in ("epochs", "about", "MB") else "left", overflow="fold")
     total, size, unknown = 0.0, 0.0, 0
     for job in jobs:
-        seconds = watch.job(job)
+        seconds = job_seconds(watch, job)
         if not job.finished:
             unknown += seconds is None
             total, size = total + (seconds or 0.0), size + megabytes(job)
-        about = "data missing" if seconds is None else _duration(seconds)
+        about = "data missing" if seconds is None else rough(seconds)
         place = "/".join(job.folder.parts[-2:])
         table.add_row(job.title, job.state(), str(job.epochs), about, f"{megabytes(job):.0f}", place)
     Console(width=None if Console().is_terminal else 140).print(table)
     left = sum(not job.finished for job in jobs)
     more = f", {unknown} of unknown duration (their data are missing)" if unknown else ""
     print(
-        f"{left} runs to do, about {_duration(total)} one after another on {watch.device.type} at its present load"
+        f"{left} runs to do, about {rough(total)} one after another on {watch.device.type} at its present load"
         f"{more}, {_size(size)} of checkpoints; data sets and the computations of the methods are not included"
     )
 
 
 def _size(megabytes: float) -> str:
     return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1000:.2f} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _fetch_data(jobs: Sequence[Job]) -> None:
@@ -204,7 +197,7 @@ def reproduce(
         shown = [*jobs, *_earlier(table, some_pairs, rows, chosen_seeds, planner)]
         reference = against or ("kd" if "kd" in table.rows else None)
         _report(table, folder, some_pairs, rows, planner, shown, failed, reference)
-    print(f"{len(everything)} runs in {_duration(time.monotonic() - started)}")
+    print(f"{len(everything)} runs in {rough(time.monotonic() - started)}")
     if failed:
         reasons = "; ".join(f"{everything[folder].title}: {reason}" for folder, reason in failed.items())
         raise RunsFailedError(

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import functools
-import gc
-import time
-from collections.abc import Callable
 
 import torch
 
 from ackd_lightning.commands.reproduce.jobs import Job
+from ackd_lightning.commands.stopwatch import OVERHEAD, Stopwatch
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training.students import build_student
-
-_OVERHEAD = 1.3
-"""Factor for data, method, optimizer and evaluation in addition to the networks; measured between 1.1 and 1.5."""
-
-_PASSES, _IMAGES = 2, 8
-"""Passes that are timed, and images of a pass at 32 x 32 on a CPU."""
 
 
 def train_images(data: ImageDataModule) -> int | None:
@@ -39,66 +31,27 @@ def train_images(data: ImageDataModule) -> int | None:
     return int(kept if data.max_per_class is None else min(kept, data.max_per_class * data.num_classes))
 
 
-class Stopwatch:
-    """Times networks on this machine, every network once."""
+def job_seconds(watch: Stopwatch, job: Job) -> float | None:
+    """Rough duration of a run in seconds; None when its data are missing.
 
-    def __init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.known: dict[tuple[str, tuple[int, int, int], bool], float] = {}
+    Args:
+        watch: Stopwatch that times the networks.
+        job: Planned run.
+    """
+    images = train_images(job.images)
+    if images is None:
+        return None
+    networks, data = job.networks, job.networks.data
+    shape = data.image_shape
 
-    def seconds(
-        self, make: Callable[[], torch.nn.Module], name: str, shape: tuple[int, int, int], *, train: bool
-    ) -> float:
-        """Seconds per image.
+    def student() -> torch.nn.Module:
+        return build_student(networks.student_config, networks.branches, data)[0]
 
-        Args:
-            make: Function that builds the network, which returns a tensor or a ``NetOutput``.
-            name: Name, equal for equal networks.
-            shape: ``(C, H, W)`` of an image.
-            train: Whether to include the backward pass.
-        """
-        key = (name, shape, train)
-        if key not in self.known:
-            count = 64 if self.device.type == "cuda" else max(2, min(_IMAGES, _IMAGES * 32**2 // (shape[1] * shape[2])))
-            image = torch.randn(count, *shape, device=self.device)
-            network = make().to(self.device).train(train)
-            times = []
-            for _ in range(1 + _PASSES):  # the first is warm-up
-                begin = time.perf_counter()
-                with torch.set_grad_enabled(train):
-                    output = network(image)
-                    logits = output if isinstance(output, torch.Tensor) else output.logits
-                    branches = [] if isinstance(output, torch.Tensor) else [each.logits for each in output.branches]
-                    if train:
-                        torch.stack([each.float().sum() for each in (logits, *branches)]).sum().backward()  # type: ignore[no-untyped-call]
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times.append((time.perf_counter() - begin) / count)
-            self.known[key] = min(times[1:])  # other load makes a pass longer, never shorter
-            del network, output, logits, branches
-            gc.collect()  # a network whose stages are watched is part of a circle
-        return self.known[key]
-
-    def job(self, job: Job) -> float | None:
-        """Rough duration of a run in seconds; None when its data are missing.
-
-        Args:
-            job: Planned run.
-        """
-        images = train_images(job.images)
-        if images is None:
-            return None
-        networks, data = job.networks, job.networks.data
-        shape = data.image_shape
-
-        def student() -> torch.nn.Module:
-            return build_student(networks.student_config, networks.branches, data)[0]
-
-        each = self.seconds(student, networks.student, shape, train=True)
-        for name, options in networks.teachers:
-            make = functools.partial(create_model, name, data.num_classes, **options)
-            each += self.seconds(make, name, shape, train=False)
-        return each * images * job.epochs * _OVERHEAD
+    each = watch.seconds(student, networks.student, shape, train=True)
+    for name, options in networks.teachers:
+        make = functools.partial(create_model, name, data.num_classes, **options)
+        each += watch.seconds(make, name, shape, train=False)
+    return each * images * job.epochs * OVERHEAD
 
 
 def megabytes(job: Job) -> float:

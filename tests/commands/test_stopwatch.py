@@ -1,4 +1,4 @@
-"""Timing of networks for the estimates of a dry run."""
+"""Timing of networks for the estimates of a plan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ackd_lightning.commands.reproduce.estimate import Stopwatch
+from ackd_lightning.commands.stopwatch import Stopwatch, rough
 from ackd_lightning.types import NetOutput
 
 
@@ -37,3 +37,10 @@ def test_a_network_is_timed_once_with_backward_only_in_training(kind, train):
     assert set(network.passes) == {(train, train)}
     assert (network.layer.weight.grad is not None) == train
     assert watch.seconds(lambda: pytest.fail("built again"), "name", (3, 4, 4), train=train) == seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (600, "10 min"), (7200, "2.0 h"), (200_000, "2.3 days")]
+)
+def testroughs(seconds, text):
+    assert rough(seconds) == text
