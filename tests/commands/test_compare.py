@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from ackd_lightning.cli import main
+from ackd_lightning.commands.compare import compare
 from ackd_lightning.commands.paired import interval_text, paired_tests
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.answers import Answers, answers_file, write_answers
@@ -94,3 +95,13 @@ def test_a_shorter_training_is_said(capsys):
         "different numbers of steps, so a difference in accuracy may come from that: kd/seed0 2,000, ce/seed0 100"
         in shown
     )
+
+
+def test_columns_that_no_run_has_are_left_out():
+    make_run("kd")
+    columns = [column.header for column in compare(["runs"]).columns]
+    assert columns == ["configuration", "method", "student", "n", "val last", "parameters"]
+    make_run("ce", right=150)
+    table = compare(["runs"])
+    assert [column.header for column in table.columns][5:] == ["test last", "95 % interval", "parameters"]
+    assert list(table.columns[5].cells) == ["75.00", "-"]

@@ -103,7 +103,11 @@ def test_a_schedule_of_the_length_of_the_fit_follows_it(run, tmp_path, monkeypat
     assert main(["fit", "--resume", "runs/digits_resnet8/one", "--trainer.max_epochs", "4"]) == 0
     settings = yaml.safe_load(Path("runs/digits_resnet8/one/config.yaml").read_text())
     assert settings["model"]["lr_scheduler"]["init_args"]["T_max"] == (stated or 4)
-    assert ("T_max follows trainer.max_epochs: 2 -> 4" in capsys.readouterr().out) is (stated is None)
+    shown = capsys.readouterr().out
+    assert ("T_max follows trainer.max_epochs: 2 -> 4" in shown) is (stated is None)
+    assert ("T_max is 3 and the fit has 4 epochs, so the learning rate rises again after epoch 3" in shown) is bool(
+        stated
+    )
     rates = read_metrics(Path("runs/digits_resnet8/one/metrics.csv"))["lr/student"]
     if stated is None:
         assert rates[4] < rates[3] <= rates[2]

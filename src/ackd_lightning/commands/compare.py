@@ -23,6 +23,10 @@ from ackd_lightning.runs.figures import new_figure, read_metrics, save_figure
 from ackd_lightning.runs.files import Which, find_runs, read_summary
 
 _FIGURES = (".png", ".pdf", ".svg")
+_INTERVAL = "95 % interval"
+_WORDS = ("configuration", "method", "student")
+_COLUMNS = (*_WORDS, "n", "val last", "val best", "test last", "test best", _INTERVAL, "parameters")
+"""Columns of the table; one in which no configuration has a value is left out."""
 
 
 def mean_and_std(values: Sequence[float], decimals: int = 2) -> str:
@@ -102,11 +106,7 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
     folders = group_runs(places)
     groups = {name: [read_summary(run) for run in runs] for name, runs in folders.items()}
     without_validation = any(each["shown"] == "test" for runs in groups.values() for each in runs)
-    table = Table(title="accuracy in %, mean ± standard deviation over runs (n)")
-    for column in ("configuration", "method", "student", "n", "val last", "val best", "test last", "test best"):
-        table.add_column(column, justify="left" if column in ("configuration", "method", "student") else "right")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("parameters", justify="right")
+    rows = []
     for config, runs in groups.items():
 
         def known(place: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
@@ -120,7 +120,7 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
         networks = [(0, first["student"]), *((number, name) for number, name in enumerate(peers, start=1) if name)]
         for learner, name in networks:
             key = f"aux{learner}_acc" if learner else "acc"
-            table.add_row(
+            row = (
                 "" if learner else config,
                 "" if learner else first["method"],
                 f"{name} (learner {learner})" if learner else name,
@@ -132,10 +132,18 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
                 "" if learner else interval_text(folders[config], accuracies_on_test(runs, which, "test/acc"), which),
                 _size(first, learner),
             )
+            rows.append(row)
+    table = Table(title="accuracy in %, mean ± standard deviation over runs (n)")
+    shown = [number for number in range(len(_COLUMNS)) if {row[number] for row in rows} - {"", "-"}]
+    for number in shown:
+        table.add_column(_COLUMNS[number], justify="left" if _COLUMNS[number] in _WORDS else "right")
+    for row in rows:
+        table.add_row(*(row[number] for number in shown))
     table.caption = "best = epoch with the best validation accuracy" + (
         "; without validation data no epoch is selected" if without_validation else ""
     )
-    table.caption += f"; interval of test {which}: over the seeds (Student's t), of a single run over the test images"
+    if _COLUMNS.index(_INTERVAL) in shown:
+        table.caption += f"; interval of test {which}: over the seeds (Student's t), of a single run over the images"
     return table
 
 

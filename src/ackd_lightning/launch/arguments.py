@@ -232,26 +232,35 @@ def set_length(scheduler: Any, *, epochs: int | None, steps: int, interval: str)
     scheduler[_INIT][name] = epochs
 
 
-def renew_length(scheduler: Any, *, before: Any, epochs: Any, options: Sequence[str]) -> str:
+def renew_length(scheduler: Any, *, before: Any, epochs: Any, options: Sequence[str], interval: str) -> str:
     """Let a schedule of the length of the fit follow an option that makes the fit shorter or longer.
 
-    The settings of a run hold the length that the fit had then.
+    The settings of a run hold the length that the fit had then. A cosine that ends before the fit is told of, since
+    its rate rises again.
 
     Args:
         scheduler: Parsed ``model.lr_scheduler``; changed in place.
         before: ``trainer.max_epochs`` of the files.
         epochs: ``trainer.max_epochs``.
         options: Command line without ``--config``.
+        interval: ``model.recipe.interval``.
 
     Returns:
-        What was done, or nothing.
+        What was done or what will happen, or nothing.
     """
     name = _LENGTHS.get(_last_part(scheduler))
-    stated = name is not None and any(name in each for each in options)
-    if name is None or stated or before in (None, epochs) or scheduler[_INIT].get(name) != before:
+    if name is None:
         return ""
-    scheduler[_INIT][name] = 0
-    return f"model.lr_scheduler.{name} follows trainer.max_epochs: {before} -> {epochs}"
+    length, setting = scheduler[_INIT].get(name), f"model.lr_scheduler.{name}"
+    if not any(name in each for each in options) and before not in (None, epochs) and length == before:
+        scheduler[_INIT][name] = 0
+        return f"{setting} follows trainer.max_epochs: {before} -> {epochs}"
+    if name == "T_max" and interval == "epoch" and length and epochs and length < epochs:
+        return (
+            f"{setting} is {length} and the fit has {epochs} epochs, so the learning rate rises again after epoch "
+            f"{length}; --{setting} {epochs} lets it fall to the end"
+        )
+    return ""
 
 
 def option_pairs(options: Sequence[str]) -> Iterator[tuple[str, str | None]]:

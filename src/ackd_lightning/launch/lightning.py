@@ -120,7 +120,14 @@ class ACKDCLI:
         refuse_sharding(_strategy_name(self.option("trainer.strategy")))
         if command == "fit" and self.config.model.lr_scheduler is not None:
             before, epochs = (settings.get("trainer") or {}).get("max_epochs"), self.option("trainer.max_epochs")
-            self.followed = renew_length(self.config.model.lr_scheduler, before=before, epochs=epochs, options=options)
+            recipe = self.config.model.recipe
+            self.followed = renew_length(
+                self.config.model.lr_scheduler,
+                before=before,
+                epochs=epochs,
+                options=options,
+                interval="epoch" if recipe is None else recipe.interval,
+            )
         spell_out(self.config)
         self.config.pop("config", None)
         name = self.option("name") or time.strftime("%Y%m%d-%H%M%S")

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ackd_lightning.callbacks.progress import is_terminal
-from ackd_lightning.metrics.intervals import share_text
+from ackd_lightning.metrics.intervals import TOP5_CLASSES, share_text
 from ackd_lightning.runs.answers import Answers
 
 _TOP5, _ACCURACY = "acc_top5", "acc"
@@ -32,11 +32,11 @@ def show_measured(
             ``test2/`` and so on.
         command: ``test`` or ``validate``.
         checkpoint: Checkpoint that was measured.
-        classes: Number of classes; top-5 accuracy is shown for more than 5.
+        classes: Number of classes; top-5 accuracy is shown for `TOP5_CLASSES` or more.
         answers: Predictions of the test set, for an interval; None when they are not known.
     """
     values = {key: float(value) for key, value in metrics.items()}
-    top5 = classes > 5 and any(key.endswith(_TOP5) for key in values)
+    top5 = classes >= TOP5_CLASSES and any(key.endswith(_TOP5) for key in values)
     table = Table()
     table.add_column("network")
     for column in ("accuracy in %", "top-5 in %") if top5 else ("accuracy in %",):

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
 
+TOP5_CLASSES = 20
+"""Classes from which on top-5 accuracy is shown; of six classes, five answers are nearly all."""
+
 
 def wilson_interval(correct: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Compute Wilson's confidence interval of a share, which holds for few images and for shares near 0 and 1, too.

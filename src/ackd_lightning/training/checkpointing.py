@@ -158,6 +158,7 @@ class SelfDescribing(OpenOptimizers):
     def metadata(self) -> dict[str, Any]:
         """Return what an export needs to know, as plain data."""
         data = getattr(self._trainer, "datamodule", None)
+        prepared = getattr(data, "preprocessing", None)  # a data module of the user's may call anything so
         return {
             "version": __version__,
             "model": self.model_name,
@@ -167,7 +168,7 @@ class SelfDescribing(OpenOptimizers):
             "mean": list(self.data.mean) if self.data.mean else None,
             "std": list(self.data.std) if self.data.std else None,
             "class_names": list(self.data.class_names) if self.data.class_names else None,
-            "preprocessing": getattr(data, "preprocessing", None),
+            "preprocessing": dict(prepared) if isinstance(prepared, Mapping) else None,
             "data": type(data).__name__ if data is not None else None,
             "method": type(self.method).__name__,
             "teacher": self._teacher_names(),

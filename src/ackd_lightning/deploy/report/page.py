@@ -11,6 +11,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from ackd_lightning.deploy.report.elements import FIGURES, escaped, figure, interval_text, percent, size_text, table
+from ackd_lightning.metrics.intervals import TOP5_CLASSES
 
 _SHOWN_CLASSES = 30
 _STYLE = """
@@ -89,7 +90,7 @@ def _label(name: str, content: Mapping[str, Any]) -> str:
 
 
 def _accuracy(content: Mapping[str, Any]) -> list[str]:
-    top5 = content["network"]["num_classes"] > 5
+    top5 = content["network"]["num_classes"] >= TOP5_CLASSES
     columns = ["network", "top-1 in %", "95 % interval", *(["top-5 in %"] if top5 else [])]
     rows = [
         [
