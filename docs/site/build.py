@@ -33,6 +33,8 @@ ANCHOR = "cifar-10-as-jpeg-methods-since-2022-and-related-work"
 """Where docs/results.md shows what `MEASURED` holds."""
 NOTEBOOKS = ("quickstart", "distil_photos", "look_inside_ackd", "write_a_method", "student_to_device")
 """In the order of the navigation."""
+LONG = 40
+"""Characters of LaTeX from which a formula in a line scrolls by itself where the page is narrow."""
 API = {
     "Training": "training.module training.schedule models.student_config models.teacher_config",
     "Methods": "methods.base methods.sum methods.logits types",
@@ -173,12 +175,19 @@ def write_configuration(**generated: dict[str, str]) -> Path:
 
 def formula(match: re.Match[str]) -> str:
     """Return the MathML of one formula."""
-    block = match[1] == "div"
-    return convert(html.unescape(match[2]), display="block" if block else "inline")
+    if match[1] == "div":
+        return f'<div class="formula">{convert(html.unescape(match[2]), display="block")}</div>'
+    inline = convert(html.unescape(match[2]), display="inline")
+    return f'<span class="long">{inline}</span>' if len(match[2]) > LONG else inline
 
 
 def with_formulas(text: str) -> str:
-    """Replace the formulas that the renderer leaves as LaTeX by MathML, which browsers show without a script."""
+    """Replace the formulas that the renderer leaves as LaTeX by MathML, which browsers show without a script.
+
+    A formula that is a paragraph of its own, as in docstrings, is set like one between double dollars.
+    """
+    inline = r'<span class="arithmatex">([^<]*)</span>'
+    text = re.sub(rf"<p>\s*{inline}\s*</p>", r'<div class="arithmatex">\1</div>', text)
     pattern = r'<(div|span) class="arithmatex">\s*\\[\[(](.*?)\\[\])]\s*</\1>'
     return re.sub(pattern, formula, text, flags=re.DOTALL)
 
@@ -238,7 +247,9 @@ def main() -> int:
         path.write_text(with_formulas(path.read_text(encoding="utf-8")), encoding="utf-8")
     left = [str(path.relative_to(SITE)) for path in SITE.rglob("*.html") if "arithmatex" in path.read_text("utf-8")]
     problems = broken_links() + [f"{each}: a formula was not converted" for each in left]
-    print("\n".join(problems) or f"{len(list(SITE.rglob('*.html')))} pages in {SITE / 'index.html'}")
+    pages = f"{len(list(SITE.rglob('*.html')))} pages in {SITE / 'index.html'}"
+    serve = f"{Path(sys.executable).name} -m http.server --directory {SITE.relative_to(ROOT)}"
+    print("\n".join(problems) or f"{pages}\nthe search needs a server: {serve}")
     return 1 if problems else 0
 
 
