@@ -1,0 +1,88 @@
+"""Keep the figures of the runs of a table in one small file, and print them as a table in Markdown.
+
+``python benchmarks/records.py screen --against kd_1_1 --out benchmarks/results/tiny100-screen-3.json`` reads the folder
+that ``ackd reproduce`` wrote to. Accuracies are those of the last epoch on the test set, in percent; the difference is
+paired by seed, with Student's 95 % interval from three seeds on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t
+
+from ackd_lightning.commands.compare import mean_and_std
+
+
+def record(summary: dict[str, Any], row: str) -> dict[str, Any]:
+    """Return the figures of one run."""
+    test = summary["test"]["last"]
+    learners = range(1, len(summary["learners"]) + 1)
+    figures = {"acc": "acc", "group": "group_acc", **{f"aux{number}": f"aux{number}_acc" for number in learners}}
+    found = {name: round(100 * test[f"test/{key}"], 2) for name, key in figures.items() if f"test/{key}" in test}
+    if (weight := summary["last"].get("val/attention_weight_aux1")) is not None:
+        found["attention_aux1"] = round(100 * weight, 2)
+    known = {"row": row, "seed": summary["seed"], "commit": summary["versions"]["commit"]}
+    return {**known, "epochs": summary["epochs"], "seconds": round(summary["seconds"]), **found}
+
+
+def difference(values: dict[int, float], others: dict[int, float]) -> str:
+    """Return the mean difference over the seeds that both rows have, with an interval from three seeds on."""
+    pairs = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
+    if not pairs:
+        return ""
+    text = f"{statistics.fmean(pairs):+.2f}"
+    if len(pairs) > 2:
+        half = float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
+        text += f" [{statistics.fmean(pairs) - half:+.2f}, {statistics.fmean(pairs) + half:+.2f}]"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder that ackd reproduce wrote to")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--rows", help="rows to keep, separated by commas; default: all")
+    parser.add_argument("--against", help="row that the others are compared with")
+    parser.add_argument("--command", default="", help="command that made the runs, to be kept in the file")
+    chosen = parser.parse_args()
+    wanted = chosen.rows.split(",") if chosen.rows else None
+    summaries = [(path, json.loads(path.read_text())) for path in sorted(chosen.folder.glob("runs/*/*/summary.json"))]
+    runs = [(re.sub(r"-seed\d+$", "", path.parent.name), each) for path, each in summaries]
+    runs = [(row, each) for row, each in runs if "test" in each and (wanted is None or row in wanted)]
+    if not runs:
+        parser.error(f"{chosen.folder} has no finished run of these rows that was tested")
+    first = runs[0][1]
+    same = {"versions": {k: v for k, v in first["versions"].items() if k != "commit"}, "device": first["device"]}
+    found = [record(each, row) for row, each in runs]
+    same |= {"precision": first["precision"], "command": chosen.command}
+    lines = ",\n".join(f"  {json.dumps(each)}" for each in found)
+    head = json.dumps(same, indent=1)[:-2]
+    chosen.out.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for each in found:
+        rows[each["row"]].append(each)
+    by_seed = {row: {each["seed"]: each["acc"] for each in group} for row, group in rows.items()}
+    against = by_seed.get(chosen.against, {})
+    print(f"| row | n | accuracy | each seed | minus {chosen.against} | group | auxiliary learners |")
+    print("|---|---|---|---|---|---|---|")
+    for row in sorted(rows, key=lambda name: statistics.fmean(by_seed[name].values())):
+        group = rows[row]
+        helpers = [key for key in group[0] if re.fullmatch(r"aux\d+", key)]
+        means = [f"{statistics.fmean(each[key] for each in group):.2f}" for key in helpers]
+        together = f"{statistics.fmean(each['group'] for each in group):.2f}" if "group" in group[0] else ""
+        apart = difference(by_seed[row], against) if row != chosen.against else ""
+        seeds = ", ".join(f"{value:.2f}" for value in by_seed[row].values())
+        accuracy = mean_and_std(list(by_seed[row].values()))
+        print(f"| `{row}` | {len(group)} | {accuracy} | {seeds} | {apart} | {together} | {', '.join(means)} |")
+    print(f"\n{len(found)} runs in {chosen.out}")
+
+
+if __name__ == "__main__":
+    main()
