@@ -1,8 +1,9 @@
 """Keep the figures of the runs of a table in one small file, and print them as a table in Markdown.
 
-``python benchmarks/records.py screen --against kd_1_1 --out benchmarks/results/tiny100-screen-3.json`` reads the folder
-that ``ackd reproduce`` wrote to. Accuracies are those of the last epoch on the test set, in percent; the difference is
-paired by seed, with Student's 95 % interval from three seeds on.
+``python benchmarks/records.py screen --against kd_1_1 --out benchmarks/results/tiny100-screen-2.json`` reads the folder
+that ``ackd reproduce`` wrote to; with such a file in place of the folder it prints the table alone. Accuracies are
+those of the last epoch on the test set, in percent; the difference is paired by seed, with Student's 95 % interval from
+three seeds on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,42 +48,58 @@ def difference(values: dict[int, float], others: dict[int, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder that ackd reproduce wrote to")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("source", type=Path, help="folder that ackd reproduce wrote to, or a file of this script")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--rows", help="rows to keep, separated by commas; default: all")
     parser.add_argument("--against", help="row that the others are compared with")
     parser.add_argument("--command", default="", help="command that made the runs, to be kept in the file")
     chosen = parser.parse_args()
     wanted = chosen.rows.split(",") if chosen.rows else None
-    summaries = [(path, json.loads(path.read_text())) for path in sorted(chosen.folder.glob("runs/*/*/summary.json"))]
+    if chosen.source.is_dir():
+        found = read(chosen.source, wanted, chosen.command, chosen.out)
+    else:
+        runs = json.loads(chosen.source.read_text(encoding="utf-8"))["runs"]
+        found = [each for each in runs if wanted is None or each["row"] in wanted]
+    if not found:
+        parser.error(f"{chosen.source} has no finished run of these rows that was tested")
+    show(found, chosen.against)
+
+
+def read(folder: Path, wanted: Sequence[str] | None, command: str, out: Path | None) -> list[dict[str, Any]]:
+    """Return the figures of the runs in a folder, and write them to a file if there is one."""
+    summaries = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("runs/*/*/summary.json"))]
     runs = [(re.sub(r"-seed\d+$", "", path.parent.name), each) for path, each in summaries]
     runs = [(row, each) for row, each in runs if "test" in each and (wanted is None or row in wanted)]
-    if not runs:
-        parser.error(f"{chosen.folder} has no finished run of these rows that was tested")
+    found = [record(each, row) for row, each in runs]
+    if not found or out is None:
+        return found
     first = runs[0][1]
     same = {"versions": {k: v for k, v in first["versions"].items() if k != "commit"}, "device": first["device"]}
-    found = [record(each, row) for row, each in runs]
-    same |= {"precision": first["precision"], "command": chosen.command}
+    same |= {"precision": first["precision"], "command": command}
     lines = ",\n".join(f"  {json.dumps(each)}" for each in found)
     head = json.dumps(same, indent=1)[:-2]
-    chosen.out.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    out.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    return found
+
+
+def show(found: Sequence[dict[str, Any]], reference: str | None) -> None:
+    """Print one row for every row of the table, the least accurate first."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for each in found:
         rows[each["row"]].append(each)
     by_seed = {row: {each["seed"]: each["acc"] for each in group} for row, group in rows.items()}
-    against = by_seed.get(chosen.against, {})
-    print(f"| row | n | accuracy | each seed | minus {chosen.against} | group | auxiliary learners |")
+    against = by_seed.get(reference or "", {})
+    print(f"| row | n | accuracy | each seed | minus {reference} | group | auxiliary learners |")
     print("|---|---|---|---|---|---|---|")
     for row in sorted(rows, key=lambda name: statistics.fmean(by_seed[name].values())):
         group = rows[row]
         helpers = [key for key in group[0] if re.fullmatch(r"aux\d+", key)]
         means = [f"{statistics.fmean(each[key] for each in group):.2f}" for key in helpers]
         together = f"{statistics.fmean(each['group'] for each in group):.2f}" if "group" in group[0] else ""
-        apart = difference(by_seed[row], against) if row != chosen.against else ""
+        apart = difference(by_seed[row], against) if row != reference else ""
         seeds = ", ".join(f"{value:.2f}" for value in by_seed[row].values())
         accuracy = mean_and_std(list(by_seed[row].values()))
         print(f"| `{row}` | {len(group)} | {accuracy} | {seeds} | {apart} | {together} | {', '.join(means)} |")
-    print(f"\n{len(found)} runs in {chosen.out}")
 
 
 if __name__ == "__main__":
