@@ -1,0 +1,66 @@
+"""How often teacher, group and target learner of an ACKD run are right on training images, and on test images.
+
+``python benchmarks/who_is_right.py RUN`` reads the last checkpoint. Images are not augmented and BatchNorm is in
+evaluation mode; the group is the one of Eq. 3. A teacher is right on images that it was trained on far more often than
+on others, and a student that learns from it sees these answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.runs.files import find_checkpoint, read_checkpoint
+
+
+def images(data: Any, part: str, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of normalised images and their classes, evenly spread over a part of the data."""
+    dataset = data._dataset(part)
+    rows = torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.info.mean, data.info.std))
+    for begin in range(0, len(rows), 250):
+        items = [dataset[row] for row in rows[begin : begin + 250]]
+        pixels = torch.cat([item[0] for item in items]).float() / 255
+        yield (pixels - mean) / std, torch.cat([item[1].view(-1) for item in items])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run of ACKD")
+    parser.add_argument("--images", type=int, default=5000, help="images of each part")
+    chosen = parser.parse_args()
+    cli = ACKDCLI("fit", ["--config", str(chosen.run / "config.yaml"), "--model.teacher.cache", "null"])
+    cli.build()
+    data, module = cli.datamodule, cli.model
+    module.load_state_dict(read_checkpoint(find_checkpoint(str(chosen.run), "last"))["state_dict"], strict=False)
+    module.eval()
+    module.teachers.load()
+    data.prepare_data()
+    data.setup("fit")
+    print("| images | teacher | group | target learner | target and group agree | group and teacher agree |")
+    print("|---|---|---|---|---|---|")
+    for part in ("train", "test"):
+        found: Counter[str] = Counter()
+        with torch.inference_mode():
+            for image, target in images(data, part, chosen.images):
+                student = module.student(image)
+                answers = {"teacher": module.teachers(image).logits, "group": module.method.ensemble(student)}
+                answers = {name: each.argmax(1) for name, each in {**answers, "target": student.logits}.items()}
+                found.update({name: int((each == target).sum()) for name, each in answers.items()})
+                found["target, group"] += int((answers["target"] == answers["group"]).sum())
+                found["group, teacher"] += int((answers["group"] == answers["teacher"]).sum())
+                found["images"] += len(target)
+        names = ("teacher", "group", "target", "target, group", "group, teacher")
+        shares = " | ".join(f"{100 * found[name] / found['images']:.1f}" for name in names)
+        print(f"| {part} | {shares} |")
+
+
+if __name__ == "__main__":
+    main()
