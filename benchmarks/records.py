@@ -60,6 +60,8 @@ def main() -> None:
     else:
         runs = json.loads(chosen.source.read_text(encoding="utf-8"))["runs"]
         found = [each for each in runs if wanted is None or each["row"] in wanted]
+    if chosen.against not in {None, *(each["row"] for each in found)}:
+        parser.error(f"--against {chosen.against}: {chosen.source} has no finished run of that row")
     if not found:
         parser.error(f"{chosen.source} has no finished run of these rows that was tested")
     show(found, chosen.against)
@@ -68,7 +70,11 @@ def main() -> None:
 def read(folder: Path, wanted: Sequence[str] | None, command: str, out: Path | None) -> list[dict[str, Any]]:
     """Return the figures of the runs in a folder, and write them to a file if there is one."""
     summaries = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("runs/*/*/summary.json"))]
-    runs = [(re.sub(r"-seed\d+$", "", path.parent.name), each) for path, each in summaries]
+    pairs = {path.parents[1].name.partition("+")[0] for path, _ in summaries}
+    runs = []
+    for path, each in summaries:
+        pair = f"{path.parents[1].name.partition('+')[0]}: " if len(pairs) > 1 else ""
+        runs.append((pair + re.sub(r"-seed\d+$", "", path.parent.name), each))
     runs = [(row, each) for row, each in runs if "test" in each and (wanted is None or row in wanted)]
     found = [record(each, row) for row, each in runs]
     if not found or out is None:
@@ -89,7 +95,8 @@ def show(found: Sequence[dict[str, Any]], reference: str | None) -> None:
         rows[each["row"]].append(each)
     by_seed = {row: {each["seed"]: each["acc"] for each in group} for row, group in rows.items()}
     against = by_seed.get(reference or "", {})
-    print(f"| row | n | accuracy | each seed | minus {reference} | group | auxiliary learners |")
+    minus = f"minus {reference}" if reference else "difference"
+    print(f"| row | n | accuracy | each seed | {minus} | group | auxiliary learners |")
     print("|---|---|---|---|---|---|---|")
     for row in sorted(rows, key=lambda name: statistics.fmean(by_seed[name].values())):
         group = rows[row]

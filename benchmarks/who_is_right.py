@@ -9,26 +9,12 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.runs.files import find_checkpoint, read_checkpoint
-
-
-def images(data: Any, part: str, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of normalised images and their classes, evenly spread over a part of the data."""
-    dataset = data._dataset(part)
-    rows = torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).long().tolist()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (data.info.mean, data.info.std))
-    for begin in range(0, len(rows), 250):
-        items = [dataset[row] for row in rows[begin : begin + 250]]
-        pixels = torch.cat([item[0] for item in items]).float() / 255
-        yield (pixels - mean) / std, torch.cat([item[1].view(-1) for item in items])
 
 
 def main() -> None:
@@ -39,7 +25,7 @@ def main() -> None:
     cli = ACKDCLI("fit", ["--config", str(chosen.run / "config.yaml"), "--model.teacher.cache", "null"])
     cli.build()
     data, module = cli.datamodule, cli.model
-    module.load_state_dict(read_checkpoint(find_checkpoint(str(chosen.run), "last"))["state_dict"], strict=False)
+    module.load_state_dict(read_checkpoint(find_checkpoint(str(chosen.run), "last"))["state_dict"])
     module.eval()
     module.teachers.load()
     data.prepare_data()
@@ -49,7 +35,8 @@ def main() -> None:
     for part in ("train", "test"):
         found: Counter[str] = Counter()
         with torch.inference_mode():
-            for image, target in images(data, part, chosen.images):
+            for raw in data.loader_in_order(part, most=chosen.images):
+                image, target = data.on_after_batch_transfer(raw, 0)[:2]
                 student = module.student(image)
                 answers = {"teacher": module.teachers(image).logits, "group": module.method.ensemble(student)}
                 answers = {name: each.argmax(1) for name, each in {**answers, "target": student.logits}.items()}

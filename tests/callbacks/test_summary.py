@@ -97,7 +97,8 @@ def test_the_first_auxiliary_learner_is_number_1():
 
 def test_a_data_module_with_an_attribute_of_the_same_name_does_not_stop_a_fit(tmp_path, capsys):
     data = Blobs()
-    data.preprocessing = str.lower
-    callback = RunSummary(tmp_path, config="c")
-    trainer(fast_dev_run=1, callbacks=[callback]).fit(module(), datamodule=data)
+    data.preprocessing = {"train": str.lower}  # not plain data
+    callback, trained = RunSummary(tmp_path, config="c"), module()
+    trainer(fast_dev_run=1, callbacks=[callback]).fit(trained, datamodule=data)
     assert callback.export_options == ""
+    assert trained.metadata()["preprocessing"] is None

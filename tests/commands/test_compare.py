@@ -101,7 +101,9 @@ def test_columns_that_no_run_has_are_left_out():
     make_run("kd")
     columns = [column.header for column in compare(["runs"]).columns]
     assert columns == ["configuration", "method", "student", "n", "val last", "parameters"]
+    assert not compare(["runs"]).caption
     make_run("ce", right=150)
     table = compare(["runs"])
     assert [column.header for column in table.columns][5:] == ["test last", "95 % interval", "parameters"]
     assert list(table.columns[5].cells) == ["75.00", "-"]
+    assert str(table.caption).startswith("interval of test last")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from ackd_lightning.cli import main
 from ackd_lightning.commands.init.choices import choose
+from ackd_lightning.commands.init.duration import durations
 from ackd_lightning.commands.init.survey import survey
 from ackd_lightning.config.files import load_configs
 from ackd_lightning.data import ImageFolderDataModule
@@ -43,7 +46,7 @@ def test_both_files_run_as_they_are_written(here, capsys, caplog):
     assert main(["init", "my pets"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"ackd fit --config my_pets_teacher.yaml  # about \d+(\.\d)? (s|min|h)\n", shown)
-    assert shown.count("has no test part") + caplog.text.count("has no test part") == 1
+    assert caplog.text.count("has no test part") == 1
     with Image.open("my_pets_samples.png") as sheet:
         assert sheet.size[0] > sheet.size[1]
     assert main(["fit", "--config", "my_pets_teacher.yaml", *QUICK]) == 0
@@ -160,3 +163,49 @@ def test_a_mistyped_folder_has_a_near_match(here, capsys):
     assert "there is no folder pet; did you mean 'pets'?" in capsys.readouterr().err
     assert main(["init", "elsewhere/photos"]) == 2
     assert "there is no folder elsewhere/photos; name one of class folders" in capsys.readouterr().err
+
+
+def test_what_was_said_of_a_folder_is_not_said_again_and_nothing_is_written_into_it(here, capsys, caplog):
+    for part in ("train", "val", "other"):
+        photos(Path("pets") / part, {"1": 12, "2": 12, "10": 12}, size=64)
+    before = sorted(Path("pets").rglob("*"))
+    assert main(["init", "pets", "--no-pretrained"]) == 0
+    assert "# about " in capsys.readouterr().out
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines
+    assert len(lines) == len(set(lines))
+    assert sorted(Path("pets").rglob("*")) == before
+
+
+def test_a_duration_that_cannot_be_measured_does_not_end_the_command(here, capsys, monkeypatch):
+    photos(Path("pets"), {"cat": 12, "dog": 12})
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("ackd_lightning.commands.init.command.durations", full)
+    assert main(["init", "pets"]) == 0
+    shown = capsys.readouterr().out
+    assert "how long the fits take is not known: CUDA out of memory.\nnext:\n  ackd fit" in shown
+    assert "about" not in shown.partition("not known")[2]
+
+
+def test_a_folder_that_is_too_small_for_a_test_part_is_refused_before_anything_is_written(here, capsys):
+    photos(Path("pets"), {"cat": 2, "dog": 2}, size=64)
+    assert main(["init", "pets"]) == 2
+    assert "too few images of each class to take a fifth" in capsys.readouterr().err
+    assert list(Path().iterdir()) == [Path("pets")]
+
+
+def test_validation_of_every_epoch_counts(here, monkeypatch):
+    monkeypatch.setattr("ackd_lightning.commands.stopwatch.Stopwatch.seconds", lambda *_, **__: 1e-2)
+    monkeypatch.setattr("ackd_lightning.commands.init.duration._read_seconds", lambda *_: 0.0)
+    photos(Path("few/train"), {"cat": 12, "dog": 12}, size=64)
+    photos(Path("few/val"), {"cat": 2, "dog": 2}, size=64)
+    photos(Path("few/test"), {"cat": 2, "dog": 2}, size=64)
+    few = survey("few")
+    for number in range(50):
+        shutil.copy("few/val/cat/0.png", f"few/val/cat/more{number}.png")
+    many = survey("few")
+    chosen = choose(few, pretrained=False, device="cpu")
+    assert durations(many, chosen)[0] - durations(few, chosen)[0] == pytest.approx(0.5 * chosen.teacher_epochs)

@@ -238,7 +238,9 @@ def test_a_run_predicts_as_its_exported_file_does(capsys):
     assert main(["predict", str(run)]) == 2
     assert "predictions.csv exists; choose another file or pass --overwrite" in capsys.readouterr().err
     Path("predictions.csv").write_text("of another network")
-    assert main(["predict", str(run), "--overwrite"]) == 0
+    for options in (["--overwrite"], ["--overwrite", "--output", "predictions.csv"], ["--overwrite", "true"]):
+        assert main(["predict", str(run), *options]) == 0
+    assert main(["predict", "--overwrite", str(run), "--which", "last"]) == 0
     assert rows() == before
 
 

@@ -42,5 +42,5 @@ def test_a_network_is_timed_once_with_backward_only_in_training(kind, train):
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (600, "10 min"), (7200, "2.0 h"), (200_000, "2.3 days")]
 )
-def testroughs(seconds, text):
+def test_rough_durations(seconds, text):
     assert rough(seconds) == text

@@ -139,11 +139,14 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
         table.add_column(_COLUMNS[number], justify="left" if _COLUMNS[number] in _WORDS else "right")
     for row in rows:
         table.add_row(*(row[number] for number in shown))
-    table.caption = "best = epoch with the best validation accuracy" + (
-        "; without validation data no epoch is selected" if without_validation else ""
-    )
+    notes = []
+    if {_COLUMNS.index("val best"), _COLUMNS.index("test best")} & {*shown}:
+        notes.append("best = epoch with the best validation accuracy")
+    if without_validation:
+        notes.append("without validation data no epoch is selected")
     if _COLUMNS.index(_INTERVAL) in shown:
-        table.caption += f"; interval of test {which}: over the seeds (Student's t), of a single run over the images"
+        notes.append(f"interval of test {which}: over the seeds (Student's t), of a single run over the images")
+    table.caption = "; ".join(notes)
     return table
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -17,16 +15,6 @@ def on_first_process() -> bool:
     """Whether this process is the one that prints."""
     rank: Any = getattr(rank_zero_only, "rank", 0)  # set by Lightning
     return rank in (None, 0)
-
-
-@contextlib.contextmanager
-def said_before() -> Iterator[None]:
-    """Leave out the lines of `say` inside the ``with`` block, because the user has read them."""
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def say(sentence: str) -> None:

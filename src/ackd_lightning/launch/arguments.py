@@ -91,8 +91,10 @@ def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], lis
         if argument == "--which" or argument.startswith("--which="):
             which = argument.partition("=")[2] or next(waiting, "")
         elif argument.startswith("-"):
-            alone = "=" in argument or argument in ("-h", "--help", "--print_config")
+            alone = "=" in argument or argument in ("-h", "--help", "--print_config", "--overwrite")
             others += [argument] if alone else [argument, *itertools.islice(waiting, 1)]
+        elif others[-1:] == ["--overwrite"] and argument.lower() in ("true", "false"):
+            others[-1] += f"={argument}"
         else:
             run = argument
     if which not in ("last", "best"):
@@ -232,7 +234,7 @@ def set_length(scheduler: Any, *, epochs: int | None, steps: int, interval: str)
     scheduler[_INIT][name] = epochs
 
 
-def renew_length(scheduler: Any, *, before: Any, epochs: Any, options: Sequence[str], interval: str) -> str:
+def renew_length(scheduler: Any, *, before: Any, epochs: Any, steps: int, options: Sequence[str], interval: str) -> str:
     """Let a schedule of the length of the fit follow an option that makes the fit shorter or longer.
 
     The settings of a run hold the length that the fit had then. A cosine that ends before the fit is told of, since
@@ -242,6 +244,7 @@ def renew_length(scheduler: Any, *, before: Any, epochs: Any, options: Sequence[
         scheduler: Parsed ``model.lr_scheduler``; changed in place.
         before: ``trainer.max_epochs`` of the files.
         epochs: ``trainer.max_epochs``.
+        steps: ``trainer.max_steps``.
         options: Command line without ``--config``.
         interval: ``model.recipe.interval``.
 
@@ -255,7 +258,7 @@ def renew_length(scheduler: Any, *, before: Any, epochs: Any, options: Sequence[
     if not any(name in each for each in options) and before not in (None, epochs) and length == before:
         scheduler[_INIT][name] = 0
         return f"{setting} follows trainer.max_epochs: {before} -> {epochs}"
-    if name == "T_max" and interval == "epoch" and length and epochs and length < epochs:
+    if name == "T_max" and interval == "epoch" and steps == -1 and length and epochs and length < epochs:
         return (
             f"{setting} is {length} and the fit has {epochs} epochs, so the learning rate rises again after epoch "
             f"{length}; --{setting} {epochs} lets it fall to the end"

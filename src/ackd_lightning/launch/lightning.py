@@ -125,6 +125,7 @@ class ACKDCLI:
                 self.config.model.lr_scheduler,
                 before=before,
                 epochs=epochs,
+                steps=self.option("trainer.max_steps"),
                 options=options,
                 interval="epoch" if recipe is None else recipe.interval,
             )

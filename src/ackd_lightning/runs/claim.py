@@ -172,10 +172,10 @@ def _in_training(folder: Path) -> bool:
 
         with (folder / LOCK_FILE).open() as stream:  # shared, so that two commands that look do not see each other
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except ImportError:  # Windows
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # Windows; a file that may not be read, or a file system without locks
         return False
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
     return False
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from ackd_lightning._version import __version__
+from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.models.copies import name_of
@@ -158,7 +159,6 @@ class SelfDescribing(OpenOptimizers):
     def metadata(self) -> dict[str, Any]:
         """Return what an export needs to know, as plain data."""
         data = getattr(self._trainer, "datamodule", None)
-        prepared = getattr(data, "preprocessing", None)  # a data module of the user's may call anything so
         return {
             "version": __version__,
             "model": self.model_name,
@@ -168,7 +168,7 @@ class SelfDescribing(OpenOptimizers):
             "mean": list(self.data.mean) if self.data.mean else None,
             "std": list(self.data.std) if self.data.std else None,
             "class_names": list(self.data.class_names) if self.data.class_names else None,
-            "preprocessing": dict(prepared) if isinstance(prepared, Mapping) else None,
+            "preprocessing": data.preprocessing if isinstance(data, ImageDataModule) else None,
             "data": type(data).__name__ if data is not None else None,
             "method": type(self.method).__name__,
             "teacher": self._teacher_names(),

@@ -14,7 +14,7 @@ from ackd_lightning.commands.init.choices import Choice, Choices, choose, reason
 from ackd_lightning.commands.init.duration import durations
 from ackd_lightning.commands.init.sheet import COLUMNS, write_sheet
 from ackd_lightning.commands.init.survey import Survey, survey
-from ackd_lightning.commands.init.writing import data_arguments, student_text, teacher_text
+from ackd_lightning.commands.init.writing import student_text, teacher_text
 from ackd_lightning.commands.stopwatch import rough
 from ackd_lightning.errors import ACKDError, count_of, near_matches
 from ackd_lightning.launch.lightning import ACKDCLI
@@ -64,6 +64,11 @@ def init(
         seen = survey(folder, **places)
     except ACKDError as error:
         raise ACKDError(re.sub(r"set root to (?!a folder)(\S+)", r"run ackd init \1", str(error))) from error
+    if not len(seen.parts["test"].targets):
+        raise ACKDError(
+            f"{folder} has no test part, and too few images of each class to take a fifth of them; add images, or a "
+            "folder test with class folders beside train"
+        )
     _describe(folder, seen)
     rows = write_sheet(seen, files[2])
     more = f" of the first {rows} classes" if rows < len(seen.class_names) else ""
@@ -76,7 +81,7 @@ def init(
     _write(student, student_text(folder, chosen, places, weights=weights))
     for each in (teacher, student):
         ACKDCLI("fit", ["--config", str(each)])  # what is written can be read
-    _next(seen, (teacher, student), listed, chosen, data_arguments(folder, chosen, places))
+    _next(seen, (teacher, student), listed, chosen)
 
 
 def _write(path: Path, text: str) -> None:
@@ -119,9 +124,7 @@ def _show(rows: list[Choice]) -> None:
     Console(width=None if Console().is_terminal else 140).print(table)
 
 
-def _next(
-    seen: Survey, configs: tuple[Path, Path], listed: Path, chosen: Choices, arguments: dict[str, object]
-) -> None:
+def _next(seen: Survey, configs: tuple[Path, Path], listed: Path, chosen: Choices) -> None:
     print(f"written: {configs[0]}, {configs[1]}")
     listed.unlink(missing_ok=True)  # of an earlier call
     if seen.broken:
@@ -130,9 +133,20 @@ def _next(
     if chosen.pretrained:
         print(f"the teacher's fit downloads the weights of {chosen.teacher} once; --no-pretrained does without")
     commands = [f"ackd fit --config {shlex.quote(str(each))}" for each in configs]
+    about, title = _about(seen, chosen), "next, with durations on this machine at its present load:"
+    print(title if any(about) else "next:")
     longest = max(map(len, commands))
-    # a broken file could be among those whose reading is timed
-    times = ["", ""] if seen.broken else [f"  # about {rough(each)}" for each in durations(chosen, arguments)]
-    print("next:" if seen.broken else "next, with durations on this machine at its present load:")
-    for command, about in zip(commands, times, strict=True):
-        print(f"  {command:{longest}}{about}".rstrip())
+    for command, duration in zip(commands, about, strict=True):
+        print(f"  {command:<{longest}}  {duration}".rstrip())
+
+
+def _about(seen: Survey, chosen: Choices) -> tuple[str, str]:
+    """Words for the durations of both fits; empty where they cannot be measured."""
+    if seen.broken:  # no fit starts with them
+        return "", ""
+    try:
+        teacher, student = durations(seen, chosen)
+    except (ACKDError, OSError, RuntimeError, ValueError) as error:  # such as no memory left on a shared GPU
+        print(f"how long the fits take is not known: {str(error).splitlines()[0]}")
+        return "", ""
+    return f"# about {rough(teacher)}", f"# about {rough(student)}"

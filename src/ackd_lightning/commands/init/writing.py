@@ -7,14 +7,8 @@ import json
 from ackd_lightning.commands.init.choices import Choices
 
 
-def data_arguments(root: str, c: Choices, places: dict[str, str | None]) -> dict[str, object]:
-    """Return the arguments of the data module.
-
-    Args:
-        root: Folder of the photos, as the user gave it.
-        c: Values.
-        places: Arguments of the data module that name folders.
-    """
+def _data(root: str, c: Choices, places: dict[str, str | None]) -> list[str]:
+    lines = ["data:", "  class_path: ackd_lightning.data.ImageFolderDataModule", "  init_args:"]
     values: dict[str, object] = {"root": root, **{key: value for key, value in places.items() if value is not None}}
     values["image_size"] = c.image_size
     if c.channels != 3:
@@ -28,17 +22,10 @@ def data_arguments(root: str, c: Choices, places: dict[str, str | None]) -> dict
         values["val_fraction"] = c.val_fraction
     if c.num_workers:
         values["num_workers"] = c.num_workers
-    if c.balanced:
-        values["sampling"] = "balanced"
-    return values
-
-
-def _data(root: str, c: Choices, places: dict[str, str | None]) -> list[str]:
-    lines = ["data:", "  class_path: ackd_lightning.data.ImageFolderDataModule", "  init_args:"]
-    values = data_arguments(root, c, places)
     held_out = "held out of the training images" if c.val_fraction else "validates on the test images"
     notes = {"val_fraction": f"  # {held_out}", "mean": "  # as the published weights expect"}
     if c.balanced:
+        values["sampling"] = "balanced"
         notes["sampling"] = "  # small classes as often as large ones; or: model.recipe.class_weights: auto"
     return lines + [f"    {key}: {_plain(value)}{notes.get(key, '')}" for key, value in values.items()]
 
