@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t
-
 from ackd_lightning.commands.compare import mean_and_std
+from ackd_lightning.metrics.intervals import mean_interval
 
 
 def record(summary: dict[str, Any], row: str) -> dict[str, Any]:
@@ -40,10 +39,8 @@ def difference(values: dict[int, float], others: dict[int, float]) -> str:
     if not pairs:
         return ""
     text = f"{statistics.fmean(pairs):+.2f}"
-    if len(pairs) > 2:
-        half = float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
-        text += f" [{statistics.fmean(pairs) - half:+.2f}, {statistics.fmean(pairs) + half:+.2f}]"
-    return text
+    interval = mean_interval(pairs) if len(pairs) > 2 else None
+    return text if interval is None else f"{text} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
 
 
 def main() -> None:
@@ -96,8 +93,8 @@ def show(found: Sequence[dict[str, Any]], reference: str | None) -> None:
     by_seed = {row: {each["seed"]: each["acc"] for each in group} for row, group in rows.items()}
     against = by_seed.get(reference or "", {})
     minus = f"minus {reference}" if reference else "difference"
-    print(f"| row | n | accuracy | each seed | {minus} | group | auxiliary learners |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| row | n | accuracy | each seed | {minus} | group | auxiliary learners | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in sorted(rows, key=lambda name: statistics.fmean(by_seed[name].values())):
         group = rows[row]
         helpers = [key for key in group[0] if re.fullmatch(r"aux\d+", key)]
@@ -106,7 +103,9 @@ def show(found: Sequence[dict[str, Any]], reference: str | None) -> None:
         apart = difference(by_seed[row], against) if row != reference else ""
         seeds = ", ".join(f"{value:.2f}" for value in by_seed[row].values())
         accuracy = mean_and_std(list(by_seed[row].values()))
-        print(f"| `{row}` | {len(group)} | {accuracy} | {seeds} | {apart} | {together} | {', '.join(means)} |")
+        taken = ", ".join(str(each["seconds"]) for each in group if "seconds" in each)
+        cells = (f"`{row}`", len(group), accuracy, seeds, apart, together, ", ".join(means), taken)
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 if __name__ == "__main__":

@@ -49,9 +49,7 @@ class StopSafely(Checkpoint):
             self.previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if (
-            os.getpid() != self.process
-        ):  # of a loader, which has inherited the handler and ends with the process that trains
+        if os.getpid() != self.process:  # a loader's process, which has inherited the handler and ends with ours
             return
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
