@@ -10,7 +10,7 @@ from PIL import Image
 
 from ackd_lightning.callbacks.figures import draw_figures
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.runs.figures import _curves, draw_run, read_metrics
+from ackd_lightning.runs.figures import _curves, _draw, draw_run, new_figure, read_metrics
 
 ROWS = """epoch,lr/student,step,train/loss,train/disc_acc,val/acc,val/aux1_acc,val/attention_entropy
 ,0.1,0,,,,,
@@ -74,3 +74,14 @@ def test_equal_lines_are_one_and_losses_say_what_they_are():
     assert list(panels["learning rate"]) == ["student, student_no_decay", "own"]
     panels = _curves({"train/loss": {1: 3.0}, "val/loss": {1: 2.0}})
     assert list(panels["loss"]) == ["train, all terms", "val, cross-entropy"]
+
+
+def test_what_was_measured_once_can_be_seen():
+    (axes,) = new_figure(4, 3)[1]
+    _draw(axes, "accuracy in %", {"train": {1: 20.0}, "val, teacher": {1: 98.0}, "val, student": {1: 12.0, 2: 40.0}})
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines["val, teacher"].get_ydata()) == [98.0, 98.0]
+    assert lines["train"].get_marker() == "."
+    (axes,) = new_figure(4, 3)[1]
+    _draw(axes, "accuracy in %", {"val, teacher": {1: 98.0, 2: 97.0}})  # one that is trained, too
+    assert list(axes.lines[0].get_ydata()) == [98.0, 97.0]

@@ -156,7 +156,11 @@ def _percent(lines: Metrics) -> dict[str, dict[int, float]]:
 def _draw(axes: Axes, title: str, lines: Metrics) -> None:
     axes.set_title(title, fontsize=10)
     for name, values in sorted(lines.items()):
-        style = "--" if name.startswith("train") or name.endswith("teacher") else ".-"
+        teacher = name.endswith("teacher")
+        if teacher and len(values) == 1:  # a frozen one is measured once, before the first step
+            axes.axhline(next(iter(values.values())), linestyle="--", color="0.4", label=name, linewidth=1.4)
+            continue
+        style = ".--" if teacher or name.startswith("train") else ".-"
         axes.plot(list(values), list(values.values()), style, label=name, linewidth=1.4, markersize=4)
     axes.legend(fontsize=8)
     every = [value for values in lines.values() for value in values.values() if math.isfinite(value)]
