@@ -181,6 +181,17 @@ def test_the_id_of_a_wandb_run_is_kept(tmp_path):
     assert run_id(tmp_path / "b") != first
 
 
+def test_a_trial_of_a_sweep_keeps_the_id_that_the_agent_gave_it(tmp_path, monkeypatch):
+    from ackd_lightning.callbacks.wandb import run_id
+
+    monkeypatch.setenv("WANDB_RUN_ID", "9f8e7d6c")
+    assert run_id(tmp_path / "alone") != "9f8e7d6c"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
+    assert run_id(tmp_path / "trial") == "9f8e7d6c"
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert run_id(tmp_path / "trial") == "9f8e7d6c"
+
+
 def test_a_training_goes_on_when_the_reader_of_its_output_leaves(tmp_path):
     options = ["--config", "digits_resnet8", "--name", "a", "--trainer.max_epochs", "2", "--data.max_per_class", "8"]
     command = [sys.executable, "-m", "ackd_lightning", "fit", *options, "--trainer.accelerator", "cpu"]

@@ -98,14 +98,17 @@ class SafeWandbLogger(WandbLogger):
 def run_id(folder: Path) -> str:
     """Return the id of a run at Weights & Biases, which stays the same when the run is resumed.
 
+    The agent of a sweep chooses the id of each trial, and the client ignores every other one.
+
     Args:
         folder: Folder of the run, which keeps the id.
     """
     path = folder / "wandb_id.txt"
+    agents = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     if not getattr(rank_zero_only, "rank", 0) and not path.is_file():
         with whole_file(path) as partial:
-            partial.write_text(secrets.token_hex(4), encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else secrets.token_hex(4)
+            partial.write_text(agents or secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else agents or secrets.token_hex(4)
 
 
 def offline() -> bool:
