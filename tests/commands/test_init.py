@@ -100,7 +100,7 @@ def test_broken_files_and_duplicates_are_named(here, capsys):
 )
 def test_values_follow_the_photos_and_the_machine(here, size, pretrained, device, expected):
     chosen = choose(
-        survey(str(photos(here / "pets", {"cat": 2, "dog": 2}, size=size))), pretrained=pretrained, device=device
+        survey(str(photos(here / "pets", {"cat": 3, "dog": 3}, size=size))), pretrained=pretrained, device=device
     )
     assert (chosen.image_size, chosen.teacher, chosen.method, chosen.pretrained) == expected
     assert chosen.batch_size == 8

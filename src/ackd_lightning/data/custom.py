@@ -131,10 +131,18 @@ def split_test(targets: Tensor, part: Part, place: object) -> Tensor:
 
     Returns:
         Sorted positions (int64) of the part.
+
+    Raises:
+        ACKDError: If the test part would be empty.
     """
     labelled = (targets >= 0).nonzero().flatten()
     kept, held_out = stratified_split(targets[labelled], _TEST_SHARE, split_seed=_TEST_SPLIT_SEED)
     if part == "test":
+        if not len(held_out):
+            raise ACKDError(
+                f"{place} has no test part, and too few images of each class to take a fifth of them; add images, or "
+                "test images of their own"
+            )
         say(
             f"{place} has no test part: {len(held_out):,} images, always the same fifth of each class, are the test set"
         )

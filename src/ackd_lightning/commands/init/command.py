@@ -64,11 +64,6 @@ def init(
         seen = survey(folder, **places)
     except ACKDError as error:
         raise ACKDError(re.sub(r"set root to (?!a folder)(\S+)", r"run ackd init \1", str(error))) from error
-    if not len(seen.parts["test"].targets):
-        raise ACKDError(
-            f"{folder} has no test part, and too few images of each class to take a fifth of them; add images, or a "
-            "folder test with class folders beside train"
-        )
     _describe(folder, seen)
     rows = write_sheet(seen, files[2])
     more = f" of the first {rows} classes" if rows < len(seen.class_names) else ""
