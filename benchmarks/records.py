@@ -47,13 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path, help="folder that ackd reproduce wrote to, or a file of this script")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--config", help="configuration whose runs are read, where the folder has those of several")
     parser.add_argument("--rows", help="rows to keep, separated by commas; default: all")
     parser.add_argument("--against", help="row that the others are compared with")
     parser.add_argument("--command", default="", help="command that made the runs, to be kept in the file")
     chosen = parser.parse_args()
     wanted = chosen.rows.split(",") if chosen.rows else None
     if chosen.source.is_dir():
-        found = read(chosen.source, wanted, chosen.command, chosen.out)
+        found = read(chosen.source, chosen.config, wanted, chosen.command, chosen.out)
     else:
         runs = json.loads(chosen.source.read_text(encoding="utf-8"))["runs"]
         found = [each for each in runs if wanted is None or each["row"] in wanted]
@@ -64,25 +65,28 @@ def main() -> None:
     show(found, chosen.against)
 
 
-def read(folder: Path, wanted: Sequence[str] | None, command: str, out: Path | None) -> list[dict[str, Any]]:
+def read(
+    folder: Path, config: str | None, wanted: Sequence[str] | None, command: str, out: Path | None
+) -> list[dict[str, Any]]:
     """Return the figures of the runs in a folder, and write them to a file if there is one."""
-    summaries = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("runs/*/*/summary.json"))]
+    found = sorted(folder.glob(f"runs/{config}+*/*/summary.json" if config else "runs/*/*/summary.json"))
+    summaries = [(path, json.loads(path.read_text())) for path in found]
     pairs = {path.parents[1].name.partition("+")[0] for path, _ in summaries}
     runs = []
     for path, each in summaries:
         pair = f"{path.parents[1].name.partition('+')[0]}: " if len(pairs) > 1 else ""
         runs.append((pair + re.sub(r"-seed\d+$", "", path.parent.name), each))
     runs = [(row, each) for row, each in runs if "test" in each and (wanted is None or row in wanted)]
-    found = [record(each, row) for row, each in runs]
-    if not found or out is None:
-        return found
+    figures = [record(each, row) for row, each in runs]
+    if not figures or out is None:
+        return figures
     first = runs[0][1]
     same = {"versions": {k: v for k, v in first["versions"].items() if k != "commit"}, "device": first["device"]}
     same |= {"precision": first["precision"], "command": command}
-    lines = ",\n".join(f"  {json.dumps(each)}" for each in found)
+    lines = ",\n".join(f"  {json.dumps(each)}" for each in figures)
     head = json.dumps(same, indent=1)[:-2]
     out.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
-    return found
+    return figures
 
 
 def show(found: Sequence[dict[str, Any]], reference: str | None) -> None:

@@ -2,12 +2,14 @@
 
 ``python benchmarks/who_is_right.py RUN`` reads the last checkpoint. Images are not augmented and BatchNorm is in
 evaluation mode; the group is the one of Eq. 3. A teacher is right on images that it was trained on far more often than
-on others, and a student that learns from it sees these answers.
+on others, and a student that learns from it sees these answers. ``--out FILE`` adds the shares to a JSON file, in
+place of those that it has for a training of the same name and length.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run of ACKD")
     parser.add_argument("--images", type=int, default=5000, help="images of each part")
+    parser.add_argument("--out", type=Path, help="JSON file to add the shares to")
     chosen = parser.parse_args()
     cli = ACKDCLI("fit", ["--config", str(chosen.run / "config.yaml"), "--model.teacher.cache", "null"])
     cli.build()
@@ -32,6 +35,7 @@ def main() -> None:
     data.setup("fit")
     print("| images | teacher | group | target learner | target and group agree | group and teacher agree |")
     print("|---|---|---|---|---|---|")
+    shares: dict[str, dict[str, float]] = {}
     for part in ("train", "test"):
         found: Counter[str] = Counter()
         with torch.inference_mode():
@@ -44,9 +48,17 @@ def main() -> None:
                 found["target, group"] += int((answers["target"] == answers["group"]).sum())
                 found["group, teacher"] += int((answers["group"] == answers["teacher"]).sum())
                 found["images"] += len(target)
+        total = found.pop("images")
         names = ("teacher", "group", "target", "target, group", "group, teacher")
-        shares = " | ".join(f"{100 * found[name] / found['images']:.1f}" for name in names)
-        print(f"| {part} | {shares} |")
+        shares[part] = {name: round(100 * found[name] / total, 1) for name in names}
+        print(f"| {part} | {' | '.join(map(str, shares[part].values()))} |")
+    if chosen.out:
+        summary = json.loads((chosen.run / "summary.json").read_text(encoding="utf-8"))
+        known = {"run": chosen.run.name, "epochs": summary["epochs"], "commit": summary["versions"]["commit"]}
+        kept = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.is_file() else []
+        kept = [each for each in kept if (each["run"], each["epochs"]) != (known["run"], known["epochs"])]
+        lines = ",\n".join(json.dumps(each) for each in [*kept, {**known, **shares}])
+        chosen.out.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ class WholeCheckpoints(TorchCheckpointIO):
         buffer = io.BytesIO()  # torch's own writer does not raise OSError
         torch.save(checkpoint, buffer)
         try:
-            with whole_file(target) as partial:
-                partial.write_bytes(buffer.getbuffer())
+            with whole_file(target) as partial, buffer.getbuffer() as view, partial.open("wb") as file:
+                file.write(view)
         except OSError as error:
             left = "the previous one is kept" if target.is_file() else "there is no previous one"
             reason = error.strerror or str(error)
