@@ -218,7 +218,7 @@ def test_a_missing_library_is_named_before_anything_is_read(monkeypatch):
     def missing(module, extra, needed_by):
         raise ACKDError(f"{needed_by} needs {module}; run: pip install 'ackd-lightning[{extra}]'")
 
-    monkeypatch.setattr("ackd_lightning.commands.predict.require", missing)
+    monkeypatch.setattr("ackd_lightning.runs.tables.require", missing)
     assert predict("--images", "a.png", "--output", "a.parquet") == 2
 
 
@@ -264,3 +264,21 @@ def test_a_few_predictions_are_printed_and_a_file_is_replaced_only_when_asked(ca
     capsys.readouterr()
     assert predict("--images", "photos", "--overwrite") == 0
     assert "a.png" not in capsys.readouterr().out  # those are in the file
+
+
+def test_photos_of_another_depth_are_skipped_where_the_range_of_values_is_given():
+    preprocessing = Preprocessing(description(1, value_range=(0.0, 4095.0), pixels="float32"))
+    Image.fromarray(np.full((20, 20), 200, np.uint8)).save("eight.png")
+    Image.fromarray(np.full((20, 20), 2000, np.uint16)).save("sixteen.png")
+    notes = Notes()
+    batches = list(read_batches(list_images(["eight.png", "sixteen.png"]), preprocessing, notes, batch_size=2))
+    assert [rows.tolist() for rows, _, _ in batches] == [[1]]
+    assert notes.unreadable == [("eight.png", "has 8 bits and the network reads more than 8 bits")]
+
+
+def test_a_reason_names_no_setting_of_the_training():
+    np.save("a.npy", np.full((20, 20, 3), 300.0))
+    notes = Notes()
+    list(read_batches(list_images(["a.npy"]), Preprocessing(description()), notes, batch_size=1))
+    ((_, reason),) = notes.unreadable
+    assert reason == "has float64 pixels from 300 to 300, whose full range is unknown"

@@ -152,3 +152,12 @@ def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
 def test_the_machine_has_a_name():
     assert command._machine()
     assert torch.get_num_threads() >= 1
+
+
+def test_a_file_with_data_named_by_their_class(run):
+    data = ["--data", "ackd_lightning.data.DigitsDataModule", "--data.max_per_class", "20", "--no-latency"]
+    assert main(["report", str(run / "student.safetensors"), *data, "--out", "by-class"]) == 0
+    assert Path("by-class/report.json").is_file()
+    lead = Path("by-class/report.md").read_text().partition("## About this page")[0]
+    assert "student.safetensors" not in lead  # the part that ackd push publishes
+    assert str(run) not in lead

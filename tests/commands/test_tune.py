@@ -12,9 +12,11 @@ import yaml
 
 from ackd_lightning.cli import main
 from ackd_lightning.commands.processes import Processes
+from ackd_lightning.commands.tune.command import _experiment
 from ackd_lightning.commands.tune.space import fragment, grid, read_values
 from ackd_lightning.config.files import load_configs
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.runs.claim import claim
 
 TUNE = ["tune", "--config", "digits_resnet8.yaml", "--data.max_per_class", "4", "--data.batch_size", "20"]
 TUNE += ["--epochs", "1", "--trials", "2"]
@@ -57,6 +59,31 @@ def test_a_search_writes_runs_and_the_best_settings_and_goes_on(capsys):
     assert len(calls) == 3
     assert main([*TUNE, "--set", "model.optimizer.lr=0.1,0.2"]) == 2
     assert "another --out" in capsys.readouterr().err
+
+
+def test_a_search_in_the_current_folder_locks_no_other(monkeypatch):
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    assert main([*TUNE, *LR, "--trials", "1", "--out", "."]) == 0
+    assert [each.name for each in Path("..").iterdir()] == ["here"]
+
+
+def test_a_search_is_of_one_teacher_and_one_folder():
+    settings = {"data": {"class_path": "a.B", "init_args": {"root": "one", "cache": True}}, "model": {}}
+    moved = {"data": {"class_path": "a.B", "init_args": {"root": "two", "cache": False}}, "model": {}}
+    one, other = _experiment(settings), _experiment(moved)
+    assert {name for name in one if one[name] != other[name]} == {"data.root"}
+    Path("w.safetensors").write_bytes(b"1")
+    taught = {"model": {"teacher": {"weights": "w.safetensors"}}}
+    before = _experiment(taught)
+    Path("w.safetensors").write_bytes(b"2")
+    assert _experiment(taught) != before
+
+
+def test_a_folder_in_use_is_named_by_its_option(capsys):
+    with claim(Path(), "tune"):
+        assert main([*TUNE, *LR]) == 2
+    assert "tune is being written by another process; wait for it, or choose another --out" in capsys.readouterr().err
 
 
 def test_an_interrupted_trial_is_tried_again(monkeypatch):

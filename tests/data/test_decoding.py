@@ -220,17 +220,17 @@ def test_every_file_is_looked_at_once_at_each_start(tmp_path, write_classes, mon
 def test_files_are_checked_once(tmp_path, write_classes):
     write_classes(tmp_path / "a", {"x": 3})
     files = scan_class_folders(tmp_path / "a")
-    check_files(files, FORM, "", tmp_path / "checked.pt")
+    check_files(files, FORM, tmp_path / "checked.pt")
     broken = files.paths[1]
     before = broken.stat()
     broken.write_bytes(b"0" * before.st_size)
     os.utime(broken, ns=(before.st_atime_ns, before.st_mtime_ns))
     files = scan_class_folders(tmp_path / "a")
-    check_files(files, FORM, "", tmp_path / "checked.pt")  # size and time as before: not read again
+    check_files(files, FORM, tmp_path / "checked.pt")  # size and time as before: not read again
     os.utime(broken)
     files = scan_class_folders(tmp_path / "a")
     with pytest.raises(ACKDError, match=r"0001\.png"):
-        check_files(files, FORM, "", tmp_path / "checked.pt")
+        check_files(files, FORM, tmp_path / "checked.pt")
 
 
 def test_a_jpeg_of_too_many_pixels_is_opened_to_know(tmp_path):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -87,3 +90,39 @@ def test_a_folder_without_class_folders(tmp_path, write_classes):
     write_classes(tmp_path, {"images": 2})
     with pytest.raises(ACKDError, match="holds 2 images but no class folders"):
         ImageFolderDataModule(tmp_path / "images")
+
+
+@pytest.mark.parametrize("size", [32, 72], ids=["in memory", "files"])
+def test_the_mark_of_the_images_is_theirs_and_not_their_place(folder, picture, tmp_path, size):
+    def mark(root, **options):
+        module = ImageFolderDataModule(root, image_size=size, cache=False, **options)
+        module.setup()
+        return module.content_mark("train")
+
+    shutil.copytree(folder, tmp_path / "copy")
+    before = mark(folder)
+    assert mark(tmp_path / "copy") == before
+    assert mark(folder, value_range=(0, 200)) != before
+    first = min((folder / "train").rglob("*.png"))
+    if size > 64:
+        first.rename(first.with_name("0000-other.png"))
+    else:
+        picture(12345).save(first)
+    assert mark(folder) != before
+
+
+@pytest.mark.parametrize("val_fraction", [0.2, 0.0])
+def test_a_photo_that_is_added_moves_at_most_one_other(folder, picture, val_fraction):
+    def parts() -> dict[str, str]:
+        module = ImageFolderDataModule(folder / "train", batch_size=4, val_fraction=val_fraction)
+        module.setup()
+        return {name: part for part in ("train", "test", "val") for name in module.image_names(part)}
+
+    before = parts()
+    first = min(before)
+    picture(99).save(folder / "train" / Path(first).parent / "0000-added.png")  # before all others in the list
+    after = parts()
+    assert len(after) == len(before) + 1
+    moved = [name for name, part in before.items() if after[name] != part]
+    assert len(moved) <= (1 if val_fraction == 0 else 2)  # one by each of both splits
+    assert len([name for name in after if name not in before]) == 1

@@ -100,3 +100,16 @@ def test_folders_that_are_no_datasets(tmp_path, make):
     make(tmp_path / "set")
     with pytest.raises(ACKDError, match="save_to_disk"):
         made(tmp_path / "set")
+
+
+@pytest.mark.parametrize("size", [32, 72], ids=["in memory", "from files"])
+def test_another_column_is_read_anew(tmp_path, table, size):
+    first = table(10)
+    features = datasets.Features({**first.features, "masked": datasets.Image()})
+    other = [each["image"] for each in table(10, start=500).cast_column("image", datasets.Image(decode=False))]
+    columns = {name: first.cast_column("image", datasets.Image(decode=False))[name] for name in ("image", "label")}
+    datasets.Dataset.from_dict({**columns, "masked": other}, features=features).save_to_disk(tmp_path / "set")
+    both = [made(tmp_path / "set", image_column=name, image_size=size) for name in ("image", "masked")]
+    images, masked = (torch.cat([batch.image for batch in each.test_dataloader()]) for each in both)
+    assert images.shape == masked.shape
+    assert not torch.equal(images, masked)

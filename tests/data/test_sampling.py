@@ -139,3 +139,13 @@ def test_loader_with_another_sampler_starts_from_the_beginning():
     plain = ResumableLoader(Echo(), batch_size=4, collate_fn=as_is)
     plain.load_state_dict({"epoch": 0, "batches": 2})
     assert next(iter(plain)) == [0, 1, 2, 3]
+
+
+def test_keys_that_belong_to_the_samples_keep_their_parts():
+    targets, keys = torch.arange(60) % 3, torch.randperm(1000)[:60]
+    held = set(keys[stratified_split(targets, 0.2, keys=keys)[1]].tolist())
+    order = torch.randperm(60)
+    again = set(keys[order][stratified_split(targets[order], 0.2, keys=keys[order])[1]].tolist())
+    assert held == again
+    fewer = set(keys[1:][stratified_split(targets[1:], 0.2, keys=keys[1:])[1]].tolist())
+    assert len(held ^ fewer) <= 2

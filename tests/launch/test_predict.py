@@ -54,6 +54,34 @@ def test_file_and_class_of_every_image_with_and_without_labels(size):
     assert [float(each["probability"]) for each in again] == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_ending_decides_between_csv_and_parquet(capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert main([*FIT, *FOLDER, "--data.image_size", "16"]) == 0
+    assert main(["predict", "runs/ce/a", "--output", "p.parquet"]) == 0
+    assert main(["predict", "runs/ce/a"]) == 0
+    table = parquet.read_table("p.parquet").to_pydict()
+    assert table["file"] == [each["file"] for each in rows()]
+    assert list(table) == list(rows()[0])
+    assert main(["predict", "runs/ce/a", "--output", "p.txt"]) == 2
+    assert "ends in .csv or .parquet" in capsys.readouterr().err
+
+
+def test_a_test_on_other_data_is_not_kept_and_takes_one_run(capsys):
+    assert main([*FIT, *FOLDER, "--data.image_size", "16", "--test"]) == 0
+    summary = Path("runs/ce/a/summary.json").read_bytes()
+    Path("pets/test/cat/00.png").rename("pets/test/dog/zz.png")
+    Path("other.yaml").write_text("data: {init_args: {val_fraction: 0.3}}\n")
+    Path("same.yaml").write_text("trainer: {enable_progress_bar: false}\n")
+    capsys.readouterr()
+    assert main(["test", "runs/ce/a", "--config", "other.yaml"]) == 0
+    assert "not kept in runs/ce/a: the test was changed" in capsys.readouterr().out
+    assert Path("runs/ce/a/summary.json").read_bytes() == summary
+    assert main(["test", "runs/ce/a", "--config", "same.yaml"]) == 0
+    assert "not kept" not in capsys.readouterr().out
+    assert main(["test", "runs/ce/a", "runs/ce/b"]) == 2
+    assert "one run at a time: runs/ce/a and runs/ce/b" in capsys.readouterr().err
+
+
 def test_photos_for_a_network_of_grey_images():
     assert (
         main(["fit", "--config", "digits_resnet8", "--weights_dir", "null", *FIT[5:], "--data.max_per_class=13"]) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 
 import pytest
 from PIL import Image
@@ -37,11 +36,8 @@ def test_an_epoch_that_was_repeated_has_its_last_values(run):
     assert "step" not in metrics
 
 
-def test_figures_are_images_and_drawn_in_less_than_a_second(run):
-    draw_run(run)  # matplotlib reads its fonts once
-    started = time.process_time()
+def test_figures_are_images(run):
     assert [path.name for path in draw_run(run)] == ["curves.png", "learners.png"]
-    assert time.process_time() - started < 1
     for name in ("curves.png", "learners.png"):
         with Image.open(run / name) as image:
             assert image.size[0] > image.size[1] > 300

@@ -215,6 +215,12 @@ def test_a_cache_of_another_augmentation_is_refused(monkeypatch):
         fitted(kept="kept")
 
 
+def test_a_cache_of_other_images_is_refused(monkeypatch):
+    monkeypatch.setattr(DigitsDataModule, "content_mark", lambda self, part: "of other images")
+    with pytest.raises(ACKDError, match=r"content of the images .* 'of other images'"):
+        fitted(kept="kept")
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [("{", "cannot be read"), ("[]", "was made with"), ('{"teachers": 1}', "was made with")],

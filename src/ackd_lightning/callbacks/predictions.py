@@ -1,8 +1,7 @@
-"""``predictions.csv`` of ``ackd predict``."""
+"""The table of ``ackd predict`` for the test part."""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,18 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from ackd_lightning.data.base import ImageDataModule
-from ackd_lightning.runs.files import whole_file
+from ackd_lightning.runs.tables import write_table
 
 
 class PredictionFile(BasePredictionWriter):
-    """Write one line of CSV for each image, in the order of the images, for any number of processes.
+    """Write one row for each image, in the order of the images, for any number of processes.
 
     The columns are the position of the image in its part, its file, its class index (-1 without a label), the index
     and the name of the predicted class, and the probability of that class. File and name are empty where the data have
     none.
 
     Args:
-        path: File to write.
+        path: CSV or Parquet file to write, by its ending.
     """
 
     COLUMNS = ("index", "file", "target", "prediction", "class_name", "probability")
@@ -49,11 +48,16 @@ class PredictionFile(BasePredictionWriter):
         data = getattr(trainer, "datamodule", None)
         files = data.image_names("test") if isinstance(data, ImageDataModule) else None
         classes = getattr(getattr(pl_module, "data", None), "class_names", None)
-        with whole_file(self.path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as out:
-            writer = csv.writer(out)
-            writer.writerow(self.COLUMNS)
-            for index, target, prediction, probability in rows:
-                file = files[index] if files and index >= 0 else ""
-                name = classes[prediction] if classes else ""
-                writer.writerow((index, file, target, prediction, name, probability))
+        table = [
+            (
+                index,
+                files[index] if files and index >= 0 else "",
+                target,
+                prediction,
+                classes[prediction] if classes else "",
+                probability,
+            )
+            for index, target, prediction, probability in rows
+        ]
+        write_table({name: [row[at] for row in table] for at, name in enumerate(self.COLUMNS)}, self.path)
         print(f"predictions: {self.path}")

@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.images import Notes, list_images
 from ackd_lightning.deploy.pixels import Preprocessing
-from ackd_lightning.deploy.predictions import PARQUET, predict_images, write_table
+from ackd_lightning.deploy.predictions import predict_images
 from ackd_lightning.errors import ACKDError, UnreadableImagesError, count_of
-from ackd_lightning.extras import require
 from ackd_lightning.launch.preflight import check_predictions
 from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.runs.files import Which
+from ackd_lightning.runs.tables import check_ending, write_table
 
 _SHOWN = 10
 """Number of images up to which the predictions are printed, too."""
@@ -58,10 +58,7 @@ def predict(
     """
     target = Path(output)
     _check_numbers(top=top, batch_size=batch_size, workers=workers)
-    if target.suffix.lower() not in (".csv", *PARQUET):
-        raise ACKDError(f"--output is {output}; name a file that ends in .csv or .parquet")
-    if target.suffix.lower() in PARQUET:
-        require("pyarrow.parquet", "parquet", f"--output {output}")
+    check_ending(target)
     listed = list_images(images)
     check_predictions(target, overwrite=overwrite)
     network = open_network(run, which=which, device=_device(device))

@@ -162,7 +162,7 @@ def _file(
     if folder is not None:
         cli = ACKDCLI("test", ["--config", str(folder / "config.yaml"), *settings])
     else:
-        cli = ACKDCLI("test", [*settings, "--model.student", network.description.model])
+        cli = ACKDCLI("test", [*settings, "--model.student", network.description.model], needs_run=False)
     cli.build_data()
     data = _prepared(cli, network.description.class_names)
     return data, of_file(network, data.info, measure_on=measure_on)

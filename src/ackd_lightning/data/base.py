@@ -162,6 +162,10 @@ class ImageDataModule(ImageLoaders):
         """Share of the data set's own validation part that is used."""
         return self.val_fraction
 
+    def _split_keys(self, source: Source) -> Tensor | None:
+        """Return what decides which images are held out, ``N`` int64; None: their positions, which never change."""
+        return None
+
     # ------------------------------------------------------------------------------------------------ what is known
 
     @property
@@ -265,7 +269,9 @@ class ImageDataModule(ImageLoaders):
                 val_rows = stratified_split(val_targets, self._validation_share)[1]
         else:
             val_part = "train"
-            kept, held_out = stratified_split(train.targets[labelled], self.val_fraction)
+            keys = self._split_keys(train)
+            chosen = None if keys is None else keys[labelled]
+            kept, held_out = stratified_split(train.targets[labelled], self.val_fraction, keys=chosen)
             train_rows, val_rows = labelled[kept], labelled[held_out]
         if not len(val_rows):
             count = len(labelled) if val_part == "train" else len(self._sources[val_part].targets)

@@ -15,7 +15,7 @@ from ackd_lightning.data.decoding import label, load_image
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import ImageFormat, is_deep
 from ackd_lightning.data.sampling import Part, stratified_split
-from ackd_lightning.data.sources import Files, Records, Source
+from ackd_lightning.data.sources import Files, Records, Source, name_keys
 from ackd_lightning.data.stored import StoredDataModule
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ackd_lightning.errors import ACKDError
@@ -85,6 +85,9 @@ class CustomImagesDataModule(StoredDataModule):
         self.background = background
         self._deep: bool | None = None
 
+    def _split_keys(self, source: Source) -> Tensor | None:
+        return name_keys(source)
+
     @property
     def _own_validation(self) -> bool:
         return self._has_validation and not self.val_is_test
@@ -121,13 +124,16 @@ def say_test_is_validation(place: object) -> None:
     say(f"{place} has no test part: its validation part is the test set, and training images are held out to validate")
 
 
-def split_test(targets: Tensor, part: Part, place: object) -> Tensor:
+def split_test(targets: Tensor, part: Part, place: object, *, keys: Tensor | None = None) -> Tensor:
     """Split data without a test part: a stratified fifth of the labelled images, always the same, is the test set.
+
+    With keys that depend on the names of files, each image that is added later moves at most one other.
 
     Args:
         targets: ``N`` int64 class indices, -1 without a label.
         part: Part that is wanted; the test part says what it was taken from.
         place: What the images were read from, for the line about it.
+        keys: Result of `name_keys`; None: the positions decide.
 
     Returns:
         Sorted positions (int64) of the part.
@@ -136,7 +142,8 @@ def split_test(targets: Tensor, part: Part, place: object) -> Tensor:
         ACKDError: If the test part would be empty.
     """
     labelled = (targets >= 0).nonzero().flatten()
-    kept, held_out = stratified_split(targets[labelled], _TEST_SHARE, split_seed=_TEST_SPLIT_SEED)
+    chosen = None if keys is None else keys[labelled]
+    kept, held_out = stratified_split(targets[labelled], _TEST_SHARE, split_seed=_TEST_SPLIT_SEED, keys=chosen)
     if part == "test":
         if not len(held_out):
             raise ACKDError(

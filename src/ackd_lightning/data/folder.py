@@ -22,7 +22,7 @@ from ackd_lightning.data.folders import (
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
-from ackd_lightning.data.sources import NO_LABEL, Files, Source
+from ackd_lightning.data.sources import NO_LABEL, Files, Source, name_keys
 from ackd_lightning.data.walk import Walk
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import checked
@@ -131,7 +131,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
             files = kept or scan_class_folders(self._folders["train"], order=self.class_order)
             if "test" not in self._folders:
                 self._whole = files if part == "train" else None  # the test part is read next
-                files = files.select(split_test(files.targets, part, self.root))
+                files = files.select(split_test(files.targets, part, self.root, keys=name_keys(files)))
         else:
             files = scan_class_folders(self._folders[part], classes=self._names, order=self.class_order)
         if part != "train" or self._unlabelled is None:

@@ -120,7 +120,7 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         return f"row {row} of the {part} split of {self.root}"
 
     def _mark(self) -> str:
-        return ",".join(str(split._fingerprint) for split in self._splits.values())
+        return ",".join([self._image, *(str(split._fingerprint) for split in self._splits.values())])
 
     def _load(self, part: Part) -> Source:
         import datasets
@@ -131,11 +131,8 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         if "test" not in self._splits:
             rows = split_test(targets, part, self.root)
             split, targets = split.select(rows.tolist()), targets[rows]
-        return self._read(
-            Records(self.root, self._names, _Reader(split, self._image, f"{part} split of {self.root}"), targets),
-            self.root,
-            part,
-        )
+        reader = _Reader(split, self._image, f"{part} split of {self.root}")
+        return self._read(Records(self.root, self._names, reader, targets, self._mark()), self.root, part)
 
 
 class _Reader:

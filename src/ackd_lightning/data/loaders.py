@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from abc import abstractmethod
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from ackd_lightning.data.datasets import FileImages, HeldImages, TensorImages
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import ImageFormat
 from ackd_lightning.data.sampling import EpochSampler, ImageLoader, Part, ResumableLoader, as_is
-from ackd_lightning.data.sources import Pixels, Source
+from ackd_lightning.data.sources import Pixels, Source, content_mark
 from ackd_lightning.data.transforms import Keys, RawBatch, crop_flip, normalise
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.types import Batch, ImageSize, height_width
@@ -84,6 +85,16 @@ class ImageLoaders(PlainArguments):
         """``N`` int64 class index of every training image by ``Batch.index``; known after `setup`."""
         source, rows = self._part("train")
         return source.targets[rows]
+
+    def content_mark(self, part: Part) -> str:
+        """Return a hash of the images of a part: of pixels in memory, or of the names and sizes of files.
+
+        Args:
+            part: ``train``, ``val`` or ``test``.
+        """
+        source, rows = self._part(part)
+        kept = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(f"{content_mark(source)} {kept} {self.image_format}".encode()).hexdigest()
 
     # ------------------------------------------------------------------------------------------------------ loaders
 

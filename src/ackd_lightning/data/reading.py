@@ -148,6 +148,15 @@ def _check_depth(files: Files | Records, depths: list[Depth], form: ImageFormat)
     return f"{these} more than 8 bits and are reduced to 8 bits, which the first training image has"
 
 
+def mark_of(files: Files | Records) -> str:
+    """Return what images in a table depend on; empty for files, which have names, sizes and times.
+
+    Args:
+        files: Images.
+    """
+    return files.mark if isinstance(files, Records) else ""
+
+
 def paths_of(files: Files | Records) -> PathTable:
     """Return the paths of image files; none for images in a table.
 
@@ -201,20 +210,19 @@ def _tail(file: ImageFile) -> bytes:
         return handle.read()
 
 
-def check_files(files: Files | Records, form: ImageFormat, mark: str, cache: Path | None) -> None:
+def check_files(files: Files | Records, form: ImageFormat, cache: Path | None) -> None:
     """Check every file for a broken image, unless ``cache`` states that the same files were checked before.
 
     Args:
         files: Image files.
         form: What they become.
-        mark: What images that are not files depend on.
         cache: Cache file, written when all files are good; None checks every time.
 
     Raises:
         ACKDError: For the first broken file.
     """
     paths = paths_of(files)
-    stamp = fingerprint(paths, files.root, "checked", form.channels, form.value_range, form.deep, mark)
+    stamp = fingerprint(paths, files.root, "checked", form.channels, form.value_range, form.deep, mark_of(files))
     content = None if cache is None else read_cache(cache, stamp)
     if content is None:
         plain = isinstance(files, Files) and form.channels in (1, 3) and form.value_range is None

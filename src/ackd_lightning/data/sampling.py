@@ -66,16 +66,20 @@ def held_out_of(count: int, fraction: float) -> int:
     return min(round(fraction * count), count - 1)
 
 
-def stratified_split(targets: Tensor, fraction: float, *, split_seed: int = 0) -> tuple[Tensor, Tensor]:
+def stratified_split(
+    targets: Tensor, fraction: float, *, split_seed: int = 0, keys: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Split positions into a training part and a held-out part with the same share of every class.
 
-    Of a class with n samples, the ``round(fraction * n)`` whose index has the smallest hash are held out, but one
-    sample always stays. The split depends on the targets, the fraction and ``split_seed``, never on a run's seed.
+    Of a class with n samples, the ``round(fraction * n)`` whose key has the smallest hash are held out, but one
+    sample always stays. The split depends on the targets, the fraction, ``split_seed`` and the keys, never on a run's
+    seed. With keys that belong to the samples, each sample that is added or removed moves at most one other.
 
     Args:
         targets: ``N`` int64 class indices.
         fraction: Held-out share of each class, in ``[0, 1)``.
         split_seed: Seed of the split.
+        keys: ``N`` int64, such as a hash of each file's name; None for the positions.
 
     Returns:
         Sorted positions (int64) of the training part and of the held-out part.
@@ -83,7 +87,7 @@ def stratified_split(targets: Tensor, fraction: float, *, split_seed: int = 0) -
     positions = torch.arange(len(targets))
     if not len(targets) or fraction == 0:
         return positions, positions[:0]
-    rank = _rank_in_class(targets, stateless_bits(split_seed, positions, STREAM_SPLIT))
+    rank = _rank_in_class(targets, stateless_bits(split_seed, positions if keys is None else keys, STREAM_SPLIT))
     quota = {label: held_out_of(n, fraction) for label, n in _class_counts(targets).items()}
     held_out = rank < _per_sample(targets, quota)
     return positions[~held_out], positions[held_out]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +19,9 @@ from ackd_lightning.errors import ACKDError
 
 NO_LABEL = -1
 """Target of an image without a label."""
+
+_AT_ONCE = 1 << 12
+"""Number of decoded images that are hashed at a time."""
 
 _SHOWN = 3
 """Class names that a message lists."""
@@ -75,12 +81,14 @@ class Records:
         class_names: Name of each class; the position is the class index.
         read: Function of the position of an image; it can be pickled.
         targets: ``N`` int64 class indices, -1 for an image without a label.
+        mark: Text that changes with the images.
     """
 
     root: Path
     class_names: tuple[str, ...]
     read: Callable[[int], Encoded]
     targets: Tensor
+    mark: str = ""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -122,6 +130,44 @@ class Pixels:
 
 
 Source = Files | Records | Pixels
+
+
+def content_mark(source: Source) -> str:
+    """Hash what the images of a part are: their decoded pixels, or the names and sizes of their files.
+
+    A copy of the same data in another folder has the same mark.
+
+    Args:
+        source: Images.
+
+    Raises:
+        ACKDError: If a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    if isinstance(source, Pixels):
+        for start in range(0, len(source.images), _AT_ONCE):
+            digest.update(source.images[start : start + _AT_ONCE].numpy().tobytes())
+    elif isinstance(source, Files):
+        digest.update(os.fsencode("\0".join(source.names)))
+        digest.update(source.paths.stamps()[:, 0].tobytes())
+    else:
+        digest.update(source.mark.encode())
+    return digest.hexdigest()
+
+
+def name_keys(source: Source) -> Tensor | None:
+    """Return a number for each image that depends on the name of its file alone, ``N`` int64.
+
+    Args:
+        source: Images.
+
+    Returns:
+        The numbers; None for images that are not files.
+    """
+    if source.names is None:
+        return None
+    digests = b"".join(hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in source.names)
+    return torch.from_numpy(np.frombuffer(digests, "<i8").astype(np.int64))
 
 
 def require_same_classes(train: Sequence[str], test: Sequence[str], train_name: str, test_name: str) -> None:

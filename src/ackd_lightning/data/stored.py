@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.cache import cached, fingerprint
 from ackd_lightning.data.folders import class_names_of, say_order
-from ackd_lightning.data.reading import check_files, decode, paths_of
+from ackd_lightning.data.reading import check_files, decode, mark_of, paths_of
 from ackd_lightning.data.sources import Files, Pixels, Records
 from ackd_lightning.types import height_width
 from ackd_lightning.validation import checked
@@ -57,14 +57,10 @@ class StoredDataModule(ImageDataModule):
         """Decode small images, or read them from the cache in ``folder``."""
         form = self.image_format
         targets = hashlib.sha256(files.targets.numpy().tobytes()).hexdigest()
-        mark = fingerprint(paths_of(files), files.root, form, files.class_names, targets, self._mark())
+        mark = fingerprint(paths_of(files), files.root, form, files.class_names, targets, mark_of(files))
         return replace(cached(self._cache_file(folder, part), mark, lambda: decode(files, form)), names=files.names)
-
-    def _mark(self) -> str:
-        """Return what the pixels of images that are not files depend on."""
-        return ""
 
     def _checked(self, files: Found, folder: Path, part: str) -> Found:
         """Check for broken files, unless a file in ``folder`` states that they were checked before."""
-        check_files(files, self.image_format, self._mark(), folder / f"ackd-checked-{part}.pt" if self.cache else None)
+        check_files(files, self.image_format, folder / f"ackd-checked-{part}.pt" if self.cache else None)
         return files

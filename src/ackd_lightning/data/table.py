@@ -15,7 +15,7 @@ from ackd_lightning.data.labels import Label, classes_of, read_labels, targets_o
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
-from ackd_lightning.data.sources import Files, Source
+from ackd_lightning.data.sources import Files, Source, name_keys
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.extras import require
 from ackd_lightning.validation import checked
@@ -110,7 +110,7 @@ class TableDataModule(CustomImagesDataModule):
             )
         files = Files(self.root, self._names, PathTable(self.root, [row.path for row in rows]), self._targets[name])
         if "test" not in self._rows_of:
-            files = files.select(split_test(files.targets, part, self._table))
+            files = files.select(split_test(files.targets, part, self._table, keys=name_keys(files)))
         return self._read(files, self.root, f"{self._label}-{part}")
 
 

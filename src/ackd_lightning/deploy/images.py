@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ackd_lightning.data.decoding import load_image
-from ackd_lightning.data.pixels import bands, convert, is_convertible, largest_value
+from ackd_lightning.data.pixels import bands, convert, is_convertible, is_deep, largest_value
 from ackd_lightning.data.table import read_columns
 from ackd_lightning.data.walk import Walk
 from ackd_lightning.deploy.pixels import Preprocessing
@@ -25,6 +26,8 @@ _COLUMNS = ("path", "file", "image", "filename", "file_name")
 """Names of the column with the paths of images, the first that a table has."""
 _WORTH_WORKERS = 256
 """Number of images from which worker processes pay off."""
+_IN_TRAINING = re.compile(r": (replace them, or )?set value_range .*")
+"""A remedy that is a setting of the training."""
 
 
 class Listed(NamedTuple):
@@ -149,12 +152,19 @@ class _ImageFiles(Dataset[_Decoded]):
             found = bands(raw, form.channels)
             if not is_convertible(raw, form.channels):
                 return _Decoded(row, None, f"has {found} channels and the network reads {form.channels}")
+            if form.value_range and is_deep(raw) != form.deep:
+                return _Decoded(row, None, f"has {_bits(is_deep(raw))} and the network reads {_bits(form.deep)}")
             largest = None if form.value_range else largest_value(raw)
             pixels = self.preprocessing.fitted(convert(raw, form, name))
         except (ACKDError, OSError, MemoryError) as error:
-            return _Decoded(row, None, str(error).splitlines()[0].removeprefix(f"{name} "))
+            reason = str(error).splitlines()[0].removeprefix(f"{name} ")
+            return _Decoded(row, None, _IN_TRAINING.sub("", reason))
         dark = largest is not None and 0 < largest <= 4095
         return _Decoded(row, pixels, converted=0 if found == form.channels else found, dark=dark)
+
+
+def _bits(deep: bool) -> str:
+    return "more than 8 bits" if deep else "8 bits"
 
 
 def read_batches(

@@ -1,11 +1,9 @@
-"""Predictions of a trained network for images without labels, and the table that they are written to."""
+"""Predictions of a trained network for images without labels, and the columns of their table."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +12,6 @@ from torch import Tensor
 from ackd_lightning.deploy.images import Listed, Notes, read_batches
 from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.extras import require
-from ackd_lightning.runs.files import whole_file
-
-PARQUET = frozenset({".parquet", ".pq"})
 
 
 @dataclass(frozen=True)
@@ -100,27 +94,3 @@ def predict_images(
     order = torch.cat(rows)
     files = tuple(images[row].name for row in order.tolist())
     return Predictions(files, order, torch.cat(classes), torch.cat(probabilities))
-
-
-def write_table(columns: dict[str, list[Any]], path: Path) -> None:
-    """Write a table as CSV, or as Parquet by its ending, whole or not at all.
-
-    Args:
-        columns: Values of each column.
-        path: File to write.
-
-    Raises:
-        ACKDError: If it cannot be written, or Parquet needs a library that is not installed.
-    """
-    try:
-        with whole_file(path) as partial:
-            if path.suffix.lower() in PARQUET:
-                parquet = require("pyarrow.parquet", "parquet", f"--output {path}")
-                parquet.write_table(require("pyarrow", "parquet", f"--output {path}").table(columns), partial)
-                return
-            with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
-                writer = csv.writer(out)
-                writer.writerow(columns)
-                writer.writerows(zip(*columns.values(), strict=True))
-    except OSError as error:
-        raise ACKDError(f"--output {path} cannot be written ({error.strerror}); choose another place") from error

@@ -95,6 +95,8 @@ def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], lis
             others += [argument] if alone else [argument, *itertools.islice(waiting, 1)]
         elif others[-1:] == ["--overwrite"] and argument.lower() in ("true", "false"):
             others[-1] += f"={argument}"
+        elif run:
+            raise ACKDError(f"one run at a time: {run} and {argument} are given; call the command once for each")
         else:
             run = argument
     if which not in ("last", "best"):

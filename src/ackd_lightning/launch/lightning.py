@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ _CLASSES: dict[str, type] = {"data": L.LightningDataModule}
 _ARGUMENTS_OF = {"model": DistillationModule, "trainer": L.Trainer}
 
 
+_TESTED = ("--data", "--model", "--trainer.limit")
+"""What options begin with that change what `ackd test` measures."""
+
+
 class ACKDCLI:
     """Settings of one subcommand, and what is built from them.
 
@@ -55,6 +59,7 @@ class ACKDCLI:
     Args:
         command: fit, validate, test or predict.
         arguments: Command line after the subcommand, ``--config`` included.
+        needs_run: Whether a subcommand other than ``fit`` must be given a run or a configuration.
 
     Attributes:
         parser: Parser of the subcommand.
@@ -74,13 +79,13 @@ class ACKDCLI:
     datamodule: L.LightningDataModule
     model: DistillationModule
 
-    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+    def __init__(self, command: str, arguments: Sequence[str], *, needs_run: bool = True) -> None:
         self.command, self.followed = command, ""
         configs, options = split_configs(arguments)
-        self.altered = any(each.startswith(("--data", "--model", "--trainer.limit")) for each in options)
+        self.altered = any(each.startswith(_TESTED) for each in options)
         if command != "fit":
             configs, options = name_checkpoint(configs, options)
-            if not configs and not {"-h", "--help"} & set(options):
+            if needs_run and not configs and not {"-h", "--help"} & set(options):
                 raise ACKDError(f"`ackd {command}` needs a run; write `ackd {command} RUN`, or name its --config")
         own = command != "fit"  # the settings are those of a run
         if not own and not configs:
@@ -91,6 +96,8 @@ class ACKDCLI:
         refuse_values_alone(options)
         options = without_none(options)
         settings, self.config_name = load_configs(configs)
+        if own and len(configs) > 1:  # those of the run, and others that change them
+            self.altered |= _what_is_tested(settings) != _what_is_tested(load_configs(configs[:1])[0])
         if own and configs and (found := find_data(settings, find_config(config_parts(configs[0])[0]))):
             print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
         if command != "fit":  # a run's config.yaml has them
@@ -233,3 +240,9 @@ def _plain_partial(value: Any) -> Any:
         return value
     cls = next(each for each in value.args if isinstance(each, type))
     return functools.partial(cls, **value.keywords)
+
+
+def _what_is_tested(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the settings that change what `ackd test` measures."""
+    limits = {name: value for name, value in (settings.get("trainer") or {}).items() if name.startswith("limit")}
+    return settings.get("data"), settings.get("model"), limits

@@ -20,6 +20,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.messages import Given
 from ackd_lightning.models.weights import check_fit
 from ackd_lightning.runs.files import read_checkpoint
+from ackd_lightning.runs.tables import check_ending
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.validation import Range, check_arguments
 
@@ -149,8 +150,9 @@ def check_predictions(output: Path, *, overwrite: bool) -> None:
         overwrite: Value of ``--overwrite``.
 
     Raises:
-        ACKDError: If it is a folder, exists without ``overwrite``, or cannot be written.
+        ACKDError: If its ending names no table, or it is a folder, exists without ``overwrite``, or cannot be written.
     """
+    check_ending(output)
     if output.is_dir():
         raise ACKDError(f"--output {output} exists and is a folder; choose another file")
     if output.exists() and not overwrite:

@@ -82,7 +82,7 @@ class Claim:
             self._lock = None
 
 
-def claim(parent: Path, name: str | None = None, *, resume: bool = False) -> Claim:
+def claim(parent: Path, name: str | None = None, *, resume: bool = False, option: str = "--name") -> Claim:
     """Make the folder of a run, or enter it, and lock it.
 
     ``mkdir`` decides which process made the folder. A run without a name gets a folder of its own, named after the
@@ -92,6 +92,7 @@ def claim(parent: Path, name: str | None = None, *, resume: bool = False) -> Cla
         parent: Folder of the configuration's runs. It is made if it is missing.
         name: Name of the run's folder; None for a new folder that is named after the time.
         resume: Whether the folder may have checkpoints or a summary already.
+        option: Option that names the folder, for messages.
 
     Returns:
         The claim, which is also a context manager. On file systems without locks it does not keep other processes
@@ -120,23 +121,23 @@ def claim(parent: Path, name: str | None = None, *, resume: bool = False) -> Cla
             if not made and name is None:
                 continue
             if not made and not resume and has_results(folder):  # before the lock, which writes into the folder
-                raise _exists(folder)
+                raise _exists(folder, option)
             lock = _locked(folder)
         except _InUseError:
             if name is None:
                 continue
-            raise _in_use(folder) from None
+            raise _in_use(folder, option) from None
         except FileNotFoundError as error:  # another process removed the folder that it had made
             failures += 1
             if failures == _ATTEMPTS:
-                raise _not_writable(folder, error) from error
+                raise _not_writable(folder, error, option) from error
             continue
         except OSError as error:
-            raise _not_writable(folder, error) from error
+            raise _not_writable(folder, error, option) from error
         claimed = Claim(folder, made=made, lock=lock, new_parents=missing)
         if not made and not resume and has_results(folder):  # of a process that has ended in the meantime
             claimed.release()
-            raise _exists(folder)
+            raise _exists(folder, option)
         return claimed
     raise AssertionError("names never end")
 
@@ -245,23 +246,22 @@ def _unlock(stream: IO[str]) -> None:
     stream.close()
 
 
-def _in_use(folder: Path) -> ACKDError:
-    return ACKDError(f"run {folder} is being trained by another process; wait for it, or choose another --name")
+def _in_use(folder: Path, option: str) -> ACKDError:
+    what = f"run {folder} is being trained" if option == "--name" else f"{folder} is being written"
+    return ACKDError(f"{what} by another process; wait for it, or choose another {option}")
 
 
-def _exists(folder: Path) -> ACKDError:
+def _exists(folder: Path, option: str) -> ACKDError:
     if not (folder / "summary.json").exists() and (folder / "checkpoints" / "last.ckpt").is_file():
         if _in_training(folder):
-            return _in_use(folder)
+            return _in_use(folder, option)
         return ACKDError(
             f"run {folder} exists and has not finished; continue it with --resume {shlex.quote(str(folder))}, or "
-            "choose another --name"
+            f"choose another {option}"
         )
-    return ACKDError(f"run {folder} exists; choose another --name, or remove the folder")
+    return ACKDError(f"run {folder} exists; choose another {option}, or remove the folder")
 
 
-def _not_writable(folder: Path, error: OSError) -> ACKDError:
-    return ACKDError(
-        f"the run's folder {folder}, below --runs_dir, cannot be written ({error.strerror}); choose a folder that "
-        "you may write in"
-    )
+def _not_writable(folder: Path, error: OSError, option: str) -> ACKDError:
+    below = f"the run's folder {folder}, below --runs_dir," if option == "--name" else f"{option} {folder}"
+    return ACKDError(f"{below} cannot be written ({error.strerror}); choose a folder that you may write in")

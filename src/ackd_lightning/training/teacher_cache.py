@@ -61,6 +61,7 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
         "images": len(targets),
         "class_names": None if data.class_names is None else list(data.class_names),
         "targets": hashlib.sha256(targets.numpy().tobytes()).hexdigest(),
+        "content of the images": data.content_mark("train"),
         "input_size": data.input_size,
         "mean": list(data.mean),
         "std": list(data.std),

@@ -24,6 +24,7 @@ from ackd_lightning.extras import require
 from ackd_lightning.launch.execute import in_our_words
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.models.weights import digest
 from ackd_lightning.runs.claim import claim
 from ackd_lightning.runs.files import read_summary, whole_file
 
@@ -35,6 +36,8 @@ _OURS = {
 }
 _OURS |= dict.fromkeys(("name", "ckpt_path", "resume", "weights_dir"), "leave it out")
 _METRIC = "val/acc"
+_SAME_RESULT = frozenset({"data.url", "data.download", "data.cache", "model.teacher.cache"})
+"""Settings of places that change no result."""
 
 
 def tune(
@@ -73,7 +76,8 @@ def tune(
     devices, place = devices_for(workers), Path(out)
     shared, described = _plan(settings, values, train_fraction, epochs)
     check_writable(place, "--out")
-    with claim(place.absolute().parent, place.name, resume=True), ending_on_signals():
+    where = place.resolve()
+    with claim(where.parent, where.name, resume=True, option="--out"), ending_on_signals():
         search = _Search(optuna, place, values, shared, described, seed=seed, parallel=len(devices) > 1)
         combinations = grid(values, trials)
         number = len(combinations) or trials
@@ -110,8 +114,20 @@ def _plan(
                 "no validation data are held out (data.val_fraction is 0, or trainer.limit_val_batches), and settings "
                 "must not be chosen by the test set; set --data.val_fraction 0.1"
             )
-    known = {name: value for name, value in experiment_settings(chosen.settings()).items() if name not in space}
+    known = {name: value for name, value in _experiment(chosen.settings()).items() if name not in space}
     return arguments, {"space": {name: each.text for name, each in space.items()}, "settings": known}
+
+
+def _experiment(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the trials of one study have in common: settings, and the data and the teacher that they read."""
+    found = experiment_settings(settings, places=True)
+    found = {name: value for name, value in found.items() if name not in _SAME_RESULT}
+    if root := found.get("data.root"):
+        found["data.root"] = str(Path(root).absolute())
+    weights = found.get("model.teacher.weights")
+    if isinstance(weights, str) and Path(weights).is_file():
+        found["model.teacher.weights"] = f"{Path(weights).absolute()}, sha256 {digest(weights)}"
+    return found
 
 
 def _shortened(base: ACKDCLI, epochs: int, space: Mapping[str, Values]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _head(content: Mapping[str, Any]) -> list[str]:
     taught = f", taught by {escaped(facts['teacher'])}" if facts.get("teacher") else ""
     method = f", trained with {escaped(facts['method'])}" if facts.get("method") else ""
     of = f" on {escaped(facts['data'])}" if facts.get("data") else ""
-    lead = f"`{content['source']}`: {escaped(facts['model'])}{method}{taught}{of}."
+    lead = f"{escaped(facts['model'])}{method}{taught}{of}."
     return [f"# Report: {escaped(facts['model'])}", lead, " ".join(numbers)]
 
 
