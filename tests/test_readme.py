@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import shlex
@@ -222,6 +223,21 @@ def test_named_configurations_exist(page):
         assert name in SHOWN or find_config(name).is_file(), name
     for name in re.findall(r"`((?:ackd|kd|ce)[a-z_]*\.yaml)`", text):
         assert (config_folder() / "methods" / name).is_file(), name
+
+
+def test_the_page_on_recipes_says_what_each_method_learns_from():
+    page = (ROOT / "docs/recipes.md").read_text()
+    stated = {}
+    for kind, start in (("mixed", "| mixed images"), ("smoothed", "| smoothing and class weights only")):
+        (line,) = (each for each in page.splitlines() if each.startswith(start))
+        stated |= dict.fromkeys(re.findall(r"`(\w+)`", line), kind)
+    found = {}
+    for path in (config_folder() / "methods").glob("*.yaml"):
+        if not path.stem.startswith("ackd_"):  # "and its variants"
+            method = load_configs([path.stem])[0]["model"]["method"]
+            module, _, name = method["class_path"].rpartition(".")
+            found[path.stem] = getattr(importlib.import_module(module), name)(**method.get("init_args", {})).labels
+    assert stated == found
 
 
 def test_makefile_has_the_commands_of_readme():

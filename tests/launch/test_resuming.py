@@ -39,6 +39,17 @@ def test_a_refused_resume_leaves_settings_and_summary_alone(run, others, capsys)
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.parametrize(("name", "value"), [("lr", "0.0001"), ("weight_decay", "0.5")])
+def test_another_argument_of_the_optimizer_is_refused_and_leaves_the_record_alone(run, name, value, capsys):
+    before = (run / "config.yaml").read_bytes()
+    resume = ["--resume", str(run), "--trainer.max_epochs", "2", f"--model.optimizer.{name}", value]
+    assert main([*FIT, *resume]) == 2
+    said = capsys.readouterr().err
+    assert f"--model.optimizer.{name}" in said
+    assert "--model.student.weights" in said
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_a_run_that_was_stopped_after_its_last_epoch_gets_its_summary(run):
     before = json.loads((run / "summary.json").read_text())
     (run / "summary.json").unlink()

@@ -30,6 +30,13 @@ def test_calibration_error_is_that_of_a_loop():
     assert found.nll == pytest.approx(float(-logits.log_softmax(dim=1)[range(500), target].mean()), abs=1e-5)
 
 
+def test_confidences_of_exactly_1_share_the_last_bin():
+    logits = torch.tensor([[20.0, 0.0]] * 50 + [[0.95, 0.05]] * 50)
+    logits[50:] = logits[50:].log()
+    target = torch.tensor([0] * 45 + [1] * 5 + [0] * 50)
+    assert measure_calibration(logits, target).ece == pytest.approx(0.025, abs=1e-6)  # 0.95 right, 0.975 sure
+
+
 @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
 def test_temperature_undoes_a_factor(scale):
     logits, target = sampled(scale)

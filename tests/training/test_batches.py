@@ -115,6 +115,8 @@ def test_an_index_comes_along():
         ((IMAGE.permute(0, 2, 3, 1), TARGET), "channels before"),
         ((IMAGE.transpose(2, 3), TARGET), "12 x 8"),
         ((IMAGE[:, :1], TARGET), "1 channels"),
+        ((IMAGE, TARGET, ["a.jpg", "b.jpg", "c.jpg"]), "third entry of a batch holds str and no positions"),
+        ((IMAGE, TARGET, torch.rand(3)), "third entry of a batch holds Tensor"),
     ],
 )
 def test_batches_of_another_form_are_refused_in_one_sentence(batch, named):
@@ -159,6 +161,13 @@ def test_a_lightning_project_of_somebody_else_trains(method, dtype):
     metrics = fit(DistillationModule(small(), method=method(), teacher=teacher, data=DATA), Dicts(dtype=dtype))
     assert metrics["train/loss"].isfinite()
     assert 0 <= metrics["val/acc"] <= 1
+
+
+def test_training_images_without_a_label_need_train_targets():
+    target = torch.arange(16) % 4
+    target[3] = -1
+    with pytest.raises(ACKDError, match="give it `train_targets`"):
+        fit(DistillationModule(small(), data=DATA), Dicts(target))
 
 
 def test_validation_images_without_a_label_are_refused():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import warnings
 
 import pytest
 import torch
 import torchvision.models
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
 from ackd_lightning.callbacks.health import TeacherGate, permutation
@@ -469,3 +471,40 @@ def test_an_exported_teacher_of_any_number_of_images_works():
     network, dim = TinyNet().eval(), torch.export.Dim("batch")
     graph = torch.export.export(network, (torch.randn(2, 3, SIZE, SIZE),), dynamic_shapes=({0: dim},)).module()
     fitted(built(teaching(graph, gate="off")))
+
+
+def test_a_compiled_teacher_is_refused_with_the_network_in_it():
+    with pytest.raises(ACKDError, match=r"the teacher is wrapped in OptimizedModule; pass .* teacher\._orig_mod"):
+        built(TeacherConfig(network=torch.compile(TinyNet(8)), gate="off"))
+
+
+# ------------------------------------------------------------------ what the gate reads
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from itertools.cycle(zip(images(), torch.arange(4), strict=True))
+
+
+@pytest.mark.parametrize("form", ["list", "dict", "endless"])
+def test_the_gate_reads_what_validation_reads(form):
+    read = []
+
+    class Counting(TinyNet):
+        def forward(self, image):
+            read.extend([] if self.training or torch.is_grad_enabled() else [len(image)])
+            return super().forward(image)
+
+    network = Counting(8)
+    module = built(TeacherConfig(network=network, gate="warn"))
+    usual = Blobs()
+    run = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1, num_sanity_val_steps=0)
+    loader = usual.val_dataloader()
+    loaders = {"list": [loader, loader], "dict": {"a": loader, "b": loader}, "endless": DataLoader(Endless(), 16)}
+    train = DataLoader(usual._data(0, 16), batch_size=8)
+    before = len(read)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(module, train, loaders[form])
+    assert "measured_acc" in module.teachers.frozen[0].metadata
+    assert 0 < len(read) - before < 20

@@ -183,6 +183,39 @@ def test_a_bad_loss_of_the_student_skips_its_step():
     assert finite(state(net))
 
 
+@skipping
+@pytest.mark.parametrize("bad", [2, 3], ids=["first of a step", "last of a step"])
+def test_the_other_batches_of_a_step_count(bad):
+    class Bad(BadImages):
+        pass
+
+    Bad.bad = bad
+    net = made(on_nonfinite="skip")
+    before = state(net.student)
+    run = trainer(max_epochs=1, accumulate_grad_batches=2, limit_train_batches=4, limit_val_batches=0)
+    run.fit(net, datamodule=Bad())
+    other = made(on_nonfinite="skip")
+    run = trainer(max_epochs=1, accumulate_grad_batches=2, limit_train_batches=2, limit_val_batches=0)
+    run.fit(other, datamodule=Bad())
+    assert net.guard.skipped == 1
+    assert largest_difference(before, state(other.student)) > 0
+    assert largest_difference(state(other.student), state(net.student)) > 1e-4  # the second step was taken
+
+
+@skipping
+def test_a_step_without_a_good_batch_is_not_taken():
+    net = made(Broken(at=(3, 4)), on_nonfinite="skip")
+    run = trainer(max_epochs=1, accumulate_grad_batches=2, limit_train_batches=4, limit_val_batches=0)
+    run.fit(net, datamodule=Blobs())
+    other = made(Broken(at=()), on_nonfinite="skip")
+    run = trainer(max_epochs=1, accumulate_grad_batches=2, limit_train_batches=2, limit_val_batches=0)
+    run.fit(other, datamodule=Blobs())
+    assert net.guard.skipped == 2
+    weights = {name: each for name, each in state(other.student).items() if "running" not in name}
+    found = state(net.student)
+    assert largest_difference(weights, {name: found[name] for name in weights}) == 0.0
+
+
 def test_skipped_steps_are_reported_with_their_term():
     with pytest.warns(UserWarning, match="the loss is not finite") as caught:
         trainer(max_epochs=1).fit(made(Broken(at=(2, 3, 4, 5, 6)), on_nonfinite="skip"), datamodule=Blobs())

@@ -44,6 +44,12 @@ def test_the_average_is_that_of_the_steps_with_a_warm_up_of_the_decay():
     assert torch.allclose(net.student.plain().fc.weight, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_in_another_precision_are_averaged(precision):
+    net, _ = fitted(Recipe(ema_decay=0.9), epochs=1, precision=precision)
+    assert all(torch.isfinite(each).all() for each in state(net).values())
+
+
 def test_whole_numbers_are_copied_not_averaged():
     net, _ = fitted(Recipe(ema_decay=0.9), epochs=2)
     counts = [value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")]

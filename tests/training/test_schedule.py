@@ -281,10 +281,12 @@ class TestOwnOptimizer:
     def test_without_attention_there_is_no_warning(self):
         assert self.rates(build(ACKD(attention="off"), kind=OwnACKD)) == [[1e-3], [0.1]]
 
-    def test_with_its_own_schedule(self):
+    def test_with_its_own_schedule(self, capsys):
         found = self.rates(build(ACKD(discriminator_lr=0.08), kind=Scheduled, decays=[1]))
         assert found[0] == pytest.approx([1e-3 / 4, 1e-4 / 4])  # twice in 8 steps
         assert found[1] == pytest.approx([0.008])  # the module's schedule
+        shown = capsys.readouterr().out
+        assert "on the module's own schedule MultiStepLR, which Scheduled.configure_optimizers does not change" in shown
 
     def test_with_its_own_schedule_on_a_plateau(self):
         run = trainer(max_epochs=3, limit_val_batches=0)
@@ -365,7 +367,7 @@ def test_discriminators_have_the_rate_of_a_student_with_sgd_and_else_that_of_the
     if kind is CompleteAndScheduled:
         assert [group["lr"] for group in groups] == pytest.approx([0.01, 0.01])
         assert [each.base_lrs[0] for each in schedules] == pytest.approx(rates)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "discriminators" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "learning rate" in line]
     assert [said in line for line in lines] == ([True] if said else [])
 
 
@@ -506,6 +508,13 @@ def test_a_plateau_of_a_metric_that_is_not_logged_is_refused():
 
 
 @both_loops
+def test_a_plateau_where_validation_is_counted_in_steps_is_refused(method):
+    net = build(method(), lr_scheduler=ReduceLROnPlateau)
+    with pytest.raises(ACKDError, match="validation is counted in steps"):
+        trainer(max_epochs=3, val_check_interval=11, check_val_every_n_epoch=None).fit(net, datamodule=Blobs())
+
+
+@both_loops
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 @pytest.mark.parametrize(
     "limits", [{"max_epochs": 3}, {"max_epochs": 100, "max_steps": 7}, {"max_epochs": -1, "max_steps": 7}]
@@ -540,6 +549,14 @@ def test_warm_up_by_step_needs_the_number_of_batches():
         build_scheduler(
             functools.partial(StepLR, step_size=1), two_groups(), recipe, steps_per_epoch=float("inf"), length=9.0
         )
+
+
+def test_warm_up_by_step_works_in_a_fit_of_some_steps():
+    rates = Rates("step")
+    net = build(CE(), lr=0.1, lr_scheduler=COSINE, recipe=Recipe(interval="step", warmup_epochs=1))
+    trainer(max_epochs=-1, max_steps=12, callbacks=[rates], limit_val_batches=0).fit(net, datamodule=Blobs())
+    assert rates.of(0)[0] < 0.1 / 4  # 8 batches in an epoch
+    assert len(rates.of(0)) == 12
 
 
 def test_steps_of_the_schedule_are_those_of_the_optimizer_with_accumulated_gradients():

@@ -44,7 +44,8 @@ class EMA(WeightAveraging):
     def _average(self, averaged: Any, current: Any, steps: Tensor | int) -> None:
         if torch.is_floating_point(averaged[0]):
             update: Any = get_ema_multi_avg_fn(self.decay_after(float(steps)))  # type: ignore[no-untyped-call]  # torch's
-            update(averaged, current, steps)
+            values = [value.to(average.dtype) for average, value in zip(averaged, current, strict=True)]
+            update(averaged, values, steps)  # the average is in float32 in every precision
             return
         for average, value in zip(averaged, current, strict=True):
             average.copy_(value)

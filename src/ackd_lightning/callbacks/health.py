@@ -60,13 +60,18 @@ class TeacherGate(L.Callback):
 
     @torch.no_grad()
     def _examine(self, trainer: L.Trainer, module: TrainingModule, teacher: FrozenTeacher, number: str) -> None:
-        loaders, classes = trainer.val_dataloaders, module.data.num_classes
+        loop, classes = trainer.fit_loop.epoch_loop.val_loop, module.data.num_classes
+        assert loop._combined_loader is not None  # there are loaders
         halves = [MulticlassConfusionMatrix(classes).to(module.device) for _ in range(2)]
         generator = torch.Generator().manual_seed(0)  # order of the images and order of the classes may agree
         between = True  # whether all scores are between 0 and 1
-        every = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-        for raw in itertools.chain(*every):
-            batch = module.as_batch(trainer.strategy.batch_to_device(raw))
+        limits = (None if each == float("inf") else int(each) for each in loop.max_batches)
+        loaders = [
+            (number, itertools.islice(loader, most))
+            for number, (loader, most) in enumerate(zip(loop._combined_loader.flattened, limits, strict=True))
+        ]
+        for number_of_loader, raw in ((each, raw) for each, loader in loaders for raw in loader):
+            batch = module.as_batch(trainer.strategy.batch_to_device(raw, dataloader_idx=number_of_loader))
             with trainer.precision_plugin.forward_context():
                 scores = teacher(batch.image).logits
             between = between and bool(((scores >= 0) & (scores <= 1)).all())

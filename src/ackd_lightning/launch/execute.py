@@ -229,7 +229,7 @@ class Execution:
             if changes := changed_settings(self.cli.folder, self.cli.settings()):
                 print(
                     f"settings that differ from the run's start: {', '.join(changes)} "
-                    "(the learning rate follows the new schedule, the optimizer keeps its other arguments)",
+                    "(the learning rate follows the new schedule)",
                     flush=True,
                 )
 

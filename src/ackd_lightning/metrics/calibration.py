@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 BINS = 15
 """Number of bins of equal width of the confidence."""
@@ -49,9 +48,9 @@ def measure_calibration(logits: Tensor, target: Tensor, *, temperature: float = 
         >>> f"{result.nll:.4f} {result.ece:.2f}"
         '0.7777 0.20'
     """
-    scaled = logits.double() / temperature
-    error = multiclass_calibration_error(scaled.softmax(dim=1).float(), target, scaled.shape[1], n_bins=BINS)
-    return Calibration(float(F.cross_entropy(scaled, target)), float(error))
+    bins = reliability(logits, target, temperature=temperature)
+    gaps = (bins.accuracy - bins.confidence).abs().nan_to_num() * bins.count / len(target)
+    return Calibration(float(F.cross_entropy(logits.double() / temperature, target)), float(gaps.sum()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,6 +160,23 @@ def match_head(network: nn.Module, there: Sequence[str], here: Sequence[str], or
     tell(f"the head of {origin} is replaced by a fresh one, because it does not know the class {missing[0]!r}")
 
 
+def refuse_wrapper(network: nn.Module, role: str, wrappers: Sequence[str] = ("OptimizedModule",)) -> None:
+    """Refuse a network that is wrapped in another module.
+
+    Args:
+        network: Network that was given.
+        role: student or teacher.
+        wrappers: Names of the classes that are refused; those that torch.compile returns.
+
+    Raises:
+        ACKDError: Naming the network inside.
+    """
+    name = type(network).__name__
+    inside = next((each for each in ("module", "_orig_mod") if name in wrappers and hasattr(network, each)), None)
+    if inside is not None:
+        raise ACKDError(f"the {role} is wrapped in {name}; pass the network in it, {role}.{inside}")
+
+
 def own_network(network: nn.Module) -> nn.Module:
     """Check a given network, and bring its weights into the precision in which they are trained.
 
@@ -173,9 +190,7 @@ def own_network(network: nn.Module) -> nn.Module:
         ACKDError: If it cannot be trained.
     """
     name = type(network).__name__
-    wrapped = next((each for each in ("module", "_orig_mod") if name in _WRAPPERS and hasattr(network, each)), None)
-    if wrapped is not None:
-        raise ACKDError(f"the student is wrapped in {name}; pass the network in it, student.{wrapped}")
+    refuse_wrapper(network, "student", _WRAPPERS)
     parameters = list(network.parameters())
     if any(isinstance(each, nn.parameter.UninitializedParameter) for each in parameters):
         raise ACKDError(f"the student {name} has lazy layers without a shape; run it on an image first")

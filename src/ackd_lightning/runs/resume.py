@@ -176,7 +176,7 @@ def changed_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
         settings: Settings that the run is resumed with.
 
     Raises:
-        ACKDError: If the seed differs, so that it would be another run.
+        ACKDError: If the seed or an argument of the optimizer differs, so that it would be another run.
     """
     if not (before := _config(folder)):
         return []
@@ -186,5 +186,12 @@ def changed_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
             f"{settings['seed_everything']}, so it would not continue as it began; give its seed"
         )
     there, now = experiment_settings(before), experiment_settings(settings)
+    for key in sorted(there.keys() & now.keys()):
+        if key.startswith("model.optimizer.") and there[key] != now[key]:
+            raise ACKDError(
+                f"run {folder} has --{key} {there[key]} and not {now[key]}, and its optimizer goes on with the "
+                "arguments in its checkpoint; leave it out, or start a new run from the weights with "
+                "--model.student.weights"
+            )
     different = [key for key in sorted(there.keys() & now.keys()) if there[key] != now[key]]
     return [f"{key} {there[key]!r} -> {now[key]!r}" for key in different]

@@ -66,7 +66,22 @@ def _made(image: Any, target: Any, index: Any, data: DataInfo) -> Batch:
         if not isinstance(value, Tensor):
             raise ACKDError(f"the {name} of a batch is {type(value).__name__}; it must be a tensor")
     target, soft = _targets(target, image.shape[0], data.num_classes)
-    return Batch(image, target, torch.full_like(target, -1) if index is None else torch.as_tensor(index), soft)
+    return Batch(image, target, torch.full_like(target, -1) if index is None else _index(index), soft)
+
+
+def _index(index: Any) -> Tensor:
+    """Return the positions of the images, ``B`` int64."""
+    try:
+        found = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.ndim != 1 or found.is_floating_point():
+        kind = type(index[0]).__name__ if isinstance(index, (list, tuple)) and index else type(index).__name__
+        raise ACKDError(
+            f"the third entry of a batch holds {kind} and no positions; give (image, target), or the position of each "
+            "image in `train_targets` as the third entry"
+        )
+    return found
 
 
 def _targets(target: Tensor, size: int, classes: int) -> tuple[Tensor, Tensor | None]:

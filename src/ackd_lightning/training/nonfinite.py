@@ -114,7 +114,7 @@ class NonFiniteGuard:
             last = "; later ones are only counted" if self.skipped == _TOLD else ""
             rank_zero_warn(
                 f"the loss is not finite in epoch {module.current_epoch + 1} ({found}, learning rate "
-                f"{learning_rate(module):.3g}), so this step is skipped, {self.skipped} in all{last}"
+                f"{learning_rate(module):.3g}), so this batch is skipped, {self.skipped} in all{last}"
             )
         return True
 
@@ -213,6 +213,8 @@ class SkippingModule(L.LightningModule):
     """
 
     guard: NonFiniteGuard
+    _has_gradient = False  # of a batch since the last step
+    _stepped = True
 
     def networks_in_training(self) -> Iterable[nn.Module]:
         """Return the networks whose BatchNorm a forward pass changes."""
@@ -240,18 +242,20 @@ class SkippingModule(L.LightningModule):
         return True
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Run the backward pass, except for a skipped step."""
+        """Run the backward pass, except for a skipped batch."""
         if not self.guard.skipping:
             super().backward(loss, *args, **kwargs)
+            self._has_gradient = True
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Step the optimizer, except for a skipped step."""
+        """Step the optimizer, unless all batches of the step were skipped."""
         if self.guard.on_nonfinite == "stop" or optimizer_closure is None:
             return super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         loss = optimizer_closure()
-        if not self.guard.skipping:
+        self._stepped, self._has_gradient = self._has_gradient, False
+        if self._stepped:
             super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
         return None
 
@@ -260,7 +264,8 @@ class SkippingModule(L.LightningModule):
         by_step = any(
             each.scheduler is scheduler and each.interval == "step" for each in self.trainer.lr_scheduler_configs
         )
-        if not (by_step and self.guard.skipping):
+        skipped = not self._stepped if self.automatic_optimization else self.guard.skipping
+        if not (by_step and skipped):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_train_epoch_end(self) -> None:

@@ -178,7 +178,8 @@ class OpenOptimizers(TwoGradients):
         trainer, epochs, per_epoch = self.trainer, self.trainer.max_epochs, 1.0
         length = float("inf") if epochs is None or epochs < 1 else float(epochs)
         if self.recipe.interval == "step":
-            length = float(trainer.estimated_stepping_batches)  # loads the data, which num_training_batches needs
+            length = float(trainer.estimated_stepping_batches)
+            trainer.fit_loop.setup_data()  # which num_training_batches needs
             per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
         with refused_arguments("lr_scheduler", self.scheduler_factory):
             scheduler = build_scheduler(
@@ -194,14 +195,20 @@ class OpenOptimizers(TwoGradients):
         if not reads_metric(scheduler):
             return found
         self._check_plateau()
-        every = trainer.check_val_every_n_epoch or 1
-        return {**found, "monitor": "val/loss", "reduce_on_plateau": True, "frequency": every}
+        return {
+            **found,
+            "monitor": "val/loss",
+            "reduce_on_plateau": True,
+            "frequency": trainer.check_val_every_n_epoch,
+        }
 
     def _check_plateau(self) -> None:
         """Refuse a schedule that reads ``val/loss`` where there is none at the time of its steps."""
         data = getattr(self.trainer, "datamodule", None)
         if self.recipe.interval == "step":
             problem = "recipe.interval is step; set it to epoch"
+        elif self.trainer.check_val_every_n_epoch is None:
+            problem = "validation is counted in steps; set trainer.check_val_every_n_epoch to 1"
         elif not self.trainer.enable_validation:
             problem = "there is no validation; choose another schedule"
         elif getattr(data, "val_is_test", False):

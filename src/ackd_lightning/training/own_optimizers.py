@@ -43,6 +43,11 @@ def with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
             schedules = self._without_monitors(schedules)
         else:
             optimizers, schedules = self.add_method_optimizers(optimizers, schedules)
+            rank_zero_only(print)(
+                f"{', '.join(self.auxiliary)} of method {type(self.method).__name__}: on the module's own schedule "
+                f"{type(_scheduler(schedules[-1])).__name__}, which {type(self).__name__}.configure_optimizers does "
+                "not change; give lr_scheduler the one that you return"
+            )
         if len(optimizers) != 1 + len(self.auxiliary):
             raise ACKDError(
                 f"{type(self).__name__}.configure_optimizers returns {count} optimizers, and method "
@@ -69,6 +74,12 @@ def _say_untrained(module: Any, optimizers: Sequence[Optimizer]) -> None:
             f"{type(module).__name__}.configure_optimizers leaves {left} without an optimizer, so that they stay as "
             "they are; give it self.learner_groups() to train them"
         )
+
+
+def _scheduler(schedule: Any) -> Any:
+    """Return the schedule of one of Lightning's forms."""
+    found = schedule["scheduler"] if isinstance(schedule, Mapping) else schedule
+    return getattr(found, "scheduler", found)  # the one inside a warm-up
 
 
 def _parts(result: Any) -> tuple[list[Optimizer], list[Any]]:

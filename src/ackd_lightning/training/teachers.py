@@ -17,6 +17,7 @@ from ackd_lightning.models.finding import plan_for, probe, use_taps
 from ackd_lightning.models.known import remembered
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.preprocessing import Preprocessing, channels_of, stated_by, usable_size
+from ackd_lightning.models.start import refuse_wrapper
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.zoo.pretrained import published
@@ -100,6 +101,7 @@ class Teachers:
         """View of a given network that knows how the data are normalised."""
         network = config.network
         assert isinstance(network, nn.Module)
+        refuse_wrapper(network, "teacher")
         if isinstance(network, FrozenTeacher):
             if config.preprocessing() != Preprocessing() or config.bf16:
                 raise ACKDError(
