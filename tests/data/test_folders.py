@@ -199,6 +199,18 @@ def test_looping_links_are_followed_once(folder, caplog):
     assert "links" in caplog.text
 
 
+def test_a_link_to_a_class_is_no_class(folder, caplog, tmp_path, write_classes):
+    write_classes(tmp_path / "elsewhere", {"emu": 4})
+    names = sorted(each.name for each in (folder / "train").iterdir())
+    (folder / "train" / "zzz").symlink_to(names[0], target_is_directory=True)
+    for name in ("emu", "emu again"):
+        (folder / "train" / name).symlink_to(tmp_path / "elsewhere/emu", target_is_directory=True)
+    module = ImageFolderDataModule(folder, batch_size=4)
+    module.setup()
+    assert sorted(module.class_names) == sorted([*names, "emu"])
+    assert "2 links to folders that were read already" in caplog.text
+
+
 def test_names_that_are_composed_differently_are_the_same_class(tmp_path, write_classes):
     name = "caf\u00e9"
     write_classes(tmp_path / "train", {unicodedata.normalize("NFD", name): 6, "bar": 6})

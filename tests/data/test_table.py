@@ -191,3 +191,24 @@ def test_a_changed_label_is_seen_through_the_cache(photos):
     first = made(photos, **options).train_targets
     write(photos / "all.csv", lines(["b", "a"] * 12))
     assert not torch.equal(made(photos, **options).train_targets, first)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([("photos/03.png", "b")], "1 image listed again, such as photos/03.png in line 10 of "),
+        ([("photos/03.png", "a")], "1 image listed with two labels, such as photos/03.png: 'b' in line 5 of "),
+        ([("photos/20.png", "B")], "the test part has no images of 1 of the training part's classes: B"),
+    ],
+)
+def test_what_is_odd_about_a_table_is_said(photos, more, said, caplog):
+    write(photos / "train.csv", [*lines(["a", "b"] * 4), *more])
+    write(photos / "test.csv", lines(["a", "b"], start=12))
+    made(photos, train="train.csv", test="test.csv")
+    assert sum(said in line for line in caplog.messages) == 1
+
+
+def test_paths_of_another_system_are_named(photos):
+    write(photos / "train.csv", [(path.replace("/", "\\"), label) for path, label in lines(["a", "b"] * 4)])
+    with pytest.raises(ACKDError, match=r"write them with / in place of \\"):
+        made(photos, train="train.csv")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ def test_a_refused_resume_leaves_settings_and_summary_alone(run, others, capsys)
     assert main([*FIT, "--resume", str(run), "--trainer.max_epochs", "2", *others]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert {name: (run / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_that_has_trained_longer_is_refused_in_the_words_of_the_command(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    longer = tmp_path / "runs/digits_resnet8/one"
+    shutil.copytree(run, longer)
+    assert main([*FIT, "--resume", str(longer), "--trainer.max_epochs", "3"]) == 0
+    (longer / "summary.json").unlink()
+    capsys.readouterr()
+    assert main([*FIT, "--resume", str(longer), "--trainer.max_epochs", "2"]) == 2
+    assert "has trained 3 epochs and --trainer.max_epochs is 2; give 3 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", "0.0001"), ("weight_decay", "0.5")])

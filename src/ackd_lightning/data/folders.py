@@ -64,15 +64,37 @@ def sort_key(order: ClassOrder, name: str) -> tuple[object, ...]:
 def class_folders(path: Path, order: ClassOrder = "text") -> list[Path]:
     """List the folders directly below ``path``, sorted by name, without hidden ones and those of file systems.
 
+    A link to a folder beside it, or a second link to one folder, is left out.
+
     Args:
         path: Folder, which need not exist.
         order: Whether names are sorted as text, or with numbers in them by their value.
     """
+    folders, again = _folders_in(path)
+    return sorted((each for each in folders if each not in again), key=lambda each: sort_key(order, class_name(each)))
+
+
+def _folders_in(path: Path) -> tuple[list[Path], set[Path]]:
+    """Return the folders in a folder, and those of them that are links to another one of them."""
     if not path.is_dir():
-        return []
+        return [], set()
     with os.scandir(path) as entries:  # whose entries mostly know what they are
-        folders = [path / entry.name for entry in entries if _is_folder(entry) and not passed_over(entry.name)]
-    return sorted(folders, key=lambda folder: sort_key(order, class_name(folder)))
+        kept = [entry for entry in entries if _is_folder(entry) and not passed_over(entry.name)]
+    links = sorted(path / entry.name for entry in kept if entry.is_symlink())
+    folders = [path / entry.name for entry in kept]
+    again = set[Path]()
+    if links:
+        seen = {_identity(each) for each in folders if each not in links}
+        for link in links:
+            if _identity(link) in seen:
+                again.add(link)
+            seen.add(_identity(link))
+    return folders, again
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def class_name(folder: Path) -> str:
@@ -191,6 +213,7 @@ def scan_class_folders(
         raise ACKDError(f"{path} holds {what}: {hint}")
     names = found if classes is None else tuple(classes)
     walk, tables = Walk(), list[PathTable]()
+    walk.links += len(_folders_in(path)[1])
     for name in names:
         listed = walk.listed(folders[name]) if name in folders else []
         tables.append(PathTable.of(path, listed, folders[name].name if name in folders else ""))
@@ -217,8 +240,8 @@ def refuse_other_classes(path: Path, classes: Sequence[str]) -> None:
     unknown = [folder for folder in class_folders(path) if class_name(folder) not in set(classes)]
     if unknown and (named := [class_name(folder) for folder in unknown if Walk().images(folder)]):
         raise ACKDError(
-            f"{path} has classes that the training part lacks ({_listed(named)}): add training images of them, or move "
-            "these folders out of the data"
+            f"{path} has classes that the training part lacks ({first_names(named)}): add training images of them, or "
+            "move these folders out of the data"
         )
 
 
@@ -230,9 +253,14 @@ def _check_empty(path: Path, folders: Iterable[str], empty: Sequence[str], *, wh
             f"the class folder {path / empty[0]} holds no images: add some, or move it out of the data, in all parts"
         )
     if not set(folders) - set(empty):
-        raise ACKDError(f"{path} has no images of the classes of the training part ({_listed(empty)}): add some")
-    say(f"{path} has no images of {len(empty):,} of the training part's classes: {_listed(empty)}")
+        raise ACKDError(f"{path} has no images of the classes of the training part ({first_names(empty)}): add some")
+    say(f"{path} has no images of {len(empty):,} of the training part's classes: {first_names(empty)}")
 
 
-def _listed(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
+    """Return the first names of a list for a message, and the number of the others.
+
+    Args:
+        names: Names.
+    """
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from ackd_lightning.data.custom import CustomImagesDataModule, say_test_is_validation, split_test
-from ackd_lightning.data.folders import part_of
+from ackd_lightning.data.folders import first_names, part_of
 from ackd_lightning.data.labels import Label, classes_of, read_labels, targets_of
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files, Source, name_keys
-from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.errors import ACKDError, count_of, near_matches
 from ackd_lightning.extras import require
 from ackd_lightning.validation import checked
 
@@ -83,6 +84,7 @@ class TableDataModule(CustomImagesDataModule):
         index, names = classes_of([row.label for row in train_rows], class_names, str(self._table))
         self._targets = {part: self._targets_of(part, index) for part in self._rows_of}
         self._has_validation = "val" in self._rows_of
+        self._labels = [(str(names[position]), label) for label, position in index.items()]
         self._say_shared()
         self._names = tuple(names)
         self.class_names = self._names
@@ -93,20 +95,49 @@ class TableDataModule(CustomImagesDataModule):
         return targets_of([row.label for row in rows], index, lambda at: rows[at].place, train=part == "train")
 
     def _say_shared(self) -> None:
+        """Say which images are listed more than once, and which classes have none in a part."""
+        for rows in self._rows_of.values():
+            self._say_twice(rows)
+        for part in ("val", "test"):
+            here = {row.label for row in self._rows_of.get(part, [])}
+            missing = [name for name, label in self._labels if here and label not in here]
+            if missing:
+                count = f"{len(missing):,} of the training part's classes"
+                say(f"the {part} part has no images of {count}: {first_names(missing)}")
         paths = {part: {row.path for row in rows} for part, rows in self._rows_of.items()}
         for part in ("val", "test"):
             shared = paths.get(part, set()) & paths.get("train", set())
             if shared:
                 say(f"{len(shared):,} images of the {part} part are in the training part too, such as {min(shared)}")
 
+    @staticmethod
+    def _say_twice(rows: Sequence[_Row]) -> None:
+        first: dict[str, _Row] = {}
+        repeated, contradicting = list[_Row](), list[_Row]()
+        for row in rows:
+            other = first.setdefault(row.path, row)
+            if other is not row:
+                (repeated if other.label == row.label else contradicting).append(row)
+        if repeated:
+            one = repeated[0]
+            say(f"{count_of(len(repeated), 'image')} listed again, such as {one.path} in {one.place}")
+        if contradicting:
+            one, other = contradicting[0], first[contradicting[0].path]
+            say(
+                f"{count_of(len(contradicting), 'image')} listed with two labels, such as {one.path}: {other.label!r} "
+                f"in {other.place} and {one.label!r} in {one.place}"
+            )
+
     def _load(self, part: Part) -> Source:
         name = part if part in self._rows_of else "train"
         rows = self._rows_of[name]
         missing = [row for row in rows if not (self.root / row.path).is_file()]
         if missing:
+            turned = os.sep == "/" and all("\\" in row.path for row in missing)
+            remedy = "write them with / in place of \\" if turned else "correct the paths, which are relative to root"
             raise ACKDError(
                 f"{len(missing):,} of {len(rows):,} images of {self.root} are missing, the first is "
-                f"{self.root / missing[0].path} of {missing[0].place}: correct the paths, which are relative to root"
+                f"{self.root / missing[0].path} of {missing[0].place}: {remedy}"
             )
         files = Files(self.root, self._names, PathTable(self.root, [row.path for row in rows]), self._targets[name])
         if "test" not in self._rows_of:
@@ -126,7 +157,7 @@ class _Row:
 def _rows(table: Path, columns: tuple[str, str], split_column: str | None) -> list[_Row]:
     """Read the lines of a table."""
     if not table.is_file():
-        raise ACKDError(f"there is no table {table}: set train, val and test to CSV or Parquet files")
+        raise ACKDError(f"there is no table {table}: set train, val and test to CSV or Parquet files, relative to root")
     content = read_columns(table)
     for argument, column in (
         *zip(("path_column", "label_column"), columns, strict=True),

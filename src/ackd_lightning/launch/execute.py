@@ -36,7 +36,7 @@ from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.launch.words import as_given
 from ackd_lightning.runs.claim import Claim, claim, say_unfinished
 from ackd_lightning.runs.files import read_summary, run_folder, write_json
-from ackd_lightning.runs.resume import Length, changed_settings, resume_auto, resume_from
+from ackd_lightning.runs.resume import Length, changed_settings, check_length, resume_auto, resume_from
 from ackd_lightning.training.speed import keep_freed_memory
 
 _RUN_NAME = "ACKD_RUN_NAME"
@@ -220,6 +220,7 @@ class Execution:
         os.environ.pop(_RESUMED, None)
         if found is None:
             return
+        check_length(found, length)
         os.environ[_RESUMED] = str(found.checkpoint)  # as the name, for the processes that Lightning starts
         os.environ[_RUN_NAME] = found.folder.name
         self.cli.folder, self._content = found.folder, found.content

@@ -168,6 +168,25 @@ def resume_from(value: str, length: Length | None = None) -> Resumed:
     return Resumed(folder, checkpoint, content)
 
 
+def check_length(found: Resumed, length: Length) -> None:
+    """Refuse a fit that is shorter than what the checkpoint has trained.
+
+    Args:
+        found: Run and checkpoint.
+        length: Length of the fit.
+
+    Raises:
+        ACKDError: Naming both numbers of epochs.
+    """
+    progress = ((found.content.get("loops") or {}).get("fit_loop") or {}).get("epoch_progress") or {}
+    done = int((progress.get("current") or {}).get("processed", 0))
+    if length.max_epochs is not None and 0 <= length.max_epochs < done:
+        raise ACKDError(
+            f"run {found.folder} has trained {count_of(done, 'epoch')} and --trainer.max_epochs is "
+            f"{length.max_epochs}; give {done} or more"
+        )
+
+
 def changed_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
     """List settings that differ from those that a run was started with, as ``name before -> after``.
 

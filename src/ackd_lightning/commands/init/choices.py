@@ -11,6 +11,7 @@ import torch
 
 from ackd_lightning.commands.init.survey import Survey
 from ackd_lightning.data.sampling import held_out_of
+from ackd_lightning.errors import count_of
 
 _LITE, _LCNET = "timm:tf_efficientnet_lite0", "timm:lcnet_050"
 _SIZES = (96, 128, 160, 192, 224)
@@ -173,7 +174,8 @@ def reasons(seen: Survey, chosen: Choices, *, asked: bool) -> list[Choice]:
         (
             "batch size",
             c.batch_size,
-            f"{c.trained:,} images: 10 steps an epoch or more, at most {_LARGEST_BATCH[c.device]} on {on}",
+            f"{c.trained:,} images: {count_of(c.steps, 'step')} an epoch; from 8, for 10 steps or more, to "
+            f"{_LARGEST_BATCH[c.device]} on {on}",
         ),
         (
             "sampling",
