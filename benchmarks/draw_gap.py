@@ -22,7 +22,6 @@ LINES = {
     ("ackd", "acc"): ("ACKD", "#c2185b", "-"),
     ("ackd", "group"): ("its group", "#c2185b", ":"),
     ("ackd_direct", "acc"): ("ACKD, direct term added", "#00838f", "-"),
-    ("ce", "acc"): ("student alone", "#757575", "-"),
 }
 LEARNERS = {"teacher": ("teacher", "#f57c00", "-"), "group": ("group", "#c2185b", ":")}
 LEARNERS |= {"target": ("target learner", "#c2185b", "-")}
@@ -62,7 +61,7 @@ def main() -> None:
     left.text(12, 0.2, "KD, 1 CE + 1 KD")
     for (row, key), (label, color, style) in LINES.items():
         draw(left, differences(row, key), label, color, style)
-    left.set(title="test accuracy minus that of KD, points", xlabel="epochs", ylim=(-9, 2))
+    left.set(title="test accuracy minus that of KD, points", xlabel="epochs", ylim=(-10, 2))
     shares = read("tiny100-who-is-right")
     for name, (label, color, style) in LEARNERS.items():
         draw(right, {each["epochs"]: [each["train"][name]] for each in shares}, label, color, style)

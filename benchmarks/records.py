@@ -47,14 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path, help="folder that ackd reproduce wrote to, or a file of this script")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--config", help="configuration whose runs are read, where the folder has those of several")
+    parser.add_argument("--prefix", help="configuration whose runs are read, where the folder has those of several")
     parser.add_argument("--rows", help="rows to keep, separated by commas; default: all")
     parser.add_argument("--against", help="row that the others are compared with")
     parser.add_argument("--command", default="", help="command that made the runs, to be kept in the file")
     chosen = parser.parse_args()
     wanted = chosen.rows.split(",") if chosen.rows else None
     if chosen.source.is_dir():
-        found = read(chosen.source, chosen.config, wanted, chosen.command, chosen.out)
+        found = read(chosen.source, chosen.prefix, wanted, chosen.command, chosen.out)
     else:
         runs = json.loads(chosen.source.read_text(encoding="utf-8"))["runs"]
         found = [each for each in runs if wanted is None or each["row"] in wanted]
@@ -66,10 +66,10 @@ def main() -> None:
 
 
 def read(
-    folder: Path, config: str | None, wanted: Sequence[str] | None, command: str, out: Path | None
+    folder: Path, prefix: str | None, wanted: Sequence[str] | None, command: str, out: Path | None
 ) -> list[dict[str, Any]]:
     """Return the figures of the runs in a folder, and write them to a file if there is one."""
-    found = sorted(folder.glob(f"runs/{config}+*/*/summary.json" if config else "runs/*/*/summary.json"))
+    found = sorted(folder.glob(f"runs/{prefix}+*/*/summary.json" if prefix else "runs/*/*/summary.json"))
     summaries = [(path, json.loads(path.read_text())) for path in found]
     pairs = {path.parents[1].name.partition("+")[0] for path, _ in summaries}
     runs = []
