@@ -152,9 +152,9 @@ def check_predictions(output: Path, *, overwrite: bool) -> None:
     Raises:
         ACKDError: If its ending names no table, or it is a folder, exists without ``overwrite``, or cannot be written.
     """
-    check_ending(output)
     if output.is_dir():
         raise ACKDError(f"--output {output} exists and is a folder; choose another file")
+    check_ending(output)
     if output.exists() and not overwrite:
         raise ACKDError(f"--output {output} exists; choose another file or pass --overwrite")
     check_writable(output.parent, "the folder of --output,")

@@ -21,7 +21,7 @@ _KEYS = {
 _SUM_TOLERANCE = 1e-2  # of shares in half precision
 
 
-def read_batch(batch: Any, data: DataInfo, *, check: bool = False) -> Batch:
+def read_batch(batch: Any, data: DataInfo, *, check: bool = False, unlabelled: bool = True) -> Batch:
     """Read a batch: ``(image, target)``, ``(image, target, index)``, or a mapping such as ``{"image": …, "label": …}``.
 
     Targets are class indices of any integer type, ``B`` or ``B x 1``, or ``B x K`` shares of the classes, of which
@@ -31,6 +31,7 @@ def read_batch(batch: Any, data: DataInfo, *, check: bool = False) -> Batch:
         batch: Batch of any data module.
         data: Classes, image size and channels that the module was built for.
         check: Whether to compare the targets of a batch on a GPU with the classes, too, which waits for the GPU.
+        unlabelled: Whether a target may be -1, which is an image without a label.
 
     Raises:
         ACKDError: If the batch has another form, the images another size, or a target has more than one meaning.
@@ -53,7 +54,7 @@ def read_batch(batch: Any, data: DataInfo, *, check: bool = False) -> Batch:
         raise ACKDError(f"a batch is {form}; the data must give (image, target), or add an index")
     _check_image(result.image, data)
     if check or result.target.device.type == "cpu":
-        _check_range(result.target, data.num_classes)
+        _check_range(result.target, data.num_classes, unlabelled=unlabelled)
     return result
 
 
@@ -131,10 +132,15 @@ def _check_image(image: Tensor, data: DataInfo) -> None:
         )
 
 
-def _check_range(target: Tensor, classes: int) -> None:
+def _check_range(target: Tensor, classes: int, *, unlabelled: bool) -> None:
     if not target.numel():
         return
     low, high = int(target.min()), int(target.max())
+    if low == -1 and high < classes and not unlabelled:
+        raise ACKDError(
+            "an image has no label (its target is -1) and the data module does not say so before the fit; give "
+            "it `train_targets`, the class of every training image, N int64"
+        )
     if low >= -1 and high < classes:
         return
     remedy = "subtract 1, if they run from 1 to K" if low >= 1 and high == classes else "correct them, or num_classes"

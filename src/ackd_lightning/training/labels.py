@@ -71,15 +71,7 @@ class Labels:
 
         Args:
             batch: Batch with hard or mixed labels.
-
-        Raises:
-            ACKDError: If an image on the CPU has no label and the targets of `begin_fit` all have one.
         """
-        if not self.unlabelled and batch.target.device.type == "cpu" and bool((batch.target < 0).any()):
-            raise ACKDError(
-                "a training image has no label (its target is -1) and the data module does not say so before the fit; "
-                "give it `train_targets`, the class of every training image, N int64"
-            )
         if not (self.smoothing or self.unlabelled) and self.weights is None:
             return batch
         labels = F.one_hot(batch.target.clamp(min=0), self.num_classes).float() if batch.soft is None else batch.soft

@@ -97,7 +97,8 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
         """
         check_outermost(self)
         begin_step(self.compiles, self.device)
-        result = read_batch(batch, self.data, check=first)
+        unlabelled = self.labelling.unlabelled or not self.training
+        result = read_batch(batch, self.data, check=first, unlabelled=unlabelled)
         image = result.image.to(dtype_of(self.student))
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
