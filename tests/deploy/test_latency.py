@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import time
+import functools
+import timeit
 
 import pytest
 import torch
@@ -8,19 +9,22 @@ import torch
 from ackd_lightning.deploy.latency import measure
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-def test_a_pause_is_measured(batch):
-    seen = []
+@pytest.mark.parametrize(("batch", "passes"), [(1, 50), (8, 10)])
+def test_a_pause_is_measured(batch, passes, monkeypatch):
+    """On a clock that only the network moves, so that other work on the machine changes nothing."""
+    seen, now = [], [0.0]
+    monkeypatch.setattr(timeit, "Timer", functools.partial(timeit.Timer, timer=lambda: now[0]))
 
     def network(image):
         seen.append((tuple(image.shape), torch.is_grad_enabled()))
-        time.sleep(0.002 * len(image))
+        now[0] += 0.002 * len(image)
         return image
 
     found = measure(network, (3, 4, 5), batch=batch, seconds=0.1)
-    assert 0.002 * batch <= found.median < 1  # in seconds, on a machine that does other work
-    assert found.throughput == pytest.approx(batch / found.median)
-    assert found.spread >= 0
+    assert found.median == pytest.approx(0.002 * batch)
+    assert found.throughput == pytest.approx(500)
+    assert found.spread == pytest.approx(0, abs=1e-9)
+    assert found.passes == passes
     assert set(seen) == {((batch, 3, 4, 5), False)}
     assert len(seen) > found.passes  # with a warm-up
     assert (found.batch, found.device, found.threads) == (batch, "cpu", torch.get_num_threads())
