@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
@@ -26,6 +28,11 @@ def height_width(size: ImageSize) -> tuple[int, int]:
         ((32, 32), (48, 64))
     """
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _python(value: Any) -> Any:
+    """Python's own number or text for one of NumPy."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_count(value: object) -> bool:
@@ -122,11 +129,15 @@ class DataInfo:
     channels: int | None = None
 
     def __post_init__(self) -> None:
-        """Turn lists, which plain data have, into tuples, and equal sides into one number; check all values."""
+        """Turn lists and arrays into tuples of Python's numbers, and equal sides into one number; check all values."""
         for name in ("mean", "std", "class_names"):
             if (values := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(values))
-        sides = (self.input_size,) if isinstance(self.input_size, int) else tuple(self.input_size)
+                if name == "class_names" and isinstance(values, (str, Mapping)):
+                    raise _refused(name, repr(values)[:60], "a list of names in the order of the targets")
+                object.__setattr__(self, name, tuple(map(_python, values)))
+        for name in ("num_classes", "channels", "input_size"):
+            object.__setattr__(self, name, _python(getattr(self, name)))
+        sides = (self.input_size,) if isinstance(self.input_size, int) else tuple(map(_python, self.input_size))
         if len(sides) == 2 and sides[0] == sides[1]:
             sides = sides[:1]
         object.__setattr__(self, "input_size", sides[0] if len(sides) == 1 else sides)
@@ -152,6 +163,11 @@ class DataInfo:
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             shown = f"{len(self.class_names)} names"
             raise _refused("class_names", shown, f"one name for each of the {self.num_classes} classes")
+        names = self.class_names or ()
+        wrong = [each for each in names if not isinstance(each, str)]
+        wrong += [each for each, count in Counter(names).items() if count > 1]
+        if wrong:
+            raise _refused("class_names", f"{wrong[0]!r} among {len(names)} names", "a different text for each class")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

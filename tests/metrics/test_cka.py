@@ -125,3 +125,22 @@ def test_large_offsets_do_not_hide_the_feature_std():
     metric.update([1000 + 0.1 * features(0)], [features(1)])
     expected = (1000 + 0.1 * features(0)).double().std(dim=0, unbiased=False).mean().item()
     assert metric.compute()["feature_std"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_device_without_float64_sums_in_float32():
+    """As the GPU of a Mac."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return tensor.clone()
+
+    wide, narrow = LearnerStatistics(2, 4), LearnerStatistics(2, 4)
+    narrow._apply(moved)
+    for metric in (wide, narrow):
+        metric.update([features(0), features(1)], [features(2), features(3)])
+    assert narrow.sums.dtype == torch.float32
+    for name, value in wide.compute().items():
+        assert narrow.compute()[name].item() == pytest.approx(value.item(), rel=1e-4)
+    narrow.reset()
+    assert narrow.sums.dtype == torch.float32

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -53,10 +54,15 @@ class TeacherGate(L.Callback):
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         if trainer.val_dataloaders is None:
             return
-        for number, teacher in enumerate(module.teachers.frozen, start=1):
-            if teacher.features_only:
-                continue  # without classes there is no accuracy
-            self._examine(trainer, module, teacher, str(number) if number > 1 else "")
+        stage = trainer.state.stage
+        trainer.state.stage = RunningStage.VALIDATING  # hooks of the data ask for it before they augment
+        try:
+            for number, teacher in enumerate(module.teachers.frozen, start=1):
+                if teacher.features_only:
+                    continue  # without classes there is no accuracy
+                self._examine(trainer, module, teacher, str(number) if number > 1 else "")
+        finally:
+            trainer.state.stage = stage
 
     @torch.no_grad()
     def _examine(self, trainer: L.Trainer, module: TrainingModule, teacher: FrozenTeacher, number: str) -> None:

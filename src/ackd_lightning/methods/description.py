@@ -7,12 +7,17 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
+from ackd_lightning.validation import as_plain, is_plain
 
 
 def describe(method: Method) -> dict[str, Any]:
     """Return a method as plain data: public class path and constructor arguments.
+
+    Arguments that are no plain data, such as a function or a network, stand in ``left_out`` by their names.
 
     Args:
         method: Method to describe.
@@ -23,9 +28,13 @@ def describe(method: Method) -> dict[str, Any]:
             return describe(value)
         if isinstance(value, (list, tuple)):
             return [plain(each) for each in value]
-        return value
+        return as_plain(value)
 
-    return {"class_path": public_path(type(method)), "init_args": {k: plain(v) for k, v in method.init_args.items()}}
+    arguments = {name: plain(value) for name, value in method.init_args.items()}
+    left_out = [name for name, value in arguments.items() if not (is_plain(value) or isinstance(value, Tensor))]
+    kept = {name: value for name, value in arguments.items() if name not in left_out}
+    described = {"class_path": public_path(type(method)), "init_args": kept}
+    return {**described, "left_out": left_out} if left_out else described
 
 
 def public_path(cls: type) -> str:
@@ -54,7 +63,7 @@ def from_description(description: Mapping[str, Any]) -> Method:
         description: Plain data with ``class_path`` and ``init_args``.
 
     Raises:
-        ACKDError: If the class path does not name a `Method`.
+        ACKDError: If the class path does not name a `Method`, or an argument was left out.
     """
     path = str(description.get("class_path"))
     try:
@@ -65,6 +74,12 @@ def from_description(description: Mapping[str, Any]) -> Method:
         ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ACKDError(f"{path!r} is not a distillation method; name a sub-class of ackd_lightning.methods.Method")
+
+    if left_out := description.get("left_out"):
+        raise ACKDError(
+            f"the checkpoint does not hold {' and '.join(map(repr, left_out))} of method {found.__name__}, because a "
+            f"file cannot store it; pass method={found.__name__}(...) yourself"
+        )
 
     def built(value: Any) -> Any:
         if isinstance(value, Mapping) and "class_path" in value:

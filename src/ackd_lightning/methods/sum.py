@@ -21,8 +21,8 @@ class Sum(Method):
     """Several methods on the same student and teacher; the loss is the weighted sum of their losses.
 
     Terms keep their names; where two methods have a term of the same name, that of the n-th method gets the suffix
-    ``_n``. At most one of the methods may grow auxiliary learners, and none may run its
-    teachers itself.
+    ``_n``. At most one of the methods may grow auxiliary learners, and none may run its teachers itself or replace the
+    student's classifier.
 
     Args:
         methods: The methods, at least one.
@@ -83,6 +83,7 @@ class Sum(Method):
         }
         self.whole_batches = any(method.whole_batches for method in self._each())
         self.reads_index = any(method.reads_index for method in self._each())
+        self.raw_classes = any(method.raw_classes for method in self._each())
         self.random_by_index = any(method.random_by_index for method in self._each())
         self.layers = tuple(dict.fromkeys(pair for method in self._each() for pair in method.layers))
         self.lr_scales = self._prefixed_mapping(lambda method: method.lr_scales)
@@ -101,6 +102,11 @@ class Sum(Method):
         """
         for method in self._each():
             method.build(networks)
+            if method.head is not None:
+                raise ACKDError(
+                    f"method {type(method).__name__} replaces the student's classifier and cannot be part of a sum; "
+                    "write one method with all terms"
+                )
         self._collect()
 
     def begin_fit(self, fit: FitInfo) -> None:

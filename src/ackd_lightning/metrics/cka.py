@@ -7,6 +7,7 @@ Kornblith et al.: Similarity of Neural Network Representations Revisited, 2019, 
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +67,16 @@ class LearnerStatistics(Metric):
         self.add_state("products", torch.zeros(blocks, dim, dim, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("disagreements", torch.zeros(max(len(self.pairs), 1), dtype=torch.float64), dist_reduce_fx="sum")
 
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sum in float32 on a device that has no float64, such as the GPU of a Mac."""
+        try:
+            fn(torch.zeros((), dtype=self.total.dtype, device=self.total.device))
+        except TypeError:
+            for name, default in self._defaults.items():
+                self._defaults[name] = cast(Tensor, default).float()
+                setattr(self, name, getattr(self, name).float())
+        return super()._apply(fn, *args, **kwargs)
+
     def update(self, embeddings: list[Tensor], logits: list[Tensor]) -> None:
         """Add a batch.
 
@@ -73,15 +84,17 @@ class LearnerStatistics(Metric):
             embeddings: Embedding of each learner, M tensors ``B x D``.
             logits: Logits of each learner, M tensors ``B x K``.
         """
-        features = [each.double() for each in embeddings]
+        features = [each.to(self.total.dtype) for each in embeddings]
         choices = [each.argmax(dim=1) for each in logits]
-        self.total += features[0].shape[0]
-        for number, each in enumerate(features):
-            self.sums[number] += each.sum(dim=0)
-            self.products[number] += each.T @ each
-        for number, (i, j) in enumerate(self.pairs):
-            self.products[self.learners + number] += features[i].T @ features[j]
-            self.disagreements[number] += (choices[i] != choices[j]).sum()
+        products = [each.T @ each for each in features] + [features[i].T @ features[j] for i, j in self.pairs]
+        # never in place: states that were reset in inference mode allow no change outside it
+        self.total = self.total + features[0].shape[0]
+        self.sums = self.sums + torch.stack([each.sum(dim=0) for each in features])
+        self.products = self.products + torch.stack(products)
+        if self.pairs:
+            self.disagreements = self.disagreements + torch.stack(
+                [(choices[i] != choices[j]).sum() for i, j in self.pairs]
+            )
 
     def compute(self) -> dict[str, Tensor]:
         """Average over learners, or over pairs of learners.

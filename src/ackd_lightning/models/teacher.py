@@ -147,12 +147,21 @@ class FrozenTeacher(Teacher):
         Raises:
             ACKDError: As `adapt_to`.
         """
+        view = self.view()
+        view.adapt_to(data)
+        return view
+
+    def view(self) -> FrozenTeacher:
+        """Return another teacher with the same network, whose classes and conversion can change without this one's."""
         view = copy.copy(self)
         for part in ("_buffers", "_modules"):
             view.__dict__[part] = dict(self.__dict__[part])
         view.metadata = dict(self.metadata)
-        view.adapt_to(data)
         return view
+
+    def own_network(self) -> None:
+        """Copy what this view shares with other views, so that it can be moved or converted alone."""
+        self._modules.update({name: part and clone(part) for name, part in self._modules.items()})
 
     @torch.no_grad()
     def find_softmax(self, data: DataInfo) -> bool:

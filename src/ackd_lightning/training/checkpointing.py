@@ -111,8 +111,8 @@ class SelfDescribing(OpenOptimizers):
         )
 
     def _take_class_names(self, data: Any) -> None:
-        if names := getattr(data, "class_names", None):
-            self.data = replace(self.data, class_names=tuple(names))
+        if (names := getattr(data, "class_names", None)) is not None and len(names):
+            self.data = replace(self.data, class_names=names)
         started, names = self.start, self.data.class_names
         if started is not None and started.class_names is not None and names is not None and self.matches_classes:
             match_head(self.student.plain(), started.class_names, names, started.origin)

@@ -122,7 +122,7 @@ class Evaluation(nn.Module):
         Args:
             module: Module that logs.
         """
-        if self.learner_statistics is not None:
+        if self.learner_statistics is not None and self.learner_statistics.update_called:
             values = self.learner_statistics.compute()
             module.log_dict({f"{self._prefix}/learners_{name}": each for name, each in values.items()}, sync_dist=True)
             self.learner_statistics.reset()

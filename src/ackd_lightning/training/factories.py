@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.validation import is_plain
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def describe_factory(factory: Any) -> dict[str, Any] | None:
     if isinstance(factory, functools.partial):
         arguments = dict(factory.keywords)
         found = next((each for each in (factory.func, *reversed(factory.args)) if isinstance(each, type)), None)
-    if not isinstance(found, type) or not all(map(_is_plain, arguments.values())):
+    if not isinstance(found, type) or not all(map(is_plain, arguments.values())):
         return None
     cls: type = found
     home: Any = torch.optim.lr_scheduler if issubclass(cls, LRScheduler) else torch.optim
@@ -89,9 +90,3 @@ def describe_factory(factory: Any) -> dict[str, Any] | None:
     public = getattr(home, cls.__name__, None) is cls
     path = f"{home.__name__}.{cls.__name__}" if public else f"{cls.__module__}.{cls.__qualname__}"
     return {"class_path": path, "init_args": arguments}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(each) for each in value)
-    return isinstance(value, (bool, int, float, str, type(None)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import lightning.pytorch as L
@@ -39,7 +40,11 @@ from ackd_lightning.training.students import build_student, check_quantization, 
 from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
 from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import DataInfo, NetSpec
-from ackd_lightning.validation import check_arguments
+from ackd_lightning.validation import as_plain, check_arguments
+
+# partial and not lambda: ddp_spawn pickles the module
+_SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
+_STEPS = partial(MultiStepLR, milestones=(100, 150))
 
 
 class DistillationModule(FitStart):
@@ -93,8 +98,8 @@ class DistillationModule(FitStart):
         method: Method | None = None,
         teacher: GivenTeacher | Sequence[GivenTeacher] | None = None,
         data: DataInfo | None = None,
-        optimizer: OptimizerFactory = lambda groups: SGD(groups, lr=0.1, momentum=0.9, weight_decay=5e-4),
-        lr_scheduler: SchedulerFactory | None = lambda optimizer: MultiStepLR(optimizer, milestones=[100, 150]),
+        optimizer: OptimizerFactory = _SGD,
+        lr_scheduler: SchedulerFactory | None = _STEPS,
         recipe: Recipe | None = None,
         on_nonfinite: OnNonFinite = "stop",
         on_class_mismatch: Literal["stop", "ignore"] = "stop",
@@ -175,18 +180,20 @@ class DistillationModule(FitStart):
         self.evaluation = Evaluation(self.spec, self.method)
         self.cache = None
         self.save_hyperparameters(
-            {
-                "student": describe_student(self.student_config, self.student.plain()),
-                "method": describe(self.method),
-                "teacher": describe_specs(self.absent) if self.absent else self._describe_teachers(configs),
-                "data": {
-                    key: list(each) if isinstance(each, tuple) else each for key, each in asdict(self.data).items()
-                },
-                "optimizer": describe_factory(optimizer),
-                "lr_scheduler": describe_factory(lr_scheduler),
-                "recipe": asdict(self.recipe),
-                **flags,
-            }
+            as_plain(
+                {
+                    "student": describe_student(self.student_config, self.student.plain()),
+                    "method": describe(self.method),
+                    "teacher": describe_specs(self.absent) if self.absent else self._describe_teachers(configs),
+                    "data": {
+                        key: list(each) if isinstance(each, tuple) else each for key, each in asdict(self.data).items()
+                    },
+                    "optimizer": describe_factory(optimizer),
+                    "lr_scheduler": describe_factory(lr_scheduler),
+                    "recipe": asdict(self.recipe),
+                    **flags,
+                }
+            )
         )
         for name, argument in (("student", student), ("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
             if self.hparams[name] is None and argument is not None:

@@ -22,6 +22,7 @@ from ackd_lightning.models.weight_files import local_file, read_tensors
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import Batch
+from ackd_lightning.validation import as_plain, is_plain
 
 GivenTeacher = str | nn.Module | TeacherConfig
 
@@ -227,12 +228,12 @@ def compare_classes(first: Sequence[str], second: Sequence[str], owner: str, oth
 
 
 def describe_teachers(configs: Sequence[TeacherConfig]) -> list[dict[str, Any]] | None:
-    """Return teachers given by name as plain data for a checkpoint, or None when one is a network.
+    """Return teachers given by name as plain data for a checkpoint, or None when one is a network or has other options.
 
     Args:
         configs: The teachers.
     """
-    if any(not isinstance(each.network, str) for each in configs):
+    if any(not isinstance(each.network, str) or not is_plain(as_plain(each.options)) for each in configs):
         return None
     return [
         {key: list(each) if isinstance(each, tuple) else each for key, each in vars(config).items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -58,6 +60,7 @@ class Teachers:
         self.configs, self.data = tuple(configs), data
         self._device = torch.device("cpu")
         self._said: set[str] = set()
+        self._borrowed = False  # whether the networks belong to the module that this one is a copy of
         self._given = {
             number: self._adapted(each) for number, each in enumerate(configs) if not isinstance(each.network, str)
         }
@@ -75,7 +78,13 @@ class Teachers:
         self.weights = [each.ensemble_weight / total for each in configs]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teachers:
-        return self  # as a FrozenTeacher: an averaged copy of the student shares its teachers
+        """Share the networks until the copy is moved or converted: an average of the student never needs its own."""
+        twin = copy.copy(self)
+        twin._given = {number: each.view() for number, each in self._given.items()}
+        given = {id(each): twin._given[number] for number, each in self._given.items()}
+        twin.frozen = tuple(given.get(id(each)) or each.view() for each in self.frozen)
+        twin._said, twin._borrowed = set(self._said), bool(self._given or self.frozen)
+        return twin
 
     def __iter__(self) -> Iterator[FrozenTeacher]:
         return iter(self.frozen)
@@ -267,8 +276,20 @@ class Teachers:
             recurse: Argument of torch's own method.
         """
         self._device = fn(torch.empty(0)).device
-        for each in self.frozen or self._given.values():
+        own = self.frozen or tuple(self._given.values())
+        if self._borrowed and any(_changes(each, fn) for each in own):
+            for each in own:
+                each.own_network()
+            self._borrowed = False
+        for each in own:
             each._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _changes(teacher: FrozenTeacher, fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function of tensors changes the type or the place of any in a teacher."""
+    kinds = {(each.dtype, each.device) for each in itertools.chain(teacher.parameters(), teacher.buffers())}
+    moved = ((fn(torch.empty(0, dtype=dtype, device=device)), dtype, device) for dtype, device in kinds)
+    return any((each.dtype, each.device) != (dtype, device) for each, dtype, device in moved)
 
 
 def count_classes(teacher: FrozenTeacher, data: DataInfo) -> int:

@@ -18,6 +18,7 @@ from ackd_lightning.models.zoo.mobilenetv2 import CifarMobileNetV2
 from ackd_lightning.models.zoo.resnet_cifar import CifarResNet
 from ackd_lightning.models.zoo.shufflenetv1 import CifarShuffleNetV1
 from ackd_lightning.models.zoo.wide_resnet import WideResNet
+from ackd_lightning.validation import as_plain, is_plain
 
 __all__ = ["count_parameters", "create_model", "list_models", "multiply_adds"]
 
@@ -121,12 +122,15 @@ def _similar(name: str) -> str:
 def named(network: nn.Module, name: str, options: dict[str, Any]) -> nn.Module:
     """Store how a network was built, so that an exported file can describe it.
 
+    With options that a file cannot hold, such as a function, the network counts as one of the user's own.
+
     Args:
         network: Network.
         name: Name for `create_model`.
         options: Options that were given with it.
     """
-    network.__dict__.update(model_name=name, model_options=dict(options))
+    if is_plain(plain := as_plain(dict(options))):
+        network.__dict__.update(model_name=name, model_options=plain)
     return network
 
 
