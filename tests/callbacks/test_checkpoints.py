@@ -9,7 +9,9 @@ import signal
 import pytest
 import torch
 
-from ackd_lightning.callbacks.checkpoints import WholeCheckpoints
+from ackd_lightning.callbacks.checkpoints import NotWrittenError, WholeCheckpoints, checkpoints
+from ackd_lightning.methods import KD
+from training.helpers import Blobs, build, trainer
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
@@ -21,12 +23,12 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        with pytest.raises(OSError, match=str(path)) as caught:
+        with pytest.raises(NotWrittenError, match=f"^checkpoint {path} could not be written") as caught:
             WholeCheckpoints().save_checkpoint({"number": torch.zeros(100_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert caught.value.errno in (errno.EFBIG, errno.ENOSPC)
+    assert caught.value.__cause__.errno in (errno.EFBIG, errno.ENOSPC)
     assert path.read_bytes() == before
     frames = [entry.frame.f_locals for entry in caught.traceback]
     (buffer,) = [frame["buffer"] for frame in frames if "buffer" in frame]
@@ -37,5 +39,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("text")
-    with pytest.raises(OSError, match="no previous one"):
+    with pytest.raises(NotWrittenError, match="no previous one"):
         WholeCheckpoints().save_checkpoint({}, tmp_path / "file" / "last.ckpt")
+
+
+def test_the_last_checkpoint_knows_the_best_one_by_then(tmp_path):
+    """A run that goes on from it must not replace a better one."""
+    both = checkpoints(tmp_path, select=True)
+    best = next(each for each in both if each.monitor)
+    trainer(max_epochs=3, enable_checkpointing=True, callbacks=both).fit(build(KD()), datamodule=Blobs())
+    states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    (known,) = [each for each in states.values() if isinstance(each, dict) and each.get("monitor") == "val/acc"]
+    assert known["best_model_score"] == best.best_model_score
+    assert known["current_score"] == best.current_score

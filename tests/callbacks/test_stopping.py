@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ackd_lightning.callbacks.stopping import StopSafely
+from ackd_lightning.callbacks.stopping import StopEarly, StopSafely
 from ackd_lightning.errors import RunStoppedError
-from training.helpers import largest_difference
+from ackd_lightning.methods import CE
+from training.helpers import Blobs, build, largest_difference, trainer
 from training.resume_script import Signal, fit
 
 STEPS = 15
@@ -146,3 +148,19 @@ def test_a_loader_that_inherits_the_handler_says_nothing(tmp_path, capfd):
     stop._remember(signal.SIGINT, None)
     stop._remember(signal.SIGINT, None)  # which would end the process that trains at once
     assert (stop.received, capfd.readouterr().err) == (0, "")
+
+
+def test_a_run_that_would_have_ended_early_trains_nothing_more(tmp_path, capsys):
+    """It was interrupted between the validation that ended it and its last files."""
+
+    def fit(patience, place=None):
+        saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+        run = trainer(max_epochs=9, enable_checkpointing=True, callbacks=[StopEarly(patience), saver])
+        run.fit(build(CE(), lr=0.0), datamodule=Blobs(), ckpt_path=place, weights_only=True)
+        return run.global_step
+
+    steps = fit(2)
+    assert steps == 3 * 8
+    assert fit(2, tmp_path / "last.ckpt") == steps
+    assert "stopped early after epoch 3" in capsys.readouterr().out
+    assert fit(4, tmp_path / "last.ckpt") > steps  # of a run that is given more patience

@@ -107,3 +107,20 @@ def test_columns_that_no_run_has_are_left_out():
     assert [column.header for column in table.columns][5:] == ["test last", "95 % interval", "parameters"]
     assert list(table.columns[5].cells) == ["75.00", "-"]
     assert str(table.caption).startswith("interval of test last")
+
+
+def test_a_test_accuracy_of_some_seeds_says_of_how_many():
+    for seed, right in enumerate([150, None, 160]):
+        make_run("kd", seed=seed, right=right)
+    table = compare(["runs"])
+    (column,) = [each for each in table.columns if each.header == "test last"]
+    assert next(iter(column.cells)).endswith("(2 of 3)")
+
+
+def test_teachers_that_differ_are_said():
+    for seed in range(2):
+        summary = make_run("kd", seed=seed) / "summary.json"
+        content = json.loads(summary.read_text())
+        summary.write_text(json.dumps({**content, "teacher": {"sha256": str(seed)}}))
+        make_run("ce", seed=seed)
+    assert compare(["runs"]).caption == "runs of kd learned from different teacher files"

@@ -12,7 +12,9 @@ import yaml
 
 from ackd_lightning.cli import main
 from ackd_lightning.commands.processes import Processes
+from ackd_lightning.commands.tune import command
 from ackd_lightning.commands.tune.command import _experiment
+from ackd_lightning.commands.tune.command import _Search as Search
 from ackd_lightning.commands.tune.space import fragment, grid, read_values
 from ackd_lightning.config.files import load_configs
 from ackd_lightning.errors import ACKDError
@@ -114,6 +116,20 @@ def test_a_failed_trial_of_a_grid_is_tried_again(monkeypatch):
     assert sorted(each["--model.optimizer.lr"] for each in tried()) == ["0.1", "0.2"]
     assert main([*TUNE, *rates]) == 0  # nothing is left
     assert len(tried()) == 2
+
+
+def test_each_combination_is_tried_after_a_search_that_was_shorter(monkeypatch):
+    monkeypatch.setattr(Search, "_fit", lambda search, processes, number, given: calls.append(given))
+    monkeypatch.setattr(Search, "_tell", lambda search, trial, done: search.study.tell(trial, 0.5) and 0)
+    monkeypatch.setattr(command, "_report", lambda search, settings: None)
+    grid = ["--set", "model.optimizer.lr=0.1,0.2", "--set", "model.optimizer.momentum=0.8,0.9"]
+    main([*TUNE, *grid, "--trials", "3", "--seed", "1"])
+    assert len(calls) == 3
+    main([*TUNE, *grid, "--trials", "4", "--seed", "1"])
+    assert len({tuple(each.values()) for each in calls}) == 4
+    done = len(calls)
+    main([*TUNE, *grid, "--trials", "4", "--seed", "1"])
+    assert len(calls) == done
 
 
 @pytest.mark.parametrize(

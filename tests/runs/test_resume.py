@@ -21,9 +21,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.cli import main
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_checkpoint
 from ackd_lightning.runs.claim import claim
-from ackd_lightning.runs.resume import Length, resume_auto
+from ackd_lightning.runs.resume import Length, changed_settings, resume_auto
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.types import DataInfo
 
@@ -149,6 +150,18 @@ def test_another_seed_is_refused(place, capsys):
     run = unfinished()
     assert main([*FIT, "--resume", str(run), "--seed_everything", "1"]) == 2
     assert "--seed_everything 0 and not 1" in capsys.readouterr().err
+
+
+def test_other_data_are_refused(tmp_path):
+    for name in ("run", "first", "second"):
+        (tmp_path / name).mkdir()
+    before, now = ({"seed_everything": 0, "data": {"root": str(tmp_path / each)}} for each in ("first", "second"))
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(before))
+    assert changed_settings(tmp_path / "run", before) == []
+    with pytest.raises(ACKDError, match=r"has --data.root .*first and not .*second"):
+        changed_settings(tmp_path / "run", now)
+    (tmp_path / "first").rmdir()
+    assert changed_settings(tmp_path / "run", now) == []
 
 
 def test_two_processes_cannot_train_one_run(place, capsys):

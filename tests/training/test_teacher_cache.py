@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ackd_lightning import ACKD, KD, ACKDError, DigitsDataModule, TeacherConfig, create_model, save_weights
@@ -19,6 +20,7 @@ from ackd_lightning.cli import main
 from ackd_lightning.data import Augmentation
 from ackd_lightning.methods import AT, ATSC, CE, DIST, DKD, NKD, RLD, TTM, Sum
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.runs.claim import claim
 from ackd_lightning.training import DOT
 from ackd_lightning.training import teacher_cache as cache
 from training.helpers import build, largest_difference, state, trainer
@@ -177,6 +179,23 @@ def test_an_interrupted_cache_is_completed_and_keeps_its_files(capsys):
     shown = capsys.readouterr().out
     assert "epoch 2/3" in shown
     assert "epoch 1/3" not in shown
+
+
+def test_one_process_fills_a_cache(tmp_path, capsys):
+    with claim(tmp_path, "kept", resume=True):
+        assert main(["cache", *SHARED, "--out", str(tmp_path / "kept")]) == 2
+    assert "another process" in capsys.readouterr().err
+    assert not list((tmp_path / "kept").glob("epoch*"))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    assert main(["cache", *SHARED, "--out", str(tmp_path / "kept")]) == 2
+    assert "epoch-0000.safetensors cannot be written (No space left on device); free" in capsys.readouterr().err
+    assert [each.name for each in (tmp_path / "kept").glob("*epoch*")] == []
 
 
 @pytest.mark.parametrize(

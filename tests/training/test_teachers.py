@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
 from ackd_lightning.errors import ACKDError
@@ -13,7 +14,7 @@ from ackd_lightning.methods import AT, ATSC, KD
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
-from training.helpers import DATA, TinyNet
+from training.helpers import DATA, Blobs, TinyNet, build, trainer
 
 TEN = DataInfo(10)
 
@@ -142,3 +143,21 @@ def test_a_frozen_teacher_is_used_as_it_is():
     frozen = FrozenTeacher(TinyNet(8))
     net = DistillationModule(TinyNet(), method=KD(), teacher=frozen, data=DATA)
     assert net.teacher.network is frozen.network
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_fit_goes_on_with_the_teacher_that_it_began_with(files, tmp_path):
+    def fit(place=None):
+        teacher = TeacherConfig(network="resnet8", weights=files["resnet8"], gate="off")
+        net = build(KD(), student="resnet8", teacher=teacher, data=DataInfo(4, 8))
+        saver = ModelCheckpoint(tmp_path, filename="last")
+        run = trainer(max_epochs=1 if place is None else 2, enable_checkpointing=True, callbacks=[saver])
+        run.fit(net, datamodule=Blobs(), ckpt_path=place, weights_only=True)
+
+    save_weights(create_model("resnet8", 4), files["resnet8"], {"model": "resnet8"})
+    fit()
+    fit(tmp_path / "last.ckpt")
+    save_weights(create_model("resnet8", 4), files["resnet8"], {"model": "resnet8"})
+    with pytest.raises(ACKDError, match=r"learned from a teacher resnet8 with SHA-256 .* and the file here has"):
+        fit(tmp_path / "last.ckpt")

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.files import whole_file
 
 
@@ -46,7 +47,13 @@ def checkpoints(folder: Path, *, select: bool) -> list[ModelCheckpoint]:
     best = RunCheckpoint(
         folder, filename="best", monitor="val/acc", mode="max", save_top_k=1, enable_version_counter=False
     )
-    return [last, best]
+    return [best, last]  # in this order the last checkpoint holds what is the best one by then
+
+
+class NotWrittenError(ACKDError, OSError):
+    """A checkpoint could not be written; the sentence names what is left."""
+
+    __str__ = ACKDError.__str__
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -64,7 +71,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             storage_options: Not used; None.
 
         Raises:
-            OSError: If it cannot be written; the sentence names the file and the checkpoint that is left.
+            NotWrittenError: Naming the file and the checkpoint that is left.
         """
         target = Path(path)
         buffer = io.BytesIO()  # torch's own writer does not raise OSError
@@ -75,7 +82,6 @@ class WholeCheckpoints(TorchCheckpointIO):
         except OSError as error:
             left = "the previous one is kept" if target.is_file() else "there is no previous one"
             reason = error.strerror or str(error)
-            raise OSError(
-                error.errno,
-                f"checkpoint {target} could not be written ({reason}), and {left}; free disk space and resume the run",
+            raise NotWrittenError(
+                f"checkpoint {target} could not be written ({reason}), and {left}; free disk space and resume the run"
             ) from error

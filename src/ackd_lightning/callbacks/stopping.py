@@ -106,6 +106,15 @@ class StopEarly(EarlyStopping):
     def __init__(self, patience: int) -> None:
         super().__init__("val/acc", mode="max", patience=patience, check_on_train_epoch_end=False)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state, but for the patience, which a resumed run may raise."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Train nothing more in a run that was interrupted where it would have ended."""
+        if self.stopped_epoch and self.wait_count >= self.patience:
+            trainer.should_stop = True
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when and why the fit ended."""
         if self.stopped_epoch and trainer.is_global_zero:

@@ -13,6 +13,7 @@ from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.launch.execute import plan
 from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.runs.claim import claim
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.teacher_cache import epoch_file, fill, teacher_logits, view_key
 
@@ -55,14 +56,15 @@ def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
     if estimate:
         _print_estimate(module, data, epochs=epochs, precision=precision, images=images)
         return
-    started, done = time.monotonic(), 0
-    for epoch, path in fill(folder, module, data, epochs=epochs, precision=precision):
-        if path is None:
-            continue
-        done += 1
-        each = (time.monotonic() - started) / done
-        left = sum(not epoch_file(folder, later).is_file() for later in range(epoch + 1, epochs))
-        print(f"epoch {epoch + 1}/{epochs}  {each:.1f} s/epoch  {clock(left * each)} left", flush=True)
+    started, done, where = time.monotonic(), 0, folder.resolve()
+    with claim(where.parent, where.name, resume=True, option="--out"):
+        for epoch, path in fill(folder, module, data, epochs=epochs, precision=precision):
+            if path is None:
+                continue
+            done += 1
+            each = (time.monotonic() - started) / done
+            left = sum(not epoch_file(folder, later).is_file() for later in range(epoch + 1, epochs))
+            print(f"epoch {epoch + 1}/{epochs}  {each:.1f} s/epoch  {clock(left * each)} left", flush=True)
     size = sum(epoch_file(folder, epoch).stat().st_size for epoch in range(epochs))
     print(
         f"{folder}: {count_of(epochs, 'epoch')}, {size / 1e6:,.1f} MB; use it with --model.teacher.cache {folder} "

@@ -113,7 +113,9 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
             return mean_and_std([100 * each[place][key] for each in runs if key in each.get(place, {})])
 
         def tested(which: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
-            return mean_and_std([100 * value for value in accuracies_on_test(runs, which, key)])
+            values = [100 * value for value in accuracies_on_test(runs, which, key)]
+            some = f" ({len(values)} of {len(runs)})" if 0 < len(values) < len(runs) else ""
+            return f"{mean_and_std(values)}{some}"
 
         first = runs[0]
         peers = [peer_name(spec, first["student"]) for spec in first.get("learners", [])]
@@ -146,8 +148,15 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
         notes.append("without validation data no epoch is selected")
     if _COLUMNS.index(_INTERVAL) in shown:
         notes.append(f"interval of test {which}: over the seeds (Student's t), of a single run over the images")
+    notes += [f"runs of {name} learned from different teacher files" for name in groups if _teachers(groups[name]) > 1]
     table.caption = "; ".join(notes)
     return table
+
+
+def _teachers(runs: Sequence[dict[str, Any]]) -> int:
+    """Number of different teacher files that runs of one setting learned from; it says nothing of one run."""
+    files = {(each.get("teacher") or {}).get("sha256") for each in runs}
+    return len(files - {None})
 
 
 def _size(summary: dict[str, Any], learner: int) -> str:

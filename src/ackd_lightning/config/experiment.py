@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 _NOT_THE_EXPERIMENT = {"seed_everything", "name", "runs_dir", "weights_dir", "wandb", "tensorboard", "ckpt_path"}
@@ -29,6 +30,23 @@ def experiment_settings(config: dict[str, Any], *, places: bool = False) -> dict
     if not places and isinstance(teachers := kept.get("model.teacher"), list):
         kept["model.teacher"] = [_without_places(each) for each in teachers]
     return kept
+
+
+def moved_data(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str] | None:
+    """Return the folders of two runs' data where they are different data, and None for the same.
+
+    A folder that is no longer there has been moved, so that another one holds the same data.
+
+    Args:
+        before: Content of the ``config.yaml`` of the first run.
+        now: That of the second.
+    """
+    roots = [experiment_settings(each, places=True).get("data.root") for each in (before, now)]
+    first, second = (Path(each) if isinstance(each, str) else None for each in roots)
+    if first is None or second is None:
+        return None
+    other = first.exists() and not (second.exists() and first.samefile(second))
+    return (str(first), str(second)) if other and first != second else None
 
 
 def _without_places(teacher: Any) -> Any:

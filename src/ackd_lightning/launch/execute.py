@@ -276,7 +276,8 @@ class Execution:
                 part = (
                     "" if repr(limit) in ("1.0", "None") else f" on part of the test data (limit_test_batches {limit})"
                 )
-                print(f"test, {name}: accuracy {float(self.trainer.callback_metrics['test/acc']):.2%}{part}")
+                if self.trainer.is_global_zero:
+                    print(f"test, {name}: accuracy {float(self.trainer.callback_metrics['test/acc']):.2%}{part}")
 
     def _answers(self) -> list[TestAnswers]:
         return [each for each in self.trainer.callbacks if isinstance(each, TestAnswers)]  # type: ignore[attr-defined]

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ackd_lightning.config.experiment import experiment_settings
+from ackd_lightning.config.experiment import experiment_settings, moved_data
+from ackd_lightning.config.files import read_yaml
 from ackd_lightning.errors import ACKDError, RunFinishedError, count_of
 from ackd_lightning.runs.files import find_checkpoint, read_checkpoint, run_folder
 
@@ -104,7 +103,7 @@ def _refuse_finished(folder: Path, length: Length | None) -> None:
 def _config(folder: Path) -> dict[str, Any]:
     """Return the settings that a run was started with; none where its ``config.yaml`` is missing."""
     path = folder / "config.yaml"
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    return (read_yaml(path) or {}) if path.is_file() else {}
 
 
 def _seed_of(folder: Path) -> Any:
@@ -212,5 +211,10 @@ def changed_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
                 "arguments in its checkpoint; leave it out, or start a new run from the weights with "
                 "--model.student.weights"
             )
+    if (roots := moved_data(before, settings)) is not None:
+        raise ACKDError(
+            f"run {folder} has --data.root {roots[0]} and not {roots[1]}, so it would not continue as it began; give "
+            "its data, or leave --resume out"
+        )
     different = [key for key in sorted(there.keys() & now.keys()) if there[key] != now[key]]
     return [f"{key} {there[key]!r} -> {now[key]!r}" for key in different]

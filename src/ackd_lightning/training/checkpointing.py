@@ -172,6 +172,7 @@ class SelfDescribing(OpenOptimizers):
             "data": type(data).__name__ if data is not None else None,
             "method": type(self.method).__name__,
             "teacher": self._teacher_names(),
+            "teacher_sha256": [each.metadata.get("sha256") for each in self.teachers.frozen],
             "seed": self.seed,
             "epoch": self.current_epoch + 1 if self._trainer is not None else 0,
             "skipped": self.guard.skipped,
@@ -206,5 +207,18 @@ class SelfDescribing(OpenOptimizers):
         self._resumed_optimizers = list(metadata.get("optimizers") or [])
         self._started_from = metadata.get("started_from")
         self.start = None  # the checkpoint has other weights, with its own classes
+        self._same_teachers(metadata.get("teacher_sha256") or [])
         if names := metadata.get("class_names"):
             self._match_data(names, "the checkpoint")
+
+    def _same_teachers(self, known: Sequence[str | None]) -> None:
+        """Refuse to go on with other teachers than those that the first part of a run has learned from."""
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        for teacher, before in zip(self.teachers.frozen, known, strict=False):
+            now = teacher.metadata.get("sha256")
+            if before is not None and now is not None and before != now:
+                raise ACKDError(
+                    f"the checkpoint has learned from a teacher {teacher.name} with SHA-256 {before[:12]} and the file "
+                    f"here has {now[:12]}; give the teacher of its first part, or start a new run from its weights"
+                )

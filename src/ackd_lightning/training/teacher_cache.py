@@ -18,7 +18,7 @@ from ackd_lightning.callbacks.protocol import TrainingModule
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.sampling import EpochSampler
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.runs.files import write_json
+from ackd_lightning.runs.files import whole_file, write_json
 from ackd_lightning.types import NetOutput
 
 KEY_FILE = "key.json"
@@ -237,9 +237,13 @@ def fill(
             logits[index] = scores
         half = logits.bfloat16()
         exact = torch.equal(half.float().nan_to_num(), logits.nan_to_num())  # computed in bfloat16
-        partial = path.with_suffix(".partial")
-        save_file({"logits": half if exact else logits}, partial)
-        partial.replace(path)
+        try:
+            with whole_file(path) as partial:
+                save_file({"logits": half if exact else logits}, partial)
+        except (SafetensorError, OSError) as error:
+            raise ACKDError(
+                f"{path} cannot be written ({error}); free disk space and run the command again, which goes on there"
+            ) from error
         yield epoch, path
 
 

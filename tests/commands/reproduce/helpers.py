@@ -15,12 +15,12 @@ SHORT = ["--trainer.max_epochs", "2", "--model.lr_scheduler.milestones", "[1]"]
 
 def make_job(folder: Path, *arguments: str, needs: tuple[Job, ...] = (), **fields: Any) -> Job:
     """A job without a parsed run."""
-    given = {"title": folder.name, "pair": PAIR, "row": "kd", "kind": "student", "seed": 0, "settings": {}} | fields
+    given = {"title": folder.name, "pair": PAIR, "row": "kd", "kind": "student", "seed": 0}
+    given |= {"settings": {}, "config": {}, **fields}
     return Job(
         arguments=("--folder", str(folder), *arguments),
         folder=folder,
         needs=tuple(each.folder for each in needs),
-        config={},
         images=None,
         networks=None,
         **given,

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
@@ -504,6 +505,41 @@ def test_a_run_that_learnt_from_another_file_is_refused(tmp_path):
         check_unchanged(job)
     weights.unlink()
     with pytest.raises(ACKDError, match=r"teacher.safetensors, which does not exist; choose another --out"):
+        check_unchanged(job)
+
+
+def test_an_unfinished_run_that_learns_from_another_file_is_refused(tmp_path):
+    weights = tmp_path / "teacher.safetensors"
+    weights.write_bytes(b"one")
+    job = make_job(tmp_path / "kd", sources=(weights,))
+    (job.folder / "checkpoints").mkdir(parents=True)
+    (job.folder / "config.yaml").write_text("{}")
+    content = {"ackd_lightning": {"teacher_sha256": [digest(weights)]}, "state_dict": {}, "hyper_parameters": {}}
+    torch.save(content, job.folder / "checkpoints" / "last.ckpt")
+    assert job.state() == "to continue"
+    assert unchanged(job)
+    weights.write_bytes(b"two")
+    with pytest.raises(ACKDError, match=r"was made with a teacher = .* and would now have .*teacher.safetensors"):
+        check_unchanged(job)
+
+
+def test_a_run_on_other_data_is_refused_and_data_that_were_moved_are_not(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    job = make_job(tmp_path / "kd", config={"data": {"init_args": {"root": str(tmp_path / "second")}}})
+    write_run(job.folder)
+    (job.folder / "config.yaml").write_text(f"data: {{init_args: {{root: {tmp_path / 'first'}}}}}")
+    with pytest.raises(ACKDError, match=r"was made with data.root = .*first and would now have .*second"):
+        check_unchanged(job)
+    (tmp_path / "first").rmdir()
+    assert unchanged(job)
+
+
+def test_damaged_settings_of_a_run_are_named(tmp_path):
+    job = make_job(tmp_path / "kd")
+    write_run(job.folder)
+    (job.folder / "config.yaml").write_text("a: [")
+    with pytest.raises(ACKDError, match=r"kd.config.yaml.* is not YAML"):
         check_unchanged(job)
 
 

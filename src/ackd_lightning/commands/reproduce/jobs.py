@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ackd_lightning.commands.reproduce.networks import Networks
-from ackd_lightning.config.experiment import experiment_settings
+from ackd_lightning.config.experiment import experiment_settings, moved_data
+from ackd_lightning.config.files import read_yaml
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import digest
-from ackd_lightning.runs.files import read_summary
+from ackd_lightning.runs.files import read_checkpoint, read_summary
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,10 @@ def _changed(job: Job) -> tuple[str, str, str] | None:
     path = job.folder / "config.yaml"
     if not path.is_file() or job.state() == "to do":
         return None
-    there = experiment_settings(yaml.safe_load(path.read_text(encoding="utf-8")))
+    config = read_yaml(path) or {}
+    if (roots := moved_data(config, job.config)) is not None:
+        return "data.root", *roots
+    there = experiment_settings(config)
     common = sorted(there.keys() & job.settings.keys())
     changed = next((key for key in common if there[key] != job.settings[key]), None)
     if changed is not None:
@@ -116,14 +118,16 @@ def _changed(job: Job) -> tuple[str, str, str] | None:
 
 
 def _changed_teacher(job: Job) -> tuple[str, str, str] | None:
-    """The same for the networks that a finished run learned from."""
-    if not job.sources or not job.finished:
+    """The same for the networks that a run learned from."""
+    if not job.sources:
         return None
-    summary = read_summary(job.folder)
-    for source, teacher in zip(
-        job.sources, [summary.get("teacher", {}), *summary.get("other_teachers", [])], strict=False
-    ):
-        known = teacher.get("sha256")
+    if job.finished:
+        summary = read_summary(job.folder)
+        learned_from = [each.get("sha256") for each in (summary.get("teacher", {}), *summary.get("other_teachers", []))]
+    else:
+        assert job.checkpoint is not None  # a run without one is to do
+        learned_from = read_checkpoint(job.checkpoint)["ackd_lightning"].get("teacher_sha256", [])
+    for source, known in zip(job.sources, learned_from, strict=False):
         if known is None:
             continue
         if not source.is_file():

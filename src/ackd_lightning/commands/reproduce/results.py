@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,14 +112,16 @@ class Line:
     def cells(self) -> list[str]:
         """Cells of the line as text."""
         paper = "-" if self.paper is None else f"{self.paper:.{self.decimals}f}"
-        ours = [self.ours, self._interval(self.last), mean_and_std(self.best, self.decimals)]
+        ours = [self.ours, self._interval(self.last, (0.0, 100.0)), mean_and_std(self.best, self.decimals)]
         over = f"{statistics.fmean(self.over):+.{self.decimals}f} ({self._interval(self.over)})" if self.over else "-"
         return [self.label, paper, *ours, str(len(self.last)), self.difference, over]
 
-    def _interval(self, values: Sequence[float]) -> str:
-        """Return the 95 % interval of the mean over the seeds; a dash for one seed."""
+    def _interval(self, values: Sequence[float], within: tuple[float, float] = (-math.inf, math.inf)) -> str:
+        """Return the 95 % interval of the mean over the seeds, cut at the ends of a scale; a dash for one seed."""
         found = mean_interval(values)
-        return "-" if found is None else " to ".join(f"{end:.{self.decimals}f}" for end in found)
+        if found is None:
+            return "-"
+        return " to ".join(f"{min(max(end, within[0]), within[1]):.{self.decimals}f}" for end in found)
 
     @property
     def ours(self) -> str:

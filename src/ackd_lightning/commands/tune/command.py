@@ -83,8 +83,8 @@ def tune(
         number = len(combinations) or trials
         if len(combinations) < trials and combinations:
             print(f"{number} trials: all combinations of the values")
-        search.begin(combinations)
-        search.run(number, devices)
+        waiting = search.begin(combinations)
+        search.run(len(search.finished) + waiting if combinations else number, devices)
         _report(search, settings)
 
 
@@ -202,11 +202,14 @@ class _Search:
                         "choose another --out, or remove that folder"
                     )
 
-    def begin(self, combinations: Sequence[dict[str, str]]) -> None:
+    def begin(self, combinations: Sequence[dict[str, str]]) -> int:
         """Plan what an earlier call has left unfinished, and every combination of a grid that has no accuracy yet.
 
         Args:
             combinations: Parameters of a grid; empty for a search.
+
+        Returns:
+            Number of trials that are planned.
         """
         states = self.optuna.trial.TrialState
         for left in self.study.get_trials(deepcopy=False, states=(states.RUNNING,)):
@@ -217,6 +220,7 @@ class _Search:
         for each in combinations:
             if each not in known:
                 self.study.enqueue_trial(each)
+        return len(self.study.get_trials(deepcopy=False, states=(states.WAITING,)))
 
     @property
     def finished(self) -> list[Any]:
