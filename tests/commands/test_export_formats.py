@@ -90,6 +90,7 @@ def test_the_ending_chooses_the_format_and_uint8_is_read():
         (["--out", "x.tflite"], "x.tflite"),
         (["--out", "x.onnx", "--format", "onnx,pt2"], "x.onnx"),
         (["--out", "x.onnx", "--format", "pt2"], ".pt2"),
+        (["--out", "x.XML", "--format", "openvino"], "ends in .xml"),
         (["--out", "gone", "--format", "onnx,pt2"], "gone/student"),
         (["other"], "other"),
         (["--foo", "3"], "--foo"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from dataclasses import replace
@@ -230,3 +231,15 @@ def test_the_advice_knows_what_was_done():
     assert "ce.yaml" not in int8_advice(PLAIN, {"teacher": {"model": "resnet20"}}, tuned=False)
     assert "qat.yaml" not in int8_advice(TUNED, {}, tuned=True)
     assert int8_advice(Path("nowhere"), {}, tuned=False) == "fine-tune its student with --config qat.yaml"
+
+
+def test_a_tuned_student_in_float32_states_its_own_accuracy(tmp_path):
+    """In training it was measured as the int8 network."""
+    assert main(["export", str(TUNED), "--out", str(tmp_path / "float.safetensors")]) == 0
+    opened = open_network(tmp_path / "float.safetensors")
+    data = data_of_run(TUNED / "checkpoints" / "last.ckpt")
+    images = images_of(data)
+    (stated,) = [each for each in opened.description.accuracy if each.part == "val"]
+    assert stated.value == pytest.approx(images.accuracy(images.logits(opened.logits)))
+    assert not open_network(TUNED / "student.safetensors").description.accuracy
+    assert not json.loads((TUNED / "summary.json").read_text())["last_is_final"]

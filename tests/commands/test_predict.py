@@ -18,6 +18,7 @@ from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.runs.tables import write_table
 
 NAMES = tuple(f"digit {number}" for number in range(10))
 
@@ -282,3 +283,13 @@ def test_a_reason_names_no_setting_of_the_training():
     list(read_batches(list_images(["a.npy"]), Preprocessing(description()), notes, batch_size=1))
     ((_, reason),) = notes.unreadable
     assert reason == "has float64 pixels from 300 to 300, whose full range is unknown"
+
+
+def test_a_name_that_is_not_utf8_does_not_lose_the_table():
+    name = b"f\xe9.png".decode("utf-8", "surrogateescape")
+    for path in (Path("a.csv"), Path("a.parquet")):
+        write_table({"file": [name], "prediction": [3]}, path)
+    from pyarrow import parquet
+
+    assert parquet.read_table("a.parquet").to_pylist() == [{"file": "f\N{REPLACEMENT CHARACTER}.png", "prediction": 3}]
+    assert b"f\xe9.png,3" in Path("a.csv").read_bytes()

@@ -17,6 +17,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.runs.answers import answers_file, read_answers
+from ackd_lightning.runs.files import read_checkpoint, weights_mark
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FIT = ["fit", "--trainer.max_epochs", "1", "--weights_dir", "null", "--trainer.limit_train_batches", "2"]
@@ -55,6 +56,7 @@ def test_the_page_of_a_run(run, capsys):
     answers = read_answers(answers_file(run, "last"))
     assert found["accuracy"]["student"]["right"] == int(answers.right.sum())
     assert list(found["accuracy"]) == ["student", "teacher", "aux1", "aux2", "ensemble"]
+    assert found["weights"] == weights_mark(read_checkpoint(run / "checkpoints/last.ckpt"))
     assert found["images"] == len(answers) == sum(each["images"] for each in found["classes"])
     counts = [found["agreement"][key] for key in ("both_right", "only_student", "only_teacher", "both_wrong")]
     assert sum(counts) == found["images"]
@@ -161,3 +163,16 @@ def test_a_file_with_data_named_by_their_class(run):
     lead = Path("by-class/report.md").read_text().partition("## About this page")[0]
     assert "student.safetensors" not in lead  # the part that ackd push publishes
     assert str(run) not in lead
+
+
+def test_a_file_beside_settings_of_another_program(run):
+    shutil.copy(run / "student.safetensors", "net.safetensors")
+    Path("config.yaml").write_text("app: camera")
+    assert main(["report", "net.safetensors", "--config", "data/digits.yaml", *SMALL, "--no-latency"]) == 0
+    assert Path("net-report/report.json").is_file()
+
+
+def test_a_file_of_a_run_has_a_report_of_its_own(run):
+    assert main(["report", str(run / "student.safetensors"), "--no-latency"]) == 0
+    assert (run / "student-report/report.json").is_file()
+    assert not (run / "report").exists()

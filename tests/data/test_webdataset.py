@@ -12,6 +12,8 @@ from torch import nn
 
 from ackd_lightning import CE, DistillationModule
 from ackd_lightning.data import WebDatasetDataModule
+from ackd_lightning.deploy.checking import images_of
+from ackd_lightning.deploy.report.measuring import measure
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import CRD, FitInfo
 
@@ -269,3 +271,12 @@ def test_an_image_of_more_bits_than_the_first_is_refused(tmp_path, types, refuse
     module = made(tmp_path, channels=1, train="train-0.tar", image_size=32, batch_size=2)
     with pytest.raises(ACKDError, match="more than 8 bits") if refused else contextlib.nullcontext():
         assert len(epoch(module)) == 2
+
+
+def test_a_report_and_a_check_read_shards(shards):
+    module = made(shards)
+    found = measure(module, lambda image: {"student": image.mean(dim=(2, 3))}, torch.device("cpu"))
+    assert len(found.target) == 10
+    assert found.names is None
+    images = images_of(module)  # without a validation part, of the test set
+    assert (images.part, images.words) == ("test", "10 test images of WebDataset")

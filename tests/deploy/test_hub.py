@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from ackd_lightning.commands.push import _report_of
+from ackd_lightning.commands.student import read_student
 from ackd_lightning.deploy.description import Accuracy, Description
 from ackd_lightning.deploy.hub import model_card, write_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.hub import hub_file, parse_repository
 from ackd_lightning.runs.export import export_student
+from ackd_lightning.runs.files import read_checkpoint, weights_mark
 from deploy.hub_server import running
 from deploy.samples import NAMES, checkpoint
 
@@ -47,6 +50,8 @@ def test_a_student_goes_to_the_hub_and_comes_back(tmp_path):
     (tmp_path / "run/report").mkdir()
     text = "## Results\n![figure](a.png)\nbest run\n\n## About this page\n/home/anna\n"
     (tmp_path / "run/report/report.md").write_text(text)
+    mark = weights_mark(read_checkpoint(tmp_path / "run/checkpoints/last.ckpt"))
+    (tmp_path / "run/report/report.json").write_text(json.dumps({"weights": mark}))
     push = ackd("push", "run", "anna/student", "--check", "random", "--license", "mit")
     with running() as hub:
         without = call(tmp_path, hub.url, push)
@@ -144,3 +149,28 @@ def test_what_is_sent_is_safetensors(tmp_path):
     exported = export_student(tmp_path / "a.ckpt", tmp_path / "a.safetensors")
     with safe_open(exported.path, "pt") as file:
         assert file.metadata()["model"] == "resnet8"
+
+
+@pytest.mark.parametrize("about", [{"weights": "0123456789abcdef"}, {"weights": None}, {}], ids=str)
+def test_a_report_about_other_weights_is_not_published(tmp_path, about, capsys):
+    """It may be of an int8 file, of the best epoch, or of the run before it was trained longer."""
+    checkpoint(tmp_path / "checkpoints/last.ckpt")
+    (tmp_path / "report").mkdir()
+    student = read_student(str(tmp_path), "last")
+    assert _report_of(student) is None
+    (tmp_path / "report/report.md").write_text("91.84 %")
+    (tmp_path / "report/report.json").write_text(json.dumps(about))
+    capsys.readouterr()
+    assert _report_of(student) is None
+    assert "is about other weights" in "".join(capsys.readouterr())
+    (tmp_path / "report/report.json").write_text(json.dumps({"weights": weights_mark(student.content)}))
+    assert _report_of(student) == "91.84 %"
+
+
+@pytest.mark.parametrize(("final", "stated"), [(True, [0.75]), (False, [])], ids=["last weights", "earlier weights"])
+def test_a_student_states_what_was_measured_with_its_weights(tmp_path, final, stated):
+    checkpoint(tmp_path / "checkpoints/last.ckpt")
+    summary = {"config": "a", "seed": 0, "shown": "val", "best": {}, "images": {"val": 100}}
+    summary |= {"last": {"val/acc": 0.75, "epoch": 2}, "last_is_final": final}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert [each.value for each in read_student(str(tmp_path), "last").description.accuracy] == stated

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import functools
 import timeit
+from pathlib import Path
 
 import pytest
 import torch
 
+from ackd_lightning.deploy.description import Description
+from ackd_lightning.deploy.files import ExportedNetwork
 from ackd_lightning.deploy.latency import measure
+from ackd_lightning.deploy.report.subject import _of_graph
 
 
 @pytest.mark.parametrize(("batch", "passes"), [(1, 50), (8, 10)])
@@ -34,3 +38,17 @@ def test_the_number_of_threads_is_kept():
     before = torch.get_num_threads()
     measure(lambda image: image, (1, 2, 2), seconds=0.01)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("reads", "dtype"), [("uint8", torch.uint8), ("float32", torch.float32)])
+def test_a_file_is_timed_on_the_images_that_it_reads(reads, dtype):
+    """Without the conversion that lets all files be compared on the same normalised images."""
+    seen = []
+
+    def run(image):
+        seen.append(image.dtype)
+        return image.float().mean(dim=(2, 3))
+
+    network = ExportedNetwork(Path("a.onnx"), Description("resnet8", 3, 8, reads=reads), run, kind="onnx")
+    assert len(_of_graph(network, [torch.device("cpu")])) == 2
+    assert {*seen} == {dtype}

@@ -131,7 +131,7 @@ class RunSummary(L.Callback):
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file() and module.model_name is not None:
             # only metrics that were measured with the very weights that are written
-            known = self.last if self.measured_at == trainer.global_step else {}
+            known = self.last if summary["last_is_final"] else {}
             measured = {key.replace("/", "_"): f"{value:.6f}" for key, value in known.items() if key.endswith("/acc")}
             measured |= {f"{part}_count": str(count) for part, count in summary["images"].items() if known}
             own, extra = self.folder / "student.safetensors", {**measured, "weights": "last epoch"}
@@ -194,6 +194,8 @@ class RunSummary(L.Callback):
             "limit_val_batches": trainer.limit_val_batches,
             "images": _evaluation_images(trainer),
             "last": self.last,
+            # whether it is the accuracy of the student's last weights, in the precision that they are kept in
+            "last_is_final": self.measured_at == trainer.global_step and not module.student_config.quantization,
             "best": self.best,
             "training_parameters": module.training_parameters(),
             "parameters": count_parameters(network),

@@ -179,7 +179,8 @@ def _targets(kinds: Sequence[Format], out: str | None, stem: Path, dtype: str, w
         if path.is_dir():
             raise ACKDError(f"--out is {out}, a folder; give the name of the files in it, such as {path / 'student'}")
         return [path.with_name(path.name + kind.ending) for kind in kinds]
-    if path.suffix.lower() != kinds[0].ending or path.is_dir():
+    upper = kinds[0].name == "openvino" and path.suffix != kinds[0].ending  # its library takes no other letters
+    if path.suffix.lower() != kinds[0].ending or upper or path.is_dir():
         raise ACKDError(f"--out is {out}; name a file that ends in {kinds[0].ending}")
     return [path]
 

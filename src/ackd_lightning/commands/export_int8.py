@@ -13,6 +13,7 @@ from rich.table import Table
 from ackd_lightning.deploy.checking import CheckImages
 from ackd_lightning.deploy.formats.formats import Format
 from ackd_lightning.deploy.int8 import BACKENDS, NOTEWORTHY_IMAGES, NOTEWORTHY_LOSS, Measured
+from ackd_lightning.deploy.latency import PTE_THREADS
 from ackd_lightning.errors import ACKDError
 
 _SLOWER = 1.2
@@ -117,6 +118,8 @@ def show_int8(
         print(
             f"one image at a time, {threads} {'thread' if threads == 1 else 'threads'}, median and interquartile range"
         )
+        if any(each.endswith(".pte") for each in written):
+            print(PTE_THREADS)
         print(f"written: {', '.join(written)}; the float32 file was for comparison and is not kept")
     for line in notes:
         print(line)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ackd_lightning.commands.student import check_data, read_student
+from ackd_lightning.commands.student import Student, check_data, read_student
 from ackd_lightning.deploy.checking import images_of, random_images
 from ackd_lightning.deploy.exporting import export, measured
 from ackd_lightning.deploy.files import open_network
@@ -16,7 +17,7 @@ from ackd_lightning.deploy.hub import CARD, CONFIG, for_timm, model_card, push, 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.hub import WEIGHTS, parse_repository
 from ackd_lightning.models.weight_files import tell
-from ackd_lightning.runs.files import Which, run_folder
+from ackd_lightning.runs.files import Which, run_folder, weights_mark
 
 
 def push_command(
@@ -54,15 +55,28 @@ def push_command(
         images = images_of(check_data(student.checkpoint, student.description, options))
     reference = images.logits(student.network)
     description = measured(student.description, images, reference)
-    report = run_folder(student.checkpoint) / "report" / "report.md"
+    report = _report_of(student)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / each for each in (WEIGHTS, CARD, CONFIG)]
         export(student.network, description, files[0], FORMATS["safetensors"], images=images, reference=reference)
         description = open_network(files[0]).description  # with how it was checked
-        text = report.read_text(encoding="utf-8") if report.is_file() else None
-        files[1].write_text(model_card(description, name, license_name=license_name, report=text), encoding="utf-8")
+        files[1].write_text(model_card(description, name, license_name=license_name, report=report), encoding="utf-8")
         write_config(description, files[2])
         url = push(files, name, private=private, message=f"{description.model}, {student.checkpoint.stem} epoch")
     tell(f"{url}: {', '.join(each.name for each in files)}; licence {license_name}")
     also = f', or timm.create_model("hf-hub:{name}", pretrained=True)' if for_timm(description) else ""
     tell(f'load it with load_student("hf:{name}"){also}')
+
+
+def _report_of(student: Student) -> str | None:
+    """Text of the report in the run's folder; None without one, or if it is about other weights, which is said."""
+    folder = run_folder(student.checkpoint) / "report"
+    try:
+        text = (folder / "report.md").read_text(encoding="utf-8")
+        about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if about.get("weights") == weights_mark(student.content):
+        return text
+    tell(f"{folder} is about other weights and is not part of the card; write a new one with `ackd report`")
+    return None

@@ -24,7 +24,7 @@ from ackd_lightning.metrics.intervals import share_text
 from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.weight_files import local_file
 from ackd_lightning.runs.claim import say_unfinished
-from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
+from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder, weights_mark
 from ackd_lightning.runs.versions import cpu_name, versions
 
 _TRAINING = ("seconds", "epochs", "steps", "training_parameters", "device", "precision", "seed", "skipped_steps")
@@ -43,8 +43,8 @@ def report_command(
 
     Args:
         run: Run folder, checkpoint, exported file, or ``hf:USER/NAME`` on the hub.
-        out: Folder of the page; None: ``report`` in the folder of the run, beside a file without a run, or in the
-            current folder.
+        out: Folder of the page; None: ``report`` in the folder of the run, ``NAME-report`` beside a file, or in the
+            current folder for one on the hub.
         which: Checkpoint of a run folder.
         device: Device that predicts; ``auto`` is a GPU where there is one.
         latency: Whether speed is measured.
@@ -60,14 +60,14 @@ def report_command(
         raise ACKDError("--device is cuda and torch finds no CUDA device here; leave it out")
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     folder = path.parent if is_file else run_folder(find_checkpoint(run, which))
-    has_run = not remote and (folder / "config.yaml").is_file()
+    has_run = not remote and (folder / "config.yaml").is_file() and (not is_file or (folder / "checkpoints").is_dir())
     if is_file and not has_run and not any(each.startswith(("--config", "-c", "--data")) for each in settings):
         raise ACKDError(
             f"{run} is not in the folder of a run, so its test data are unknown; name them, as in --config "
             "data/digits.yaml, or --data ackd_lightning.data.ImageFolderDataModule --data.root FOLDER"
         )
     place = Path() if remote else folder
-    target = Path(out) if out else place / ("report" if has_run else f"{path.stem}-report")
+    target = Path(out) if out else place / (f"{path.stem}-report" if is_file else "report")
     _check_folder(target)
     measure_on = ([torch.device("cpu")] + ([chosen] if chosen.type != "cpu" else [])) if latency else []
     with in_our_words(settings):
@@ -94,6 +94,7 @@ def report_command(
     found["network"]["data"] = found["network"].get("data") or type(data).__name__
     found |= {
         "source": run,
+        "weights": subject.facts.get("weights"),
         "training": {key: summary[key] for key in _TRAINING if key in summary},
         "machine": _machine(),
         "versions": {key: each for key, each in versions().items() if each},
@@ -147,6 +148,7 @@ def _run(
     module.to(device)
     subject.notes[:0] = notes
     subject.about["checkpoint"] = str(checkpoint)
+    subject.facts["weights"] = weights_mark(content)
     return data, subject
 
 

@@ -46,7 +46,8 @@ def read_student(run: str, which: Which, learner: int = 0) -> Student:
     folder, content = run_folder(checkpoint), read_checkpoint(checkpoint)
     say_unfinished(checkpoint)
     summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
-    metadata = {**_accuracies(summary, checkpoint.stem, learner), "weights": f"{checkpoint.stem} epoch"}
+    known = {} if content["ackd_lightning"].get("quantization") else _accuracies(summary, checkpoint.stem, learner)
+    metadata = {**known, "weights": f"{checkpoint.stem} epoch"}  # a student in training for int8 was measured in int8
     network, stated = network_of(content, checkpoint, learner=learner, extra=metadata)
     return Student(checkpoint, content, network, Description.from_metadata(stated, str(checkpoint)), summary)
 
@@ -55,7 +56,8 @@ def _accuracies(summary: dict[str, Any], which: str, learner: int) -> dict[str, 
     """Accuracies of a run's summary, with the number of images where it is known."""
     ending = f"/aux{learner}_acc" if learner else "/acc"
     found: dict[str, str] = {}
-    for values in (summary.get(which) or {}, (summary.get("test") or {}).get(which) or {}):
+    trained = summary.get(which) or {} if which != "last" or summary.get("last_is_final", True) else {}
+    for values in (trained, (summary.get("test") or {}).get(which) or {}):
         for key, value in values.items():
             if key.endswith(ending):
                 part = key.partition("/")[0]

@@ -110,6 +110,14 @@ class WebDatasetDataModule(CustomImagesDataModule):
     def _load(self, part: Part) -> Source:
         raise NotImplementedError("shards are streamed")
 
+    def image_names(self, part: Part) -> list[str] | None:
+        """Return None: images in shards are not files.
+
+        Args:
+            part: ``train``, ``val`` or ``test``.
+        """
+        return None
+
     @property
     def train_targets(self) -> Tensor:
         """Nothing: the classes of streamed images are unknown before they are read."""

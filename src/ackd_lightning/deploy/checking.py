@@ -125,8 +125,9 @@ def images_of(data: Any) -> CheckImages:
         if sum(len(each) for _, each in batches) >= LEAST:
             break
     count = sum(len(each) for _, each in batches)
+    part, kind = ("test", "test") if getattr(data, "val_is_test", False) else ("val", "validation")
     return CheckImages(
-        batches, lambda each: each, part="val", counted=count, words=f"{count} validation images of {_name(data)}"
+        batches, lambda each: each, part=part, counted=count, words=f"{count} {kind} images of {_name(data)}"
     )
 
 

@@ -54,6 +54,11 @@ class ExportedNetwork:
         self.path, self.description, self.run = path, description, run
         self.kind, self.network = kind, network
 
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """Type of the images that ``run`` reads."""
+        return torch.uint8 if self.description.reads == "uint8" else torch.float32
+
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
         """Compute logits on the device of the network.

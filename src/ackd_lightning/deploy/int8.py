@@ -153,7 +153,7 @@ def measured_file(name: str, path: Path, images: CheckImages, reference: Tensor)
     opened = open_network(path)
     found = images.logits(opened.logits)
     agreement = float((found.argmax(1) == reference.argmax(1)).float().mean())
-    latency = measure(opened.logits, opened.description.image_shape)
+    latency = measure(opened.run, opened.description.image_shape, dtype=opened.image_dtype)
     return Measured(name, path.stat().st_size, agreement, images.accuracy(found), latency)
 
 

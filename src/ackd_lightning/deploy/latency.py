@@ -12,6 +12,7 @@ from torch import Tensor
 
 BATCHES = (1, 32)
 """Batch sizes at which a report measures."""
+PTE_THREADS = "A .pte file runs with as many threads as ExecuTorch chooses."
 _WARM_UP, _FEWEST, _MOST = 3, 10, 1000
 
 
@@ -48,6 +49,7 @@ def measure(
     batch: int = 1,
     seconds: float = 0.5,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Latency:
     """Time a network on random images, pass by pass, after passes that are not counted.
 
@@ -59,13 +61,18 @@ def measure(
         batch: Number B of images.
         seconds: Time to measure for; at least 10 and at most 1,000 passes are timed.
         device: Device of the images.
+        dtype: Type of the images; uint8 for a network that reads pixels.
 
     Examples:
         >>> result = measure(lambda image: image.mean(dim=(2, 3)), (3, 8, 8), batch=4, seconds=0.01)
         >>> result.batch, result.median > 0, result.passes > 1
         (4, True, True)
     """
-    image = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    if dtype == torch.uint8:
+        image = torch.randint(0, 256, (batch, *shape), generator=generator, dtype=dtype).to(device)
+    else:
+        image = torch.randn(batch, *shape, generator=generator).to(device, dtype)
 
     def once() -> None:
         network(image)

@@ -42,7 +42,8 @@ def write_table(columns: dict[str, list[Any]], path: Path) -> None:
         with whole_file(path) as partial:
             if path.suffix.lower() in PARQUET:
                 parquet = require("pyarrow.parquet", "parquet", f"--output {path}")
-                parquet.write_table(require("pyarrow", "parquet", f"--output {path}").table(columns), partial)
+                texts = {name: list(map(_utf8, values)) for name, values in columns.items()}
+                parquet.write_table(require("pyarrow", "parquet", f"--output {path}").table(texts), partial)
                 return
             with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
                 writer = csv.writer(out)
@@ -50,3 +51,8 @@ def write_table(columns: dict[str, list[Any]], path: Path) -> None:
                 writer.writerows(zip(*columns.values(), strict=True))
     except OSError as error:
         raise ACKDError(f"--output {path} cannot be written ({error.strerror}); choose another place") from error
+
+
+def _utf8(value: Any) -> Any:
+    """Text as Parquet takes it: bytes of a file's name that are not UTF-8 stand as the replacement character."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value

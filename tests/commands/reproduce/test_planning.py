@@ -21,6 +21,7 @@ from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.models import known
 from ackd_lightning.models.weights import digest, save_weights
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.runs.files import _REQUIRED
 from ackd_lightning.training import module
 from commands.reproduce.helpers import PAIR, SHORT, make_job, own_table, write_run
 
@@ -514,7 +515,8 @@ def test_an_unfinished_run_that_learns_from_another_file_is_refused(tmp_path):
     job = make_job(tmp_path / "kd", sources=(weights,))
     (job.folder / "checkpoints").mkdir(parents=True)
     (job.folder / "config.yaml").write_text("{}")
-    content = {"ackd_lightning": {"teacher_sha256": [digest(weights)]}, "state_dict": {}, "hyper_parameters": {}}
+    known = {**dict.fromkeys(_REQUIRED), "num_classes": 10, "input_size": 16, "teacher_sha256": [digest(weights)]}
+    content = {"ackd_lightning": known, "state_dict": {}, "hyper_parameters": {}}
     torch.save(content, job.folder / "checkpoints" / "last.ckpt")
     assert job.state() == "to continue"
     assert unchanged(job)

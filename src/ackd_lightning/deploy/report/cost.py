@@ -61,16 +61,18 @@ def latencies(
     largest: int | None = None,
     device: torch.device | str = "cpu",
     seconds: float = 0.5,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Latency]:
     """Measure a network at each batch size of a report.
 
     Args:
-        run: Function from normalised images to logits.
+        run: Function from images, as the network reads them, to logits.
         shape: Channels, height and width of an image.
         largest: Largest batch that it takes; None for any.
         device: Device of the images.
         seconds: Shortest time of each measurement.
+        dtype: Type of the images.
     """
     for batch in BATCHES:
         if largest is None or batch <= largest:
-            yield measure_latency(run, shape, batch=batch, seconds=seconds, device=device)
+            yield measure_latency(run, shape, batch=batch, seconds=seconds, device=device, dtype=dtype)

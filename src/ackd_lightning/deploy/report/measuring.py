@@ -127,8 +127,8 @@ def measure(
             ``most`` images, which are spread evenly over the test part.
         most: See ``files``.
     """
-    total = len(cast(Sized, data.test_dataloader().dataset))
-    stride = max(1, math.ceil(total / most))
+    dataset = getattr(data.test_dataloader(), "dataset", None)  # shards have none, and are asked about every image
+    stride = 1 if dataset is None else max(1, math.ceil(len(cast(Sized, dataset)) / most))
     logits, target, answers, top5 = [], [], defaultdict(list), Counter[str]()
     asked: dict[str, list[Tensor]] = {name: [] for name in files or {}}
     divergence, start = 0.0, 0

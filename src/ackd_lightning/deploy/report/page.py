@@ -10,6 +10,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
+from ackd_lightning.deploy.latency import PTE_THREADS
 from ackd_lightning.deploy.report.elements import FIGURES, escaped, figure, interval_text, percent, size_text, table
 from ackd_lightning.metrics.intervals import TOP5_CLASSES
 
@@ -226,7 +227,7 @@ def _cost(content: Mapping[str, Any]) -> list[str]:
             table(columns, speed, text=2),
             f"Measured on {escaped(content['machine'])} with {threads} {'thread' if threads == 1 else 'threads'}, "
             "after passes that are not counted. The spread is the interquartile range.",
-            *(["A .pte file runs with as many threads as ExecuTorch chooses."] if ".pte" in str(speed) else []),
+            *([PTE_THREADS] if ".pte" in str(speed) else []),
         ]
     parts += [f"{escaped(each['name'])}: {escaped(each['note'])}." for each in content["cost"] if each["note"]]
     return parts

@@ -229,7 +229,8 @@ def _of_graph(network: ExportedNetwork, measure_on: Sequence[torch.device]) -> t
     if not measure_on:
         return ()
     description = network.description
-    return tuple(latencies(network.logits, description.image_shape, largest=description.batch))
+    shape, largest = description.image_shape, description.batch
+    return tuple(latencies(network.run, shape, largest=largest, dtype=network.image_dtype))
 
 
 def check_data(network: ExportedNetwork, data: DataInfo) -> None:
