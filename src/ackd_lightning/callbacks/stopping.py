@@ -114,6 +114,8 @@ class StopEarly(EarlyStopping):
         """Train nothing more in a run that was interrupted where it would have ended."""
         if self.stopped_epoch and self.wait_count >= self.patience:
             trainer.should_stop = True
+        else:
+            self.stopped_epoch = 0  # of the part before this one, which has been given more patience
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when and why the fit ended."""
