@@ -26,6 +26,15 @@ _PATIENCE = 300.0
 """Seconds that a run has to stop: a step or a validation, and a checkpoint."""
 
 
+def say(line: str) -> None:
+    """Print a line of one of several threads in one piece; `print` writes its end apart, after that of another.
+
+    Args:
+        line: Text without its end.
+    """
+    print(f"{line}\n", end="", flush=True)
+
+
 def devices_for(workers: int | None) -> list[str | None]:
     """Return one entry per concurrent run: a GPU, or None for the whole machine.
 
@@ -135,7 +144,7 @@ class Processes:
             last = line.strip().removeprefix("ackd: ") or last
             if _PROGRESS.match(line) and time.monotonic() - shown > _EVERY:
                 shown = time.monotonic()
-                print(f"{label}: {line.strip()}", flush=True)
+                say(f"{label}: {line.strip()}")
         return last
 
     def stop(self) -> None:

@@ -116,7 +116,7 @@ class TestLines:
         ]
         (_, alone, kd) = content_of(table_of(tmp_path), runs, against="kd")
         assert alone.over == pytest.approx((-2.0, -4.0))
-        assert alone.cells()[3] == f"{52 - 12.706 * 4:.2f} to {52 + 12.706 * 4:.2f}"
+        assert alone.cells()[3] == f"{52 - 12.706 * 4:.2f} to 100.00"  # of 102.82
         assert alone.cells()[-1] == f"-3.00 ({-3 - 12.706:.2f} to {-3 + 12.706:.2f})"
         assert kd.cells()[-1] == "-"
 

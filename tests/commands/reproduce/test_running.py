@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -158,6 +159,21 @@ def test_what_a_failed_run_teaches_is_not_run_and_the_others_are(place, capfd):
     shown = capfd.readouterr().out
     assert all(f"{reason}\n" in shown for reason in failed.values())
     assert (place / "logs/config-teacher.log").read_text() == "a line before\nackd: no such luck\n"
+
+
+def test_lines_of_runs_beside_each_other_are_written_whole(place, monkeypatch):
+    """The parts of two lines would mix."""
+    written = []
+
+    class Stream(io.StringIO):
+        def write(self, text):
+            written.append(text)
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    carry_out(place, [run(place, "bad", "fail"), run(place, "ce")])
+    assert len(written) > 3
+    assert all(text.endswith("\n") for text in written if text)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from ackd_lightning.commands.processes import Processes
+from ackd_lightning.commands.processes import Processes, say
 from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.runs.files import read_summary
 
@@ -49,7 +49,7 @@ class Runner(Processes):
                         reason = self._reason(done)
                         if reason:
                             failed[job.folder] = reason
-                            print(f"failed: {job.title}: {reason}", flush=True)
+                            say(f"failed: {job.title}: {reason}")
             except (KeyboardInterrupt, SystemExit):
                 self.stop()
                 raise
@@ -71,7 +71,7 @@ class Runner(Processes):
         for folder, job in list(waiting.items()):
             if lost := [need for need in job.needs if need in failed]:
                 failed[folder] = f"not run, because {lost[0]} failed"
-                print(f"{job.title}: {failed[folder]}", flush=True)
+                say(f"{job.title}: {failed[folder]}")
                 del waiting[folder]
             elif len(running) < self.workers and not any(
                 need in waiting or any(need == each.folder for each in running.values()) for need in job.needs
@@ -99,7 +99,7 @@ class Runner(Processes):
             begin = time.monotonic()
             resumed = ["--resume", str(job.folder)] if job.checkpoint else []
             label = f"[{number}/{self.total}] {job.title}"
-            print(f"{label}: {'resumes' if resumed else 'starts'}", flush=True)
+            say(f"{label}: {'resumes' if resumed else 'starts'}")
             if not job.finished:
                 reason = self.process(["fit", *job.arguments, "--test", *resumed], log, device, label)
                 if reason is None and not job.finished:
@@ -111,7 +111,7 @@ class Runner(Processes):
                     reason = self.process(["test", str(job.folder), "--which", which], log, device, label)
                     if reason:
                         return f"{reason} (output in {log})"
-            print(f"{label}: {_accuracy(job)} ({time.monotonic() - begin:.0f} s)", flush=True)
+            say(f"{label}: {_accuracy(job)} ({time.monotonic() - begin:.0f} s)")
             return None
         finally:
             self.devices.put(device)

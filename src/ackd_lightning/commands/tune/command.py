@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ackd_lightning.commands.processes import Processes, devices_for, ending_on_signals
+from ackd_lightning.commands.processes import Processes, devices_for, ending_on_signals, say
 from ackd_lightning.commands.reproduce.jobs import as_arguments
 from ackd_lightning.commands.tune.space import Values, fragment, grid, read_values
 from ackd_lightning.config.experiment import experiment_settings
@@ -271,7 +271,7 @@ class _Search:
             log.parent.mkdir(exist_ok=True)
             texts = ", ".join(f"{name.rpartition('.')[2]} {_short(value)}" for name, value in given.items())
             label = f"trial {number}: {texts}"
-            print(f"{label}: starts", flush=True)
+            say(f"{label}: starts")
             own = ["--runs_dir", str(self.place / "runs"), "--name", f"trial{number:04}"]
             reason = processes.process(["fit", *self.shared, *as_arguments(given), *own], log, device, label)
             return f"{reason} (output in {log})" if reason else None
@@ -287,13 +287,13 @@ class _Search:
             reason = None if value is not None else "its last epoch had no validation"
         if reason is not None:
             self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
-            print(f"trial {trial.number} failed: {reason}", flush=True)
+            say(f"trial {trial.number} failed: {reason}")
             if not self.finished:
                 raise RunsFailedError(f"trial {trial.number} failed and none has succeeded: {reason}")
             return 1
         self.study.tell(trial, value)
         best = self.finished[0]
-        print(f"trial {trial.number}: val acc {value:.2%} (best {best.value:.2%}, trial {best.number})", flush=True)
+        say(f"trial {trial.number}: val acc {value:.2%} (best {best.value:.2%}, trial {best.number})")
         return 0
 
 
