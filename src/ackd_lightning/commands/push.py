@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,12 +73,14 @@ def push_command(
 def _report_of(student: Student) -> str | None:
     """Text of the report in the run's folder; None without one, or if it is about other weights, which is said."""
     folder = run_folder(student.checkpoint) / "report"
-    try:
-        text = (folder / "report.md").read_text(encoding="utf-8")
-        about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not (folder / "report.md").is_file():
         return None
-    if about.get("weights") == weights_mark(student.content):
-        return text
-    tell(f"{folder} is about other weights and is not part of the card; write a new one with `ackd report`")
+    with contextlib.suppress(OSError, ValueError):
+        about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if isinstance(about, dict) and about.get("weights") == weights_mark(student.content):
+            return (folder / "report.md").read_text(encoding="utf-8")
+    tell(
+        f"{folder} is about other weights and is not part of the card; write a new one with "
+        f"`ackd report {shlex.quote(str(student.checkpoint))}`"
+    )
     return None

@@ -56,7 +56,7 @@ def _accuracies(summary: dict[str, Any], which: str, learner: int) -> dict[str, 
     """Accuracies of a run's summary, with the number of images where it is known."""
     ending = f"/aux{learner}_acc" if learner else "/acc"
     found: dict[str, str] = {}
-    trained = summary.get(which) or {} if which != "last" or summary.get("last_is_final", True) else {}
+    trained = summary.get(which) or {} if which != "last" or summary.get("last_is_final") else {}
     for values in (trained, (summary.get("test") or {}).get(which) or {}):
         for key, value in values.items():
             if key.endswith(ending):
