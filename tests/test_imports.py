@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "ackd_lightning"
 RANK = {
     "_version": 0,
     "errors": 0,
+    "plain": 0,
     "random": 0,
     "types": 1,
     "validation": 1,

@@ -6,12 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.plain import as_plain
 
 ImageSize = int | tuple[int, int]
 """Side of square images in pixels, or their height and width."""
@@ -28,11 +28,6 @@ def height_width(size: ImageSize) -> tuple[int, int]:
         ((32, 32), (48, 64))
     """
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _python(value: Any) -> Any:
-    """Python's own number or text for one of NumPy."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_count(value: object) -> bool:
@@ -134,10 +129,10 @@ class DataInfo:
             if (values := getattr(self, name)) is not None:
                 if name == "class_names" and isinstance(values, (str, Mapping)):
                     raise _refused(name, repr(values)[:60], "a list of names in the order of the targets")
-                object.__setattr__(self, name, tuple(map(_python, values)))
+                object.__setattr__(self, name, tuple(map(as_plain, values)))
         for name in ("num_classes", "channels", "input_size"):
-            object.__setattr__(self, name, _python(getattr(self, name)))
-        sides = (self.input_size,) if isinstance(self.input_size, int) else tuple(map(_python, self.input_size))
+            object.__setattr__(self, name, as_plain(getattr(self, name)))
+        sides = (self.input_size,) if isinstance(self.input_size, int) else tuple(map(as_plain, self.input_size))
         if len(sides) == 2 and sides[0] == sides[1]:
             sides = sides[:1]
         object.__setattr__(self, "input_size", sides[0] if len(sides) == 1 else sides)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
-
 from ackd_lightning.errors import ACKDError, near_matches
 
 
@@ -169,37 +167,3 @@ def _sequence_problem(value: Any, arguments: tuple[Any, ...]) -> str | None:
     problems = (_problem(each, inner) for each in value)
     found = next((problem for problem in problems if problem is not None), None)
     return None if found is None else f"a list whose elements are each {found}"
-
-
-def is_plain(value: Any) -> bool:
-    """Return whether a checkpoint can hold a value as it is: text, a number, None, or lists and mappings of these.
-
-    Args:
-        value: Argument of a constructor.
-
-    Examples:
-        >>> is_plain({"widths": [16, 32]}), is_plain(print)
-        (True, False)
-    """
-    if isinstance(value, (list, tuple)):
-        return all(map(is_plain, value))
-    if isinstance(value, Mapping):
-        return type(value) is dict and all(is_plain(each) for pair in value.items() for each in pair)
-    return type(value) in (bool, int, float, str, NoneType)
-
-
-def as_plain(value: Any) -> Any:
-    """Return a value with NumPy's scalars in it as Python's, which a checkpoint can hold.
-
-    Args:
-        value: Any value; only lists, tuples and mappings are looked into.
-
-    Examples:
-        >>> as_plain({"lr": np.float64(0.1), "names": [np.str_("cat")]})
-        {'lr': 0.1, 'names': ['cat']}
-    """
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) in (list, tuple):
-        return type(value)(map(as_plain, value))
-    return {as_plain(key): as_plain(each) for key, each in value.items()} if type(value) is dict else value

@@ -17,7 +17,8 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.runs.answers import answers_file, read_answers
-from ackd_lightning.runs.files import read_checkpoint, weights_mark
+from ackd_lightning.runs.export import weights_mark
+from ackd_lightning.runs.files import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FIT = ["fit", "--trainer.max_epochs", "1", "--weights_dir", "null", "--trainer.limit_train_batches", "2"]

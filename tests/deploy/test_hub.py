@@ -17,8 +17,8 @@ from ackd_lightning.deploy.description import Accuracy, Description
 from ackd_lightning.deploy.hub import model_card, write_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.hub import hub_file, parse_repository
-from ackd_lightning.runs.export import export_student
-from ackd_lightning.runs.files import read_checkpoint, weights_mark
+from ackd_lightning.runs.export import export_student, weights_mark
+from ackd_lightning.runs.files import read_checkpoint
 from deploy.hub_server import running
 from deploy.samples import NAMES, checkpoint
 

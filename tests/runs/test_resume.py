@@ -84,6 +84,14 @@ def test_an_unfinished_run_is_resumed_to_the_end_of_an_uninterrupted_one(place, 
     assert sorted(each.name for each in RUNS.iterdir()) == ["a", "whole"]
 
 
+def test_a_summary_says_whether_its_accuracy_is_that_of_the_last_weights(place):
+    longer = ["--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2"]
+    assert main([*FIT, "--name", "odd", *longer]) == 0
+    found = {name: json.loads((RUNS / name / "summary.json").read_text()) for name in ("a", "odd")}
+    assert [found[name]["last_is_final"] for name in ("a", "odd")] == [True, False]
+    assert found["odd"]["last"]["epoch"] == 2
+
+
 @pytest.mark.parametrize("value", ["auto", str(RUNS / "a")])
 def test_a_finished_run_says_so(place, capsys, value):
     assert main([*FIT, "--resume", value]) == 0

@@ -19,7 +19,8 @@ from ackd_lightning.deploy.hub import CARD, CONFIG, for_timm, model_card, push, 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.hub import WEIGHTS, parse_repository
 from ackd_lightning.models.weight_files import tell
-from ackd_lightning.runs.files import Which, run_folder, weights_mark
+from ackd_lightning.runs.export import weights_mark
+from ackd_lightning.runs.files import Which, run_folder
 
 
 def push_command(

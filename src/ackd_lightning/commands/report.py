@@ -24,7 +24,8 @@ from ackd_lightning.metrics.intervals import share_text
 from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.weight_files import local_file
 from ackd_lightning.runs.claim import say_unfinished
-from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder, weights_mark
+from ackd_lightning.runs.export import weights_mark
+from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
 from ackd_lightning.runs.versions import cpu_name, versions
 
 _TRAINING = ("seconds", "epochs", "steps", "training_parameters", "device", "precision", "seed", "skipped_steps")

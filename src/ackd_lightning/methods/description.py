@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
-from ackd_lightning.validation import as_plain, is_plain
+from ackd_lightning.plain import as_plain, is_plain
 
 
 def describe(method: Method) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.preprocessing import Interpolation, Preprocessing, channels_of, closest_interpolation
 from ackd_lightning.models.teacher_base import FeaturesOnly, Teacher
-from ackd_lightning.models.weights import digest, load_weights
+from ackd_lightning.models.weights import digest, load_weights, state_digest
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.pretrained import pretrained
 from ackd_lightning.types import DataInfo, ImageSize, NetOutput, height_width
@@ -197,11 +196,7 @@ class FrozenTeacher(Teacher):
     def fingerprint(self) -> str:
         """Return the SHA-256 of the weight file, or of the weights of a network that was given."""
         if "sha256" not in self.metadata:
-            found = hashlib.sha256()
-            for key, value in self.network.state_dict().items():
-                found.update(key.encode())
-                found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            self.metadata["sha256"] = found.hexdigest()
+            self.metadata["sha256"] = state_digest(self.network.state_dict())
         return self.metadata["sha256"]
 
     def key(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -147,6 +148,19 @@ def save_weights(
         if partial.is_file():
             partial.unlink()
     return file
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of weights, with their names, as hexadecimal digits.
+
+    Args:
+        state: Tensors by name, in an order that is always the same.
+    """
+    found = hashlib.sha256()
+    for key, value in state.items():
+        found.update(key.encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def digest(path: str | os.PathLike[str]) -> str:

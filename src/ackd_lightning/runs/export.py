@@ -23,6 +23,7 @@ from ackd_lightning.models.weights import (
     check_fit,
     load_weights,
     save_weights,
+    state_digest,
 )
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.complexity import count_parameters
@@ -284,3 +285,13 @@ def write_student(
             f"{target} cannot be written ({error.strerror}); choose a folder with room that you may write in"
         ) from error
     return Exported(target, difference, reloaded, size, count_parameters(source.plain()))
+
+
+def weights_mark(checkpoint: Mapping[str, Any]) -> str:
+    """Return a digest of the student's weights, by which a report and an export know that they are about the same.
+
+    Args:
+        checkpoint: Content of a checkpoint.
+    """
+    own = {key: each for key, each in checkpoint["state_dict"].items() if key.startswith(("student.", "method.head."))}
+    return state_digest(own)

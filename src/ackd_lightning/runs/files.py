@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -171,20 +170,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if (problem := _damage(checkpoint)) is not None:
         raise ACKDError(f"{path} is damaged ({problem}); choose another one")
     return checkpoint
-
-
-def weights_mark(checkpoint: Mapping[str, Any]) -> str:
-    """Return a digest of the student's weights, by which a report and an export know that they are about the same.
-
-    Args:
-        checkpoint: Content of a checkpoint.
-    """
-    found = hashlib.sha256()
-    for key, value in sorted(checkpoint["state_dict"].items()):
-        if key.startswith(("student.", "method.head.")):
-            found.update(key.encode())
-            found.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _damage(checkpoint: Mapping[str, Any]) -> str | None:

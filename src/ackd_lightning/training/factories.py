@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.validation import is_plain
+from ackd_lightning.plain import is_plain
 
 
 @contextlib.contextmanager

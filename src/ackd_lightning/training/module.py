@@ -25,6 +25,7 @@ from ackd_lightning.models.finding import probe
 from ackd_lightning.models.known import remembered
 from ackd_lightning.models.student_config import StudentConfig, as_student_config, describe_student
 from ackd_lightning.models.teacher_config import TeacherConfig
+from ackd_lightning.plain import as_plain
 from ackd_lightning.training.absent import absent_specs, describe_specs
 from ackd_lightning.training.arguments import note_arguments
 from ackd_lightning.training.evaluation import Evaluation
@@ -40,7 +41,7 @@ from ackd_lightning.training.students import build_student, check_quantization, 
 from ackd_lightning.training.teacher_choice import GivenTeacher, as_configs, chosen, describe_teachers
 from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import DataInfo, NetSpec
-from ackd_lightning.validation import as_plain, check_arguments
+from ackd_lightning.validation import check_arguments
 
 # partial and not lambda: ddp_spawn pickles the module
 _SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)

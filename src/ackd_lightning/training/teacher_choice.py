@@ -21,8 +21,8 @@ from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.weight_files import local_file, read_tensors
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.plain import as_plain, is_plain
 from ackd_lightning.types import Batch
-from ackd_lightning.validation import as_plain, is_plain
 
 GivenTeacher = str | nn.Module | TeacherConfig
 

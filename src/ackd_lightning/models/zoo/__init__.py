@@ -18,7 +18,7 @@ from ackd_lightning.models.zoo.mobilenetv2 import CifarMobileNetV2
 from ackd_lightning.models.zoo.resnet_cifar import CifarResNet
 from ackd_lightning.models.zoo.shufflenetv1 import CifarShuffleNetV1
 from ackd_lightning.models.zoo.wide_resnet import WideResNet
-from ackd_lightning.validation import as_plain, is_plain
+from ackd_lightning.plain import as_plain, is_plain
 
 __all__ = ["count_parameters", "create_model", "list_models", "multiply_adds"]
 
