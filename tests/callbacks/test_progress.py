@@ -48,9 +48,8 @@ def test_the_clock_of_a_resumed_run_starts_at_its_first_batch():
     bar._trainer = None
     progress = SimpleNamespace(current=SimpleNamespace(ready=0))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    resumed = SimpleNamespace(
-        num_training_batches=10, fit_loop=loop, current_epoch=4, max_epochs=10, training=True, progress_bar_metrics={}
-    )
+    fit = {"max_epochs": 10, "max_steps": -1, "training": True, "callbacks": [], "progress_bar_metrics": {}}
+    resumed = SimpleNamespace(num_training_batches=10, fit_loop=loop, current_epoch=4, **fit)
     assert bar._left(resumed) is None
     progress.current.ready = 6  # five of the checkpoint, and the one that starts
     bar.on_train_batch_start(resumed, build(CE()), None, 5)

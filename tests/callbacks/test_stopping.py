@@ -92,6 +92,27 @@ def test_a_fit_is_resumed_from_the_end_of_an_epoch(tmp_path, whole):
     assert_same_end(fit(tmp_path, "ackd", resume=tmp_path / "checkpoints" / "last.ckpt"), whole("ackd"))
 
 
+@pytest.mark.parametrize("method", ["ackd", "recipe"])
+def test_a_fit_that_ended_inside_an_epoch_goes_on_with_the_rest_of_it(tmp_path, whole, method):
+    ended = fit(tmp_path, method, max_steps=7)
+    assert (ended["code"], ended["steps"]) == (0, 7)
+    again = fit(tmp_path, method, resume=tmp_path / "checkpoints" / "last.ckpt")
+    assert largest_difference(again["state"], whole(method)["state"]) == 0.0
+    assert (again["steps"], again["lr"]) == (STEPS, whole(method)["lr"])
+
+
+def test_an_early_stop_inside_the_first_epoch_is_told_and_kept(tmp_path, capsys):
+    def run(path=None):
+        callbacks = [StopEarly(1), ModelCheckpoint(tmp_path)]
+        fitting = trainer(max_epochs=3, val_check_interval=1, callbacks=callbacks, enable_checkpointing=True)
+        fitting.fit(build(CE(), lr=1e-9), Blobs(), ckpt_path=path)
+        return fitting.global_step, capsys.readouterr().out
+
+    steps, said = run()
+    assert (steps, "stopped early after epoch 1" in said) == (2, True)
+    assert run(next(tmp_path.glob("*.ckpt"))) == (steps, said)
+
+
 def test_signal_handlers_are_restored(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     fit(tmp_path, "ackd", stop=Signal(1, signal.SIGTERM))

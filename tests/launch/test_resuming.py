@@ -128,6 +128,26 @@ def test_only_a_schedule_that_ends_before_the_fit_is_told_of(steps, interval, sa
     assert not renew_length(scheduler, before=None, epochs=3, steps=steps, options=[], interval=interval)
 
 
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [(["--trainer.max_steps", "10"], 0), ([], 4), (["--trainer.max_steps=10", "--model.lr_scheduler.T_max=4"], 4)],
+)
+def test_a_schedule_of_the_length_of_the_fit_follows_its_steps(options, length):
+    scheduler = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 4}}
+    found = renew_length(scheduler, before=4, epochs=4, steps=10, options=options, interval="epoch")
+    assert scheduler["init_args"]["T_max"] == length
+    assert ("follows trainer.max_steps: 4 -> the epochs of 10 steps" in found) is (length == 0)
+
+
+def test_a_cycle_needs_its_length_where_steps_limit_the_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cycle = ["--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "0.1", "--trainer.max_steps", "10"]
+    assert main(["fit", "--config", "digits_resnet8.yaml", *cycle]) == 2
+    said = capsys.readouterr().err
+    assert "total_steps is not set" in said
+    assert "trainer.max_steps is 10" in said
+
+
 @pytest.mark.parametrize("stated", [None, 3])
 def test_a_schedule_of_the_length_of_the_fit_follows_it(run, tmp_path, monkeypatch, capsys, stated):
     """The settings of a run hold the length that its schedule had; a longer fit would otherwise climb again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import math
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from threading import Timer
 
@@ -123,7 +125,44 @@ def test_a_finished_run_is_trained_longer(place, capsys, value):
     ],
 )
 def test_a_length_is_compared_with_that_of_the_run(now, then, longer):
-    assert Length(*now).exceeds({"max_epochs": then[0], "max_steps": then[1]}) is longer
+    assert Length(*now).exceeds(Length(*then)) is longer
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [(None, math.inf), ("01:00:01:02", 86462.0), ({"minutes": 2}, 120.0), (timedelta(hours=1), 3600.0)],
+)
+def test_a_limit_of_time_is_read_in_each_of_its_forms(time, seconds):
+    assert Length(4, max_time=time).exceeds(Length(4, max_time={"seconds": 1}))
+    assert Length(4, -1, time)._limits() == (4.0, math.inf, seconds)
+
+
+@pytest.mark.parametrize(
+    ("length", "setting"),
+    [
+        (Length(4), "max_epochs"),
+        (Length(9, 20), "max_steps"),
+        (Length(9, -1, "00:00:00:05"), "max_time"),
+        (Length(4, -1, "00:00:00:05"), "max_epochs"),
+        (Length(9), "max_epochs"),  # stopped early
+    ],
+)
+def test_what_ended_a_run_is_named(length, setting):
+    assert length.ended_by(4, 20) == setting
+
+
+def test_a_run_that_its_time_ended_needs_more_of_it(place, capsys):
+    limit = ["--trainer.max_time", "00:00:00:01"]
+    assert main([*FIT, "--name", "timed", "--trainer.max_epochs", "500", *limit]) == 0
+    run = RUNS / "timed"
+    epochs = json.loads((run / "summary.json").read_text())["epochs"]
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "501"]) == 0
+    assert "raise --trainer.max_time to train it longer" in capsys.readouterr().out
+    last = str(run / "checkpoints" / "last.ckpt")
+    assert main(["fit", "--resume", last, "--trainer.max_epochs", "501"]) == 0
+    assert "nothing was left to train" in capsys.readouterr().out
+    assert main(["fit", "--resume", str(run), "--trainer.max_time", "00:00:00:03"]) == 0
+    assert json.loads((run / "summary.json").read_text())["epochs"] > epochs
 
 
 def test_auto_with_a_name_starts_that_run_and_leaves_others_alone(place, capsys):
@@ -201,13 +240,23 @@ def test_a_checkpoint_outside_a_run_is_refused(place, capsys):
     assert "elsewhere.ckpt" in capsys.readouterr().err
 
 
-def test_last_is_measured_when_the_fit_ends_between_two_validations(place):
-    """Without validation data a run's figure is that of its last weights."""
-    without = ["--data.val_fraction", "0", "--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2"]
-    assert main([*FIT, "--name", "between", *without, "--test"]) == 0
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [
+        (["--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2"], (4, 6)),
+        (["--trainer.max_epochs", "1", "--data.max_per_class", "6", "--trainer.val_check_interval", "2"], (2, 3)),
+    ],
+    ids=["epochs", "steps"],
+)
+def test_last_is_measured_when_the_fit_ends_between_two_validations(place, capsys, options, measured):
+    """Without validation data a run's figure is that of its last weights, and no warning is about our callbacks."""
+    average = ["--model.recipe.ema_decay", "0.9"]
+    assert main([*FIT, "--name", "between", "--data.val_fraction", "0", *options, *average, "--test"]) == 0
     summary = json.loads((RUNS / "between" / "summary.json").read_text())
-    assert (summary["epochs"], summary["last"]["epoch"]) == (3, 2.0)
+    assert (summary["measured_at"], summary["steps"]) == measured
     assert "test/acc" in summary["test"]["last"]
+    said = capsys.readouterr()
+    assert "WeightAveraging" not in said.out + said.err
 
 
 def cut(path: Path) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ackd_lightning import ACKD, KD, ACKDModule, StudentConfig
+from ackd_lightning.errors import NonFiniteError
 from ackd_lightning.methods import ACN, AIKD, ATSC, VID
 from ackd_lightning.training import DOT, Recipe
 from training.helpers import BadImages, Blobs, IndexedBlobs, TinyNet, game, module, trainer
@@ -104,6 +105,17 @@ def main(devices: int, out: Path) -> None:
             result = {"state": net.state_dict(), "metrics": metrics, "steps": run.global_step}
             result |= {"buffers": apart.buffers, "weights": apart.weights, "skipped": net.guard.skipped}
             torch.save(result, out / f"{name}-{devices}.pt")
+    if devices > 1:
+        stop(devices, out)
+
+
+def stop(devices: int, out: Path) -> None:
+    """Write what each process says of a loss that is not finite in one of them."""
+    run = trainer(limit_train_batches=5, devices=devices, strategy="ddp")
+    try:
+        run.fit(module(ACKD()), datamodule=BadImages())
+    except NonFiniteError as error:
+        (out / f"stop-{run.global_rank}.txt").write_text(str(error), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ METHODS: dict[str, Any] = {
     "one": lambda: ONE(ramp_epochs=2),
     "recipe": KD,
 }
-RECIPE = Recipe(label_smoothing=0.1, class_weights="auto", ema_decay=0.9, early_stopping=50)
+RECIPE = Recipe(label_smoothing=0.1, class_weights=[0.5, 1.5] * 5, ema_decay=0.9, early_stopping=50)
 AUGMENTATION = Augmentation(policy="randaugment", erasing=0.25, mixup=0.8, cutmix=1.0)
 
 

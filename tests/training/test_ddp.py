@@ -40,7 +40,12 @@ def fits(tmp_path_factory):
     finally:
         for each in started:
             each.kill()
-    return lambda name, devices: torch.load(folder / f"{name}-{devices}.pt", weights_only=True)
+
+    def read(name, devices):
+        return torch.load(folder / f"{name}-{devices}.pt", weights_only=True)
+
+    read.folder = folder
+    return read
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,13 @@ def test_all_processes_skip_what_one_must_skip(fits, name):
     assert two["skipped"] == 2
     assert all(torch.isfinite(each).all() for each in two["state"].values())
     assert two["weights"] == two["buffers"] == 0.0
+
+
+def test_all_processes_stop_at_a_loss_that_is_not_finite_in_one(fits):
+    """Without agreement the other process would end with a message about a lost connection."""
+    said = [(fits.folder / f"stop-{rank}.txt").read_text(encoding="utf-8") for rank in (0, 1)]
+    assert all("the loss is not finite in step 4 (epoch 1)" in each for each in said)
+    assert ["in another process" in each for each in said] == [False, True]
 
 
 def test_metrics_are_exact(fits):

@@ -84,6 +84,13 @@ def test_automatic_weights_need_the_targets_of_the_data():
     assert module.labelling.weights.tolist() == [1.0] * CLASSES
 
 
+def test_rare_classes_are_made_up_for_once():
+    module = build(CE(), student="resnet8", recipe=Recipe(class_weights="auto"), data=DataInfo(CLASSES, 8))
+    module.check_data(DigitsDataModule())
+    with pytest.raises(ACKDError, match=r"class_weights is auto and data\.sampling is balanced"):
+        module.check_data(DigitsDataModule(sampling="balanced"))
+
+
 class Hard(Method):
     """A method from outside that knows nothing of soft labels."""
 

@@ -21,7 +21,7 @@ def accuracy_table(summary: dict[str, Any]) -> Table:
         note = f"part of the {note} (limit_val_batches {limit})"
     table = Table(title=f"{summary['config']}, seed {summary['seed']}: accuracy in % on {note}")
     table.add_column("network")
-    for column in ("last", "best", "parameters"):
+    for column in (_last(summary), "best", "parameters"):
         table.add_column(column, justify="right")
 
     def percent(values: dict[str, float], key: str) -> str:
@@ -36,6 +36,16 @@ def accuracy_table(summary: dict[str, Any]) -> Table:
         label, size = _label_and_size(network, summary)
         table.add_row(label, percent(summary["last"], key), percent(summary["best"], key), size)
     return table
+
+
+def _last(summary: dict[str, Any]) -> str:
+    """Return when the last accuracy was measured: ``last`` with the last weights, else the epoch or the step."""
+    step, epoch = summary.get("measured_at", summary["steps"]), summary["last"].get("epoch", summary["epochs"])
+    if step == summary["steps"]:
+        return "last"
+    if epoch == summary["epochs"]:
+        return f"step {step:,} of {summary['steps']:,}"
+    return f"epoch {epoch:.0f} of {summary['epochs']}"
 
 
 def _label_and_size(network: str, summary: dict[str, Any]) -> tuple[str, str]:

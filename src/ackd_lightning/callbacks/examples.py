@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ackd_lightning.callbacks.health import is_fast_dev_run
+from ackd_lightning.callbacks.length import epochs_of_fit
 from ackd_lightning.types import Batch, Examples
 from ackd_lightning.validation import PositiveInt, checked
 
@@ -155,7 +156,9 @@ class ExamplePictures(L.Callback):
         done = trainer.current_epoch + 1
         fits = trainer.state.fn == TrainerFn.FITTING
         # every n-th epoch, or the next one with validation
-        return fits and (done // self.every_n_epochs > self.drawn // self.every_n_epochs or done == trainer.max_epochs)
+        return fits and (
+            done // self.every_n_epochs > self.drawn // self.every_n_epochs or done == epochs_of_fit(trainer)
+        )
 
     def on_validation_batch_end(
         self,

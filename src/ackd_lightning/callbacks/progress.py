@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, Timer
 from rich import get_console
+
+from ackd_lightning.callbacks.length import epochs_of_fit
 
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
@@ -41,10 +43,16 @@ class EpochLine(L.Callback):
         self.summary = summary
         self.started = 0.0
         self.first = 0
+        self.measured = -1  # the last epoch with a validation
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self.started, self.first = time.monotonic(), trainer.current_epoch
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember which epoch was validated."""
+        if not trainer.sanity_checking:
+            self.measured = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the line."""
@@ -54,11 +62,11 @@ class EpochLine(L.Callback):
         values = {**trainer.callback_metrics, **unlogged}
         done = trainer.current_epoch - self.first + 1
         elapsed = time.monotonic() - self.started
-        total = _epochs(trainer)
+        total = epochs_of_fit(trainer)
         parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{total}" if total else "")]
         if "train/loss" in values:
             parts.append(f"loss {float(values['train/loss']):.3f}")
-        for stage in ("val", "test"):
+        for stage in ("val", "test") if self.measured == trainer.current_epoch else ():
             for network in ("", "ensemble_"):
                 if f"{stage}/{network}acc" in values:
                     label = f"{stage} {network.rstrip('_') + ' ' if network else ''}acc"
@@ -67,7 +75,7 @@ class EpochLine(L.Callback):
             parts.append(f"best {best}")
         parts.append(f"{elapsed / done:.1f} s/epoch")
         if total:
-            parts.append(f"{clock((total - trainer.current_epoch - 1) * elapsed / done)} left")
+            parts.append(f"{clock(_at_most(trainer, (total - trainer.current_epoch - 1) * elapsed / done))} left")
         print("  ".join(parts), flush=True)
 
 
@@ -113,12 +121,13 @@ class RunBar(RichProgressBar):
 
     def _left(self, trainer: L.Trainer) -> float | None:
         """Seconds that the run still takes at the pace so far; None while that is not known."""
-        total = _epochs(trainer)
+        total = epochs_of_fit(trainer)
         if self.started is None or total is None or not trainer.training:
             return None
         since, first = self.started
         now = _epochs_done(trainer)
-        return (total - now) * (time.monotonic() - since) / (now - first) if now > first else None
+        pace = (time.monotonic() - since) / (now - first) if now > first else None
+        return None if pace is None else _at_most(trainer, (total - now) * pace)
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
         """Leave out the time and the speed of an epoch where they would break the line."""
@@ -130,13 +139,16 @@ class RunBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         """Count epochs from 1, as everywhere else."""
-        total = _epochs(self.trainer)
+        total = epochs_of_fit(self.trainer)
         text = f"epoch {current_epoch + 1}" + (f"/{total}" if total else "")
         return text.ljust(len(self.validation_description))
 
 
-def _epochs(trainer: L.Trainer) -> int | None:
-    return trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+def _at_most(trainer: L.Trainer, seconds: float) -> float:
+    """Return the seconds that a fit still takes, or the rest of its ``max_time`` if that is less."""
+    timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
+    rest = [each.time_remaining() for each in timers]
+    return max(0.0, min([seconds, *(each for each in rest if each is not None)]))
 
 
 def _epochs_done(trainer: L.Trainer, running: int = 0) -> float:

@@ -112,14 +112,15 @@ class StopEarly(EarlyStopping):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Train nothing more in a run that was interrupted where it would have ended."""
-        if self.stopped_epoch and self.wait_count >= self.patience:
+        if self.wait_count >= self.patience:
             trainer.should_stop = True
+            self.stopped_epoch = self.stopped_epoch or max(trainer.current_epoch - 1, 0)  # less patience than before
         else:
             self.stopped_epoch = 0  # of the part before this one, which has been given more patience
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when and why the fit ended."""
-        if self.stopped_epoch and trainer.is_global_zero:
+        if self.wait_count >= self.patience and trainer.is_global_zero:
             print(
                 f"stopped early after epoch {self.stopped_epoch + 1}: val/acc has not grown for "
                 f"{count_of(self.patience, 'validation')} (best {float(self.best_score):.2%})",

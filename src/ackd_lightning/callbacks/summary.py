@@ -103,7 +103,7 @@ class RunSummary(L.Callback):
     @property
     def up_to_date(self) -> bool:
         """Whether the last metrics were measured with the weights of the last step."""
-        return self.finished is not None and self.last.get("epoch") == self.finished[0]["epochs"]
+        return self.finished is not None and self.measured_at == self.finished[0]["steps"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to report the best epoch and the time of the whole run."""
@@ -186,7 +186,8 @@ class RunSummary(L.Callback):
             "seed": module.seed,
             "data": type(data).__name__,
             "class_names": list(names) if names else None,
-            "epochs": trainer.current_epoch,
+            # a run that has nothing left to train may have ended inside an epoch
+            "epochs": max(trainer.current_epoch, round(self.last.get("epoch", 0))),
             "steps": trainer.global_step,
             "seconds": round(self._elapsed(), 1),
             "skipped_steps": module.guard.skipped,
@@ -194,6 +195,7 @@ class RunSummary(L.Callback):
             "limit_val_batches": trainer.limit_val_batches,
             "images": _evaluation_images(trainer),
             "last": self.last,
+            "measured_at": self.measured_at,
             # whether it is the accuracy of the student's last weights, in the precision that they are kept in
             "last_is_final": self.measured_at == trainer.global_step and not module.student_config.quantization,
             "best": self.best,

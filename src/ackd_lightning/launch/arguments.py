@@ -14,7 +14,7 @@ from typing import Any, cast
 import yaml
 
 from ackd_lightning.config.files import long_form, merge, walk
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.runs.files import find_checkpoint, run_folder
 
 _INIT = "init_args"
@@ -214,24 +214,27 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
 def set_length(scheduler: Any, *, epochs: int | None, steps: int, interval: str) -> None:
     """Fill in the length of a scheduler that was not stated: the epochs of the fit.
 
+    The training module fills in what depends on the number of batches: steps, and the epochs of a limit of steps.
+
     Args:
         scheduler: Parsed ``model.lr_scheduler``; changed in place.
         epochs: ``trainer.max_epochs``.
         steps: ``trainer.max_steps``.
-        interval: ``model.recipe.interval``; with ``"step"`` the training module fills it in.
+        interval: ``model.recipe.interval``.
 
     Raises:
         ACKDError: When the length of the fit is not known.
     """
     name = _LENGTHS.get(_last_part(scheduler))
-    if name is None or scheduler[_INIT].get(name) != 0 or (interval == "step" and name != "total_steps"):
+    later = interval == "step" or steps != -1
+    if name is None or scheduler[_INIT].get(name) != 0 or (later and name != "total_steps"):
         return
-    if epochs is None and steps == -1:
+    if epochs is None:
         epochs = 1000  # Lightning's own default
-    if epochs is None or epochs < 1 or interval == "step":
+    if epochs < 1 or later:
         raise ACKDError(
             f"model.lr_scheduler.{name} is not set and the length of the fit is not known (trainer.max_epochs is "
-            f"{epochs}, model.recipe.interval is {interval}); set it"
+            f"{epochs}, trainer.max_steps is {steps}, model.recipe.interval is {interval}); set it"
         )
     scheduler[_INIT][name] = epochs
 
@@ -257,7 +260,11 @@ def renew_length(scheduler: Any, *, before: Any, epochs: Any, steps: int, option
     if name is None:
         return ""
     length, setting = scheduler[_INIT].get(name), f"model.lr_scheduler.{name}"
-    if not any(name in each for each in options) and before not in (None, epochs) and length == before:
+    stated = _gives(options, name)
+    if not stated and length == before and steps >= 0 and name != "total_steps" and _gives(options, "max_steps"):
+        scheduler[_INIT][name] = 0
+        return f"{setting} follows trainer.max_steps: {before} -> the epochs of {count_of(steps, 'step')}"
+    if not stated and before not in (None, epochs) and length == before:
         scheduler[_INIT][name] = 0
         return f"{setting} follows trainer.max_epochs: {before} -> {epochs}"
     if name == "T_max" and interval == "epoch" and steps == -1 and length and epochs and length < epochs:
@@ -266,6 +273,10 @@ def renew_length(scheduler: Any, *, before: Any, epochs: Any, steps: int, option
             f"{length}; --{setting} {epochs} lets it fall to the end"
         )
     return ""
+
+
+def _gives(options: Sequence[str], name: str) -> bool:
+    return any(name in each for each in options)
 
 
 def option_pairs(options: Sequence[str]) -> Iterator[tuple[str, str | None]]:

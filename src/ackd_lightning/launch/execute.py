@@ -52,6 +52,7 @@ _NOT_OURS = (
     ".*does not have many workers.*",  # data in memory needs none
     ".*callbacks used to create the checkpoint need to be provided.*",  # not for testing
     ".*exists and is not empty.*",  # the run's folder was checked before
+    ".*using the WeightAveraging callback, but loading a checkpoint outside.*",  # the checkpoint has the average
     ".*module\\(s\\) in eval mode at the start.*",  # what a method has frozen
 )
 
@@ -210,7 +211,7 @@ class Execution:
         """Find the run to resume and its checkpoint."""
         if self.option("ckpt_path"):
             raise ACKDError("--resume and --ckpt_path both name a checkpoint; leave --ckpt_path out")
-        length = Length(self.option("trainer.max_epochs"), self.option("trainer.max_steps"))
+        length = Length.of(vars(self.cli.config.trainer))
         if launched_by_us:
             found = resume_from(os.environ[_RESUMED]) if _RESUMED in os.environ else None
         elif self.option("resume") == "auto":
@@ -253,6 +254,12 @@ class Execution:
         """Print the summary, when the progress bar has ended, and test when asked to."""
         summary = next(each for each in self.trainer.callbacks if isinstance(each, RunSummary))  # type: ignore[attr-defined]
         summary.show()
+        if self.option("resume") and summary.finished is None and not self.dry and self.trainer.is_global_zero:
+            print(
+                f"nothing was left to train: {self.cli.folder} has reached its length; raise --trainer.max_epochs, "
+                "--trainer.max_steps or --trainer.max_time, whichever ended it",
+                flush=True,
+            )
         if self.dry:
             print(
                 f"fast_dev_run: nothing is written{' and nothing is tested' if self.option('test') else ''}", flush=True

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +35,62 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Length:
-    """How long a fit is, in epochs or steps.
+    """How long a fit is, in epochs, steps or time.
 
     Attributes:
         max_epochs: ``trainer.max_epochs``.
         max_steps: ``trainer.max_steps``.
+        max_time: ``trainer.max_time``, as text (days:hours:minutes:seconds), as a mapping, or as a duration.
     """
 
     max_epochs: int | None
     max_steps: int | None = -1
+    max_time: str | Mapping[str, int] | timedelta | None = None
 
-    def exceeds(self, trainer: Mapping[str, Any]) -> bool:
-        """Return whether this is longer than what the settings of an earlier fit say.
+    @classmethod
+    def of(cls, trainer: Mapping[str, Any]) -> Length:
+        """Return the length that the settings of a Trainer say.
 
         Args:
-            trainer: Settings of its Trainer.
+            trainer: Settings.
         """
-        before = Length(trainer.get("max_epochs"), trainer.get("max_steps"))
+        return cls(trainer.get("max_epochs"), trainer.get("max_steps"), trainer.get("max_time"))
+
+    def exceeds(self, before: Length) -> bool:
+        """Return whether this is longer than an earlier fit.
+
+        Args:
+            before: Length of the earlier fit.
+        """
         pairs = list(zip(self._limits(), before._limits(), strict=True))
         return any(now > then for now, then in pairs) and all(now >= then for now, then in pairs)
 
-    def _limits(self) -> tuple[float, float]:
+    def ended_by(self, epochs: int, steps: int) -> str:
+        """Return the setting that ended a fit.
+
+        Args:
+            epochs: Epochs that it has trained.
+            steps: Steps that it has trained.
+        """
+        most, last, seconds = self._limits()
+        by_time = epochs < most and steps < last and not math.isinf(seconds)
+        return "max_time" if by_time else "max_steps" if steps >= last else "max_epochs"
+
+    def _limits(self) -> tuple[float, float, float]:
         given = (self.max_epochs, self.max_steps)
         epochs, steps = (math.inf if each in (None, -1) else float(each or 0) for each in given)
-        return (1000.0 if self.max_epochs is None and math.isinf(steps) else epochs), steps  # Lightning's default
+        if self.max_epochs is None and math.isinf(steps):
+            epochs = 1000.0  # Lightning's default
+        return epochs, steps, _seconds(self.max_time)
+
+
+def _seconds(time: str | Mapping[str, int] | timedelta | None) -> float:
+    """Return the seconds of ``trainer.max_time``; infinite without a limit."""
+    if time is None:
+        return math.inf
+    if isinstance(time, str):
+        time = dict(zip(("days", "hours", "minutes", "seconds"), map(int, time.split(":")), strict=True))
+    return (time if isinstance(time, timedelta) else timedelta(**time)).total_seconds()
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -91,11 +124,16 @@ def _newest_readable(folder: Path) -> Resumed:
 
 def _refuse_finished(folder: Path, length: Length | None) -> None:
     """Refuse a finished run, unless it is to be trained longer than it was."""
-    summary = folder / "summary.json"
-    if summary.is_file() and not (length is not None and length.exceeds(_config(folder).get("trainer") or {})):
-        epochs = json.loads(summary.read_text(encoding="utf-8")).get("epochs", 0)
+    path = folder / "summary.json"
+    if not path.is_file():
+        return
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    epochs, before = summary.get("epochs", 0), Length.of(_config(folder).get("trainer") or {})
+    ended_by = before.ended_by(epochs, summary.get("steps", 0))
+    more_time = length is not None and _seconds(length.max_time) > _seconds(before.max_time)
+    if length is None or not length.exceeds(before) or (ended_by == "max_time" and not more_time):
         raise RunFinishedError(
-            f"run {folder} is finished ({count_of(epochs, 'epoch')}); raise --trainer.max_epochs to train it longer, "
+            f"run {folder} is finished ({count_of(epochs, 'epoch')}); raise --trainer.{ended_by} to train it longer, "
             "or leave --resume out for a new one"
         )
 

@@ -21,7 +21,7 @@ from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import Start, match_head
 from ackd_lightning.runs.export import Exported, write_student
-from ackd_lightning.training.continuing import describe_optimizers
+from ackd_lightning.training.continuing import describe_optimizers, go_on_inside_epoch
 from ackd_lightning.training.labels import Labels, check_unlabelled
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
@@ -49,6 +49,7 @@ class SelfDescribing(OpenOptimizers):
     seed: int
     start: Start | None
     _started_from: dict[str, Any] | None = None
+    _epochs: int | None = None  # of the fit
 
     @property
     def model_name(self) -> str | None:
@@ -96,13 +97,13 @@ class SelfDescribing(OpenOptimizers):
 
     def _begin_fit(self) -> None:
         """Tell the method about the fit."""
-        data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
+        data = getattr(self.trainer, "datamodule", None)
         targets = getattr(data, "train_targets", None)
         check_unlabelled(self.method, None if targets is None else torch.as_tensor(targets), data)
         self.labelling.begin_fit(None if targets is None else torch.as_tensor(targets))
         self.method.begin_fit(
             FitInfo(
-                epochs=epochs if epochs is not None and epochs > 0 else None,
+                epochs=self._epochs,
                 batch_size=getattr(data, "batch_size", None),
                 targets=None if targets is None else torch.as_tensor(targets),
                 seed=self.seed,
@@ -210,6 +211,7 @@ class SelfDescribing(OpenOptimizers):
         self._same_teachers(metadata.get("teacher_sha256") or [])
         if names := metadata.get("class_names"):
             self._match_data(names, "the checkpoint")
+        go_on_inside_epoch(checkpoint)
 
     def _same_teachers(self, known: Sequence[str | None]) -> None:
         """Refuse to go on with other teachers than those that the first part of a run has learned from."""

@@ -115,3 +115,21 @@ def compare_optimizers(before: Sequence[Mapping[str, Any]], optimizers: Sequence
                 f"tensors and the settings make {len(new['groups'])} of {new['groups']}; leave student.freeze, "
                 "student.backbone_lr_scale and recipe.decay_norm_and_bias as they were"
             )
+
+
+def go_on_inside_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a fit that ended inside an epoch, by its steps or its time, go on with the rest of that epoch.
+
+    Lightning counts the epoch as processed then, and would read its rest in the order of the next one.
+
+    Args:
+        checkpoint: Content of a checkpoint; changed in place.
+    """
+    loop = (checkpoint.get("loops") or {}).get("fit_loop") or {}
+    loaders = (loop.get("state_dict") or {}).get("combined_loader") or []
+    progress = loop.get("epoch_progress") or {}
+    if len(loaders) != 1 or not isinstance(loaders[0], dict) or not loaders[0].get("batches"):
+        return
+    for counts in progress.values():
+        if progress["current"]["completed"] == loaders[0].get("epoch") and counts["processed"] > counts["completed"]:
+            counts["processed"] = counts["completed"]

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 
+from ackd_lightning.callbacks.length import epochs_before_fit
 from ackd_lightning.data.loaders import ImageLoaders
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.training.labels import check_labels, check_sampling
@@ -54,9 +55,10 @@ class FitStart(TrainingSteps):
         matched = self.start is not None and self.start.class_names is not None
         self.match_classes(data)
         before = self._method_sizes()
-        self._begin_fit()
         if isinstance(data, ImageLoaders):
             data.whole_batches = self.method.whole_batches
+        self._epochs = epochs_before_fit(self.trainer)
+        self._begin_fit()
         check_features_only(self, data)
         check_sampling(self.method, data)
         speed_up(
@@ -76,7 +78,7 @@ class FitStart(TrainingSteps):
 
     def _say_warmup(self) -> None:
         """Say that a fit, often one that was shortened, is in large part warm-up of the learning rate."""
-        warmup, epochs = self.recipe.warmup_epochs, self.trainer.max_epochs or 0
+        warmup, epochs = self.recipe.warmup_epochs, self._epochs or 0
         if getattr(self.trainer, "fast_dev_run", False) or not 0 < epochs < _SHORT * warmup:
             return
         found = f"the warm-up of the learning rate takes {warmup} of {count_of(epochs, 'epoch')}"
@@ -86,6 +88,17 @@ class FitStart(TrainingSteps):
             )
             found += " never reaches its full value"
         rank_zero_only(print)(f"{found}; model.recipe.warmup_epochs sets another length", flush=True)
+
+    def on_train_start(self) -> None:
+        """Say that a checkpoint of a validation would not hold the gradients of a step that is not whole yet."""
+        super().on_train_start()
+        every, batches = self.trainer.val_check_batch, self.trainer.accumulate_grad_batches
+        if batches > 1 and isinstance(every, int) and every % batches and every < self.trainer.num_training_batches:
+            rank_zero_only(print)(
+                f"validation after every {every} batches is inside a step of {batches}: a run that is resumed from "
+                "best.ckpt lacks the gradients of a part of a step, one that is resumed from last.ckpt does not",
+                flush=True,
+            )
 
     def check_data(self, data: Any) -> None:
         """Refuse a data module that does not go with method and recipe.

@@ -119,7 +119,7 @@ def accuracy(logits: Tensor, target: Tensor, soft: Tensor | None) -> Tensor:
 
 
 def check_labels(method: Method, recipe: Recipe, data: Any) -> None:
-    """Refuse labels that a method cannot learn from.
+    """Refuse labels that a method cannot learn from, and rare classes that would count twice.
 
     Args:
         method: The method.
@@ -139,6 +139,11 @@ def check_labels(method: Method, recipe: Recipe, data: Any) -> None:
         )
     if not isinstance(data, ImageDataModule):
         return
+    if recipe.class_weights == "auto" and data.sampling == "balanced":
+        raise ACKDError(
+            "recipe.class_weights is auto and data.sampling is balanced, and each of them makes up for rare classes; "
+            "leave one of them out"
+        )
     mixing = data.augmentation.mixing()
     if mixing and kind != "mixed":
         raise ACKDError(

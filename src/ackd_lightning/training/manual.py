@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ackd_lightning.callbacks.length import is_whole_epoch
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.training.schedule import reads_metric, step_scheduler
@@ -141,7 +142,7 @@ class ManualSteps(LoggedSteps):
     def on_train_epoch_end(self) -> None:
         """Step schedules by epoch. Runs before checkpoints are written."""
         super().on_train_epoch_end()
-        if not self.automatic_optimization:
+        if not self.automatic_optimization and is_whole_epoch(self.trainer):
             self._step_schedulers("epoch")
 
     # ---------------------------------------------------------------- steps

@@ -37,7 +37,7 @@ class NonFiniteGuard:
     ``stop``: On a CPU a step is checked before its backward pass. On a GPU its values are copied without waiting and
     checked when the next step begins and before a checkpoint is written. So no step waits for the device, the error
     comes one step late, and no checkpoint holds weights from after the step. ``skip``: Every step is checked before
-    its backward pass, which waits for the device. All processes skip a step that one of them must skip.
+    its backward pass, which waits for the device. All processes stop at, or skip, a step that one of them must.
 
     Args:
         on_nonfinite: How to handle a non-finite loss: end the run, or skip the step.
@@ -64,7 +64,7 @@ class NonFiniteGuard:
         Raises:
             NonFiniteError: With ``stop``, for this step or, on a GPU, for the step before.
         """
-        joined = torch.stack([value.detach().float() for value in values.values()])
+        joined = _with_flag(torch.stack([value.detach().float() for value in values.values()]))
         if self.on_nonfinite == "skip":
             self.skipping = self._skip(module, tuple(values), joined)
             return self.skipping
@@ -101,16 +101,13 @@ class NonFiniteGuard:
                 )
 
     def _skip(self, module: L.LightningModule, names: tuple[str, ...], values: Tensor) -> bool:
-        bad = (~torch.isfinite(values)).any().to(torch.int32)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if not int(bad):
+        if not int(values[-1]):
             self.finite_in_epoch += "loss" in names  # the last check of a step
             return False
         self.skipped += 1
         self.skipped_in_epoch += 1
         if self.skipped <= _TOLD:
-            found = _which(names, values) or "in another process"
+            found = _which(names, values)
             last = "; later ones are only counted" if self.skipped == _TOLD else ""
             rank_zero_warn(
                 f"the loss is not finite in epoch {module.current_epoch + 1} ({found}, learning rate "
@@ -137,11 +134,20 @@ class NonFiniteGuard:
             )
 
 
+def _with_flag(values: Tensor) -> Tensor:
+    """Add 1 if a value is not finite in this process or in another one, else 0, without waiting for the device."""
+    bad = (~torch.isfinite(values)).any().to(values.dtype)[None]
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return torch.cat([values, bad])
+
+
 def _which(names: tuple[str, ...], values: Tensor) -> str | None:
-    """Return the non-finite terms with their values, or None when all are finite."""
-    numbers = zip(names, values.tolist(), strict=True)
-    bad = [f"{name} = {value}" for name, value in numbers if not math.isfinite(value)]
-    return ", ".join(bad[:-1] if len(bad) > 1 and bad[-1].startswith("loss =") else bad) or None
+    """Return the non-finite terms with their values, or None when all are finite in every process."""
+    *numbers, anywhere = values.tolist()
+    bad = [f"{name} = {value}" for name, value in zip(names, numbers, strict=True) if not math.isfinite(value)]
+    bad = bad[:-1] if len(bad) > 1 and bad[-1].startswith("loss =") else bad
+    return ", ".join(bad) or ("in another process" if anywhere else None)
 
 
 def learning_rate(module: L.LightningModule) -> float:

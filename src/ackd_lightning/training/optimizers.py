@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ackd_lightning.callbacks.length import epochs_of_fit, is_whole_epoch
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.student_config import StudentConfig
@@ -175,11 +177,13 @@ class OpenOptimizers(TwoGradients):
 
     def _schedule(self, optimizer: Optimizer, name: str, *, own_rate: bool) -> dict[str, Any]:
         """Build a learning rate schedule in Lightning's form; `own_rate` keeps the optimizer's rate as the largest."""
-        trainer, epochs, per_epoch = self.trainer, self.trainer.max_epochs, 1.0
-        length = float("inf") if epochs is None or epochs < 1 else float(epochs)
+        trainer, per_epoch = self.trainer, 1.0
+        if trainer.max_steps >= 0:
+            trainer.fit_loop.setup_data()  # which num_training_batches needs
+        length = float(epochs_of_fit(trainer) or math.inf)
         if self.recipe.interval == "step":
             length = float(trainer.estimated_stepping_batches)
-            trainer.fit_loop.setup_data()  # which num_training_batches needs
+            trainer.fit_loop.setup_data()
             per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
         with refused_arguments("lr_scheduler", self.scheduler_factory):
             scheduler = build_scheduler(
@@ -274,7 +278,7 @@ class OpenOptimizers(TwoGradients):
     def on_train_epoch_end(self) -> None:
         """Step schedules that read a metric. Runs before checkpoints are written."""
         super().on_train_epoch_end()
-        for config in self._plateaus():
+        for config in self._plateaus() if is_whole_epoch(self.trainer) else ():
             metrics = self.trainer.callback_metrics
             if (self.current_epoch + 1) % config.frequency:
                 continue  # an epoch without validation

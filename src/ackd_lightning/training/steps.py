@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ackd_lightning.callbacks.length import epochs_of_fit
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.models.copies import dtype_of
@@ -58,7 +59,7 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
         """Seed the networks' own noise by (seed, epoch, batch, rank), so that a resumed run draws the same."""
         self.rearm_buffer_broadcast()
         if isinstance(backbone := self.student.backbone, FakeQuantized):
-            backbone.fixed_ranges = ranges_fixed(self.current_epoch, self.trainer.max_epochs)
+            backbone.fixed_ranges = ranges_fixed(self.current_epoch, epochs_of_fit(self.trainer))
         self.method.set_epoch(self.current_epoch)  # here and not at an epoch's start, which a resumed run skips
         seed_device(mix(self.seed, self.current_epoch, batch_idx, self.global_rank), self.device)
 
