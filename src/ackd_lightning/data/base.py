@@ -19,7 +19,15 @@ from ackd_lightning.data.sampling import (
     stratified_split,
     subset,
 )
-from ackd_lightning.data.sources import Pixels, Source, new_positions, renumber, reorder, require_same_classes
+from ackd_lightning.data.sources import (
+    Pixels,
+    Source,
+    new_positions,
+    renumber,
+    reorder,
+    require_same_classes,
+    say_without,
+)
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.types import DataInfo
 from ackd_lightning.validation import Fraction, NonNegativeInt, Positive, PositiveInt, Range, checked
@@ -273,6 +281,7 @@ class ImageDataModule(ImageLoaders):
             chosen = None if keys is None else keys[labelled]
             kept, held_out = stratified_split(train.targets[labelled], self.val_fraction, keys=chosen)
             train_rows, val_rows = labelled[kept], labelled[held_out]
+            say_without(train.targets, val_rows, train.class_names, "the held-out validation part")
         if not len(val_rows):
             count = len(labelled) if val_part == "train" else len(self._sources[val_part].targets)
             share = f"val_fraction {self.val_fraction:g} of {count_of(count, 'labelled image')}"

@@ -15,7 +15,7 @@ from ackd_lightning.data.decoding import label, load_image
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import ImageFormat, is_deep
 from ackd_lightning.data.sampling import Part, stratified_split
-from ackd_lightning.data.sources import Files, Records, Source, name_keys
+from ackd_lightning.data.sources import Files, Records, Source, name_keys, say_without
 from ackd_lightning.data.stored import StoredDataModule
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ackd_lightning.errors import ACKDError
@@ -124,7 +124,9 @@ def say_test_is_validation(place: object) -> None:
     say(f"{place} has no test part: its validation part is the test set, and training images are held out to validate")
 
 
-def split_test(targets: Tensor, part: Part, place: object, *, keys: Tensor | None = None) -> Tensor:
+def split_test(
+    targets: Tensor, part: Part, place: object, *, names: Sequence[str], keys: Tensor | None = None
+) -> Tensor:
     """Split data without a test part: a stratified fifth of the labelled images, always the same, is the test set.
 
     With keys that depend on the names of files, each image that is added later moves at most one other.
@@ -133,6 +135,7 @@ def split_test(targets: Tensor, part: Part, place: object, *, keys: Tensor | Non
         targets: ``N`` int64 class indices, -1 without a label.
         part: Part that is wanted; the test part says what it was taken from.
         place: What the images were read from, for the line about it.
+        names: Name of each class.
         keys: Result of `name_keys`; None: the positions decide.
 
     Returns:
@@ -153,6 +156,7 @@ def split_test(targets: Tensor, part: Part, place: object, *, keys: Tensor | Non
         say(
             f"{place} has no test part: {len(held_out):,} images, always the same fifth of each class, are the test set"
         )
+        say_without(targets, labelled[held_out], names, f"the test set of {place}")
         return labelled[held_out]
     return torch.cat([labelled[kept], (targets < 0).nonzero().flatten()]).sort().values
 

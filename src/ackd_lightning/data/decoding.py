@@ -21,11 +21,6 @@ from ackd_lightning.data.pixels import Decoded, ImageFormat, Raw, Spectral, conv
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
 
-# ValueError and SyntaxError come from broken PNG chunks
-BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""Exceptions of PIL for a file that is not a whole image."""
-
-
 _LOWER = ("RGB;16B", "RGBA;16B")
 
 
@@ -39,10 +34,14 @@ Factor = Callable[[int, int], int]
 
 _BITS_PER_SAMPLE = 258
 _SAMPLES_PER_PIXEL = 277
+_COMPRESSION = 259
 
 
 HEIF = frozenset({".heic", ".heif", ".hif"})
 """Endings of photos of phones, which PIL reads with the package pillow-heif."""
+
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+_HUGE = "it has more pixels than Pillow reads safely"
 
 
 class Encoded(NamedTuple):
@@ -76,6 +75,8 @@ def broken_image(file: ImageFile, error: BaseException) -> ACKDError:
         file: Image file.
         error: Exception that reading it raised.
     """
+    if isinstance(error, Image.DecompressionBombError):
+        return ACKDError(f"could not read the image {label(file)} ({_HUGE}): make it smaller")
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ACKDError(f"could not read the image {label(file)} ({reason}): replace the file or delete it")
 
@@ -113,6 +114,15 @@ def register_heif() -> bool:
     return True
 
 
+def _is_heif(file: ImageFile) -> bool:
+    """Whether a file is a photo of a phone, whatever its ending: some programs rename them to .jpg."""
+    head = file.content[:12] if isinstance(file, Encoded) else b""
+    if isinstance(file, Path):
+        with suppress(OSError), file.open("rb") as handle:
+            head = handle.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS
+
+
 def _orientation(image: Image.Image) -> int:
     """Return the orientation that a camera has stored, 1 for none."""
     try:
@@ -147,9 +157,11 @@ def has_deep_colours(image: Image.Image) -> bool:
 
 
 def _has_more(image: Image.Image) -> bool:
-    """Whether a TIFF has channels, or pages where the package for them is installed, that PIL would leave out."""
+    """Whether a TIFF has channels, or grey pages where the packages for them are installed, that PIL leaves out."""
     tags: Any = getattr(image, "tag_v2", {})
-    pages = getattr(image, "n_frames", 1) > 1 and find_spec("tifffile") is not None
+    plain = tags.get(_COMPRESSION, 1) == 1
+    readable = find_spec("tifffile") is not None and (plain or find_spec("imagecodecs") is not None)
+    pages = readable and len(image.getbands()) == 1 and getattr(image, "n_frames", 1) > 1
     return pages or tags.get(_SAMPLES_PER_PIXEL, 1) > len(image.getbands())
 
 
@@ -158,8 +170,15 @@ def _array(data: bytes) -> NDArray[Any]:
     # beside another thread can end in a meaningless SystemError (python/cpython#106905).
     for _ in range(3):
         with suppress(SystemError):
-            return cast("NDArray[Any]", np.load(io.BytesIO(data), allow_pickle=False))
-    return cast("NDArray[Any]", np.load(io.BytesIO(data), allow_pickle=False))
+            return _pixels(np.load(io.BytesIO(data), allow_pickle=False))
+    return _pixels(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def _pixels(found: Any) -> NDArray[Any]:
+    """Refuse what is no array of numbers, such as an archive of several arrays."""
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "buif":
+        raise ValueError(f"it holds {getattr(found, 'dtype', 'several arrays')} and not one array of real numbers")
+    return found
 
 
 def load_image(file: ImageFile) -> Image.Image | NDArray[Any]:
@@ -236,23 +255,36 @@ def _load(
     if suffix in HEIF:
         register_heif()
     try:
-        if suffix == ".npy":
-            return _array(_bytes(file)).view(Spectral), None
-        with Image.open(stream(file)) as image:
-            deep = has_deep_colours(image)
-            if deep and image.format == "PNG":
-                return _deep_png(file), None
-            if deep or (image.format == "TIFF" and _has_more(image)):
-                return _tiff(file) if image.mode in ("LA", "RGBA") else _tiff(file).view(Spectral), None
-            return jpeg(image) if jpeg and image.format in _JPEG else (as_decoded(image), None)
+        return _opened(file, suffix, jpeg)
     except UnidentifiedImageError as error:
         if suffix in (".tif", ".tiff"):
             return _tiff(file).view(Spectral), None
-        if suffix in HEIF and not register_heif():
+        if suffix not in HEIF and not _is_heif(file):
+            raise broken_image(file, error) from None
+        if not register_heif():
             require("pillow_heif", "heic", label(file))
+    except (ACKDError, MemoryError, SystemError):
+        raise
+    except Exception as error:  # a damaged file can fail in any way
         raise broken_image(file, error) from None
-    except BROKEN as error:
+    try:  # again, now that PIL knows the format
+        return _opened(file, suffix, jpeg)
+    except Exception as error:
         raise broken_image(file, error) from None
+
+
+def _opened(
+    file: ImageFile, suffix: str, jpeg: Callable[[Image.Image], tuple[Raw, tuple[int, int] | None]] | None
+) -> tuple[Raw, tuple[int, int] | None]:
+    if suffix == ".npy":
+        return _array(_bytes(file)).view(Spectral), None
+    with Image.open(stream(file)) as image:
+        deep = has_deep_colours(image)
+        if deep and image.format == "PNG":
+            return _deep_png(file), None
+        if deep or (image.format == "TIFF" and _has_more(image)):
+            return _tiff(file) if image.mode in ("LA", "RGBA") else _tiff(file).view(Spectral), None
+        return jpeg(image) if jpeg and image.format in _JPEG else (as_decoded(image), None)
 
 
 def as_decoded(image: Image.Image) -> Image.Image | NDArray[Any]:
@@ -282,7 +314,19 @@ def _deep_png(file: ImageFile) -> NDArray[Any]:
             if mode in _LOWER:
                 handle.tile = [type(handle.tile[0])(kind, box, offset, f"{mode[:-1]}{order}")]
             halves.append(np.array(image, dtype=np.uint16))
+            turn = _orientation(image)  # which loads the image
     array: NDArray[Any] = halves[0] << 8 | halves[1]
+    return _turned(array, turn)
+
+
+def _turned(array: NDArray[Any], turn: int) -> NDArray[Any]:
+    """Turn pixels ``H x W x C`` by an orientation of EXIF, as `PIL.ImageOps.exif_transpose` does."""
+    if turn in _ON_ITS_SIDE:
+        array = array.swapaxes(0, 1)
+    if turn in (3, 4, 7, 8):
+        array = array[::-1]
+    if turn in (2, 3, 6, 7):
+        array = array[:, ::-1]
     return array
 
 
@@ -293,6 +337,8 @@ def _tiff(file: ImageFile) -> NDArray[Any]:
         array: NDArray[Any] = tifffile.imread(io.BytesIO(_bytes(file)))
         return array
     except Exception as error:  # a damaged file can fail in any way
+        if "imagecodecs" in str(error):
+            raise ACKDError(f"{label(file)} is compressed: pip install imagecodecs to read it") from None
         raise broken_image(file, error) from None
 
 

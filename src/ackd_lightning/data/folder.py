@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,18 +68,18 @@ class ImageFolderDataModule(CustomImagesDataModule):
     ) -> None:
         super().__init__(root, **options)
         self.class_order: ClassOrder = class_order
-        self._folders = self._layout({"train": train_dir, "val": val_dir, "test": test_dir}, unlabelled)
+        self._unlabelled = None if unlabelled is None else self.root / unlabelled
+        if self.root.is_dir() and self._unlabelled is not None and not self._unlabelled.is_dir():
+            raise ACKDError(f"there is no folder {self._unlabelled}: set unlabelled to a folder of images")
+        self._folders = self._layout({"train": train_dir, "val": val_dir, "test": test_dir})
         self._has_validation = "val" in self._folders
         self._whole: Files | None = None
-        self._unlabelled = None if unlabelled is None else self.root / unlabelled
-        if self._unlabelled is not None and not self._unlabelled.is_dir():
-            raise ACKDError(f"there is no folder {self._unlabelled}: set unlabelled to a folder of images")
-        self._names = class_names_of(self._folders["train"], class_order)
+        self._names = class_names_of(self._folders["train"], class_order, self._unlabelled)
         self._flat = not self._names and "test" in self._folders and bool(Walk().images(self._folders["train"]))
         if self._flat:
             self._names = class_names_of(self._folders["test"], class_order)
         if not self._names:
-            scan_class_folders(self._folders["train"])  # its error states what the folder holds instead
+            scan_class_folders(self._folders["train"], apart=self._unlabelled)  # its error says what is there instead
         require_classes(self._folders["test" if self._flat else "train"], self._names)
         say_order(self._names, class_order)
         for part in set(self._folders) - {"train"}:
@@ -86,18 +87,20 @@ class ImageFolderDataModule(CustomImagesDataModule):
         self.class_names = self._names
         self.num_classes = len(self._names)
 
-    def _layout(self, given: dict[Part, str | None], unlabelled: str | None) -> dict[Part, Path]:
+    def _layout(self, given: dict[Part, str | None]) -> dict[Part, Path]:
         """Return the folder of each part; without a test folder the training folder is split."""
         if not self.root.is_dir():
             raise ACKDError(f"there is no folder {self.root}: set root to a folder of class folders")
-        there = [folder.name for folder in class_folders(self.root)]
+        there = [folder.name for folder in class_folders(self.root, apart=self._unlabelled)]
         found: dict[Part, Path] = {}
+        classes = self._named_like_parts(there)
         for part, name in given.items():
             if name is not None and not (self.root / name).is_dir():
                 holds = ", ".join(there[:5]) or "no folders"
                 raise ACKDError(f"there is no folder {self.root / name}: {self.root} holds {holds}")
             if name is None:
-                named = [each for each in there if part_of(each) == part and each not in given.values()]
+                free = [each for each in there if each not in classes and each not in given.values()]
+                named = [each for each in free if part_of(each) == part]
                 exact = [each for each in named if each == part]
                 if len(named) > 1 and not exact:
                     raise ACKDError(f"{self.root} holds {' and '.join(named[:3])}: choose one with {part}_dir")
@@ -110,10 +113,22 @@ class ImageFolderDataModule(CustomImagesDataModule):
         if "train" not in found and found:
             name = next(iter(found.values())).name
             raise ACKDError(f"{self.root} holds the folder {name} but no folder train: name it with train_dir")
-        used = {place.relative_to(self.root).parts[0] for place in found.values() if place.is_relative_to(self.root)}
-        if found and (others := [each for each in there if each not in used and each != unlabelled]):
+        inside = [place.relative_to(self.root).parts for place in found.values() if place.is_relative_to(self.root)]
+        used = set(there) if () in inside else {parts[0] for parts in inside}  # train_dir: .
+        if found and (others := [each for each in there if each not in used]):
             say(f"folders of {self.root} that are not read: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}")
         return {"train": self.root, **found}
+
+    def _named_like_parts(self, there: Sequence[str]) -> list[str]:
+        """Folders that are classes although they are named like parts of the data: all folders hold images alone."""
+        named = [each for each in there if part_of(each)]
+        if not named or len(named) == len(there):
+            return []
+        folders = [self.root / each for each in there]
+        if any(class_folders(each) for each in folders) or not all(Walk().images(each) for each in folders):
+            return []
+        say(f"classes of {self.root} that are named like parts of the data: {', '.join(named)}")
+        return named
 
     def listed(self) -> dict[Part, Files]:
         """Return the image files of each part as they lie in the folders, before any of them is opened."""
@@ -128,10 +143,12 @@ class ImageFolderDataModule(CustomImagesDataModule):
             return self._without_labels(self._folders["train"])
         if part == "train" or part not in self._folders:
             kept = None if part == "train" else self._whole  # files may have changed since an earlier setup
-            files = kept or scan_class_folders(self._folders["train"], order=self.class_order)
+            train = self._folders["train"]
+            files = kept or scan_class_folders(train, order=self.class_order, apart=self._unlabelled)
             if "test" not in self._folders:
                 self._whole = files if part == "train" else None  # the test part is read next
-                files = files.select(split_test(files.targets, part, self.root, keys=name_keys(files)))
+                keys = name_keys(files)
+                files = files.select(split_test(files.targets, part, self.root, names=self._names, keys=keys))
         else:
             files = scan_class_folders(self._folders[part], classes=self._names, order=self.class_order)
         if part != "train" or self._unlabelled is None:

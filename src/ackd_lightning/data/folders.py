@@ -61,7 +61,7 @@ def sort_key(order: ClassOrder, name: str) -> tuple[object, ...]:
     return tuple((1, "", int(part)) if part.isdecimal() else (0, part, 0) for part in re.split(r"(\d+)", name) if part)
 
 
-def class_folders(path: Path, order: ClassOrder = "text") -> list[Path]:
+def class_folders(path: Path, order: ClassOrder = "text", apart: Path | None = None) -> list[Path]:
     """List the folders directly below ``path``, sorted by name, without hidden ones and those of file systems.
 
     A link to a folder beside it, or a second link to one folder, is left out.
@@ -69,9 +69,11 @@ def class_folders(path: Path, order: ClassOrder = "text") -> list[Path]:
     Args:
         path: Folder, which need not exist.
         order: Whether names are sorted as text, or with numbers in them by their value.
+        apart: Folder in ``path`` that is no class; None for none.
     """
     folders, again = _folders_in(path)
-    return sorted((each for each in folders if each not in again), key=lambda each: sort_key(order, class_name(each)))
+    kept = [each for each in folders if each not in again and (apart is None or not each.samefile(apart))]
+    return sorted(kept, key=lambda each: sort_key(order, class_name(each)))
 
 
 def _folders_in(path: Path) -> tuple[list[Path], set[Path]]:
@@ -113,17 +115,18 @@ def class_name(folder: Path) -> str:
     return unicodedata.normalize("NFC", folder.name)
 
 
-def class_names_of(path: Path, order: ClassOrder = "text") -> tuple[str, ...]:
+def class_names_of(path: Path, order: ClassOrder = "text", apart: Path | None = None) -> tuple[str, ...]:
     """Return the names of the class folders directly below ``path`` in the order of their indices.
 
     Args:
         path: Folder, which need not exist.
         order: Whether names are sorted as text, or with numbers in them by their value.
+        apart: Folder in ``path`` that is no class; None for none.
 
     Raises:
         ACKDError: If two names differ only in how Unicode composes them.
     """
-    names = tuple(class_name(folder) for folder in class_folders(path, order))
+    names = tuple(class_name(folder) for folder in class_folders(path, order, apart))
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ACKDError(
@@ -183,6 +186,7 @@ def scan_class_folders(
     classes: Sequence[str] | None = None,
     others: Literal["refuse", "skip"] = "refuse",
     order: ClassOrder = "text",
+    apart: Path | None = None,
     remedy: str = "",
 ) -> Files:
     """List the images of a folder of class folders; the class index is the position in the sorted folder names.
@@ -193,6 +197,7 @@ def scan_class_folders(
             that have no images here are allowed, with a line.
         others: How to handle class folders that are not in ``classes``.
         order: Whether names are sorted as text, or with numbers in them by their value.
+        apart: Folder in ``path`` that is no class; None for none.
         remedy: Remedy for a wrong layout, added to the messages.
 
     Returns:
@@ -205,8 +210,8 @@ def scan_class_folders(
     hint = remedy or "make one folder for each class and put its images there"
     if not path.is_dir():
         raise ACKDError(f"there is no folder {path}: {hint}")
-    folders = {class_name(folder): folder for folder in class_folders(path, order)}
-    found = class_names_of(path, order)
+    folders = {class_name(folder): folder for folder in class_folders(path, order, apart)}
+    found = class_names_of(path, order, apart)
     if not folders:
         loose = len(image_files(path))
         what = f"{loose:,} images but no class folders" if loose else "neither images nor class folders"

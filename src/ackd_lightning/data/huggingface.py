@@ -129,7 +129,7 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         split, targets = self._splits[name], self._targets[name]
         split = split.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
         if "test" not in self._splits:
-            rows = split_test(targets, part, self.root)
+            rows = split_test(targets, part, self.root, names=self._names)
             split, targets = split.select(rows.tolist()), targets[rows]
         reader = _Reader(split, self._image, f"{part} split of {self.root}")
         return self._read(Records(self.root, self._names, reader, targets, self._mark()), self.root, part)

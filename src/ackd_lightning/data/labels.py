@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from numbers import Number
 
@@ -16,19 +17,27 @@ from ackd_lightning.errors import ACKDError
 
 Label = int | str | None
 _SHOWN = 5
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
-def read_labels(values: Sequence[object], place: Callable[[int], str]) -> list[Label]:
+def read_labels(
+    values: Sequence[object], place: Callable[[int], str], names: Sequence[str] | None = None
+) -> list[Label]:
     """Return the labels of a column: all whole numbers, or all text; None for an empty one, and for -1.
+
+    Numbers are read from their usual spelling alone (7, 007, 7.0), not from 1e2, which may be a name.
 
     Args:
         values: Values of the column.
         place: Function of a row that names it in messages.
+        names: Class names that the user gives; where they have digits beside other names, all labels are text.
 
     Raises:
         ACKDError: If a label is another number or no number and no text, or numbers and text are mixed.
     """
     labels: list[Label] = []
+    digits = [_NUMBER.fullmatch(name) is not None for name in names or ()]
+    all_text = any(digits) and not all(digits)
     for row, value in enumerate(values):
         if not isinstance(value, str | Number | np.generic | None):
             raise ACKDError(
@@ -36,11 +45,11 @@ def read_labels(values: Sequence[object], place: Callable[[int], str]) -> list[L
                 "label_column"
             )
         text = "" if value is None else str(value).strip()
-        try:
-            number = float(text or NO_LABEL)
-        except ValueError:
+        is_number = _NUMBER.fullmatch(text) is not None or not isinstance(value, str)
+        if text and text.lower() != "nan" and (all_text or not is_number):
             labels.append(text)
             continue
+        number = float(text or NO_LABEL)
         if math.isnan(number):
             number = float(NO_LABEL)
         if not number.is_integer() or number < NO_LABEL:
@@ -50,7 +59,10 @@ def read_labels(values: Sequence[object], place: Callable[[int], str]) -> list[L
     texts = [row for row, label in enumerate(labels) if isinstance(label, str)]
     if numbers and texts:
         odd, rest = (texts[0], "numbers") if len(texts) <= len(numbers) else (numbers[0], "text")
-        raise ACKDError(f"the label {labels[odd]!r} in {place(odd)} stands among labels that are {rest}: use one kind")
+        raise ACKDError(
+            f"the label {labels[odd]!r} in {place(odd)} stands among labels that are {rest}: use one "
+            "kind, or list all of them in class_names to read them as text"
+        )
     return labels
 
 

@@ -17,7 +17,8 @@ from ackd_lightning.errors import ACKDError
 _DEPTH = 65535
 
 
-_TWELVE_BITS = 4095
+TWELVE_BITS = 4095
+"""Largest value of 12 bits."""
 
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -80,26 +81,31 @@ def largest_value(raw: Image.Image | NDArray[Any]) -> int | None:
     return None if isinstance(raw, Image.Image) or raw.dtype != np.uint16 else int(raw.max(initial=0))
 
 
-def bands(raw: Image.Image | NDArray[Any], channels: int) -> int:
+def bands(raw: Image.Image | NDArray[Any], channels: int, name: str) -> int:
     """Return the number of channels of a decoded file; a palette has those of its colours.
 
     Args:
         raw: Result of `load_image`.
         channels: Expected number of channels, by which arrays ``C x H x W`` are recognised.
+        name: Name of the file.
+
+    Raises:
+        ACKDError: If it is an array of another number of dimensions.
     """
     if isinstance(raw, Image.Image):
         return (4 if "transparency" in raw.info else 3) if raw.mode == "P" else len(raw.getbands())
-    return int(_channels_last(raw, channels, "an array").shape[2])
+    return int(_channels_last(raw, channels, name).shape[2])
 
 
-def is_convertible(raw: Image.Image | NDArray[Any], channels: int) -> bool:
+def is_convertible(raw: Image.Image | NDArray[Any], channels: int, name: str) -> bool:
     """Whether the channels of a decoded file can be converted to those that a network reads.
 
     Args:
         raw: Result of `load_image`.
         channels: Number of channels that the network reads.
+        name: Name of the file.
     """
-    found, colours = bands(raw, channels), (1, 3) if isinstance(raw, Spectral) else (1, 2, 3, 4)
+    found, colours = bands(raw, channels, name), (1, 3) if isinstance(raw, Spectral) else (1, 2, 3, 4)
     return found == channels or (channels in (1, 3) and found in colours)
 
 
@@ -113,11 +119,11 @@ def require_full_range(values: list[int], name: str) -> None:
     Raises:
         ACKDError: Naming the largest value.
     """
-    if values and 0 < max(values) <= _TWELVE_BITS:
+    if values and 0 < max(values) <= TWELVE_BITS:
         top = 2 ** max(8, max(values).bit_length()) - 1
         raise ACKDError(
-            f"the {len(values):,} images of 16 bits, such as {name}, have no value above {max(values):,} and would "
-            f"come out black: set value_range to [0, {top}], or to [0, {_DEPTH}] if they are that dark"
+            f"images of 16 bits ({len(values):,}, such as {name}) have no value above {max(values):,} and would come "
+            f"out black: set value_range to [0, {top}], or to [0, {_DEPTH}] if they are that dark"
         )
 
 
@@ -141,8 +147,8 @@ def convert(raw: Raw, form: ImageFormat, name: str) -> Decoded:
         if form.value_range is None:
             return image
         raw = np.asarray(image)
-    elif not is_convertible(raw, form.channels):
-        raise _wrong_channels(name, bands(raw, form.channels), form.channels)
+    elif not is_convertible(raw, form.channels, name):
+        raise _wrong_channels(name, bands(raw, form.channels, name), form.channels)
     return _array_channels(_scaled(_channels_last(raw, form.channels, name), form, name), form)
 
 

@@ -14,11 +14,20 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
-from ackd_lightning.data.decoding import BROKEN, Encoded, ImageFile, has_deep_colours, label, load_image, stream
+from ackd_lightning.data.decoding import Encoded, ImageFile, has_deep_colours, label, load_image, stream
 from ackd_lightning.data.jpeg import is_whole_jpeg
 from ackd_lightning.data.messages import on_first_process, say
 from ackd_lightning.data.path_table import PathTable
-from ackd_lightning.data.pixels import ImageFormat, convert, fit, is_deep, largest_value, require_full_range, to_tensor
+from ackd_lightning.data.pixels import (
+    TWELVE_BITS,
+    ImageFormat,
+    convert,
+    fit,
+    is_deep,
+    largest_value,
+    require_full_range,
+    to_tensor,
+)
 from ackd_lightning.data.sources import Files, Pixels, Records
 from ackd_lightning.errors import ACKDError
 
@@ -131,8 +140,14 @@ def _check_depth(files: Files | Records, depths: list[Depth], form: ImageFormat)
         A sentence about images of another depth than the format's; empty if there are none.
     """
     values = {position: each.largest for position, each in enumerate(depths) if each.largest is not None}
-    if values and form.value_range is None:
+    if values and form.value_range is None and len(values) == len(depths):
         require_full_range(list(values.values()), label(files.file(next(iter(values)))))
+    elif values and form.value_range is None and 0 < max(values.values()) <= TWELVE_BITS:
+        names = [label(files.file(row)) for row in list(values)[:_LISTED]]
+        raise ACKDError(
+            f"{len(values):,} of {len(depths):,} images in {files.root} have 16 bits, use at most 12 of them and would "
+            f"come out black ({', '.join(names)}): convert them to 8 bits, or remove them"
+        )
     others = [position for position, each in enumerate(depths) if each.deep != form.deep]
     if not others:
         return ""
@@ -193,7 +208,7 @@ def _ends_well(file: ImageFile, form: ImageFormat) -> bool:
     try:
         with Image.open(stream(file)) as image:
             kind, mode, deep = image.format, image.mode, has_deep_colours(image)
-    except BROKEN:
+    except Exception:  # said when it is decoded
         return False
     if deep or mode not in _PLAIN:
         return False

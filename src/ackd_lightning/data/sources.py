@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ackd_lightning.data.decoding import Encoded, ImageFile
+from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.errors import ACKDError
 
@@ -22,6 +23,10 @@ NO_LABEL = -1
 
 _AT_ONCE = 1 << 12
 """Number of decoded images that are hashed at a time."""
+
+_UNCOMPRESSED = frozenset({".bmp", ".dib", ".npy", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff"})
+_SAMPLE = 4096
+"""Bytes that are read in each of three places of such a file."""
 
 _SHOWN = 3
 """Class names that a message lists."""
@@ -135,6 +140,8 @@ Source = Files | Records | Pixels
 def content_mark(source: Source) -> str:
     """Hash what the images of a part are: their decoded pixels, or the names and sizes of their files.
 
+    Files of formats without compression have the same size whatever they show, so parts of their content count as well.
+
     A copy of the same data in another folder has the same mark.
 
     Args:
@@ -150,9 +157,23 @@ def content_mark(source: Source) -> str:
     elif isinstance(source, Files):
         digest.update(os.fsencode("\0".join(source.names)))
         digest.update(source.paths.stamps()[:, 0].tobytes())
+        for row, name in enumerate(source.names):
+            if os.path.splitext(name)[1].lower() in _UNCOMPRESSED:  # noqa: PTH122
+                digest.update(_sample(source.file(row)))
     else:
         digest.update(source.mark.encode())
     return digest.hexdigest()
+
+
+def _sample(path: Path) -> bytes:
+    """Return some kilobytes from the beginning, the middle and the end of a file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        found = []
+        for start in (0, size // 2, max(0, size - _SAMPLE)):
+            file.seek(start)
+            found.append(file.read(_SAMPLE))
+    return b"".join(found)
 
 
 def name_keys(source: Source) -> Tensor | None:
@@ -168,6 +189,23 @@ def name_keys(source: Source) -> Tensor | None:
         return None
     digests = b"".join(hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in source.names)
     return torch.from_numpy(np.frombuffer(digests, "<i8").astype(np.int64))
+
+
+def say_without(targets: Tensor, rows: Tensor, names: Sequence[str], part: str) -> None:
+    """Say which classes of the images have none in a part that was split off.
+
+    Args:
+        targets: ``N`` int64 class indices of all images, -1 without a label.
+        rows: Positions of the part.
+        names: Name of each class.
+        part: What the part is called.
+    """
+    known = set(targets.tolist())
+    missing = sorted((known - set(targets[rows].tolist())) - {NO_LABEL})
+    if missing and len(rows):
+        named = ", ".join(names[each] for each in missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
+        count = "1 class" if len(missing) == 1 else f"{len(missing):,} classes"
+        say(f"{part} has no images of {count} with few images: {named}")
 
 
 def require_same_classes(train: Sequence[str], test: Sequence[str], train_name: str, test_name: str) -> None:

@@ -72,7 +72,7 @@ class TableDataModule(CustomImagesDataModule):
         columns = (path_column, label_column)
         for part, name in (("train", train), ("val", val), ("test", test)):
             if name is not None:
-                self._rows_of[part] = _rows(self.root / name, columns, split_column)
+                self._rows_of[part] = _rows(self.root / name, columns, split_column, class_names)
         if split_column is not None:
             every = self._rows_of["train"]
             self._rows_of = {part: [row for row in every if row.part == part] for part in ("train", "val", "test")}
@@ -104,7 +104,7 @@ class TableDataModule(CustomImagesDataModule):
             if missing:
                 count = f"{len(missing):,} of the training part's classes"
                 say(f"the {part} part has no images of {count}: {first_names(missing)}")
-        paths = {part: {row.path for row in rows} for part, rows in self._rows_of.items()}
+        paths = {part: {os.path.normpath(row.path) for row in rows} for part, rows in self._rows_of.items()}
         for part in ("val", "test"):
             shared = paths.get(part, set()) & paths.get("train", set())
             if shared:
@@ -115,14 +115,14 @@ class TableDataModule(CustomImagesDataModule):
         first: dict[str, _Row] = {}
         repeated, contradicting = list[_Row](), list[_Row]()
         for row in rows:
-            other = first.setdefault(row.path, row)
+            other = first.setdefault(os.path.normpath(row.path), row)
             if other is not row:
                 (repeated if other.label == row.label else contradicting).append(row)
         if repeated:
             one = repeated[0]
             say(f"{count_of(len(repeated), 'image')} listed again, such as {one.path} in {one.place}")
         if contradicting:
-            one, other = contradicting[0], first[contradicting[0].path]
+            one, other = contradicting[0], first[os.path.normpath(contradicting[0].path)]
             say(
                 f"{count_of(len(contradicting), 'image')} listed with two labels, such as {one.path}: {other.label!r} "
                 f"in {other.place} and {one.label!r} in {one.place}"
@@ -141,7 +141,7 @@ class TableDataModule(CustomImagesDataModule):
             )
         files = Files(self.root, self._names, PathTable(self.root, [row.path for row in rows]), self._targets[name])
         if "test" not in self._rows_of:
-            files = files.select(split_test(files.targets, part, self._table, keys=name_keys(files)))
+            files = files.select(split_test(files.targets, part, self._table, names=self._names, keys=name_keys(files)))
         return self._read(files, self.root, f"{self._label}-{part}")
 
 
@@ -154,8 +154,8 @@ class _Row:
         self.path, self.label, self.part, self.place = path, label, part, place
 
 
-def _rows(table: Path, columns: tuple[str, str], split_column: str | None) -> list[_Row]:
-    """Read the lines of a table."""
+def _rows(table: Path, columns: tuple[str, str], split_column: str | None, names: Sequence[str] | None) -> list[_Row]:
+    """Read the lines of a table; ``names`` are the class names that the user gives."""
     if not table.is_file():
         raise ACKDError(f"there is no table {table}: set train, val and test to CSV or Parquet files, relative to root")
     content = read_columns(table)
@@ -177,7 +177,7 @@ def _rows(table: Path, columns: tuple[str, str], split_column: str | None) -> li
     empty = next((row for row, path in enumerate(paths) if not str(path or "").strip()), None)
     if empty is not None:
         raise ACKDError(f"{place(empty)} has no path in column {columns[0]!r}: add it")
-    labels = read_labels(content[columns[1]], place)
+    labels = read_labels(content[columns[1]], place, names)
     parts = ["train"] * len(paths) if split_column is None else _parts(content[split_column], place)
     return [_Row(str(path), labels[row], parts[row], place(row)) for row, path in enumerate(paths)]
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ackd_lightning.data.decoding import HEIF
 from ackd_lightning.data.messages import say
@@ -227,7 +227,9 @@ def _looks_like_image(path: Path) -> bool:
     try:
         with Image.open(path):
             return True
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # a damaged file can fail in any way
         return False
 
 

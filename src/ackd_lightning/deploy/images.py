@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ackd_lightning.data.decoding import load_image
+from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import bands, convert, is_convertible, is_deep, largest_value
 from ackd_lightning.data.table import read_columns
-from ackd_lightning.data.walk import Walk
+from ackd_lightning.data.walk import Walk, extensions
 from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.errors import ACKDError, count_of
 
@@ -79,6 +80,10 @@ def list_images(places: Sequence[str]) -> list[Listed]:
 def _of_table(table: Path) -> list[Listed]:
     content = read_columns(table)
     names = [name for name in content if name]
+    if len(names) == 1 and (Path(names[0]).suffix.lower() in extensions() or (table.parent / names[0]).is_file()):
+        say(f"{table} has no line with column names: its first line, {names[0]}, is an image")
+        content = {_COLUMNS[0]: [names[0], *content[names[0]]]}
+        names = [_COLUMNS[0]]
     column = next((name for name in _COLUMNS if name in names), names[0] if len(names) == 1 else None)
     if column is None:
         raise ACKDError(
@@ -149,8 +154,8 @@ class _ImageFiles(Dataset[_Decoded]):
             if not path.is_file():
                 return _Decoded(row, None, "does not exist")
             raw = load_image(path)
-            found = bands(raw, form.channels)
-            if not is_convertible(raw, form.channels):
+            found = bands(raw, form.channels, name)
+            if not is_convertible(raw, form.channels, name):
                 return _Decoded(row, None, f"has {found} channels and the network reads {form.channels}")
             if form.value_range and is_deep(raw) != form.deep:
                 return _Decoded(row, None, f"has {_bits(is_deep(raw))} and the network reads {_bits(form.deep)}")

@@ -13,10 +13,11 @@ class _Unbroken(io.TextIOWrapper):
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         stream.flush()
+        errors = "backslashreplace" if stream.errors == "strict" else stream.errors  # names of files need not be text
         super().__init__(
             stream.buffer,
             encoding=stream.encoding,
-            errors=stream.errors,
+            errors=errors,
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,  # python -u and PYTHONUNBUFFERED: nothing is lost when a process dies
         )

@@ -103,7 +103,11 @@ def _describe(folder: str, seen: Survey) -> None:
             print(f"  {seen.photos[path].problem}")
     if not seen.compared:
         print("duplicates: not looked for, as the files are too large to be read here")
-    for pairs, what in ((seen.shared, "in two parts of the data"), (seen.contradicting, "in two classes")):
+    for pairs, what in (
+        (seen.shared, "in two parts of the data"),
+        (seen.contradicting, "in two classes"),
+        (seen.repeated, "in one class, which may be trained on and validated on"),
+    ):
         if pairs:
             print(
                 f"equal files {what}: {len(pairs):,}, such as {pairs[0][0]} and {pairs[0][1]}; delete one of each pair"

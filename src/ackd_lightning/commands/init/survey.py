@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ackd_lightning.data.decoding import BROKEN, load_image
+from ackd_lightning.data.decoding import load_image
 from ackd_lightning.data.folder import ImageFolderDataModule
 from ackd_lightning.data.pixels import ImageFormat
 from ackd_lightning.data.reading import Depth, check_image_file, run_over
@@ -58,6 +58,7 @@ class Survey:
         photos: What each file is, by path.
         shared: Pairs of equal files in two parts.
         contradicting: Pairs of equal files in two classes.
+        repeated: Pairs of equal files of one part and class.
         compared: Whether files were compared.
     """
 
@@ -67,6 +68,7 @@ class Survey:
     photos: Mapping[Path, Photo]
     shared: Sequence[tuple[Path, Path]]
     contradicting: Sequence[tuple[Path, Path]]
+    repeated: Sequence[tuple[Path, Path]]
     compared: bool
 
     @functools.cached_property
@@ -156,14 +158,14 @@ def _look(path: Path) -> Photo:
         if path.stat().st_size <= _SMALL_FILE:
             load_image(path)
         return Photo(min(width, height), kind, grey, depth)
-    except (ACKDError, *BROKEN) as error:
+    except Exception as error:  # a damaged file can fail in any way
         return Photo(0, "", grey=False, depth=Depth(), problem=str(error))
 
 
 def _duplicates(
     parts: Mapping[Part, Files],
-) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]], bool]:
-    """Pairs of equal files in two parts, and in two classes; only files of the same size are read."""
+) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path]], list[tuple[Path, Path]], bool]:
+    """Pairs of equal files in two parts, in two classes, and in neither; only files of the same size are read."""
     sizes: defaultdict[int, list[tuple[Path, Part, str]]] = defaultdict(list)
     for part, files in parts.items():
         for path, label in zip(files.paths, files.targets.tolist(), strict=True):
@@ -171,17 +173,19 @@ def _duplicates(
                 sizes[path.stat().st_size].append((path, part, files.class_names[label]))
     alike = {size: group for size, group in sizes.items() if size and len(group) > 1}
     if sum(size * len(group) for size, group in alike.items()) > _MOST_TO_COMPARE:
-        return [], [], False
+        return [], [], [], False
     same: defaultdict[bytes, list[tuple[Path, Part, str]]] = defaultdict(list)
     for group in alike.values():
         for entry in group:
             with contextlib.suppress(OSError):  # named among the broken files
                 same[hashlib.blake2b(entry[0].read_bytes(), digest_size=16).digest()].append(entry)
-    shared, contradicting = [], []
+    shared, contradicting, repeated = [], [], []
     for first, *others in same.values():
         for other in others:
             if other[1] != first[1]:
                 shared.append((first[0], other[0]))
             if other[2] != first[2]:
                 contradicting.append((first[0], other[0]))
-    return shared, contradicting, True
+            if other[1:] == first[1:]:
+                repeated.append((first[0], other[0]))
+    return shared, contradicting, repeated, True
