@@ -454,8 +454,7 @@ CASES = [
     Case("no_second_classifier", [*ACN, "--model.method.classifiers", "[]"], ("classifiers", "ACN", "peer")),
     Case("rho", [*ACN, "--model.method.rho", "1.5"], ("rho is 1.5", "ACN", "0", "1")),
     Case("previous", [*AIKD, "--model.method.previous", "yesterday"], ("previous", "'yesterday'", "'snapshot'")),
-    Case("no_number_of_epochs", [*AIKD, "--trainer.max_epochs", "-1", "--trainer.max_steps", "4"],
-         ("AIKD", "max_epochs"), made=True),
+    Case("no_number_of_epochs", [*AIKD, "--trainer.max_epochs", "-1"], ("AIKD", "max_epochs"), made=True),
     Case("learner_number", ["export", RUN, "--learner", "1"], ("--learner is 1", "leave it out"), made=True),
     Case("learner_word", ["export", RUN, "--learner", "first"], ("--learner", "'first'")),
     # ------------------------------------------------------------------ the rest
