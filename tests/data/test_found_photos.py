@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ackd_lightning.commands.init.survey import survey
-from ackd_lightning.data import ImageFolderDataModule, TableDataModule
+from ackd_lightning.data import ImageFolderDataModule, TableDataModule, decoding
 from ackd_lightning.data.decoding import load_image
 from ackd_lightning.data.labels import read_labels
 from ackd_lightning.data.sources import content_mark
@@ -121,19 +123,44 @@ def test_a_heic_photo_is_known_by_its_content(tmp_path):
     assert load_image(path).size == (64, 48)
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_colours_of_16_bits_are_turned_as_their_camera_states(tmp_path, turn):
+    pixels = np.arange(36, dtype=np.uint8).reshape(3, 4, 3) * 7
     exif = Image.Exif()
     exif[0x0112] = turn
-    grey = Image.fromarray(np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000)
-    grey.save(tmp_path / "grey.png", exif=exif)
-    plain = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4) * 20)
-    plain.save(tmp_path / "plain.png", exif=exif)
-    from ackd_lightning.data.decoding import _turned
+    Image.fromarray(pixels).save(tmp_path / "8.png", exif=exif)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 3, 16, 2, 0, 0, 0)), chunk(b"eXIf", exif.tobytes()[6:])]
+    parts += [chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    (tmp_path / "16.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert np.array_equal(load_image(tmp_path / "16.png"), np.asarray(load_image(tmp_path / "8.png")))
 
-    expected = np.asarray(load_image(tmp_path / "plain.png"))
-    assert (_turned(np.asarray(plain)[:, :, None], turn)[:, :, 0] == expected).all()
-    assert np.asarray(load_image(tmp_path / "grey.png")).shape == expected.shape
+
+@pytest.mark.parametrize(("mode", "compression"), [("RGB", None), ("L", "tiff_lzw")])
+def test_pages_that_tifffile_cannot_stack_leave_the_first_one(tmp_path, monkeypatch, mode, compression):
+    """With the package installed, a file that Pillow reads is not refused for its further pages."""
+    pages = [Image.new(mode, (8, 6), value) for value in ("white", "black")]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:], compression=compression)
+    found = {"tifffile": True, "imagecodecs": None}
+    monkeypatch.setattr(decoding, "find_spec", lambda name: found.get(name))
+    image = load_image(tmp_path / "x.tif")
+    assert (image.mode, image.size, image.getextrema()[-1] in (255, (255, 255))) == (mode, (8, 6), True)
+
+
+def test_a_compression_that_needs_a_package_is_told(tmp_path, monkeypatch):
+    pytest.importorskip("tifffile")
+
+    def fail(*_):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+    monkeypatch.setattr("tifffile.imread", fail)
+    (tmp_path / "x.tif").write_bytes(b"II*\0")
+    with pytest.raises(ACKDError, match="is compressed: pip install imagecodecs"):
+        load_image(tmp_path / "x.tif")
 
 
 def test_a_list_of_images_needs_no_header(tmp_path, caplog):

@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.cli import main
+from ackd_lightning.commands.compare import accuracies_on_test
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_checkpoint
 from ackd_lightning.runs.claim import claim
@@ -254,7 +255,8 @@ def test_last_is_measured_when_the_fit_ends_between_two_validations(place, capsy
     assert main([*FIT, "--name", "between", "--data.val_fraction", "0", *options, *average, "--test"]) == 0
     summary = json.loads((RUNS / "between" / "summary.json").read_text())
     assert (summary["measured_at"], summary["steps"]) == measured
-    assert "test/acc" in summary["test"]["last"]
+    assert accuracies_on_test([summary], "last") == [summary["test"]["last"]["test/acc"]]
+    assert accuracies_on_test([{**summary, "test": {}}], "last") == []  # those of earlier weights
     said = capsys.readouterr()
     assert "WeightAveraging" not in said.out + said.err
 

@@ -21,7 +21,7 @@ from ackd_lightning.models.preprocessing import channels_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.answers import answers_file
 from ackd_lightning.runs.export import FileKeptError, export_student
-from ackd_lightning.runs.files import CURVES, LEARNERS, write_json
+from ackd_lightning.runs.files import CURVES, LEARNERS, measured_last, write_json
 from ackd_lightning.runs.versions import device_name, versions
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class RunSummary(L.Callback):
     @property
     def up_to_date(self) -> bool:
         """Whether the last metrics were measured with the weights of the last step."""
-        return self.finished is not None and self.measured_at == self.finished[0]["steps"]
+        return self.finished is not None and bool(measured_last(self.finished[0]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to report the best epoch and the time of the whole run."""

@@ -20,7 +20,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.export import peer_name
 from ackd_lightning.runs.figures import new_figure, read_metrics, save_figure
-from ackd_lightning.runs.files import Which, find_runs, read_summary
+from ackd_lightning.runs.files import Which, find_runs, measured_last, read_summary
 
 _FIGURES = (".png", ".pdf", ".svg")
 _INTERVAL = "95 % interval"
@@ -91,8 +91,10 @@ def accuracies_on_test(summaries: Sequence[dict[str, Any]], which: str, key: str
         key: Name of the accuracy.
     """
     values = [each.get("test", {}).get(which, {}).get(key) for each in summaries]
-    if which == "last":  # a run without validation data measures the test set in its last epoch
-        values = [v if v is not None else each["last"].get(key) for v, each in zip(values, summaries, strict=True)]
+    if which == "last":  # a run without validation data measures the test set as it trains
+        values = [
+            v if v is not None else measured_last(each).get(key) for v, each in zip(values, summaries, strict=True)
+        ]
     return [value for value in values if value is not None]
 
 

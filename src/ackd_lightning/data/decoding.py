@@ -248,9 +248,9 @@ def _simplejpeg() -> Any:
 
 
 def _load(
-    file: ImageFile, jpeg: Callable[[Image.Image], tuple[Raw, tuple[int, int] | None]] | None
+    file: ImageFile, jpeg: Callable[[Image.Image], tuple[Raw, tuple[int, int] | None]] | None, *, renamed: bool = True
 ) -> tuple[Raw, tuple[int, int] | None]:
-    """Decode a file; ``jpeg`` decodes an open JPEG."""
+    """Decode a file; ``jpeg`` decodes an open JPEG, and ``renamed`` says whether it may be a HEIC photo after all."""
     suffix = suffix_of(file)
     if suffix in HEIF:
         register_heif()
@@ -259,17 +259,15 @@ def _load(
     except UnidentifiedImageError as error:
         if suffix in (".tif", ".tiff"):
             return _tiff(file).view(Spectral), None
-        if suffix not in HEIF and not _is_heif(file):
-            raise broken_image(file, error) from None
-        if not register_heif():
+        photo = suffix in HEIF or _is_heif(file)
+        if photo and not register_heif():
             require("pillow_heif", "heic", label(file))
+        if photo and renamed:
+            return _load(file, jpeg, renamed=False)  # now PIL knows the format
+        raise broken_image(file, error) from None
     except (ACKDError, MemoryError, SystemError):
         raise
     except Exception as error:  # a damaged file can fail in any way
-        raise broken_image(file, error) from None
-    try:  # again, now that PIL knows the format
-        return _opened(file, suffix, jpeg)
-    except Exception as error:
         raise broken_image(file, error) from None
 
 

@@ -208,6 +208,16 @@ def _damage(checkpoint: Mapping[str, Any]) -> str | None:
     return None
 
 
+def measured_last(summary: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of a run's last weights; nothing where the last validation came before the last step.
+
+    Args:
+        summary: Content of ``summary.json``.
+    """
+    last: dict[str, float] = summary["last"]
+    return last if summary.get("measured_at", summary.get("steps")) == summary.get("steps") else {}
+
+
 def read_summary(run: Path) -> dict[str, Any]:
     """Read the summary of a finished run.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ackd_lightning.commands.processes import Processes, say
 from ackd_lightning.commands.reproduce.jobs import Job
-from ackd_lightning.runs.files import read_summary
+from ackd_lightning.runs.files import measured_last, read_summary
 
 
 class Runner(Processes):
@@ -84,7 +84,7 @@ class Runner(Processes):
         summary = read_summary(job.folder)
         tested = set(summary.get("test", {}))
         if summary["shown"] == "test":  # nothing was selected, so only the last epoch counts
-            return summary["last"].get("epoch") == summary["epochs"] or "last" in tested
+            return bool(measured_last(summary)) or "last" in tested
         return set(_checkpoints(job)) <= tested
 
     def _fit_and_test(self, job: Job) -> str | None:
