@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ackd_lightning._version import __version__
+from ackd_lightning.config.home import expand_home
 from ackd_lightning.errors import (
     ACKDError,
     NotReadyError,
+    NotWrittenError,
     RunFinishedError,
     RunsFailedError,
     RunStoppedError,
@@ -172,7 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--which", choices=["last", "best"], default="last", help="checkpoint whose test predictions are compared"
     )
-    compare.add_argument("--figure", default="curves.png", help="file for the validation curves")
+    compare.add_argument("--figure", default="comparison.png", help="file for the validation curves")
 
     report = commands.add_parser(
         "report",
@@ -327,14 +329,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (stream := getattr(sys, name)) is None or stream.closed:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123  # until the end
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        _run([expand_home(each) for each in (sys.argv[1:] if arguments is None else arguments)])
         sys.stdout.flush()
     except RunFinishedError as error:
         print(f"ackd: {error}")
     except Exception as error:
         if os.environ.get("ACKD_DEBUG"):
             raise
-        if isinstance(error, ACKDError | NotReadyError | RunsFailedError | UnreadableImagesError):
+        if isinstance(error, ACKDError | NotReadyError | NotWrittenError | RunsFailedError | UnreadableImagesError):
             return _failed(str(error), 2 if isinstance(error, ACKDError) else 1)
         first = (str(error).splitlines() or [""])[0]
         return _failed(f"{type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)", 1)

@@ -18,6 +18,10 @@ class NonFiniteError(RuntimeError):
     """The loss or the weights of a run are non-finite; the last finite checkpoint is kept."""
 
 
+class NotWrittenError(RuntimeError):
+    """A file could not be written, as on a full disk; the sentence names what is left."""
+
+
 class RunsFailedError(RuntimeError):
     """Some runs of a table failed; the others were continued, and the table has been written."""
 

@@ -9,7 +9,8 @@ import signal
 import pytest
 import torch
 
-from ackd_lightning.callbacks.checkpoints import NotWrittenError, WholeCheckpoints, checkpoints
+from ackd_lightning.callbacks.checkpoints import WholeCheckpoints, checkpoints
+from ackd_lightning.errors import NotWrittenError
 from ackd_lightning.methods import KD
 from training.helpers import Blobs, build, trainer
 
@@ -39,7 +40,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("text")
-    with pytest.raises(NotWrittenError, match="no previous one"):
+    with pytest.raises(NotWrittenError, match="there is none of before; free disk space, then start the run again"):
         WholeCheckpoints().save_checkpoint({}, tmp_path / "file" / "last.ckpt")
 
 

@@ -124,3 +124,23 @@ def test_teachers_that_differ_are_said():
         summary.write_text(json.dumps({**content, "teacher": {"sha256": str(seed)}}))
         make_run("ce", seed=seed)
     assert compare(["runs"]).caption == "runs of kd learned from different teacher files"
+
+
+def test_figures_of_a_run_are_not_replaced(monkeypatch, capsys):
+    run = make_run("kd", right=160)
+    for name in ("curves.png", "learners.png"):
+        (run / name).write_bytes(b"of the run")
+    monkeypatch.chdir(run)
+    assert main(["compare", "."]) == 0
+    assert "kd/seed0" in capsys.readouterr().out
+    assert Path("comparison.png").is_file()
+    for name in ("curves.png", "learners.png"):
+        assert main(["compare", ".", "--figure", name]) == 2
+        assert f"--figure {name} is a figure of the run" in capsys.readouterr().err
+        assert Path(name).read_bytes() == b"of the run"
+
+
+def test_a_command_that_is_proposed_can_be_pasted():
+    run = Path("runs/with space/seed0")
+    make_run("with space")
+    assert f"`ackd test '{run}'`" in paired_tests({"a": [run], "b": [make_run("kd", right=160)]}, "last")[0]

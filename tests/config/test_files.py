@@ -312,3 +312,38 @@ def test_a_file_whose_name_has_a_plus_is_a_file(tmp_path, monkeypatch):
     assert load_configs(["a+b.yaml"])[0]["seed_everything"] == 5
     write(tmp_path / "runs/c+d/config.yaml", "seed_everything: 6\n")
     assert load_configs(["runs/c+d/config.yaml"])[0]["seed_everything"] == 6
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
+    path = write(tmp_path / "a.yaml", "model:\n  student: resnet8\ntrainer: {}\nmodel:\n  method: KD\n")
+    with pytest.raises(ACKDError, match=r"a\.yaml, line 4 is not YAML \('model' stands there twice"):
+        read_config(path)
+    path = write(tmp_path / "b.yaml", "x: &x {c: 1, d: 2}\ny: {<<: *x, c: 3}\nz: {<<: *x}\n")
+    assert read_config(path)["y"] == {"c": 3, "d": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "nested"),
+    [
+        ("model.method.temperature: 2", "model.method.temperature", "model: {method: {temperature: ...}}"),
+        ("model: {optimizer.lr: 1}", "model.optimizer.lr", "model: {optimizer: {lr: ...}}"),
+    ],
+)
+def test_a_setting_with_dots_is_answered_with_how_it_is_written(tmp_path, text, name, nested):
+    with pytest.raises(ACKDError) as caught:
+        read_config(write(tmp_path / "a.yaml", text))
+    assert f"the setting {name!r} with dots" in str(caught.value)
+    assert nested in str(caught.value)
+
+
+def test_a_section_without_settings_changes_nothing(tmp_path):
+    path = write(tmp_path / "a.yaml", "trainer:\nmodel:\ndata:\n")
+    assert load_configs([NAME, str(path)])[0] == load_configs([NAME])[0]
+
+
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path / "a.yaml", "runs_dir: ~/x\ndata: {init_args: {root: ~/pets, extra: [~/a, a~, ~b]}}\n")
+    settings = read_config(path)
+    assert settings["runs_dir"] == str(tmp_path / "x")
+    assert settings["data"]["init_args"] == {"root": str(tmp_path / "pets"), "extra": [str(tmp_path / "a"), "a~", "~b"]}

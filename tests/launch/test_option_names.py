@@ -138,6 +138,11 @@ def test_a_setting_of_another_class_is_said_with_the_class(option, path, owner):
         ("--data.augmentation={'mixup': 0.2}", "data.init_args.augmentation.mixup", 0.2),
         ("--model.student=resnet14", "model.student.network", "resnet14"),
         ("--seed_everything=3", "seed_everything", 3),
+        ("--wandb=False", "wandb", None),
+        ("--wandb=off", "wandb", None),
+        ("--wandb=true", "wandb", "ackd-lightning"),
+        ("--wandb=None", "wandb", None),
+        ("--wandb=mine", "wandb", "mine"),
     ],
 )
 def test_values_as_sweeps_write_them(option, name, value):

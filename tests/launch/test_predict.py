@@ -74,8 +74,20 @@ def test_a_test_on_other_data_is_not_kept_and_takes_one_run(capsys):
     Path("same.yaml").write_text("trainer: {enable_progress_bar: false}\n")
     capsys.readouterr()
     assert main(["test", "runs/ce/a", "--config", "other.yaml"]) == 0
-    assert "not kept in runs/ce/a: the test was changed" in capsys.readouterr().out
+    assert "not kept in runs/ce/a, as it is another test" in capsys.readouterr().out
     assert Path("runs/ce/a/summary.json").read_bytes() == summary
+    Path("quick.yaml").write_text("trainer: {fast_dev_run: 1}\n")
+    Path("own.yaml").write_text(Path("runs/ce/a/config.yaml").read_text().replace("image_size: 16", "image_size: 24"))
+    for changed in (
+        ["runs/ce/a", "--trainer.fast_dev_run", "1"],
+        ["runs/ce/a", "--config", "quick.yaml"],
+        ["runs/ce/a", "--trainer.precision", "bf16-mixed"],
+        ["runs/ce/a", "--trainer.limit_test_batches", "1"],
+        ["--config", "own.yaml", "--ckpt_path", "runs/ce/a/checkpoints/last.ckpt"],
+    ):
+        assert main(["test", *changed]) == 0
+        assert "not kept in runs/ce/a, as it is another test" in capsys.readouterr().out
+        assert Path("runs/ce/a/summary.json").read_bytes() == summary
     assert main(["test", "runs/ce/a", "--config", "same.yaml"]) == 0
     assert "not kept" not in capsys.readouterr().out
     assert main(["test", "runs/ce/a", "runs/ce/b"]) == 2

@@ -67,11 +67,76 @@ def test_a_run_that_was_stopped_after_its_last_epoch_gets_its_summary(run):
     before = json.loads((run / "summary.json").read_text())
     (run / "summary.json").unlink()
     (run / "student.safetensors").unlink()
+    Path("weights/digits_resnet8.safetensors").unlink()
     assert main([*FIT, "--resume", str(run), "--trainer.max_epochs", "1"]) == 0
     after = json.loads((run / "summary.json").read_text())
     assert (run / "student.safetensors").is_file()
     for key in ("epochs", "last", "best"):
         assert after[key] == before[key]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_weights_of_another_run_are_kept_when_a_run_is_resumed(run, tmp_path, monkeypatch, capsys):
+    first, here = tmp_path / "first", tmp_path / "here"
+    moved = first / "runs/digits_resnet8/one"
+    shutil.copytree(run, moved)
+    own, other = (each / "weights/digits_resnet8.safetensors" for each in (first, here))
+    for file in (own, other):
+        file.parent.mkdir(parents=True)
+    shutil.copy(run / "student.safetensors", own)
+    other.write_bytes(b"of another run")
+    monkeypatch.chdir(here)
+    assert main(["fit", "--resume", str(moved), "--trainer.max_epochs", "2"]) == 0
+    assert f"weights_dir is {first / 'weights'}" in capsys.readouterr().out
+    assert (
+        own.read_bytes() == (moved / "student.safetensors").read_bytes() != (run / "student.safetensors").read_bytes()
+    )
+    assert other.read_bytes() == b"of another run"
+    own.write_bytes(b"of a third one")
+    assert main(["fit", "--resume", str(moved), "--trainer.max_epochs", "3"]) == 2
+    assert f"weights {own} exist" in capsys.readouterr().err
+    assert own.read_bytes() == b"of a third one"
+    assert main(["fit", "--resume", str(moved), "--trainer.max_epochs", "3", "--weights_dir", "new"]) == 0
+    assert Path("new/digits_resnet8.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    ("folder", "value"), [(".", "."), ("checkpoints", ".."), ("checkpoints", "last.ckpt"), ("..", "one")]
+)
+def test_a_run_is_resumed_and_tested_from_a_folder_inside_it(run, tmp_path, monkeypatch, capsys, folder, value):
+    moved = tmp_path / "runs/digits_resnet8/one"
+    shutil.copytree(run, moved)
+    monkeypatch.chdir(moved / folder)
+    assert main(["test", value]) == 0
+    assert "test" in json.loads((moved / "summary.json").read_text())
+    assert main(["fit", "--resume", value, "--trainer.max_epochs", "2"]) == 0
+    assert json.loads((moved / "summary.json").read_text())["epochs"] == 2
+    assert max(read_metrics(moved / "metrics.csv")["val/acc"]) == 2
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["runs", "weights"]
+
+
+@pytest.mark.parametrize("option", [["--name", "two"], ["--name=two"], ["--runs_dir", "elsewhere"]])
+def test_a_run_that_is_resumed_keeps_its_place(run, capsys, option):
+    before = (run / "config.yaml").read_bytes()
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2", *option]) == 2
+    assert f"the run that is resumed is {run}" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_what_is_no_run_is_answered_with_the_run(run, capsys):
+    own = run.relative_to(Path.cwd())
+    for value, words in {
+        "runs": f"has the runs {own}",
+        own.parent: f"has the runs {own}",
+        own / "checkpoints": f"name the run {own}",
+        own / "config.yaml": f"name the run {own}",
+    }.items():
+        for command in (["test", str(value)], ["export", str(value)], ["fit", "--resume", str(value)]):
+            assert main(command) == 2
+            error = capsys.readouterr().err
+            assert words in error
+            assert "--which" not in error
 
 
 def test_commands_on_an_unfinished_run_say_so(run, capsys):

@@ -132,11 +132,14 @@ def test_a_damaged_summary_is_named(tmp_path, text):
         read_summary(tmp_path)
 
 
-def test_runs_are_found_once_however_they_are_named(tmp_path):
+def test_runs_are_found_once_however_they_are_named(tmp_path, monkeypatch):
     for name in ("b", "a"):
         write_json({}, tmp_path / "config" / name / "summary.json")
     runs = [tmp_path / "config" / name for name in ("a", "b")]
     assert find_runs([tmp_path, tmp_path / "config" / "a"]) == runs
+    monkeypatch.chdir(runs[0])
+    assert [each.resolve() for each in find_runs([".", runs[0], tmp_path])] == runs
+    assert find_runs(["."])[0].name == "a"
     (tmp_path / "empty").mkdir()
     for place in ("empty", "gone"):
         with pytest.raises(ACKDError, match=place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import NotWrittenError
 from ackd_lightning.runs.files import whole_file
 
 
@@ -50,12 +51,6 @@ def checkpoints(folder: Path, *, select: bool) -> list[ModelCheckpoint]:
     return [best, last]  # in this order the last checkpoint holds what is the best one by then
 
 
-class NotWrittenError(ACKDError, OSError):
-    """A checkpoint could not be written; the sentence names what is left."""
-
-    __str__ = ACKDError.__str__
-
-
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoint plugin that writes a file whole or not at all.
 
@@ -80,8 +75,10 @@ class WholeCheckpoints(TorchCheckpointIO):
             with whole_file(target) as partial, buffer.getbuffer() as view, partial.open("wb") as file:
                 file.write(view)
         except OSError as error:
-            left = "the previous one is kept" if target.is_file() else "there is no previous one"
+            kept = sorted(each.name for each in target.parent.glob("*.ckpt"))
+            left = f"{' and '.join(kept)} of before are kept" if kept else "there is none of before"
+            then = f"`ackd fit --resume {shlex.quote(str(target.parents[1]))}`" if kept else "start the run again"
             reason = error.strerror or str(error)
             raise NotWrittenError(
-                f"checkpoint {target} could not be written ({reason}), and {left}; free disk space and resume the run"
+                f"checkpoint {target} could not be written ({reason}), and {left}; free disk space, then {then}"
             ) from error

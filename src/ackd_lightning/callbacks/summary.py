@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,8 +21,8 @@ from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.models.preprocessing import channels_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.answers import answers_file
-from ackd_lightning.runs.export import FileKeptError, export_student
-from ackd_lightning.runs.files import CURVES, LEARNERS, measured_last, write_json
+from ackd_lightning.runs.export import export_student
+from ackd_lightning.runs.files import CURVES, LEARNERS, STUDENT, measured_last, same_content, whole_file, write_json
 from ackd_lightning.runs.versions import device_name, versions
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ class RunSummary(L.Callback):
 
     def __init__(self, folder: Path, *, config: str, copy_to: Path | None = None) -> None:
         self.folder, self.config, self.copy_to = folder, config, copy_to
-        self.replaces = copy_to is not None and copy_to.exists()  # its own, of a run that is resumed
         self.started = 0.0
         self.seconds = 0.0
         # counted before the fit: the hooks of a profiler cannot be copied, and nothing may fail after the last epoch
@@ -129,28 +129,38 @@ class RunSummary(L.Callback):
         files = {"settings": "config.yaml", "metrics": "metrics.csv", "checkpoints": "checkpoints"}
         files |= {"curves": CURVES, "learners": LEARNERS}
         last = self.folder / "checkpoints" / "last.ckpt"
-        if last.is_file() and module.model_name is not None:
+        if module.model_name is not None and not last.is_file():
+            rank_zero_warn(f"the student was not exported, as there is no {last}")
+        elif module.model_name is not None:
             # only metrics that were measured with the very weights that are written
             known = self.last if summary["last_is_final"] else {}
             measured = {key.replace("/", "_"): f"{value:.6f}" for key, value in known.items() if key.endswith("/acc")}
             measured |= {f"{part}_count": str(count) for part, count in summary["images"].items() if known}
-            own, extra = self.folder / "student.safetensors", {**measured, "weights": "last epoch"}
+            own, extra = self.folder / STUDENT, {**measured, "weights": "last epoch"}
+            replaces = self.copy_to is not None and same_content(self.copy_to, own)  # of a run that is trained longer
             try:
                 export_student(last, own, extra=extra, overwrite=True)
                 files["student"] = own.name
-                if self.copy_to is not None:
-                    export_student(last, self.copy_to, extra=extra, overwrite=self.replaces)
-            except FileKeptError:
-                rank_zero_warn(
-                    f"{self.copy_to} was written by another run meanwhile and is not replaced; this run's weights are "
-                    f"{own}"
-                )
-                self.copy_to = None
+                self._copy(own, replace=replaces)
             except ACKDError as error:  # what the run has measured is kept
                 rank_zero_warn(f"the student was not exported: {error}")
-                self.copy_to = None
+        if "student" not in files:
+            self.copy_to = None
         write_json(summary, self.folder / "summary.json")  # last, as it marks the run as finished
         self.finished = (summary, files)
+
+    def _copy(self, own: Path, *, replace: bool) -> None:
+        """Copy the student for later runs, or say why not; nothing without ``copy_to``."""
+        if self.copy_to is None:
+            return
+        try:
+            with whole_file(self.copy_to, replace=replace) as partial:
+                shutil.copyfile(own, partial)
+        except OSError as error:
+            kept = isinstance(error, FileExistsError)
+            why = "was written by another run meanwhile and is not replaced" if kept else f"was not written ({error})"
+            rank_zero_warn(f"{self.copy_to} {why}; this run's weights are {own}")
+            self.copy_to = None
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write them for a run that was stopped after its last epoch and before this, and has nothing left to train."""

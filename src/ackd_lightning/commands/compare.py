@@ -15,12 +15,12 @@ from rich.table import Table
 
 from ackd_lightning.commands.paired import interval_text, paired_tests
 from ackd_lightning.config.experiment import experiment_settings
-from ackd_lightning.config.files import read_yaml
+from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.export import peer_name
 from ackd_lightning.runs.figures import new_figure, read_metrics, save_figure
-from ackd_lightning.runs.files import Which, find_runs, measured_last, read_summary
+from ackd_lightning.runs.files import CURVES, LEARNERS, Which, find_runs, measured_last, read_summary
 
 _FIGURES = (".png", ".pdf", ".svg")
 _INTERVAL = "95 % interval"
@@ -240,6 +240,8 @@ def compare_command(places: Sequence[str], *, figure: str, which: Which = "last"
     target = Path(figure)
     if target.suffix.lower() not in _FIGURES or target.is_dir():
         raise ACKDError(f"--figure is {figure}; name a file that ends in {', '.join(_FIGURES)}")
+    if target.name in (CURVES, LEARNERS) and (target.parent / "config.yaml").is_file():
+        raise ACKDError(f"--figure {figure} is a figure of the run in that folder; name another file")
     groups = group_runs(places)
     table, tests = compare(places, which=which), paired_tests(groups, which)
     check_writable(target.parent, "the folder of --figure,")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,9 +58,8 @@ def paired_tests(groups: Mapping[str, Sequence[Path]], which: Which) -> list[str
     if missing:
         more = f" and {count_of(len(missing) - 1, 'more run')} have" if len(missing) > 1 else " has"
         option = "" if which == "last" else f" --which {which}"
-        return [
-            f"no paired test: {missing[0]}{more} no predictions of the test set (run `ackd test {missing[0]}{option}`)"
-        ]
+        command = f"ackd test {shlex.quote(str(missing[0]))}{option}"
+        return [f"no paired test: {missing[0]}{more} no predictions of the test set (run `{command}`)"]
     answers = {name: [read_answers(answers_file(run, which)) for run in runs] for name, runs in groups.items()}
     first, *others = answers
     return [_sentence(first, answers[first], other, answers[other]) for other in others]

@@ -32,6 +32,19 @@ def experiment_settings(config: dict[str, Any], *, places: bool = False) -> dict
     return kept
 
 
+def differences(before: dict[str, Any], now: dict[str, Any], *, places: bool = False) -> dict[str, str]:
+    """Return what differs between two experiments, as ``before -> now`` by dotted name.
+
+    Args:
+        before: Content of the ``config.yaml`` of the first.
+        now: That of the second; a setting that only one of them has does not count.
+        places: Whether to count where the files of data and teacher are.
+    """
+    there, here = (experiment_settings(each, places=places) for each in (before, now))
+    shared = sorted(there.keys() & here.keys())
+    return {key: f"{there[key]!r} -> {here[key]!r}" for key in shared if there[key] != here[key]}
+
+
 def moved_data(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str] | None:
     """Return the folders of two runs' data where they are different data, and None for the same.
 

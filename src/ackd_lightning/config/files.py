@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
+from ackd_lightning.config.home import expand_home
+from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError, near_matches
 
 _INCLUDE = "include"
-_DEEPEST, _MOST = 50, 100_000
-"""Largest number of levels and of values in a YAML file; an alias counts as often as it is used."""
 _METHODS = "methods"
 _RECIPES = "recipes"
+_SECTIONS = ("trainer", "model", "data")
 _SHORT = {"student": "network"}
 """Settings whose name or class is short for a mapping with this key."""
 
@@ -179,62 +176,6 @@ def walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from walk(inner, below)
 
 
-def parse_yaml(text: str) -> Any:
-    """Parse YAML of plain data, in C where PyYAML has that.
-
-    Args:
-        text: YAML.
-
-    Raises:
-        yaml.YAMLError: With the line, if it is not YAML.
-    """
-    if hasattr(yaml, "CSafeLoader"):
-        with contextlib.suppress(Exception):  # told by the other one, which counts lines as people do
-            return yaml.CSafeLoader(text).get_single_data()
-    return yaml.safe_load(text)
-
-
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file of plain data: mappings, lists, text, numbers.
-
-    Args:
-        path: YAML file.
-
-    Raises:
-        ACKDError: When it cannot be read, is not YAML, or holds anything else.
-    """
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ACKDError(f"{path} cannot be read ({error.strerror}); check its path and permissions") from error
-    except Exception as error:  # PyYAML passes on whatever its constructors of numbers and dates raise
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise ACKDError(
-            f"{path}{place} is not YAML ({first}); correct it, or print a valid one with --print_config"
-        ) from None
-    _check_plain(content, path)
-    return content
-
-
-def _check_plain(content: Any, path: Path) -> None:
-    """Refuse what JSON cannot hold, and endless growth through aliases."""
-    waiting, seen = [(content, 0)], 0
-    while waiting:
-        value, level = waiting.pop()
-        seen += 1
-        if level > _DEEPEST or seen > _MOST:
-            raise ACKDError(f"{path} is nested too deeply or endlessly; remove its aliases (&, *)")
-        if isinstance(value, dict):
-            waiting += [(each, level + 1) for pair in value.items() for each in pair]
-        elif isinstance(value, list):
-            waiting += [(each, level + 1) for each in value]
-        elif not isinstance(value, str | int | float | None):
-            kind = "date" if isinstance(value, datetime.date) else type(value).__name__
-            raise ACKDError(f"{path} holds the {kind} {str(value)[:40]!r}; put it in quotes, or use a number")
-
-
 def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file, laid over the fragments in its ``include`` list.
 
@@ -251,6 +192,15 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ACKDError(f"{path} holds a {type(content).__name__}, not settings; write `key: value` lines")
     result: dict[str, Any] = {}
     included = content.pop(_INCLUDE, None) or []
+    content = _expand_home({key: value for key, value in content.items() if key not in _SECTIONS or value is not None})
+    sections = [("", content), *((f"{key}.", content.get(key)) for key in _SECTIONS)]
+    for place, section in sections:
+        for key in section if isinstance(section, dict) else ():
+            if "." in str(key):
+                name = f"{place}{key}"
+                lines = "".join(f"{part}: {{" for part in name.split(".")[:-1])
+                nested = f"{lines}{name.rpartition('.')[2]}: ...{'}' * name.count('.')}"
+                raise ACKDError(f"{path} has the setting {name!r} with dots, as options have; write {nested}")
     if not isinstance(included, list):
         raise ACKDError(f"`include` of {path} is {included!r}, not a list; write include: [{included}]")
     for name in included:
@@ -263,6 +213,15 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise ACKDError(f"{path} includes {name!r}, which does not exist; {near_matches(str(name), known)}")
         result = merge(result, read_config(found, (*_seen, path.resolve())))
     return merge(result, content)
+
+
+def _expand_home(value: Any) -> Any:
+    """Replace the ``~`` at the beginning of every path in settings by the home folder."""
+    if isinstance(value, dict):
+        return {key: _expand_home(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_expand_home(each) for each in value]
+    return expand_home(value) if isinstance(value, str) else value
 
 
 def read_files(value: str) -> list[Path]:

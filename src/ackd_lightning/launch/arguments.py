@@ -1,21 +1,18 @@
-"""Read a command line: which configurations, which run, and which classes it names."""
+"""Read a command line: which configurations and which classes it names."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib
-import itertools
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
 from ackd_lightning.config.files import long_form, merge, walk
 from ackd_lightning.errors import ACKDError, count_of
-from ackd_lightning.runs.files import find_checkpoint, run_folder
 
 _INIT = "init_args"
 _TORCH = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}
@@ -73,91 +70,6 @@ def without_none(options: Sequence[str]) -> list[str]:
         ['--data.max_per_class=null', '--model.student.weights', 'null', '--name=Nonesuch']
     """
     return ["null" if each == "None" else re.sub(r"^(--[^=]+)=None$", r"\1=null", each) for each in options]
-
-
-def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
-    """Replace ``RUN [--which best]`` by the run's own settings and checkpoint.
-
-    Args:
-        configs: Configurations that are named already.
-        rest: Other arguments.
-
-    Returns:
-        Both, completed.
-    """
-    which, run, others = "last", "", []
-    waiting = iter(rest)
-    for argument in waiting:
-        if argument == "--which" or argument.startswith("--which="):
-            which = argument.partition("=")[2] or next(waiting, "")
-        elif argument.startswith("-"):
-            alone = "=" in argument or argument in ("-h", "--help", "--print_config", "--overwrite")
-            others += [argument] if alone else [argument, *itertools.islice(waiting, 1)]
-        elif others[-1:] == ["--overwrite"] and argument.lower() in ("true", "false"):
-            others[-1] += f"={argument}"
-        elif run:
-            raise ACKDError(f"one run at a time: {run} and {argument} are given; call the command once for each")
-        else:
-            run = argument
-    if which not in ("last", "best"):
-        raise ACKDError(f"--which is {which!r}; it must be last or best")
-    if not run and not configs and "--ckpt_path" in others[:-1]:
-        place = others.index("--ckpt_path")
-        run, others = others[place + 1], [*others[:place], *others[place + 2 :]]
-    if run:
-        checkpoint = find_checkpoint(run, cast("Any", which))
-        others = ["--ckpt_path", str(checkpoint), *others]
-        configs = [_settings_of(run_folder(checkpoint)), *configs]
-    return configs, others
-
-
-def resumed_settings(options: Sequence[str]) -> list[str]:
-    """Return the ``config.yaml`` of the run that ``--resume PATH`` names; empty if there is none.
-
-    Args:
-        options: Command line without ``--config``.
-
-    Raises:
-        ACKDError: If there is no such run, or it has no settings.
-    """
-    named = [Path(value) for name, value in option_pairs(options) if name == "--resume" and value not in (None, "auto")]
-    if not named:
-        return []
-    return [_settings_of(named[-1] if named[-1].is_dir() else run_folder(find_checkpoint(named[-1])))]
-
-
-def _settings_of(folder: Path) -> str:
-    """The ``config.yaml`` of a run."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ACKDError(f"{folder} has no config.yaml; name the settings with --config")
-    return str(path)
-
-
-def find_data(settings: dict[str, Any], config: Path) -> list[str]:
-    """Find the data of a run that was started in another folder, whose relative paths do not exist in this one.
-
-    Args:
-        settings: Settings of the run; paths below ``data`` are changed in place.
-        config: ``config.yaml`` of the run.
-
-    Returns:
-        Paths that were found.
-    """
-    runs, data = Path(settings.get("runs_dir") or "runs"), settings.get("data")
-    arguments = data.get(_INIT) if isinstance(data, dict) else None
-    parents = config.resolve().parent.parents
-    if runs.is_absolute() or not isinstance(arguments, dict) or len(parents) <= 1 + len(runs.parts):
-        return []
-    start = parents[1 + len(runs.parts)]
-    found = []
-    for name, value in arguments.items():
-        if not isinstance(value, str) or not value or Path(value).is_absolute() or Path(value).exists():
-            continue
-        if start / runs == parents[1] and (start / value).exists():
-            arguments[name] = str(start / value)
-            found.append(f"data.{name} is {start / value}")
-    return found
 
 
 def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str]:

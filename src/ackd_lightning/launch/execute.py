@@ -32,10 +32,11 @@ from ackd_lightning.launch.preflight import (
     check_processes,
     check_writable,
 )
+from ackd_lightning.launch.run_settings import changed_test, refuse_other_place
 from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.launch.words import as_given
 from ackd_lightning.runs.claim import Claim, claim, say_unfinished
-from ackd_lightning.runs.files import read_summary, run_folder, write_json
+from ackd_lightning.runs.files import STUDENT, read_summary, run_folder, same_content, write_json
 from ackd_lightning.runs.resume import Length, changed_settings, check_length, resume_auto, resume_from
 from ackd_lightning.training.speed import keep_freed_memory
 
@@ -132,10 +133,12 @@ class Execution:
                 classes=self.cli.model.data.num_classes,
                 answers=next((each.answers for each in self._answers()), None),
             )
-        if self.cli.command == "test" and self.cli.altered:
-            print(f"not kept in {run_folder(Path(checkpoint))}: the test was changed on the command line")
-        elif self.cli.command == "test":
-            self._keep_test(Path(checkpoint))
+        if self.cli.command == "test":
+            run = run_folder(Path(checkpoint))
+            if changes := changed_test(run, self.cli.settings()):
+                print(f"not kept in {run}, as it is another test than that of the run: {', '.join(changes)}")
+            else:
+                self._keep_test(Path(checkpoint))
 
     def _check(self) -> None:
         """Check processes, batch size and checkpoint."""
@@ -200,7 +203,7 @@ class Execution:
         os.environ[_RUN_NAME] = self.cli.folder.name
         if self.copy_to is None:
             return
-        if self.copy_to.exists() and not own:
+        if self.copy_to.exists() and not same_content(self.copy_to, self.cli.folder / STUDENT):
             raise ACKDError(
                 f"weights {self.copy_to} exist and this run would replace them; move them, or choose another "
                 "--weights_dir"
@@ -218,6 +221,7 @@ class Execution:
             found = resume_auto(self.cli.folder.parent, self.option("name"), self.option("seed_everything"), length)
         else:
             found = resume_from(self.option("resume"), length)
+            refuse_other_place(found.folder, self.cli.options)
         os.environ.pop(_RESUMED, None)
         if found is None:
             return
@@ -274,6 +278,8 @@ class Execution:
         """Test the last and the best checkpoint."""
         for name in ("last", "best"):
             checkpoint = self.cli.folder / "checkpoints" / f"{name}.ckpt"
+            if name == "last" and not checkpoint.is_file() and self.trainer.is_global_zero:
+                print(f"not tested, as there is no {checkpoint}")
             if checkpoint.is_file():
                 self.trainer.test(
                     self.cli.model, datamodule=self.cli.datamodule, ckpt_path=str(checkpoint), verbose=False

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,33 +21,27 @@ from ackd_lightning.config.files import (
     config_parts,
     find_config,
     load_configs,
-    parse_yaml,
     read_files,
 )
+from ackd_lightning.config.yaml_files import parse_yaml
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import (
     choose_classes,
-    find_data,
-    name_checkpoint,
     refuse_values_alone,
     renew_length,
-    resumed_settings,
     split_configs,
     without_none,
 )
 from ackd_lightning.launch.messages import Given, RefusedError, check_shape, failed_constructor, first_cause, shorten
 from ackd_lightning.launch.options import FIT_ONLY, data_parser, make_parser, spell_out
 from ackd_lightning.launch.preflight import check_numbers, check_values
+from ackd_lightning.launch.run_settings import find_files, name_checkpoint, resumed_settings
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.strategies import refuse_sharding
 
 _CLASSES: dict[str, type] = {"data": L.LightningDataModule}
 _ARGUMENTS_OF = {"model": DistillationModule, "trainer": L.Trainer}
-
-
-_TESTED = ("--data", "--model", "--trainer.limit")
-"""What options begin with that change what `ackd test` measures."""
 
 
 class ACKDCLI:
@@ -66,7 +60,7 @@ class ACKDCLI:
         config: Parsed settings, with automatic values replaced.
         config_name: Stems of the configuration files, joined by ``+``; empty without any.
         folder: Folder of the run.
-        altered: Whether the command line changes data, model or the part of the data that is read.
+        options: Command line without configurations and RUN.
         prints: Whether ``--print_config`` was given.
         fine_tunes: Whether the configurations contain ``recipes/finetune``.
         datamodule: Data module, after ``build``.
@@ -82,7 +76,6 @@ class ACKDCLI:
     def __init__(self, command: str, arguments: Sequence[str], *, needs_run: bool = True) -> None:
         self.command, self.followed = command, ""
         configs, options = split_configs(arguments)
-        self.altered = any(each.startswith(_TESTED) for each in options)
         if command != "fit":
             configs, options = name_checkpoint(configs, options)
             if needs_run and not configs and not {"-h", "--help"} & set(options):
@@ -96,10 +89,11 @@ class ACKDCLI:
         refuse_values_alone(options)
         options = without_none(options)
         settings, self.config_name = load_configs(configs)
-        if own and len(configs) > 1:  # those of the run, and others that change them
-            self.altered |= _what_is_tested(settings) != _what_is_tested(load_configs(configs[:1])[0])
-        if own and configs and (found := find_data(settings, find_config(config_parts(configs[0])[0]))):
-            print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
+        self.options = options
+        if own and configs:
+            place = find_config(config_parts(configs[0])[0])
+            if found := find_files(settings, place, options, writes=command == "fit"):
+                print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output", "overwrite")}
         elif own:  # the run goes on from its own checkpoint, wherever it started from
@@ -125,6 +119,8 @@ class ACKDCLI:
         check_numbers(self.config.as_dict())
         check_values(self.config.as_dict(), {"model": DistillationModule, **chosen}, given)
         refuse_sharding(_strategy_name(self.option("trainer.strategy")))
+        if command == "fit" and self.config.model.optimizer is None:
+            raise ACKDError("model.optimizer is empty; name one, such as torch.optim.SGD, or leave the setting out")
         if command == "fit" and self.config.model.lr_scheduler is not None:
             before, epochs = (settings.get("trainer") or {}).get("max_epochs"), self.option("trainer.max_epochs")
             recipe = self.config.model.recipe
@@ -240,9 +236,3 @@ def _plain_partial(value: Any) -> Any:
         return value
     cls = next(each for each in value.args if isinstance(each, type))
     return functools.partial(cls, **value.keywords)
-
-
-def _what_is_tested(settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the settings that change what `ackd test` measures."""
-    limits = {name: value for name, value in (settings.get("trainer") or {}).items() if name.startswith("limit")}
-    return settings.get("data"), settings.get("model"), limits

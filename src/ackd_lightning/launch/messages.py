@@ -214,6 +214,7 @@ def shorten(refused: RefusedError, given: Given, *, around: str = "") -> str:
         likely = [each for each in held if each.endswith((".network", ".weights"))] or held[:2]
         return f"setting {key[1]} is {value[1]!r}; it holds settings, such as {' and '.join(likely)}{given.at(key[1])}"
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\.? Got value| - | Given value|$)", text))
+    expected.pop("import path or a subclass spec, but got None", None)
     bare = (re.sub(r"(?:typing\.)?Literal\[(.*)\]|typing\.|<class '([\w.]+)'>", r"\1\2", each) for each in expected)
     kinds = sorted({_kind(each): None for each in bare if each != "NoneType"} or [_CLASS], key=_CLASS.__eq__)
     stated = re.sub(r"^\{'class_path': '([^']*)'\}$| - Expected an? .*", r"\1", value[1]) if value else ""

@@ -29,6 +29,7 @@ from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.training.speed import fast_settings
 
 _TEXT = {"type": str | None, "default": None}
+_PROJECT = "ackd-lightning"
 _KINDS: dict[str, dict[str, Any]] = {
     # with and without a value, as sweeps write --fast=True
     **{
@@ -37,9 +38,11 @@ _KINDS: dict[str, dict[str, Any]] = {
     },
     "runs_dir": {"type": str, "default": "runs"},
     "resume": {**_TEXT, "metavar": "auto|PATH"},
-    "wandb": {**_TEXT, "metavar": "PROJECT", "nargs": "?", "const": "ackd-lightning"},
+    "wandb": {**_TEXT, "type": str | bool | None, "metavar": "PROJECT", "nargs": "?", "const": _PROJECT},
     "on_nonfinite": {"type": Literal["stop", "skip"] | None, "default": None},
 }
+_SWITCH = dict.fromkeys(("false", "no", "off"), None) | dict.fromkeys(("true", "yes", "on"), _PROJECT)
+"""What ``--wandb`` may be instead of a project: nothing is logged, or the project of its default."""
 FIT_ONLY = tuple(FIT_TEXTS)
 """Options that only ``ackd fit`` has."""
 
@@ -135,6 +138,8 @@ def spell_out(settings: Any) -> None:
     model, trainer = settings.model, settings.trainer
     if settings.get("on_nonfinite") is not None:
         model.on_nonfinite, settings.on_nonfinite = settings.on_nonfinite, None
+    if (project := str(settings.get("wandb")).lower()) in _SWITCH:
+        settings.wandb = _SWITCH[project]
     if settings.get("fast"):
         settings.fast = False
         for name, value in fast_settings(str(trainer.accelerator)).items():

@@ -124,6 +124,7 @@ def _callbacks(cli: ACKDCLI, folder: Path, summary: RunSummary) -> list[L.Callba
 
 def _loggers(cli: ACKDCLI, folder: Path) -> list[Logger]:
     """``metrics.csv`` always, W&B and TensorBoard when asked for."""
+    folder = folder.resolve()  # a relative one may lack the name of the configuration
     root, config, name = folder.parents[1], folder.parent.name, folder.name
     loggers: list[Logger] = [CurvesFile(root, name=config, version=name)]
     project = cli.option("wandb")

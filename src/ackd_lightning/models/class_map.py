@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from ackd_lightning.config.yaml_files import first_reason, parse_yaml
 from ackd_lightning.errors import ACKDError, near_matches
 
 FEATURES_ONLY = "features"
@@ -33,14 +34,14 @@ def read_class_map(given: Any) -> dict[Any, Any] | list[Any] | str:
         place, path = f"class_map {given}", Path(given).expanduser()
         try:
             text = path.read_text(encoding="utf-8")
-            given = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+            given = json.loads(text) if path.suffix.lower() == ".json" else parse_yaml(text)
         except OSError as error:
             raise ACKDError(
                 f"class_map is {str(path)!r} and cannot be read ({error.strerror}); name a YAML or JSON file, give the "
                 f"map itself, or {FEATURES_ONLY!r}"
             ) from error
         except (ValueError, yaml.YAMLError, RecursionError) as error:
-            reason = str(error).splitlines()[0][:100]
+            reason = first_reason(error)[:100]
             raise ACKDError(f"{place} is not YAML or JSON ({reason}); write one line per class of the data") from error
     if isinstance(given, Mapping) and given:
         return dict(given)

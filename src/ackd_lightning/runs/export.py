@@ -34,10 +34,6 @@ from ackd_lightning.types import ImageSize, height_width
 _TOLERANCE, _IMAGES = 1e-5, 4
 
 
-class FileKeptError(ACKDError):
-    """A file exists and is not replaced."""
-
-
 @dataclass(frozen=True, slots=True)
 class Exported:
     """A network that was exported.
@@ -232,8 +228,8 @@ def export_student(
     return write_student(checkpoint, target, origin=checkpoint_path, learner=learner, extra=extra, overwrite=overwrite)
 
 
-def _exists(target: Path) -> FileKeptError:
-    return FileKeptError(f"{target} exists; choose another --out or pass --overwrite")
+def _exists(target: Path) -> ACKDError:
+    return ACKDError(f"{target} exists; choose another --out or pass --overwrite")
 
 
 def write_student(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import json
 import os
 import pickle
@@ -16,11 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.errors import ACKDError, count_of, near_matches
 
 Which = Literal["last", "best"]
 CURVES, LEARNERS = "curves.png", "learners.png"
 """Figures of a run."""
+STUDENT = "student.safetensors"
+"""Student of a run, as its last epoch left it."""
 _MAX_CLASSES, _MAX_INPUT_SIZE = 1_000_000, 4096
 _REQUIRED = {"num_classes", "input_size", "mean", "std", "data", "method", "seed", "epoch"}
 """Metadata that every checkpoint has under ``ackd_lightning``."""
@@ -102,6 +105,16 @@ def whole_files(path: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
+def same_content(first: Path, second: Path) -> bool:
+    """Return whether two files exist and have the same bytes.
+
+    Args:
+        first: File.
+        second: Another file.
+    """
+    return first.is_file() and second.is_file() and filecmp.cmp(first, second, shallow=False)
+
+
 def write_json(content: Any, path: Path) -> None:
     """Write a JSON file whole or not at all.
 
@@ -128,14 +141,37 @@ def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
     if path.is_dir():
         found = path / "checkpoints" / f"{which}.ckpt"
         if not found.is_file():
-            others = ", ".join(sorted(each.name for each in path.glob("checkpoints/*.ckpt"))) or "none"
-            raise ACKDError(f"{found} does not exist (its checkpoints: {others}); choose another run or --which")
+            raise _no_checkpoint(path, found)
         return found
     if not path.is_file():
         beside = [each.name for each in path.parent.glob("*/") if (each / "checkpoints").is_dir()]
         hint = near_matches(path.name, beside, otherwise="`ackd fit` writes runs to runs/CONFIG/NAME")
         raise ACKDError(f"{run} is neither a run folder nor a checkpoint; {hint}")
+    if path.suffix != ".ckpt" and (path.parent / "checkpoints").is_dir():
+        raise ACKDError(f"{path} is a file of a run and no checkpoint; name the run {_named(path.parent)}")
     return path
+
+
+def _no_checkpoint(folder: Path, wanted: Path) -> ACKDError:
+    """Say what a folder is that has no such checkpoint, and what to name instead."""
+    if others := sorted(each.name for each in folder.glob("checkpoints/*.ckpt")):
+        return ACKDError(
+            f"{wanted} does not exist (its checkpoints: {', '.join(others)}); choose another run or --which"
+        )
+    if _named(folder).name == "checkpoints":
+        return ACKDError(
+            f"{folder} is the folder of a run's checkpoints; name the run {run_folder(folder / 'last.ckpt')}"
+        )
+    below = (each for deep in ("*", "*/*") for each in folder.glob(f"{deep}/checkpoints/*.ckpt"))
+    if runs := sorted({str(run_folder(each)) for each in below}):
+        more = f" and {count_of(len(runs) - 3, 'other')}" if len(runs) > 3 else ""
+        return ACKDError(f"{folder} is no run and has the runs {', '.join(runs[:3])}{more}; name one of them")
+    return ACKDError(f"{wanted} does not exist and {folder} has no other checkpoint; choose another run")
+
+
+def _named(path: Path) -> Path:
+    """Return a path that ends in a name, unlike ``.`` and ``..``, which have none."""
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -144,7 +180,8 @@ def run_folder(checkpoint: Path) -> Path:
     Args:
         checkpoint: Checkpoint file.
     """
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    folder = _named(checkpoint.parent)
+    return _named(folder.parent) if folder.name == "checkpoints" else folder
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -255,12 +292,13 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
     Raises:
         ACKDError: If a place is not a folder, or has no finished run.
     """
-    runs: list[Path] = []
+    runs: dict[Path, Path] = {}  # by its absolute path
     for place in map(Path, places):
         if not place.is_dir():
             raise ACKDError(f"{place} is not a folder; name run folders such as runs/CONFIG/NAME")
         found = [place] if (place / "summary.json").is_file() else sorted(p.parent for p in place.rglob("summary.json"))
         if not found:
             raise ACKDError(f"{place} has no finished run (no summary.json); name a folder that `ackd fit` wrote")
-        runs += [run for run in found if run not in runs]
-    return runs
+        for run in map(_named, found):
+            runs.setdefault(run.resolve(), run)
+    return list(runs.values())

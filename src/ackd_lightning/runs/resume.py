@@ -10,8 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ackd_lightning.config.experiment import experiment_settings, moved_data
-from ackd_lightning.config.files import read_yaml
+from ackd_lightning.config.experiment import differences, experiment_settings, moved_data
+from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError, RunFinishedError, count_of
 from ackd_lightning.runs.files import find_checkpoint, read_checkpoint, run_folder
 
@@ -189,9 +189,10 @@ def resume_from(value: str, length: Length | None = None) -> Resumed:
     """
     path = Path(value)
     if path.is_dir():
-        _refuse_finished(path, length)
         if not _newest_first(path):
             find_checkpoint(path)  # raises the error that lists what the folder has
+        path = run_folder(path / "checkpoints" / "last.ckpt")
+        _refuse_finished(path, length)
         return _newest_readable(path)
     checkpoint = find_checkpoint(path)
     folder = run_folder(checkpoint)
@@ -200,7 +201,7 @@ def resume_from(value: str, length: Length | None = None) -> Resumed:
         whole = (each for each in _newest_first(folder) if each != checkpoint and _read(each)[0] is not None)
         other = next(whole, None)
         raise ACKDError(f"{problem}, such as --resume {other}" if other else problem)
-    if checkpoint.parent.name != "checkpoints":
+    if checkpoint.absolute().parent.name != "checkpoints":
         raise ACKDError(f"{value} is not in a run's checkpoints/; name the run, or start a new one with --ckpt_path")
     return Resumed(folder, checkpoint, content)
 
@@ -254,5 +255,4 @@ def changed_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
             f"run {folder} has --data.root {roots[0]} and not {roots[1]}, so it would not continue as it began; give "
             "its data, or leave --resume out"
         )
-    different = [key for key in sorted(there.keys() & now.keys()) if there[key] != now[key]]
-    return [f"{key} {there[key]!r} -> {now[key]!r}" for key in different]
+    return [f"{key} {change}" for key, change in differences(before, settings).items()]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ackd_lightning.commands.reproduce.networks import Networks
 from ackd_lightning.config.experiment import experiment_settings, moved_data
-from ackd_lightning.config.files import read_yaml
+from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import digest

@@ -13,8 +13,8 @@ from ackd_lightning.config.files import (
     describe_config,
     find_config,
     method_names,
-    read_yaml,
 )
+from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError, near_matches
 
 SCHEDULES: dict[str, dict[str, Any]] = {

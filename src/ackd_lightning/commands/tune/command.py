@@ -18,7 +18,7 @@ from ackd_lightning.commands.processes import Processes, devices_for, ending_on_
 from ackd_lightning.commands.reproduce.jobs import as_arguments
 from ackd_lightning.commands.tune.space import Values, fragment, grid, read_values
 from ackd_lightning.config.experiment import experiment_settings
-from ackd_lightning.config.files import read_yaml
+from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError, RunsFailedError
 from ackd_lightning.extras import require
 from ackd_lightning.launch.execute import in_our_words

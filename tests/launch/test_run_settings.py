@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from ackd_lightning.cli import main
-from ackd_lightning.launch.arguments import find_data
+from ackd_lightning.launch.run_settings import find_files
 
 
 @pytest.mark.parametrize("runs_dir", ["runs", "out/of/here", "./runs"])
@@ -22,7 +22,7 @@ def test_paths_are_seen_from_where_the_run_was_started(tmp_path, monkeypatch, ru
         folder.mkdir(parents=True)
     monkeypatch.chdir(other)
     settings = {"runs_dir": runs_dir, "data": {"init_args": {name: "pets", "batch_size": 3, "url": None}}}
-    assert len(find_data(settings, run / "config.yaml")) == 1
+    assert len(find_files(settings, run / "config.yaml", (), writes=False)) == 1
     assert settings["data"]["init_args"][name] == str(start / "pets")
 
 
@@ -33,7 +33,7 @@ def test_what_exists_here_or_is_no_path_stays(tmp_path, monkeypatch, value):
         folder.mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "other")
     settings = {"data": {"init_args": {"root": value}}}
-    assert find_data(settings, run / "config.yaml") == []
+    assert find_files(settings, run / "config.yaml", (), writes=False) == []
     assert settings["data"]["init_args"]["root"] == value
 
 

@@ -1,0 +1,161 @@
+"""The run that a command line names: its settings, its checkpoint and the files that it was started with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ackd_lightning.config.experiment import differences
+from ackd_lightning.config.yaml_files import read_yaml
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.arguments import option_pairs
+from ackd_lightning.runs.files import find_checkpoint, run_folder
+
+_INIT = "init_args"
+
+
+def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
+    """Replace ``RUN [--which best]`` by the run's own settings and checkpoint.
+
+    Args:
+        configs: Configurations that are named already.
+        rest: Other arguments.
+
+    Returns:
+        Both, completed.
+    """
+    which, run, others = "last", "", []
+    waiting = iter(rest)
+    for argument in waiting:
+        if argument == "--which" or argument.startswith("--which="):
+            which = argument.partition("=")[2] or next(waiting, "")
+        elif argument.startswith("-"):
+            alone = "=" in argument or argument in ("-h", "--help", "--print_config", "--overwrite")
+            others += [argument] if alone else [argument, *itertools.islice(waiting, 1)]
+        elif others[-1:] == ["--overwrite"] and argument.lower() in ("true", "false"):
+            others[-1] += f"={argument}"
+        elif run:
+            raise ACKDError(f"one run at a time: {run} and {argument} are given; call the command once for each")
+        else:
+            run = argument
+    if which not in ("last", "best"):
+        raise ACKDError(f"--which is {which!r}; it must be last or best")
+    if not run and not configs and "--ckpt_path" in others[:-1]:
+        place = others.index("--ckpt_path")
+        run, others = others[place + 1], [*others[:place], *others[place + 2 :]]
+    if run:
+        checkpoint = find_checkpoint(run, cast("Any", which))
+        others = ["--ckpt_path", str(checkpoint), *others]
+        configs = [_settings_of(run_folder(checkpoint)), *configs]
+    return configs, others
+
+
+def resumed_settings(options: Sequence[str]) -> list[str]:
+    """Return the ``config.yaml`` of the run that ``--resume PATH`` names; empty if there is none.
+
+    Args:
+        options: Command line without ``--config``.
+
+    Raises:
+        ACKDError: If there is no such run, or it has no settings.
+    """
+    named = [Path(value) for name, value in option_pairs(options) if name == "--resume" and value not in (None, "auto")]
+    if not named:
+        return []
+    place = named[-1]
+    is_run = place.is_dir() and (place / "config.yaml").is_file()
+    return [_settings_of(run_folder(place / "checkpoints" / "last.ckpt" if is_run else find_checkpoint(place)))]
+
+
+def _settings_of(folder: Path) -> str:
+    """The ``config.yaml`` of a run."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ACKDError(f"{folder} has no config.yaml; name the settings with --config")
+    return str(path)
+
+
+def find_files(settings: dict[str, Any], config: Path, options: Sequence[str], *, writes: bool) -> list[str]:
+    """Find files of a run that was started in another folder, whose relative paths mean nothing in this one.
+
+    Args:
+        settings: Settings of the run; paths of data, weights and caches are changed in place.
+        config: ``config.yaml`` of the run.
+        options: Command line without ``--config``; what it names is left alone.
+        writes: Whether the run goes on, and writes its weights again where it wrote them.
+
+    Returns:
+        What was changed, as ``name is path``.
+    """
+    runs, parents = Path(settings.get("runs_dir") or "runs"), config.resolve().parent.parents
+    if runs.is_absolute() or len(parents) <= 1 + len(runs.parts):
+        return []
+    start = parents[1 + len(runs.parts)]
+    if start / runs != parents[1] or start == Path.cwd():
+        return []
+    given = {name.removeprefix("--").replace(f"{_INIT}.", "") for name, _ in option_pairs(options)}
+    model, data, found = settings.get("model"), settings.get("data"), []
+    places = [
+        *_texts(data.get(_INIT) if isinstance(data, dict) else None, "data"),
+        *_texts(model, "model", keys=("weights", "cache")),
+    ]
+    for holder, key, name in places:
+        value = Path(holder[key])
+        if name not in given and not value.is_absolute() and not value.exists() and (start / value).exists():
+            holder[key] = str(start / value)
+            found.append(f"{name} is {start / value}")
+    weights = settings.get("weights_dir")
+    if writes and isinstance(weights, str) and not Path(weights).is_absolute() and "weights_dir" not in given:
+        settings["weights_dir"] = str(start / weights)
+        found.append(f"weights_dir is {start / weights}")
+    return found
+
+
+def changed_test(run: Path, settings: dict[str, Any]) -> list[str]:
+    """Return why a test does not measure what a run's own test measures: changed settings, each with both values.
+
+    Args:
+        run: Folder of the run.
+        settings: Settings of the test.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        return [f"{path} does not exist"]
+    before = read_yaml(path)
+    find_files(before, path, (), writes=False)
+    measured = ("data.", "model.", "trainer.limit_", "trainer.fast_dev_run", "trainer.precision")
+    changes = differences(before, settings, places=True).items()
+    return [f"{name} {change}" for name, change in changes if name.startswith(measured)]
+
+
+def _texts(settings: Any, name: str, keys: Collection[str] = ()) -> Iterator[tuple[Any, Any, str]]:
+    """Yield the holder, the key and the dotted name of every text in settings, or of those with certain keys."""
+    if isinstance(settings, dict | list):
+        for key, value in list(settings.items() if isinstance(settings, dict) else enumerate(settings)):
+            below = name if key == _INIT else f"{name}.{key}"
+            if isinstance(value, str) and value and (not keys or key in keys):
+                yield settings, key, below
+            elif keys:
+                yield from _texts(value, below, keys)
+
+
+def refuse_other_place(folder: Path, options: Sequence[str]) -> None:
+    """Refuse a name and a folder of runs beside ``--resume PATH``, which has both already.
+
+    Args:
+        folder: Folder of the run that is resumed.
+        options: Command line without ``--config``.
+
+    Raises:
+        ACKDError: If they are others.
+    """
+    own = folder.resolve()
+    for name, value in option_pairs(options):
+        same = {"--name": value == own.name, "--runs_dir": Path(value or ".").resolve() == own.parents[1]}
+        if not same.get(name, True):
+            raise ACKDError(
+                f"{name} is {value} and the run that is resumed is {folder}; leave {name} out, or start a new run from "
+                "its weights with --model.student.weights"
+            )
