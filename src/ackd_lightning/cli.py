@@ -206,7 +206,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     again.add_argument("--seeds", default="3", help="number of seeds (3 means 0, 1, 2), or the seeds (0,5)")
     again.add_argument("--out", help="folder of runs and tables; default: reproduce/TABLE")
-    again.add_argument("--against", metavar="ROW", help="print the difference of every row from this one; default: kd")
+    again.add_argument(
+        "--against", metavar="ROW", help="print the difference of every row from this one; default: plain KD"
+    )
     again.add_argument("--preset", choices=["smoke"], help="smoke: the same rows on digits, in minutes")
     again.add_argument("--dry-run", action="store_true", help="print the runs with an estimate of time and disk space")
     again.add_argument("--workers", type=int, help="number of parallel runs; default: one per GPU")

@@ -34,7 +34,7 @@ from ackd_lightning.launch.preflight import (
 )
 from ackd_lightning.launch.run_settings import changed_test, refuse_other_place
 from ackd_lightning.launch.trainer import make_trainer
-from ackd_lightning.launch.words import as_given
+from ackd_lightning.launch.words import as_given, raised_in
 from ackd_lightning.runs.claim import Claim, claim, say_unfinished
 from ackd_lightning.runs.files import STUDENT, read_summary, run_folder, same_content, write_json
 from ackd_lightning.runs.resume import Length, changed_settings, check_length, resume_auto, resume_from
@@ -99,7 +99,10 @@ class Execution:
             self.execute()
         except Exception as error:
             started = hasattr(self, "trainer") and self.trainer.global_step > 0
-            refused = isinstance(error, MisconfigurationException | ModuleNotFoundError) and not started
+            of_lightning = isinstance(error, MisconfigurationException | ModuleNotFoundError) or (
+                isinstance(error, ValueError) and raised_in(error).startswith("lightning.")
+            )
+            refused = of_lightning and not isinstance(first_cause(error), ACKDError) and not started
             if self.claim is not None and not started and (refused or isinstance(first_cause(error), ACKDError)):
                 self.claim.discard()
             if refused and "error where more than one `__init__`" in str(error):  # Lightning's, about `ackd predict`

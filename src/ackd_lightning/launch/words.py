@@ -12,6 +12,16 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import split_configs
 
 
+def raised_in(error: BaseException) -> str:
+    """Return the name of the module that raised an error; nothing for one that was not raised.
+
+    Args:
+        error: Error.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+
+
 def as_given(error: ACKDError, arguments: Sequence[str]) -> str:
     """Return a message with the configuration of a method whose special case it is, and with options of the data.
 
@@ -23,8 +33,7 @@ def as_given(error: ACKDError, arguments: Sequence[str]) -> str:
         arguments: Command line.
     """
     message = str(error)
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if frames and frames[-1].f_globals["__name__"].startswith("ackd_lightning.data."):
+    if raised_in(error).startswith("ackd_lightning.data."):
         message = re.sub(r"(: |, or )set (\w+) to\b", r"\1set --data.\2 to", message)
     message = re.sub(r"\bpass on_class_mismatch='?ignore'?", "pass --model.on_class_mismatch ignore", message)
     with contextlib.suppress(ACKDError):  # which the message is about

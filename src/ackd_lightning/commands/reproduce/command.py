@@ -160,7 +160,8 @@ def reproduce(
         preset: ``smoke``: the same rows on digits, in minutes.
         dry_run: Whether to print the runs with estimates and stop.
         workers: Number of concurrent runs; None: one per GPU.
-        against: Row from which the difference of every other row is printed; None: ``kd`` where the table has it.
+        against: Row from which the difference of every other row is printed; None: the first row of plain
+            KD that was run.
         overrides: Settings of ``ackd fit`` for every run.
 
     Raises:
@@ -195,8 +196,7 @@ def reproduce(
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
     for table, folder, some_pairs, rows, planner, jobs in work:
         shown = [*jobs, *_earlier(table, some_pairs, rows, chosen_seeds, planner)]
-        reference = against or ("kd" if "kd" in table.rows else None)
-        _report(table, folder, some_pairs, rows, planner, shown, failed, reference)
+        _report(table, folder, some_pairs, rows, planner, shown, failed, against)
     print(f"{len(everything)} runs in {rough(time.monotonic() - started)}")
     if failed:
         reasons = "; ".join(f"{everything[folder].title}: {reason}" for folder, reason in failed.items())
@@ -236,6 +236,9 @@ def _report(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     records = [record(job) for job in jobs if job.finished]
+    recorded = {each["row"] for each in records}
+    plain = [row.name for row in table.rows.values() if (row.method, row.teacher) == ("kd", "teacher")]
+    against = against or next((name for name in plain if name in recorded), None)
     write_records(records, planner.out / "results.json")
     given = [planner.given_weights(pair) for pair in pairs]
     text = note(table, records, given=[path for path in given if path is not None])
