@@ -347,7 +347,7 @@ CASES = [
          ("runs does not exist",), made=True),
     # ---------------------------------------------------------- after training
     Case("which_worst", ["test", RUN, "--which", "worst"], ("'worst'", "last or best"), made=True),
-    Case("run_no_run", ["test", "runs"], ("runs/checkpoints/last.ckpt", "--which"), made=True),
+    Case("run_no_run", ["test", "runs"], ("runs", RUN, "name one of them"), made=True),
     Case("run_none", ["test", *QUICK], ("ackd test RUN",)),
     Case("run_without_config", ["test", RUN], (RUN, "config.yaml", "--config"),
          lambda: Path(RUN, "config.yaml").unlink(), made=True),

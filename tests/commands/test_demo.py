@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from lightning.pytorch.accelerators import CPUAccelerator
 from PIL import Image
 
 from ackd_lightning import create_model
@@ -19,6 +20,7 @@ def test_demo_leaves_table_figure_and_student(tmp_path, monkeypatch, capsys):
         carry_out(command, [*arguments, *few], log)
 
     monkeypatch.setattr(demo, "_one", on_few_images)
+    monkeypatch.setattr(CPUAccelerator, "auto_device_count", lambda *_: 2)  # two processes would run the demo twice
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--seeds", "1", "--epochs", "1", "--out", "d"]) == 0
     shown = capsys.readouterr().out

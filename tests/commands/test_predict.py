@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -293,3 +294,14 @@ def test_a_name_that_is_not_utf8_does_not_lose_the_table():
 
     assert parquet.read_table("a.parquet").to_pylist() == [{"file": "f\N{REPLACEMENT CHARACTER}.png", "prediction": 3}]
     assert b"f\xe9.png,3" in Path("a.csv").read_bytes()
+
+
+def test_a_graph_that_runs_on_the_cpu_is_not_said_to_run_on_a_gpu(monkeypatch, capsys):
+    draw("a.png")
+    monkeypatch.setattr(
+        "ackd_lightning.commands.predict.open_any",
+        lambda *_, **__: SimpleNamespace(network=None, path="a.onnx", kind="onnx"),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["predict", "a.onnx", "--images", "a.png", "--device", "cuda"]) == 2
+    assert "--device is cuda and a.onnx is a graph" in capsys.readouterr().err

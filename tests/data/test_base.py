@@ -580,3 +580,12 @@ def test_a_run_on_a_gpu_sees_the_same_either_way(hold, monkeypatch):
     trainer(accelerator="gpu").fit(sent, digits())
     assert held.seen == sent.seen
     assert held.evaluated == sent.evaluated
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True), (None, True)])
+def test_images_are_pinned_for_the_device_of_the_run(monkeypatch, device, pinned):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module = DigitsDataModule()
+    if device is not None:
+        module.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    assert module.pins_memory() is pinned

@@ -122,3 +122,11 @@ def test_the_smallest_crop_can_be_set():
     shares = [(right - left) * (lower - upper) / (90 * 60) for left, upper, right, lower in boxes]
     assert 0.48 < min(shares) < 0.6  # edges are whole pixels
     assert max(shares) > 0.85  # what is drawn and does not fit becomes a crop of 4:3
+
+
+def test_numbers_are_sent_to_a_device_once(monkeypatch):
+    image = torch.zeros(2, 3, 4, 4, device="meta")
+    mean, std = (0.11, 0.2, 0.3), [0.4, 0.5, 0.6]
+    expected = normalise(image, mean, std)
+    monkeypatch.setattr(torch, "tensor", None)
+    assert normalise(image, mean, std).shape == expected.shape

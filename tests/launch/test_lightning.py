@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ import yaml
 from torch import nn
 
 from ackd_lightning import DistillationModule
+from ackd_lightning.callbacks.summary import RunSummary
 from ackd_lightning.cli import main
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.execute import plan
+from ackd_lightning.launch.execute import Execution, plan
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.methods.description import describe
 from ackd_lightning.training import DOT
@@ -190,3 +192,17 @@ def test_settings_of_a_run_that_another_command_has_not_are_left_out(tmp_path):
     cli = ACKDCLI("validate", ["--config", str(tmp_path / "config.yaml"), "--ckpt_path", "x.ckpt"])
     assert cli.option("name") is None
     assert cli.settings()["model"] == content["model"]
+
+
+def test_processes_agree_whether_the_test_is_left_out(monkeypatch, tmp_path):
+    """The first process alone has a summary; another one that tested by itself would wait for it."""
+    execution = Execution.__new__(Execution)
+    execution.cli = SimpleNamespace(datamodule=SimpleNamespace(val_is_test=True), folder=tmp_path)
+    execution.option, execution.dry = {"test": True}.get, False
+    summary = RunSummary(tmp_path, config="a")  # of a process that is not the first: without a summary
+    sent = []
+    strategy = SimpleNamespace(broadcast=lambda value: sent.append(value) or True)
+    execution.trainer = SimpleNamespace(callbacks=[summary], strategy=strategy, is_global_zero=False)
+    monkeypatch.setattr(execution, "_test", lambda: pytest.fail("tests alone"))
+    execution._after_fit()
+    assert sent == [False]

@@ -9,14 +9,30 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+import yaml
+from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ackd_lightning import DataInfo
 from ackd_lightning.cli import main
+from ackd_lightning.models.weights import digest
 
 RUN = Path("runs/ce/a")
 FIT = ["fit", "--config", "ce", "--model.student", "resnet8", "--trainer.max_epochs", "1", "--name", "a"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning, about few steps
+
+
+class Net(nn.Module):
+    """A network that no name stands for."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Conv2d(width, width, 3))
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, image):
+        return self.fc(self.body(image).mean(dim=(2, 3)))
 
 
 def loader(size=(16, 16), channels=3):
@@ -182,3 +198,42 @@ def test_a_callback_of_ones_own(capsys):
     named = ["--trainer.callbacks+", "own.Counts", "--trainer.callbacks.word", "servus"]
     assert main([*FIT, "--data", "own.Mine", *named]) == 0
     assert "servus: 2 steps" in capsys.readouterr().out
+
+
+def test_a_network_of_ones_own_goes_from_its_weight_file_to_a_device(capsys):
+    """Teacher and student are classes of the user's; the teacher's weights come from a file."""
+    teacher = Net(6)
+    torch.save(teacher.state_dict(), "teacher.pth")
+    networks = {"student": {"network": {"class_path": "own.Net"}}, "teacher": {"weights": "teacher.pth", "gate": "off"}}
+    networks["teacher"]["network"] = {"class_path": "own.Net", "init_args": {"width": 6}}
+    Path("own.yaml").write_text(yaml.safe_dump({"include": ["data/digits", "methods/kd"], "model": networks}))
+    assert main(["fit", "--config", "own.yaml", *FIT[5:], "--data.max_per_class", "8"]) == 0
+    stated = torch.load("runs/own/a/checkpoints/last.ckpt")["ackd_lightning"]["teacher_sha256"]
+    assert stated == [digest("teacher.pth")]
+    capsys.readouterr()
+    assert main(["export", "runs/own/a", "--format", "pt2", "--check", "random"]) == 0
+    Image.new("RGB", (20, 20), "gray").save("a.png")
+    for network, output in (("runs/own/a", "a.csv"), ("runs/own/a/student-last.pt2", "b.csv")):
+        assert main(["inspect", network]) == 0
+        assert f"network: {Net.__module__}.Net" in capsys.readouterr().out
+        assert main(["predict", network, "--images", "a.png", "--output", output]) == 0
+    rows = [Path(name).read_text().splitlines()[1].split(",") for name in ("a.csv", "b.csv")]
+    assert rows[0][:4] == rows[1][:4]
+    capsys.readouterr()
+    for command in (["export", "runs/own/a"], ["push", "runs/own/a", "me/x", "--license", "mit"]):
+        assert main(command) == 2
+        assert f"{Net.__module__}.Net, a network of your own" in capsys.readouterr().err
+    Path("runs/own/a/config.yaml").unlink()
+    assert main(["export", "runs/own/a", "--format", "pt2", "--overwrite"]) == 2
+    assert "has no config.yaml" in capsys.readouterr().err
+
+
+def test_weights_of_a_network_of_ones_own_are_read_when_they_are_needed(capsys):
+    networks = {"student": "resnet8", "teacher": {"weights": "gone.pth", "network": {"class_path": "own.Net"}}}
+    Path("own.yaml").write_text(yaml.safe_dump({"include": ["data/digits", "methods/kd"], "model": networks}))
+    assert main(["fit", "--config", "own.yaml", *FIT[5:]]) == 2
+    assert "teacher weights gone.pth do not exist" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    torch.save(Net(5).state_dict(), "gone.pth")
+    assert main(["fit", "--config", "own.yaml", *FIT[5:]]) == 2
+    assert "gone.pth" in capsys.readouterr().err

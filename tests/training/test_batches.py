@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ackd_lightning import CE, KD, DataInfo, DistillationModule, ImageFolderDataModule, TeacherConfig
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACN, CRD, DKD, DPK, IAKD, Sum
-from ackd_lightning.training.batches import check_index, read_batch
+from ackd_lightning.training.batches import check_index, read_batch, require_labels
 from ackd_lightning.types import Batch
 
 DATA = DataInfo(4, (8, 12))
@@ -237,3 +237,17 @@ def test_mixing_needs_the_class_of_every_image(photos, augmentation):
     teacher = DistillationModule("resnet8", data=data.info).student.plain()
     with pytest.raises(ACKDError, match="mixes images"):
         fit(DistillationModule("resnet8", method=KD(), teacher=teacher, data=data.info), data)
+
+
+def test_targets_on_a_device_are_read_in_the_first_batch_only():
+    """A device of which no number can be read stands for one that is waited for."""
+    image = IMAGE.to("meta")
+    batch = read_batch((image, torch.zeros(3, device="meta")), DATA)
+    require_labels(batch, check=False)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        require_labels(batch, check=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        read_batch((image, torch.zeros(3, device="meta")), DATA, check=True)
+    without = Batch(IMAGE, torch.tensor([1, -1, 2]), torch.arange(3))
+    with pytest.raises(ACKDError, match="has no label"):
+        require_labels(without, check=False)

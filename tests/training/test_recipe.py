@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ackd_lightning.callbacks.averaging import EMA
+from ackd_lightning import create_model
+from ackd_lightning.callbacks.averaging import EMA, _Average
 from ackd_lightning.callbacks.stopping import StopEarly
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import CE, CRD, DIST, KD, RKD, SP, VID, ReviewKD
 from ackd_lightning.training import Recipe
-from training.helpers import CLASSES, SIZE, Blobs, IndexedBlobs, build, largest_difference, state, trainer
+from training.helpers import CLASSES, SIZE, Blobs, IndexedBlobs, build, largest_difference, state, teaching, trainer
 
 
 def fitted(recipe, *, epochs=3, lr=0.05, data=None, **options):
@@ -48,6 +50,19 @@ def test_the_average_is_that_of_the_steps_with_a_warm_up_of_the_decay():
 def test_weights_in_another_precision_are_averaged(precision):
     net, _ = fitted(Recipe(ema_decay=0.9), epochs=1, precision=precision)
     assert all(torch.isfinite(each).all() for each in state(net).values())
+
+
+def test_the_average_holds_no_teacher_and_reads_no_number_from_the_device():
+    average = EMA(decay=0.9)
+    net = build(KD(), teacher=teaching(create_model("resnet8", CLASSES)))
+    trainer(max_epochs=1, callbacks=[average]).fit(net, Blobs())
+    assert list(average._average_model.module.teachers) == []
+    assert len(list(net.teachers)) == 1
+    module = nn.BatchNorm1d(3, device="meta")  # where a number cannot be read
+    copy = _Average(module, torch.device("meta"), average.decay_after)
+    for _ in range(3):
+        copy.update_parameters(module)
+    assert int(copy.n_averaged) == 3
 
 
 def test_whole_numbers_are_copied_not_averaged():

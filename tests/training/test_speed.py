@@ -13,15 +13,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
+from torch._dynamo.utils import counters
 
-from ackd_lightning import ACKD, KD, create_model
+from ackd_lightning import ACKD, CE, KD, create_model
 from ackd_lightning.cli import main
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch import execute
 from ackd_lightning.training import fit_start, speed
 from ackd_lightning.training import steps as training_steps
 from ackd_lightning.training.speed import fast_settings, has_bfloat16
-from training.helpers import CLASSES, Blobs, build, largest_difference, module, state, teaching, trainer
+from training.helpers import CLASSES, Blobs, TinyNet, build, largest_difference, module, state, teaching, trainer
 
 
 class Layout(L.Callback):
@@ -85,6 +86,18 @@ def test_a_compiled_teacher_is_fused_and_keeps_its_weights(compiled, compile_it,
     trainer(fast_dev_run=True).fit(net, datamodule=Blobs())
     assert (net.teacher.fused is not None) == expected
     assert sum(each.numel() for each in net.teacher.network.parameters()) == size
+
+
+def test_a_process_that_trains_many_students_compiles_each_of_them(compiled):
+    """Their forward is one code object, of which torch keeps eight graphs."""
+    counts = []
+    for depth in range(10):
+        net = build(CE(), student=TinyNet(4 + depth))
+        speed.speed_up(net.student, net.method, (), input_size=32, channels_last=False, compiles=True)
+        before = counters["stats"]["unique_graphs"]
+        net.student(torch.zeros(2, *net.data.image_shape))
+        counts.append(counters["stats"]["unique_graphs"] - before)
+    assert all(counts)
 
 
 def test_without_discriminators_there_are_none_to_compile(compiled):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
+import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ackd_lightning.validation import Range, checked
 
@@ -29,7 +31,7 @@ class EMA(WeightAveraging):
 
     @checked
     def __init__(self, *, decay: Annotated[float, Range(0, 1, open_high=True)] = 0.9999) -> None:
-        super().__init__(multi_avg_fn=self._average)
+        super().__init__()
         self.decay = decay
 
     def decay_after(self, steps: float) -> float:
@@ -40,12 +42,40 @@ class EMA(WeightAveraging):
         """
         return min(self.decay, (1 + steps) / (10 + steps))
 
-    @torch.no_grad()
-    def _average(self, averaged: Any, current: Any, steps: Tensor | int) -> None:
-        if torch.is_floating_point(averaged[0]):
-            update: Any = get_ema_multi_avg_fn(self.decay_after(float(steps)))  # type: ignore[no-untyped-call]  # torch's
-            values = [value.to(average.dtype) for average, value in zip(averaged, current, strict=True)]
-            update(averaged, values, steps)  # the average is in float32 in every precision
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copy the module when a fit begins, without its teachers, whose outputs the average does not need."""
+        if stage != "fit":
             return
-        for average, value in zip(averaged, current, strict=True):
-            average.copy_(value)
+        self._average_model = _Average(pl_module, self._device or pl_module.device, self.decay_after)
+        if (teachers := getattr(self._average_model.module, "teachers", None)) is not None:
+            teachers.release()
+
+
+class _Average(AveragedModel):
+    """Average that counts its steps on the host: torch's own reads the number from the device three times a step."""
+
+    def __init__(self, model: nn.Module, device: Any, decay_after: Callable[[float], float]) -> None:
+        super().__init__(model, device=device, use_buffers=True)
+        self.n_averaged = torch.zeros((), dtype=torch.long)
+        self.decay_after = decay_after
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take a step of the average, or copy the weights before the first one.
+
+        Args:
+            model: Module that is trained.
+        """
+        steps = int(self.n_averaged)
+        averages, values = ([*each.parameters(), *each.buffers()] for each in (self.module, model))
+        averaged, current = [], []
+        for average, value in zip(averages, values, strict=True):
+            if steps and average.is_floating_point():
+                averaged.append(average)
+                current.append(value.to(average))  # the average is in float32 in every precision
+            else:
+                average.copy_(value)
+        if averaged:
+            update: Any = get_ema_multi_avg_fn(self.decay_after(steps))  # type: ignore[no-untyped-call]  # torch's
+            update(averaged, current, steps)
+        self.n_averaged += 1

@@ -51,7 +51,9 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
     log = folder / "log.txt"
     started = time.monotonic()
     weights = folder / "weights"
-    shared = ["--runs_dir", str(folder / "runs"), "--trainer.enable_progress_bar", "false"]
+    # one process: others would start the whole demo again
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.devices", "1"]
+    shared = ["--runs_dir", str(folder / "runs"), *quiet]
     few = ["--data.max_per_class", str(PER_CLASS), "--data.batch_size", "16", "--trainer.check_val_every_n_epoch", "2"]
     if epochs is not None:
         few += ["--model.teacher.gate", "warn"]
@@ -69,7 +71,7 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
         name = f"seed{seed}"
         _one("fit", [*configs, "--name", name, "--seed_everything", str(seed), *shared, *own], log)
         place = folder / "runs" / (f"{config}+{method}" if method else config) / name
-        _one("test", [str(place), "--trainer.enable_progress_bar", "false"], log)
+        _one("test", [str(place), *quiet], log)
         accuracy = read_summary(place)["test"]["last"]["test/acc"]
         what = f"student resnet8, {method}, seed {seed}" if method else "teacher resnet20"
         seconds = time.monotonic() - begin

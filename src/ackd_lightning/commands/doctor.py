@@ -207,6 +207,7 @@ def _one_step(problems: list[str]) -> str:
             save_weights(create_model("resnet20", 10), teacher)
             options = ["--model.teacher.weights", str(teacher), "--model.teacher.gate", "off"]
             options += ["--trainer.fast_dev_run", "1", "--trainer.enable_progress_bar", "false"]
+            options += ["--trainer.devices", "1"]  # other processes would start the whole command again
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 run("fit", ["--config", str(config_folder() / "digits_resnet20_resnet8.yaml"), *options])
     except Exception as error:

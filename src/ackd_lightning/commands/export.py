@@ -23,7 +23,6 @@ from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.quantization import CALIBRATION_IMAGES
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
-from ackd_lightning.runs.export import plain_parameters
 from ackd_lightning.runs.files import Which, find_checkpoint, run_folder
 
 
@@ -71,6 +70,11 @@ def export_command(
     targets = _targets(kinds, out, stem, dtype, with_preprocessing)
     student = read_student(run, which, learner)
     network, description = student.network, student.description
+    if student.own and any(kind.name == "safetensors" for kind in kinds):
+        raise ACKDError(
+            f"the student is {description.model}, a network of your own, which a .safetensors file cannot rebuild; "
+            "choose a --format that holds the whole network, such as onnx"
+        )
     for kind, target in zip(kinds, targets, strict=True):
         kind.check_libraries()
         check_writable(target.parent, "the folder of --out,")
@@ -123,7 +127,7 @@ def export_command(
         except ACKDError as error:
             failures.append(str(error))
     if checks:
-        _show(checks, network, description, plain_parameters(student.content, checkpoint, learner), student.summary)
+        _show(checks, network, description, student.plain_parameters, student.summary)
     if failures:
         raise ACKDError("\n".join(failures))
 

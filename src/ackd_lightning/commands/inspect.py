@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ackd_lightning.deploy.files import ENDINGS, open_network
+from ackd_lightning.commands.student import open_any
+from ackd_lightning.deploy.files import ENDINGS
 from ackd_lightning.deploy.formats.formats import file_size
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branches import branch_names, default_branches
@@ -16,7 +17,6 @@ from ackd_lightning.models.heads import with_head
 from ackd_lightning.models.hub import PREFIX, is_hub_name
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import count_parameters, create_model, multiply_adds
-from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.types import ImageSize, height_width
 
 
@@ -67,15 +67,19 @@ def inspect(network: str, *, size: str | None = None, classes: int | None = None
 
 def _describe(path: str) -> None:
     """Print what a file or a run states, and its size."""
-    opened = open_network(path)
-    if opened.kind == "checkpoint":
-        say_unfinished(opened.path)
+    opened = open_any(path)
     description = opened.description
     print(f"{opened.path}: {opened.kind}, {file_size(opened.path) / 1e6:.2f} MB")
     print("\n".join(description.lines()))
-    with torch.device("meta"):
-        model = create_model(description.model, description.num_classes, **description.options)
-        model = with_head(model, description.head)
+    model = opened.network
+    if model is None:  # a graph
+        try:
+            with torch.device("meta"):
+                model = create_model(description.model, description.num_classes, **description.options)
+                model = with_head(model, description.head)
+        except ACKDError:
+            print(f"cost: not known, as {description.model} is a network of your own")
+            return
     cost = multiply_adds(model, description.input_size, description.channels)
     print(f"cost: {count_parameters(model):,} parameters, {cost / 1e6:,.1f} million multiply-adds")
 

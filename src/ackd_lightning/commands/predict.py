@@ -11,13 +11,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ackd_lightning.deploy.files import open_network
+from ackd_lightning.commands.student import open_any
 from ackd_lightning.deploy.images import Notes, list_images
 from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.deploy.predictions import predict_images
 from ackd_lightning.errors import ACKDError, UnreadableImagesError, count_of
 from ackd_lightning.launch.preflight import check_predictions
-from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.runs.files import Which
 from ackd_lightning.runs.tables import check_ending, write_table
 
@@ -61,9 +60,9 @@ def predict(
     check_ending(target)
     listed = list_images(images)
     check_predictions(target, overwrite=overwrite)
-    network = open_network(run, which=which, device=_device(device))
-    if network.kind == "checkpoint":
-        say_unfinished(network.path)
+    network = open_any(run, which=which, device=_device(device))
+    if device == "cuda" and network.network is None:
+        raise ACKDError(f"--device is cuda and {network.path} is a graph, which runs on the CPU; leave --device out")
     place = _device(device) if network.network is not None else torch.device("cpu")
     description = network.description
     if top > description.num_classes:

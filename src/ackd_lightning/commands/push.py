@@ -51,6 +51,11 @@ def push_command(
     if revision is not None:
         raise ACKDError(f"{repository} names a revision, and a student is sent to the newest; leave it out")
     student = read_student(run, which)
+    if student.own:
+        raise ACKDError(
+            f"the student is {student.description.model}, a network of your own, which a weight file on the hub could "
+            "not rebuild; export it with --format onnx and send that file with the hub's own program"
+        )
     require_token(name)
     if check == "random":
         images = random_images(student.description)

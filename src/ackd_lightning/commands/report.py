@@ -11,15 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ackd_lightning.commands.student import trained
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.deploy.files import ENDINGS, open_network
 from ackd_lightning.deploy.report.measuring import measure, validation_logits
-from ackd_lightning.deploy.report.subject import Subject, exported_files, load_weights, of_file, of_run
+from ackd_lightning.deploy.report.subject import Subject, exported_files, of_file, of_run
 from ackd_lightning.deploy.report.writing import assemble, write
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import in_our_words
 from ackd_lightning.launch.lightning import ACKDCLI
-from ackd_lightning.launch.preflight import check_checkpoint, check_writable
+from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.metrics.intervals import share_text
 from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.weight_files import local_file
@@ -131,11 +132,9 @@ def _run(
 ) -> tuple[ImageDataModule, Subject]:
     checkpoint = find_checkpoint(run, which)
     say_unfinished(checkpoint)
-    cli = ACKDCLI("test", [str(checkpoint), *settings])
-    cli.build()
-    module, content = cli.model, read_checkpoint(checkpoint)
-    check_checkpoint(checkpoint, module, content)
-    load_weights(module, content)
+    content = read_checkpoint(checkpoint)
+    cli = trained(checkpoint, content, settings)
+    module = cli.model
     data = _prepared(cli, content["ackd_lightning"].get("class_names"))
     notes = []
     try:

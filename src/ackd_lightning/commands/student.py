@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ackd_lightning.deploy.description import Description
+from ackd_lightning.deploy.files import ExportedNetwork, of_module, open_network
+from ackd_lightning.deploy.report.subject import load_weights
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.execute import in_our_words
+from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.launch.preflight import check_checkpoint
 from ackd_lightning.launch.run_data import data_of_run
+from ackd_lightning.models.hub import is_hub_name
+from ackd_lightning.models.zoo.complexity import count_parameters
 from ackd_lightning.runs.claim import say_unfinished
-from ackd_lightning.runs.export import network_of
+from ackd_lightning.runs.export import describe_network, network_of, plain_parameters
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
 
 
@@ -25,6 +33,8 @@ class Student(NamedTuple):
         network: Network in evaluation mode.
         description: What it is.
         summary: Summary of the run; empty without one.
+        plain_parameters: Number of its parameters without the head of a method.
+        own: Whether it is a class of the user's own, which a file of weights cannot rebuild.
     """
 
     checkpoint: Path
@@ -32,6 +42,8 @@ class Student(NamedTuple):
     network: nn.Module
     description: Description
     summary: dict[str, Any]
+    plain_parameters: int
+    own: bool = False
 
 
 def read_student(run: str, which: Which, learner: int = 0) -> Student:
@@ -48,8 +60,61 @@ def read_student(run: str, which: Which, learner: int = 0) -> Student:
     summary = read_summary(folder) if (folder / "summary.json").is_file() else {}
     known = {} if content["ackd_lightning"].get("quantization") else _accuracies(summary, checkpoint.stem, learner)
     metadata = {**known, "weights": f"{checkpoint.stem} epoch"}  # a student in training for int8 was measured in int8
-    network, stated = network_of(content, checkpoint, learner=learner, extra=metadata)
-    return Student(checkpoint, content, network, Description.from_metadata(stated, str(checkpoint)), summary)
+    own = content["ackd_lightning"].get("model") is None and (folder / "config.yaml").is_file()
+    if own and learner:
+        raise ACKDError(f"--learner is {learner} and the student of {folder} is a network of your own; leave it out")
+    if own:
+        network, stated, size = _own_network(checkpoint, content, metadata)
+    else:
+        network, stated = network_of(content, checkpoint, learner=learner, extra=metadata)
+        size = plain_parameters(content, checkpoint, learner)
+    description = Description.from_metadata(stated, str(checkpoint))
+    return Student(checkpoint, content, network, description, summary, size, own)
+
+
+def trained(checkpoint: Path, content: Mapping[str, Any], settings: Sequence[str] = ()) -> ACKDCLI:
+    """Build the data module and the training module of a run, with the weights of a checkpoint.
+
+    Args:
+        checkpoint: Checkpoint, whose run has a ``config.yaml``.
+        content: Content of the checkpoint.
+        settings: Settings of `ackd test` that change those of the run.
+
+    Raises:
+        ACKDError: If the settings and the checkpoint do not belong together.
+    """
+    cli = ACKDCLI("test", [str(checkpoint), *settings])
+    cli.build()
+    check_checkpoint(checkpoint, cli.model, dict(content))
+    load_weights(cli.model, dict(content))
+    return cli
+
+
+def _own_network(
+    checkpoint: Path, content: Mapping[str, Any], extra: Mapping[str, str]
+) -> tuple[nn.Module, dict[str, str], int]:
+    """Build a student that is a class of the user's own, its metadata, and count its parameters without a head."""
+    with in_our_words():
+        module = trained(checkpoint, content).model
+    network, plain = module.kept_network().eval(), module.student.plain()
+    name = f"{type(plain).__module__}.{type(plain).__qualname__}"
+    stated = describe_network(content, name, {}, content["ackd_lightning"].get("head"), extra)
+    return network, stated, count_parameters(plain)
+
+
+def open_any(run: str, *, which: Which = "last", device: str | torch.device = "cpu") -> ExportedNetwork:
+    """Open an exported file, or the student of a run.
+
+    Args:
+        run: File, run folder, checkpoint, or ``hf:USER/NAME`` on the hub.
+        which: Checkpoint of a run folder.
+        device: Device for weights of safetensors and checkpoints; other formats run on the CPU.
+    """
+    path = Path(run)
+    if is_hub_name(run) or not (path.is_dir() or path.suffix == ".ckpt"):
+        return open_network(run, which=which, device=device)
+    student = read_student(run, which)
+    return of_module(student.checkpoint, student.description, student.network, "checkpoint", device)
 
 
 def _accuracies(summary: dict[str, Any], which: str, learner: int) -> dict[str, str]:

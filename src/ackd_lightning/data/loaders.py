@@ -194,7 +194,12 @@ class ImageLoaders(PlainArguments):
         """Return the options of a loader; positions need no workers and no pinned memory."""
         if isinstance(getattr(dataset, "images", dataset), HeldImages):
             return {"collate_fn": as_is}
-        return {"num_workers": self.num_workers, "collate_fn": as_is, "pin_memory": torch.cuda.is_available()}
+        return {"num_workers": self.num_workers, "collate_fn": as_is, "pin_memory": self.pins_memory()}
+
+    def pins_memory(self) -> bool:
+        """Return whether batches are pinned: where a GPU gets them, and without a Trainer where there is one."""
+        device = None if self.trainer is None else self.trainer.strategy.root_device.type
+        return device in (None, "cuda") and torch.cuda.is_available()
 
     def _world(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)

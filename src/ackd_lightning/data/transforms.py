@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from random import Random
@@ -101,6 +102,16 @@ def crop_flip(batch: RawBatch, *, pad: int, flip: bool, seed: int) -> Tensor:
     return shift_and_flip(batch.image, down, right, mirror)
 
 
+@functools.lru_cache(maxsize=64)
+def _scale_and_offset(
+    mean: tuple[float, ...], std: tuple[float, ...], largest: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return what pixels are multiplied by and what is subtracted then, ``C`` float32 each, on a device."""
+    with torch.inference_mode(False):
+        scale = torch.tensor([1.0 / (largest * s) for s in std], device=device)
+        return scale, torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device)
+
+
 def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Turn pixels into ``(pixel - mean) / std`` per channel, those of uint8 divided by 255 first.
 
@@ -113,8 +124,9 @@ def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
         ``B x C x H x W`` float32.
     """
     largest = 1.0 if image.is_floating_point() else 255.0
-    scale = torch.tensor([1.0 / (largest * s) for s in std], device=image.device)
-    offset = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=image.device)
+    # a device is waited for when numbers are sent to it, so they are sent once
+    constants = _scale_and_offset.__wrapped__ if image.device.type == "cpu" else _scale_and_offset
+    scale, offset = constants(tuple(mean), tuple(std), largest, image.device)
     return image.to(torch.float32, copy=True).mul_(scale[:, None, None]).sub_(offset[:, None, None])
 
 

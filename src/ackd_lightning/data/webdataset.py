@@ -201,7 +201,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
             place=(rank, world),
             buffer=self.buffer,
         )
-        return ShardLoader(shards, num_workers=workers, pin_memory=torch.cuda.is_available())
+        return ShardLoader(shards, num_workers=workers, pin_memory=self.pins_memory())
 
     def train_dataloader(self) -> Any:
         """Return the shuffled, resumable loader of the training shards; the last incomplete batch is left out."""

@@ -104,7 +104,8 @@ def open_network(
     if file.is_dir() or ending == ".ckpt":
         checkpoint = find_checkpoint(file, which)
         network, metadata = network_of(read_checkpoint(checkpoint), checkpoint, learner=learner)
-        return _module(checkpoint, Description.from_metadata(metadata, str(checkpoint)), network, "checkpoint", device)
+        description = Description.from_metadata(metadata, str(checkpoint))
+        return of_module(checkpoint, description, network, "checkpoint", device)
     if not file.is_file():
         raise ACKDError(f"{file} does not exist; name a run folder, or a file that `ackd export` wrote")
     if ending not in _BY_ENDING:
@@ -120,13 +121,22 @@ def open_network(
         )
     description = Description.from_metadata(opened.metadata, str(file))
     if opened.network is not None:
-        return _module(file, description, opened.network, kind.name, device)
+        return of_module(file, description, opened.network, kind.name, device)
     return ExportedNetwork(file, description, opened.run, kind=kind.name)
 
 
-def _module(
+def of_module(
     path: Path, description: Description, network: nn.Module, kind: str, device: str | torch.device
 ) -> ExportedNetwork:
+    """Return a network in torch as one that was opened.
+
+    Args:
+        path: File that it is in.
+        description: What it expects and is.
+        network: Network in evaluation mode.
+        kind: Format, or ``checkpoint``.
+        device: Device that it is moved to.
+    """
     moved = network.to(device)
 
     def run(images: Tensor) -> Tensor:

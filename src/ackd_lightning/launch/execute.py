@@ -271,7 +271,8 @@ class Execution:
             print(
                 f"fast_dev_run: nothing is written{' and nothing is tested' if self.option('test') else ''}", flush=True
             )
-        measured = getattr(self.cli.datamodule, "val_is_test", False) and summary.up_to_date
+        measured = bool(getattr(self.cli.datamodule, "val_is_test", False) and summary.up_to_date)
+        measured = self.trainer.strategy.broadcast(measured)  # the first process alone has a summary
         if self.option("test") and not self.dry and not measured:  # else the last epoch was measured on the test set
             self._test()
         if self.trainer.is_global_zero:

@@ -68,7 +68,8 @@ def unbiased_cka(first: Tensor, second: Tensor) -> Tensor:
         flat = features.float().flatten(1)
         flat = flat - flat.mean(dim=0)  # changes nothing but rounding
         flat = flat / flat.abs().amax().clamp_min(1e-30)
-        return (flat @ flat.T).fill_diagonal_(0).double()
+        product = (flat @ flat.T).fill_diagonal_(0)
+        return product if product.device.type == "mps" else product.double()  # MPS has no float64
 
     def hsic(one: Tensor, other: Tensor) -> Tensor:
         count = len(one)

@@ -107,7 +107,8 @@ class Suffix(nn.Module):
         tensor = first_tensor(given)
         assert tensor is not None
         self.entry, self.image, self.each = entry, _Zeros(image), tensor.shape[0]
-        self.memory: _Memory = {"dense": False}
+        # complete from the start: a compiled network is compiled again when a key is added
+        self.memory: _Memory = {"dense": False, "batch": EXAMPLES, "device": image.device}
         self.network = _cut(network, ghost, entry, record, self.memory)
         memory: _Memory = {"dense": False}
         used = self._used(_cut(ghost, ghost, entry, record, memory), given, memory)

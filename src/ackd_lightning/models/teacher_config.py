@@ -24,7 +24,7 @@ class TeacherConfig:
 
     Args:
         network: Name for ``create_model`` (such as resnet110), or a network. It has to be given.
-        weights: Weight file of a network that is given by name.
+        weights: Weight file; for a network that is given as such, None for the weights that it has.
         pretrained: Use the weights that timm or torchvision publish for the network, with their own classes and
             preprocessing; they are downloaded unless they are in the library's cache.
         options: Options for ``create_model``; none by default.
@@ -85,7 +85,6 @@ class TeacherConfig:
                 f"options is {self.options!r} in TeacherConfig; it must be a dict of create_model's options"
             )
         for name, remedy in (
-            ("weights", "load the file with load_weights first, or give the network by name"),
             ("options", "build it with these options, or give it by name"),
             ("pretrained", "give the network by name"),
         ):

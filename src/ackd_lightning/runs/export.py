@@ -95,8 +95,8 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
     name, options = metadata.get("model"), metadata.get("model_options") or {}
     if not isinstance(name, str):
         raise ACKDError(
-            f"{path} was trained with a network of your own, not one by name; in Python, save it with "
-            "module.save_student(path)"
+            f"{path} was trained with a network of your own, not one by name, and its run has no config.yaml by which "
+            "it could be built; in Python, save its weights with save_weights(module.kept_network(), path)"
         )
 
     def below(prefix: str) -> dict[str, Tensor]:
@@ -129,14 +129,28 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
     return _Source(name, options, classes, head, whole)
 
 
-def _plain_metadata(checkpoint: Mapping[str, Any], source: _Source, extra: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the metadata of a weight file: everything that a later run with it as a teacher needs."""
+def describe_network(
+    checkpoint: Mapping[str, Any],
+    name: str,
+    options: Mapping[str, Any],
+    head: Mapping[str, Any] | None,
+    extra: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return what an exported file says of its network: everything that a later run with it as a teacher needs.
+
+    Args:
+        checkpoint: Content of a checkpoint of this package.
+        name: Name of the network, or its class.
+        options: Options that it is built with.
+        head: Head of a method that replaces the classifier; None without one.
+        extra: Further metadata.
+    """
     metadata = checkpoint["ackd_lightning"]
     values = {
         **(metadata.get("preprocessing") or {}),
-        "model": source.name,
-        "model_options": source.options or None,
-        "head": source.head,
+        "model": name,
+        "model_options": options or None,
+        "head": head,
         "num_classes": metadata["num_classes"],
         "class_names": metadata.get("class_names"),
         "input_size": metadata["input_size"],
@@ -184,7 +198,7 @@ def network_of(
         check_fit(source.state, source.fresh().state_dict(), origin, source.name)
     network = source.fresh()
     network.load_state_dict(source.state)
-    return network, _plain_metadata(checkpoint, source, extra)
+    return network, describe_network(checkpoint, source.name, source.options, source.head, extra)
 
 
 def plain_parameters(checkpoint: Mapping[str, Any], origin: Path, learner: int = 0) -> int:

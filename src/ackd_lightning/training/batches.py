@@ -46,9 +46,9 @@ def read_batch(batch: Any, data: DataInfo, *, check: bool = False, unlabelled: b
                 f"a batch has the entries {', '.join(map(str, batch))} and none of them is the {missing}; call it "
                 f"{missing!r}, or give (image, target)"
             )
-        result = _made(image, target, index, data)
+        result = _made(image, target, index, data, check=check)
     elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
-        result = _made(batch[0], batch[1], batch[2] if len(batch) == 3 else None, data)
+        result = _made(batch[0], batch[1], batch[2] if len(batch) == 3 else None, data, check=check)
     else:
         form = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
         raise ACKDError(f"a batch is {form}; the data must give (image, target), or add an index")
@@ -62,11 +62,12 @@ def _entry(batch: Mapping[Any, Any], name: str) -> Any:
     return next((batch[key] for key in _KEYS[name] if key in batch), None)
 
 
-def _made(image: Any, target: Any, index: Any, data: DataInfo) -> Batch:
+def _made(image: Any, target: Any, index: Any, data: DataInfo, *, check: bool) -> Batch:
     for name, value in (("image", image), ("target", target)):
         if not isinstance(value, Tensor):
             raise ACKDError(f"the {name} of a batch is {type(value).__name__}; it must be a tensor")
-    target, soft = _targets(target, image.shape[0], data.num_classes)
+    check = check or target.device.type == "cpu"
+    target, soft = _targets(target, image.shape[0], data.num_classes, check=check)
     return Batch(image, target, torch.full_like(target, -1) if index is None else _index(index), soft)
 
 
@@ -85,12 +86,12 @@ def _index(index: Any) -> Tensor:
     return found
 
 
-def _targets(target: Tensor, size: int, classes: int) -> tuple[Tensor, Tensor | None]:
+def _targets(target: Tensor, size: int, classes: int, *, check: bool) -> tuple[Tensor, Tensor | None]:
     """Return class indices ``B`` int64, and shares ``B x K`` where the targets are not one class each."""
     if target.ndim == 2 and target.shape[1] == 1:
         target = target[:, 0]
     if target.ndim == 1 and len(target) == size:
-        if target.is_floating_point() and bool((target != target.round()).any()):
+        if check and target.is_floating_point() and bool((target != target.round()).any()):
             raise ACKDError(
                 f"targets are numbers such as {float(target[0]):g}; they must be class indices, or one share for "
                 f"each of the {classes} classes"
@@ -101,14 +102,19 @@ def _targets(target: Tensor, size: int, classes: int) -> tuple[Tensor, Tensor | 
             f"targets have the shape {tuple(target.shape)} for {size} images and {classes} classes; they must be "
             f"{size} class indices, or {size} x {classes} shares"
         )
+    if check:
+        _check_shares(target)
+    hard = not target.is_floating_point() or bool(((target == 0) | (target == 1)).all())
+    return target.float().argmax(dim=1), None if hard else target.float()
+
+
+def _check_shares(target: Tensor) -> None:
     sums = target.sum(dim=1, dtype=torch.float32)
     if bool(((sums - 1).abs() > _SUM_TOLERANCE).any()) or bool((target < 0).any()):
         raise ACKDError(
             f"the shares of the classes of an image sum up to {float(sums.min()):g} to {float(sums.max()):g}; each"
             " image must have non-negative shares that sum up to 1 (several labels for an image are not supported)"
         )
-    hard = not target.is_floating_point() or bool(((target == 0) | (target == 1)).all())
-    return target.float().argmax(dim=1), None if hard else target.float()
 
 
 def _check_image(image: Tensor, data: DataInfo) -> None:
@@ -174,14 +180,15 @@ def check_index(method: Method, batch: Batch, *, starts: bool) -> None:
     )
 
 
-def require_labels(batch: Batch) -> None:
+def require_labels(batch: Batch, *, check: bool) -> None:
     """Refuse images without a label in validation and test.
 
     Args:
         batch: Batch of validation or test data.
+        check: Whether to look at targets on a GPU, too, which waits for the GPU.
 
     Raises:
         ACKDError: If a target is -1.
     """
-    if batch.target.device.type == "cpu" and bool((batch.target < 0).any()):
+    if (check or batch.target.device.type == "cpu") and bool((batch.target < 0).any()):
         raise ACKDError("a validation or test image has no label (its target is -1); leave such images out")

@@ -173,7 +173,7 @@ class EvaluationSteps(L.LightningModule):
             The result of `predict_step` for the batch.
         """
         batch = self.as_batch(batch, first=batch_idx == 0)
-        require_labels(batch)
+        require_labels(batch, check=batch_idx == 0)
         student: NetOutput = self.student(batch.image)
         if dataloader_idx > len(self.evaluation.others):
             self._metric_attributes = None  # Lightning's memory of the metrics that it has found in the module

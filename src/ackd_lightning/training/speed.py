@@ -90,6 +90,7 @@ def speed_up(
         for network in (student, method, *teachers):
             network.to(memory_format=torch.channels_last)
     if compiles:
+        torch.compiler.reset()  # all students count towards one limit of graphs, after which torch compiles no more
         parts = [method.get_submodule(name) for name in method.compile_modules]
         mode = {} if isinstance(compiles, bool) else {"mode": compiles}
         for network in (student, *teachers, *parts):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.class_map import FEATURES_ONLY, resolve_class_map
-from ackd_lightning.models.copies import name_of
+from ackd_lightning.models.copies import clone, name_of
 from ackd_lightning.models.finding import plan_for, probe, use_taps
 from ackd_lightning.models.known import remembered
 from ackd_lightning.models.metadata import typed_metadata
@@ -22,6 +22,7 @@ from ackd_lightning.models.preprocessing import Preprocessing, channels_of, stat
 from ackd_lightning.models.start import refuse_wrapper
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
+from ackd_lightning.models.weights import digest, load_weights
 from ackd_lightning.models.zoo.pretrained import published
 from ackd_lightning.training.teacher_choice import (
     classes_in_file,
@@ -65,7 +66,7 @@ class Teachers:
             number: self._adapted(each) for number, each in enumerate(configs) if not isinstance(each.network, str)
         }
         self.frozen: tuple[FrozenTeacher, ...] = ()
-        if len(self._given) == len(configs):
+        if len(self._given) == len(configs) and not any(each.weights for each in configs):
             self.frozen = tuple(self._given.values())
         self.structures: tuple[nn.Module, ...] = tuple(
             self._given[number].network
@@ -85,6 +86,10 @@ class Teachers:
         twin.frozen = tuple(given.get(id(each)) or each.view() for each in self.frozen)
         twin._said, twin._borrowed = set(self._said), bool(self._given or self.frozen)
         return twin
+
+    def release(self) -> None:
+        """Forget the networks, in the copy of a module that only holds an average of its weights."""
+        self.frozen, self._given, self._borrowed = (), {}, False
 
     def __iter__(self) -> Iterator[FrozenTeacher]:
         return iter(self.frozen)
@@ -106,20 +111,24 @@ class Teachers:
         pairs = zip(self.weights, self.frozen, strict=True)
         return [{**each.key(), **({"weight": weight} if len(self.frozen) > 1 else {})} for weight, each in pairs]
 
-    def _adapted(self, config: TeacherConfig) -> FrozenTeacher:
-        """View of a given network that knows how the data are normalised."""
-        network = config.network
+    def _adapted(self, config: TeacherConfig, *, load: bool = False) -> FrozenTeacher:
+        """View of a given network that knows how the data are normalised; ``load`` reads its weight file."""
+        network, metadata = config.network, {}
         assert isinstance(network, nn.Module)
         refuse_wrapper(network, "teacher")
         if isinstance(network, FrozenTeacher):
-            if config.preprocessing() != Preprocessing() or config.bf16:
+            if config.preprocessing() != Preprocessing() or config.bf16 or config.weights:
                 raise ACKDError(
-                    "TeacherConfig gives mean, std, input_size, interpolation or bf16 of a FrozenTeacher, which has "
-                    "its own; give them to the FrozenTeacher"
+                    "TeacherConfig gives weights, mean, std, input_size, interpolation or bf16 of a FrozenTeacher, "
+                    "which has its own; give them to the FrozenTeacher"
                 )
             frozen = network
         else:
-            frozen = FrozenTeacher(network, **_preprocessing(config))
+            if load:
+                network = clone(network)
+                file = weight_file(config)
+                metadata = load_weights(network, file, name=f"teacher {name_of(network)}") | {"sha256": digest(file)}
+            frozen = FrozenTeacher(network, metadata=metadata, copy_network=not load, **_preprocessing(config))
         return self._view(frozen, config)
 
     def _view(self, teacher: FrozenTeacher, config: TeacherConfig) -> FrozenTeacher:
@@ -166,17 +175,18 @@ class Teachers:
         return replace(spec, num_classes=data.num_classes)
 
     def load(self) -> None:
-        """Load the teachers given by name. Nothing happens when all are loaded.
+        """Load the teachers given by name or with a weight file. Nothing happens when all are loaded.
 
         Raises:
             ACKDError: If a weight file is missing or does not fit, or published weights cannot be fetched.
         """
         if len(self.frozen) == len(self.configs):
             return
-        frozen = [
-            self._given[number] if number in self._given else self._loaded(config)
-            for number, config in enumerate(self.configs)
-        ]
+        frozen = []
+        for number, config in enumerate(self.configs):
+            if number in self._given and config.weights:
+                self._given[number] = self._adapted(config, load=True)
+            frozen.append(self._given[number] if number in self._given else self._loaded(config))
         self.frozen = tuple(each.to(self._device) for each in frozen)
 
     def _loaded(self, config: TeacherConfig) -> FrozenTeacher:
