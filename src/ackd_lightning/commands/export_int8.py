@@ -120,7 +120,7 @@ def show_int8(
         )
         if any(each.endswith(".pte") for each in written):
             print(PTE_THREADS)
-        print(f"written: {', '.join(written)}; the float32 file was for comparison and is not kept")
+        print(f"written: {', '.join(written)}; float32 files were made for the comparison alone, others are unchanged")
     for line in notes:
         print(line)
     if failures:

@@ -174,8 +174,8 @@ def reasons(seen: Survey, chosen: Choices, *, asked: bool) -> list[Choice]:
         (
             "batch size",
             c.batch_size,
-            f"{c.trained:,} images: {count_of(c.steps, 'step')} an epoch; from 8, for 10 steps or more, to "
-            f"{_LARGEST_BATCH[c.device]} on {on}",
+            f"{c.trained:,} images, {count_of(c.steps, 'step')} an epoch; the largest of 8 to "
+            f"{_LARGEST_BATCH[c.device]} (on {on}) that gives 10 steps, or else 8",
         ),
         (
             "sampling",

@@ -95,7 +95,8 @@ def _describe(folder: str, seen: Survey) -> None:
     )
     smallest, median, largest = seen.sides
     formats = ", ".join(f"{kind} {count:,}" for kind, count in seen.formats.most_common())
-    print(f"shorter sides: {smallest} to {largest} pixels, median {median}; formats: {formats}")
+    sides = f"{smallest} to {largest} pixels, median {median}" if smallest < largest else f"all {largest} pixels"
+    print(f"shorter sides: {sides}; formats: {formats}")
     if broken := seen.broken:
         more = f", the first {_SHOWN} of them" if len(broken) > _SHOWN else ""
         print(f"broken: {count_of(len(broken), 'file')}{more}")
