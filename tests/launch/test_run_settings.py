@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,24 @@ def test_paths_are_seen_from_where_the_run_was_started(tmp_path, monkeypatch, ru
     assert settings["data"]["init_args"][name] == str(start / "pets")
 
 
-@pytest.mark.parametrize("value", ["pets", "/pets", "", None, 3])
-def test_what_exists_here_or_is_no_path_stays(tmp_path, monkeypatch, value):
+def test_data_of_the_run_come_before_others_of_that_name_here(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "config" / "a"
     for folder in (run, tmp_path / "pets", tmp_path / "other" / "pets"):
+        folder.mkdir(parents=True)
+    settings = {"data": {"init_args": {"root": "pets"}}, "model": {"teacher": [{"weights": "w"}, {"weights": "pets"}]}}
+    monkeypatch.chdir(tmp_path)
+    assert find_files(settings, run / "config.yaml", (), writes=False) == []
+    monkeypatch.chdir(tmp_path / "other")
+    found = find_files(settings, run / "config.yaml", (), writes=False)
+    assert found == [f"data.root is {tmp_path / 'pets'}", f"model.teacher.1.weights is {tmp_path / 'pets'}"]
+    settings["data"]["init_args"]["root"] = "pets"
+    assert find_files(settings, run / "config.yaml", ["--data.root", "pets"], writes=False) == []
+
+
+@pytest.mark.parametrize("value", ["cats", "/pets", "", None, 3])
+def test_what_is_not_there_or_is_no_path_stays(tmp_path, monkeypatch, value):
+    run = tmp_path / "runs" / "config" / "a"
+    for folder in (run, tmp_path / "pets", tmp_path / "other" / "cats"):
         folder.mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "other")
     settings = {"data": {"init_args": {"root": value}}}
@@ -56,6 +71,11 @@ def test_a_run_is_tested_from_another_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "other")
     assert main(["test", str(tmp_path / "runs" / "pets" / "a")]) == 0
     assert str(tmp_path / "pets") in capsys.readouterr().out
+    shutil.copytree(tmp_path / "pets", "pets")  # other photos of that name do not become those of the run
+    assert main(["fit", "--resume", str(tmp_path / "runs" / "pets" / "a"), "--trainer.max_epochs", "2"]) == 0
+    settings = yaml.safe_load((tmp_path / "runs" / "pets" / "a" / "config.yaml").read_text())
+    assert settings["data"]["init_args"]["root"] == str(tmp_path / "pets")
+    shutil.rmtree("pets")
     (tmp_path / "pets").rename(tmp_path / "moved")
     for command in ("test", "report"):
         assert main([command, str(tmp_path / "runs" / "pets" / "a")]) == 2

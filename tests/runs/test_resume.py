@@ -205,11 +205,11 @@ def test_other_data_are_refused(tmp_path):
         (tmp_path / name).mkdir()
     before, now = ({"seed_everything": 0, "data": {"root": str(tmp_path / each)}} for each in ("first", "second"))
     (tmp_path / "run" / "config.yaml").write_text(json.dumps(before))
-    assert changed_settings(tmp_path / "run", before) == []
+    assert changed_settings(tmp_path / "run", before, before) == []
     with pytest.raises(ACKDError, match=r"has --data.root .*first and not .*second"):
-        changed_settings(tmp_path / "run", now)
+        changed_settings(tmp_path / "run", before, now)
     (tmp_path / "first").rmdir()
-    assert changed_settings(tmp_path / "run", now) == []
+    assert changed_settings(tmp_path / "run", before, now) == []
 
 
 def test_two_processes_cannot_train_one_run(place, capsys):

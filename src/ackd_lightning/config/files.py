@@ -17,6 +17,7 @@ _INCLUDE = "include"
 _METHODS = "methods"
 _RECIPES = "recipes"
 _SECTIONS = ("trainer", "model", "data")
+"""Settings that hold others; an empty one changes nothing."""
 _SHORT = {"student": "network"}
 """Settings whose name or class is short for a mapping with this key."""
 
@@ -193,14 +194,7 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     result: dict[str, Any] = {}
     included = content.pop(_INCLUDE, None) or []
     content = _expand_home({key: value for key, value in content.items() if key not in _SECTIONS or value is not None})
-    sections = [("", content), *((f"{key}.", content.get(key)) for key in _SECTIONS)]
-    for place, section in sections:
-        for key in section if isinstance(section, dict) else ():
-            if "." in str(key):
-                name = f"{place}{key}"
-                lines = "".join(f"{part}: {{" for part in name.split(".")[:-1])
-                nested = f"{lines}{name.rpartition('.')[2]}: ...{'}' * name.count('.')}"
-                raise ACKDError(f"{path} has the setting {name!r} with dots, as options have; write {nested}")
+    _refuse_dots(content, path)
     if not isinstance(included, list):
         raise ACKDError(f"`include` of {path} is {included!r}, not a list; write include: [{included}]")
     for name in included:
@@ -213,6 +207,17 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise ACKDError(f"{path} includes {name!r}, which does not exist; {near_matches(str(name), known)}")
         result = merge(result, read_config(found, (*_seen, path.resolve())))
     return merge(result, content)
+
+
+def _refuse_dots(content: dict[str, Any], path: Path) -> None:
+    """Refuse names with dots, which would not be laid over the settings of other files."""
+    for place in ("", *_SECTIONS):
+        section = content.get(place) if place else content
+        for key in section if isinstance(section, dict) else ():
+            if "." in str(key):
+                *parents, last = name = f"{place}.{key}".lstrip(".").split(".")
+                nested = f"{''.join(f'{part}: {{' for part in parents)}{last}: ...{'}' * len(parents)}"
+                raise ACKDError(f"{path} has the setting {'.'.join(name)!r} with dots, as options have; write {nested}")
 
 
 def _expand_home(value: Any) -> Any:

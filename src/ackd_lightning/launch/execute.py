@@ -32,7 +32,7 @@ from ackd_lightning.launch.preflight import (
     check_processes,
     check_writable,
 )
-from ackd_lightning.launch.run_settings import changed_test, refuse_other_place
+from ackd_lightning.launch.run_settings import changed_test, refuse_other_place, started_with
 from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.launch.words import as_given, raised_in
 from ackd_lightning.runs.claim import Claim, claim, say_unfinished
@@ -138,9 +138,9 @@ class Execution:
             )
         if self.cli.command == "test":
             run = run_folder(Path(checkpoint))
-            if changes := changed_test(run, self.cli.settings()):
+            if (changes := changed_test(run, self.cli.settings())) and self.trainer.is_global_zero:
                 print(f"not kept in {run}, as it is another test than that of the run: {', '.join(changes)}")
-            else:
+            elif not changes:
                 self._keep_test(Path(checkpoint))
 
     def _check(self) -> None:
@@ -235,7 +235,7 @@ class Execution:
         self.cli.config.ckpt_path = str(found.checkpoint)
         if _rank() == 0 and not launched_by_us:
             print(f"resuming from {found.checkpoint}" + (f"; {found.note}" if found.note else ""), flush=True)
-            if changes := changed_settings(self.cli.folder, self.cli.settings()):
+            if changes := changed_settings(found.folder, started_with(found.folder), self.cli.settings()):
                 print(
                     f"settings that differ from the run's start: {', '.join(changes)} "
                     "(the learning rate follows the new schedule)",

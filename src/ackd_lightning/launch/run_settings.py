@@ -78,7 +78,7 @@ def _settings_of(folder: Path) -> str:
 
 
 def find_files(settings: dict[str, Any], config: Path, options: Sequence[str], *, writes: bool) -> list[str]:
-    """Find files of a run that was started in another folder, whose relative paths mean nothing in this one.
+    """Find files of a run that was started in another folder, to which its relative paths belong.
 
     Args:
         settings: Settings of the run; paths of data, weights and caches are changed in place.
@@ -103,7 +103,7 @@ def find_files(settings: dict[str, Any], config: Path, options: Sequence[str], *
     ]
     for holder, key, name in places:
         value = Path(holder[key])
-        if name not in given and not value.is_absolute() and not value.exists() and (start / value).exists():
+        if name not in given and not value.is_absolute() and (start / value).exists():
             holder[key] = str(start / value)
             found.append(f"{name} is {start / value}")
     weights = settings.get("weights_dir")
@@ -113,6 +113,18 @@ def find_files(settings: dict[str, Any], config: Path, options: Sequence[str], *
     return found
 
 
+def started_with(run: Path) -> dict[str, Any]:
+    """Return the settings that a run was started with, with its files where `find_files` finds them; or nothing.
+
+    Args:
+        run: Folder of the run.
+    """
+    path = run / "config.yaml"
+    settings: dict[str, Any] = (read_yaml(path) or {}) if path.is_file() else {}
+    find_files(settings, path, (), writes=False)
+    return settings
+
+
 def changed_test(run: Path, settings: dict[str, Any]) -> list[str]:
     """Return why a test does not measure what a run's own test measures: changed settings, each with both values.
 
@@ -120,11 +132,8 @@ def changed_test(run: Path, settings: dict[str, Any]) -> list[str]:
         run: Folder of the run.
         settings: Settings of the test.
     """
-    path = run / "config.yaml"
-    if not path.is_file():
-        return [f"{path} does not exist"]
-    before = read_yaml(path)
-    find_files(before, path, (), writes=False)
+    if not (before := started_with(run)):
+        return [f"{run} has no config.yaml"]
     measured = ("data.", "model.", "trainer.limit_", "trainer.fast_dev_run", "trainer.precision")
     changes = differences(before, settings, places=True).items()
     return [f"{name} {change}" for name, change in changes if name.startswith(measured)]

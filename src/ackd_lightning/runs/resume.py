@@ -225,17 +225,18 @@ def check_length(found: Resumed, length: Length) -> None:
         )
 
 
-def changed_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
+def changed_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """List settings that differ from those that a run was started with, as ``name before -> after``.
 
     Args:
         folder: Folder of the run.
+        before: Settings that it was started with; empty where they are not known.
         settings: Settings that the run is resumed with.
 
     Raises:
         ACKDError: If the seed or an argument of the optimizer differs, so that it would be another run.
     """
-    if not (before := _config(folder)):
+    if not before:
         return []
     if before.get("seed_everything") != settings["seed_everything"]:
         raise ACKDError(
