@@ -26,9 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning, about few ste
 class Net(nn.Module):
     """A network that no name stands for."""
 
-    def __init__(self, width: int = 4):
+    def __init__(self, width: int = 4, channels: int = 3):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Conv2d(width, width, 3))
+        self.body = nn.Sequential(nn.Conv2d(channels, width, 3, stride=2), nn.ReLU(), nn.Conv2d(width, width, 3))
         self.fc = nn.Linear(width, 10)
 
     def forward(self, image):
@@ -237,3 +237,21 @@ def test_weights_of_a_network_of_ones_own_are_read_when_they_are_needed(capsys):
     torch.save(Net(5).state_dict(), "gone.pth")
     assert main(["fit", "--config", "own.yaml", *FIT[5:]]) == 2
     assert "gone.pth" in capsys.readouterr().err
+
+
+def test_what_a_network_of_ones_own_cannot_do_is_said(capsys):
+    """No weights beside the run, other channels than the data have, and a function in place of a class."""
+    network = {"class_path": "own.Net"}
+    settings = {"include": ["data/digits", "methods/ce"], "model": {"student": {"network": network}}}
+    Path("own.yaml").write_text(yaml.safe_dump(settings))
+    fit = ["fit", "--config", "own.yaml", *FIT[5:], "--data.max_per_class", "4"]
+    assert main([*fit, "--weights_dir", "weights"]) == 0
+    shown = capsys.readouterr().out
+    assert "no weights in weights/own.safetensors" in shown
+    assert "for later runs" not in shown
+    network["init_args"] = {"channels": 1}
+    Path("own.yaml").write_text(yaml.safe_dump(settings))
+    assert main([*fit, "--name", "b"]) == 2
+    assert "reads 1 channel and the images have 3" in capsys.readouterr().err
+    assert main([*fit, "--model.student.network", '{"class_path": "own.loader"}']) == 2
+    assert "'own.loader', which is a function" in capsys.readouterr().err

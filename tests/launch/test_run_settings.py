@@ -12,25 +12,28 @@ from PIL import Image
 
 from ackd_lightning.cli import main
 from ackd_lightning.launch.run_settings import find_files
+from ackd_lightning.runs.files import STARTED
 
 
-@pytest.mark.parametrize("runs_dir", ["runs", "out/of/here", "./runs"])
-@pytest.mark.parametrize("name", ["root", "cache"])
-def test_paths_are_seen_from_where_the_run_was_started(tmp_path, monkeypatch, runs_dir, name):
+@pytest.mark.parametrize("runs_dir", ["runs", "out/of/here", "./runs", "../elsewhere"])
+def test_paths_are_seen_from_where_the_run_was_started(tmp_path, monkeypatch, runs_dir):
     start, other = tmp_path / "start", tmp_path / "other"
     run = start / runs_dir / "config" / "a"
     for folder in (run, start / "pets", other):
         folder.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"{STARTED}{start}\n")
     monkeypatch.chdir(other)
-    settings = {"runs_dir": runs_dir, "data": {"init_args": {name: "pets", "batch_size": 3, "url": None}}}
+    settings = {"runs_dir": runs_dir, "data": {"init_args": {"root": "pets", "test_dir": "pets", "batch_size": 3}}}
     assert len(find_files(settings, run / "config.yaml", (), writes=False)) == 1
-    assert settings["data"]["init_args"][name] == str(start / "pets")
+    assert settings["data"]["init_args"]["root"] == str(start / "pets")
+    assert settings["data"]["init_args"]["test_dir"] == "pets"  # a folder in the root
 
 
 def test_data_of_the_run_come_before_others_of_that_name_here(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "config" / "a"
     for folder in (run, tmp_path / "pets", tmp_path / "other" / "pets"):
         folder.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"{STARTED}{tmp_path}\n")
     settings = {"data": {"init_args": {"root": "pets"}}, "model": {"teacher": [{"weights": "w"}, {"weights": "pets"}]}}
     monkeypatch.chdir(tmp_path)
     assert find_files(settings, run / "config.yaml", (), writes=False) == []
@@ -38,7 +41,7 @@ def test_data_of_the_run_come_before_others_of_that_name_here(tmp_path, monkeypa
     found = find_files(settings, run / "config.yaml", (), writes=False)
     assert found == [f"data.root is {tmp_path / 'pets'}", f"model.teacher.1.weights is {tmp_path / 'pets'}"]
     settings["data"]["init_args"]["root"] = "pets"
-    assert find_files(settings, run / "config.yaml", ["--data.root", "pets"], writes=False) == []
+    assert find_files(settings, run / "config.yaml", ["data.root", "model.teacher.1.weights"], writes=False) == []
 
 
 @pytest.mark.parametrize("value", ["cats", "/pets", "", None, 3])
@@ -46,6 +49,7 @@ def test_what_is_not_there_or_is_no_path_stays(tmp_path, monkeypatch, value):
     run = tmp_path / "runs" / "config" / "a"
     for folder in (run, tmp_path / "pets", tmp_path / "other" / "cats"):
         folder.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"{STARTED}{tmp_path}\n")
     monkeypatch.chdir(tmp_path / "other")
     settings = {"data": {"init_args": {"root": value}}}
     assert find_files(settings, run / "config.yaml", (), writes=False) == []
@@ -76,7 +80,34 @@ def test_a_run_is_tested_from_another_folder(tmp_path, monkeypatch, capsys):
     settings = yaml.safe_load((tmp_path / "runs" / "pets" / "a" / "config.yaml").read_text())
     assert settings["data"]["init_args"]["root"] == str(tmp_path / "pets")
     shutil.rmtree("pets")
+    run, summary = tmp_path / "runs" / "pets" / "a", tmp_path / "runs" / "pets" / "a" / "summary.json"
+    Path("new.yaml").write_text("data: {init_args: {root: pets}}\n")
+    shutil.copytree(tmp_path / "pets", "pets")
+    before = summary.read_bytes()
+    capsys.readouterr()
+    assert main(["test", str(run), "--config", "new.yaml"]) == 0  # those of this folder
+    assert "not kept" in capsys.readouterr().out
+    assert summary.read_bytes() == before
+    shutil.rmtree("pets")
+    for same in (["--data.root", "../pets"], ["--data.num_workers", "1"], ["--data.eval_batch_size", "2"]):
+        assert main(["test", str(run), *same]) == 0
+        assert "not kept" not in capsys.readouterr().out
     (tmp_path / "pets").rename(tmp_path / "moved")
     for command in ("test", "report"):
         assert main([command, str(tmp_path / "runs" / "pets" / "a")]) == 2
         assert "--data.root" in capsys.readouterr().err
+
+
+def test_a_linked_folder_of_runs_belongs_to_where_the_link_is(tmp_path, monkeypatch):
+    start, disk = tmp_path / "start", tmp_path / "disk"
+    run = disk / "runs" / "config" / "a"
+    for folder in (start / "pets", disk / "pets", run):
+        folder.mkdir(parents=True)
+    (start / "runs").symlink_to(disk / "runs")
+    (run / "config.yaml").write_text(f"{STARTED}{start}\n")
+    settings = {"data": {"init_args": {"root": "pets"}}, "weights_dir": "weights"}
+    monkeypatch.chdir(start)
+    assert find_files(settings, Path("runs/config/a/config.yaml"), (), writes=True) == []
+    monkeypatch.chdir(disk)
+    found = find_files(settings, run / "config.yaml", (), writes=True)
+    assert found == [f"data.root is {start / 'pets'}", f"weights_dir is {start / 'weights'}"]

@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from ackd_lightning.runs.files import whole_file
+from ackd_lightning.runs.files import STARTED, started_in, whole_file
 
 
 class RunConfig(SaveConfigCallback):
@@ -42,9 +42,10 @@ class RunConfig(SaveConfigCallback):
         return str(self.parser.dump(config, skip_unset=False))
 
     def _write(self) -> str:
-        text = self._text()
-        with whole_file(self.folder / "config.yaml") as partial:
-            partial.write_text(text, encoding="utf-8")
+        text, path = self._text(), self.folder / "config.yaml"
+        start = started_in(path) or Path.cwd()  # of a run that is resumed: where it was started first
+        with whole_file(path) as partial:
+            partial.write_text(f"{STARTED}{start}\n{text}", encoding="utf-8")
         return text
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -68,6 +68,13 @@ class RunSummary(L.Callback):
         self.export_options = " --with-preprocessing" if prepared else ""
         self.export_options += "" if module.student_config.quantization is None else " --int8"
         method = type(module.method).__name__
+        if module.model_name is None and self.copy_to is not None:
+            print(
+                f"no weights in {self.copy_to}, as the student is a network of your own; "
+                f"{self.folder / 'checkpoints' / 'last.ckpt'} fills one",
+                flush=True,
+            )
+            self.copy_to = None
         files = "" if is_fast_dev_run(trainer) else f", files in {self.folder}"
         print(
             f"{method}: student {_student_name(module)}{learners} "

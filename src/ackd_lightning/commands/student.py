@@ -18,6 +18,7 @@ from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_checkpoint
 from ackd_lightning.launch.run_data import data_of_run
 from ackd_lightning.models.hub import is_hub_name
+from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.zoo.complexity import count_parameters
 from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.runs.export import describe_network, network_of, plain_parameters
@@ -97,6 +98,8 @@ def _own_network(
     with in_our_words():
         module = trained(checkpoint, content).model
     network, plain = module.kept_network().eval(), module.student.plain()
+    if isinstance(plain, FakeQuantized):
+        plain = plain.float_network()
     name = f"{type(plain).__module__}.{type(plain).__qualname__}"
     stated = describe_network(content, name, {}, content["ackd_lightning"].get("head"), extra)
     return network, stated, count_parameters(plain)

@@ -139,7 +139,8 @@ def _resolve(path: str, kinds: tuple[type, ...], place: str) -> type:
         ) from error
     if not (isinstance(found, type) and issubclass(found, kinds)):
         expected = " or ".join(kind.__qualname__ for kind in kinds)
-        raise ACKDError(f"setting {place} names {path!r}; it must be a sub-class of {expected}")
+        kind = "" if isinstance(found, type) or not callable(found) else ", which is a function"
+        raise ACKDError(f"setting {place} names {path!r}{kind}; it must be a sub-class of {expected}")
     return found
 
 

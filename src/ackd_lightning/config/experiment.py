@@ -32,8 +32,8 @@ def experiment_settings(config: dict[str, Any], *, places: bool = False) -> dict
     return kept
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], *, places: bool = False) -> dict[str, str]:
-    """Return what differs between two experiments, as ``before -> now`` by dotted name.
+def differences(before: dict[str, Any], now: dict[str, Any], *, places: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two experiments: both values by dotted name.
 
     Args:
         before: Content of the ``config.yaml`` of the first.
@@ -42,7 +42,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], *, places: bool = F
     """
     there, here = (experiment_settings(each, places=places) for each in (before, now))
     shared = sorted(there.keys() & here.keys())
-    return {key: f"{there[key]!r} -> {here[key]!r}" for key in shared if there[key] != here[key]}
+    return {key: (there[key], here[key]) for key in shared if there[key] != here[key]}
 
 
 def moved_data(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str] | None:

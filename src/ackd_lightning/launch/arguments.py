@@ -209,6 +209,19 @@ def option_pairs(options: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         position += 1 if equals or alone else 2
 
 
+def plain_name(option: str) -> str:
+    """Return the dotted name of the setting that an option sets, ``init_args`` left out.
+
+    Args:
+        option: Option, such as ``--data.init_args.root``.
+
+    Examples:
+        >>> plain_name("--data.init_args.root")
+        'data.root'
+    """
+    return option.removeprefix("--").replace(f"{_INIT}.", "")
+
+
 def _holder(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str]:
     """The mapping and the key of the class in the settings that an option may replace; an empty mapping for none."""
     name = option.removeprefix("--").removesuffix(".class_path").replace(f"{_INIT}.", "")

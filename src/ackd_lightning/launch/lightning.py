@@ -22,12 +22,15 @@ from ackd_lightning.config.files import (
     find_config,
     load_configs,
     read_files,
+    walk,
 )
 from ackd_lightning.config.yaml_files import parse_yaml
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import (
     choose_classes,
+    option_pairs,
+    plain_name,
     refuse_values_alone,
     renew_length,
     split_configs,
@@ -92,7 +95,9 @@ class ACKDCLI:
         self.options = options
         if own and configs:
             place = find_config(config_parts(configs[0])[0])
-            if found := find_files(settings, place, options, writes=command == "fit"):
+            others = load_configs(configs[1:])[0] if configs[1:] else {}  # which the user has written for this folder
+            stated = {name for name, _ in walk(others)} | {plain_name(name) for name, _ in option_pairs(options)}
+            if found := find_files(settings, place, stated, writes=command == "fit"):
                 print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output", "overwrite")}

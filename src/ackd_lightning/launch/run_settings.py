@@ -11,9 +11,15 @@ from ackd_lightning.config.experiment import differences
 from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import option_pairs
-from ackd_lightning.runs.files import find_checkpoint, run_folder
+from ackd_lightning.runs.files import find_checkpoint, run_folder, started_in
 
 _INIT = "init_args"
+_MEASURED = ("data.", "model.", "trainer.limit_", "trainer.fast_dev_run", "trainer.precision")
+_NOT_MEASURED = (
+    *(f"data.{name}" for name in ("num_workers", "batch_size", "eval_batch_size", "cache", "download", "sampling")),
+    *(f"model.{name}" for name in ("optimizer", "lr_scheduler", "recipe", "teacher", "compile")),
+)
+"""What the names of settings begin with that change what a test measures, and of those that do not."""
 
 
 def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
@@ -77,31 +83,23 @@ def _settings_of(folder: Path) -> str:
     return str(path)
 
 
-def find_files(settings: dict[str, Any], config: Path, options: Sequence[str], *, writes: bool) -> list[str]:
+def find_files(settings: dict[str, Any], config: Path, given: Collection[str], *, writes: bool) -> list[str]:
     """Find files of a run that was started in another folder, to which its relative paths belong.
 
     Args:
         settings: Settings of the run; paths of data, weights and caches are changed in place.
-        config: ``config.yaml`` of the run.
-        options: Command line without ``--config``; what it names is left alone.
+        config: ``config.yaml`` of the run, which says where it was started.
+        given: Dotted names of settings that are not those of the run, and are left alone.
         writes: Whether the run goes on, and writes its weights again where it wrote them.
 
     Returns:
         What was changed, as ``name is path``.
     """
-    runs, parents = Path(settings.get("runs_dir") or "runs"), config.resolve().parent.parents
-    if runs.is_absolute() or len(parents) <= 1 + len(runs.parts):
+    start = _start_of(settings, config)
+    if start is None or start.samefile(Path.cwd()):
         return []
-    start = parents[1 + len(runs.parts)]
-    if start / runs != parents[1] or start == Path.cwd():
-        return []
-    given = {name.removeprefix("--").replace(f"{_INIT}.", "") for name, _ in option_pairs(options)}
-    model, data, found = settings.get("model"), settings.get("data"), []
-    places = [
-        *_texts(data.get(_INIT) if isinstance(data, dict) else None, "data"),
-        *_texts(model, "model", keys=("weights", "cache")),
-    ]
-    for holder, key, name in places:
+    found = []
+    for holder, key, name in _paths({each: settings.get(each) for each in ("data", "model")}):
         value = Path(holder[key])
         if name not in given and not value.is_absolute() and (start / value).exists():
             holder[key] = str(start / value)
@@ -113,6 +111,20 @@ def find_files(settings: dict[str, Any], config: Path, options: Sequence[str], *
     return found
 
 
+def _start_of(settings: dict[str, Any], config: Path) -> Path | None:
+    """Folder that the relative paths of a run belong to; None where it is not known.
+
+    A run that is no longer where it was started was moved or copied with its project: then it is as far above the run
+    as ``runs_dir`` is deep.
+    """
+    runs, places = Path(settings.get("runs_dir") or "runs"), config.resolve().parent.parents
+    start = started_in(config)
+    if len(places) > 1 and start is not None and (start / runs).resolve() == places[1]:
+        return start
+    moved = places[1 + len(runs.parts)] if len(places) > 1 + len(runs.parts) else None
+    return moved if moved is not None and not runs.is_absolute() and moved / runs == places[1] else None
+
+
 def started_with(run: Path) -> dict[str, Any]:
     """Return the settings that a run was started with, with its files where `find_files` finds them; or nothing.
 
@@ -121,7 +133,8 @@ def started_with(run: Path) -> dict[str, Any]:
     """
     path = run / "config.yaml"
     settings: dict[str, Any] = (read_yaml(path) or {}) if path.is_file() else {}
-    find_files(settings, path, (), writes=False)
+    if settings:
+        find_files(settings, path, (), writes=False)
     return settings
 
 
@@ -134,20 +147,30 @@ def changed_test(run: Path, settings: dict[str, Any]) -> list[str]:
     """
     if not (before := started_with(run)):
         return [f"{run} has no config.yaml"]
-    measured = ("data.", "model.", "trainer.limit_", "trainer.fast_dev_run", "trainer.precision")
-    changes = differences(before, settings, places=True).items()
-    return [f"{name} {change}" for name, change in changes if name.startswith(measured)]
+    return [
+        f"{name} {first!r} -> {second!r}"
+        for name, (first, second) in differences(before, settings, places=True).items()
+        if name.startswith(_MEASURED) and not name.startswith(_NOT_MEASURED) and not _same_place(first, second)
+    ]
 
 
-def _texts(settings: Any, name: str, keys: Collection[str] = ()) -> Iterator[tuple[Any, Any, str]]:
-    """Yield the holder, the key and the dotted name of every text in settings, or of those with certain keys."""
+def _same_place(first: Any, second: Any) -> bool:
+    """Whether two settings are paths of one file or folder."""
+    if not isinstance(first, str) or not isinstance(second, str) or not (first and second):
+        return False
+    one, other = Path(first), Path(second)
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _paths(settings: Any, name: str = "") -> Iterator[tuple[Any, Any, str]]:
+    """Yield the holder, the key and the dotted name of every path that is relative to the folder of the command."""
     if isinstance(settings, dict | list):
         for key, value in list(settings.items() if isinstance(settings, dict) else enumerate(settings)):
-            below = name if key == _INIT else f"{name}.{key}"
-            if isinstance(value, str) and value and (not keys or key in keys):
+            below = name if key == _INIT else f"{name}.{key}".lstrip(".")
+            if isinstance(value, str) and value and (below == "data.root" or key in ("weights", "cache")):
                 yield settings, key, below
-            elif keys:
-                yield from _texts(value, below, keys)
+            else:
+                yield from _paths(value, below)
 
 
 def refuse_other_place(folder: Path, options: Sequence[str]) -> None:

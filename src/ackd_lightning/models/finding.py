@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError, near_matches
-from ackd_lightning.models.copies import examples, name_of
+from ackd_lightning.errors import ACKDError, count_of, near_matches
+from ackd_lightning.models.copies import examples, image_channels, name_of
 from ackd_lightning.models.features import StagePlan, _unknown_stages, require_modules, staged_forward
 from ackd_lightning.models.known import remembered
 from ackd_lightning.models.outputs import first_tensor
@@ -225,6 +225,8 @@ def probe(network: nn.Module, input_size: ImageSize, *, channels: int | None = N
     option = next((each for each in ("img_size", "image_size") if hasattr(_sized(network), each)), None)
     if option is not None:
         remedy += f", or others with the network's option {option}"
+    if channels is not None and channels != (own := image_channels(network)):
+        remedy = f"; its first convolution reads {count_of(own, 'channel')} and the images have {channels}"
     said = (str(reason).strip() or type(reason).__name__).partition("\n")[0]
     raise ACKDError(
         f"{getattr(network, 'model_name', name_of(network))} cannot read images of {height} x {width} pixels "

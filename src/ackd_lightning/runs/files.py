@@ -22,6 +22,8 @@ from ackd_lightning.errors import ACKDError, count_of, near_matches
 Which = Literal["last", "best"]
 CURVES, LEARNERS = "curves.png", "learners.png"
 """Figures of a run."""
+STARTED = "# started in "
+"""Beginning of the first line of ``config.yaml``, which names a folder."""
 STUDENT = "student.safetensors"
 """Student of a run, as its last epoch left it."""
 _MAX_CLASSES, _MAX_INPUT_SIZE = 1_000_000, 4096
@@ -125,6 +127,21 @@ def write_json(content: Any, path: Path) -> None:
     text = json.dumps(content, indent=1)
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def started_in(config: Path) -> Path | None:
+    """Return the folder in which a run was started; None where it is not known or gone.
+
+    Args:
+        config: ``config.yaml`` of the run.
+    """
+    try:
+        with config.open(encoding="utf-8") as lines:
+            first = lines.readline()
+    except (OSError, UnicodeDecodeError):
+        return None
+    folder = Path(first.removeprefix(STARTED).strip())
+    return folder if first.startswith(STARTED) and folder.is_dir() else None
 
 
 def find_checkpoint(run: str | Path, which: Which = "last") -> Path:

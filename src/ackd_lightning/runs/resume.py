@@ -256,4 +256,4 @@ def changed_settings(folder: Path, before: dict[str, Any], settings: dict[str, A
             f"run {folder} has --data.root {roots[0]} and not {roots[1]}, so it would not continue as it began; give "
             "its data, or leave --resume out"
         )
-    return [f"{key} {change}" for key, change in differences(before, settings).items()]
+    return [f"{key} {first!r} -> {second!r}" for key, (first, second) in differences(before, settings).items()]
