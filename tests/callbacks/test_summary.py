@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from torch import nn
 
@@ -105,3 +106,11 @@ def test_a_data_module_with_an_attribute_of_the_same_name_does_not_stop_a_fit(tm
     trainer(fast_dev_run=1, callbacks=[callback]).fit(trained, datamodule=data)
     assert callback.export_options == ""
     assert trained.metadata()["preprocessing"] is None
+
+
+def test_a_student_that_cannot_be_exported_for_want_of_a_checkpoint_is_said(tmp_path):
+    """The checkpoints went to another folder than that of the run."""
+    callbacks = [RunSummary(tmp_path / "run", config="c"), ModelCheckpoint(tmp_path / "elsewhere")]
+    options = {"max_epochs": 1, "limit_train_batches": 1, "enable_checkpointing": True}
+    with pytest.warns(UserWarning, match="the student was not exported, as there is no .*last.ckpt"):
+        trainer(callbacks=callbacks, **options).fit(build(KD(), student="resnet8"), datamodule=Blobs())

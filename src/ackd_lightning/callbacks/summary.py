@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
@@ -136,9 +137,10 @@ class RunSummary(L.Callback):
         files = {"settings": "config.yaml", "metrics": "metrics.csv", "checkpoints": "checkpoints"}
         files |= {"curves": CURVES, "learners": LEARNERS}
         last = self.folder / "checkpoints" / "last.ckpt"
-        if module.model_name is not None and not last.is_file():
+        saves = any(isinstance(each, ModelCheckpoint) for each in trainer.checkpoint_callbacks)
+        if module.model_name is not None and saves and not last.is_file():
             rank_zero_warn(f"the student was not exported, as there is no {last}")
-        elif module.model_name is not None:
+        elif module.model_name is not None and last.is_file():
             # only metrics that were measured with the very weights that are written
             known = self.last if summary["last_is_final"] else {}
             measured = {key.replace("/", "_"): f"{value:.6f}" for key, value in known.items() if key.endswith("/acc")}
