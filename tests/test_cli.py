@@ -24,6 +24,7 @@ from ackd_lightning.cli import main
 from ackd_lightning.commands.compare import group_runs
 from ackd_lightning.config.files import load_configs, method_names, packaged_names, recipe_names
 from ackd_lightning.data.sources import Pixels
+from ackd_lightning.errors import NotWrittenError
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
 from ackd_lightning.runs.figures import read_metrics
@@ -601,3 +602,23 @@ def test_published_pairs_are_there():
     expected |= {"cinic10_resnet110_resnet20.yaml", "cinic10_wrn_28_4_resnet56.yaml"}
     expected |= {"tinyimagenet_resnet50_resnet18.yaml", "imagenet_resnet34_resnet18.yaml"}
     assert expected <= set(packaged_names())
+
+
+def test_the_home_folder_in_an_option(monkeypatch, capsys):
+    """Shells leave the ~ of --option=~/folder alone."""
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    assert (
+        main(["fit", "--config", "digits_resnet8.yaml", "--runs_dir=~/x", "--weights_dir", "~/w", "--print_config"])
+        == 0
+    )
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert (settings["runs_dir"], settings["weights_dir"]) == ("/home/of/mine/x", "/home/of/mine/w")
+
+
+def test_a_file_that_could_not_be_written_is_a_failure_and_no_mistake(monkeypatch, capsys):
+    def full(arguments):
+        raise NotWrittenError("the disk is full")
+
+    monkeypatch.setattr("ackd_lightning.cli._run", full)
+    assert main(["fit"]) == 1
+    assert capsys.readouterr().err == "ackd: the disk is full\n"

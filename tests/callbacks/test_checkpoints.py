@@ -29,6 +29,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
+    assert f"last.ckpt of before are kept; free disk space, then `ackd fit --resume {tmp_path}`" in str(caught.value)
     assert caught.value.__cause__.errno in (errno.EFBIG, errno.ENOSPC)
     assert path.read_bytes() == before
     frames = [entry.frame.f_locals for entry in caught.traceback]

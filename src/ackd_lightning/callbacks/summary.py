@@ -137,10 +137,10 @@ class RunSummary(L.Callback):
         files = {"settings": "config.yaml", "metrics": "metrics.csv", "checkpoints": "checkpoints"}
         files |= {"curves": CURVES, "learners": LEARNERS}
         last = self.folder / "checkpoints" / "last.ckpt"
-        saves = any(isinstance(each, ModelCheckpoint) for each in trainer.checkpoint_callbacks)
-        if module.model_name is not None and saves and not last.is_file():
-            rank_zero_warn(f"the student was not exported, as there is no {last}")
-        elif module.model_name is not None and last.is_file():
+        if module.model_name is not None and not last.is_file():
+            if any(isinstance(each, ModelCheckpoint) for each in trainer.checkpoint_callbacks):
+                rank_zero_warn(f"the student was not exported, as there is no {last}")
+        elif module.model_name is not None:
             # only metrics that were measured with the very weights that are written
             known = self.last if summary["last_is_final"] else {}
             measured = {key.replace("/", "_"): f"{value:.6f}" for key, value in known.items() if key.endswith("/acc")}

@@ -11,7 +11,6 @@ from torch import nn
 
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.files import ExportedNetwork, of_module, open_network
-from ackd_lightning.deploy.report.subject import load_weights
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import in_our_words
 from ackd_lightning.launch.lightning import ACKDCLI
@@ -23,6 +22,9 @@ from ackd_lightning.models.zoo.complexity import count_parameters
 from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.runs.export import describe_network, network_of, plain_parameters
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
+
+_KEPT = ("student.", "method.head.")
+"""What the names of tensors begin with that are left after training."""
 
 
 class Student(NamedTuple):
@@ -73,8 +75,10 @@ def read_student(run: str, which: Which, learner: int = 0) -> Student:
     return Student(checkpoint, content, network, description, summary, size, own)
 
 
-def trained(checkpoint: Path, content: Mapping[str, Any], settings: Sequence[str] = ()) -> ACKDCLI:
-    """Build the data module and the training module of a run, with the weights of a checkpoint.
+def trained(checkpoint: Path, content: dict[str, Any], settings: Sequence[str] = ()) -> ACKDCLI:
+    """Build the data module and the training module of a run, the latter with the weights of a checkpoint.
+
+    Student, auxiliary learners and head are loaded, without what only training needs.
 
     Args:
         checkpoint: Checkpoint, whose run has a ``config.yaml``.
@@ -86,13 +90,18 @@ def trained(checkpoint: Path, content: Mapping[str, Any], settings: Sequence[str
     """
     cli = ACKDCLI("test", [str(checkpoint), *settings])
     cli.build()
-    check_checkpoint(checkpoint, cli.model, dict(content))
-    load_weights(cli.model, dict(content))
+    check_checkpoint(checkpoint, cli.model, content)
+    cli.model.on_load_checkpoint(content)
+    state = {key: each for key, each in content["state_dict"].items() if key.startswith(_KEPT)}
+    missing, _ = cli.model.load_state_dict(state, strict=False)
+    if lacking := [key for key in missing if key.startswith(_KEPT)]:
+        raise ACKDError(f"the checkpoint lacks {lacking[0]}; name another run")
+    cli.model.eval()
     return cli
 
 
 def _own_network(
-    checkpoint: Path, content: Mapping[str, Any], extra: Mapping[str, str]
+    checkpoint: Path, content: dict[str, Any], extra: Mapping[str, str]
 ) -> tuple[nn.Module, dict[str, str], int]:
     """Build a student that is a class of the user's own, its metadata, and count its parameters without a head."""
     with in_our_words():

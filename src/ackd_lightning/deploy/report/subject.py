@@ -52,22 +52,6 @@ class Subject:
     about: dict[str, str] = field(default_factory=dict)
 
 
-def load_weights(module: DistillationModule, content: Mapping[str, Any]) -> None:
-    """Load student, auxiliary learners and head of a checkpoint into a module, without what only training needs.
-
-    Args:
-        module: Module of the run's settings, in evaluation mode afterwards.
-        content: Content of the checkpoint.
-    """
-    module.on_load_checkpoint(cast("Any", content))
-    state = {key: each for key, each in content["state_dict"].items() if key.startswith(("student.", "method.head."))}
-    missing, _ = module.load_state_dict(state, strict=False)
-    lacking = [key for key in missing if key.startswith(("student.", "method.head."))]
-    if lacking:
-        raise ACKDError(f"the checkpoint lacks {lacking[0]}; name another run")
-    module.eval()
-
-
 def of_run(
     module: DistillationModule, data: DataInfo, summary: Mapping[str, Any], *, measure_on: Sequence[torch.device]
 ) -> Subject:
