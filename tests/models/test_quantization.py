@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.copies import image_channels
+from ackd_lightning.models.copies import image_channels, name_of
+from ackd_lightning.models.finding import probe
 from ackd_lightning.models.quantization import FakeQuantized, Quantized, quantize, ranges_fixed
 from ackd_lightning.models.start import head_names
+from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model
 
 pytest.importorskip("torchao")
@@ -176,6 +178,28 @@ def test_a_state_of_training_that_is_loaded_for_evaluation_observes_nothing():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+class Own(nn.Module):
+    """A network of the user's, with a part that is called like that of a student."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = create_model("resnet8", 10)
+
+    def forward(self, image):
+        if image.shape[-1] > 64:
+            raise ValueError("too large")
+        return self.backbone(image)
+
+
+def test_a_network_of_ones_own_is_named_after_its_class_whatever_its_parts_and_the_training():
+    assert name_of(Own()) == name_of(BranchyStudent(Own(), ())) == "Own"
+    quantised = FakeQuantized(Own(), "x86", 16)
+    assert name_of(quantised) == name_of(BranchyStudent(quantised, ())) == "Own"
+    assert name_of(BranchyStudent(create_model("resnet8", 10))) == "resnet8"
+    with pytest.raises(ACKDError, match=r"^Own cannot read images of 96 x 96 pixels"):
+        probe(Own(), 96)
+
+
 def test_layers_that_are_called_twice_and_norms_of_every_kind(backend):
     torch.manual_seed(0)
     network = Twice().train()

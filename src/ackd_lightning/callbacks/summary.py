@@ -19,6 +19,7 @@ from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.progress import is_terminal
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError, count_of
+from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.preprocessing import channels_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.answers import answers_file
@@ -78,7 +79,7 @@ class RunSummary(L.Callback):
             self.copy_to = None
         files = "" if is_fast_dev_run(trainer) else f", files in {self.folder}"
         print(
-            f"{method}: student {_student_name(module)}{learners} "
+            f"{method}: student {name_of(module.student)}{learners} "
             f"({module.training_parameters():,} parameters in training){files}",
             flush=True,
         )
@@ -201,7 +202,7 @@ class RunSummary(L.Callback):
             "config": self.config,
             "run": str(self.folder),
             "method": type(module.method).__name__,
-            "student": _student_name(module),
+            "student": name_of(module.student),
             "seed": module.seed,
             "data": type(data).__name__,
             "class_names": list(names) if names else None,
@@ -294,10 +295,6 @@ def _evaluation_images(trainer: L.Trainer) -> dict[str, int]:
         return {}
     part = "test" if getattr(getattr(trainer, "datamodule", None), "val_is_test", False) else "val"
     return {part: len(dataset)}
-
-
-def _student_name(module: TrainingModule) -> str:
-    return module.model_name or type(module.student.plain()).__name__
 
 
 def _shape(spec: NetSpec, stage: int) -> str:

@@ -37,7 +37,7 @@ from ackd_lightning.launch.arguments import (
     without_none,
 )
 from ackd_lightning.launch.messages import Given, RefusedError, check_shape, failed_constructor, first_cause, shorten
-from ackd_lightning.launch.options import FIT_ONLY, data_parser, make_parser, spell_out
+from ackd_lightning.launch.options import FIT_ONLY, data_parser, interval_of, make_parser, spell_out
 from ackd_lightning.launch.preflight import check_numbers, check_values
 from ackd_lightning.launch.run_settings import find_files, name_checkpoint, resumed_settings
 from ackd_lightning.training.module import DistillationModule
@@ -128,14 +128,13 @@ class ACKDCLI:
             raise ACKDError("model.optimizer is empty; name one, such as torch.optim.SGD, or leave the setting out")
         if command == "fit" and self.config.model.lr_scheduler is not None:
             before, epochs = (settings.get("trainer") or {}).get("max_epochs"), self.option("trainer.max_epochs")
-            recipe = self.config.model.recipe
             self.followed = renew_length(
                 self.config.model.lr_scheduler,
                 before=before,
                 epochs=epochs,
                 steps=self.option("trainer.max_steps"),
                 options=options,
-                interval="epoch" if recipe is None else recipe.interval,
+                interval=interval_of(self.config.model),
             )
         spell_out(self.config)
         self.config.pop("config", None)

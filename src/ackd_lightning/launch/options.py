@@ -126,6 +126,15 @@ def make_parser(command: str) -> Parser:
     return parser
 
 
+def interval_of(model: Any) -> str:
+    """Return what the learning rate of a fit follows, ``epoch`` or ``step``.
+
+    Args:
+        model: Parsed settings below ``model``.
+    """
+    return "epoch" if model.recipe is None else str(model.recipe.interval)
+
+
 def spell_out(settings: Any) -> None:
     """Move short options to the settings that they stand for, and replace automatic values by what they become.
 
@@ -145,8 +154,7 @@ def spell_out(settings: Any) -> None:
         for name, value in fast_settings(str(trainer.accelerator)).items():
             if settings[name] in (None, False):  # a value that is given stays
                 settings[name] = value
-    interval = "epoch" if model.recipe is None else model.recipe.interval
-    set_length(model.lr_scheduler, epochs=trainer.max_epochs, steps=trainer.max_steps, interval=interval)
+    set_length(model.lr_scheduler, epochs=trainer.max_epochs, steps=trainer.max_steps, interval=interval_of(model))
     arguments = model.method.get("init_args") if model.method is not None else None
     if arguments is not None and arguments.get("branches", ()) is None and isinstance(model.student.network, str):
         with contextlib.suppress(ACKDError), torch.device("meta"):  # a wrong name is reported by the constructor

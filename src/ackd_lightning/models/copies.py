@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +44,24 @@ def image_channels(network: nn.Module, otherwise: int = 3) -> int:
     return otherwise
 
 
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network inside a student with auxiliary learners, or inside one that is fine-tuned for int8.
+
+    Args:
+        network: Any network. One that wraps nothing is returned itself, whatever its own attributes are called.
+    """
+    while hasattr(type(network), "wrapped"):
+        network = cast("nn.Module", network.wrapped)
+    return network
+
+
 def name_of(network: nn.Module) -> str:
     """Return the name under which a network was created, or else that of its class.
 
     Args:
         network: Any network.
     """
-    own = getattr(network, "backbone", network)  # of a student with auxiliary learners
+    own = unwrapped(network)
     return str(getattr(network, "model_name", None) or getattr(own, "model_name", None) or type(own).__name__)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError, count_of, near_matches
-from ackd_lightning.models.copies import examples, image_channels, name_of
+from ackd_lightning.models.copies import examples, image_channels, name_of, unwrapped
 from ackd_lightning.models.features import StagePlan, _unknown_stages, require_modules, staged_forward
 from ackd_lightning.models.known import remembered
 from ackd_lightning.models.outputs import first_tensor
@@ -218,7 +218,7 @@ def probe(network: nn.Module, input_size: ImageSize, *, channels: int | None = N
             raise
         except Exception as error:  # what cannot be run without numbers is run with them
             reason = error
-    network = getattr(network, "backbone", network)
+    network = unwrapped(network)
     height, width = height_width(input_size)
     works = next((size for size in native_sizes(network) if traced(network, size) is not None), None)
     remedy = "" if works is None else f"; it can read {' x '.join(map(str, height_width(works)))}"

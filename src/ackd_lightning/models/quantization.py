@@ -105,6 +105,12 @@ class FakeQuantized(_GraphNetwork):
                 setattr(self, name, getattr(network, name))
         self.register_load_state_dict_post_hook(_forget_switches)  # type: ignore[no-untyped-call]  # torch's
 
+    @property
+    def wrapped(self) -> nn.Module:
+        """The network before it became a graph, after which messages name this one; its weights are not those here."""
+        network: nn.Module = self.__dict__["_network"]
+        return network
+
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits ``B x K`` of images ``B x C x H x W``."""
         if dtype_of(self.body) != torch.float32:
@@ -137,17 +143,17 @@ class FakeQuantized(_GraphNetwork):
 
     def float_state(self) -> dict[str, Tensor]:
         """Return the float32 weights by their names in the network."""
-        return float_state(self.body.state_dict(), self.__dict__["_network"])
+        return float_state(self.body.state_dict(), self.wrapped)
 
     def float_network(self) -> nn.Module:
         """Return a copy of the network in float32, with the weights as they are now, in evaluation mode."""
-        network = clone(self.__dict__["_network"]).to(next(self.body.parameters()).device)
+        network = clone(self.wrapped).to(next(self.body.parameters()).device)
         network.load_state_dict(self.float_state())
         return network.eval()
 
     def get_classifier(self) -> list[nn.Module]:
         """Return the parts of the graph that hold the classifiers' weights."""
-        return [self.body.get_submodule(name) for name in head_names(self.__dict__["_network"])]
+        return [self.body.get_submodule(name) for name in head_names(self.wrapped)]
 
     def converted(self) -> Quantized:
         """Return the int8 network with the ranges of the training, as `quantize` returns one.

@@ -249,6 +249,11 @@ class BranchyStudent(nn.Module):
         """
         return _run_all(self.backbone, self.plan, self.branches, image)
 
+    @property
+    def wrapped(self) -> nn.Module:
+        """The backbone, after which messages name this student."""
+        return self.backbone
+
     def plain(self) -> nn.Module:
         """Return the target learner alone: its state dict loads strictly into ``create_model(...)``."""
         return self.backbone
