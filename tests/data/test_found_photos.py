@@ -157,7 +157,7 @@ def test_a_compression_that_needs_a_package_is_told(tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
 
-    monkeypatch.setattr("tifffile.imread", fail)
+    monkeypatch.setattr("tifffile.TiffFile", fail)
     (tmp_path / "x.tif").write_bytes(b"II*\0")
     with pytest.raises(ACKDError, match="is compressed: pip install imagecodecs"):
         load_image(tmp_path / "x.tif")

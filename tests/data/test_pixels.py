@@ -217,6 +217,36 @@ def test_tiff_files_that_pillow_does_not_read(tmp_path, shape):
     torch.testing.assert_close(values(tmp_path / "x.tif", form), expected)
 
 
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["grey", "grey 16", "colour 16"])
+def test_tiff_files_are_turned_as_their_camera_states(tmp_path, turn, kind):
+    shape = (6, 10, 3) if kind == "colour 16" else (6, 10)
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8 if kind == "grey" else np.uint16)
+    if kind == "colour 16":
+        tifffile = pytest.importorskip("tifffile")
+        tifffile.imwrite(tmp_path / "x.tif", array, extratags=[(274, "H", 1, turn, True)])
+    else:
+        Image.fromarray(array).save(tmp_path / "x.tif", tiffinfo={274: turn})
+    expected = np.rot90(array, {1: 0, 3: 2, 6: -1, 8: 1}[turn])
+    for file in (tmp_path / "x.tif", Encoded("x.tif", (tmp_path / "x.tif").read_bytes())):
+        assert np.array_equal(np.asarray(load_image(file)), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("pages", [1, 2])
+def test_white_is_white_in_every_tiff(tmp_path, dtype, pages):
+    tifffile = pytest.importorskip("tifffile")
+    array = np.zeros((pages, 6, 8)[-1 - pages :], dtype)
+    tifffile.imwrite(tmp_path / "x.tif", array, photometric="miniswhite")
+    assert (np.asarray(load_image(tmp_path / "x.tif")) == np.iinfo(dtype).max).all()
+
+
+def test_an_empty_array_is_named(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((0, 8), np.uint8))
+    with pytest.raises(ACKDError, match=r"x\.npy is an array of shape \(0, 8\)"):
+        read_image(tmp_path / "x.npy", RGB)
+
+
 def array_file(path, array):
     np.save(path.with_suffix(".npy"), array)
 

@@ -123,6 +123,8 @@ GOOD = lines(["a", "b"] * 4)
         (lines([0, 1, -2, 1]), {}, "'-2' in line 4"),
         (lines(["a"] * 4), {}, "1 classes"),
         (lines([0, 5]), {"class_names": ["x", "y"]}, "label 5"),
+        (lines([0, 1]), {"class_names": ["x", "x"]}, "class_names has 'x' twice"),
+        (lines(["inf", "1"]), {}, "'inf' in line 2|1 in line 3"),
         ([], {}, "lists no images"),
     ],
 )
@@ -145,6 +147,22 @@ def test_headers_as_people_write_them(photos, text, named):
     (photos / "all.csv").write_text(text)
     with pytest.raises(ACKDError, match=named):
         made(photos, train="all.csv")
+
+
+def test_numbers_of_any_length_are_classes_of_their_own(photos):
+    names = ["900000000000000101", "900000000000000102", "900000000000000999"]
+    write(photos / "all.csv", lines(names * 8))
+    module = made(photos, train="all.csv")
+    assert (module.class_names, module.train_targets.bincount().min()) == (tuple(names), 6)
+
+
+@pytest.mark.skipif(not PYARROW, reason="needs pyarrow")
+def test_true_and_false_are_names_and_large_fractions_are_refused(photos):
+    for name, labels in (("bool", [True, False] * 12), ("float", [2.0**60, 2.0, 1.0, 2.0])):
+        write(photos / f"{name}.parquet", lines(labels))
+    assert made(photos, train="bool.parquet").class_names == ("False", "True")
+    with pytest.raises(ACKDError, match=r"without its last digits.*whole numbers or text"):
+        made(photos, train="float.parquet")
 
 
 @pytest.mark.skipif(not PYARROW, reason="needs pyarrow")

@@ -14,15 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ackd_lightning.deploy import checking
-from ackd_lightning.deploy.checking import LIMITS, Check, CheckImages, compare, random_images
+from ackd_lightning.deploy.checking import LIMITS, Check, CheckImages, compare, images_of, random_images
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import check_free, export, reading_uint8
 from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.formats.formats import FORMATS, find_format
 from ackd_lightning.deploy.formats.program import Opened
+from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.export import network_of
 from ackd_lightning.runs.files import read_checkpoint
+from ackd_lightning.types import DataInfo
 from deploy.samples import NAMES, checkpoint
 
 SLOW = {"onnx", "pte"}
@@ -45,7 +47,7 @@ def written(folder, name, network, description, **options):
     target = folder / f"a{kind.ending}"
     reference = images.logits(network)
     if options.pop("uint8", False):
-        network, description = reading_uint8(network, description)
+        network, description = reading_uint8(network, description), description.replace(reads="uint8")
     check = export(network, description, target, kind, images=images, reference=reference, **options)
     return target, check, images, reference
 
@@ -171,6 +173,49 @@ def test_limits(check, limits, word):
     assert problem is None if word is None else word in problem
     if problem is not None and "accuracy" in problem:
         assert problem.endswith("on 40 validation images")  # those that it was measured on
+
+
+class OwnData:
+    """Data of another project, with 24 normalised images that were never 8 bits, in batches of any form."""
+
+    info = DataInfo(4, 16, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+    def __init__(self, form):
+        self.form = form
+
+    def val_dataloader(self):
+        image = (torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.5) / 0.25
+        target = torch.arange(24) % 4
+        if self.form == "mapping":
+            return [{"image": image, "label": target}]
+        return [(image, {"column": target[:, None], "one-hot": torch.eye(4)[target]}.get(self.form, target))]
+
+    def on_after_batch_transfer(self, batch, _):
+        return batch
+
+
+@pytest.mark.parametrize("form", ["pair", "mapping", "column", "one-hot"])
+def test_a_file_is_compared_on_batches_of_every_form_that_trains(form):
+    images = images_of(OwnData(form))
+    assert images.targets.tolist() == [number % 4 for number in range(24)]
+    assert images.accuracy(torch.eye(4)[images.targets]) == 1
+
+
+def test_a_network_with_preprocessing_is_compared_on_what_it_can_read(tmp_path):
+    network, description = trained(tmp_path, input_size=[16, 16])
+    description = description.replace(mean=(0.5,) * 3, std=(0.25,) * 3)
+    images = images_of(OwnData("pair")).as_uint8(Preprocessing(description))
+    assert images.words == "24 validation images of OwnData, rounded to 8 bits"
+    check = export(
+        reading_uint8(network, description),
+        description.replace(reads="uint8"),
+        tmp_path / "a.pt2",
+        FORMATS["pt2"],
+        images=images,
+        reference=images.logits(network),
+    )
+    assert check.difference < 1e-4
+    assert images.as_uint8(Preprocessing(description)) is images
 
 
 def test_non_finite_logits_count_as_different():

@@ -90,6 +90,14 @@ def test_files_images_and_tensors_give_the_same_pixels(tmp_path):
     assert torch.equal(preprocessing.raw(preprocessing.normalised(first[None]))[0], first)
 
 
+@pytest.mark.parametrize("pixels", ["float32", "uint8"])
+def test_a_tensor_from_0_to_1_is_scaled_already_and_one_of_bytes_is_not(pixels):
+    options = {"channels": 1, "value_range": (0.0, 204.0), "pixels": pixels}
+    preprocessing = Preprocessing(Description("resnet8", 2, 16, mean=(0.5,), std=(0.5,), **options))
+    for image in (torch.full((1, 16, 16), 0.5), torch.full((1, 16, 16), 102, dtype=torch.uint8)):
+        assert abs(float(preprocessing.batch([image]).mean())) < 0.01
+
+
 def test_every_grey_level_comes_back():
     preprocessing = Preprocessing(Description("r", 2, 16, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)

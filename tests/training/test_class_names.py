@@ -80,6 +80,42 @@ def test_a_run_goes_on_with_the_order_that_it_began_with(checkpoint):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_a_module_keeps_the_order_and_the_names_that_it_was_trained_with(checkpoint, tmp_path, capsys):
+    path, accuracy = checkpoint
+    net = DistillationModule.load_from_checkpoint(path, student=TinyNet(), method=CE(), data=DataInfo(CLASSES, SIZE))
+    assert net.data.class_names == NAMES
+    for twice in range(2):
+        (result,) = trainer().test(net, datamodule=NamedBlobs(OTHER), verbose=False)
+        assert (result["test/acc"], net.data.class_names) == (accuracy, NAMES), twice
+    assert "reordered to those of the module" in capsys.readouterr().out
+    trainer(max_epochs=1).fit(net, datamodule=NamedBlobs(OTHER))
+    assert net.data.class_names == NAMES
+    renamed = NamedBlobs(("ant", "bee", "cat", "eel"))
+    for run in (trainer().test, trainer(max_epochs=1).fit):
+        with pytest.raises(ACKDError, match=r"^the module and the data .*'dog'.*'eel'"):
+            run(net, datamodule=renamed)
+    other = module(on_class_mismatch="ignore")
+    trainer(max_epochs=1).fit(other, datamodule=NamedBlobs())
+    trainer().test(other, datamodule=renamed, verbose=False)
+    assert other.data.class_names == renamed.class_names
+
+
+def test_files_state_the_epochs_that_the_weights_were_trained_for(tmp_path):
+    teacher = TeacherConfig(network=create_model("resnet8", CLASSES), gate="off")
+    net = DistillationModule("resnet8", data=DataInfo(CLASSES, SIZE), method=KD(), teacher=teacher)
+    run = trainer(max_epochs=2)
+    run.fit(net, datamodule=NamedBlobs())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", teacher=teacher)
+    alone = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    for number, each in enumerate((net, again, alone)):
+        each.save_student(tmp_path / f"{number}.safetensors")
+        origin = load_student(tmp_path / f"{number}.safetensors").description.origin
+        assert (origin["epochs"], origin["teacher"]) == ("2", "resnet8"), number
+    trainer(max_epochs=1).fit(again, datamodule=NamedBlobs())
+    assert again.metadata()["epoch"] == 1
+
+
 def teacher_file(path, names):
     network = create_model("resnet8", CLASSES)
     save_weights(network, path, {"class_names": json.dumps(names), "model": "resnet8"})

@@ -18,6 +18,7 @@ from ackd_lightning.deploy.exporting import check_free, export, measured, readin
 from ackd_lightning.deploy.formats.formats import FORMATS, Format, file_size, find_format
 from ackd_lightning.deploy.formats.safetensors import DTYPES
 from ackd_lightning.deploy.int8 import Measured, export_int8, fine_tuned, int8_network
+from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.models.copies import image_channels
@@ -81,6 +82,9 @@ def export_command(
         check_free(kind, target, overwrite=overwrite)
     data = None if check == "random" else check_data(checkpoint, description, options)
     images = random_images(description) if data is None else images_of(data)
+    if with_preprocessing:
+        prepared = reading_uint8(network, description)
+        images = images.as_uint8(Preprocessing(description))
     reference = images.logits(network)
     if not bool(reference.isfinite().all()):
         raise ACKDError(
@@ -95,7 +99,7 @@ def export_command(
     if int8:
         tuned = fine_tuned(student.content, checkpoint, network)
         advice = int8_advice(folder, student.summary, tuned=tuned is not None)
-        own = reading_uint8(network, description)[1] if with_preprocessing else description
+        own = description.replace(reads="uint8") if with_preprocessing else description
 
         def one(kind: Format, target: Path) -> tuple[Measured, Measured]:
             quantised, words = int8_network(network, tuned, kind.name, data, count=calibrate)
@@ -121,7 +125,7 @@ def export_command(
         if kind.name == "safetensors":
             own = description.replace(dtype=dtype)
         elif with_preprocessing:
-            module, own = reading_uint8(network, description)
+            module, own = prepared, description.replace(reads="uint8")
         try:
             checks[target] = export(module, own, target, kind, images=images, reference=reference, overwrite=overwrite)
         except ACKDError as error:

@@ -25,6 +25,7 @@ _LOWER = ("RGB;16B", "RGBA;16B")
 
 
 _ORIENTATION = 0x0112
+_PHOTOMETRIC, _WHITE_IS_ZERO = 0x0106, 0
 _ON_ITS_SIDE = (5, 6, 7, 8)
 _JPEG = ("JPEG", "MPO")
 _JPEG_ENDINGS = (".jpg", ".jpeg")
@@ -294,12 +295,24 @@ def as_decoded(image: Image.Image) -> Image.Image | NDArray[Any]:
     Returns:
         An image of 8 bits; an array ``H x W`` for other depths.
     """
+    handle: Any = image
+    inverted = False
+    if image.format == "TIFF":
+        if _orientation(image) in _ON_ITS_SIDE:
+            handle.filename = ""  # otherwise Pillow maps a plain file into memory by the size of the turned image
+        inverted = handle.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     image.load()
     image = _oriented(image)
     if image.mode.startswith(("I", "F")):
         array = np.asarray(image)
-        return array.astype(np.uint16) if array.dtype.kind == "u" or image.mode == "I;16B" else array
+        array = array.astype(np.uint16) if array.dtype.kind == "u" or image.mode == "I;16B" else array
+        return _inverted(array) if inverted else array  # Pillow inverts those of 8 bits alone
     return image
+
+
+def _inverted(array: NDArray[Any]) -> NDArray[Any]:
+    """Invert whole numbers of which 0 is white; others have no largest value."""
+    return np.iinfo(array.dtype).max - array if array.dtype.kind == "u" else array
 
 
 def _deep_png(file: ImageFile) -> NDArray[Any]:
@@ -332,8 +345,13 @@ def _tiff(file: ImageFile) -> NDArray[Any]:
     """Decode a TIFF with channels, depths or pages that PIL does not read."""
     tifffile = require("tifffile", "tiff", f"{label(file)} is not read whole by Pillow and")
     try:
-        array: NDArray[Any] = tifffile.imread(io.BytesIO(_bytes(file)))
-        return array
+        with tifffile.TiffFile(io.BytesIO(_bytes(file))) as opened:
+            array: NDArray[Any] = opened.asarray()
+            page, axes = opened.pages.first, opened.series[0].axes
+            tags = [page.tags.valueof(each, default=1) for each in (_PHOTOMETRIC, _ORIENTATION)]
+        array = _inverted(array) if tags[0] == _WHITE_IS_ZERO else array
+        seen = axes.index("Y"), axes.index("X")
+        return np.moveaxis(_turned(np.moveaxis(array, seen, (0, 1)), tags[1]), (0, 1), seen)
     except Exception as error:  # a damaged file can fail in any way
         if "imagecodecs" in str(error):
             raise ACKDError(f"{label(file)} is compressed: pip install imagecodecs to read it") from None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
 from numbers import Number
 
 import numpy as np
@@ -17,6 +17,8 @@ from ackd_lightning.errors import ACKDError
 
 Label = int | str | None
 _SHOWN = 5
+_EXACT = 2**53
+"""Largest whole number below which a floating-point number has all digits."""
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 
 
@@ -45,16 +47,19 @@ def read_labels(
                 "label_column"
             )
         text = "" if value is None else str(value).strip()
-        is_number = _NUMBER.fullmatch(text) is not None or not isinstance(value, str)
-        if text and text.lower() != "nan" and (all_text or not is_number):
+        is_text = isinstance(value, str | bool | np.bool_) and _NUMBER.fullmatch(text) is None
+        if text and text.lower() != "nan" and (all_text or is_text):
             labels.append(text)
             continue
-        number = float(text or NO_LABEL)
-        if math.isnan(number):
-            number = float(NO_LABEL)
-        if not number.is_integer() or number < NO_LABEL:
+        number = _whole(text or str(NO_LABEL))
+        if number is None or number < NO_LABEL:
             raise ACKDError(f"the label {text!r} in {place(row)} is not a class: use whole numbers from 0, or names")
-        labels.append(None if number == NO_LABEL else int(number))
+        if isinstance(value, float | np.floating) and number > _EXACT:
+            raise ACKDError(
+                f"the label {text} in {place(row)} is a floating-point number without its last digits, which may be "
+                "several classes: store the column as whole numbers or text"
+            )
+        labels.append(None if number == NO_LABEL else number)
     numbers = [row for row, label in enumerate(labels) if isinstance(label, int)]
     texts = [row for row, label in enumerate(labels) if isinstance(label, str)]
     if numbers and texts:
@@ -64,6 +69,17 @@ def read_labels(
             "kind, or list all of them in class_names to read them as text"
         )
     return labels
+
+
+def _whole(text: str) -> int | None:
+    """Return the whole number of a text, that of no label for NaN, and None for another number or none."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    if number.is_nan():
+        return NO_LABEL
+    return int(number) if number.is_finite() and number == number.to_integral_value() else None
 
 
 def classes_of(labels: Sequence[Label], names: Sequence[str] | None, place: str) -> tuple[dict[Label, int], list[str]]:
@@ -76,7 +92,7 @@ def classes_of(labels: Sequence[Label], names: Sequence[str] | None, place: str)
         place: Name of the table, for messages.
 
     Raises:
-        ACKDError: If there are fewer than two classes, or the given names do not fit.
+        ACKDError: If there are fewer than two classes, or the given names do not fit or one stands twice.
     """
     found = sorted({label for label in labels if label is not None}, key=lambda label: (str(type(label)), label))
     if len(found) < 2:
@@ -86,6 +102,9 @@ def classes_of(labels: Sequence[Label], names: Sequence[str] | None, place: str)
             listed = ", ".join(map(str, found[:_SHOWN])) + (", …" if len(found) > _SHOWN else "")
             say(f"the labels of {place} are {listed}: they become the classes 0 to {len(found) - 1}")
         return {label: index for index, label in enumerate(found)}, [str(label) for label in found]
+    if len(set(names)) < len(names):
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise ACKDError(f"class_names has {twice!r} twice: give every class a name of its own")
     known: list[Label] = list(range(len(names))) if isinstance(found[0], int) else list(names)
     unknown = [label for label in found if label not in set(known)]
     if unknown:

@@ -174,10 +174,10 @@ def _wrong_channels(name: str, found: int, channels: int) -> ACKDError:
 
 def _channels_last(array: NDArray[Any], channels: int, name: str) -> NDArray[Any]:
     """Return an array as ``H x W x C``; arrays ``C x H x W`` are recognised by the number of channels."""
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ACKDError(f"{name} is an array of shape {array.shape}: it must be H x W, H x W x C or C x H x W")
     if array.ndim == 2:
         return array[:, :, None]
-    if array.ndim != 3 or 0 in array.shape:
-        raise ACKDError(f"{name} is an array of shape {array.shape}: it must be H x W, H x W x C or C x H x W")
     first, last = array.shape[0], array.shape[2]
     known = (channels, 1, 3, 4)
     if (last not in known and first in known) or last > 16 >= first:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.base import ImageDataModule, info_of
 from ackd_lightning.data.transforms import normalise
 from ackd_lightning.data.webdataset import WebDatasetDataModule
 from ackd_lightning.deploy.description import Description
-from ackd_lightning.types import Batch
+from ackd_lightning.deploy.pixels import Preprocessing
+from ackd_lightning.training.batches import read_batch
 
 LEAST = 512
 """Number of images that a file is compared on, as long as there are so many."""
@@ -75,6 +76,18 @@ class CheckImages:
         """What the images are that accuracy is measured on."""
         return f"{self.counted:,} {'test' if self.part == 'test' else 'validation'} images"
 
+    def as_uint8(self, prepared: Preprocessing) -> CheckImages:
+        """Return the images as a network reads them that converts and normalises uint8 itself.
+
+        Args:
+            prepared: How the network prepares images.
+        """
+        if all(image.dtype == torch.uint8 for image, _ in self.batches):
+            return self
+        rounded = [(prepared.raw(image), target) for image, (_, target) in zip(self, self.batches, strict=True)]
+        words = f"{self.words}, rounded to 8 bits"
+        return CheckImages(rounded, prepared.normalised, part=self.part, counted=self.counted, words=words)
+
     def __iter__(self) -> Iterator[Tensor]:
         """Yield normalised images, ``B x C x H x W``."""
         return (self._normalised(image) for image, _ in self.batches)
@@ -118,10 +131,10 @@ def images_of(data: Any) -> CheckImages:
     if isinstance(data, ImageDataModule) and not isinstance(data, WebDatasetDataModule):
         return _own_images(data)
     batches: list[tuple[Tensor, Tensor]] = []
+    known = info_of(data)
     for raw in data.val_dataloader():
-        batch = data.on_after_batch_transfer(raw, 0)
-        image, target = (batch.image, batch.target) if isinstance(batch, Batch) else batch[:2]
-        batches.append((image, target))
+        batch = read_batch(data.on_after_batch_transfer(raw, 0), known)
+        batches.append((batch.image, batch.target))
         if sum(len(each) for _, each in batches) >= LEAST:
             break
     count = sum(len(each) for _, each in batches)

@@ -44,8 +44,8 @@ class WithPreprocessing(nn.Module):
         return cast("Tensor", self.network(images.to(torch.float32) * self.scale - self.offset))
 
 
-def reading_uint8(network: nn.Module, description: Description) -> tuple[nn.Module, Description]:
-    """Put conversion and normalisation into a network.
+def reading_uint8(network: nn.Module, description: Description) -> nn.Module:
+    """Return a network with conversion and normalisation in it; its description has ``reads="uint8"``.
 
     Args:
         network: Network that reads normalised images.
@@ -59,7 +59,7 @@ def reading_uint8(network: nn.Module, description: Description) -> tuple[nn.Modu
         raise ACKDError(
             "--with-preprocessing needs images of 8 bits and this network was trained on images of more; leave it out"
         )
-    return WithPreprocessing(network, prepared.mean, prepared.std).eval(), description.replace(reads="uint8")
+    return WithPreprocessing(network, prepared.mean, prepared.std).eval()
 
 
 def measured(description: Description, images: CheckImages, reference: Tensor) -> Description:

@@ -202,7 +202,7 @@ def export_int8(
     own = description.replace(quantization=words, accuracy=())  # `export` measures the file's own
     prepared = [quantised, network]
     if description.reads == "uint8":
-        prepared = [reading_uint8(each, description.replace(reads="normalised"))[0] for each in prepared]
+        prepared = [reading_uint8(each, description.replace(reads="normalised")) for each in prepared]
     export(prepared[0], own, target, kind, images=images, reference=logits, overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="ackd-") as folder:
         plain = Path(folder) / target.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,4 +126,5 @@ class Preprocessing:
         array = np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy())
         if array.dtype == np.uint8 and array.shape[2] in (1, 3):  # converted as an image in a file
             return convert(Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array), self.form, "an image")
-        return convert(array, self.form, "an image")
+        form = self.form if array.dtype == np.uint8 else replace(self.form, value_range=None)  # scaled already
+        return convert(array, form, "an image")

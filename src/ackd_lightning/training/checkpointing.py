@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class SelfDescribing(OpenOptimizers):
     seed: int
     start: Start | None
     _started_from: dict[str, Any] | None = None
+    _loaded: Mapping[str, Any] = MappingProxyType({})  # what a checkpoint says of the training of its weights
     _epochs: int | None = None  # of the fit
 
     @property
@@ -112,11 +114,14 @@ class SelfDescribing(OpenOptimizers):
         )
 
     def _take_class_names(self, data: Any) -> None:
+        started = self.start
+        before = None if started is None else started.class_names
         if (names := getattr(data, "class_names", None)) is not None and len(names):
-            self.data = replace(self.data, class_names=names)
-        started, names = self.start, self.data.class_names
-        if started is not None and started.class_names is not None and names is not None and self.matches_classes:
-            match_head(self.student.plain(), started.class_names, names, started.origin)
+            own = self.data.class_names if before is None else None
+            if own is None or not self._reorder(data, names, own, "the module"):
+                self.data = replace(self.data, class_names=names)
+        if started is not None and before is not None and self.data.class_names is not None and self.matches_classes:
+            match_head(self.student.plain(), before, self.data.class_names, started.origin)
             self.start = replace(started, class_names=None)  # once, and not after a fit
 
     def match_classes(self, data: Any) -> None:
@@ -136,30 +141,41 @@ class SelfDescribing(OpenOptimizers):
         for sentence in self.teachers.announce():
             rank_zero_only(print)(sentence, flush=True)
 
-    def _match_data(self, names: Sequence[str], origin: str) -> None:
-        """Bring the data's classes into the order in which a checkpoint was trained, and say so."""
-        data, own = getattr(self._trainer, "datamodule", None), self.data.class_names
-        if self._trainer is None or own is None or own == tuple(names) or not self.matches_classes:
+    def _match_data(self, names: Sequence[str]) -> None:
+        """Bring the data's classes into the order in which a checkpoint was trained; without a Trainer, keep it."""
+        if self._trainer is None:
+            self.data = replace(self.data, class_names=tuple(names))
             return
-        compare_classes(names, own, origin, "the data")
+        data, own = getattr(self.trainer, "datamodule", None), self.data.class_names
+        if own is None or not self._reorder(data, own, names, "the checkpoint"):
+            return
+        self.data = replace(self.data, class_names=tuple(names))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._match_teachers()
+            self._begin_fit()
+
+    def _reorder(self, data: Any, found: Sequence[str], names: Sequence[str], origin: str) -> bool:
+        """Bring the data's classes from the order in which they are found into another; return whether they differ."""
+        if tuple(found) == tuple(names) or not self.matches_classes:
+            return False
+        compare_classes(names, found, origin, "the data")
         reorder = getattr(data, "use_class_order", None)
         if reorder is None:
             raise ACKDError(
                 f"{origin} has the classes of the data in another order and {type(data).__name__} has no method "
-                "`use_class_order`; give the data the order of the checkpoint, or pass on_class_mismatch='ignore'"
+                f"`use_class_order`; give the data the order of {origin}, or pass on_class_mismatch='ignore'"
             )
         reorder(names)
-        self.data = replace(self.data, class_names=tuple(names))
-        self.print(f"classes of the data are reordered to those of {origin}")
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._match_teachers()
-            self._begin_fit()
+        rank_zero_only(print)(f"classes of the data are reordered to those of {origin}", flush=True)
+        return True
 
     # ---------------------------------------------------------------- checkpoint
 
     def metadata(self) -> dict[str, Any]:
         """Return what an export needs to know, as plain data."""
         data = getattr(self._trainer, "datamodule", None)
+        # counted from 1 in the first step of an epoch; 0 where this Trainer has trained nothing
+        epoch = 0 if self._trainer is None else self.trainer.fit_loop.epoch_progress.current.ready
         return {
             "version": __version__,
             "model": self.model_name,
@@ -175,7 +191,7 @@ class SelfDescribing(OpenOptimizers):
             "teacher": self._teacher_names(),
             "teacher_sha256": [each.metadata.get("sha256") for each in self.teachers.frozen],
             "seed": self.seed,
-            "epoch": self.current_epoch + 1 if self._trainer is not None else 0,
+            "epoch": epoch,
             "skipped": self.guard.skipped,
             "head": None if self.method.head is None else self.method.head.description(),
             "learners": list(self.student.specs),
@@ -183,6 +199,7 @@ class SelfDescribing(OpenOptimizers):
             "started_from": self._started_from if self.start is None else self.start.notes,
             "frozen": list(self.student_config.freeze),
             "quantization": self.student_config.quantization,
+            **(self._loaded if not epoch else {}),
         }
 
     def _teacher_names(self) -> str | None:
@@ -207,10 +224,11 @@ class SelfDescribing(OpenOptimizers):
         self.guard.skipped = metadata.get("skipped", 0)
         self._resumed_optimizers = list(metadata.get("optimizers") or [])
         self._started_from = metadata.get("started_from")
+        self._loaded = {key: metadata[key] for key in ("epoch", "teacher", "teacher_sha256") if key in metadata}
         self.start = None  # the checkpoint has other weights, with its own classes
         self._same_teachers(metadata.get("teacher_sha256") or [])
         if names := metadata.get("class_names"):
-            self._match_data(names, "the checkpoint")
+            self._match_data(names)
         go_on_inside_epoch(checkpoint)
 
     def _same_teachers(self, known: Sequence[str | None]) -> None:
