@@ -101,6 +101,14 @@ def test_a_fit_that_ended_inside_an_epoch_goes_on_with_the_rest_of_it(tmp_path, 
     assert (again["steps"], again["lr"]) == (STEPS, whole(method)["lr"])
 
 
+def test_an_epoch_that_a_limit_of_batches_ended_is_over(tmp_path):
+    uninterrupted = fit(tmp_path / "whole", "ackd", limit_train_batches=2)
+    fit(tmp_path, "ackd", max_epochs=2, limit_train_batches=2)
+    again = fit(tmp_path, "ackd", resume=tmp_path / "checkpoints" / "last.ckpt", limit_train_batches=2)
+    assert largest_difference(again["state"], uninterrupted["state"]) == 0.0
+    assert (again["steps"], again["lr"]) == (6, uninterrupted["lr"]) == (uninterrupted["steps"], again["lr"])
+
+
 def test_an_early_stop_inside_the_first_epoch_is_told_and_kept(tmp_path, capsys):
     def run(path=None):
         callbacks = [StopEarly(1), ModelCheckpoint(tmp_path)]

@@ -134,6 +134,8 @@ def test_short_options_are_kept_at_the_settings_that_they_stand_for(monkeypatch)
     assert (settings["model"]["on_nonfinite"], settings["on_nonfinite"]) == ("skip", None)
     assert (settings["model"]["channels_last"], settings["model"]["compile"], settings["fast"]) == (True, True, False)
     assert settings["trainer"]["precision"] == "64-true"  # a stated value stays
+    model = ACKDCLI("fit", [*PAIR, "--fast", "--model.compile=false"]).settings()["model"]
+    assert (model["channels_last"], model["compile"]) == (True, False)
 
 
 def test_a_plan_builds_networks_and_runs_nothing(tmp_path, monkeypatch):

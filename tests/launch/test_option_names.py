@@ -165,6 +165,23 @@ def test_a_method_of_a_sum_by_its_number(option, number, value, tmp_path):
     assert methods[1].init_args.negatives == 20
 
 
+TWO = """include: [data/digits, recipes/digits, methods/kd]
+model:
+  student: resnet8
+  teacher:
+    - {network: resnet20, weights: a.safetensors}
+    - {network: resnet8, weights: b.safetensors}
+"""
+
+
+def test_an_option_of_one_of_two_teachers_has_its_number(tmp_path):
+    (tmp_path / "two.yaml").write_text(TWO)
+    base = ("--config", str(tmp_path / "two.yaml"))
+    settings = ACKDCLI("fit", [*base, "--model.teacher.1.gate=warn"])
+    assert [each.gate for each in settings.option("model.teacher")] == ["stop", "warn"]
+    assert "--model.teacher.0.gate" in refusal("--model.teacher.gate=warn", base=base)
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [

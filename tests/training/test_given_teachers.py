@@ -319,6 +319,23 @@ def test_the_gate_is_content_with_the_right_order_and_names_no_order_for_noise()
     assert "another order" not in str(caught.value)
 
 
+@pytest.mark.parametrize("gates", [("stop", "warn"), ("stop", "off"), ("warn", "stop")])
+def test_every_teacher_has_a_gate_of_its_own(gates, capsys):
+    right, wrong = Oracle([0, 1, 2, 3]), Oracle([0, 0, 0, 0])
+    module = built([teaching(each, gate=gate) for each, gate in zip((right, wrong), gates, strict=True)])
+    if gates[1] == "stop":
+        with pytest.raises(ACKDError, match=r"teacher 2 \(Oracle\) .*\(--model\.teacher\.1\.gate warn\)"):
+            fitted(module, ManyBlobs())
+    elif gates[1] == "warn":
+        with pytest.warns(UserWarning, match=r"teacher 2 \(Oracle\) has accuracy .*near chance"):
+            fitted(module, ManyBlobs())
+    else:
+        fitted(module, ManyBlobs())
+    said = capsys.readouterr().out
+    assert "teacher 1 (Oracle): accuracy" in said
+    assert ("teacher 2 (Oracle): accuracy" in said) == (gates[1] != "off")
+
+
 @pytest.mark.parametrize("classes", [3, 20, 100])
 def test_a_guess_is_not_explained_by_an_order(classes):
     generator = torch.Generator().manual_seed(classes)

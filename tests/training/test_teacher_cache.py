@@ -23,6 +23,7 @@ from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.runs.claim import claim
 from ackd_lightning.training import DOT
 from ackd_lightning.training import teacher_cache as cache
+from ackd_lightning.types import NetOutput
 from training.helpers import build, largest_difference, state, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -87,17 +88,30 @@ def without(place):
         os.chdir(before)
 
 
-def test_the_command_fits_with_the_cache_as_without_and_the_teacher_does_not_run(monkeypatch):
+def test_the_command_fits_with_the_cache_as_without_and_the_teacher_runs_once(monkeypatch):
     assert main(["fit", *SHARED, *QUIET, "--name", "without"]) == 0
     calls = []
     forward = FrozenTeacher.forward
     monkeypatch.setattr(FrozenTeacher, "forward", lambda self, image: calls.append(1) or forward(self, image))
     assert main(["fit", *SHARED, *QUIET, "--name", "with", "--model.teacher.cache", "kept"]) == 0
-    assert calls == []
+    assert calls == [1]  # on the first batch, to compare
     first, second = (load_file(f"{RUNS}/{name}/student.safetensors") for name in ("with", "without"))
     assert largest_difference(first, second) == 0.0
     losses = [Path(f"{RUNS}/{name}/metrics.csv").read_text() for name in ("with", "without")]
     assert losses[0] == losses[1]
+
+
+def test_a_teacher_that_says_something_else_is_refused(tmp_path, monkeypatch):
+    """With the same weights: an option, or the code of a network, that no key knows of."""
+    forward = FrozenTeacher.forward
+
+    def other(self, image):
+        output = forward(self, image)
+        return NetOutput(output.logits / 4)
+
+    monkeypatch.setattr(FrozenTeacher, "forward", other)
+    with pytest.raises(ACKDError, match=r"teacher\.cache kept does not hold .* of its first batch"):
+        fitted(kept="kept")
 
 
 def test_a_fit_in_python_reads_the_cache_of_the_command(without):

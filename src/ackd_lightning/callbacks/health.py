@@ -23,7 +23,6 @@ _LONGEST_ORDER = 200
 
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
-    from ackd_lightning.models.teacher import FrozenTeacher
 
 
 def is_fast_dev_run(trainer: L.Trainer) -> bool:
@@ -38,13 +37,9 @@ def is_fast_dev_run(trainer: L.Trainer) -> bool:
 class TeacherGate(L.Callback):
     """Measure the accuracy of every teacher on validation data before the first step, and the order of its classes.
 
-    Args:
-        stop: Whether the run ends for a teacher that is near chance, far below the accuracy that its file states, or
-            much better with its classes in another order. If False, there is a warning.
+    A teacher that is near chance, far below the accuracy that its file states, or much better with its classes in
+    another order ends the run if its own ``gate`` is ``stop``, and is warned of if it is ``warn``.
     """
-
-    def __init__(self, *, stop: bool = True) -> None:
-        self.stop = stop
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, print, log and judge every teacher."""
@@ -57,15 +52,17 @@ class TeacherGate(L.Callback):
         stage = trainer.state.stage
         trainer.state.stage = RunningStage.VALIDATING  # hooks of the data ask for it before they augment
         try:
-            for number, teacher in enumerate(module.teachers.frozen, start=1):
-                if teacher.features_only:
-                    continue  # without classes there is no accuracy
-                self._examine(trainer, module, teacher, str(number) if number > 1 else "")
+            for number, (teacher, config) in enumerate(
+                zip(module.teachers.frozen, module.teachers.configs, strict=True)
+            ):
+                if not teacher.features_only and config.gate != "off":  # without classes there is no accuracy
+                    self._examine(trainer, module, number, stop=config.gate == "stop")
         finally:
             trainer.state.stage = stage
 
     @torch.no_grad()
-    def _examine(self, trainer: L.Trainer, module: TrainingModule, teacher: FrozenTeacher, number: str) -> None:
+    def _examine(self, trainer: L.Trainer, module: TrainingModule, number: int, *, stop: bool) -> None:
+        teacher, several = module.teachers.frozen[number], len(module.teachers.frozen) > 1
         loop, classes = trainer.fit_loop.epoch_loop.val_loop, module.data.num_classes
         assert loop._combined_loader is not None  # there are loaders
         halves = [MulticlassConfusionMatrix(classes).to(module.device) for _ in range(2)]
@@ -73,8 +70,8 @@ class TeacherGate(L.Callback):
         between = True  # whether all scores are between 0 and 1
         limits = (None if each == float("inf") else int(each) for each in loop.max_batches)
         loaders = [
-            (number, itertools.islice(loader, most))
-            for number, (loader, most) in enumerate(zip(loop._combined_loader.flattened, limits, strict=True))
+            (place, itertools.islice(loader, most))
+            for place, (loader, most) in enumerate(zip(loop._combined_loader.flattened, limits, strict=True))
         ]
         for number_of_loader, raw in ((each, raw) for each, loader in loaders for raw in loader):
             batch = module.as_batch(trainer.strategy.batch_to_device(raw, dataloader_idx=number_of_loader))
@@ -90,11 +87,12 @@ class TeacherGate(L.Callback):
         split, data = ("test", "test") if module.looks_at_test() else ("val", "validation")
         measured = float((first + second).diagonal().sum()) / max(seen, 1)
         teacher.metadata["measured_acc"] = f"{measured:.6f}"
-        name = teacher.name
+        name = f"{number + 1} ({teacher.name})" if several else teacher.name
         if trainer.is_global_zero:
             print(f"teacher {name}: accuracy {measured:.2%} on this run's {data} data", flush=True)
         for logger in trainer.loggers:
-            logger.log_metrics({f"{split}/teacher{number}_acc": measured}, step=trainer.global_step)
+            key = f"{split}/teacher{number + 1 if number else ''}_acc"
+            logger.log_metrics({key: measured}, step=trainer.global_step)
         if between and classes > 1 and seen and not teacher.gives_probabilities:
             rank_zero_warn(
                 f"all outputs of teacher {name} are between 0 and 1, as after a sigmoid or softmax; methods read "
@@ -113,8 +111,9 @@ class TeacherGate(L.Callback):
         else:
             remedy = "check its weight file, normalisation and class order"
         sentence = f"teacher {name} {problem}; {remedy}"
-        if self.stop:
-            raise ACKDError(f"{sentence}, or set gate to warn in the teacher's settings (--model.teacher.gate warn)")
+        if stop:
+            option = f"--model.teacher.{f'{number}.' if several else ''}gate warn"
+            raise ACKDError(f"{sentence}, or set gate to warn in the teacher's settings ({option})")
         rank_zero_warn(sentence)
 
     @staticmethod

@@ -96,6 +96,7 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
                 "student": _network(value if equals else next(waiting, "")),
             }
             continue
+        _refuse_part_of_list(settings, name)
         if name == "--model.teacher" and isinstance(settings.get("model"), dict):
             settings["model"].pop("teacher", None)  # a list would inherit from the teacher of the files
         holder, key = _holder(settings, name)
@@ -268,6 +269,24 @@ def _element(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str
         value[_INIT] = value.get(_INIT) or {}
         value = value[_INIT]
     return value, key
+
+
+def _refuse_part_of_list(settings: dict[str, Any], option: str) -> None:
+    """Refuse an option such as ``--model.teacher.gate`` where the settings list several teachers."""
+    value: Any = settings
+    parts = option.removeprefix("--").replace(f"{_INIT}.", "").split(".")
+    for number, part in enumerate(parts):
+        if isinstance(value, list) and not part.isdecimal():
+            place, rest = ".".join(parts[:number]), ".".join(parts[number:])
+            raise ACKDError(
+                f"{option} is given and {place} is a list of {len(value)}; give it to each of them, as in "
+                f"--{place}.0.{rest}"
+            )
+        if isinstance(value, dict) and isinstance(value.get(_INIT), dict):
+            value = value[_INIT]
+        if not isinstance(value, dict) or part not in value:
+            return
+        value = value[part]
 
 
 def read_value(value: str) -> Any:

@@ -93,11 +93,13 @@ class ACKDCLI:
         options = without_none(options)
         settings, self.config_name = load_configs(configs)
         self.options = options
+        stated = {plain_name(name) for name, _ in option_pairs(options)}
         if own and configs:
             place = find_config(config_parts(configs[0])[0])
             others = load_configs(configs[1:])[0] if configs[1:] else {}  # which the user has written for this folder
-            stated = {name for name, _ in walk(others)} | {plain_name(name) for name, _ in option_pairs(options)}
-            if found := find_files(settings, place, stated, writes=command == "fit"):
+            if found := find_files(
+                settings, place, stated | {name for name, _ in walk(others)}, writes=command == "fit"
+            ):
                 print(f"from the folder in which the run was started: {', '.join(found)}", flush=True)
         if command != "fit":  # a run's config.yaml has them
             settings = {key: value for key, value in settings.items() if key not in (*FIT_ONLY, "output", "overwrite")}
@@ -136,7 +138,7 @@ class ACKDCLI:
                 options=options,
                 interval=interval_of(self.config.model),
             )
-        spell_out(self.config)
+        spell_out(self.config, stated)
         self.config.pop("config", None)
         name = self.option("name") or time.strftime("%Y%m%d-%H%M%S")
         self.folder = Path(self.option("runs_dir") or "runs") / (self.config_name or "run") / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any, Literal, NoReturn, get_args
 
@@ -135,11 +136,12 @@ def interval_of(model: Any) -> str:
     return "epoch" if model.recipe is None else str(model.recipe.interval)
 
 
-def spell_out(settings: Any) -> None:
+def spell_out(settings: Any, stated: Collection[str]) -> None:
     """Move short options to the settings that they stand for, and replace automatic values by what they become.
 
     Args:
         settings: Parsed settings; changed in place.
+        stated: Names of the settings on the command line, which no short option changes.
 
     Raises:
         ACKDError: For a scheduler whose length is not known.
@@ -152,7 +154,7 @@ def spell_out(settings: Any) -> None:
     if settings.get("fast"):
         settings.fast = False
         for name, value in fast_settings(str(trainer.accelerator)).items():
-            if settings[name] in (None, False):  # a value that is given stays
+            if settings[name] in (None, False) and name not in stated:  # a value that is given stays
                 settings[name] = value
     set_length(model.lr_scheduler, epochs=trainer.max_epochs, steps=trainer.max_steps, interval=interval_of(model))
     arguments = model.method.get("init_args") if model.method is not None else None

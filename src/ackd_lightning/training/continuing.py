@@ -130,6 +130,8 @@ def go_on_inside_epoch(checkpoint: dict[str, Any]) -> None:
     progress = loop.get("epoch_progress") or {}
     if len(loaders) != 1 or not isinstance(loaders[0], dict) or not loaders[0].get("batches"):
         return
+    if (loop.get("epoch_loop.batch_progress") or {}).get("is_last_batch"):
+        return  # trainer.limit_train_batches ended the epoch
     for counts in progress.values():
         if progress["current"]["completed"] == loaders[0].get("epoch") and counts["processed"] > counts["completed"]:
             counts["processed"] = counts["completed"]

@@ -31,9 +31,8 @@ def own_callbacks(
         callbacks.append(EMA(decay=recipe.ema_decay))
     if recipe.early_stopping is not None:
         callbacks.append(StopEarly(recipe.early_stopping))
-    gates = {each.gate for each in teachers} - {"off"}
-    if gates:
-        callbacks.append(TeacherGate(stop="stop" in gates))
+    if any(each.gate != "off" for each in teachers):
+        callbacks.append(TeacherGate())
     if hasattr(method, "examples"):
         from ackd_lightning.callbacks.examples import ExamplePictures  # needs matplotlib
 

@@ -112,7 +112,11 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
             batch: Images.
         """
         if self.cache is not None:
-            return self.student(batch.image), self.cache.read(self.current_epoch, batch.index)
+            known = self.cache.read(self.current_epoch, batch.index)
+            if not self.cache.compared:
+                with torch.compiler.set_stance("force_eager"):  # once, which is not worth a compilation
+                    self.cache.compare(known.logits, self.teachers(batch.image).logits)
+            return self.student(batch.image), known
         runs = self.teacher is not None and self.method.teacher != "own"
         teacher = self.teachers(batch.image) if runs else None
         return self.student(batch.image), teacher

@@ -22,6 +22,7 @@ from ackd_lightning.runs.files import whole_file, write_json
 from ackd_lightning.types import NetOutput
 
 KEY_FILE = "key.json"
+_TOLERANCE = 0.1  # of a standard deviation
 _VIEWS = 2
 """Version of the augmentation; it grows when the same seed yields other views than before (2: crops of image files)."""
 
@@ -96,6 +97,9 @@ class TeacherCache:
 
     Raises:
         ACKDError: If the cache does not exist, was made for other views, or has too few epochs.
+
+    Attributes:
+        compared: Whether logits were compared with those of the teacher.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any], epochs: int) -> None:
@@ -107,8 +111,29 @@ class TeacherCache:
                 f"teacher.cache {folder} lacks epoch {missing[0] + 1} of {epochs}; complete it by running `ackd cache` "
                 "with the settings of this run"
             )
+        self.compared = False
         self._epoch = -1
         self._logits = torch.empty(0)
+
+    def compare(self, logits: Tensor, computed: Tensor) -> None:
+        """Compare logits with what the teacher says of the first batch: what its key says nothing of may differ.
+
+        Args:
+            logits: Result of `read`, ``B x K``.
+            computed: The teacher's logits of the same images.
+
+        Raises:
+            ACKDError: If they differ by more than other precision and kernels can explain.
+        """
+        self.compared = True
+        spread, difference = computed.float().std(), (logits - computed.float()).abs().mean()
+        if not bool(difference <= _TOLERANCE * spread):
+            raise ACKDError(
+                f"teacher.cache {self.folder} does not hold what this run's teacher says of its first batch: logits "
+                f"differ by {float(difference):.2g} on average and have a standard deviation of {float(spread):.2g}; "
+                "compare the teacher's options and code with those of the cache, or create "
+                "another cache with `ackd cache`"
+            )
 
     def read(self, epoch: int, index: Tensor) -> NetOutput:
         """Return the teacher's output for views of an epoch: its logits, without features.
