@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -28,6 +29,7 @@ from ackd_lightning.errors import NotWrittenError
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
 from ackd_lightning.runs.figures import read_metrics
+from ackd_lightning.runs.files import copied_from
 
 QUICK = ["--data.max_per_class", "4", "--data.batch_size", "20", "--trainer.max_epochs", "2"]
 QUICK += ["--model.lr_scheduler.milestones", "[1]"]
@@ -238,6 +240,18 @@ def test_a_fork_does_not_replace_published_weights(beside, capsys):
     assert (beside / "weights" / "digits_resnet20.safetensors").read_bytes() == before
 
 
+def test_a_copy_of_a_run_does_not_replace_the_weights_of_the_original(beside, capsys):
+    before = (beside / "weights" / "digits_resnet20.safetensors").read_bytes()
+    folder = beside / "runs" / "digits_resnet20"
+    shutil.copytree(folder / "t", folder / "copy")
+    longer = ["fit", "--resume", "runs/digits_resnet20/copy", "--trainer.max_epochs", "4"]
+    assert main(longer) == 2
+    assert "would replace them" in capsys.readouterr().err
+    assert (beside / "weights" / "digits_resnet20.safetensors").read_bytes() == before
+    assert main([*longer, "--weights_dir", "other"]) == 0
+    assert copied_from(folder / "copy") is None  # a run of its own now
+
+
 def test_compare_keeps_different_experiments_apart(beside, capsys):
     common = ["fit", "--config", "digits_resnet20.yaml", *QUICK, "--weights_dir", "null", "--runs_dir", "apart"]
     for name, seed, rate in (("a", "0", "0.05"), ("b", "1", "0.05"), ("c", "0", "0.01")):
@@ -400,7 +414,7 @@ def synthetic(self, part):
     generator = torch.Generator().manual_seed(0)
     size = self.input_size
     images = torch.randint(0, 256, (8, 3, size, size), generator=generator, dtype=torch.uint8)
-    names = tuple(f"class{number}" for number in range(type(self).num_classes))
+    names = self.class_names or tuple(f"class{number}" for number in range(type(self).num_classes))
     return Pixels(names, images, torch.arange(8) % len(names))
 
 

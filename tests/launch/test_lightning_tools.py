@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import yaml
 
 from ackd_lightning.cli import main
 from ackd_lightning.data import DigitsDataModule
+from ackd_lightning.runs import files
 
 QUICK = ["--weights_dir", "null", "--trainer.max_epochs", "1", "--data.max_per_class", "6", "--data.batch_size", "20"]
 QUICK += ["--trainer.limit_val_batches", "1", "--name", "a"]
@@ -180,6 +182,11 @@ def test_the_id_of_a_wandb_run_is_kept(tmp_path):
     first = run_id(tmp_path / "a")
     assert run_id(tmp_path / "a") == first
     assert run_id(tmp_path / "b") != first
+    (tmp_path / "a" / "config.yaml").write_text(f"{files.STARTED}{tmp_path}\n{files.RUN}{tmp_path / 'a'}\nname: a\n")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    assert (run_id(tmp_path / "a"), run_id(tmp_path / "copy") == first) == (first, False)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert run_id(tmp_path / "moved") == first
 
 
 def test_a_trial_of_a_sweep_keeps_the_id_that_the_agent_gave_it(tmp_path, monkeypatch):

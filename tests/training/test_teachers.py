@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import AT, ATSC, KD
+from ackd_lightning.methods import AT, ATSC, CE, KD
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.weights import save_weights
 from ackd_lightning.models.zoo import create_model
@@ -46,6 +47,22 @@ def test_several_teachers_are_loaded_in_their_order(files):
     first = net.teachers.frozen
     net.load_teacher()
     assert net.teachers.frozen is first  # once
+
+
+def test_a_checkpoint_of_this_package_says_as_much_as_an_exported_file(tmp_path):
+    info = DataInfo(4, 8, mean=(0.1, 0.2, 0.3), std=(0.5,) * 3, class_names=("ant", "bee", "cat", "dog"))
+    module = build(CE(), student="resnet8", data=info)
+    run = trainer(max_epochs=1)
+    run.fit(module, datamodule=Blobs())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    module.save_student(tmp_path / "student.safetensors")
+    found = [
+        FrozenTeacher.from_name("resnet8", 4, weights=str(tmp_path / name))
+        for name in ("last.ckpt", "student.safetensors")
+    ]
+    assert found[0].given.mean == info.mean
+    assert found[0].given == dataclasses.replace(found[1].given, origin=found[0].given.origin)
+    assert [(each.name, each.class_names) for each in found] == [("resnet8", info.class_names)] * 2
 
 
 def test_names_and_networks_mix(files):

@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from ackd_lightning.runs.files import STARTED, started_in, whole_file
+from ackd_lightning.runs.files import RUN, STARTED, started_in, whole_file
 
 
 class RunConfig(SaveConfigCallback):
@@ -45,7 +45,7 @@ class RunConfig(SaveConfigCallback):
         text, path = self._text(), self.folder / "config.yaml"
         start = started_in(path) or Path.cwd()  # of a run that is resumed: where it was started first
         with whole_file(path) as partial:
-            partial.write_text(f"{STARTED}{start}\n{text}", encoding="utf-8")
+            partial.write_text(f"{STARTED}{start}\n{RUN}{self.folder.resolve()}\n{text}", encoding="utf-8")
         return text
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

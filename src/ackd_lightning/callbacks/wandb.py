@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from ackd_lightning.runs.files import whole_file
+from ackd_lightning.runs.files import copied_from, whole_file
 
 
 class SafeWandbLogger(WandbLogger):
@@ -98,14 +98,16 @@ class SafeWandbLogger(WandbLogger):
 def run_id(folder: Path) -> str:
     """Return the id of a run at Weights & Biases, which stays the same when the run is resumed.
 
-    The agent of a sweep chooses the id of each trial, and the client ignores every other one.
+    The agent of a sweep chooses the id of each trial, and the client ignores every other one. A copy of a run gets one
+    of its own.
 
     Args:
         folder: Folder of the run, which keeps the id.
     """
     path = folder / "wandb_id.txt"
     agents = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-    if not getattr(rank_zero_only, "rank", 0) and not path.is_file():
+    known = path.is_file() and copied_from(folder) is None
+    if not getattr(rank_zero_only, "rank", 0) and not known:
         with whole_file(path) as partial:
             partial.write_text(agents or secrets.token_hex(4), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip() if path.is_file() else agents or secrets.token_hex(4)

@@ -36,7 +36,7 @@ from ackd_lightning.launch.run_settings import changed_test, refuse_other_place,
 from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.launch.words import as_given, raised_in
 from ackd_lightning.runs.claim import Claim, claim, say_unfinished
-from ackd_lightning.runs.files import STUDENT, read_summary, run_folder, same_content, write_json
+from ackd_lightning.runs.files import STUDENT, copied_from, read_summary, run_folder, same_content, write_json
 from ackd_lightning.runs.resume import Length, changed_settings, check_length, resume_auto, resume_from
 from ackd_lightning.training.speed import keep_freed_memory
 
@@ -206,7 +206,8 @@ class Execution:
         os.environ[_RUN_NAME] = self.cli.folder.name
         if self.copy_to is None:
             return
-        if self.copy_to.exists() and not same_content(self.copy_to, self.cli.folder / STUDENT):
+        wrote = same_content(self.copy_to, self.cli.folder / STUDENT) and copied_from(self.cli.folder) is None
+        if self.copy_to.exists() and not wrote:
             raise ACKDError(
                 f"weights {self.copy_to} exist and this run would replace them; move them, or choose another "
                 "--weights_dir"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -202,6 +203,7 @@ def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if named:
         beside = {key: _as_text(value) for key, value in loaded.items() if key != named[0]}
         notes = {str(key): text for key, text in beside.items() if text is not None}
+        notes |= _own_notes(loaded.get("ackd_lightning"))
         others = [key for key, each in loaded.items() if key != named[0] and _is_state_dict(each)]
         if others:
             tell(f"{file} holds several state dicts: {named[0]!r} is read, {', '.join(map(repr, others))} are not")
@@ -215,6 +217,17 @@ def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tell(f"{file}: the weights are read from its entry {inside[0]!r}")
         return dict(loaded[inside[0]]), {}
     return _nothing_but_tensors(loaded, file), {}
+
+
+def _own_notes(described: Any) -> dict[str, str]:
+    """What a checkpoint of this package says of its network, as text: what an exported file says, too."""
+    if not isinstance(described, Mapping):
+        return {}
+    facts = {key: described.get(key) for key in ("model", "model_options", "class_names", "input_size", "mean", "std")}
+    if isinstance(images := described.get("preprocessing"), Mapping):
+        facts = {**images, **facts}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    return {key: text for key, text in texts.items() if text != "null"}
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import filecmp
+import itertools
 import json
 import os
 import pickle
@@ -23,6 +24,7 @@ Which = Literal["last", "best"]
 CURVES, LEARNERS = "curves.png", "learners.png"
 """Figures of a run."""
 STARTED = "# started in "
+RUN = "# folder of the run: "
 """Beginning of the first line of ``config.yaml``, which names a folder."""
 STUDENT = "student.safetensors"
 """Student of a run, as its last epoch left it."""
@@ -135,13 +137,26 @@ def started_in(config: Path) -> Path | None:
     Args:
         config: ``config.yaml`` of the run.
     """
-    try:
-        with config.open(encoding="utf-8") as lines:
-            first = lines.readline()
-    except (OSError, UnicodeDecodeError):
-        return None
-    folder = Path(first.removeprefix(STARTED).strip())
-    return folder if first.startswith(STARTED) and folder.is_dir() else None
+    return _noted(config, STARTED)
+
+
+def copied_from(folder: Path) -> Path | None:
+    """Return the run of which a folder is a copy; None for a run in its own place, and for one that was moved.
+
+    Args:
+        folder: Folder of a run.
+    """
+    original = _noted(folder / "config.yaml", RUN)
+    return None if original is None or original.samefile(folder) else original
+
+
+def _noted(config: Path, begin: str) -> Path | None:
+    """Folder that a comment at the head of a ``config.yaml`` names, if it is there."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError, UnicodeDecodeError), config.open(encoding="utf-8") as head:
+        lines = list(itertools.islice(head, 2))
+    noted = next((Path(line.removeprefix(begin).strip()) for line in lines if line.startswith(begin)), None)
+    return noted if noted is not None and noted.is_dir() else None
 
 
 def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
