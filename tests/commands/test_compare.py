@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ackd_lightning.cli import main
-from ackd_lightning.commands.compare import compare
+from ackd_lightning.commands.compare import compare, group_runs
 from ackd_lightning.commands.paired import interval_text, paired_tests
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.answers import Answers, answers_file, write_answers
@@ -124,6 +124,16 @@ def test_teachers_that_differ_are_said():
         summary.write_text(json.dumps({**content, "teacher": {"sha256": str(seed)}}))
         make_run("ce", seed=seed)
     assert compare(["runs"]).caption == "runs of kd learned from different teacher files"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_changes_no_result_makes_no_group(several):
+    for seed, cache in enumerate((None, "kept")):
+        config = make_run("kd", seed=seed) / "config.yaml"
+        teacher = {"network": "resnet20", "cache": cache}
+        settings = {"model": {"teacher": [teacher, {"network": "resnet8"}] if several else teacher}}
+        config.write_text(yaml.safe_dump({"seed_everything": seed, **settings, "data": {"cache": bool(seed)}}))
+    assert list(group_runs(["runs"])) == ["kd"]
 
 
 def test_figures_of_a_run_are_not_replaced(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Which settings make an experiment, and which only state where it is written and how it is shown."""
+"""Which settings make an experiment, and which only state where its files are, how it is shown and what is kept."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 _NOT_THE_EXPERIMENT = {"seed_everything", "name", "runs_dir", "weights_dir", "wandb", "tensorboard", "ckpt_path"}
 _NOT_THE_EXPERIMENT |= {"output", "test", "resume", "on_nonfinite", "fast"}
-_SHOW = {"trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"}
-_PLACES = {"data.root", "data.url", "data.download", "data.cache", "model.teacher.weights", "model.teacher.cache"}
+_SAME_RESULTS = {f"trainer.{each}" for each in ("enable_progress_bar", "enable_model_summary", "logger")}
+_SAME_RESULTS |= {"trainer.log_every_n_steps", "data.download", "data.cache", "model.teacher.cache"}
+_PLACES = {"data.root", "data.url", "model.teacher.weights"}
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -26,9 +27,10 @@ def experiment_settings(config: dict[str, Any], *, places: bool = False) -> dict
     """
     content = {key: value for key, value in config.items() if key not in _NOT_THE_EXPERIMENT}
     flat = {key.replace(".init_args", ""): value for key, value in _flat(content).items()}
-    kept = {key: value for key, value in flat.items() if key not in _SHOW and (places or key not in _PLACES)}
-    if not places and isinstance(teachers := kept.get("model.teacher"), list):
-        kept["model.teacher"] = [_without_places(each) for each in teachers]
+    left_out = _SAME_RESULTS if places else _SAME_RESULTS | _PLACES
+    kept = {key: value for key, value in flat.items() if key not in left_out}
+    if isinstance(teachers := kept.get("model.teacher"), list):
+        kept["model.teacher"] = [_without(left_out, each) for each in teachers]
     return kept
 
 
@@ -62,8 +64,8 @@ def moved_data(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str] |
     return (str(first), str(second)) if other and first != second else None
 
 
-def _without_places(teacher: Any) -> Any:
-    """One of several teachers without the places of its files."""
+def _without(left_out: set[str], teacher: Any) -> Any:
+    """One of several teachers without some settings."""
     if not isinstance(teacher, dict):
         return teacher
-    return {key: value for key, value in teacher.items() if f"model.teacher.{key}" not in _PLACES}
+    return {key: value for key, value in teacher.items() if f"model.teacher.{key}" not in left_out}

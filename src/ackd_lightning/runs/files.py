@@ -23,9 +23,8 @@ from ackd_lightning.errors import ACKDError, count_of, near_matches
 Which = Literal["last", "best"]
 CURVES, LEARNERS = "curves.png", "learners.png"
 """Figures of a run."""
-STARTED = "# started in "
-RUN = "# folder of the run: "
-"""Beginning of the first line of ``config.yaml``, which names a folder."""
+STARTED, RUN = "# started in ", "# folder of the run: "
+"""Beginnings of the first two lines of ``config.yaml``, which name folders."""
 STUDENT = "student.safetensors"
 """Student of a run, as its last epoch left it."""
 _MAX_CLASSES, _MAX_INPUT_SIZE = 1_000_000, 4096
