@@ -36,9 +36,16 @@ def test_one_process_keeps_the_order_of_the_images(tmp_path):
     assert [each.name for each in (tmp_path / "new").iterdir()] == ["a.csv"]
 
 
+def test_images_without_a_known_order_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "gather_object", lambda own, parts: parts.__setitem__(slice(None), [own, own]))
+    with pytest.warns(UserWarning, match="order is unknown to several processes"):
+        write(tmp_path / "a.csv", [[-1], [-1]], others=[])
+    assert indices(tmp_path / "a.csv") == [-1] * 4
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_of_two_processes_writes_for_both(tmp_path, monkeypatch, rank):
-    other = [(index, 0, 0, 0.5) for index in (1, 3)]
+    other = [((0, index), (index, 0, 0, 0.5)) for index in (1, 3)]
 
     def gather(own, parts):
         if parts is not None:

@@ -53,6 +53,22 @@ def test_splits_and_class_names(tmp_path, table, size, workers):
         assert torch.equal(one.image, again.on_after_batch_transfer(other, 0).image)
 
 
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_splits_that_number_their_classes_in_another_way(tmp_path, table, part):
+    parts = {"train": table(12, labels=("ant", "bee", "cow")), "test": table(6, labels=("ant", "bee", "cow"))}
+    parts[part] = table(6, labels=("cow", "ant"))
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    module = made(tmp_path / "set", val_fraction=0.2)
+    loader = module.val_dataloader() if part == "validation" else module.test_dataloader()
+    targets = torch.cat([module.on_after_batch_transfer(batch, 0).target for batch in loader])
+    assert [module.class_names[target] for target in targets] == ["cow", "ant"] * 3
+    parts[part] = table(6, labels=("cow", "dog"))
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "other")
+    named = "val" if part == "validation" else part
+    with pytest.raises(ACKDError, match=rf"'dog' in row 1 of the {named} split of .* is not one of the training"):
+        made(tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     ("image", "label", "labels", "names"),
     [("img", "fine_label", ("a", "b", "c"), ("a", "b", "c")), ("pixels", "labels", (3, 7), ("3", "7"))],

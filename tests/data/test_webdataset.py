@@ -155,6 +155,32 @@ def test_methods_with_memories_by_index_are_refused(shards):
         CRD().begin_fit(fit)
 
 
+def test_the_number_of_images_belongs_to_the_shards_of_each_part(shards):
+    for train, test, images in (("train-{0..2}.tar", "train-3.tar", 30), ("train-0.tar", "train-{1..3}.tar", 10)):
+        assert made(shards, train=train, test=test).num_train_samples == images
+
+
+def test_files_of_an_image_stand_beside_each_other(shards, picture):
+    buffer = io.BytesIO()
+    picture(0, (40, 36)).save(buffer, format="PNG")
+    image, label = buffer.getvalue(), b"0"
+    write_shard(shards / "train-0.tar", [("a.png", image), ("a.cls", label), ("b.png", image), ("b.cls", label)] * 2)
+    module = made(shards, train="train-0.tar", test="train-0.tar")
+    assert module.num_train_samples == sum(len(batch.target) for batch in module.test_dataloader()) == 4
+    write_shard(shards / "train-0.tar", [("a.png", image), ("b.png", image), ("a.cls", label), ("b.cls", label)])
+    with pytest.raises(ACKDError, match=r"a in .* no file \.cls .* with the files of each image next to each other"):
+        made(shards, train="train-0.tar")
+
+
+def test_an_ending_of_labels_may_have_capitals(shards, picture):
+    buffer = io.BytesIO()
+    picture(0, (40, 36)).save(buffer, format="PNG")
+    files = ((".PNG", buffer.getvalue()), (".CLS", b"1"))
+    samples = [(f"{number}{ending}", content) for number in range(4) for ending, content in files]
+    write_shard(shards / "train-0.tar", samples)
+    assert made(shards, train="train-0.tar", test="train-0.tar", label_key="CLS").num_train_samples == 4
+
+
 def test_names_of_classes_and_their_order(shards):
     module = made(shards, num_classes=None, class_names=["a", "b", "c"])
     before = torch.cat([batch.target for batch in module.test_dataloader()])

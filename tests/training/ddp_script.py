@@ -9,9 +9,11 @@ from pathlib import Path
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ackd_lightning import ACKD, KD, ACKDModule, StudentConfig
+from ackd_lightning.callbacks.predictions import PredictionFile
 from ackd_lightning.errors import NonFiniteError
 from ackd_lightning.methods import ACN, AIKD, ATSC, VID
 from ackd_lightning.training import DOT, Recipe
@@ -105,8 +107,34 @@ def main(devices: int, out: Path) -> None:
             result = {"state": net.state_dict(), "metrics": metrics, "steps": run.global_step}
             result |= {"buffers": apart.buffers, "weights": apart.weights, "skipped": net.guard.skipped}
             torch.save(result, out / f"{name}-{devices}.pt")
+    evaluate(devices, out)
     if devices > 1:
         stop(devices, out)
+
+
+class OddBlobs(Blobs):
+    """27 images without an index, which two processes cannot share evenly; none is repeated."""
+
+    def test_dataloader(self):
+        data, trainer = self._data(1, 27), self.trainer
+        return DataLoader(data, batch_size=4, sampler=range(trainer.global_rank, 27, trainer.world_size))
+
+    def predict_dataloader(self):
+        return DataLoader(self._data(1, 27), batch_size=4)
+
+
+def evaluate(devices: int, out: Path) -> None:
+    """Test and predict images that two processes cannot share evenly."""
+    run = trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", use_distributed_sampler=False)
+    torch.manual_seed(0)
+    (metrics,) = run.test(module(ACKD()), datamodule=OddBlobs(), verbose=False)
+    if run.is_global_zero:
+        torch.save(metrics, out / f"test-{devices}.pt")
+    torch.manual_seed(0)
+    writer = PredictionFile(out / f"predictions-{devices}.csv")
+    trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", callbacks=[writer]).predict(
+        module(ACKD()), datamodule=OddBlobs()
+    )
 
 
 def stop(devices: int, out: Path) -> None:

@@ -77,6 +77,19 @@ def test_a_student_that_is_fine_tuned_for_int8_has_the_same_weights_and_ranges_e
     assert any(key.endswith("max_val") and bool(each.isfinite().all()) for key, each in two["state"].items())
 
 
+def test_means_of_images_that_are_shared_unevenly(fits):
+    """Lightning would round 27 images of two processes down to 13 for each."""
+    one, two = fits("test", 1), fits("test", 2)
+    assert one.keys() == two.keys() >= {"test/loss", "test/attention_weight_aux1"}
+    assert two == pytest.approx(one, abs=1e-5)
+
+
+def test_predictions_are_in_the_order_of_the_images(fits):
+    one, two = ((fits.folder / f"predictions-{devices}.csv").read_text().splitlines() for devices in (1, 2))
+    assert len(one) == 28
+    assert [row.split(",")[:4] for row in one] == [row.split(",")[:4] for row in two]
+
+
 def test_buffer_test_can_fail(fits):
     """Without the broadcast the buffers differ, and the callback finds it."""
     assert fits("never_rearmed", 2)["buffers"] > 1e-4

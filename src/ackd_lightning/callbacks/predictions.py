@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.runs.tables import write_table
@@ -41,10 +42,18 @@ class PredictionFile(BasePredictionWriter):
         rows = [row for batch in batches for row in zip(*(batch[key].tolist() for key in self._PREDICTED), strict=True)]
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
-            dist.gather_object(rows, parts if trainer.is_global_zero else None)
+            dist.gather_object(_placed(rows, batch_indices), parts if trainer.is_global_zero else None)
             if not trainer.is_global_zero:
                 return
-            rows = sorted(row for part in parts for row in part)
+            placed = [each for part in parts for each in part]
+            if len({place for place, _ in placed}) == len(placed):
+                placed.sort()
+            else:
+                rank_zero_warn(
+                    "the images have no index, so that their order is unknown to several processes: the rows are those "
+                    "of the first process, then those of the next"
+                )
+            rows = [row for _, row in placed]
         data = getattr(trainer, "datamodule", None)
         files = data.image_names("test") if isinstance(data, ImageDataModule) else None
         classes = getattr(getattr(pl_module, "data", None), "class_names", None)
@@ -61,3 +70,16 @@ class PredictionFile(BasePredictionWriter):
         ]
         write_table({name: [row[at] for row in table] for at, name in enumerate(self.COLUMNS)}, self.path)
         print(f"predictions: {self.path}")
+
+
+def _placed(rows: list[tuple[Any, ...]], batch_indices: Any) -> list[tuple[tuple[int, int], tuple[Any, ...]]]:
+    """Rows with their places: the number of the loader with Lightning's index, or else the data's own index."""
+    places = [
+        (number, index)
+        for number, batches in enumerate(batch_indices or ())
+        for indices in batches or ()
+        for index in indices or ()
+    ]
+    if len(places) != len(rows):
+        places = [(0, row[0]) for row in rows]
+    return list(zip(places, rows, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ class HuggingFaceDataModule(CustomImagesDataModule):
                     raise ACKDError(
                         f"{self.root} has no column {column!r} (it has {', '.join(split.column_names)}): set {argument}"
                     )
-        labels = {part: self._labels(part) for part in self._splits}
         names = getattr(train.features[self._label], "names", None)
+        labels = {part: self._labels(part, names) for part in self._splits}
         index, found = classes_of(labels["train"], names, str(self.root))
         self._targets = {
             part: targets_of(values, index, partial(self._place, part), train=part == "train")
@@ -113,8 +114,21 @@ class HuggingFaceDataModule(CustomImagesDataModule):
             )
         return str(columns[0])
 
-    def _labels(self, part: str) -> list[Any]:
-        return read_labels(self._splits[part][self._label], partial(self._place, part))
+    def _labels(self, part: str, names: Sequence[str] | None) -> list[Any]:
+        """Labels of a split, by the numbers of the training split where both number their names."""
+        split = self._splits[part]
+        labels, own = read_labels(split[self._label], partial(self._place, part)), split.features[self._label]
+        theirs = getattr(own, "names", None)
+        if names is None or theirs is None or theirs == names:
+            return labels
+        numbers = {name: number for number, name in enumerate(names)}
+        for row, label in enumerate(labels):
+            if label is not None and theirs[label] not in numbers:
+                raise ACKDError(
+                    f"the class {theirs[label]!r} in {self._place(part, row)} is not one of the training split: "
+                    "correct it, or leave the image out"
+                )
+        return [None if label is None else numbers[theirs[label]] for label in labels]
 
     def _place(self, part: str, row: int) -> str:
         return f"row {row} of the {part} split of {self.root}"

@@ -100,7 +100,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
             raise ACKDError(f"num_classes is {self.num_classes}, and a classifier needs two classes")
         self._own_names = None if class_names is None else tuple(class_names)
         self.class_names = self._own_names
-        self.label_key = label_key.lstrip(".")
+        self.label_key = label_key.lstrip(".").lower()
         self.buffer = buffer
         self.train_images = train_images
         self.num_train_samples = train_images or 0
@@ -172,8 +172,9 @@ class WebDatasetDataModule(CustomImagesDataModule):
         """Check all shards, and return the number of training images."""
         every = [path for shards in self._shards.values() for path in shards]
         names = "" if self._own_names is None else json.dumps(self._own_names)
+        parts = {part: len(shards) for part, shards in self._shards.items()}  # of the paths, in this order
         mark = fingerprint(
-            PathTable.of_paths(self.root, every), self.root, "shards", self.num_classes, names, self.label_key
+            PathTable.of_paths(self.root, every), self.root, "shards", parts, self.num_classes, names, self.label_key
         )
         cache = self.root / "ackd-checked-shards.pt" if self.cache else None
         if cache is not None and (content := read_cache(cache, mark)) is not None:
@@ -262,7 +263,7 @@ def _first_is_deep(path: Path) -> bool:
 
 def _check_shard(path: Path, form: ShardFormat) -> int:
     """Return the number of samples of a shard whose files are whole, and whose labels are classes."""
-    samples: dict[str, list[str]] = {}
+    samples: list[tuple[str, list[str]]] = []  # neighbouring files of one name are a sample, as webdataset reads them
     try:
         with tarfile.open(path) as archive:
             for member in archive:
@@ -271,7 +272,9 @@ def _check_shard(path: Path, form: ShardFormat) -> int:
                 folder, _, file = member.name.rpartition("/")
                 stem, _, ending = file.partition(".")
                 place = f"{folder}/{stem}".lstrip("/")
-                samples.setdefault(place, []).append(ending.lower())
+                if not samples or samples[-1][0] != place:
+                    samples.append((place, []))
+                samples[-1][1].append(ending.lower())
                 content = archive.extractfile(member)
                 assert content is not None
                 if ending.lower() == form.label_key:
@@ -287,10 +290,12 @@ def _check_shard(path: Path, form: ShardFormat) -> int:
         raise ACKDError(f"the shard {path} cannot be read ({reason}), perhaps it is cut off: write it again") from None
     if not samples:
         raise ACKDError(f"the shard {path} holds no samples: remove it")
-    for place, endings in samples.items():
+    for place, endings in samples:
         if image_ending(endings) is None or form.label_key not in endings:
             what = f".{form.label_key} with its label" if image_ending(endings) else "with its image"
+            apart = sum(place == other for other, _ in samples) > 1
             raise ACKDError(
-                f"{place} in {path} has no file {what} (it has {', '.join(endings)}): write the shard again"
+                f"{place} in {path} has no file {what} beside it (it has {', '.join(endings)}): write the shard again"
+                f"{', with the files of each image next to each other' if apart else ''}"
             )
     return len(samples)

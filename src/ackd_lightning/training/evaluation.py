@@ -19,6 +19,7 @@ from ackd_lightning.methods.base import Method
 from ackd_lightning.metrics.cka import LearnerStatistics
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.training.batches import require_labels
+from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.nonfinite import remedies
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 
@@ -51,6 +52,7 @@ class Evaluation(nn.Module):
         widths = {branch.embedding for branch in spec.branches}
         width = widths.pop() if len(widths) == 1 else None  # embeddings of different networks have no common space
         self.learner_statistics = LearnerStatistics(count, width) if width is not None else None
+        self.means = TermMeans()
         self._prefix = "val"
         self.others = nn.ModuleList()
 
@@ -99,12 +101,10 @@ class Evaluation(nn.Module):
                 common: dict[str, Any] = {"on_epoch": True, "batch_size": size, "add_dataloader_idx": False}
                 module.log(f"{prefix}/{learner}acc{suffix}", metric, prog_bar=shown, **common)
         loss = cross_entropy(prediction, target)
-        module.log(f"{prefix}/loss", loss, sync_dist=True, **common)
         if self.learner_statistics is not None:
             embeddings = [each.embedding for each in student.branches if each.embedding is not None]
             self.learner_statistics.update(embeddings, learners[1:])
-        values = {f"{prefix}/{name}": value for name, value in method.statistics(student).items()}
-        module.log_dict(values, sync_dist=True, **common)
+        self.means.add({"loss": loss, **method.statistics(student)}, size)
 
     def begin(self, prefix: str) -> None:
         """Choose the split that logging keys name.
@@ -113,15 +113,20 @@ class Evaluation(nn.Module):
             prefix: ``val`` or ``test``.
         """
         self._prefix = prefix
+        self.means.reset()
         for number, other in enumerate(self.others, start=2):
             cast(Evaluation, other).begin(f"{prefix}{number}")
 
     def end(self, module: L.LightningModule) -> None:
-        """Log CKA, disagreement and feature std of the learners over the whole split.
+        """Log loss and statistics of the method, and CKA, disagreement and feature std of the learners, of the split.
 
         Args:
             module: Module that logs.
         """
+        # kept here, as Lightning rounds the number of images of a process down in a mean over several processes
+        means = {f"{self._prefix}/{name}": value for name, value in self.means.compute().items()}
+        module.log_dict(means, sync_dist=True)
+        self.means.reset()
         if self.learner_statistics is not None and self.learner_statistics.update_called:
             values = self.learner_statistics.compute()
             module.log_dict({f"{self._prefix}/learners_{name}": each for name, each in values.items()}, sync_dist=True)
