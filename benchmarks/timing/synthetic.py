@@ -149,4 +149,12 @@ def give_cache(
     for epoch in range(1, epochs):
         epoch_file(folder, epoch).hardlink_to(epoch_file(folder, 0))
     module.teachers.configs = tuple(replace(each, cache=str(folder)) for each in configs)
+    begin = module.on_train_start
+
+    def on_train_start() -> None:
+        begin()
+        assert module.cache is not None
+        module.cache.compared = True  # random numbers are not the teacher's
+
+    module.on_train_start = on_train_start  # type: ignore[method-assign]
     notes.append(f"the teacher's logits are random numbers from a file ({asked} does not exist)")

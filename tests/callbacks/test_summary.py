@@ -54,7 +54,8 @@ class ReadsValues(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:teacher .* has accuracy")
 def test_teachers_with_other_channels_and_branches_on_values_are_counted(tmp_path):
-    teachers = [teaching(ReadsValues(), gate="warn"), teaching(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)))]
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
+    teachers = [teaching(each, gate="warn") for each in (ReadsValues(), flat)]
     callback = RunSummary(tmp_path, config="c")
     student = build(KD(), teacher=teachers)
     trainer(max_epochs=1, callbacks=[callback], limit_train_batches=1).fit(student, datamodule=Blobs())
