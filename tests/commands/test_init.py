@@ -57,6 +57,16 @@ def test_both_files_run_as_they_are_written(here, capsys, caplog):
     assert settings["model"]["teacher"]["weights"] == "weights/my_pets_teacher.safetensors"
 
 
+def test_classes_inside_the_class_folders_are_said(here):
+    for folder, names in (("animals", ("cat", "dog")), ("plants", ("ivy", "rose"))):
+        photos(Path("nest") / folder, dict.fromkeys(names, 8))
+    assert survey("nest").deeper == ["animals/cat", "animals/dog", "plants/ivy", "plants/rose"]
+    assert survey("nest/animals").deeper == []
+    photos(Path("by_camera") / "a", {"first": 8})
+    photos(Path("by_camera") / "b", {"first": 8})
+    assert survey("by_camera").deeper == []
+
+
 def test_files_are_replaced_only_when_asked(here, capsys):
     photos(Path("pets"), {"cat": 12, "dog": 12})
     Path("pets_student.yaml").write_text("mine")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import timm
@@ -32,6 +34,15 @@ def test_a_transformer_has_a_map_whatever_its_classifier_reads(pool):
     assert answers.shape == (2,)
     assert found[..., 0].max() > 0.5  # red somewhere
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_teacher_that_reads_images_of_another_shape_has_a_map():
+    network = create_model("resnet8", 4).eval()
+    resized = functools.partial(torch.nn.functional.interpolate, size=(32, 32))
+    source = Source.of("teacher", network, network, plan_for(network), lambda images: network(resized(images)))
+    images = torch.randn(2, 3, 32, 56, generator=torch.Generator().manual_seed(0))
+    found, _ = heat_maps(source, images, torch.tensor([0, 1]), np.zeros((2, 32, 56, 3), np.float32))
+    assert found.shape == (2, 32, 56, 3)
 
 
 def test_a_convolutional_network_is_read_at_its_last_stage():

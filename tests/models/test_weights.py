@@ -354,6 +354,25 @@ def test_metadata_must_be_text(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_auxiliary_classifiers_of_a_file_are_left_out_with_a_line(tmp_path, capsys):
+    network = create_model("resnet8", 10)
+    extra = {"aux1.fc.weight": torch.zeros(2), "AuxLogits.fc.weight": torch.zeros(2)}
+    torch.save({**network.state_dict(), **extra}, tmp_path / "a.pth")
+    other = create_model("resnet8", 10)
+    load_weights(other, tmp_path / "a.pth")
+    assert torch.equal(other.fc.weight, network.fc.weight)
+    assert "2 tensors of auxiliary classifiers are not read (aux1.fc.weight" in capsys.readouterr().out
+    torch.save({**network.state_dict(), "more.weight": torch.zeros(2)}, tmp_path / "b.pth")
+    with pytest.raises(ACKDError, match=r"1 of the file's .* unexpected"):
+        load_weights(other, tmp_path / "b.pth")
+
+
+def test_a_file_for_images_of_other_channels_names_them(tmp_path):
+    save_weights(create_model("resnet8", 10), tmp_path / "a.safetensors", {})
+    with pytest.raises(ACKDError, match=r"its images had 3 channels and grey reads 1, so set data\.channels to 3"):
+        load_weights(create_model("resnet8", 10, in_chans=1), tmp_path / "a.safetensors", name="grey")
+
+
 def test_saving_over_a_folder_or_below_a_file(tmp_path):
     with pytest.raises(ACKDError, match="is a folder; name the weight file"):
         save_weights(small(), tmp_path)

@@ -55,6 +55,12 @@ def differing(before, after, start=""):
     return {key for key in before if key.startswith(start) and not torch.equal(before[key], after[key])}
 
 
+def test_auxiliary_classifiers_of_the_network_itself_are_refused():
+    config = StudentConfig("googlenet", options={"aux_logits": True})
+    with pytest.raises(ACKDError, match=r"student\.options\.aux_logits is true"):
+        student(config)
+
+
 # ------------------------------------------------------------------------------------------ weights to start from
 
 

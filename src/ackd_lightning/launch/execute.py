@@ -206,7 +206,9 @@ class Execution:
         os.environ[_RUN_NAME] = self.cli.folder.name
         if self.copy_to is None:
             return
-        wrote = same_content(self.copy_to, self.cli.folder / STUDENT) and copied_from(self.cli.folder) is None
+        original, folder = copied_from(self.cli.folder), self.cli.folder.resolve()
+        beside = original is not None and original.parents[1] == folder.parents[1]  # and with the same weights_dir
+        wrote = same_content(self.copy_to, folder / STUDENT) and not beside
         if self.copy_to.exists() and not wrote:
             raise ACKDError(
                 f"weights {self.copy_to} exist and this run would replace them; move them, or choose another "

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.weight_files import (
     damaged,
@@ -200,6 +200,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise damaged(file, error) from error
 
 
+_AUXILIARY = ("aux1", "aux2", "AuxLogits")  # of torchvision's GoogLeNet and Inception
+
+
 def own_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
     """Give the tensors of a file the names that a network has for them.
 
@@ -231,7 +234,7 @@ def own_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: st
     if STUDENT_PREFIX in found:
         found = [STUDENT_PREFIX]
     if 2 * best < len(own) or fits[""] == best:
-        return dict(tensors)
+        return _without_auxiliary(tensors, own, file)
     if len(found) > 1:
         raise ACKDError(
             f"{file} holds several networks that fit ({', '.join(map(repr, sorted(found)))}); re-save the tensors of "
@@ -243,7 +246,15 @@ def own_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: st
         others = len(tensors) - len(inside)
         rest = f", {others} others are not read" if others else ""
         tell(f"{file}: the names of {len(inside)} tensors are read without {prefix!r}{rest}")
-    return inside
+    return _without_auxiliary(inside, own, file)
+
+
+def _without_auxiliary(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
+    """Leave out the auxiliary classifiers of GoogLeNet and Inception, which no prediction needs, and say so."""
+    extra = [key for key in tensors if key not in own and key.partition(".")[0] in _AUXILIARY]
+    if extra:
+        tell(f"{file}: {len(extra)} tensors of auxiliary classifiers are not read ({_first(extra)})")
+    return {key: tensor for key, tensor in tensors.items() if key not in extra}
 
 
 def _ends(key: str) -> list[str]:
@@ -274,6 +285,17 @@ def as_torch_loads(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     return {key: each for key, each in ghost.state_dict().items() if not each.is_meta}
 
 
+def _read_channels(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], reshaped: Sequence[str]
+) -> tuple[int, int] | None:
+    """Channels of the images of a file and of a network, where they alone differ; otherwise None."""
+    if len(reshaped) != 1:
+        return None
+    there, here = tensors[reshaped[0]].shape, own[reshaped[0]].shape
+    same = len(there) == len(here) == 4 and (there[0], *there[2:]) == (here[0], *here[2:])
+    return (there[1], here[1]) if same else None
+
+
 def check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path, name: str) -> None:
     """Compare the tensors of a file with those of a network.
 
@@ -287,6 +309,7 @@ def check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Pa
         ACKDError: If keys or shapes differ.
     """
     missing = [key for key in own if key not in tensors]
+    remedy = "give weights of this network, or the network of these weights"
     unexpected = [key for key in tensors if key not in own]
     reshaped = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
     if not (missing or unexpected or reshaped):
@@ -299,10 +322,13 @@ def check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Pa
                 f"{file} has {rows[0][0][0]} classes and {name} has {rows[0][1][0]}, everything else agrees; build "
                 f"{name} with num_classes={rows[0][0][0]}, or give weights for {rows[0][1][0]} classes"
             )
-    parts, remedy = [], "give weights of this network, or the network of these weights"
+    parts: list[str] = []
     if (size := _trained_at(tensors, own)) and not (missing or unexpected):
         option, side = size
         remedy = f"its images had {side} x {side} pixels, so build {name} with options {{{option}: {side}}}"
+    if channels := _read_channels(tensors, own, reshaped):
+        there, here = channels
+        remedy = f"its images had {count_of(there, 'channel')} and {name} reads {here}, so set data.channels to {there}"
     if missing:
         parts.append(f"{len(missing)} of {len(own)} keys {_be(missing)} missing ({_first(missing)})")
     if unexpected:

@@ -53,6 +53,11 @@ def build_student(
     else:
         channels = data.image_shape[0]
         usual = {"in_chans": channels} if channels != 3 else {}
+        if (config.options or {}).get("aux_logits"):
+            raise ACKDError(
+                "student.options.aux_logits is true and auxiliary classifiers of the network itself are not trained "
+                "here; leave it out"
+            )
         backbone = create_model(config.network, data.num_classes, **{**usual, **(config.options or {})})
     if config.taps:
         use_taps(backbone, config.taps, f"the student {name_of(backbone)}")

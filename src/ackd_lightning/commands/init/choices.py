@@ -159,7 +159,7 @@ def reasons(seen: Survey, chosen: Choices, *, asked: bool) -> list[Choice]:
         held_out, held_why = "the test images", "too few training images to hold any out"
     else:
         held_out = f"{c.val_fraction:.0%} of the training images"
-        held_why = f"the smallest class has {min(counts):,} images"
+        held_why = f"the smallest class has {count_of(min(counts), 'image')}"
     without = "--no-pretrained" if not asked else "published weights are for larger images"
     teacher_why = "starts from weights that timm publishes for ImageNet" if c.pretrained else f"from scratch: {without}"
     student_why = "the same kind, a third as deep" if c.small else "small, and made for CPUs (LCNet)"

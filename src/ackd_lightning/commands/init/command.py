@@ -93,6 +93,11 @@ def _describe(folder: str, seen: Survey) -> None:
         f"training images of a class: {counts[0][0]:,} ({counts[0][1]}) to {counts[-1][0]:,} ({counts[-1][1]}), "
         f"median {middle:,}"
     )
+    if deeper := seen.deeper:
+        print(
+            f"the images lie in folders inside the class folders, such as {deeper[0]} and {deeper[1]}; if those are "
+            "the classes, move them into one folder and name it"
+        )
     smallest, median, largest = seen.sides
     formats = ", ".join(f"{kind} {count:,}" for kind, count in seen.formats.most_common())
     sides = f"{smallest} to {largest} pixels, median {median}" if smallest < largest else f"all {largest} pixels"

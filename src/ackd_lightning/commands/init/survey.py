@@ -81,6 +81,14 @@ class Survey:
         """Files that cannot be read."""
         return [path for path, each in self.photos.items() if each.problem]
 
+    @property
+    def deeper(self) -> list[str]:
+        """Folders inside the class folders, where all images lie in such folders and a class has several."""
+        train = self.parts["train"]
+        places = {path.relative_to(train.root).parent for path in train.paths}
+        several = len(places) > len(self.class_names) and all(len(each.parts) > 1 for each in places)
+        return sorted(each.as_posix() for each in places) if several else []
+
     @functools.cached_property
     def sides(self) -> tuple[int, int, int]:
         """Smallest, median and largest of the shorter sides."""

@@ -32,6 +32,7 @@ class Source:
         logits: Function from normalised images to logits, which runs ``layers``.
         layers: Modules whose outputs are the feature maps, the last one first.
         prefix: Number of tokens before those of the positions; None for maps.
+        reader: Network whose images have the shape of the maps; None where it reads those that ``logits`` gets.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Source:
     logits: Callable[[Tensor], Tensor]
     layers: tuple[nn.Module, ...]
     prefix: int | None = None
+    reader: nn.Module | None = None
 
     @classmethod
     def of(
@@ -64,7 +66,7 @@ class Source:
         if plan is None:
             raise ACKDError(f"the stages of {name} are unknown, so it has no feature map for Grad-CAM")
         layers = tuple(network.get_submodule(each) for each in reversed(plan.features))
-        return cls(name, module, logits, layers, getattr(network, "num_prefix_tokens", None))
+        return cls(name, module, logits, layers, getattr(network, "num_prefix_tokens", None), network)
 
 
 class _AsModule(nn.Module):
@@ -98,10 +100,14 @@ def heat_maps(
     library: Any = require("pytorch_grad_cam", "gradcam", "Grad-CAM in a report")
     image_tools: Any = require("pytorch_grad_cam.utils.image", "gradcam", "Grad-CAM in a report")
     targets: Any = require("pytorch_grad_cam.utils.model_targets", "gradcam", "Grad-CAM in a report")
-    ratio = images.shape[2] / images.shape[3]
+    read = images
+
+    def reads(_: nn.Module, given: tuple[Any, ...]) -> None:
+        nonlocal read
+        read = given[0]  # a teacher resizes images
 
     def as_maps(value: Any) -> Tensor:
-        found = as_map(value, ratio, source.prefix)
+        found = as_map(value, read.shape[2] / read.shape[3], source.prefix)
         if found is None:
             raise ACKDError(f"a feature of {source.name} is not a map, so it has no Grad-CAM")
         return found
@@ -109,6 +115,7 @@ def heat_maps(
     wanted = [targets.ClassifierOutputTarget(label) for label in target.tolist()]
     model = _AsModule(source)
     before = {name: parameter.grad for name, parameter in model.named_parameters()}
+    watched = None if source.reader is None else source.reader.register_forward_pre_hook(reads)
     for layer in source.layers:
         with (
             torch.enable_grad(),
@@ -119,6 +126,8 @@ def heat_maps(
             reached = any(bool(each.any()) for each in cam.activations_and_grads.gradients)
         if reached:
             break
+    if watched is not None:
+        watched.remove()
     for name, parameter in model.named_parameters():
         parameter.grad = before[name]
     overlays = [
