@@ -177,7 +177,6 @@ def test_a_state_of_training_that_is_loaded_for_evaluation_observes_nothing():
     assert all(torch.equal(each, before[key]) for key, each in other.state_dict().items() if "_val" in key)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 class Own(nn.Module):
     """A network of the user's, with a part that is called like that of a student."""
 
@@ -200,6 +199,7 @@ def test_a_network_of_ones_own_is_named_after_its_class_whatever_its_parts_and_t
         probe(Own(), 96)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_layers_that_are_called_twice_and_norms_of_every_kind(backend):
     torch.manual_seed(0)
     network = Twice().train()
