@@ -618,15 +618,15 @@ def test_published_pairs_are_there():
     assert expected <= set(packaged_names())
 
 
-def test_the_home_folder_in_an_option(monkeypatch, capsys):
+def test_the_home_folder_in_an_option(tmp_path, monkeypatch, capsys):
     """Shells leave the ~ of --option=~/folder alone."""
-    monkeypatch.setenv("HOME", "/home/of/mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert (
         main(["fit", "--config", "digits_resnet8.yaml", "--runs_dir=~/x", "--weights_dir", "~/w", "--print_config"])
         == 0
     )
     settings = yaml.safe_load(capsys.readouterr().out)
-    assert (settings["runs_dir"], settings["weights_dir"]) == ("/home/of/mine/x", "/home/of/mine/w")
+    assert (settings["runs_dir"], settings["weights_dir"]) == (str(tmp_path / "x"), str(tmp_path / "w"))
 
 
 def test_a_file_that_could_not_be_written_is_a_failure_and_no_mistake(monkeypatch, capsys):

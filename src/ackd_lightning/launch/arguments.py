@@ -243,7 +243,7 @@ def _element(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str
     Raises:
         ACKDError: When the list has no element of that number.
     """
-    *parents, key = option.removeprefix("--").replace(f"{_INIT}.", "").split(".")
+    *parents, key = plain_name(option).split(".")
     if not any(map(str.isdecimal, parents)):
         return None
     value: Any = settings
@@ -274,7 +274,7 @@ def _element(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str
 def _refuse_part_of_list(settings: dict[str, Any], option: str) -> None:
     """Refuse an option such as ``--model.teacher.gate`` where the settings list several teachers."""
     value: Any = settings
-    parts = option.removeprefix("--").replace(f"{_INIT}.", "").split(".")
+    parts = plain_name(option).split(".")
     for number, part in enumerate(parts):
         if isinstance(value, list) and not part.isdecimal():
             place, rest = ".".join(parts[:number]), ".".join(parts[number:])

@@ -47,6 +47,19 @@ _WORDS = ("interpolation", "pixels", "reads")
 """Entries that are text as they are, and not JSON."""
 
 
+def as_text(values: Mapping[str, Any]) -> dict[str, str]:
+    """Write what is known of a network as the metadata of a weight file: texts as they are, other values as JSON.
+
+    Args:
+        values: Plain data by name; None is left out.
+    """
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in values.items()
+        if value is not None
+    }
+
+
 def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
     """Read preprocessing, classes and accuracy from the metadata of a weight file, as numbers.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import collections
 import io
-import json
 import os
 import pathlib
 import pickle
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.hub import hub_file, is_hub_name
+from ackd_lightning.models.metadata import as_text
 
 
 def refuse_url(path: str | os.PathLike[str]) -> Path:
@@ -226,8 +226,7 @@ def _own_notes(described: Any) -> dict[str, str]:
     facts = {key: described.get(key) for key in ("model", "model_options", "class_names", "input_size", "mean", "std")}
     if isinstance(images := described.get("preprocessing"), Mapping):
         facts = {**images, **facts}
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
-    return {key: text for key, text in texts.items() if text != "null"}
+    return as_text(facts)
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branches import PEER, is_branch, peer_network
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers, with_head
+from ackd_lightning.models.metadata import as_text
 from ackd_lightning.models.quantization import float_state
 from ackd_lightning.models.weights import (
     STUDENT_PREFIX,
@@ -168,8 +168,7 @@ def describe_network(
         "date": datetime.now(timezone.utc).date().isoformat(),
         "dtype": "float32",
     }
-    plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    return {**{key: value for key, value in plain.items() if value != "null"}, **(extra or {})}
+    return {**as_text(values), **(extra or {})}
 
 
 def network_of(
