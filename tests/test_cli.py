@@ -509,7 +509,7 @@ BAD = [
     ),
     (["fit", "--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
     (["fit", "--bogus", "3"], "no setting 'bogus'"),
-    (["inspect", "resnet8", "extra"], "ackd: unrecognized arguments: extra; see `ackd inspect --help`"),
+    (["inspect", "resnet8", "extra"], "ackd: extra is unknown to `ackd inspect`"),
     (["inspect", "--classes", "x"], "ackd: argument --classes"),
     (["fit", "--model.optimizer.lr", "abc"], "setting model.optimizer.lr is 'abc'; it must be a number"),
     (["fit", "--model.optimizer.lr", "-1"], "model.optimizer.lr is -1"),

@@ -44,6 +44,7 @@ _COMMANDS = {
 _PASS_ON = {
     "reproduce": "overrides",
     "cache": "arguments",
+    "inspect": "options",
     "export": "options",
     "push": "options",
     "report": "settings",
@@ -106,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     look = commands.add_parser(
         "inspect",
         help="what a file or a run is, or stages, branch points and cost of a network: ackd inspect timm:lcnet_050",
+        epilog="Options of a network begin with --options, such as --options.img_size 64 for a ViT of timm.",
     )
     look.add_argument(
         "network", help="exported file, run, or network of the zoo, of torchvision, timm:NAME or hf:FOLDER"

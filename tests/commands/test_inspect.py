@@ -37,6 +37,11 @@ def test_the_size_is_the_networks_own_by_default_and_may_be_rectangular(capsys):
     assert rows(capsys.readouterr().out)["F_3"][2] == "64 x 8 x 16"
 
 
+def test_a_network_takes_options_such_as_another_image_size(capsys):
+    assert main(["inspect", "timm:vit_tiny_patch16_224", "--options.img_size", "64"]) == 0
+    assert "3 x 64 x 64 images" in capsys.readouterr().out
+
+
 def test_modules_can_be_named_as_stages(capsys):
     assert main(["inspect", "resnet18", "--size", "64", "--taps", "[layer2, layer4]"]) == 0
     table = rows(capsys.readouterr().out)
@@ -61,6 +66,10 @@ def test_a_network_that_cannot_be_cut_has_no_table_and_says_what_works(capsys):
         (["timm:vit_tiny_patch16_224", "--size", "32"], "224 x 224"),
         (["resnet8", "--taps", "layer9"], "'layer9'"),
         (["resnet8", "--classes", "0"], "num_classes"),
+        (["timm:vit_tiny_patch16_224", "--options.img_size"], "--options.img_size needs a value"),
+        (["timm:vit_tiny_patch16_224", "--img_size", "64"], "--img_size is unknown"),
+        (["resnet8", "--options.width", "[1"], "--options.width is '[1'"),
+        (["resnet18", "--options.stems", "cifar"], "stems"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(arguments, named, capsys):

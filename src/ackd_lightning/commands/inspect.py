@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from ackd_lightning.commands.student import open_any
 from ackd_lightning.deploy.files import ENDINGS
 from ackd_lightning.deploy.formats.formats import file_size
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.arguments import option_pairs
 from ackd_lightning.models.branches import branch_names, default_branches
 from ackd_lightning.models.copies import image_channels, name_of
 from ackd_lightning.models.finding import native_sizes, plan_for, probe, traced, use_taps
@@ -40,7 +44,42 @@ def read_size(text: str) -> ImageSize:
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
-def inspect(network: str, *, size: str | None = None, classes: int | None = None, taps: str = "") -> None:
+def read_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the options of a network from a command line.
+
+    Args:
+        arguments: ``--options.NAME VALUE`` or ``--options.NAME=VALUE``, any number of times; values as in YAML.
+
+    Raises:
+        ACKDError: If something else stands there, or a value is missing.
+
+    Examples:
+        >>> read_options(["--options.img_size", "64", "--options.stem=cifar"])
+        {'img_size': 64, 'stem': 'cifar'}
+    """
+    options = {}
+    for name, value in option_pairs(arguments):
+        if not name.startswith("--options.") or value is None:
+            fault = "needs a value" if name.startswith("--options.") else "is unknown to `ackd inspect`"
+            raise ACKDError(
+                f"{name} {fault}; options of a network are written as --options.NAME VALUE, and "
+                "`ackd inspect --help` lists the others"
+            )
+        try:
+            options[name.removeprefix("--options.")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ACKDError(f"{name} is {value!r}, which is not a value in YAML") from error
+    return options
+
+
+def inspect(
+    network: str,
+    *,
+    size: str | None = None,
+    classes: int | None = None,
+    taps: str = "",
+    options: Sequence[str] = (),
+) -> None:
     """Print what an exported file or a run is, or the stages of a network by name.
 
     Args:
@@ -50,16 +89,18 @@ def inspect(network: str, *, size: str | None = None, classes: int | None = None
         classes: Number of classes of a network by name; None for 1000.
         taps: Names of modules of a network by name whose outputs are taken as stages, separated by commas; default:
             found in the network.
+        options: Options of a network by name as a command line, ``--options.img_size 64``.
 
     Raises:
         ACKDError: If there is no such file, run or network, or it cannot read images of this size.
     """
+    chosen = read_options(options)
     path = Path(network)
     remote = is_hub_name(network) and not Path(network.removeprefix(PREFIX)).expanduser().is_dir()
     is_place = path.suffix.lower() in (*ENDINGS, ".ckpt") or path.is_file() or (path / "checkpoints").is_dir()
     if not remote and not is_place:
-        return _stages(network, size=size, classes=1000 if classes is None else classes, taps=taps)
-    given = {"--size": size, "--classes": classes, "--taps": taps or None}
+        return _stages(network, size=size, classes=1000 if classes is None else classes, taps=taps, options=chosen)
+    given = {"--size": size, "--classes": classes, "--taps": taps or None, "--options": chosen or None}
     if wrong := next((name for name, value in given.items() if value is not None), None):
         raise ACKDError(f"{wrong} is given and {network} states its own; leave it out")
     return _describe(network)
@@ -84,7 +125,7 @@ def _describe(path: str) -> None:
     print(f"cost: {count_parameters(model):,} parameters, {cost / 1e6:,.1f} million multiply-adds")
 
 
-def _stages(network: str, *, size: str | None, classes: int, taps: str) -> None:
+def _stages(network: str, *, size: str | None, classes: int, taps: str, options: dict[str, Any]) -> None:
     """Print the stages of a network, where auxiliary learners can branch off, and what all of them cost.
 
     Every branch is run with the network's weights: its logits must be the network's.
@@ -95,11 +136,12 @@ def _stages(network: str, *, size: str | None, classes: int, taps: str) -> None:
         classes: Number of classes.
         taps: Names of modules whose outputs are taken as stages, separated by commas, in brackets or without; default:
             found in the network.
+        options: Options of the network.
 
     Raises:
         ACKDError: If there is no such network, or it cannot read images of this size.
     """
-    model = create_model(network, classes)
+    model = create_model(network, classes, **options)
     if taps:
         use_taps(model, [part.strip() for part in taps.strip("[]").split(",") if part.strip()], name_of(model))
     if size is None:
