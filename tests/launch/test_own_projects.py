@@ -35,6 +35,22 @@ class Net(nn.Module):
         return self.fc(self.body(image).mean(dim=(2, 3)))
 
 
+class AsDict(Net):
+    def forward(self, image):
+        return {"logits": super().forward(image), "embedding": image.mean(dim=(2, 3))}
+
+
+class TwoHeads(Net):
+    def forward(self, image):
+        logits = super().forward(image)
+        return logits, logits + 1
+
+
+class Square(Net):
+    def forward(self, image):
+        return super().forward(image)[:, :, None, None]
+
+
 def loader(size=(16, 16), channels=3):
     images = torch.randn(16, channels, *size, generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(images, torch.arange(16) % 4), batch_size=8)
@@ -226,6 +242,32 @@ def test_a_network_of_ones_own_goes_from_its_weight_file_to_a_device(capsys):
     Path("runs/own/a/config.yaml").unlink()
     assert main(["export", "runs/own/a", "--format", "pt2", "--overwrite"]) == 2
     assert "has no config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("form", "options"), [("AsDict", ["--config", "qat", "--config", "ce"]), ("TwoHeads", []), ("Square", [])]
+)
+def test_logits_in_every_form_that_trains_go_to_a_device(form, options, capsys):
+    """The checked file and the run answer alike, and the accuracy of the check is that of the images."""
+    text = {"include": ["data/digits", "methods/ce"], "model": {"student": {"network": {"class_path": f"own.{form}"}}}}
+    text["trainer"] = {"max_epochs": 6}
+    text["model"]["optimizer"] = {"class_path": "Adam", "init_args": {"lr": 0.05}}
+    Path("own.yaml").write_text(yaml.safe_dump(text))
+    if options:
+        assert main(["fit", "--config", "own.yaml", "--name", "float"]) == 0
+        options = [*options, "--model.student.weights", "runs/own/float/checkpoints/last.ckpt"]
+    assert main(["fit", "--config", "own.yaml", "--name", "a", *options]) == 0
+    run = next(Path("runs").glob("own*/a"))
+    Image.new("RGB", (20, 20), "gray").save("a.png")
+    capsys.readouterr()
+    assert main(["export", str(run), "--format", "pt2", "--out", "a.pt2", *(["--int8"] if options else [])]) == 0
+    accuracy = json.loads((run / "summary.json").read_text())["last"]["val/acc"]
+    assert f"{accuracy:.2%}" in capsys.readouterr().out  # of the check's images, which are those of the validation
+    for network, output in ((run, "a.csv"), ("a.pt2", "b.csv")):
+        assert main(["predict", str(network), "--images", "a.png", "--output", output]) == 0
+    rows = [Path(name).read_text().splitlines()[1].split(",") for name in ("a.csv", "b.csv")]
+    assert rows[0][1] == rows[1][1]
+    assert abs(float(rows[0][2]) - float(rows[1][2])) < (0.05 if options else 1e-4)
 
 
 def test_weights_of_a_network_of_ones_own_are_read_when_they_are_needed(capsys):

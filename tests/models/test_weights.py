@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ackd_lightning import CE, DataInfo, DistillationModule, StudentConfig, load_student
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models import weights
 from ackd_lightning.models.weights import check_fit, load_weights, read_metadata, save_weights
@@ -55,6 +56,18 @@ def test_safetensors_round_trip_with_metadata(tmp_path):
     assert same(source, target)
     assert read_metadata(file) == notes
     assert [entry.name for entry in file.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_a_network_whose_modules_read_the_version_of_their_tensors(tmp_path):
+    """torchvision's MNASNet loads nothing that states none, as a ``.safetensors`` file does."""
+    torch.manual_seed(0)
+    source, target = create_model("mnasnet0_5", 4), create_model("mnasnet0_5", 4)
+    load_weights(target, save_weights(source, tmp_path / "a.safetensors"))
+    assert same(source, target)
+    start = StudentConfig("mnasnet0_5", weights=str(tmp_path / "a.safetensors"))
+    module = DistillationModule(start, method=CE(), data=DataInfo(4, 32))
+    module.save_student(tmp_path / "student.safetensors")
+    assert same(load_student(tmp_path / "student.safetensors"), source)
 
 
 def test_state_dict_can_be_saved_without_metadata(tmp_path):

@@ -16,6 +16,8 @@ from ackd_lightning.launch.execute import in_our_words
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_checkpoint
 from ackd_lightning.launch.run_data import data_of_run
+from ackd_lightning.models.copies import load_tensors
+from ackd_lightning.models.heads import LogitsAlone
 from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.zoo.complexity import count_parameters
@@ -93,7 +95,7 @@ def trained(checkpoint: Path, content: dict[str, Any], settings: Sequence[str] =
     check_checkpoint(checkpoint, cli.model, content)
     cli.model.on_load_checkpoint(content)
     state = {key: each for key, each in content["state_dict"].items() if key.startswith(_KEPT)}
-    missing, _ = cli.model.load_state_dict(state, strict=False)
+    missing, _ = load_tensors(cli.model, state, strict=False)
     if lacking := [key for key in missing if key.startswith(_KEPT)]:
         raise ACKDError(f"the checkpoint lacks {lacking[0]}; name another run")
     cli.model.eval()
@@ -106,7 +108,7 @@ def _own_network(
     """Build a student that is a class of the user's own, its metadata, and count its parameters without a head."""
     with in_our_words():
         module = trained(checkpoint, content).model
-    network, plain = module.kept_network().eval(), module.student.plain()
+    network, plain = LogitsAlone(module.kept_network()).eval(), module.student.plain()
     if isinstance(plain, FakeQuantized):
         plain = plain.float_network()
     name = f"{type(plain).__module__}.{type(plain).__qualname__}"

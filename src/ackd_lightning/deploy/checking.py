@@ -15,6 +15,7 @@ from ackd_lightning.data.transforms import normalise
 from ackd_lightning.data.webdataset import WebDatasetDataModule
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.pixels import Preprocessing
+from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.training.batches import read_batch
 
 LEAST = 512
@@ -107,7 +108,7 @@ class CheckImages:
         Returns:
             ``N x K`` float32 on the CPU.
         """
-        return torch.cat([run(each).float().cpu() for each in self])
+        return torch.cat([logits_of(run(each)).float().cpu() for each in self])
 
     def accuracy(self, logits: Tensor) -> float | None:
         """Share of images with the right class; None without classes.

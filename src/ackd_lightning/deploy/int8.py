@@ -20,7 +20,7 @@ from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.formats.formats import Format
 from ackd_lightning.deploy.latency import Latency, measure
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.copies import clone
+from ackd_lightning.models.copies import clone, load_tensors, unwrapped
 from ackd_lightning.models.quantization import FakeQuantized, Quantized, quantize
 from ackd_lightning.models.student_config import Backend
 from ackd_lightning.models.weights import STUDENT_PREFIX
@@ -52,11 +52,11 @@ def fine_tuned(content: Mapping[str, Any], origin: Path, network: Any) -> FakeQu
     stated = metadata["input_size"]
     channels = len(metadata["mean"]) if metadata.get("mean") else None
     size = stated if isinstance(stated, int) else (stated[0], stated[1])
-    student = FakeQuantized(clone(network), backend, size, channels=channels).eval()
+    student = FakeQuantized(clone(unwrapped(network)), backend, size, channels=channels).eval()
     state = content["state_dict"].items()
     try:
-        student.load_state_dict(
-            {key[len(STUDENT_PREFIX) :]: each for key, each in state if key.startswith(STUDENT_PREFIX)}
+        load_tensors(
+            student, {key[len(STUDENT_PREFIX) :]: each for key, each in state if key.startswith(STUDENT_PREFIX)}
         )
     except RuntimeError as error:
         raise ACKDError(

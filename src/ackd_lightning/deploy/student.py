@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.pixels import AnyImage, Preprocessing
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.copies import load_tensors
 from ackd_lightning.models.heads import with_head
 from ackd_lightning.models.weights import fitting_tensors, read_metadata
 from ackd_lightning.models.zoo import create_model
@@ -88,7 +89,7 @@ def build(description: Description, path: str | Path) -> nn.Module:
         ) from error
     tensors, _ = fitting_tensors(ghost, path, name=description.model)
     network = fresh()
-    network.load_state_dict(tensors)
+    load_tensors(network, tensors)
     return network.eval()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ackd_lightning.types import ImageSize, height_width
 
@@ -72,6 +74,31 @@ def dtype_of(network: nn.Module) -> torch.dtype:
         network: Any network.
     """
     return next((each.dtype for each in network.parameters() if each.is_floating_point()), torch.get_default_dtype())
+
+
+def load_tensors(
+    network: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True, assign: bool = False
+) -> Any:
+    """Load tensors by name into a network, as those of the version that its modules have.
+
+    A plain mapping, such as that of a ``.safetensors`` file, does not state versions, without which torchvision's
+    MNASNet loads nothing. Norm layers are left without one: torch then completes files that have no
+    ``num_batches_tracked``.
+
+    Args:
+        network: Network.
+        tensors: Tensors by the names of the network.
+        strict: Whether the names must be the network's.
+        assign: Whether the network takes the tensors themselves.
+
+    Returns:
+        What ``load_state_dict`` returns: names that are missing or unknown.
+    """
+    versions: dict[str, Any] = getattr(network.state_dict(), "_metadata", {})
+    state: Any = OrderedDict(tensors)
+    norms = {name for name, module in network.named_modules() if isinstance(module, _NormBase)}
+    state._metadata = {name: each for name, each in versions.items() if name not in norms}
+    return network.load_state_dict(state, strict=strict, assign=assign)
 
 
 def clone(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.copies import clone
+from ackd_lightning.models.copies import clone, name_of
 from ackd_lightning.models.features import capture, pooled
 from ackd_lightning.models.finding import require_plan, traced
 from ackd_lightning.models.outputs import logits_of
@@ -152,6 +152,27 @@ class HeadedNetwork(nn.Module):
         _, features, _, _ = capture(self.backbone, self.plan, image, image.shape[2] / image.shape[3])
         logits: Tensor = self.head(features[-1])
         return logits
+
+
+class LogitsAlone(nn.Module):
+    """Network that returns logits ``B x K`` and nothing else, whatever form those of the network inside have.
+
+    Args:
+        network: Network whose output `logits_of` can read; it is not copied.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The network inside, after which messages name this one."""
+        return self.network
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Compute logits ``B x K`` of images ``B x C x H x W``."""
+        return logits_of(self.network(image), name_of(self))
 
 
 def with_head(backbone: nn.Module, description: Mapping[str, Any] | None) -> nn.Module:

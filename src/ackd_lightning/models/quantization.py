@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.copies import clone, dtype_of, image_channels, name_of
+from ackd_lightning.models.copies import clone, dtype_of, image_channels, load_tensors, name_of
 from ackd_lightning.models.int8_graphs import convert, prepare
 from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.models.start import head_names
@@ -148,7 +148,7 @@ class FakeQuantized(_GraphNetwork):
     def float_network(self) -> nn.Module:
         """Return a copy of the network in float32, with the weights as they are now, in evaluation mode."""
         network = clone(self.wrapped).to(next(self.body.parameters()).device)
-        network.load_state_dict(self.float_state())
+        load_tensors(network, self.float_state())
         return network.eval()
 
     def get_classifier(self) -> list[nn.Module]:

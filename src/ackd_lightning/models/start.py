@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.copies import load_tensors
 from ackd_lightning.models.finding import plan_for
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.student_config import StudentConfig
@@ -110,7 +111,7 @@ def _load(network: nn.Module, tensors: Mapping[str, Tensor], origin: str, num_cl
     body = {key: each for key, each in tensors.items() if key not in fresh}
     body |= {key: own[key] for key in own if key in fresh or (key not in body and key.endswith("num_batches_tracked"))}
     check_fit(body, own, Path(origin), name)
-    network.load_state_dict(body)
+    load_tensors(network, body)
     return said
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError, count_of
+from ackd_lightning.models.copies import load_tensors
 from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.weight_files import (
     damaged,
@@ -58,7 +59,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, name: str | 
             keys or shapes.
     """
     tensors, metadata = fitting_tensors(model, path, name=name)
-    model.load_state_dict(tensors, strict=True)
+    load_tensors(model, tensors)
     return metadata
 
 
@@ -279,7 +280,7 @@ def as_torch_loads(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ghost = copy.deepcopy(model).to("meta")
-            ghost.load_state_dict(dict(tensors), strict=True, assign=True)
+            load_tensors(ghost, tensors, assign=True)
     except Exception:  # `check_fit` says what does not fit
         return dict(tensors)
     return {key: each for key, each in ghost.state_dict().items() if not each.is_meta}

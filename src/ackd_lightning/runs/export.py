@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branches import PEER, is_branch, peer_network
-from ackd_lightning.models.copies import image_channels
+from ackd_lightning.models.copies import image_channels, load_tensors
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers, with_head
 from ackd_lightning.models.metadata import as_text
 from ackd_lightning.models.quantization import float_state
@@ -196,7 +196,7 @@ def network_of(
     with torch.device("meta"):  # before anything of the stated size is allocated
         check_fit(source.state, source.fresh().state_dict(), origin, source.name)
     network = source.fresh()
-    network.load_state_dict(source.state)
+    load_tensors(network, source.state)
     return network, describe_network(checkpoint, source.name, source.options, source.head, extra)
 
 

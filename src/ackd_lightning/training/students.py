@@ -10,7 +10,7 @@ from torch import nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.branches import PEER, peer_network
-from ackd_lightning.models.copies import image_channels, name_of
+from ackd_lightning.models.copies import image_channels, load_tensors, name_of
 from ackd_lightning.models.finding import check_trainable, use_taps
 from ackd_lightning.models.freezing import freeze, frozen_modules
 from ackd_lightning.models.quantization import FakeQuantized
@@ -157,7 +157,7 @@ def start_branches(student: BranchyStudent) -> None:
     state = {key: each for key, each in student.backbone.state_dict().items() if not key.startswith(heads)}
     for network in _same_structure(student):
         own = network.state_dict()
-        network.load_state_dict({key: each for key, each in state.items() if key in own}, strict=False)
+        load_tensors(network, {key: each for key, each in state.items() if key in own}, strict=False)
 
 
 def _same_structure(student: BranchyStudent) -> Iterator[nn.Module]:
