@@ -163,6 +163,7 @@ def test_values():
     assert (name, values.low, values.high, values.log) == ("model.optimizer.lr", 1e-3, 0.1, True)
     assert read_values("a=1:8")[1].high == 8
     assert read_values("a=resnet8,[1, 2],1e-3,true,null")[1].choices == ("resnet8", [1, 2], 1e-3, True, None)
+    assert read_values("model.method.attention=pooled,off")[1].choices == ("pooled", "off")
     for wrong in ("a", "a=", "=1,2", "a=log:0:1", "a=2:1", "a=log:1,2", "a=x:y", "a=[1"):
         with pytest.raises(ACKDError):
             read_values(wrong)

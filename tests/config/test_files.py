@@ -18,6 +18,7 @@ from ackd_lightning.config.files import (
     read_config,
 )
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.arguments import read_value
 
 NAME = "digits_resnet20_resnet8.yaml"
 
@@ -176,6 +177,13 @@ def test_a_missing_fragment_is_named_with_the_known_ones(tmp_path):
 def test_an_include_that_is_not_a_list_is_refused(tmp_path, included):
     with pytest.raises(ACKDError, match="not a list"):
         read_config(write(tmp_path / "top.yaml", f"include: {included}\n"))
+
+
+def test_on_off_yes_and_no_are_text_as_several_settings_are_off(tmp_path):
+    text = "gate: off\nlist: [on, Yes, no, n]\nbool: [true, False]\nno: 1\n"
+    expected = {"gate": "off", "list": ["on", "Yes", "no", "n"], "bool": [True, False], "no": 1}
+    assert read_config(write(tmp_path / "a.yaml", text)) == expected
+    assert read_value("off") == "off"
 
 
 def test_what_is_not_yaml_is_refused_with_its_line(tmp_path):

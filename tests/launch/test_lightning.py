@@ -182,6 +182,26 @@ def test_factories_hold_nothing_of_the_parser():
     assert describe_factory(factory)["class_path"] == "torch.optim.AdamW"
 
 
+def test_off_and_on_in_a_file_are_what_the_setting_makes_of_them(tmp_path):
+    text = """
+model:
+  method: {init_args: {attention: off}}
+  teacher: {gate: off}
+  channels_last: on
+  compile: no
+trainer: {enable_progress_bar: off}
+"""
+    (tmp_path / "off.yaml").write_text(text)
+    settings = ACKDCLI("fit", [*PAIR, "--config", str(tmp_path / "off.yaml")]).settings()
+    found = settings["model"]
+    assert (init_args(found["method"])["attention"], found["teacher"]["gate"]) == ("off", "off")
+    assert (found["channels_last"], found["compile"], settings["trainer"]["enable_progress_bar"]) == (
+        True,
+        False,
+        False,
+    )
+
+
 def test_several_teachers_replace_the_one_of_the_files():
     settings = model("--model.method", "ackd_lightning.methods.ATSC", "--model.teacher", "[{network: resnet20}]")
     assert [each["network"] for each in settings["teacher"]] == ["resnet20"]

@@ -180,6 +180,17 @@ def test_an_option_of_one_of_two_teachers_has_its_number(tmp_path):
     settings = ACKDCLI("fit", [*base, "--model.teacher.1.gate=warn"])
     assert [each.gate for each in settings.option("model.teacher")] == ["stop", "warn"]
     assert "--model.teacher.0.gate" in refusal("--model.teacher.gate=warn", base=base)
+    listed = ["--config", "digits_resnet20_resnet8", "--model.teacher"]
+    settings = ACKDCLI("fit", [*listed, "[{network: resnet20}, {network: resnet8}]", "--model.teacher.1.gate", "off"])
+    assert [(each.network, each.gate) for each in settings.option("model.teacher")] == [
+        ("resnet20", "stop"),
+        ("resnet8", "off"),
+    ]
+
+
+def test_a_name_that_is_refused_is_not_proposed():
+    sentence = refusal("--model.teacher.1.gate=off", "--model.teacher=[resnet20, resnet8]")
+    assert "did you mean 'model.teacher.1.gate'" not in sentence
 
 
 @pytest.mark.parametrize(

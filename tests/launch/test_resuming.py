@@ -52,6 +52,27 @@ def test_a_run_that_has_trained_longer_is_refused_in_the_words_of_the_command(ru
     assert "has trained 3 epochs and --trainer.max_epochs is 2; give 3 or more" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    ("option", "words", "follows"),
+    [
+        (["--model.lr_scheduler", "null"], "model.lr_scheduler 'torch.optim.lr_scheduler.MultiStepLR' -> None", True),
+        (["--data.eval_batch_size", "7"], "data.eval_batch_size 256 -> 7", False),
+    ],
+    ids=["schedule", "data"],
+)
+def test_what_a_resumed_run_has_otherwise_is_said(run, tmp_path, monkeypatch, capsys, option, words, follows):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, folder := tmp_path / "runs/digits_resnet8/one")
+    (folder / "summary.json").unlink()
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("max_epochs: 1\n", "max_epochs: 2\n"))  # as if it was interrupted
+    assert main([*FIT, "--resume", str(folder), "--trainer.max_epochs", "2", *option]) == 0
+    shown = capsys.readouterr().out
+    assert words in shown
+    assert ("the learning rate follows the new schedule" in shown) == follows
+
+
 @pytest.mark.parametrize(("name", "value"), [("lr", "0.0001"), ("weight_decay", "0.5")])
 def test_another_argument_of_the_optimizer_is_refused_and_leaves_the_record_alone(run, name, value, capsys):
     before = (run / "config.yaml").read_bytes()

@@ -289,6 +289,15 @@ def test_bad_arguments(arguments, named):
         ACKDModule(**{"student": TinyNet(), "teacher": TinyNet(8), "data": DATA, **arguments})
 
 
+def test_a_method_that_does_not_call_its_base_is_named():
+    class Hasty(KD):
+        def __init__(self):
+            self.loss_weights = {"ce": 1.0}
+
+    with pytest.raises(ACKDError, match=r"method is a Hasty; pass an instance, .* calls super\(\)\.__init__\(\) first"):
+        DistillationModule(TinyNet(), method=Hasty(), data=DATA)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [({"interval": "batch"}, "'batch'"), ({"warmup_epochs": -1}, "-1"), ({"gradient_clip_val": 0.0}, "0.0")],

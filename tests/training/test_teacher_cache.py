@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,6 +194,16 @@ def test_an_interrupted_cache_is_completed_and_keeps_its_files(capsys):
     shown = capsys.readouterr().out
     assert "epoch 2/3" in shown
     assert "epoch 1/3" not in shown
+
+
+def test_the_option_that_is_named_fits_several_teachers(tmp_path, capsys):
+    base = [*SHARED[: SHARED.index("--model.teacher.gate")], "--trainer.max_epochs", "1"]
+    teachers = [f"{{network: resnet8, weights: weights/{number}.safetensors, gate: off}}" for number in (0, 1)]
+    base += ["--model.teacher", f"[{', '.join(teachers)}]"]
+    assert main(["cache", *base, "--out", str(tmp_path / "kept")]) == 0
+    option = re.search(r"use it with (\S+) ", capsys.readouterr().out)[1]
+    assert option == "--model.teacher.0.cache"
+    assert main(["fit", *base, *QUIET, "--name", "two", option, str(tmp_path / "kept")]) == 0
 
 
 def test_one_process_fills_a_cache(tmp_path, capsys):

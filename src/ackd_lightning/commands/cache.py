@@ -66,9 +66,10 @@ def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
             left = sum(not epoch_file(folder, later).is_file() for later in range(epoch + 1, epochs))
             print(f"epoch {epoch + 1}/{epochs}  {each:.1f} s/epoch  {clock(left * each)} left", flush=True)
     size = sum(epoch_file(folder, epoch).stat().st_size for epoch in range(epochs))
+    option = "--model.teacher.0.cache" if len(module.teachers.configs) > 1 else "--model.teacher.cache"
     print(
-        f"{folder}: {count_of(epochs, 'epoch')}, {size / 1e6:,.1f} MB; use it with --model.teacher.cache {folder} "
-        "and the same settings"
+        f"{folder}: {count_of(epochs, 'epoch')}, {size / 1e6:,.1f} MB; use it with {option} {folder} and the same "
+        "settings"
     )
 
 

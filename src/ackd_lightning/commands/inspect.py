@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ackd_lightning.commands.student import open_any
+from ackd_lightning.config.yaml_files import parse_yaml
 from ackd_lightning.deploy.files import ENDINGS
 from ackd_lightning.deploy.formats.formats import file_size
 from ackd_lightning.errors import ACKDError
@@ -66,8 +66,8 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
                 "`ackd inspect --help` lists the others"
             )
         try:
-            options[name.removeprefix("--options.")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            options[name.removeprefix("--options.")] = parse_yaml(value)
+        except Exception as error:  # whatever PyYAML's constructors raise
             raise ACKDError(f"{name} is {value!r}, which is not a value in YAML") from error
     return options
 

@@ -42,9 +42,32 @@ def differences(before: dict[str, Any], now: dict[str, Any], *, places: bool = F
         now: That of the second; a setting that only one of them has does not count.
         places: Whether to count where the files of data and teacher are.
     """
-    there, here = (experiment_settings(each, places=places) for each in (before, now))
-    shared = sorted(there.keys() & here.keys())
-    return {key: (there[key], here[key]) for key in shared if there[key] != here[key]}
+    return differing(*(experiment_settings(each, places=places) for each in (before, now)))
+
+
+def differing(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two results of `experiment_settings`: both values by dotted name.
+
+    Settings that only one side has (those of another version) are not compared, but a class or a mapping and what
+    another side has in its place are.
+
+    Args:
+        there: Settings of the first experiment.
+        here: Settings of the second.
+
+    Examples:
+        >>> differing({"a.class_path": "X", "a.n": 1, "b": 1}, {"a": None, "b": 1, "c": 3})
+        {'a': ('X', None)}
+    """
+    found = {key: (there[key], here[key]) for key in there.keys() & here.keys() if there[key] != here[key]}
+    for one, other in ((there, here), (here, there)):
+        for name in one.keys() - other.keys():
+            if below := {
+                key.removeprefix(f"{name}."): each for key, each in other.items() if key.startswith(f"{name}.")
+            }:
+                values = (one[name], below.get("class_path", below))
+                found[name] = values if one is there else (values[1], values[0])
+    return dict(sorted(found.items()))
 
 
 def moved_data(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str] | None:

@@ -15,19 +15,31 @@ _DEEPEST, _MOST = 50, 100_000
 """Largest number of levels and of values in a YAML file; an alias counts as often as it is used."""
 
 
+def _words_are_text(loader: Any) -> Any:
+    """Return a loader to which ``on``, ``off``, ``yes`` and ``no`` are text, as they are in YAML 1.2."""
+    words = {
+        first: [(tag, pattern) for tag, pattern in kinds if first not in "yYnNoO" or not tag.endswith(":bool")]
+        for first, kinds in loader.yaml_implicit_resolvers.items()
+    }
+    return type(loader.__name__, (loader,), {"yaml_implicit_resolvers": words})
+
+
+_LOADERS = [_words_are_text(getattr(yaml, name)) for name in ("CSafeLoader", "SafeLoader") if hasattr(yaml, name)]
+
+
 def parse_yaml(text: str) -> Any:
     """Parse YAML of plain data, in C where PyYAML has that.
 
     Args:
-        text: YAML.
+        text: YAML. As in YAML 1.2, ``true`` and ``false`` alone are booleans: ``off`` is a value of several settings.
 
     Raises:
         yaml.YAMLError: With the line, if it is not YAML.
     """
-    if hasattr(yaml, "CSafeLoader"):
+    for loader in _LOADERS[:-1]:
         with contextlib.suppress(Exception):  # told by the other one, which counts lines as people do
-            return _load(yaml.CSafeLoader(text))
-    return _load(yaml.SafeLoader(text))
+            return _load(loader(text))
+    return _load(_LOADERS[-1](text))
 
 
 def _load(loader: Any) -> Any:

@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import yaml
-
 from ackd_lightning.config.files import long_form, merge, walk
+from ackd_lightning.config.yaml_files import parse_yaml
 from ackd_lightning.errors import ACKDError, count_of
 
 _INIT = "init_args"
@@ -97,8 +96,15 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
             }
             continue
         _refuse_part_of_list(settings, name)
-        if name == "--model.teacher" and isinstance(settings.get("model"), dict):
+        if name == "--model.teacher":
+            text = value if equals else next(waiting, "")
+            settings["model"] = {**(settings.get("model") or {})}
             settings["model"].pop("teacher", None)  # a list would inherit from the teacher of the files
+            if isinstance(listed := read_value(text), list):  # a later option may change one of them
+                settings["model"]["teacher"] = listed
+            else:
+                others.append(f"{name}={text}")
+            continue
         holder, key = _holder(settings, name)
         if (inside := _element(settings, name)) is not None:
             element, inner = inside
@@ -279,7 +285,7 @@ def _refuse_part_of_list(settings: dict[str, Any], option: str) -> None:
         if isinstance(value, list) and not part.isdecimal():
             place, rest = ".".join(parts[:number]), ".".join(parts[number:])
             raise ACKDError(
-                f"{option} is given and {place} is a list of {len(value)}; give it to each of them, as in "
+                f"{option} is given and {place} is a list of {len(value)}; say for which of them, as in "
                 f"--{place}.0.{rest}"
             )
         if isinstance(value, dict) and isinstance(value.get(_INIT), dict):
@@ -296,7 +302,7 @@ def read_value(value: str) -> Any:
         value: Value of an option.
     """
     try:
-        read = yaml.safe_load(value)
+        read = parse_yaml(value)
     except Exception:  # whatever PyYAML's constructors raise
         return value
     with contextlib.suppress(ValueError):
@@ -307,7 +313,7 @@ def read_value(value: str) -> Any:
 def _network(value: str) -> Any:
     """A student as it was written: its name, or a mapping."""
     try:
-        read = yaml.safe_load(value)
+        read = parse_yaml(value)
     except Exception:  # whatever PyYAML's constructors raise
         return value
     return read if isinstance(read, dict) else value
@@ -316,7 +322,7 @@ def _network(value: str) -> Any:
 def _as_class(value: str) -> dict[str, Any] | None:
     """A class that was written as its name or as a mapping; None for anything else."""
     try:
-        read = yaml.safe_load(value)
+        read = parse_yaml(value)
     except Exception:  # whatever PyYAML's constructors raise
         return None
     if isinstance(read, str) and _NAME.fullmatch(read):

@@ -42,6 +42,8 @@ from ackd_lightning.training.speed import keep_freed_memory
 
 _RUN_NAME = "ACKD_RUN_NAME"
 _RESUMED = "ACKD_RESUMED"
+_SCHEDULE = ("model.lr_scheduler", "model.recipe.warmup", "trainer.max_")
+"""What the names of settings begin with that the learning rate follows."""
 _CHATTY = (
     "lightning.pytorch.utilities.rank_zero",  # tips, device lists
     "lightning.fabric.utilities.seed",
@@ -239,11 +241,9 @@ class Execution:
         if _rank() == 0 and not launched_by_us:
             print(f"resuming from {found.checkpoint}" + (f"; {found.note}" if found.note else ""), flush=True)
             if changes := changed_settings(found.folder, started_with(found.folder), self.cli.settings()):
-                print(
-                    f"settings that differ from the run's start: {', '.join(changes)} "
-                    "(the learning rate follows the new schedule)",
-                    flush=True,
-                )
+                schedule = any(each.startswith(_SCHEDULE) for each in changes)
+                more = " (the learning rate follows the new schedule)" if schedule else ""
+                print(f"settings that differ from the run's start: {', '.join(changes)}{more}", flush=True)
 
     # ---------------------------------------------------------------- Trainer
 

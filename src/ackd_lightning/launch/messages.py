@@ -142,6 +142,7 @@ def _unknown(name: str, known: Iterable[str], given: Given, holder: str) -> str:
     known = set(known)
     top = "model" in known
     names = (known if top else {f"{parent}.{each}" for each in known}) | given.names | names_below(given.classes)
+    names.discard(own)  # of an element of a list that is not there yet
     hint, near = "", nearest(own, names)
     below = {each.rpartition(".")[2] for each in near if each.rpartition(".")[0] == parent}
     if _beside_class(own, given) and below:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ackd_lightning.config.experiment import differences, experiment_settings, moved_data
+from ackd_lightning.config.experiment import differences, moved_data
 from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError, RunFinishedError, count_of
 from ackd_lightning.runs.files import find_checkpoint, read_checkpoint, run_folder
@@ -243,17 +243,16 @@ def changed_settings(folder: Path, before: dict[str, Any], settings: dict[str, A
             f"run {folder} has --seed_everything {before.get('seed_everything')} and not "
             f"{settings['seed_everything']}, so it would not continue as it began; give its seed"
         )
-    there, now = experiment_settings(before), experiment_settings(settings)
-    for key in sorted(there.keys() & now.keys()):
-        if key.startswith("model.optimizer.") and there[key] != now[key]:
+    changes = differences(before, settings)
+    for key, (first, second) in changes.items():
+        if key.startswith("model.optimizer."):
             raise ACKDError(
-                f"run {folder} has --{key} {there[key]} and not {now[key]}, and its optimizer goes on with the "
-                "arguments in its checkpoint; leave it out, or start a new run from the weights with "
-                "--model.student.weights"
+                f"run {folder} has --{key} {first} and not {second}, and its optimizer goes on with the arguments in "
+                "its checkpoint; leave it out, or start a new run from the weights with --model.student.weights"
             )
     if (roots := moved_data(before, settings)) is not None:
         raise ACKDError(
             f"run {folder} has --data.root {roots[0]} and not {roots[1]}, so it would not continue as it began; give "
             "its data, or leave --resume out"
         )
-    return [f"{key} {first!r} -> {second!r}" for key, (first, second) in differences(before, settings).items()]
+    return [f"{key} {first!r} -> {second!r}" for key, (first, second) in changes.items()]

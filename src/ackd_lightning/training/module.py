@@ -131,8 +131,9 @@ class DistillationModule(FitStart):
         self.matches_classes = on_class_mismatch == "stop"
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) if seed is None else seed
         if not isinstance(self.method, Method) or "_modules" not in vars(self.method):
+            named = f"a {type(method).__name__}" if isinstance(method, Method) else repr(method)  # repr reads _modules
             raise ACKDError(
-                f"method is {method!r}; pass an instance, such as KD(), of a class whose constructor calls "
+                f"method is {named}; pass an instance, such as KD(), of a class whose constructor calls "
                 "super().__init__() first"
             )
         self.absent = absent_specs(teacher)

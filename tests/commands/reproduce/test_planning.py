@@ -417,6 +417,10 @@ class TestRunsThatAreThere:
                 {"model__student__network": "resnet14"},
                 'model.student.network = "resnet14" and would now have "resnet8"',
             ),
+            (
+                {"model__lr_scheduler": None},
+                'model.lr_scheduler = null and would now have "torch.optim.lr_scheduler.MultiStepLR"',
+            ),
         ],
     )
     def test_another_setting_is_refused_by_name(self, job, changes, sentence, finished):

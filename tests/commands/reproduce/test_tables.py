@@ -45,6 +45,7 @@ class TestMistakes:
             ({"pairs": {"p": {**HERE, "assistants": [3]}}}, "`assistants` of pair 'p' of own.yaml is "),
             ({"pairs": {"p": {**HERE, "assistants": ["a", "a"]}}}, "`assistants` of pair 'p' .* twice"),
             ({"pairs": ["p"]}, "own.yaml is not a table; add `pairs` and `rows`"),
+            ({"error": "no"}, "`error` of own.yaml is 'no'; write true or false"),
             ({"metric": ["acc"]}, "own.yaml has no key 'metric'; did you mean 'metrics'"),
             ({"metrics": ["top1"]}, "own.yaml has the metric 'top1'; known are acc, acc_top5"),
             ({"rows": {"kdd": {}}}, "row 'kdd' of own.yaml has the method 'kdd', which does not exist; .*'kd'"),

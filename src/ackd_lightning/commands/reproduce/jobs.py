@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ackd_lightning.commands.reproduce.networks import Networks
-from ackd_lightning.config.experiment import experiment_settings, moved_data
+from ackd_lightning.config.experiment import differing, experiment_settings, moved_data
 from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
@@ -109,11 +109,8 @@ def _changed(job: Job) -> tuple[str, str, str] | None:
     config = read_yaml(path) or {}
     if (roots := moved_data(config, job.config)) is not None:
         return "data.root", *roots
-    there = experiment_settings(config)
-    common = sorted(there.keys() & job.settings.keys())
-    changed = next((key for key in common if there[key] != job.settings[key]), None)
-    if changed is not None:
-        return changed, json.dumps(there[changed]), json.dumps(job.settings[changed])
+    for name, (first, second) in differing(experiment_settings(config), job.settings).items():
+        return name, json.dumps(first), json.dumps(second)
     return _changed_teacher(job)
 
 

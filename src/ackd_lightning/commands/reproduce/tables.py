@@ -192,6 +192,9 @@ def read_table(name: str, preset: str | None = None) -> TableSpec:
         laid_over = _read(over, {"pairs", "set", "teacher_set", "student_set"})
         pairs = _pairs(laid_over, over)
         content = {**content, "set": {}, "teacher_set": {}, "student_set": {}, **laid_over}
+    for key in ("error", "proxies"):
+        if not isinstance(content.get(key, False), bool):
+            raise ACKDError(f"`{key}` of {path} is {content[key]!r}; write true or false")
     metrics = tuple(content.get("metrics", METRICS[:1]))
     for metric in metrics:
         if metric not in METRICS:
@@ -206,8 +209,8 @@ def read_table(name: str, preset: str | None = None) -> TableSpec:
         name=path.stem if preset is None else f"{path.stem}-{preset}",
         title=describe_config(str(path)) + (f" (preset {preset}, other data)" if preset else ""),
         metrics=metrics,
-        error=bool(content.get("error", False)),
-        proxies=bool(content.get("proxies", False)),
+        error=content.get("error", False),
+        proxies=content.get("proxies", False),
         pairs=pairs,
         rows=rows,
         settings=content.get("set") or {},

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from ackd_lightning.config.yaml_files import parse_yaml
 from ackd_lightning.errors import ACKDError
 
 
@@ -73,8 +72,8 @@ def read_values(text: str) -> tuple[str, Values]:
     if log:
         raise ACKDError(f"--set {text} is not a range; {forms}")
     try:
-        listed = yaml.safe_load(f"[{values}]")
-    except yaml.YAMLError as error:
+        listed = parse_yaml(f"[{values}]")
+    except Exception as error:  # whatever PyYAML's constructors raise
         raise ACKDError(f"--set {text} is not a list of values; {forms}") from error
     choices = tuple(dict.fromkeys(json.dumps(_plain(each)) for each in listed))
     return name, Values(values, choices=tuple(map(json.loads, choices)))
