@@ -19,6 +19,7 @@ from torch.optim import SGD, Optimizer
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
+from ackd_lightning.launch.preflight import check_checkpoint
 from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
 from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.methods.description import describe, from_description
@@ -222,6 +223,17 @@ def test_the_teacher_and_its_gradient_are_left_alone(path):
     assert not {each.data_ptr() for each in networks.state_dict().values()} & {
         each.data_ptr() for each in kept if each.numel()
     }
+
+
+@pytest.mark.parametrize("name", [*(path.stem for path in FRAGMENTS), "kd+semckd", "ce+crd"])
+def test_a_checkpoint_fits_the_settings_that_it_was_made_with(name):
+    """What only a fit creates, such as memories, is no part of the settings; in a sum, too."""
+    methods = [from_description(description_in(config_folder() / f"methods/{each}.yaml")) for each in name.split("+")]
+    first = harness_for(methods[0] if len(methods) == 1 else Sum(methods))
+    first.step()
+    content = {"state_dict": first.module.state_dict(), "ackd_lightning": first.module.metadata()}
+    again = from_description(describe(first.method))
+    check_checkpoint(Path("a.ckpt"), Harness(again, teacher=teachers_of(again), data=first.data).module, content)
 
 
 @pytest.mark.parametrize("fit", [True, False], ids=["restored in a fit", "restored before it"])

@@ -18,6 +18,7 @@ from ackd_lightning.config.class_paths import declared
 from ackd_lightning.config.files import walk
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.messages import Given
+from ackd_lightning.methods.base import Method
 from ackd_lightning.models.weights import check_fit
 from ackd_lightning.runs.files import read_checkpoint
 from ackd_lightning.runs.tables import check_ending
@@ -219,8 +220,14 @@ def check_checkpoint(path: Path, module: DistillationModule, content: Mapping[st
     there, here = (_what(each) for each in (checkpoint["ackd_lightning"], module.metadata()))
     state = module.state_dict()
     empty = {key for key, each in state.items() if not each.numel()}  # memories, which only a fit creates
+    methods = [(name, each) for name, each in module.named_modules() if isinstance(each, Method)]  # of a sum, too
+    filled = tuple(f"{name}.{part}." for name, each in methods for part in each.fit_modules)
     own = {key: each for key, each in state.items() if key not in empty}
-    stored = {key: each for key, each in checkpoint["state_dict"].items() if key not in empty}
+    stored = {
+        key: each
+        for key, each in checkpoint["state_dict"].items()
+        if key not in empty and (key in own or not key.startswith(filled))
+    }
     try:
         check_fit(stored, own, path, "the settings")
     except ACKDError:

@@ -121,6 +121,7 @@ class Method(nn.Module):
         raw_classes: Whether the method reads a teacher's own classes, which cannot be matched with those of the data.
         random_by_index: Whether the method draws random numbers for every image by its index.
         whole_batches: Whether every training batch must have the data's batch size; the rest of an epoch is left out.
+        fit_modules: Names of sub-modules that only a fit or a checkpoint fills.
         replicated_buffers: Names of buffers that the method itself keeps equal in all processes, so that DDP does not
             have to broadcast them.
     """
@@ -136,6 +137,7 @@ class Method(nn.Module):
     raw_classes: bool = False
     random_by_index: bool = False
     whole_batches: bool = False
+    fit_modules: tuple[str, ...] = ()
     replicated_buffers: tuple[str, ...] = ()
     init_args: dict[str, Any]
     reads_index: bool = False  # set when the method asks for the targets of a fit

@@ -168,6 +168,7 @@ class SemCKD(Method):
 
     labels = "mixed"
     whole_batches = True
+    fit_modules = ("queries", "keys")
 
     def __init__(
         self,
