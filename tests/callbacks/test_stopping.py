@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,14 +10,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as L
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from ackd_lightning.callbacks.stopping import StopEarly, StopSafely
 from ackd_lightning.errors import RunStoppedError
 from ackd_lightning.methods import CE
+from ackd_lightning.runs.figures import read_metrics
 from training.helpers import Blobs, build, largest_difference, trainer
 from training.resume_script import Signal, fit
 
@@ -87,6 +91,35 @@ def test_a_signal_during_validation_waits_for_its_end(tmp_path, whole):
     assert_same_end(again, whole("ackd"))
 
 
+class AskWhileValidating(L.Callback):
+    """A signal in the validation of the first epoch."""
+
+    def __init__(self, stop):
+        self.stop = stop
+
+    def on_validation_start(self, trainer, pl_module):
+        self.stop.received = signal.SIGTERM
+
+
+def test_an_epoch_whose_validation_got_a_signal_has_its_means(tmp_path):
+    """They are on record as those of an uninterrupted fit."""
+    rows = []
+    for name, asks in (("whole", False), ("stopped", True)):
+        stop = StopSafely(tmp_path / f"{name}.ckpt", advice="")
+        logger = CSVLogger(tmp_path, name="", version=name)
+        run = trainer(
+            max_epochs=1,
+            enable_checkpointing=True,
+            logger=logger,
+            callbacks=[stop, *([AskWhileValidating(stop)] if asks else [])],
+        )
+        with pytest.raises(RunStoppedError) if asks else contextlib.nullcontext():
+            run.fit(build(CE(), seed=0), datamodule=Blobs())
+        rows.append(read_metrics(tmp_path / name / "metrics.csv"))
+    assert rows[0] == rows[1]
+    assert "train/loss" in rows[0]
+
+
 def test_a_fit_is_resumed_from_the_end_of_an_epoch(tmp_path, whole):
     fit(tmp_path, "ackd", max_epochs=2)
     assert_same_end(fit(tmp_path, "ackd", resume=tmp_path / "checkpoints" / "last.ckpt"), whole("ackd"))
@@ -140,12 +173,13 @@ def test_a_process_stops_when_only_another_one_got_the_signal(tmp_path):
     strategy = SimpleNamespace(
         root_device="cpu", reduce=lambda own, reduce_op: torch.tensor(max(int(own), signal.SIGTERM))
     )
+    place = {"current_epoch": 0, "global_step": 7, "is_last_batch": False, "val_check_batch": 4}
     trainer = SimpleNamespace(
-        world_size=2, strategy=strategy, save_checkpoint=saved.append, current_epoch=0, global_step=7
+        world_size=2, strategy=strategy, save_checkpoint=saved.append, accumulate_grad_batches=1, **place
     )
     callback = StopSafely(tmp_path / "last.ckpt", advice="go on")
     with pytest.raises(RunStoppedError) as caught:
-        callback.on_train_epoch_end(trainer, None)
+        callback.on_train_batch_end(trainer, None, None, None, 0)
     assert caught.value.code == 128 + signal.SIGTERM
     assert saved == [tmp_path / "last.ckpt"]
 

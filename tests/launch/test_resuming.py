@@ -92,8 +92,23 @@ def test_a_run_that_was_stopped_after_its_last_epoch_gets_its_summary(run):
     assert main([*FIT, "--resume", str(run), "--trainer.max_epochs", "1"]) == 0
     after = json.loads((run / "summary.json").read_text())
     assert (run / "student.safetensors").is_file()
-    for key in ("epochs", "last", "best"):
+    for key in ("epochs", "last", "best", "images"):
         assert after[key] == before[key]
+
+
+def test_so_does_one_that_ended_inside_an_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = [*FIT, "--trainer.max_epochs", "9", "--trainer.max_steps", "7", "--data.batch_size", "8"]
+    assert main(steps) == 0
+    summary = Path("runs/digits_resnet8/one/summary.json")
+    before = json.loads(summary.read_text())
+    assert (before["epochs"], before["images"]) == (2, {"val": 126})
+    summary.unlink()
+    assert main([*steps, "--resume", "runs/digits_resnet8/one"]) == 0
+    after = json.loads(summary.read_text())
+    assert {key: after[key] for key in ("epochs", "steps", "images", "last")} == {
+        key: before[key] for key in ("epochs", "steps", "images", "last")
+    }
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

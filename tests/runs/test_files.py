@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.files import find_runs, read_checkpoint, read_summary, whole_file, write_json
@@ -67,6 +68,16 @@ def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
     (tmp_path / "plain").write_text("")
     write_json({}, tmp_path / "a.json")
     assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_a_private_file_of_a_writer_is_no_more_private_than_others(tmp_path):
+    (tmp_path / "usual").touch()
+    with whole_file(tmp_path / "a.safetensors") as partial:
+        save_file({"a": torch.zeros(2)}, partial)
+        partial.chmod(0o600)
+    modes = {each.stat().st_mode for each in tmp_path.iterdir()}
+    assert len(modes) == 1
 
 
 def test_a_process_that_is_killed_leaves_the_old_file(tmp_path):

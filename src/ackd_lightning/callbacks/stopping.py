@@ -81,10 +81,10 @@ class StopSafely(Checkpoint):
             self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop after an epoch."""
-        self._stop_if_asked(trainer)
+        """Stop after an epoch, whose means are logged first, as Lightning does after this hook."""
+        self._stop_if_asked(trainer, epoch_ends=True)
 
-    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+    def _stop_if_asked(self, trainer: L.Trainer, *, epoch_ends: bool = False) -> None:
         number = self.received
         if trainer.world_size > 1:
             asked = torch.tensor(number, device=trainer.strategy.root_device)
@@ -92,6 +92,11 @@ class StopSafely(Checkpoint):
         if not number:
             return
         trainer.save_checkpoint(self.checkpoint)
+        if epoch_ends:
+            steps = trainer.fit_loop.epoch_loop
+            steps._batches_that_stepped -= 1  # Lightning logs the means at the last step
+            trainer._logger_connector.update_train_epoch_metrics()
+            steps._batches_that_stepped += 1
         place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
         raise RunStoppedError(number, f"received; stopped in {place}, saved {self.checkpoint}; {self.advice}")
 

@@ -51,7 +51,8 @@ class RunSummary(L.Callback):
         # counted before the fit: the hooks of a profiler cannot be copied, and nothing may fail after the last epoch
         self.multiply_adds = 0
         self.teacher_adds: list[int] = []
-        self.measured_at = -1
+        self.measured_at, self.epochs = -1, 0
+        self.images: dict[str, int] = {}
         self.finished: tuple[dict[str, Any], dict[str, str]] | None = None
         self.export_options = ""
         self.last: dict[str, float] = {}
@@ -98,6 +99,10 @@ class RunSummary(L.Callback):
             ):
                 file.unlink(missing_ok=True)
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count the epochs, of which a limit of steps may end the last one early."""
+        self.epochs = trainer.current_epoch + 1
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of the last epoch and those of the best one."""
         if trainer.sanity_checking:
@@ -105,7 +110,7 @@ class RunSummary(L.Callback):
         metrics = trainer.callback_metrics.items()
         values = {key: float(value) for key, value in metrics if key.startswith(("val", "test"))}
         self.last = {**values, "epoch": float(trainer.current_epoch + 1)}
-        self.measured_at = trainer.global_step
+        self.measured_at, self.images = trainer.global_step, _evaluation_images(trainer)
         if values.get("val/acc", -1.0) > self.best.get("val/acc", -1.0):
             self.best = self.last
 
@@ -116,13 +121,14 @@ class RunSummary(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to report the best epoch and the time of the whole run."""
-        measured = {"last": self.last, "measured_at": self.measured_at}
-        return {"best": self.best, "seconds": self._elapsed(), **measured}
+        measured = {"last": self.last, "measured_at": self.measured_at, "images": self.images}
+        return {"best": self.best, "seconds": self._elapsed(), "epochs": self.epochs, **measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the result of `state_dict`, and measure from here."""
         self.best, self.seconds = state_dict["best"], state_dict["seconds"]
         self.last, self.measured_at = state_dict["last"], state_dict["measured_at"]
+        self.images, self.epochs = state_dict["images"], state_dict["epochs"]
         self.started = self.started and time.monotonic()
 
     def _elapsed(self) -> float:
@@ -206,14 +212,13 @@ class RunSummary(L.Callback):
             "seed": module.seed,
             "data": type(data).__name__,
             "class_names": list(names) if names else None,
-            # a run that has nothing left to train may have ended inside an epoch
-            "epochs": max(trainer.current_epoch, round(self.last.get("epoch", 0))),
+            "epochs": self.epochs,
             "steps": trainer.global_step,
             "seconds": round(self._elapsed(), 1),
             "skipped_steps": module.guard.skipped,
             "shown": "test" if "test/acc" in self.last else "val",
             "limit_val_batches": trainer.limit_val_batches,
-            "images": _evaluation_images(trainer),
+            "images": self.images,
             "last": self.last,
             "measured_at": self.measured_at,
             # whether it is the accuracy of the student's last weights, in the precision that they are kept in

@@ -11,6 +11,7 @@ import os
 import pickle
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -36,9 +37,9 @@ _REQUIRED = {"num_classes", "input_size", "mean", "std", "data", "method", "seed
 def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Write a file whole or not at all.
 
-    The caller writes to a hidden file in the same folder. When the block ends without an exception, the file is
-    flushed to the disk and replaces ``path`` in one step. A killed process, a full disk or an exception leaves what
-    was at ``path`` before.
+    The caller writes to a hidden file in the same folder. When the block ends without an exception, the file gets the
+    permissions of any new file, is flushed to the disk and replaces ``path`` in one step. A killed process, a full disk
+    or an exception leaves what was at ``path`` before.
 
     Args:
         path: File to write. Missing folders are made.
@@ -62,8 +63,12 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    partial.touch()  # some writers, such as that of safetensors, make files that others cannot read
+    mode = stat.S_IMODE(partial.stat().st_mode)
+    partial.unlink()
     try:
         yield partial
+        partial.chmod(mode)
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
         if not replace:
