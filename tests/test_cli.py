@@ -636,3 +636,20 @@ def test_a_file_that_could_not_be_written_is_a_failure_and_no_mistake(monkeypatc
     monkeypatch.setattr("ackd_lightning.cli._run", full)
     assert main(["fit"]) == 1
     assert capsys.readouterr().err == "ackd: the disk is full\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("[/gloo/transport/tcp/pair.cc:545] Read error [::1]:6: Connection reset by peer. GLHF!", "another process of"),
+        ("shapes do not match", "RuntimeError: shapes do not match (ACKD_DEBUG=1 shows where)"),
+    ],
+)
+def test_a_process_that_lost_another_one_says_so(monkeypatch, words, sentence, capsys):
+    def fails(*_):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr("ackd_lightning.launch.execute.run", fails)
+    assert main(["fit"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ackd: {sentence}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -51,6 +52,8 @@ _PASS_ON = {
     "tune": "settings",
 }
 """Commands that pass unknown options on to a command of Lightning, and the argument that takes them."""
+_LOST = re.compile(r"gloo.*Connection (closed|reset) by peer|NCCL.*remote process exited", re.DOTALL)
+"""What torch says in the processes that are left when one of several has ended."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -343,6 +346,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ACKDError | NotReadyError | NotWrittenError | RunsFailedError | UnreadableImagesError):
             return _failed(str(error), 2 if isinstance(error, ACKDError) else 1)
         first = (str(error).splitlines() or [""])[0]
+        if _LOST.search(str(error)):
+            return _failed(
+                "another process of this run has ended, by a signal or with the error that it prints; `ackd fit` with "
+                f"--resume goes on from the last checkpoint ({type(error).__name__}: {first})",
+                1,
+            )
         return _failed(f"{type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)", 1)
     except KeyboardInterrupt:
         return _failed("interrupted", 130)

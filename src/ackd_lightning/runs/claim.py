@@ -19,6 +19,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.files import run_folder
 
 LOCK_FILE = ".lock"
+IN_USE = "by another process"
 _ATTEMPTS = 100
 """Tries to enter a folder that other processes keep removing; each of them removes its own folder once."""
 
@@ -248,7 +249,7 @@ def _unlock(stream: IO[str]) -> None:
 
 def _in_use(folder: Path, option: str) -> ACKDError:
     what = f"run {folder} is being trained" if option == "--name" else f"{folder} is being written"
-    return ACKDError(f"{what} by another process; wait for it, or choose another {option}")
+    return ACKDError(f"{what} {IN_USE}; wait for it, or choose another {option}")
 
 
 def _exists(folder: Path, option: str) -> ACKDError:

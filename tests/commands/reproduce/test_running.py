@@ -33,6 +33,12 @@ what = rest[2] if command == "fit" else "test"
 if what == "fail":
     print("a line before")
     sys.exit("ackd: no such luck")
+if what == "taken":  # by another process, which finishes it meanwhile
+    folder.mkdir(parents=True, exist_ok=True)
+    if "-done" in folder.name:
+        summary["test"] = {{"last": {{"test/acc": 0.25}}}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    sys.exit(f"ackd: run {{folder}} is being trained by another process; wait for it, or choose another --name")
 if what == "crash":
     print("epoch 1/2  loss 0.1", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -191,6 +197,13 @@ def test_reasons(place, what, reason):
     assert failed["bad"].startswith(reason)
     assert failed["bad"].endswith(f"(output in {place}/logs/config-bad.log)")
     assert [call["run"] for call in calls(place)] == ["bad", "good"]
+
+
+def test_runs_of_another_process_are_no_failures_once_they_are_finished(place):
+    jobs = [run(place, "taken", "taken"), run(place, "taken-done", "taken")]
+    failed = carry_out(place, jobs)
+    sentence = f"{jobs[0].folder} is being trained by another process; run the same command again when it has ended"
+    assert failed == {"taken": sentence}
 
 
 def test_an_error_of_our_own_is_the_failure_of_one_run(place):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ackd_lightning.commands.processes import Processes, say
 from ackd_lightning.commands.reproduce.jobs import Job
+from ackd_lightning.runs.claim import IN_USE
 from ackd_lightning.runs.files import measured_last, read_summary
 
 
@@ -53,7 +54,13 @@ class Runner(Processes):
             except (KeyboardInterrupt, SystemExit):
                 self.stop()
                 raise
-        return failed
+        # another process may have finished some of them meanwhile
+        by_folder = {job.folder: job for job in jobs}
+        return {
+            folder: reason
+            for folder, reason in failed.items()
+            if not (by_folder[folder].finished and self._tested(by_folder[folder]))
+        }
 
     @staticmethod
     def _reason(done: Future[str | None]) -> str | None:
@@ -104,6 +111,8 @@ class Runner(Processes):
                 reason = self.process(["fit", *job.arguments, "--test", *resumed], log, device, label)
                 if reason is None and not job.finished:
                     reason = "ended without a summary.json"
+                if reason and IN_USE in reason:
+                    return f"{job.folder} is being trained {IN_USE}; run the same command again when it has ended"
                 if reason:
                     return f"{reason} (output in {log})"
             if not self._tested(job):
