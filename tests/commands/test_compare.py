@@ -97,6 +97,18 @@ def test_a_shorter_training_is_said(capsys):
     )
 
 
+def test_runs_on_other_classes_are_said_in_place_of_all_else(capsys):
+    for name, classes, steps in (("three", 3, 100), ("ten", 10, 2000)):
+        run = make_run(name, steps=steps)
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps({**summary, "class_names": list(map(str, range(classes)))}))
+    assert main(["compare", "runs/three", "runs/ten", "--figure", "a.png"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "trained on data of other classes, so the accuracies cannot be compared: three/seed0 (3 classes)" in shown
+    assert "numbers of steps" not in shown
+    assert "no paired test" not in shown
+
+
 def test_columns_that_no_run_has_are_left_out():
     make_run("kd")
     columns = [column.header for column in compare(["runs"]).columns]

@@ -104,6 +104,12 @@ def test_images_without_a_label(photos, caplog, empty):
     assert "4 of 24" in caplog.text
 
 
+def test_a_class_may_be_called_nan_where_it_is_listed(photos):
+    write(photos / "all.csv", lines(["nan", "pita", "rye"] * 8))
+    module = made(photos, train="all.csv", class_names=["nan", "pita", "rye"])
+    assert set(module.train_targets.tolist()) == {0, 1, 2}
+
+
 GOOD = lines(["a", "b"] * 4)
 
 

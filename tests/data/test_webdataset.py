@@ -170,6 +170,9 @@ def test_files_of_an_image_stand_beside_each_other(shards, picture):
     write_shard(shards / "train-0.tar", [("a.png", image), ("b.png", image), ("a.cls", label), ("b.cls", label)])
     with pytest.raises(ACKDError, match=r"a in .* no file \.cls .* with the files of each image next to each other"):
         made(shards, train="train-0.tar")
+    write_shard(shards / "train-0.tar", [("a.png", image), ("a.cls", label)] * 2)
+    with pytest.raises(ACKDError, match=r"a in .* two files \.png: write the shard again, with a name of its own"):
+        made(shards, train="train-0.tar")
 
 
 def test_an_ending_of_labels_may_have_capitals(shards, picture):

@@ -89,6 +89,10 @@ def test_a_student_goes_to_the_hub_and_comes_back(tmp_path):
     offline = call(tmp_path, "offline", ackd("inspect", "hf:anna/student"))  # from the cache
     assert offline.returncode == 0, offline.stderr
     assert "checked" in offline.stdout
+    unsent = call(tmp_path, "offline", push, token=SECRET)
+    assert unsent.returncode == 2
+    assert "cannot be reached" in unsent.stderr
+    assert "check its name" not in unsent.stderr
     missing = call(tmp_path, "offline", ackd("inspect", "hf:anna/other"))
     assert missing.returncode == 2
     assert missing.stderr.startswith("ackd: hf:anna/other")

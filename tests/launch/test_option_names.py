@@ -188,6 +188,10 @@ def test_an_option_of_one_of_two_teachers_has_its_number(tmp_path):
     ]
 
 
+def test_a_teacher_without_a_value_is_refused_as_any_option():
+    assert refusal("--model.teacher") == refusal("--model.teacher", "--name", "x") == "--model.teacher needs a value"
+
+
 def test_a_name_that_is_refused_is_not_proposed():
     sentence = refusal("--model.teacher.1.gate=off", "--model.teacher=[resnet20, resnet8]")
     assert "did you mean 'model.teacher.1.gate'" not in sentence

@@ -54,12 +54,24 @@ def test_names_that_look_like_numbers_are_names():
         ({"bird": 0, "feline": 1, "foxx": 2}, "'foxx'.*did you mean 'fox'"),
         ({"bird": 0, "feline": 1, 3: 2}, "entry 3"),
         ({"bird": 0, 0: 1, "fox": 2}, "two entries for class 0"),
+        ({"bird": 0, None: 1, "fox": 2}, "entry None.*'null' and 'true' in quotes"),
     ],
 )
 def test_a_map_that_does_not_fit_is_one_sentence(given, named):
     with pytest.raises(ACKDError, match=named) as caught:
         resolve(given)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_that_may_be_a_name_is_refused():
+    """YAML reads 002 as 2, which is the class with the number 2 and not the one of that name."""
+    numbered = TeacherClasses(4, ["001", "002", "003", "004"])
+    assert resolve(["002", "003", "001"], theirs=numbered) == ((1,), (2,), (0,))
+    with pytest.raises(ACKDError, match=r"2 may be the class named '002' .* one named '003': write the name in quotes"):
+        resolve([2, 3, 1], theirs=numbered)
+    with pytest.raises(ACKDError, match=r"4 may be the class named '004' of the teacher: write"):
+        resolve(["001", 4, "002"], theirs=numbered)
+    assert resolve([2, 1, 0], theirs=TeacherClasses(4, ["0", "1", "2", "3"])) == ((2,), (1,), (0,))
 
 
 def test_a_name_needs_names():

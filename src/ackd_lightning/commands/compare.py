@@ -215,6 +215,19 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
     save_figure(figure, target)
 
 
+def say_classes(groups: Mapping[str, Sequence[Path]]) -> str:
+    """Say which configurations have other classes than the first; nothing where all have the same.
+
+    Args:
+        groups: Folders of the runs of each configuration.
+    """
+    known = {name: {tuple(read_summary(run).get("class_names") or ()) for run in runs} for name, runs in groups.items()}
+    if len({names for found in known.values() for names in found if names}) < 2:
+        return ""
+    listed = (f"{name} ({' or '.join(str(len(each)) for each in found)} classes)" for name, found in known.items())
+    return f"trained on data of other classes, so the accuracies cannot be compared: {', '.join(listed)}"
+
+
 def say_lengths(groups: Mapping[str, Sequence[Path]]) -> str:
     """Say how long configurations were trained that were not trained equally long; nothing for others.
 
@@ -243,14 +256,13 @@ def compare_command(places: Sequence[str], *, figure: str, which: Which = "last"
     if target.name in (CURVES, LEARNERS) and (target.parent / "config.yaml").is_file():
         raise ACKDError(f"--figure {figure} is a figure of the run in that folder; name another file")
     groups = group_runs(places)
-    table, tests = compare(places, which=which), paired_tests(groups, which)
+    table, others = compare(places, which=which), say_classes(groups)
+    tests = [others] if others else [*filter(None, [say_lengths(groups)]), *paired_tests(groups, which)]
     check_writable(target.parent, "the folder of --figure,")
     for run in find_runs(places):
         if (run / "metrics.csv").is_file():
             curves(run)  # a damaged file is reported before anything is printed
     Console(width=None if Console().is_terminal else 140).print(table)
-    if lengths := say_lengths(groups):
-        print(lengths)
     for sentence in tests:
         print(sentence)
     draw_curves(places, Path(figure))

@@ -25,14 +25,15 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 def read_labels(
     values: Sequence[object], place: Callable[[int], str], names: Sequence[str] | None = None
 ) -> list[Label]:
-    """Return the labels of a column: all whole numbers, or all text; None for an empty one, and for -1.
+    """Return the labels of a column: all whole numbers, or all text; None for an empty one, for -1 and for nan.
 
     Numbers are read from their usual spelling alone (7, 007, 7.0), not from 1e2, which may be a name.
 
     Args:
         values: Values of the column.
         place: Function of a row that names it in messages.
-        names: Class names that the user gives; where they have digits beside other names, all labels are text.
+        names: Class names that the user gives; where they have digits beside other names, all labels are text. The
+            text nan is a label where it is one of them.
 
     Raises:
         ACKDError: If a label is another number or no number and no text, or numbers and text are mixed.
@@ -48,7 +49,8 @@ def read_labels(
             )
         text = "" if value is None else str(value).strip()
         is_text = isinstance(value, str | bool | np.bool_) and _NUMBER.fullmatch(text) is None
-        if text and text.lower() != "nan" and (all_text or is_text):
+        listed = isinstance(value, str) and text in (names or ())
+        if text and (listed or text.lower() != "nan") and (all_text or is_text):
             labels.append(text)
             continue
         number = _whole(text or str(NO_LABEL))

@@ -274,6 +274,11 @@ def _check_shard(path: Path, form: ShardFormat) -> int:
                 place = f"{folder}/{stem}".lstrip("/")
                 if not samples or samples[-1][0] != place:
                     samples.append((place, []))
+                if ending.lower() in samples[-1][1]:
+                    raise ACKDError(
+                        f"{place} in {path} has two files .{ending}: write the shard again, with a name of its own for "
+                        "each image"
+                    )
                 samples[-1][1].append(ending.lower())
                 content = archive.extractfile(member)
                 assert content is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,9 @@ def push(files: Sequence[Path], repository: str, *, private: bool, message: str)
         api.create_commit(repository, operations, commit_message=message)
     except Exception as error:  # of the network or the hub, in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise ACKDError(
-            f"{repository} was not written ({reason}); check its name, and that the token has write access to it"
-        ) from error
+        kinds = " ".join(each.__name__ for each in type(error).__mro__)  # of the library of this huggingface_hub
+        remedy = "check its name, and that the token has write access to it"
+        if re.search("Connect|Timeout|Offline", kinds):
+            remedy = f"{api.endpoint} cannot be reached: check the network, a proxy, or HF_HUB_OFFLINE"
+        raise ACKDError(f"{repository} was not written ({reason}); {remedy}") from error
     return str(url)

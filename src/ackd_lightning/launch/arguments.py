@@ -103,7 +103,7 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
             if isinstance(listed := read_value(text), list):  # a later option may change one of them
                 settings["model"]["teacher"] = listed
             else:
-                others.append(f"{name}={text}")
+                others += [option] if equals or not text else [option, text]
             continue
         holder, key = _holder(settings, name)
         if (inside := _element(settings, name)) is not None:

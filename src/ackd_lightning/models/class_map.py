@@ -72,6 +72,7 @@ class TeacherClasses:
         for number, name in enumerate(names or ()):  # a name is unique: it goes before words
             self._places[_key(name)] = {number}
         self._exact = {name: number for number, name in enumerate(names or ())}
+        self._digits = {int(name): name for name in names or () if name.isdecimal()}
 
     def find(self, wanted: Any) -> int | None:
         """Return the number of a class, or None where there is none or several of that name.
@@ -80,11 +81,15 @@ class TeacherClasses:
             wanted: Number, name or words.
         """
         if isinstance(wanted, int) and not isinstance(wanted, bool):
-            return wanted if 0 <= wanted < self.count else None
+            return wanted if 0 <= wanted < self.count and not self._is_ambiguous(wanted) else None
         if str(wanted) in self._exact:
             return self._exact[str(wanted)]
         places = self._places.get(_key(str(wanted)), set())
         return next(iter(places)) if len(places) == 1 else None
+
+    def _is_ambiguous(self, number: int) -> bool:
+        """Whether a class has digits of this value as its name, and another class this number."""
+        return number in self._digits and self._exact[self._digits[number]] != number
 
     def problem(self, wanted: Any, owner: str) -> str:
         """Describe why `find` returned None.
@@ -93,6 +98,10 @@ class TeacherClasses:
             wanted: Number, name or words.
             owner: Name of the teacher.
         """
+        if isinstance(wanted, int) and self.names is not None and self._is_ambiguous(wanted):
+            name, other = self._digits[wanted], next(iter(self.names[wanted : wanted + 1]), None)
+            beside = "" if other is None else f", or the number of the one named {other!r}"
+            return f"{wanted} may be the class named {name!r} of {owner}{beside}: write the name in quotes"
         if isinstance(wanted, int) or not self._places:
             unknown = "" if isinstance(wanted, int) else ", whose names are unknown"
             return f"{owner} has no class {wanted!r}: its classes are 0 to {self.count - 1}{unknown}"
@@ -178,6 +187,8 @@ def _rows(
             place = int(place)
         if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < num_classes:
             known = near_matches(str(key), places) if places else f"its classes are 0 to {num_classes - 1}"
+            if key is None or isinstance(key, bool):  # as YAML reads null and true
+                known = "write names such as 'null' and 'true' in quotes"
             raise ACKDError(
                 f"class_map of {owner} has the entry {key!r}, which is not a class of the data; {known} (left of the "
                 "colon are the data's classes)"
