@@ -17,6 +17,7 @@ from PIL import Image
 
 from ackd_lightning import DistillationModule, load_student
 from ackd_lightning.cli import main, make_image_parser, make_parser
+from ackd_lightning.commands.inspect import read_options
 from ackd_lightning.config.files import config_folder, find_config, load_configs
 from ackd_lightning.data.decoding import read_image
 from ackd_lightning.data.pixels import ImageFormat, fit, to_tensor
@@ -138,6 +139,9 @@ def test_other_commands_are_understood(line, folder, capsys):
     bare = needed.get(words[0], []) if len(words) == 1 else []  # the name alone, in a sentence
     chosen, settings = make_parser().parse_known_args([*words, *bare])
     assert chosen.command == words[0]
+    if words[0] == "inspect":
+        assert len(read_options(settings)) == sum(word.startswith("--options.") for word in words)
+        return
     assert not settings or words[0] in ("cache", "report", "reproduce", "tune")  # takes those of fit
     if settings and words[0] != "report":
         pair = ["--config", "digits_resnet20_resnet8.yaml"] if words[0] == "reproduce" else []
