@@ -642,6 +642,7 @@ def test_a_file_that_could_not_be_written_is_a_failure_and_no_mistake(monkeypatc
     ("words", "sentence"),
     [
         ("[/gloo/transport/tcp/pair.cc:545] Read error [::1]:6: Connection reset by peer. GLHF!", "another process of"),
+        ("NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error", "another process of"),
         ("shapes do not match", "RuntimeError: shapes do not match (ACKD_DEBUG=1 shows where)"),
     ],
 )

@@ -68,7 +68,7 @@ def test_a_network_that_cannot_be_cut_has_no_table_and_says_what_works(capsys):
         (["resnet8", "--classes", "0"], "num_classes"),
         (["timm:vit_tiny_patch16_224", "--options.img_size"], "--options.img_size needs a value"),
         (["timm:vit_tiny_patch16_224", "--img_size", "64"], "--img_size is unknown"),
-        (["resnet8", "--options.width", "[1"], "--options.width is '[1'"),
+        (["resnet8", "--options.width", "[1"], "option 'width' is unknown to 'resnet8'"),
         (["resnet18", "--options.stems", "cifar"], "stems"),
     ],
 )

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from ackd_lightning.commands.student import open_any
-from ackd_lightning.config.yaml_files import parse_yaml
 from ackd_lightning.deploy.files import ENDINGS
 from ackd_lightning.deploy.formats.formats import file_size
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.arguments import option_pairs
+from ackd_lightning.launch.arguments import option_pairs, read_value
 from ackd_lightning.models.branches import branch_names, default_branches
 from ackd_lightning.models.copies import image_channels, name_of
 from ackd_lightning.models.finding import native_sizes, plan_for, probe, traced, use_taps
@@ -48,14 +47,14 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
     """Read the options of a network from a command line.
 
     Args:
-        arguments: ``--options.NAME VALUE`` or ``--options.NAME=VALUE``, any number of times; values as in YAML.
+        arguments: ``--options.NAME VALUE`` or ``--options.NAME=VALUE``, any number of times.
 
     Raises:
         ACKDError: If something else stands there, or a value is missing.
 
     Examples:
-        >>> read_options(["--options.img_size", "64", "--options.stem=cifar"])
-        {'img_size': 64, 'stem': 'cifar'}
+        >>> read_options(["--options.img_size", "64", "--options.drop_rate=1e-1"])
+        {'img_size': 64, 'drop_rate': 0.1}
     """
     options = {}
     for name, value in option_pairs(arguments):
@@ -65,10 +64,7 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
                 f"{name} {fault}; options of a network are written as --options.NAME VALUE, and "
                 "`ackd inspect --help` lists the others"
             )
-        try:
-            options[name.removeprefix("--options.")] = parse_yaml(value)
-        except Exception as error:  # whatever PyYAML's constructors raise
-            raise ACKDError(f"{name} is {value!r}, which is not a value in YAML") from error
+        options[name.removeprefix("--options.")] = read_value(value)
     return options
 
 

@@ -35,7 +35,7 @@ class Runner(Processes):
         Returns:
             Reasons of failures by folder of the run.
         """
-        waiting = {job.folder: job for job in jobs if not (job.finished and self._tested(job))}
+        waiting = {job.folder: job for job in jobs if not self._done(job)}
         self.total = len(waiting)
         failed: dict[Path, str] = {}
         running: dict[Future[str | None], Job] = {}
@@ -54,13 +54,8 @@ class Runner(Processes):
             except (KeyboardInterrupt, SystemExit):
                 self.stop()
                 raise
-        # another process may have finished some of them meanwhile
-        by_folder = {job.folder: job for job in jobs}
-        return {
-            folder: reason
-            for folder, reason in failed.items()
-            if not (by_folder[folder].finished and self._tested(by_folder[folder]))
-        }
+        elsewhere = {job.folder for job in jobs if job.folder in failed and self._done(job)}  # by another process
+        return {folder: reason for folder, reason in failed.items() if folder not in elsewhere}
 
     @staticmethod
     def _reason(done: Future[str | None]) -> str | None:
@@ -85,6 +80,9 @@ class Runner(Processes):
             ):
                 running[pool.submit(self._fit_and_test, job)] = job
                 del waiting[folder]
+
+    def _done(self, job: Job) -> bool:
+        return job.finished and self._tested(job)
 
     @staticmethod
     def _tested(job: Job) -> bool:
