@@ -3,7 +3,7 @@
 ``python benchmarks/records.py screen --against kd_1_1 --out benchmarks/results/tiny100-screen-2.json`` reads the folder
 that ``ackd reproduce`` wrote to; with such a file in place of the folder it prints the table alone. Accuracies are
 those of the last epoch on the test set, in percent; the difference is paired by seed, with Student's 95 % interval from
-three seeds on.
+three seeds on. ``validation`` is the mean accuracy of the last epoch on the validation part: weights are chosen by it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def record(summary: dict[str, Any], row: str) -> dict[str, Any]:
     learners = range(1, len(summary["learners"]) + 1)
     figures = {"acc": "acc", "group": "group_acc", **{f"aux{number}": f"aux{number}_acc" for number in learners}}
     found = {name: round(100 * test[f"test/{key}"], 2) for name, key in figures.items() if f"test/{key}" in test}
+    if (validation := summary["last"].get("val/acc")) is not None:
+        found["validation"] = round(100 * validation, 2)
     if (weight := summary["last"].get("val/attention_weight_aux1")) is not None:
         found["attention_aux1"] = round(100 * weight, 2)
     known = {"row": row, "seed": summary["seed"], "commit": summary["versions"]["commit"]}
@@ -97,18 +99,21 @@ def show(found: Sequence[dict[str, Any]], reference: str | None) -> None:
     by_seed = {row: {each["seed"]: each["acc"] for each in group} for row, group in rows.items()}
     against = by_seed.get(reference or "", {})
     minus = f"minus {reference}" if reference else "difference"
-    print(f"| row | n | accuracy | each seed | {minus} | group | auxiliary learners | seconds |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| row | n | accuracy | each seed | {minus} | validation | group | auxiliary learners | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in sorted(rows, key=lambda name: statistics.fmean(by_seed[name].values())):
         group = rows[row]
         helpers = [key for key in group[0] if re.fullmatch(r"aux\d+", key)]
         means = [f"{statistics.fmean(each[key] for each in group):.2f}" for key in helpers]
-        together = f"{statistics.fmean(each['group'] for each in group):.2f}" if "group" in group[0] else ""
+        validation, together = (
+            f"{statistics.fmean(each[key] for each in group):.2f}" if all(key in each for each in group) else ""
+            for key in ("validation", "group")
+        )
         apart = difference(by_seed[row], against) if row != reference else ""
         seeds = ", ".join(f"{value:.2f}" for value in by_seed[row].values())
         accuracy = mean_and_std(list(by_seed[row].values()))
         taken = ", ".join(str(each["seconds"]) for each in group if "seconds" in each)
-        cells = (f"`{row}`", len(group), accuracy, seeds, apart, together, ", ".join(means), taken)
+        cells = (f"`{row}`", len(group), accuracy, seeds, apart, validation, together, ", ".join(means), taken)
         print(f"| {' | '.join(map(str, cells))} |")
 
 
