@@ -126,3 +126,8 @@ def test_a_photo_that_is_added_moves_at_most_one_other(folder, picture, val_frac
     moved = [name for name, part in before.items() if after[name] != part]
     assert len(moved) <= (1 if val_fraction == 0 else 2)  # one by each of both splits
     assert len([name for name in after if name not in before]) == 1
+
+
+def test_one_folder_for_two_parts_is_said(folder, caplog):
+    ImageFolderDataModule(folder, test_dir="train", batch_size=8)
+    assert f"the test part is the training part: both are {folder / 'train'}" in caplog.messages

@@ -192,7 +192,7 @@ def test_an_image_is_one_however_its_path_is_spelled(tmp_path, caplog):
     (tmp_path / "train.csv").write_text("path,label\n0.png,a\n1.png,b\n2.png,a\n")
     (tmp_path / "test.csv").write_text("path,label\n./0.png,a\n3.png,b\n")
     TableDataModule(tmp_path, train="train.csv", test="test.csv")
-    assert "1 images of the test part are in the training part too" in caplog.text
+    assert "1 image of the test part is in the training part too" in caplog.text
 
 
 def test_a_few_dark_images_of_16_bits_among_others_are_to_be_converted(tmp_path):

@@ -129,3 +129,10 @@ def test_another_column_is_read_anew(tmp_path, table, size):
     images, masked = (torch.cat([batch.image for batch in each.test_dataloader()]) for each in both)
     assert images.shape == masked.shape
     assert not torch.equal(images, masked)
+
+
+def test_splits_that_are_not_read_are_said(tmp_path, table, caplog):
+    parts = {"train": table(12), "test": table(4, start=200), "extra": table(4, start=300), "testing": table(4)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    made(tmp_path / "set")
+    assert f"splits of {tmp_path / 'set'} that are not read: extra, testing" in caplog.messages

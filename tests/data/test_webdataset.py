@@ -309,3 +309,8 @@ def test_a_report_and_a_check_read_shards(shards):
     assert found.names is None
     images = images_of(module)  # without a validation part, of the test set
     assert (images.part, images.words) == ("test", "10 test images of WebDataset")
+
+
+def test_training_shards_among_the_test_shards_are_said(shards, caplog):
+    made(shards, test="t*-0.tar")
+    assert "1 shard of the test part is in the training part too, such as train-0.tar" in caplog.messages

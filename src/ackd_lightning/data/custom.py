@@ -18,7 +18,7 @@ from ackd_lightning.data.sampling import Part, stratified_split
 from ackd_lightning.data.sources import Files, Records, Source, name_keys, say_without
 from ackd_lightning.data.stored import StoredDataModule
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.types import height_width
 from ackd_lightning.validation import Positive, Range, checked
 
@@ -122,6 +122,19 @@ def say_test_is_validation(place: object) -> None:
         place: What the images were read from.
     """
     say(f"{place} has no test part: its validation part is the test set, and training images are held out to validate")
+
+
+def say_shared(part: str, shared: Sequence[str], noun: str = "image") -> None:
+    """Say which images of the validation or test part are trained on.
+
+    Args:
+        part: ``val`` or ``test``.
+        shared: Names that both parts have; none: nothing is said.
+        noun: What has these names.
+    """
+    if shared:
+        verb = "is" if len(shared) == 1 else "are"
+        say(f"{count_of(len(shared), noun)} of the {part} part {verb} in the training part too, such as {min(shared)}")
 
 
 def split_test(

@@ -99,7 +99,8 @@ class ImageFolderDataModule(CustomImagesDataModule):
                 holds = ", ".join(there[:5]) or "no folders"
                 raise ACKDError(f"there is no folder {self.root / name}: {self.root} holds {holds}")
             if name is None:
-                free = [each for each in there if each not in classes and each not in given.values()]
+                taken = () if part == "train" else given.values()
+                free = [each for each in there if each not in classes and each not in taken]
                 named = [each for each in free if part_of(each) == part]
                 exact = [each for each in named if each == part]
                 if len(named) > 1 and not exact:
@@ -117,6 +118,9 @@ class ImageFolderDataModule(CustomImagesDataModule):
         used = set(there) if () in inside else {parts[0] for parts in inside}  # train_dir: .
         if found and (others := [each for each in there if each not in used]):
             say(f"folders of {self.root} that are not read: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}")
+        for part in ("val", "test"):
+            if part in found and found[part].resolve() == found.get("train", self.root).resolve():
+                say(f"the {part} part is the training part: both are {found[part]}")
         return {"train": self.root, **found}
 
     def _named_like_parts(self, there: Sequence[str]) -> list[str]:

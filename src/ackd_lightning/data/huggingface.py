@@ -9,8 +9,9 @@ from typing import Any
 
 from ackd_lightning.data.custom import CustomImagesDataModule, say_test_is_validation, split_test
 from ackd_lightning.data.decoding import Encoded
-from ackd_lightning.data.folders import part_of
+from ackd_lightning.data.folders import first_names, part_of
 from ackd_lightning.data.labels import classes_of, read_labels, targets_of
+from ackd_lightning.data.messages import say
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Records, Source
 from ackd_lightning.errors import ACKDError
@@ -79,12 +80,17 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         if not isinstance(found, dict):
             return {"train": found}
         splits: dict[str, Any] = {}
+        unread = []
         for name, split in found.items():
             part = part_of(str(name))
-            if part is not None and part not in splits:
+            if part is None or part in splits:
+                unread.append(str(name))
+            else:
                 splits[part] = split
         if "train" not in splits:
             raise ACKDError(f"{self.root} has the splits {', '.join(found)} and none for training: name one train")
+        if unread:
+            say(f"splits of {self.root} that are not read: {first_names(unread)}")
         if "test" not in splits and "val" in splits:
             splits["test"] = splits.pop("val")
             say_test_is_validation(self.root)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ackd_lightning.data.custom import CustomImagesDataModule, say_test_is_validation, split_test
+from ackd_lightning.data.custom import CustomImagesDataModule, say_shared, say_test_is_validation, split_test
 from ackd_lightning.data.folders import first_names, part_of
 from ackd_lightning.data.labels import Label, classes_of, read_labels, targets_of
 from ackd_lightning.data.messages import say
@@ -106,9 +106,7 @@ class TableDataModule(CustomImagesDataModule):
                 say(f"the {part} part has no images of {count}: {first_names(missing)}")
         paths = {part: {os.path.normpath(row.path) for row in rows} for part, rows in self._rows_of.items()}
         for part in ("val", "test"):
-            shared = paths.get(part, set()) & paths.get("train", set())
-            if shared:
-                say(f"{len(shared):,} images of the {part} part are in the training part too, such as {min(shared)}")
+            say_shared(part, sorted(paths.get(part, set()) & paths.get("train", set())))
 
     @staticmethod
     def _say_twice(rows: Sequence[_Row]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ackd_lightning.data.augmentation import ImageAugmentation
 from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
-from ackd_lightning.data.custom import CustomImagesDataModule
+from ackd_lightning.data.custom import CustomImagesDataModule, say_shared
 from ackd_lightning.data.datasets import IN_MEMORY
 from ackd_lightning.data.decoding import Encoded, load_image
 from ackd_lightning.data.messages import say
@@ -95,6 +95,8 @@ class WebDatasetDataModule(CustomImagesDataModule):
             )
         patterns = {"train": train, "test": test, **({"val": val} if val is not None else {})}
         self._shards = {part: expand(self.root, pattern) for part, pattern in patterns.items()}
+        for part in [each for each in patterns if each != "train"]:
+            say_shared(part, [path.name for path in self._shards[part] if path in self._shards["train"]], "shard")
         self.num_classes = len(class_names) if class_names is not None else int(num_classes or 0)
         if self.num_classes < 2:
             raise ACKDError(f"num_classes is {self.num_classes}, and a classifier needs two classes")
