@@ -514,6 +514,10 @@ BAD = [
     (["fit", "--model.optimizer.lr", "abc"], "setting model.optimizer.lr is 'abc'; it must be a number"),
     (["fit", "--model.optimizer.lr", "-1"], "model.optimizer.lr is -1"),
     (["fit", "--model.student", "resnet21"], "did you mean"),
+    (
+        ["fit", "--model.student.network", "{class_path: torchvision.models.ResNet, init_args: {bogus: 3}}"],
+        "init_args: {bogus: 3}} does not fit its class: write class_path and init_args into a configuration file",
+    ),
     (["fit", "--model.method.branches", "[D4B1,D3B1]"], "use one of D3B1, D2B2, D1B3"),
     (["fit", "--model.method.branches", "[D3B1]"], "add a second branch"),
     (["fit", "--model.method.adversarial", "foo"], "'fool', 'diversify', 'off'"),

@@ -95,6 +95,11 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         return named(from_config(name, num_classes, given), name, options)
     if name in torchvision_names():
         return named(read_channels(_from_torchvision(name, num_classes, rest), channels), name, options)
+    if name.lstrip().startswith("{"):  # what the command line could not read as a class and its arguments is text
+        raise ACKDError(
+            f"network {name} does not fit its class: write class_path and init_args into a configuration file, where "
+            "what is wrong with them is named"
+        )
     raise ACKDError(
         f"no network is named {name!r}; {_similar(name)} (or a torchvision classification network, or timm:NAME)"
     )
