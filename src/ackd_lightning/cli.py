@@ -209,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     again.add_argument(
         "--methods", type=_names, default="", help="rows or methods, separated by commas; default: all rows"
     )
-    again.add_argument("--seeds", default="3", help="number of seeds (3 means 0, 1, 2), or the seeds (0,5)")
+    again.add_argument("--seeds", default="3", help="number of seeds (3 means 0, 1, 2), or the seeds (0,5 or 3,)")
     again.add_argument("--out", help="folder of runs and tables; default: reproduce/TABLE")
     again.add_argument(
         "--against", metavar="ROW", help="print the difference of every row from this one; default: plain KD"

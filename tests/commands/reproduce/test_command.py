@@ -308,13 +308,13 @@ def test_mistakes_end_before_anything_is_written(here, capfd, arguments, named):
 
 @pytest.mark.parametrize(
     ("text", "seeds"),
-    [("3", (0, 1, 2)), ("1", (0,)), ("0,5", (0, 5)), ("5, 0,5", (5, 0)), ("7,7", (7,)), (" 2 ", (0, 1))],
+    [("1", (0,)), ("3", (0, 1, 2)), ("0,5", (0, 5)), ("5, 0,5", (5, 0)), ("7,7", (7,)), ("7,", (7,)), (" 2 ", (0, 1))],
 )
 def test_seeds(text, seeds):
     assert read_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "x", "1,", "1,x", "0-3", "²"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "x", ",", "1,,", "1,x", "0-3", "²"])
 def test_seeds_that_are_none(text):
     with pytest.raises(ACKDError, match="--seeds is"):
         read_seeds(text)

@@ -33,20 +33,20 @@ def read_seeds(text: str) -> tuple[int, ...]:
     """Parse ``--seeds``: the number of seeds, or a list of them.
 
     Args:
-        text: Such as ``3``, which means 0, 1, 2; or ``0,5``.
+        text: Such as ``3``, which means 0, 1, 2; or ``0,5``; or ``3,`` for 3 alone.
 
     Raises:
         ACKDError: When the text is neither.
 
     Examples:
-        >>> read_seeds("3"), read_seeds("0,5")
-        ((0, 1, 2), (0, 5))
+        >>> read_seeds("3"), read_seeds("0,5"), read_seeds("3,")
+        ((0, 1, 2), (0, 5), (3,))
     """
-    parts = [part.strip() for part in text.split(",")]
+    parts = [part.strip() for part in text.strip().removesuffix(",").split(",")]
     if not all(part.isdecimal() for part in parts):
         raise ACKDError(f"--seeds is {text!r}; use a number of seeds (3) or a list of seeds (0,5)")
     numbers = tuple(dict.fromkeys(int(part) for part in parts))
-    if len(parts) > 1:
+    if "," in text:
         return numbers
     if not 1 <= numbers[0] <= _MOST_SEEDS:
         raise ACKDError(f"--seeds is {text}; use 1 to {_MOST_SEEDS}")
