@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -640,6 +641,16 @@ def test_a_file_that_could_not_be_written_is_a_failure_and_no_mistake(monkeypatc
     monkeypatch.setattr("ackd_lightning.cli._run", full)
     assert main(["fit"]) == 1
     assert capsys.readouterr().err == "ackd: the disk is full\n"
+
+
+def test_a_full_disk_is_said_without_a_name(monkeypatch, capsys):
+    def full(arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ackd_lightning.cli._run", full)
+    assert main(["fit"]) == 1
+    said = "ackd: a file could not be written ([Errno 28] No space left on device); free disk space and run the same "
+    assert capsys.readouterr().err == f"{said}command again\n"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pkgutil
 import re
@@ -52,6 +53,7 @@ _PASS_ON = {
     "tune": "settings",
 }
 """Commands that pass unknown options on to a command of Lightning, and the argument that takes them."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOST = re.compile(r"gloo.*Connection (closed|reset) by peer|NCCL.*remote process exited", re.DOTALL)
 """What torch says in the processes that are left when one of several has ended."""
 
@@ -346,6 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ACKDError | NotReadyError | NotWrittenError | RunsFailedError | UnreadableImagesError):
             return _failed(str(error), 2 if isinstance(error, ACKDError) else 1)
         first = (str(error).splitlines() or [""])[0]
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return _failed(f"a file could not be written ({first}); free disk space and run the same command again", 1)
         if _LOST.search(str(error)):
             return _failed(
                 "another process of this run has ended, by a signal or with the error that it prints; `ackd fit` with "

@@ -19,7 +19,7 @@ from ackd_lightning.methods import ACN, AIKD, ATSC, VID
 from ackd_lightning.training import DOT, Recipe
 from training.helpers import BadImages, Blobs, IndexedBlobs, TinyNet, game, module, trainer
 
-TWO_ONLY = ("unequal", "norm", "never_rearmed", "skip", "skip_automatic", "qat")
+TWO_ONLY = ("unequal", "norm", "never_rearmed", "skip", "skip_automatic", "skip_accumulated", "val_accumulated", "qat")
 """Scenarios of two processes that are not compared with one process."""
 
 
@@ -89,6 +89,8 @@ def scenarios():
     # the bad image is in one process's part of the batch
     yield "skip", module(ACKD(**strong), on_nonfinite="skip"), []
     yield "skip_automatic", game(KD(), on_nonfinite="skip"), []
+    yield "skip_accumulated", game(KD(), on_nonfinite="skip"), []  # its last batch
+    yield "val_accumulated", game(KD()), []  # in the middle of it
     yield "qat", game(KD(), student=StudentConfig(TinyNet(), quantization="x86")), []
     yield "never_rearmed", module(ACKD(**strong), kind=NeverRearmed), []
 
@@ -99,7 +101,9 @@ def main(devices: int, out: Path) -> None:
             continue
         apart = Differences()
         parallel = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
-        run = trainer(callbacks=[apart, *callbacks], limit_train_batches=5, **parallel)
+        sums = {"accumulate_grad_batches": 2} if name.endswith("_accumulated") else {}
+        sums |= {"val_check_interval": 1} if name == "val_accumulated" else {}
+        run = trainer(callbacks=[apart, *callbacks], limit_train_batches=5, **sums, **parallel)
         images = BadImages() if name.startswith("skip") else Blobs() if isinstance(net, ACKDModule) else IndexedBlobs()
         run.fit(net, datamodule=images)
         if run.is_global_zero:

@@ -95,7 +95,11 @@ def test_buffer_test_can_fail(fits):
     assert fits("never_rearmed", 2)["buffers"] > 1e-4
 
 
-@pytest.mark.parametrize("name", ["skip", "skip_automatic"])
+def test_batchnorm_buffers_are_equal_in_validation_inside_an_accumulation(fits):
+    assert fits("val_accumulated", 2)["buffers"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["skip", "skip_automatic", "skip_accumulated"])
 def test_all_processes_skip_what_one_must_skip(fits, name):
     """Without agreement the other process would wait forever."""
     two = fits(name, 2)

@@ -52,6 +52,19 @@ def test_weights_in_another_precision_are_averaged(precision):
     assert all(torch.isfinite(each).all() for each in state(net).values())
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
+def test_a_validation_leaves_the_average_as_it_is(precision):
+    averages = []
+    for often in (1, 8):
+        average = EMA(decay=0.9)
+        torch.manual_seed(0)
+        net = build(CE(), decays=[50])
+        trainer(max_epochs=1, callbacks=[average], precision=precision, val_check_interval=often).fit(net, Blobs())
+        averages.append(state(average._average_model))
+    assert largest_difference(*averages) == 0.0
+    assert averages[0]["module.student.backbone.fc.weight"].dtype == torch.float32
+
+
 def test_the_average_holds_no_teacher_and_reads_no_number_from_the_device():
     average = EMA(decay=0.9)
     net = build(KD(), teacher=teaching(create_model("resnet8", CLASSES)))

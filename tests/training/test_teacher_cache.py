@@ -161,17 +161,20 @@ def test_mixed_views_are_kept_and_found(place):
             fitted(kept="mixed", images=other)
 
 
-def test_mixed_views_depend_on_the_number_of_processes(monkeypatch):
-    images = data(augmentation=Augmentation(mixup=0.2))
-    images.trainer = SimpleNamespace(world_size=2)
-    net = module()
-    images.setup()
+@pytest.mark.parametrize("devices", ["2", "[0, 1]"])
+def test_mixed_images_of_several_processes_have_no_cache(devices, capsys):
+    net, plain, mixed = module(), data(), data(augmentation=Augmentation(mixup=0.2))
     net.load_teacher()
-    assert cache.view_key(net, images, "32-true")["processes"] == 2
-    plain = data()
-    plain.trainer = images.trainer
-    plain.setup()
-    assert cache.view_key(net, plain, "32-true")["processes"] == 1
+    for images in (plain, mixed):
+        images.trainer = SimpleNamespace(world_size=2)
+        images.setup()
+    cache.view_key(net, plain, "32-true")
+    with pytest.raises(ACKDError, match=r"2 processes mix others: set trainer\.devices to 1, or mixup and cutmix to 0"):
+        cache.view_key(net, mixed, "32-true")
+    options = ("--data.augmentation.mixup", "0.2", "--trainer.devices", devices)
+    assert main(["cache", *SHARED, *options, "--out", "several"]) == 2
+    assert "2 processes mix others" in capsys.readouterr().err
+    assert not Path("several").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

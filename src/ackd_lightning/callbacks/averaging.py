@@ -33,6 +33,7 @@ class EMA(WeightAveraging):
     def __init__(self, *, decay: Annotated[float, Range(0, 1, open_high=True)] = 0.9999) -> None:
         super().__init__()
         self.decay = decay
+        self._exact: list[torch.Tensor] | None = None  # the average while the module has it, rounded
 
     def decay_after(self, steps: float) -> float:
         """Return the share of the average that stays in the next step.
@@ -49,6 +50,25 @@ class EMA(WeightAveraging):
         self._average_model = _Average(pl_module, self._device or pl_module.device, self.decay_after)
         if (teachers := getattr(self._average_model.module, "teachers", None)) is not None:
             teachers.release()
+
+    def _swap_models(self, pl_module: L.LightningModule) -> None:
+        """Swap the weights and their average, whose float32 values come back as they were from a half-precision module.
+
+        Args:
+            pl_module: Module that is trained.
+        """
+        average: Any = self._average_model
+        tensors = [*average.module.parameters(), *average.module.buffers()]
+        kept, self._exact = self._exact, None
+        if kept is None and any(
+            each.dtype != own.dtype
+            for each, own in zip(tensors, (*pl_module.parameters(), *pl_module.buffers()), strict=True)
+        ):
+            self._exact = [each.detach().clone() for each in tensors]
+        super()._swap_models(pl_module)
+        if kept is not None:
+            for each, value in zip(tensors, kept, strict=True):
+                each.data.copy_(value)
 
 
 class _Average(AveragedModel):

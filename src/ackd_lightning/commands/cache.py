@@ -15,7 +15,7 @@ from ackd_lightning.launch.execute import plan
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.claim import claim
 from ackd_lightning.training.module import DistillationModule
-from ackd_lightning.training.teacher_cache import epoch_file, fill, teacher_logits, view_key
+from ackd_lightning.training.teacher_cache import check_processes, epoch_file, fill, teacher_logits, view_key
 
 _TIMED = 3  # batches, after one that is not timed
 _PRECISIONS = ("32-true", "bf16-mixed")
@@ -44,6 +44,9 @@ def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
         raise ACKDError(
             f"method {type(module.method).__name__} has no teacher whose logits could be cached; choose another method"
         )
+    devices = planned.option("trainer.devices")
+    processes = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
+    check_processes(data, processes * int(planned.option("trainer.num_nodes") or 1))
     if not estimate:
         check_writable(folder, "--out")
     module.load_teacher()

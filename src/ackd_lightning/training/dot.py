@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method, is_task_term
 from ackd_lightning.training.manual import ManualSteps
+from ackd_lightning.training.means import average_over_processes
 from ackd_lightning.training.speed import GRAPHS, Compile
 from ackd_lightning.validation import NonNegative, Range, check_arguments
 
@@ -202,19 +203,6 @@ def gradients_of(loss: Tensor, parameters: Sequence[nn.Parameter]) -> dict[nn.Pa
     return {each: gradient for each, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
 
-def mean_over_processes(gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-    """Return the mean of gradients over all processes, as DDP computes it for the whole gradients.
-
-    Args:
-        gradients: Gradient by parameter; the same parameters in every process.
-    """
-    world = torch.distributed.get_world_size()
-    joined = torch.cat([each.flatten() for each in gradients.values()])
-    torch.distributed.all_reduce(joined)
-    parts = torch.split(joined / world, [each.numel() for each in gradients.values()])
-    return {parameter: part.view_as(parameter) for parameter, part in zip(gradients, parts, strict=True)}
-
-
 class TwoGradients(ManualSteps):
     """A module that computes the gradient of the distillation apart where its optimizer is `DOT`.
 
@@ -271,7 +259,7 @@ class TwoGradients(ManualSteps):
                 scale = scaler.scale(torch.ones_like(distillation))
                 found = {each: gradient / scale for each, gradient in found.items()}
             if self.trainer.world_size > 1:
-                found = mean_over_processes(found)
+                average_over_processes([*found.values()])  # as DDP does with the whole gradients
             self._dot.keep_distillation(found, task=self._task_reaches or set())
         self._distillation = None
         super().backward(loss, *args, **kwargs)

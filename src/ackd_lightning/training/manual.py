@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ackd_lightning.callbacks.length import is_whole_epoch
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import weighted_loss
+from ackd_lightning.training.means import average_over_processes
 from ackd_lightning.training.schedule import reads_metric, step_scheduler
 from ackd_lightning.training.step_log import LoggedSteps
 from ackd_lightning.types import Batch, NetOutput
@@ -113,9 +114,13 @@ class ManualSteps(LoggedSteps):
                     dist.broadcast(parameter.data, 0)
 
     def rearm_buffer_broadcast(self) -> None:
-        """Let DDP broadcast BatchNorm's buffers again, which Lightning switches off in manual optimization."""
+        """Let DDP broadcast BatchNorm's buffers again.
+
+        Lightning switches that off in manual optimization, and DDP itself after a batch whose gradients are not
+        reduced, as the first ones of an accumulation.
+        """
         wrapped = self.trainer.strategy.model
-        if not self.automatic_optimization and isinstance(wrapped, DistributedDataParallel):
+        if isinstance(wrapped, DistributedDataParallel):
             wrapped.require_forward_param_sync = True
 
     def on_validation_start(self) -> None:
@@ -164,13 +169,7 @@ class ManualSteps(LoggedSteps):
         with strategy.block_backward_sync() if parallel else contextlib.nullcontext():  # type: ignore[attr-defined]
             self._backward(loss)
         if parallel and self.trainer.world_size > 1:
-            gradients = [each.grad for each in parameters if each.grad is not None]
-            joined = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(joined)
-            joined /= self.trainer.world_size
-            parts = torch.split(joined, [each.numel() for each in gradients])
-            for gradient, mean in zip(gradients, parts, strict=True):
-                gradient.copy_(mean.view_as(gradient))
+            average_over_processes([each.grad for each in parameters if each.grad is not None])
         # through the strategy: precision plugin and hooks run, Lightning's step counter does not
         strategy.optimizer_step(optimizer.optimizer, lambda: None)
 

@@ -1,4 +1,4 @@
-"""Means of what a training step logs: one addition a step and one collective call an epoch.
+"""Means of what a training step logs, with one addition a step and one collective call an epoch, and over processes.
 
 Lightning's ``self.log`` takes up to a millisecond for each value and step, which slows small networks down. The sums
 that are kept here reach ``self.log`` with the last batch of an epoch, or at the end of an epoch that was cut short.
@@ -6,7 +6,7 @@ that are kept here reach ``self.log`` with the last batch of an epoch, or at the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -61,3 +61,18 @@ class TermMeans:
     def reset(self) -> None:
         """Discard all batches."""
         self._sums, self._means = {}, None
+
+
+@torch.no_grad()
+def average_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their means over all processes, in one exchange; every process must call it.
+
+    Args:
+        tensors: Tensors of one type, of the same number and shapes in every process; none: nothing happens.
+    """
+    if tensors:
+        joined = torch.cat([each.flatten() for each in tensors])
+        dist.all_reduce(joined)
+        joined /= dist.get_world_size()
+        for each, mean in zip(tensors, torch.split(joined, [each.numel() for each in tensors]), strict=True):
+            each.copy_(mean.view_as(each))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ackd_lightning.errors import NonFiniteError
+from ackd_lightning.training.means import average_over_processes
 
 OnNonFinite = Literal["stop", "skip"]
 _TOLD = 3  # skipped steps that are reported one by one
@@ -260,6 +261,10 @@ class SkippingModule(L.LightningModule):
         if self.guard.on_nonfinite == "stop" or optimizer_closure is None:
             return super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         loss = optimizer_closure()
+        if self.guard.skipping and self._has_gradient and self.trainer.world_size > 1:
+            # DDP reduces the gradients of an accumulation in the backward pass of its last batch, which was skipped
+            parameters = [each for group in optimizer.param_groups for each in group["params"]]
+            average_over_processes([each.grad for each in parameters if each.grad is not None])
         self._stepped, self._has_gradient = self._has_gradient, False
         if self._stepped:
             super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)

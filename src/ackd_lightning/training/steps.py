@@ -57,7 +57,8 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the networks' own noise by (seed, epoch, batch, rank), so that a resumed run draws the same."""
-        self.rearm_buffer_broadcast()
+        if not self.automatic_optimization:
+            self.rearm_buffer_broadcast()
         if isinstance(backbone := self.student.backbone, FakeQuantized):
             backbone.fixed_ranges = ranges_fixed(self.current_epoch, epochs_of_fit(self.trainer))
         self.method.set_epoch(self.current_epoch)  # here and not at an epoch's start, which a resumed run skips

@@ -50,6 +50,7 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
             "teacher.cache holds one view of each image in an epoch and data.sampling is balanced, which repeats "
             "images; leave one of them out"
         )
+    check_processes(data, data.trainer.world_size if data.trainer is not None else 1)
     targets = getattr(data, "train_targets", None)
     if targets is None:
         raise ACKDError(
@@ -68,13 +69,28 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
         "std": list(data.std),
         "augment": data.augment,
         "augmentation": asdict(data.augmentation),
-        # images of one process are mixed with each other
-        "processes": data.trainer.world_size if data.trainer is not None and data.augmentation.mixing() else 1,
         "views": _VIEWS,
         "seed of the data": data.run_seed,
         "batch_size": data.batch_size,
         "precision": precision,
     }
+
+
+def check_processes(data: ImageDataModule, processes: int) -> None:
+    """Refuse a cache of mixed images for several processes, each of which mixes its own images with each other.
+
+    Args:
+        data: Data module.
+        processes: Number of processes of the run.
+
+    Raises:
+        ACKDError: If images are mixed and there are several.
+    """
+    if data.augmentation.mixing() and processes > 1:
+        raise ACKDError(
+            f"teacher.cache keeps logits of images that one process mixes, and {processes} processes mix others: set "
+            "trainer.devices to 1, or mixup and cutmix to 0"
+        )
 
 
 def epoch_file(folder: Path, epoch: int) -> Path:
