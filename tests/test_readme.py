@@ -250,8 +250,9 @@ def test_makefile_has_the_commands_of_readme():
         assert set(re.findall(r"`make ([\w-]+)", page.read_text(encoding="utf-8"))) <= targets
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(150, 97), (97, 150), (64, 64), (30, 200)])
-def test_the_program_on_the_device_prepares_photos_as_evaluation_does(tmp_path, monkeypatch, capsys, size):
+def test_the_program_on_the_device_prepares_photos_as_evaluation_does(tmp_path, monkeypatch, capsys, size, channels):
     page = (ROOT / "docs/distil.md").read_text(encoding="utf-8")
     program = named_blocks(page)["on_device.py"]
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -267,7 +268,7 @@ def test_the_program_on_the_device_prepares_photos_as_evaluation_does(tmp_path, 
             return self
 
         def get_inputs(self):
-            return [SimpleNamespace(name="image")]
+            return [SimpleNamespace(name="image", shape=["batch", channels, 32, 32])]
 
         def run(self, outputs, inputs):
             given.append(inputs["image"])
@@ -276,7 +277,7 @@ def test_the_program_on_the_device_prepares_photos_as_evaluation_does(tmp_path, 
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Session))
     monkeypatch.setattr(sys, "argv", ["on_device.py", "student.onnx", str(tmp_path / "photo.png")])
     exec(compile(program, "on_device.py", "exec"), {"__name__": "__main__"})
-    form = ImageFormat((32, 32))
+    form = ImageFormat((32, 32), channels)
     expected = to_tensor(fit(read_image(tmp_path / "photo.png", form), form.size, border=1 / 0.875), form)
     assert given[0].dtype == np.uint8
     np.testing.assert_array_equal(given[0][0], expected.numpy())

@@ -13,7 +13,7 @@ import yaml
 from ackd_lightning.cli import main
 from ackd_lightning.commands.processes import Processes
 from ackd_lightning.commands.tune import command
-from ackd_lightning.commands.tune.command import _experiment
+from ackd_lightning.commands.tune.command import _experiment, _plan
 from ackd_lightning.commands.tune.command import _Search as Search
 from ackd_lightning.commands.tune.space import fragment, grid, read_values
 from ackd_lightning.config.files import load_configs
@@ -61,6 +61,24 @@ def test_a_search_writes_runs_and_the_best_settings_and_goes_on(capsys):
     assert len(calls) == 3
     assert main([*TUNE, "--set", "model.optimizer.lr=0.1,0.2"]) == 2
     assert "another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "space", "shortened"),
+    [
+        (["--config", "kd.yaml"], "weight_kd", ""),
+        (["--config", "dkd.yaml"], "weight_dkd", ", method.warmup_epochs 2"),
+        (["--config", "dkd.yaml"], "warmup_epochs", ""),
+        (["--config", "one.yaml"], "weight_one", ", method.ramp_epochs 8"),
+        (["--config", "dkd.yaml", "--model.recipe.warmup_epochs", "10"], "weight_dkd", None),
+    ],
+)
+def test_short_trials_shorten_every_warm_up(settings, space, shortened, capsys):
+    Path("whole.yaml").write_text("include: [digits_resnet20_resnet8]\ntrainer: {max_epochs: 200}\n")
+    _plan(["--config", "whole.yaml", *settings], dict([read_values(f"model.method.{space}=1,2")]), None, 20)
+    expected = ", recipe.warmup_epochs 1, method.warmup_epochs 2" if shortened is None else shortened
+    milestones = "lr_scheduler.milestones [3, 5]"
+    assert f"from 200 to 20 epochs with the schedule: {milestones}{expected}\n" in capsys.readouterr().out
 
 
 def test_a_search_in_the_current_folder_locks_no_other(monkeypatch):

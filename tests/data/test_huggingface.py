@@ -136,3 +136,10 @@ def test_splits_that_are_not_read_are_said(tmp_path, table, caplog):
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
     made(tmp_path / "set")
     assert f"splits of {tmp_path / 'set'} that are not read: extra, testing" in caplog.messages
+
+
+def test_names_with_digits_are_those_of_their_positions(tmp_path, table):
+    parts = {"train": table(12, labels=("0", "2", "1")), "test": table(6, labels=("0", "2", "1"))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    module = made(tmp_path / "set")
+    assert (module.class_names, module.train_targets.tolist()) == (("0", "2", "1"), [0, 1, 2] * 4)

@@ -94,6 +94,22 @@ def test_names_for_numbers(photos):
     assert set(module.train_targets.tolist()) == {0, 2}
 
 
+@pytest.mark.parametrize(
+    ("labels", "names", "targets"),
+    [
+        ([10, 20, 30], ["30", "10", "20"], [1, 2, 0]),  # names in the order of a network
+        (["007", "12", "7.0"], ["12", "7"], [1, 0, 1]),
+        ([0, 1, 2], ["0", "1", "2"], [0, 1, 2]),
+        ([0, 1, 2], ["10", "20", "30"], [0, 1, 2]),
+    ],
+)
+def test_numbers_that_are_names(photos, labels, names, targets):
+    write(photos / "all.csv", lines(labels * 8))
+    module = made(photos, train="all.csv", test="all.csv", class_names=names)
+    assert module.class_names == tuple(names)
+    assert module.train_targets.tolist() == targets * 8
+
+
 @pytest.mark.parametrize("empty", ["", "-1", "nan"])
 def test_images_without_a_label(photos, caplog, empty):
     write(photos / "all.csv", lines([0, 1] * 10 + [empty] * 4))
@@ -129,6 +145,8 @@ GOOD = lines(["a", "b"] * 4)
         (lines([0, 1, -2, 1]), {}, "'-2' in line 4"),
         (lines(["a"] * 4), {}, "1 classes"),
         (lines([0, 5]), {"class_names": ["x", "y"]}, "label 5"),
+        (lines([0, 1, 2]), {"class_names": ["0", "2", "1"]}, "label 2 .* class named '2' or number 2 .*, '1'"),
+        (lines([0, 1, 2]), {"class_names": ["10", "2", "1", "0"]}, "label 2 .* class named '2' or number 2 .*, '1'"),
         (lines([0, 1]), {"class_names": ["x", "x"]}, "class_names has 'x' twice"),
         (lines(["inf", "1"]), {}, "'inf' in line 2|1 in line 3"),
         ([], {}, "lists no images"),

@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from ackd_lightning import CE, DistillationModule
@@ -269,6 +270,7 @@ def test_bad_shards_are_named_before_training(shards, harm, shard):
         ({"val": "test-0.tar", "val_fraction": 0.5}, "val_fraction is 0.5"),
         ({"num_classes": None}, "num_classes"),
         ({"num_classes": 4, "class_names": ["a", "b"]}, "num_classes is 4"),
+        ({"num_classes": None, "class_names": ["0", "2", "1"]}, "label 2 of the shards in .* may be the class named"),
         ({"max_per_class": 3}, "max_per_class"),
         ({"sampling": "balanced"}, "balanced"),
         ({"batch_size": 64}, "36 images"),
@@ -314,3 +316,29 @@ def test_a_report_and_a_check_read_shards(shards):
 def test_training_shards_among_the_test_shards_are_said(shards, caplog):
     made(shards, test="t*-0.tar")
     assert "1 shard of the test part is in the training part too, such as train-0.tar" in caplog.messages
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_of_two_images_in_a_sample_one_is_named(tmp_path, picture, counted):
+    for part in ("train", "test"):
+        samples = []
+        for number in range(4):
+            grey = np.full((32, 32), 9, np.uint16)
+            for ending, values in (("depth.png", grey), ("PNG", np.asarray(picture(number)))):
+                buffer = io.BytesIO()
+                Image.fromarray(values).save(buffer, format="PNG")
+                samples.append((f"{number}.{ending}", buffer.getvalue()))
+            samples.append((f"{number}.cls", str(number % 2).encode()))
+        write_shard(tmp_path / f"{part}-0.tar", samples)
+    options = {"train": "train-0.tar", "num_classes": 2, "image_size": 32, "batch_size": 4}
+    options |= {"train_images": 4} if counted else {}
+    with pytest.raises(ACKDError, match=r"0 in .*has the images depth\.png and png: set image_key"):
+        epoch(made(tmp_path, **options))
+    with pytest.raises(ACKDError, match=r"0 in .*(has no file with its image|has no image \.mask)"):
+        epoch(made(tmp_path, image_key="mask", **options))
+    (batch,) = epoch(made(tmp_path, image_key=".png", **options))
+    assert batch.image.dtype == torch.uint8
+    expected = {picture(number).tobytes() for number in range(4)}
+    assert {image.permute(1, 2, 0).numpy().tobytes() for image in batch.image} == expected
+    (deep,) = epoch(made(tmp_path, image_key="depth.png", **options))
+    assert deep.image.dtype == torch.float32

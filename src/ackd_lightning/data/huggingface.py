@@ -56,7 +56,7 @@ class HuggingFaceDataModule(CustomImagesDataModule):
                     )
         names = getattr(train.features[self._label], "names", None)
         labels = {part: self._labels(part, names) for part in self._splits}
-        index, found = classes_of(labels["train"], names, str(self.root))
+        index, found = classes_of(labels["train"], names, str(self.root), positions=True)
         self._targets = {
             part: targets_of(values, index, partial(self._place, part), train=part == "train")
             for part, values in labels.items()

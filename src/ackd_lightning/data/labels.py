@@ -84,17 +84,26 @@ def _whole(text: str) -> int | None:
     return int(number) if number.is_finite() and number == number.to_integral_value() else None
 
 
-def classes_of(labels: Sequence[Label], names: Sequence[str] | None, place: str) -> tuple[dict[Label, int], list[str]]:
+def _number(name: str) -> int | None:
+    """Return the whole number that a name is; None for another name."""
+    return _whole(name) if _NUMBER.fullmatch(name) else None
+
+
+def classes_of(
+    labels: Sequence[Label], names: Sequence[str] | None, place: str, *, positions: bool = False
+) -> tuple[dict[Label, int], list[str]]:
     """Return the class index of each label, and the class names.
 
     Args:
         labels: Labels of the training part.
-        names: Class names that the user gives: those of the numbers from 0, or the order of the texts. None for the
+        names: Class names that the user gives: those of the numbers from 0, or the order of the labels. None for the
             numbers themselves, and for the texts in alphabetical order.
         place: Name of the table, for messages.
+        positions: Whether numbers are positions in ``names`` for certain, also where these have digits themselves.
 
     Raises:
-        ACKDError: If there are fewer than two classes, or the given names do not fit or one stands twice.
+        ACKDError: If there are fewer than two classes, or the given names do not fit or one stands twice, or a number
+            may be a name as well as the position of another one.
     """
     found = sorted({label for label in labels if label is not None}, key=lambda label: (str(type(label)), label))
     if len(found) < 2:
@@ -107,11 +116,44 @@ def classes_of(labels: Sequence[Label], names: Sequence[str] | None, place: str)
     if len(set(names)) < len(names):
         twice = next(name for number, name in enumerate(names) if name in names[:number])
         raise ACKDError(f"class_names has {twice!r} twice: give every class a name of its own")
-    known: list[Label] = list(range(len(names))) if isinstance(found[0], int) else list(names)
+    known: list[Label] = list(names)
+    if isinstance(found[0], int):
+        known = list(range(len(names))) if positions else _numbers(found, names, place)
     unknown = [label for label in found if label not in set(known)]
     if unknown:
         raise ACKDError(f"the label {unknown[0]!r} of {place} is not one of the {len(names)} class_names: add it")
     return {label: index for index, label in enumerate(known)}, list(names)
+
+
+def _numbers(found: Sequence[Label], names: Sequence[str], place: str) -> list[Label]:
+    """Return the number of each class in a table: its position, or its name where the names are these numbers."""
+    by_position: list[Label] = list(range(len(names)))
+    by_name: list[Label] = [_number(name) for name in names]
+    if not set(found) <= set(by_name) or len(set(by_name)) < len(names):
+        return by_position
+    if set(found) <= set(by_position):
+        refuse_ambiguous(names, place)
+        return by_position
+    return by_name
+
+
+def refuse_ambiguous(names: Sequence[str], place: str) -> None:
+    """Refuse class names one of which is the number of another class, where labels may be names or numbers.
+
+    Args:
+        names: Names of the classes.
+        place: Where the labels are, for the message.
+
+    Raises:
+        ACKDError: Naming it.
+    """
+    for position, name in enumerate(names):
+        number = _number(name)
+        if number is not None and number != position and 0 <= number < len(names):
+            raise ACKDError(
+                f"the label {number} of {place} may be the class named {name!r} or number {number} of class_names, "
+                f"{names[number]!r}: leave class_names out, or use names that are no numbers in both places"
+            )
 
 
 def targets_of(labels: Sequence[Label], index: dict[Label, int], place: Callable[[int], str], *, train: bool) -> Tensor:

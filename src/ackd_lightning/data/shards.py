@@ -34,6 +34,7 @@ class ShardFormat:
         crop: Whether training images are cropped at random when they are read; False leaves them to the device.
         classes: Class index by the text of a label.
         label_key: Ending of the files with the labels.
+        image_key: Ending of the files with the images; None for the only one of an image in each sample.
         change: Policy and erasing of training images; None for none.
         smallest_crop: Smallest share of an image's area that a random crop keeps.
     """
@@ -42,8 +43,28 @@ class ShardFormat:
     crop: bool
     classes: dict[str, int]
     label_key: str
+    image_key: str | None = None
     change: ImageAugmentation | None = None
     smallest_crop: float = 0.08
+
+    def image_ending(self, endings: Sequence[str], place: str) -> str:
+        """Return the ending of a sample's image.
+
+        Args:
+            endings: Endings of its files in lower case, without the dot.
+            place: Name of the sample, for messages.
+
+        Raises:
+            ACKDError: If there is none, or ``image_key`` is not given and there are several.
+        """
+        key = self.image_key
+        found = image_endings(endings) if key is None else [each for each in endings if each == key]
+        if not found:
+            what = "image" if key is None else f"image .{key}"
+            raise ACKDError(f"{place} has no {what}: its files end in {', '.join(endings)}")
+        if len(found) > 1:
+            raise ACKDError(f"{place} has the images {' and '.join(found)}: set image_key to the ending of one")
+        return found[0]
 
     def target(self, label: bytes | None, place: str) -> int:
         """Return the class index of a label.
@@ -152,11 +173,7 @@ class Shards(IterableDataset[RawBatch]):
     def _read(self, sample: dict[str, Any], epoch: int) -> tuple[Tensor, int, int]:
         """Return image, class index and a hash of the key, on which the augmentation depends."""
         place = f"{sample['__key__']} in {sample['__url__']}"
-        ending = image_ending(sample)
-        if ending is None:
-            raise ACKDError(
-                f"{place} has no image: its files end in {', '.join(key for key in sample if key[0] != '_')}"
-            )
+        ending = self.form.image_ending([key for key in sample if key[0] != "_"], place)
         target = self.form.target(sample.get(self.form.label_key), place)
         index = key_hash(f"{sample['__key__']}")
         form, smallest = self.form.image, self.form.smallest_crop
@@ -187,14 +204,14 @@ def key_hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 2
 
 
-def image_ending(names: Any) -> str | None:
-    """Return the first of some endings that is that of an image, without the dot; None without one.
+def image_endings(names: Sequence[str]) -> list[str]:
+    """Return those of some endings that are of images.
 
     Args:
-        names: Endings, such as ``jpg`` and ``cls``.
+        names: Endings, such as ``jpg``, ``mask.png`` and ``cls``; names of files have them, too.
     """
     known = extensions()
-    return next((name for name in names if f".{name.rpartition('.')[2].lower()}" in known), None)
+    return [name for name in names if f".{name.rpartition('.')[2].lower()}" in known]
 
 
 class ShardLoader:

@@ -15,11 +15,12 @@ from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
 from ackd_lightning.data.custom import CustomImagesDataModule, say_shared
 from ackd_lightning.data.datasets import IN_MEMORY
 from ackd_lightning.data.decoding import Encoded, load_image
+from ackd_lightning.data.labels import refuse_ambiguous
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.pixels import is_deep
 from ackd_lightning.data.sampling import Part
-from ackd_lightning.data.shards import ShardFormat, ShardLoader, Shards, expand, image_ending
+from ackd_lightning.data.shards import ShardFormat, ShardLoader, Shards, expand, image_endings
 from ackd_lightning.data.sources import Source
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
@@ -44,6 +45,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
         num_classes: Number K of classes, whose labels are 0 to K - 1; None for as many as ``class_names``.
         class_names: Names of the classes; labels are these names, or their numbers from 0.
         label_key: Ending of the files with the labels.
+        image_key: Ending of the files with the images, such as ``jpg`` beside ``mask.png``; None for the only one.
         train_images: Number of images of an epoch. None counts the images, and checks all shards, once.
         buffer: Number of images that each worker shuffles among each other.
         val_fraction: 0 validates on the test shards, 1 on those of ``val``.
@@ -65,6 +67,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
         num_classes: PositiveInt | None = None,
         class_names: list[str] | None = None,
         label_key: str = "cls",
+        image_key: str | None = None,
         train_images: PositiveInt | None = None,
         buffer: NonNegativeInt = 1000,
         val_fraction: Fraction = 1.0,
@@ -101,8 +104,10 @@ class WebDatasetDataModule(CustomImagesDataModule):
         if self.num_classes < 2:
             raise ACKDError(f"num_classes is {self.num_classes}, and a classifier needs two classes")
         self._own_names = None if class_names is None else tuple(class_names)
+        refuse_ambiguous(self._own_names or (), f"the shards in {self.root}")
         self.class_names = self._own_names
         self.label_key = label_key.lstrip(".").lower()
+        self.image_key = None if image_key is None else image_key.lstrip(".").lower()
         self.buffer = buffer
         self.train_images = train_images
         self.num_train_samples = train_images or 0
@@ -151,7 +156,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
 
     def _form(self) -> ShardFormat:
         if self._deep is None:
-            self._deep = _first_is_deep(self._shards["train"][0])
+            self._deep = _first_is_deep(self._shards["train"][0], self.image_key)
         names = self.class_names or ()
         order = {name: index for index, name in enumerate(names)}
         own = self._own_names or ()
@@ -166,6 +171,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
             crop,
             {**numbers, **order},
             self.label_key,
+            self.image_key,
             change,
             self.augmentation.smallest_crop,
         )
@@ -175,9 +181,8 @@ class WebDatasetDataModule(CustomImagesDataModule):
         every = [path for shards in self._shards.values() for path in shards]
         names = "" if self._own_names is None else json.dumps(self._own_names)
         parts = {part: len(shards) for part, shards in self._shards.items()}  # of the paths, in this order
-        mark = fingerprint(
-            PathTable.of_paths(self.root, every), self.root, "shards", parts, self.num_classes, names, self.label_key
-        )
+        read_as = ("shards", parts, self.num_classes, names, self.label_key, self.image_key)
+        mark = fingerprint(PathTable.of_paths(self.root, every), self.root, *read_as)
         cache = self.root / "ackd-checked-shards.pt" if self.cache else None
         if cache is not None and (content := read_cache(cache, mark)) is not None:
             return int(content["images"])
@@ -250,12 +255,14 @@ class WebDatasetDataModule(CustomImagesDataModule):
         return done._replace(index=torch.full_like(done.index, -1)) if isinstance(done, Batch) else done
 
 
-def _first_is_deep(path: Path) -> bool:
-    """Whether the first image of a shard has more than 8 bits; False for a shard that cannot be read."""
+def _first_is_deep(path: Path, key: str | None) -> bool:
+    """Whether the first image of a shard, of this ending, has more than 8 bits; False for an unreadable shard."""
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                content = archive.extractfile(member) if image_ending([member.name]) else None
+                ending = member.name.rpartition("/")[2].partition(".")[2].lower()
+                wanted = ending == key if key is not None else bool(image_endings([ending]))
+                content = archive.extractfile(member) if wanted else None
                 if content is not None:
                     return is_deep(load_image(Encoded(member.name, content.read())))
     except (tarfile.TarError, OSError, EOFError, ValueError):
@@ -298,11 +305,13 @@ def _check_shard(path: Path, form: ShardFormat) -> int:
     if not samples:
         raise ACKDError(f"the shard {path} holds no samples: remove it")
     for place, endings in samples:
-        if image_ending(endings) is None or form.label_key not in endings:
-            what = f".{form.label_key} with its label" if image_ending(endings) else "with its image"
+        chosen = image_endings(endings) if form.image_key is None else {form.image_key} & {*endings}
+        if not chosen or form.label_key not in endings:
+            what = f".{form.label_key} with its label" if chosen else "with its image"
             apart = sum(place == other for other, _ in samples) > 1
             raise ACKDError(
                 f"{place} in {path} has no file {what} beside it (it has {', '.join(endings)}): write the shard again"
                 f"{', with the files of each image next to each other' if apart else ''}"
             )
+        form.image_ending(endings, f"{place} in {path}")
     return len(samples)

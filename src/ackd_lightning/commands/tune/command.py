@@ -131,7 +131,7 @@ def _experiment(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shortened(base: ACKDCLI, epochs: int, space: Mapping[str, Values]) -> dict[str, Any]:
-    """Milestones and warm-up in proportion to the length, unless they are searched."""
+    """Milestones, warm-up and the epochs in which a method starts, in proportion to the length, unless searched."""
     whole = base.option("trainer.max_epochs")
     if not whole or whole <= 0 or epochs >= whole:
         return {}
@@ -142,8 +142,13 @@ def _shortened(base: ACKDCLI, epochs: int, space: Mapping[str, Values]) -> dict[
     warmup = base.option("model.recipe.warmup_epochs")
     if warmup and "model.recipe.warmup_epochs" not in space:
         found["model.recipe.warmup_epochs"] = round(warmup * epochs / whole)
+    method = {} if "model.method" in space else base.settings()["model"]["method"]
+    for argument, length in method.get("init_args", {}).items():
+        name = f"model.method.{argument}"
+        if argument.endswith("_epochs") and isinstance(length, int) and length and name not in space:
+            found[name] = max(1, round(length * epochs / whole))
     if found:
-        texts = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in found.items())
+        texts = ", ".join(f"{name.removeprefix('model.')} {value}" for name, value in found.items())
         print(f"shortened from {whole} to {epochs} epochs with the schedule: {texts}")
     return found
 
