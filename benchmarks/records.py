@@ -1,7 +1,8 @@
 """Keep the figures of the runs of a table in one small file, and print them as a table in Markdown.
 
 ``python benchmarks/records.py screen --against kd_1_1 --out benchmarks/results/tiny100-screen-2.json`` reads the folder
-that ``ackd reproduce`` wrote to; with such a file in place of the folder it prints the table alone. Accuracies are
+that ``ackd reproduce`` wrote to; with such a file in place of the folder it prints the table alone, and with a file and
+a folder it adds the runs of the folder. Accuracies are
 those of the last epoch on the test set, in percent; the difference is paired by seed, with Student's 95 % interval from
 three seeds on. ``validation`` is the mean accuracy of the last epoch on the validation part: weights are chosen by it.
 """
@@ -47,48 +48,52 @@ def difference(values: dict[int, float], others: dict[int, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path, help="folder that ackd reproduce wrote to, or a file of this script")
+    parser.add_argument(
+        "sources", type=Path, nargs="+", help="folders that ackd reproduce wrote to, and files of this script"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--prefix", help="configuration whose runs are read, where the folder has those of several")
+    parser.add_argument("--prefix", help="configuration whose runs are read, where a folder has those of several")
     parser.add_argument("--rows", help="rows to keep, separated by commas; default: all")
     parser.add_argument("--against", help="row that the others are compared with")
     parser.add_argument("--command", default="", help="command that made the runs, to be kept in the file")
     chosen = parser.parse_args()
     wanted = chosen.rows.split(",") if chosen.rows else None
-    if chosen.source.is_dir():
-        found = read(chosen.source, chosen.prefix, wanted, chosen.command, chosen.out)
-    else:
-        runs = json.loads(chosen.source.read_text(encoding="utf-8"))["runs"]
-        found = [each for each in runs if wanted is None or each["row"] in wanted]
+    head: dict[str, Any] = {}
+    by_run: dict[tuple[str, int], dict[str, Any]] = {}
+    for source in chosen.sources:
+        first, runs = read(source, chosen.prefix)
+        head = head or first
+        by_run |= {(each["row"], each["seed"]): each for each in runs if wanted is None or each["row"] in wanted}
+    found = [*by_run.values()]
     if chosen.against not in {None, *(each["row"] for each in found)}:
-        parser.error(f"--against {chosen.against}: {chosen.source} has no finished run of that row")
+        parser.error(f"--against {chosen.against}: {chosen.sources[0]} has no finished run of that row")
     if not found:
-        parser.error(f"{chosen.source} has no finished run of these rows that was tested")
+        parser.error(f"{chosen.sources[0]} has no finished run of these rows that was tested")
+    if chosen.out is not None:
+        lines = ",\n".join(f"  {json.dumps(each)}" for each in found)
+        text = json.dumps(head | ({"command": chosen.command} if chosen.command else {}), indent=1)[:-2]
+        chosen.out.write_text(f'{text},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     show(found, chosen.against)
 
 
-def read(
-    folder: Path, prefix: str | None, wanted: Sequence[str] | None, command: str, out: Path | None
-) -> list[dict[str, Any]]:
-    """Return the figures of the runs in a folder, and write them to a file if there is one."""
-    found = sorted(folder.glob(f"runs/{prefix}+*/*/summary.json" if prefix else "runs/*/*/summary.json"))
+def read(source: Path, prefix: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what the runs of a folder or a file have in common, and the figures of each."""
+    if not source.is_dir():
+        content = json.loads(source.read_text(encoding="utf-8"))
+        return content, content.pop("runs")
+    found = sorted(source.glob(f"runs/{prefix}+*/*/summary.json" if prefix else "runs/*/*/summary.json"))
     summaries = [(path, json.loads(path.read_text())) for path in found]
     pairs = {path.parents[1].name.partition("+")[0] for path, _ in summaries}
     runs = []
     for path, each in summaries:
         pair = f"{path.parents[1].name.partition('+')[0]}: " if len(pairs) > 1 else ""
-        runs.append((pair + re.sub(r"-seed\d+$", "", path.parent.name), each))
-    runs = [(row, each) for row, each in runs if "test" in each and (wanted is None or row in wanted)]
-    figures = [record(each, row) for row, each in runs]
-    if not figures or out is None:
-        return figures
+        if "test" in each:
+            runs.append((pair + re.sub(r"-seed\d+$", "", path.parent.name), each))
+    if not runs:
+        return {}, []
     first = runs[0][1]
     same = {"versions": {k: v for k, v in first["versions"].items() if k != "commit"}, "device": first["device"]}
-    same |= {"precision": first["precision"], "command": command}
-    lines = ",\n".join(f"  {json.dumps(each)}" for each in figures)
-    head = json.dumps(same, indent=1)[:-2]
-    out.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n', encoding="utf-8")
-    return figures
+    return {**same, "precision": first["precision"], "command": ""}, [record(each, row) for row, each in runs]
 
 
 def show(found: Sequence[dict[str, Any]], reference: str | None) -> None:
