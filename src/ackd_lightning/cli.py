@@ -54,6 +54,7 @@ _PASS_ON = {
 }
 """Commands that pass unknown options on to a command of Lightning, and the argument that takes them."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk, a quota or a file that can take no more."""
 _LOST = re.compile(r"gloo.*Connection (closed|reset) by peer|NCCL.*remote process exited", re.DOTALL)
 """What torch says in the processes that are left when one of several has ended."""
 

@@ -47,6 +47,7 @@ class EMA(WeightAveraging):
         """Copy the module when a fit begins, without its teachers, whose outputs the average does not need."""
         if stage != "fit":
             return
+        self._exact = None  # of a fit that ended in its validation
         self._average_model = _Average(pl_module, self._device or pl_module.device, self.decay_after)
         if (teachers := getattr(self._average_model.module, "teachers", None)) is not None:
             teachers.release()
