@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
-from ackd_lightning.callbacks.health import TeacherGate, permutation
+from ackd_lightning.callbacks.health import ClassOrder, TeacherGate, permutation
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import AT, ATSC, CESKD, CRD, DGKD, DKD, IAKD, KD, OKD, PASM, RKD, SP, Sum
 from ackd_lightning.methods.guides import GuidedMethod
@@ -310,6 +310,17 @@ def test_the_gate_asks_for_another_order(order):
     assert f"teacher.class_map '{[order.index(place) for place in range(4)]}'" in str(caught.value)
     with pytest.warns(UserWarning, match="another order"):
         fitted(built(teaching(Oracle(order), gate="warn")), ManyBlobs())
+
+
+def test_the_gate_asks_for_another_class_map_in_the_teachers_own_classes():
+    given = {NAMES[0]: 3, NAMES[1]: 1, NAMES[2]: 2, NAMES[3]: 0}  # of Oracle([2, 1, 0, 3]), whose class 2 is the first
+    module = built(teaching(Oracle([2, 1, 0, 3]), gate="stop", class_map=given))
+    with pytest.raises(ACKDError, match="another order") as caught:
+        fitted(module, ManyBlobs())
+    assert "teacher.class_map '[2, 1, 0, 3]'" in str(caught.value)
+    assert f"its class 2 as {NAMES[0]!r}, its class 0 as {NAMES[2]!r}, its class 3 as {NAMES[3]!r}" in str(caught.value)
+    assert ClassOrder((1, 0, 2), 1.0).class_map([(4, 5), (3,), (0,)]) == [3, [4, 5], 0]
+    assert ClassOrder((1, 0, 2), 1.0).words(None, [(4, 5), (3,), (0,)]) == "its class 3 as 0, its classes 4 and 5 as 1"
 
 
 def test_the_gate_is_content_with_the_right_order_and_names_no_order_for_noise():

@@ -26,6 +26,7 @@ from ackd_lightning import (
 )
 from ackd_lightning.methods import DCM
 from ackd_lightning.models.freezing import frozen_modules
+from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import pretrained as published
 from training.helpers import CLASSES, DATA, SIZE, Blobs, TinyNet, build, state, trainer
@@ -83,6 +84,18 @@ def test_a_file_without_a_head_starts_the_backbone(tmp_path, capsys, prefix):
     module = student(StudentConfig("resnet8", weights=str(tmp_path / "a.pth")))
     assert torch.equal(module.student.plain().conv1.weight, source.conv1.weight)
     assert "no head" in capsys.readouterr().out
+
+
+def test_the_head_of_a_method_is_left_out_and_not_lost_without_a_word(tmp_path, capsys):
+    source = HeadedNetwork(create_model("resnet8", CLASSES), SharedClassifiers(64, [(16, 4, 4)], CLASSES))
+    metadata = {"model": "resnet8", "method": "ATSC", "head": json.dumps(source.head.description())}
+    file = str(save_weights(source, tmp_path / "headed.safetensors", metadata))
+    module = student(StudentConfig("resnet8", weights=file))
+    assert torch.equal(module.student.plain().conv1.weight, source.backbone.conv1.weight)
+    said = f"starts from {file}, whose head of ATSC is left out; that for {CLASSES} classes is fresh"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ACKDError, match="a head of ATSC in place of its own classifier, which fine-tuning for int8"):
+        student(StudentConfig("resnet8", weights=file, quantization="x86"))
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,12 @@ class TeacherGate(L.Callback):
             return
         problem = problem or f"has accuracy {measured:.2%}"
         if order is not None:
-            problem += f" and would have {order.accuracy:.2%} with {order.words(module.data.class_names)}"
+            groups = None if teacher.selection is None else teacher.selection.groups
+            problem += f" and would have {order.accuracy:.2%} with {order.words(module.data.class_names, groups)}"
             short = classes <= _LONGEST_ORDER
-            where = f" as teacher.class_map '{json.dumps(order.places)}'" if short else " in teacher.class_map"
+            where = (
+                f" as teacher.class_map '{json.dumps(order.class_map(groups))}'" if short else " in teacher.class_map"
+            )
             remedy = f"are its classes in another order? if so, give it{where}"
         else:
             remedy = "check its weight file, normalisation and class order"
@@ -140,23 +143,37 @@ class ClassOrder(NamedTuple):
     """Order of a teacher's classes that explains its accuracy.
 
     Attributes:
-        places: Teacher's class for each class of the data.
+        places: Position among the teacher's logits for each class of the data.
         accuracy: Accuracy in [0, 1] with that order, on images that it was not found on.
     """
 
     places: tuple[int, ...]
     accuracy: float
 
-    def words(self, names: Sequence[str] | None) -> str:
+    def class_map(self, groups: Sequence[Sequence[int]] | None) -> list[int | list[int]]:
+        """Return the teacher's own class, or several, for each class of the data.
+
+        Args:
+            groups: Teacher's own classes of each logit; None where these are its logits.
+        """
+        if groups is None:
+            return [*self.places]
+        chosen = [groups[place] for place in self.places]
+        return [group[0] if len(group) == 1 else [*group] for group in chosen]
+
+    def words(self, names: Sequence[str] | None, groups: Sequence[Sequence[int]] | None = None) -> str:
         """Return up to three classes that change, in words.
 
         Args:
             names: Names of the data's classes; None when unknown.
+            groups: As for `class_map`.
         """
-        moved = [(place, number) for number, place in enumerate(self.places) if place != number]
+        moved = [number for number, place in enumerate(self.places) if place != number]
+        own = [each if isinstance(each, list) else [each] for each in self.class_map(groups)]
         shown = [
-            f"its class {place} as {names[number]!r}" if names else f"its class {place} as {number}"
-            for place, number in moved[:3]
+            f"its class{'es' if len(own[number]) > 1 else ''} {' and '.join(map(str, own[number]))} as "
+            f"{repr(names[number]) if names else number}"
+            for number in moved[:3]
         ]
         return ", ".join(shown) + (", ..." if len(moved) > 3 else "")
 

@@ -56,6 +56,7 @@ def start(
     Raises:
         ACKDError: If there are no such weights, or they do not fit.
     """
+    headed: str | None = None  # method whose head stands in place of the network's own
     if config.pretrained:
         from ackd_lightning.models.zoo.pretrained import pretrained  # imports timm
 
@@ -67,6 +68,13 @@ def start(
         tensors, metadata = read_tensors(file)
         stated = typed_metadata(metadata, str(file))
         origin, notes = str(file), {"weights": Path(file).name, "sha256": digest(file)}
+        if "head" in metadata:
+            headed = metadata.get("method", "a method")
+            if config.quantization is not None:
+                raise ACKDError(
+                    f"{origin} holds a network with a head of {headed} in place of its own classifier, which "
+                    "fine-tuning for int8 would lose; quantise it after training: ackd export RUN --int8"
+                )
     else:
         return None
     known, cut = tuple(stated.get("class_names") or ()), ""
@@ -74,7 +82,7 @@ def start(
         cut = f", with the rows of its head for {num_classes} of its {len(known)} classes, by name"
         tensors = _cut(network, own_names(tensors, network.state_dict(), origin), known, names)
         known = tuple(names)
-    fresh = _load(network, tensors, origin, num_classes)
+    fresh = _load(network, tensors, origin, num_classes, headed)
     kept = ", with its head" + ("" if known else ", whose classes are taken in their order")
     tell(f"the student starts from {origin}{fresh or cut or kept}")
     mean, std = (tuple(stated[key]) if stated.get(key) else None for key in ("mean", "std"))
@@ -92,7 +100,9 @@ def _cut(
     return {key: each[rows] if shapes.get(key) == each.shape else each for key, each in tensors.items()}
 
 
-def _load(network: nn.Module, tensors: Mapping[str, Tensor], origin: str, num_classes: int | None) -> str:
+def _load(
+    network: nn.Module, tensors: Mapping[str, Tensor], origin: str, num_classes: int | None, headed: str | None
+) -> str:
     """Load what fits; return what is said of a fresh head, or nothing where the head was loaded."""
     own, name = network.state_dict(), getattr(network, "model_name", type(network).__name__)
     tensors = own_names(tensors, own, origin)
@@ -107,7 +117,8 @@ def _load(network: nn.Module, tensors: Mapping[str, Tensor], origin: str, num_cl
     if other and not missing and rows and len(sizes) == 1 and {own[key].shape[0] for key in other} == {num_classes}:
         fresh, said = set(other), f"; its head for {sizes.pop()} classes is replaced by a fresh one for {num_classes}"
     elif missing and not other and all(key.startswith(heads) for key in missing):
-        fresh, said = missing, f", which has no head; that for {num_classes} classes is fresh"
+        lost = "which has no head" if headed is None else f"whose head of {headed} is left out"
+        fresh, said = missing, f", {lost}; that for {num_classes} classes is fresh"
     body = {key: each for key, each in tensors.items() if key not in fresh}
     body |= {key: own[key] for key in own if key in fresh or (key not in body and key.endswith("num_batches_tracked"))}
     check_fit(body, own, Path(origin), name)
