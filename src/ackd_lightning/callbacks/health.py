@@ -166,7 +166,7 @@ class ClassOrder(NamedTuple):
 
         Args:
             names: Names of the data's classes; None when unknown.
-            groups: As for `class_map`.
+            groups: Teacher's own classes of each logit, None where these are its logits.
         """
         moved = [number for number, place in enumerate(self.places) if place != number]
         own = [each if isinstance(each, list) else [each] for each in self.class_map(groups)]
