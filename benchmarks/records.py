@@ -54,16 +54,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--prefix", help="configuration whose runs are read, where a folder has those of several")
     parser.add_argument("--rows", help="rows to keep, separated by commas; default: all")
+    parser.add_argument("--seeds", help="seeds to keep, separated by commas; default: all")
     parser.add_argument("--against", help="row that the others are compared with")
     parser.add_argument("--command", default="", help="command that made the runs, to be kept in the file")
     chosen = parser.parse_args()
     wanted = chosen.rows.split(",") if chosen.rows else None
+    seeds = [int(each) for each in chosen.seeds.split(",")] if chosen.seeds else None
     head: dict[str, Any] = {}
     by_run: dict[tuple[str, int], dict[str, Any]] = {}
     for source in chosen.sources:
         first, runs = read(source, chosen.prefix)
         head = head or first
-        by_run |= {(each["row"], each["seed"]): each for each in runs if wanted is None or each["row"] in wanted}
+        runs = [each for each in runs if wanted is None or each["row"] in wanted]
+        by_run |= {(each["row"], each["seed"]): each for each in runs if seeds is None or each["seed"] in seeds}
     found = [*by_run.values()]
     if chosen.against not in {None, *(each["row"] for each in found)}:
         parser.error(f"--against {chosen.against}: {chosen.sources[0]} has no finished run of that row")

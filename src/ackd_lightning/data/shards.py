@@ -57,10 +57,9 @@ class ShardFormat:
         Raises:
             ACKDError: If there is none, or ``image_key`` is not given and there are several.
         """
-        key = self.image_key
-        found = image_endings(endings) if key is None else [each for each in endings if each == key]
+        found = image_endings(endings, self.image_key)
         if not found:
-            what = "image" if key is None else f"image .{key}"
+            what = "image" if self.image_key is None else f"image .{self.image_key}"
             raise ACKDError(f"{place} has no {what}: its files end in {', '.join(endings)}")
         if len(found) > 1:
             raise ACKDError(f"{place} has the images {' and '.join(found)}: set image_key to the ending of one")
@@ -204,14 +203,15 @@ def key_hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 2
 
 
-def image_endings(names: Sequence[str]) -> list[str]:
+def image_endings(names: Sequence[str], key: str | None) -> list[str]:
     """Return those of some endings that are of images.
 
     Args:
-        names: Endings, such as ``jpg``, ``mask.png`` and ``cls``; names of files have them, too.
+        names: Endings in lower case, such as ``jpg``, ``mask.png`` and ``cls``.
+        key: The only ending that counts; None for all of images.
     """
     known = extensions()
-    return [name for name in names if f".{name.rpartition('.')[2].lower()}" in known]
+    return [name for name in names if (f".{name.rpartition('.')[2]}" in known if key is None else name == key)]
 
 
 class ShardLoader:

@@ -261,8 +261,7 @@ def _first_is_deep(path: Path, key: str | None) -> bool:
         with tarfile.open(path) as archive:
             for member in archive:
                 ending = member.name.rpartition("/")[2].partition(".")[2].lower()
-                wanted = ending == key if key is not None else bool(image_endings([ending]))
-                content = archive.extractfile(member) if wanted else None
+                content = archive.extractfile(member) if image_endings([ending], key) else None
                 if content is not None:
                     return is_deep(load_image(Encoded(member.name, content.read())))
     except (tarfile.TarError, OSError, EOFError, ValueError):
@@ -305,7 +304,7 @@ def _check_shard(path: Path, form: ShardFormat) -> int:
     if not samples:
         raise ACKDError(f"the shard {path} holds no samples: remove it")
     for place, endings in samples:
-        chosen = image_endings(endings) if form.image_key is None else {form.image_key} & {*endings}
+        chosen = image_endings(endings, form.image_key)
         if not chosen or form.label_key not in endings:
             what = f".{form.label_key} with its label" if chosen else "with its image"
             apart = sum(place == other for other, _ in samples) > 1

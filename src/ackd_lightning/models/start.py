@@ -73,7 +73,7 @@ def start(
             if config.quantization is not None:
                 raise ACKDError(
                     f"{origin} holds a network with a head of {headed} in place of its own classifier, which "
-                    "fine-tuning for int8 would lose; quantise it after training: ackd export RUN --int8"
+                    "fine-tuning for int8 would lose; quantise it after training: ackd export RUN --format onnx --int8"
                 )
     else:
         return None
