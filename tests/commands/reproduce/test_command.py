@@ -210,6 +210,11 @@ def test_one_run_fails_and_another_goes_on_to_its_end(again, capfd):
     assert json.loads((again / CE / "summary.json").read_text())["epochs"] == 2
 
 
+def test_runs_that_fail_for_one_reason_are_named_together():
+    failed = {"kd, seed 0": "no cache (output in a.log)", "ce": "diverged", "kd, seed 1": "no cache (output in b.log)"}
+    assert command._together(failed) == "kd, seed 0, kd, seed 1: no cache (output in a.log); ce: diverged"
+
+
 def test_other_settings_are_refused_and_nothing_is_touched(again, capfd):
     before = files(again)
     assert main([*BOTH, "--model.optimizer.lr", "0.3"]) == 2

@@ -273,6 +273,9 @@ class TestFiles:
         assert full.std() > 0.02
         assert empty.shape[0] < full.shape[0]  # grows with its rows
         blue = np.array([0x1F, 0x77, 0xB4]) / 255
+        assert np.array_equal(picture([*content, Line(PAIR, "at", "at", "acc", None, (), ())]), full)  # was not run
+        long = picture([Line(PAIR, "kd", "a label of many words " * 8, "acc", None, (50.0,), ())])
+        assert np.all(long[:, :3, :3] == 1)  # it is wrapped, not cut off at the left
         painted = [np.abs(image[..., :3] - blue).max(axis=2).min() < 0.05 for image in (full, empty)]
         assert painted == [True, False]  # ours are drawn where there are some
 

@@ -7,7 +7,7 @@ import difflib
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +20,7 @@ from ackd_lightning.commands.reproduce.output import METRIC_NAMES, columns, writ
 from ackd_lightning.commands.reproduce.planning import Planner, needs_teacher
 from ackd_lightning.commands.reproduce.proxies import proxy_lines
 from ackd_lightning.commands.reproduce.results import Line, lines, note, record
-from ackd_lightning.commands.reproduce.running import Runner
+from ackd_lightning.commands.reproduce.running import OUTPUT_IN, Runner
 from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec
 from ackd_lightning.commands.reproduce.tables import choose, read_table, table_names
 from ackd_lightning.commands.stopwatch import Stopwatch, rough
@@ -199,10 +199,19 @@ def reproduce(
         _report(table, folder, some_pairs, rows, planner, shown, failed, against)
     print(f"{len(everything)} runs in {rough(time.monotonic() - started)}")
     if failed:
-        reasons = "; ".join(f"{everything[folder].title}: {reason}" for folder, reason in failed.items())
+        reasons = _together({everything[folder].title: reason for folder, reason in failed.items()})
         raise RunsFailedError(
             f"{len(failed)} of {len(everything)} runs failed ({reasons}); run the same command again to repeat them"
         )
+
+
+def _together(failed: Mapping[str, str]) -> str:
+    """Reasons of failed runs by title, with runs that failed for the same reason in one part."""
+    titles: dict[str, list[str]] = {}
+    for title, reason in failed.items():
+        titles.setdefault(reason.partition(OUTPUT_IN)[0], []).append(title)
+    first = {own[0]: own for own in titles.values()}  # the reason of the first names its log
+    return "; ".join(f"{', '.join(own)}: {failed[title]}" for title, own in first.items())
 
 
 def _earlier(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ackd_lightning.commands.reproduce.results import Line
+from ackd_lightning.commands.reproduce.results import NOT_RUN, Line
 from ackd_lightning.commands.reproduce.specs import TableSpec
 from ackd_lightning.runs.files import write_json
 
@@ -67,7 +68,7 @@ def write_tables(
 
 
 def draw(content: Sequence[Line], target: Path) -> None:
-    """Draw every row: the mean, the single seeds, and the figure of the paper.
+    """Draw every row that was run or stands in the paper: the mean, the single seeds, and the figure of the paper.
 
     Args:
         content: Lines of the table.
@@ -78,8 +79,11 @@ def draw(content: Sequence[Line], target: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    content = [line for line in content if line.paper is not None or line.ours != NOT_RUN] or content
     panels = list(dict.fromkeys((line.pair, line.metric) for line in content))
-    height = 1.2 + 0.3 * len(content) / len(panels)
+    labels = {line.label: textwrap.fill(line.label, 44) for line in content}
+    lines_of_label = max(label.count("\n") + 1 for label in labels.values())
+    height = 1.2 + (0.14 + 0.16 * lines_of_label) * len(content) / len(panels)
     figure, grid = plt.subplots(len(panels), figsize=(8, height * len(panels)), layout="constrained", squeeze=False)
     for axes, (pair, metric) in zip(grid[:, 0], panels, strict=True):
         own = [line for line in content if (line.pair, line.metric) == (pair, metric)]
@@ -96,7 +100,7 @@ def draw(content: Sequence[Line], target: Path) -> None:
                 va="center",
                 fontsize=8,
             )
-        axes.set_yticks(range(len(own)), [line.label for line in own])
+        axes.set_yticks(range(len(own)), [labels[line.label] for line in own], fontsize=8)
         axes.set_ylim(len(own) - 0.5, -0.5)
         axes.set_title(f"{pair}, {METRIC_NAMES[metric]}", fontsize=10)
         axes.grid(axis="x", alpha=0.3)

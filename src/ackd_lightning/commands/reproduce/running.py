@@ -12,6 +12,8 @@ from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.runs.claim import IN_USE
 from ackd_lightning.runs.files import measured_last, read_summary
 
+OUTPUT_IN = " (output in "
+
 
 class Runner(Processes):
     """Runs every job after the jobs that it needs, one job per device at a time.
@@ -112,12 +114,12 @@ class Runner(Processes):
                 if reason and IN_USE in reason:
                     return f"{job.folder} is being trained {IN_USE}; run the same command again when it has ended"
                 if reason:
-                    return f"{reason} (output in {log})"
+                    return f"{reason}{OUTPUT_IN}{log})"
             if not self._tested(job):
                 for which in _checkpoints(job):
                     reason = self.process(["test", str(job.folder), "--which", which], log, device, label)
                     if reason:
-                        return f"{reason} (output in {log})"
+                        return f"{reason}{OUTPUT_IN}{log})"
             say(f"{label}: {_accuracy(job)} ({time.monotonic() - begin:.0f} s)")
             return None
         finally:
