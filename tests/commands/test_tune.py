@@ -18,6 +18,7 @@ from ackd_lightning.commands.tune.command import _Search as Search
 from ackd_lightning.commands.tune.space import fragment, grid, read_values
 from ackd_lightning.config.files import load_configs
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.runs.claim import claim
 
 TUNE = ["tune", "--config", "digits_resnet8.yaml", "--data.max_per_class", "4", "--data.batch_size", "20"]
@@ -79,6 +80,17 @@ def test_short_trials_shorten_every_warm_up(settings, space, shortened, capsys):
     expected = ", recipe.warmup_epochs 1, method.warmup_epochs 2" if shortened is None else shortened
     milestones = "lr_scheduler.milestones [3, 5]"
     assert f"from 200 to 20 epochs with the schedule: {milestones}{expected}\n" in capsys.readouterr().out
+
+
+def test_short_trials_shorten_the_warm_ups_in_a_sum(capsys):
+    Path("whole.yaml").write_text("include: [digits_resnet20_resnet8]\ntrainer: {max_epochs: 200}\n")
+    settings = ["--config", "whole.yaml", "--config", "kd+dkd"]
+    arguments, _ = _plan(settings, dict([read_values("model.optimizer.lr=0.1,0.2")]), None, 20)
+    assert "[3, 5], method.methods.1.warmup_epochs 2\n" in capsys.readouterr().out
+    assert ACKDCLI("fit", arguments).settings()["model"]["method"]["init_args"]["methods"][1]["init_args"] == {
+        **ACKDCLI("fit", settings).settings()["model"]["method"]["init_args"]["methods"][1]["init_args"],
+        "warmup_epochs": 2,
+    }
 
 
 def test_a_search_in_the_current_folder_locks_no_other(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -143,14 +143,36 @@ def _shortened(base: ACKDCLI, epochs: int, space: Mapping[str, Values]) -> dict[
     if warmup and "model.recipe.warmup_epochs" not in space:
         found["model.recipe.warmup_epochs"] = round(warmup * epochs / whole)
     method = {} if "model.method" in space else base.settings()["model"]["method"]
-    for argument, length in method.get("init_args", {}).items():
+    for argument, value in method.get("init_args", {}).items():
         name = f"model.method.{argument}"
-        if argument.endswith("_epochs") and isinstance(length, int) and length and name not in space:
-            found[name] = max(1, round(length * epochs / whole))
+        if name not in space and (shorter := _shorter(argument, value, epochs / whole)) != value:
+            found[name] = shorter
     if found:
-        texts = ", ".join(f"{name.removeprefix('model.')} {value}" for name, value in found.items())
+        texts = ", ".join(text for name, value in found.items() for text in _texts(name.removeprefix("model."), value))
         print(f"shortened from {whole} to {epochs} epochs with the schedule: {texts}")
     return found
+
+
+def _shorter(argument: str, value: Any, share: float) -> Any:
+    """An argument of a method with its lengths in epochs at a share of them, also those of the methods in a sum."""
+    if argument.endswith("_epochs") and isinstance(value, int) and value:
+        return max(1, round(value * share))
+    if isinstance(value, dict):
+        return {inner: _shorter(inner, each, share) for inner, each in value.items()}
+    if isinstance(value, list):
+        return [_shorter(argument, each, share) for each in value]
+    return value
+
+
+def _texts(name: str, value: Any) -> Iterator[str]:
+    """A shortened setting with its value; of the methods in a sum, their lengths in epochs alone."""
+    if not (isinstance(value, list) and isinstance(value[0], dict)):
+        yield f"{name} {value}"
+        return
+    for number, method in enumerate(value):
+        for argument, each in method.get("init_args", {}).items():
+            if argument.endswith("_epochs") or argument == "methods":
+                yield from _texts(f"{name}.{number}.{argument}", each)
 
 
 class _Search:
