@@ -21,12 +21,12 @@ import torch
 import yaml
 from PIL import Image
 
-from ackd_lightning import create_model
+from ackd_lightning import cli, create_model
 from ackd_lightning.cli import main
 from ackd_lightning.commands.compare import group_runs
 from ackd_lightning.config.files import load_configs, method_names, packaged_names, recipe_names
 from ackd_lightning.data.sources import Pixels
-from ackd_lightning.errors import NotWrittenError
+from ackd_lightning.errors import NotWrittenError, RunStoppedError
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
 from ackd_lightning.runs.figures import read_metrics
@@ -310,6 +310,19 @@ def test_signals_give_their_exit_codes(here, number, code):
     assert process.returncode == code
     assert "checkpoints/last.ckpt" in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(("rank", "said"), [(None, 1), ("0", 1), ("1", 0)])
+def test_the_first_process_says_that_a_run_was_stopped(rank, said, monkeypatch, capsys):
+    def stopped(arguments):
+        raise RunStoppedError(signal.SIGTERM, "received")
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert main(["fit"]) == 143
+    assert capsys.readouterr().err.count("SIGTERM received") == said
 
 
 @pytest.mark.slow

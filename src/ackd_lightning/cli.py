@@ -361,6 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
     except RunStoppedError as end:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # all processes of a run stop together, and the first says so
+            return int(end.code or 0)
         return _failed(end.sentence, int(end.code or 0))
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
