@@ -9,6 +9,7 @@ from collections import OrderedDict, defaultdict
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ackd_lightning.errors import ACKDError
@@ -104,13 +105,21 @@ def test_plain_data_beside_the_weights_is_no_obstacle(tmp_path, zipped, beside):
     assert same(source, target)
 
 
-def test_timm_checkpoint_with_averaged_weights_says_which_are_read(tmp_path, capsys):
+@zip_or_not
+@pytest.mark.parametrize(
+    ("raw", "averaged", "wrap"),
+    [("state_dict", "state_dict_ema", lambda net: net), ("model", "model_ema", AveragedModel)],
+    ids=["timm", "torchvision"],
+)
+def test_averaged_weights_are_read_where_a_trainer_kept_them(tmp_path, capsys, zipped, raw, averaged, wrap):
     source, target = small(), small(2)
-    content = {"state_dict": source.state_dict(), "state_dict_ema": small(3).state_dict(), "arch": "resnet8"}
-    torch.save({**content, "args": argparse.Namespace(lr=0.1), "version": 2}, tmp_path / "a.pth.tar")
+    content = {raw: small(3).state_dict(), averaged: wrap(source).state_dict(), "arch": "resnet8"}
+    beside = {"args": argparse.Namespace(lr=0.1), "version": 2}
+    torch.save({**content, **beside}, tmp_path / "a.pth.tar", _use_new_zipfile_serialization=zipped)
     load_weights(target, tmp_path / "a.pth.tar")
     assert same(source, target)
-    assert "'state_dict_ema'" in capsys.readouterr().out
+    said = f"several state dicts: '{averaged}' (an average of the weights) is read, '{raw}' is not\n"
+    assert said in capsys.readouterr().out
 
 
 class Options:

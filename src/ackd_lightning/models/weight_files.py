@@ -84,8 +84,13 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     raise ACKDError(f"{file} {what}; fetch or make the weight file again, or correct the path")
 
 
-STATE_DICTS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params")
-"""Entries of a checkpoint that may hold the state dict, in the order in which they are taken."""
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict")
+_RAW = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params")
+STATE_DICTS = (*_AVERAGED, *_RAW)
+"""Entries of a checkpoint that may hold the state dict, in the order in which they are taken.
+
+An average of the weights comes first, as in timm and torchvision, whose trainers measure and keep the average.
+"""
 
 
 def _plain_classes() -> list[Any]:
@@ -206,7 +211,9 @@ def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         notes |= _own_notes(loaded.get("ackd_lightning"))
         others = [key for key, each in loaded.items() if key != named[0] and _is_state_dict(each)]
         if others:
-            tell(f"{file} holds several state dicts: {named[0]!r} is read, {', '.join(map(repr, others))} are not")
+            kind = " (an average of the weights)" if named[0] in _AVERAGED else ""
+            unread = f"{', '.join(map(repr, others))} {'is' if len(others) == 1 else 'are'} not"
+            tell(f"{file} holds several state dicts: {named[0]!r}{kind} is read, {unread}")
         return _nothing_but_tensors(loaded[named[0]], file), notes
     inside = [key for key, each in loaded.items() if _is_state_dict(each)]
     if len(inside) > 1:
