@@ -11,7 +11,7 @@ from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.data import Augmentation
 from ackd_lightning.methods.description import from_description
 from ackd_lightning.methods.guides import GuidedMethod
-from training.helpers import largest_difference, sgd, state, trainer
+from training.helpers import NORMALISED, IndexedBlobs, build, largest_difference, sgd, state, trainer
 
 FRAGMENTS = sorted((config_folder() / "methods").glob("*.yaml"))
 
@@ -43,5 +43,16 @@ def test_strong_augmentation_and_an_average_of_the_weights(path):
     trained = state(net.student)
     assert all(each.isfinite().all() for each in trained.values())
     assert largest_difference(before, trained) > 0
+    assert run.callback_metrics["train/loss"].isfinite()
+    assert run.callback_metrics["val/acc"].isfinite()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", pytest.param("64-true", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)
+def test_a_module_of_another_type(path, precision):
+    method = from_description(copy.deepcopy(read_config(path)["model"]["method"]))
+    net = build(method, data=NORMALISED, lr=1e-3)
+    run = trainer(max_steps=2, max_epochs=-1, precision=precision, limit_val_batches=1, val_check_interval=2)
+    run.fit(net, datamodule=IndexedBlobs())
     assert run.callback_metrics["train/loss"].isfinite()
     assert run.callback_metrics["val/acc"].isfinite()

@@ -76,7 +76,7 @@ class Gate(nn.Module):
         """
         scores: Tensor = self.score(pooled(feature)).float()
         if not self.training:
-            normal: Tensor = self.norm(scores)
+            normal: Tensor = self.norm(scores.to(self.norm.weight.dtype)).float()
         else:
             everyone = whole_batch(scores)
             centre, variance = everyone.mean(dim=0), everyone.var(dim=0, unbiased=False)
@@ -91,7 +91,7 @@ class Gate(nn.Module):
         """
         scores = whole_batch(self.score(pooled(feature)).float())
         if self.training and len(scores) > 1:
-            self.norm(scores)
+            self.norm(scores.to(self.norm.weight.dtype))
 
 
 class ONE(Method):

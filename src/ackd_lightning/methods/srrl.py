@@ -107,7 +107,7 @@ class SRRL(Method):
             )
         ours = pooled(self.regressor(features_of(student)[-1])).float()
         with torch.autocast(ours.device.type, enabled=False):
-            logits = F.linear(ours, self.weight, self.bias)
+            logits = F.linear(ours, self.weight.float(), self.bias.float())
         if self.given.gives_probabilities:
             logits = F.log_softmax(logits, dim=1)
         return {

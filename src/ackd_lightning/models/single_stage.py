@@ -75,16 +75,17 @@ class SingleStage:
         return self  # it never changes
 
     def __call__(self, feature: Tensor) -> Tensor:
-        """Return the stage's output; gradients flow into the feature.
+        """Return the stage's output, in the type of the feature but for autocast; gradients flow into the feature.
 
         Args:
             feature: Output of the stage before, ``B x C x H x W``.
         """
+        mixed = torch.is_autocast_enabled(feature.device.type)  # otherwise the student may be of another type
         if feature.device != self.device:
             self._take(feature.device)
             self.device = feature.device
         try:
-            self.part(feature)
+            self.part(feature if mixed else feature.float())
         except _Done as done:
-            return done.value
+            return done.value if mixed else done.value.to(feature.dtype)
         raise AssertionError("the stage was not run")

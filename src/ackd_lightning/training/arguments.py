@@ -1,4 +1,4 @@
-"""Arguments of the constructor of a training module, which a checkpoint keeps."""
+"""Arguments of the constructor of a training module: which a checkpoint keeps, and a method that is free."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import inspect
 from typing import Any
 
 import lightning.pytorch as L
+
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods.base import Method, Networks
 
 
 def note_arguments(cls: type[L.LightningModule]) -> None:
@@ -28,3 +31,30 @@ def note_arguments(cls: type[L.LightningModule]) -> None:
         own(self, *args, **kwargs)
 
     cls.__init__ = constructor  # type: ignore[method-assign]
+
+
+def build_method(method: Method, networks: Networks) -> None:
+    """Build a method for the networks of a module.
+
+    A method without tensors of its own, such as `KD`, may be given to several modules.
+
+    Args:
+        method: Method of the module.
+        networks: Shapes and structures of student and teachers.
+
+    Raises:
+        ACKDError: If it was built for another module, which it would change.
+    """
+    parts = [each for each in method.modules() if isinstance(each, Method)]
+    for each in parts:
+        if "_was_built" in vars(each) and (
+            next(each.parameters(), None) is not None or any(True for _ in each.buffers())
+        ):
+            name = type(each).__name__
+            raise ACKDError(
+                f"this {name} belongs to another module, whose parameters and memories it holds; make a {name} for "
+                "each module"
+            )
+    method.build(networks)
+    for each in parts:
+        vars(each)["_was_built"] = True

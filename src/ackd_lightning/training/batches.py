@@ -21,7 +21,9 @@ _KEYS = {
 _SUM_TOLERANCE = 1e-2  # of shares in half precision
 
 
-def read_batch(batch: Any, data: DataInfo, *, check: bool = False, unlabelled: bool = True) -> Batch:
+def read_batch(
+    batch: Any, data: DataInfo, *, check: bool = False, unlabelled: bool = True, targets: bool = True
+) -> Batch:
     """Read a batch: ``(image, target)``, ``(image, target, index)``, or a mapping such as ``{"image": …, "label": …}``.
 
     Targets are class indices of any integer type, ``B`` or ``B x 1``, or ``B x K`` shares of the classes, of which
@@ -32,14 +34,20 @@ def read_batch(batch: Any, data: DataInfo, *, check: bool = False, unlabelled: b
         data: Classes, image size and channels that the module was built for.
         check: Whether to compare the targets of a batch on a GPU with the classes, too, which waits for the GPU.
         unlabelled: Whether a target may be -1, which is an image without a label.
+        targets: Whether targets are needed; otherwise ``image``, ``(image,)`` and a mapping without a target are
+            batches, too, whose targets are -1.
 
     Raises:
         ACKDError: If the batch has another form, the images another size, or a target has more than one meaning.
     """
+    if not targets and isinstance(batch, Tensor):
+        batch = (batch,)
     if isinstance(batch, Batch):
         result = batch
     elif isinstance(batch, Mapping):
         image, target, index = (_entry(batch, name) for name in _KEYS)
+        if target is None and not targets and isinstance(image, Tensor):
+            target = _no_targets(image)
         if image is None or target is None:
             missing = "image" if image is None else "target"
             raise ACKDError(
@@ -49,6 +57,8 @@ def read_batch(batch: Any, data: DataInfo, *, check: bool = False, unlabelled: b
         result = _made(image, target, index, data, check=check)
     elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
         result = _made(batch[0], batch[1], batch[2] if len(batch) == 3 else None, data, check=check)
+    elif not targets and isinstance(batch, (tuple, list)) and len(batch) == 1 and isinstance(batch[0], Tensor):
+        result = _made(batch[0], _no_targets(batch[0]), None, data, check=False)
     else:
         form = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
         raise ACKDError(f"a batch is {form}; the data must give (image, target), or add an index")
@@ -56,6 +66,10 @@ def read_batch(batch: Any, data: DataInfo, *, check: bool = False, unlabelled: b
     if check or result.target.device.type == "cpu":
         _check_range(result.target, data.num_classes, unlabelled=unlabelled)
     return result
+
+
+def _no_targets(image: Tensor) -> Tensor:
+    return torch.full((image.shape[0],), -1, device=image.device)
 
 
 def _entry(batch: Mapping[Any, Any], name: str) -> Any:

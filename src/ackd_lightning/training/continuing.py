@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
@@ -80,19 +81,23 @@ def _shown(value: Any) -> Any:
 
 
 def describe_optimizers(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
-    """Return the class and the sizes of the parameter groups of optimizers as plain data for a checkpoint.
+    """Return class, learning rate and sizes of the parameter groups of optimizers as plain data for a checkpoint.
 
     Args:
         optimizers: Optimizers of a fit.
     """
     return [
-        {"class": type(each).__name__, "groups": [len(group["params"]) for group in each.param_groups]}
+        {
+            "class": type(each).__name__,
+            "lr": float(each.defaults.get("lr", 0.0)),
+            "groups": [len(group["params"]) for group in each.param_groups],
+        }
         for each in optimizers
     ]
 
 
 def compare_optimizers(before: Sequence[Mapping[str, Any]], optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that cannot take the state in a checkpoint.
+    """Refuse optimizers that cannot take the state in a checkpoint, and say that its learning rates are kept.
 
     Args:
         before: What `describe_optimizers` returned when the checkpoint was written.
@@ -108,12 +113,18 @@ def compare_optimizers(before: Sequence[Mapping[str, Any]], optimizers: Sequence
             f"the checkpoint was trained with {first} and the settings name {second}, which cannot go on from its "
             "state; give that optimizer, or start a new run from its weights with student.weights"
         )
-    for old, new in zip(before, now, strict=True):
+    for old, new, optimizer in zip(before, now, optimizers, strict=True):
         if list(old["groups"]) != new["groups"]:
             raise ACKDError(
                 f"the checkpoint's {old['class']} has {len(old['groups'])} parameter groups of {list(old['groups'])} "
                 f"tensors and the settings make {len(new['groups'])} of {new['groups']}; leave student.freeze, "
                 "student.backbone_lr_scale and recipe.decay_norm_and_bias as they were"
+            )
+        if (rate := old.get("lr", new["lr"])) != new["lr"]:
+            optimizer.defaults["lr"] = rate
+            rank_zero_warn(
+                f"{new['class']} goes on with the learning rate of its checkpoint, {rate:g}, and not with "
+                f"{new['lr']:g}; for another rate, start a new fit from the weights"
             )
 
 

@@ -151,7 +151,7 @@ class EvaluationSteps(L.LightningModule):
     evaluation: Evaluation
 
     @abstractmethod
-    def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
+    def as_batch(self, batch: Any, *, first: bool = False, targets: bool = True) -> Batch:
         """Read a batch of any data module."""
 
     @abstractmethod
@@ -221,10 +221,12 @@ class EvaluationSteps(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return class, its probability, target and index of every image.
 
+        Batches may hold images alone: then the targets are -1.
+
         Returns:
             Four tensors of length B.
         """
-        batch = self.as_batch(batch)
+        batch = self.as_batch(batch, targets=False)
         return _predictions(self(batch.image), batch)
 
 

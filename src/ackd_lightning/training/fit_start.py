@@ -15,6 +15,7 @@ from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.training.labels import check_labels, check_sampling
 from ackd_lightning.training.monitored import check_monitors
 from ackd_lightning.training.own_callbacks import own_callbacks
+from ackd_lightning.training.own_optimizers import take_assigned
 from ackd_lightning.training.speed import GRAPHS, refuse_graphs, speed_up
 from ackd_lightning.training.steps import TrainingSteps
 from ackd_lightning.training.strategies import refuse_sharding
@@ -39,6 +40,7 @@ class FitStart(TrainingSteps):
     def setup(self, stage: str) -> None:
         """Load the teachers and tell the method about the fit."""
         refuse_sharding(self.trainer.strategy)
+        take_assigned(self)
         data = getattr(self.trainer, "datamodule", None)
         if stage != "fit":
             self._take_class_names(data)

@@ -23,7 +23,7 @@ from ackd_lightning.callbacks.length import is_whole_epoch
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.training.means import average_over_processes
-from ackd_lightning.training.schedule import reads_metric, step_scheduler
+from ackd_lightning.training.schedule import reads_metric
 from ackd_lightning.training.step_log import LoggedSteps
 from ackd_lightning.types import Batch, NetOutput
 
@@ -135,7 +135,7 @@ class ManualSteps(LoggedSteps):
             for config in self.trainer.lr_scheduler_configs:
                 if config.interval == interval and done % config.frequency == 0:
                     scheduler = cast("Any", config.scheduler)
-                    step_scheduler(scheduler, self._monitored(scheduler) if reads_metric(scheduler) else None)
+                    self.lr_scheduler_step(scheduler, self._monitored(scheduler) if reads_metric(scheduler) else None)
 
     def _monitored(self, scheduler: Any) -> Tensor:
         """Return the metric that a schedule on a plateau reads."""

@@ -27,14 +27,14 @@ from ackd_lightning.models.student_config import StudentConfig, as_student_confi
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.plain import as_plain
 from ackd_lightning.training.absent import absent_specs, describe_specs
-from ackd_lightning.training.arguments import note_arguments
+from ackd_lightning.training.arguments import build_method, note_arguments
 from ackd_lightning.training.evaluation import Evaluation
 from ackd_lightning.training.factories import constant, describe_factory, factory_of
 from ackd_lightning.training.fit_start import PASS_TEACHER, FitStart
 from ackd_lightning.training.labels import Labels, check_labels
 from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.nonfinite import NonFiniteGuard, OnNonFinite
-from ackd_lightning.training.overrides import check_overrides
+from ackd_lightning.training.overrides import check_overrides, say_uncalled
 from ackd_lightning.training.schedule import OptimizerFactory, Recipe, SchedulerFactory
 from ackd_lightning.training.speed import Compile
 from ackd_lightning.training.students import build_student, check_quantization, keep_frozen_in_evaluation
@@ -169,7 +169,7 @@ class DistillationModule(FitStart):
             teacher_networks=self.teachers.structures,
             pixel_range=self._pixel_range(),
         )
-        self.method.build(networks)
+        build_method(self.method, networks)
         check_method(self.method)
         check_quantization(self.student_config, self.method, self.recipe, compiled=compile)
         check_labels(self.method, self.recipe, None)
@@ -179,6 +179,7 @@ class DistillationModule(FitStart):
         self._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name in self.method.replicated_buffers]
         if self.auxiliary:
             self.use_manual_optimization()
+            say_uncalled(self, DistillationModule)
         self.evaluation = Evaluation(self.spec, self.method)
         self.cache = None
         self.save_hyperparameters(
@@ -193,7 +194,8 @@ class DistillationModule(FitStart):
                     "optimizer": describe_factory(optimizer),
                     "lr_scheduler": describe_factory(lr_scheduler),
                     "recipe": asdict(self.recipe),
-                    **flags,
+                    # data modules have a `seed` of their own, and Lightning refuses two values of one name
+                    **{name: each for name, each in flags.items() if name != "seed" or each is not None},
                 }
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -87,7 +88,13 @@ class OpenOptimizers(TwoGradients):
         super().on_train_start()
         if self._rate_changed:  # the finder sets one rate for all groups of all optimizers
             self._rate_changed = False
-            self.trainer.strategy.setup_optimizers(self.trainer)
+            if self.trainer.ckpt_path is None:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+            else:
+                rank_zero_warn(
+                    f"the learning rate {self.lr:g} was set after the optimizer was made, whose state comes from "
+                    f"{self.trainer.ckpt_path}, and is not used; set it before the fit"
+                )
         self._resume_loader()
         changes: list[str] = []
         for config in self.trainer.lr_scheduler_configs:
@@ -120,15 +127,21 @@ class OpenOptimizers(TwoGradients):
 
     @property
     def lr(self) -> float:
-        """Learning rate of the student's optimizer, which Lightning's ``LearningRateFinder`` reads and replaces."""
-        found = getattr(self.optimizer_factory, "keywords", {}).get("lr")
+        """Learning rate of the student's optimizer, which Lightning's ``LearningRateFinder`` reads and replaces.
+
+        Where the optimizer is a function without an ``lr``, it is what was assigned, for the sub-class that did so.
+        """
+        found = getattr(vars(self).get("optimizer_factory"), "keywords", {}).get("lr", vars(self).get("_own_lr"))
         if found is None:
             raise AttributeError("lr")
         return float(found)
 
     @lr.setter
     def lr(self, value: float) -> None:
-        factory = cast("functools.partial[Optimizer]", self.optimizer_factory)
+        factory = vars(self).get("optimizer_factory")
+        if factory is None or "lr" not in inspect.signature(factory).parameters:
+            self._own_lr = value
+            return
         self.optimizer_factory = functools.partial(factory, lr=float(value))
         self._rate_changed = self._trainer is not None
         if (stored := self.hparams.get("optimizer")) is not None:
@@ -237,6 +250,7 @@ class OpenOptimizers(TwoGradients):
             optimizers: The student's optimizer.
             schedules: Its schedule in Lightning's form; may be empty.
         """
+        self._rate_changed = False
         own = self.method.auxiliary_optimizers()
         self._follow_student([*optimizers, *own.values()], schedules)
         added = [self._schedule(each, f"lr/{name}", own_rate=True) for name, each in own.items()]

@@ -6,6 +6,7 @@ import inspect
 from types import CodeType
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ackd_lightning.errors import ACKDError
 
@@ -33,6 +34,25 @@ def check_overrides(cls: type[L.LightningModule], base: type[L.LightningModule])
                 raise ACKDError(
                     f"{each.__qualname__}.{name} replaces what {base.__name__} does there; call super().{name}(...)"
                 )
+
+
+_AUTOMATIC = ("optimizer_step", "optimizer_zero_grad", "on_before_zero_grad", "configure_gradient_clipping")
+"""Hooks that Lightning calls in automatic optimization alone."""
+
+
+def say_uncalled(module: L.LightningModule, base: type[L.LightningModule]) -> None:
+    """Say which hooks of a sub-class nothing calls, since its method has optimizers of its own.
+
+    Args:
+        module: A training module with manual optimization.
+        base: The training module that it is derived from.
+    """
+    derived = type(module).__mro__[: type(module).__mro__.index(base)]
+    if found := [name for name in _AUTOMATIC if any(name in vars(each) for each in derived)]:
+        rank_zero_warn(
+            f"{type(module).__name__} overrides {', '.join(found)}, which Lightning does not call where a method has "
+            "optimizers of its own (manual optimization); use on_before_optimizer_step, or recipe.gradient_clip_val"
+        )
 
 
 def _names(code: CodeType) -> set[str]:

@@ -13,6 +13,21 @@ from torch.optim import Optimizer
 from ackd_lightning.errors import ACKDError
 
 
+def take_assigned(module: Any) -> None:
+    """Complete a ``configure_optimizers`` that was assigned to a module, as ``LightningCLI`` does with ``--optimizer``.
+
+    Args:
+        module: Training module.
+    """
+    own = vars(module).get("configure_optimizers")
+    if own is not None and getattr(own, "func", None) is not _completed:
+        module.configure_optimizers = functools.partial(_completed, module, own)
+
+
+def _completed(module: Any, own: Callable[[], Any]) -> Any:
+    return with_method_optimizers(lambda _: own())(module)
+
+
 def with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Complete what an overridden ``configure_optimizers`` returns with the optimizers of the method.
 

@@ -71,7 +71,12 @@ class WarmUp(LRScheduler):
         self.unscaled = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._scale()
 
+    def _take_new_groups(self) -> None:
+        """Take over groups that were added to the optimizer, as Lightning's ``BaseFinetuning`` does."""
+        self.unscaled += [float(group["lr"]) for group in self.optimizer.param_groups[len(self.unscaled) :]]
+
     def _scale(self) -> None:
+        self._take_new_groups()
         factor = min(1.0, (self.count + 1) / (self.steps + 1))
         for group, lr in zip(self.optimizer.param_groups, self.unscaled, strict=True):
             group["lr"] = lr * factor
@@ -83,6 +88,7 @@ class WarmUp(LRScheduler):
         Args:
             metrics: Value that a schedule on a plateau reads.
         """
+        self._take_new_groups()
         for group, lr in zip(self.optimizer.param_groups, self.unscaled, strict=True):
             group["lr"] = lr
         step_scheduler(self.scheduler, metrics)

@@ -37,6 +37,13 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
     cache: TeacherCache | None
     _last: tuple[NetOutput, NetOutput | None, Batch] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a network under the name of a property, which would hide it."""
+        if isinstance(value, nn.Module) and isinstance(getattr(type(self), name, None), property):
+            given = " (pass it to the constructor)" if name == "teacher" else ""
+            raise ACKDError(f"{name} is a property of {type(self).__name__}; assign the network to another name{given}")
+        super().__setattr__(name, value)
+
     @property
     def teacher(self) -> FrozenTeacher | None:
         """The first teacher; None without one, and before a teacher given by name is loaded."""
@@ -87,12 +94,13 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
         logits: Tensor = self.method.head(student.features[-1])
         return logits
 
-    def as_batch(self, batch: Any, *, first: bool = False) -> Batch:
+    def as_batch(self, batch: Any, *, first: bool = False, targets: bool = True) -> Batch:
         """Read the batch of a step, as `read_batch` does; images get the floating-point type of the student's weights.
 
         Args:
             batch: Batch of any data module.
             first: Whether it is the first of an epoch, whose targets are checked on a GPU, too.
+            targets: Whether targets are needed.
 
         Raises:
             ACKDError: If it has another form than the module was built for.
@@ -100,7 +108,7 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
         check_outermost(self)
         begin_step(self.compiles, self.device)
         unlabelled = self.labelling.unlabelled or not self.training
-        result = read_batch(batch, self.data, check=first, unlabelled=unlabelled)
+        result = read_batch(batch, self.data, check=first, unlabelled=unlabelled, targets=targets)
         image = result.image.to(dtype_of(self.student))
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
