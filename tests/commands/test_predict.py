@@ -72,6 +72,15 @@ def test_a_folder_with_sub_folders_other_files_and_broken_images(capsys):
     assert predict("--images", "new", "--output", "again.csv") == 0
 
 
+@pytest.mark.parametrize("crop", [None, 1.0])
+def test_an_unknown_size_before_the_crop_is_said(crop, capsys):
+    draw("new/1.png")
+    stated = description(crop_pct=crop).metadata()
+    save_weights(create_model("resnet8", 10).state_dict(), Path("net.safetensors"), stated)
+    assert predict("--images", "new") == 0
+    assert ("does not state how images were resized" in capsys.readouterr().out) == (crop is None)
+
+
 def test_top_classes_are_those_of_the_network_and_parquet_has_the_same_columns():
     draw("one.png")
     assert predict("--images", "one.png", "--top", "3") == 0

@@ -111,6 +111,29 @@ def test_the_mark_of_the_images_is_theirs_and_not_their_place(folder, picture, t
     assert mark(folder) != before
 
 
+def test_photos_that_were_trained_on_and_are_tested_now_are_said(folder, caplog):
+    def made():
+        module = ImageFolderDataModule(folder / "train", batch_size=4)
+        module.setup()
+        return module
+
+    before = made()
+    marks = before.part_marks
+    assert {part: count for part, (count, _) in marks.items()} == {
+        part: len(before.image_names(part)) for part in ("train", "val", "test")
+    }
+    made().say_changed(marks)
+    assert "have changed" not in caplog.text
+    for name in before.image_names("test")[:3]:  # of the first class
+        (folder / "train" / name).unlink()
+    after = made()
+    assert set(after.image_names("test")) & set(before.image_names("train"))
+    after.say_changed(marks)
+    count = len(after.image_names("test"))
+    assert f"test part: {marks['test'][0]} then, {count} now" in caplog.text
+    assert "some that it has learned from may be in another part now" in caplog.text
+
+
 @pytest.mark.parametrize("val_fraction", [0.2, 0.0])
 def test_a_photo_that_is_added_moves_at_most_one_other(folder, picture, val_fraction):
     def parts() -> dict[str, str]:

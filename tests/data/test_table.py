@@ -219,6 +219,16 @@ def test_files_that_are_no_tables(photos):
             made(photos, train="x.parquet")
 
 
+def test_a_class_is_one_however_unicode_composes_its_name(photos):
+    forms = ["\u00e9pic\u00e9a", "e\u0301pice\u0301a", "oak"]
+    write(photos / "train.csv", lines(forms * 6))
+    write(photos / "test.csv", lines(forms[1:], start=18))
+    for given in (None, ["oak", forms[1]]):
+        data = made(photos, train="train.csv", test="test.csv", class_names=given)
+        assert set(data.class_names) == {forms[0], "oak"}
+        assert data.num_classes == 2
+
+
 def test_images_in_two_parts_are_said(photos, caplog):
     write(photos / "train.csv", GOOD)
     write(photos / "test.csv", GOOD[:3])

@@ -201,6 +201,14 @@ def test_a_file_is_compared_on_batches_of_every_form_that_trains(form):
     assert images.accuracy(torch.eye(4)[images.targets]) == 1
 
 
+def test_preprocessing_is_not_put_into_a_network_whose_pixels_have_a_range_of_their_own(tmp_path):
+    network, description = trained(tmp_path)
+    ranged = description.replace(value_range=(0.0, 40.0))
+    with pytest.raises(ACKDError, match="value_range 0 to 40"):
+        reading_uint8(network, ranged)
+    assert "pixels from 0 to 40 become 0 to 1" in "\n".join(ranged.lines())
+
+
 def test_a_network_with_preprocessing_is_compared_on_what_it_can_read(tmp_path):
     network, description = trained(tmp_path, input_size=[16, 16])
     description = description.replace(mean=(0.5,) * 3, std=(0.25,) * 3)

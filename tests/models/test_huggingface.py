@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
+from ackd_lightning.data.transforms import normalise
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import AT
 from ackd_lightning.models.features import staged_forward
 from ackd_lightning.models.finding import plan_for
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.models.zoo.huggingface import described
 from ackd_lightning.models.zoo.pretrained import pretrained, published
 
 transformers = pytest.importorskip("transformers", reason="networks hf:FOLDER need the extra huggingface")
@@ -94,3 +96,32 @@ def test_a_folder_without_weights_of_its_own_is_said_how_to_use(folder):
     module = DistillationModule("resnet8", method=AT(), teacher=f"hf:{folder}", data=DataInfo(3, 32))
     with pytest.raises(ACKDError, match=r"teacher\.pretrained to true for the folder"):
         module.load_teacher()
+
+
+@pytest.mark.parametrize("case", ["plain", "include_top", "offset", "no_normalize", "no_rescale"])
+def test_normalisation_is_that_of_the_image_processor(tmp_path, case):
+    stated = {
+        "plain": {},
+        "include_top": {"include_top": True},
+        "offset": {"rescale_offset": True, "rescale_factor": 1 / 127.5, "include_top": False},
+        "no_normalize": {"do_normalize": False, "include_top": False},
+        "no_rescale": {"do_rescale": False, "include_top": False},
+    }[case]
+    processor = transformers.EfficientNetImageProcessor(
+        **{"include_top": False, "do_resize": False, "do_center_crop": False, **stated},
+        image_mean=[0.5, 0.4, 0.3],
+        image_std=[0.5, 0.6, 0.7],
+    )
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "ant", "1": "bee"}}))
+    found = described(tmp_path)
+    pixels = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
+    wanted = torch.as_tensor(processor(pixels.numpy(), return_tensors="pt")["pixel_values"][0])
+    torch.testing.assert_close(normalise(pixels[None], found["mean"], found["std"])[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_whose_network_reads_bgr_is_refused(folder):
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_flip_channel_order": True}))
+    with pytest.raises(ACKDError, match="BGR"):
+        pretrained(f"hf:{folder}")

@@ -13,6 +13,7 @@ import torch
 import torchvision.models
 from safetensors.torch import save_file
 
+from ackd_lightning import CE, DataInfo, DistillationModule, StudentConfig
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.pretrained import pretrained, published
@@ -64,6 +65,22 @@ def test_torchvision_reads_the_file_in_its_cache(hub, capsys, name):
     assert name in first
     assert str(hub) in first
     assert "https://download.pytorch.org/models/" in first
+
+
+def test_a_student_keeps_the_normalisation_inside_published_inception_networks(hub):
+    published_state = torchvision.models.googlenet(aux_logits=True, init_weights=False).state_dict()
+    torch.save(published_state, hub / torchvision.models.get_model_weights("googlenet").DEFAULT.url.rpartition("/")[2])
+    data = DataInfo(1000, 96, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    module = DistillationModule(StudentConfig("googlenet", pretrained=True), method=CE(), data=data)
+    network = module.student.plain().eval()
+    images = torch.randn(2, 3, 96, 96)
+    wanted = pretrained("googlenet")[0].eval()
+    assert wanted.transform_input
+    again = create_model(network.model_name, 1000, **network.model_options).eval()
+    again.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        for each in (network, again):
+            torch.testing.assert_close(each(images), wanted(images))
 
 
 def test_a_fetch_is_announced_before_it_happens(monkeypatch, capsys):

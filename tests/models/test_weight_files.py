@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.weights import load_weights
 from ackd_lightning.models.zoo import create_model
 
@@ -128,6 +129,18 @@ class Options:
 
 class Meter(Options):
     """Another one."""
+
+
+def test_notes_of_another_trainer_are_not_taken_for_those_of_this_package(tmp_path, capsys):
+    beside = {"val_acc": 93.4, "test_acc": 0.5, "head": "linear", "mean": 0.5, "epoch": 3}
+    torch.save({"state_dict": small().state_dict(), **beside}, tmp_path / "a.pth")
+    metadata = load_weights(create_model("resnet8", 5), tmp_path / "a.pth")
+    assert typed_metadata(metadata, "a.pth") == {"test_acc": 0.5}
+    assert "head" not in metadata
+    assert metadata["epoch"] == "3"
+    said = capsys.readouterr().out
+    assert "its val_acc, 93.4, is not in the form of this package" in said
+    assert "its mean, 0.5," in said
 
 
 def scripted(file, source, zipped):

@@ -27,7 +27,8 @@ from ackd_lightning import (
 from ackd_lightning.methods import DCM
 from ackd_lightning.models.freezing import frozen_modules
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers
-from ackd_lightning.models.weights import read_metadata
+from ackd_lightning.models.start import match_head
+from ackd_lightning.models.weights import load_weights, read_metadata
 from ackd_lightning.models.zoo import pretrained as published
 from training.helpers import CLASSES, DATA, SIZE, Blobs, TinyNet, build, state, trainer
 
@@ -117,6 +118,20 @@ def test_a_head_follows_the_class_names(tmp_path, capsys, names, said):
     before = state(module.student)
     fit(module, limit_train_batches=0, limit_val_batches=1)  # once is enough
     assert not differing(before, state(module.student))
+
+
+def test_layers_of_a_head_before_its_classifier_are_not_reordered(tmp_path):
+    torch.manual_seed(5)
+    source = create_model("timm:levit_128s", CLASSES)
+    names = NAMES[::-1]
+    file = save_weights(source, tmp_path / "levit.safetensors", {"class_names": json.dumps(names)})
+    network = create_model("timm:levit_128s", CLASSES)
+    load_weights(network, file)
+    match_head(network, names, NAMES, "a file")
+    images = torch.randn(2, 3, 224, 224)
+    order = [names.index(each) for each in NAMES]
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images), source.eval()(images)[:, order])
 
 
 @pytest.mark.parametrize("name", ["resnet8", "timm:test_efficientnet"])

@@ -88,6 +88,11 @@ def predict(
         print(f"skipped {name}: {problem}", file=sys.stderr)
     for line in notes.lines(description.channels):
         print(line)
+    if description.crop_pct is None:
+        print(
+            f"{network.path} does not state how images were resized in its training: they are resized until they cover "
+            "the input (bilinear) and cut in the middle"
+        )
     if description.class_names is None:
         print(f"{network.path} does not name its classes, so class_name is empty")
     if len(found.files) <= _SHOWN:

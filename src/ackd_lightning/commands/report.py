@@ -136,6 +136,7 @@ def _run(
     cli = trained(checkpoint, content, settings)
     module = cli.model
     data = _prepared(cli, content["ackd_lightning"].get("class_names"))
+    data.say_changed(content["ackd_lightning"].get("images") or {})
     notes = []
     try:
         module.load_teacher()

@@ -14,6 +14,7 @@ from torch import Tensor
 from ackd_lightning.data.augmentation import Augmentation
 from ackd_lightning.data.datasets import EVAL_BORDER, IN_MEMORY
 from ackd_lightning.data.loaders import ImageLoaders
+from ackd_lightning.data.messages import say
 from ackd_lightning.data.sampling import (
     Part,
     stratified_split,
@@ -147,6 +148,7 @@ class ImageDataModule(ImageLoaders):
         self._rows: dict[Part, tuple[Part, Tensor]] = {}
         """The part that each one is read from, and its positions there."""
         self._held: dict[Part, tuple[Tensor, Tensor]] = {}
+        self._marks: dict[str, list[int]] = {}
 
     # ------------------------------------------------------------------------------------- provided by each data set
 
@@ -212,6 +214,32 @@ class ImageDataModule(ImageLoaders):
         source, rows = self._part(part)
         names = source.names
         return None if names is None else [names[row] for row in rows.tolist()]
+
+    @property
+    def part_marks(self) -> dict[str, list[int]]:
+        """Number of images of each part, and a sum of hashes of their names; empty where names do not decide the split.
+
+        Known after `setup`.
+        """
+        if self._rows and not self._marks:
+            for part, (where, rows) in self._rows.items():
+                if (keys := self._split_keys(self._sources[where])) is not None:
+                    self._marks[part] = [len(rows), int(keys[rows].sum())]
+        return self._marks
+
+    def say_changed(self, before: Mapping[str, Sequence[int]]) -> None:
+        """Say which parts have changed since a run was trained.
+
+        Args:
+            before: `part_marks` of the run.
+        """
+        now = self.part_marks
+        changed = [part for part in before if part in now and list(before[part]) != now[part]]
+        if not changed:
+            return
+        counts = ", ".join(f"{part} part: {before[part][0]:,} then, {now[part][0]:,} now" for part in changed)
+        more = ": some that it has learned from may be in another part now, where they make the accuracy too high"
+        say(f"the images have changed since the run was trained ({counts}){more if 'train' in changed else ''}")
 
     def use_class_order(self, names: Sequence[str]) -> bool:
         """Give the classes the indices that they have in ``names``, such as those of a trained network.

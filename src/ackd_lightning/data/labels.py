@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from numbers import Number
@@ -27,6 +28,7 @@ def read_labels(
 ) -> list[Label]:
     """Return the labels of a column: all whole numbers, or all text; None for an empty one, for -1 and for nan.
 
+    Text is brought into composed Unicode (NFC), so that one word is one class, whatever program wrote it.
     Numbers are read from their usual spelling alone (7, 007, 7.0), not from 1e2, which may be a name.
 
     Args:
@@ -39,7 +41,8 @@ def read_labels(
         ACKDError: If a label is another number or no number and no text, or numbers and text are mixed.
     """
     labels: list[Label] = []
-    digits = [_NUMBER.fullmatch(name) is not None for name in names or ()]
+    names = composed(names or ())
+    digits = [_NUMBER.fullmatch(name) is not None for name in names]
     all_text = any(digits) and not all(digits)
     for row, value in enumerate(values):
         if not isinstance(value, str | Number | np.generic | None):
@@ -47,9 +50,9 @@ def read_labels(
                 f"the label in {place(row)} is {type(value).__name__}, and labels are whole numbers or text: set "
                 "label_column"
             )
-        text = "" if value is None else str(value).strip()
+        text = "" if value is None else composed([str(value)])[0].strip()
         is_text = isinstance(value, str | bool | np.bool_) and _NUMBER.fullmatch(text) is None
-        listed = isinstance(value, str) and text in (names or ())
+        listed = isinstance(value, str) and text in names
         if text and (listed or text.lower() != "nan") and (all_text or is_text):
             labels.append(text)
             continue
@@ -71,6 +74,15 @@ def read_labels(
             "kind, or list all of them in class_names to read them as text"
         )
     return labels
+
+
+def composed(names: Sequence[str]) -> list[str]:
+    """Return names in composed Unicode (NFC).
+
+    Args:
+        names: Names of classes, as they were written.
+    """
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def _whole(text: str) -> int | None:
@@ -113,6 +125,7 @@ def classes_of(
             listed = ", ".join(map(str, found[:_SHOWN])) + (", …" if len(found) > _SHOWN else "")
             say(f"the labels of {place} are {listed}: they become the classes 0 to {len(found) - 1}")
         return {label: index for index, label in enumerate(found)}, [str(label) for label in found]
+    names = composed(names)
     if len(set(names)) < len(names):
         twice = next(name for number, name in enumerate(names) if name in names[:number])
         raise ACKDError(f"class_names has {twice!r} twice: give every class a name of its own")

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ackd_lightning.data.augmentation import ImageAugmentation
 from ackd_lightning.data.datasets import EVAL_BORDER, augmented_crop, reduction
 from ackd_lightning.data.decoding import Encoded, load_for_crop, load_image
+from ackd_lightning.data.labels import composed
 from ackd_lightning.data.pixels import ImageFormat, convert, fit, is_deep, to_tensor
 from ackd_lightning.data.sampling import STREAM_SHUFFLE, STREAM_TRANSFORM, ImageLoader
 from ackd_lightning.data.transforms import RawBatch
@@ -77,7 +78,7 @@ class ShardFormat:
         """
         if label is None:
             raise ACKDError(f"{place} has no file .{self.label_key} with its label: set label_key to its ending")
-        text = label[:200].decode("utf-8", "replace").strip()
+        text = composed([label[:200].decode("utf-8", "replace")])[0].strip()
         if text not in self.classes:
             raise ACKDError(
                 f"the label {text[:60]!r} of {place} is not a class: it must be a name of class_names, or a number "

@@ -15,7 +15,7 @@ from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
 from ackd_lightning.data.custom import CustomImagesDataModule, say_shared
 from ackd_lightning.data.datasets import IN_MEMORY
 from ackd_lightning.data.decoding import Encoded, load_image
-from ackd_lightning.data.labels import refuse_ambiguous
+from ackd_lightning.data.labels import composed, refuse_ambiguous
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.pixels import is_deep
@@ -103,7 +103,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
         self.num_classes = len(class_names) if class_names is not None else int(num_classes or 0)
         if self.num_classes < 2:
             raise ACKDError(f"num_classes is {self.num_classes}, and a classifier needs two classes")
-        self._own_names = None if class_names is None else tuple(class_names)
+        self._own_names = None if class_names is None else tuple(composed(class_names))
         refuse_ambiguous(self._own_names or (), f"the shards in {self.root}")
         self.class_names = self._own_names
         self.label_key = label_key.lstrip(".").lower()

@@ -259,6 +259,9 @@ class Description:
             crop = f"resized until they cover 1/{self.crop_pct:.3f} of it ({self.interpolation}), centre crop"
         if self.mean is None or self.std is None:
             return f"{crop}, normalisation not stated"
+        if self.value_range is not None:
+            low, high = self.value_range
+            crop += f", pixels from {low:g} to {high:g} become 0 to 1"
         mean, std = (" ".join(f"{each:.4g}" for each in values) for values in (self.mean, self.std))
         return f"{crop}, mean {mean}, std {std}"
 

@@ -52,12 +52,18 @@ def reading_uint8(network: nn.Module, description: Description) -> nn.Module:
         description: What it is.
 
     Raises:
-        ACKDError: If its images are not uint8, or mean and std are unknown.
+        ACKDError: If its images are not uint8 from 0 to 255, or mean and std are unknown.
     """
     prepared = Preprocessing(description)
     if prepared.form.deep:
         raise ACKDError(
             "--with-preprocessing needs images of 8 bits and this network was trained on images of more; leave it out"
+        )
+    if prepared.form.value_range is not None:
+        low, high = prepared.form.value_range
+        raise ACKDError(
+            f"--with-preprocessing reads pixels from 0 to 255 and this network was trained with value_range {low:g} to "
+            f"{high:g}; leave it out"
         )
     return WithPreprocessing(network, prepared.mean, prepared.std).eval()
 

@@ -47,6 +47,10 @@ _WORDS = ("interpolation", "pixels", "reads")
 """Entries that are text as they are, and not JSON."""
 
 
+_OWN = ("head", "method", "model_options")
+"""Entries whose form only this package knows."""
+
+
 def as_text(values: Mapping[str, Any]) -> dict[str, str]:
     """Write what is known of a network as the metadata of a weight file: texts as they are, other values as JSON.
 
@@ -58,6 +62,28 @@ def as_text(values: Mapping[str, Any]) -> dict[str, str]:
         for key, value in values.items()
         if value is not None
     }
+
+
+def _read(key: str, text: str) -> tuple[Any, bool]:
+    """Return the value of an entry, and whether it is one that the entry can have."""
+    try:
+        value = text.strip('"') if key in _WORDS else json.loads(text)
+        return value, _ENTRIES[key][0](value)
+    except (ValueError, TypeError, RecursionError):
+        return None, False
+
+
+def of_other_programs(notes: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Choose the notes beside weights that another program wrote which mean what they mean here.
+
+    Args:
+        notes: Text by name.
+
+    Returns:
+        Notes that are read, and the names of those that have another form than in the files of this package.
+    """
+    odd = [key for key, text in notes.items() if key in _ENTRIES and not _read(key, text)[1]]
+    return {key: text for key, text in notes.items() if key not in odd and key not in _OWN}, odd
 
 
 def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
@@ -75,14 +101,10 @@ def typed_metadata(metadata: Mapping[str, str], weights: str) -> dict[str, Any]:
         ACKDError: If an entry has a value that it cannot have.
     """
     found: dict[str, Any] = {}
-    for key, (right, allowed) in _ENTRIES.items():
+    for key, (_, allowed) in _ENTRIES.items():
         if key not in metadata:
             continue
-        try:
-            found[key] = metadata[key].strip('"') if key in _WORDS else json.loads(metadata[key])
-            good = right(found[key])
-        except (ValueError, TypeError, RecursionError):
-            good = False
+        found[key], good = _read(key, metadata[key])
         if not good:
             raise ACKDError(
                 f"{key} is {metadata[key][:60]!r} in the metadata of {weights}; it must be {allowed}, so export the "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import load_tensors
@@ -58,10 +59,14 @@ def start(
     """
     headed: str | None = None  # method whose head stands in place of the network's own
     if config.pretrained:
+        from ackd_lightning.models.zoo import named
         from ackd_lightning.models.zoo.pretrained import pretrained  # imports timm
 
         source, stated = pretrained(str(config.network), config.options)
         tensors: dict[str, Tensor] = source.state_dict()
+        if getattr(source, "transform_input", False):  # Inception networks of torchvision change the normalisation
+            network.transform_input = True  # type: ignore[assignment]
+            named(network, str(config.network), {**(config.options or {}), "transform_input": True})
         origin, notes = f"{config.network} ({stated['weights']})", {"published": str(stated["weights"])}
     elif config.weights is not None:
         file = local_file(config.weights)
@@ -161,8 +166,11 @@ def match_head(network: nn.Module, there: Sequence[str], here: Sequence[str], or
     if set(there) == set(here):
         place = {name: number for number, name in enumerate(there)}
         order = [place[name] for name in here]
-        for parameter in (each for head in heads for each in head.parameters()):
-            parameter.copy_(parameter[order])
+        inside = [layer for head in heads for layer in head.modules()]
+        layers = [layer for layer in inside if not isinstance(layer, (_NormBase, nn.LayerNorm))]
+        for parameter in {each for layer in layers for each in layer.parameters(recurse=False)}:
+            if parameter.shape[:1] == (len(order),):  # a head can have layers before the one that counts classes
+                parameter.copy_(parameter[order])
         tell(f"the head of {origin} is reordered to the classes of the data")
         return
     for layer in (each for head in heads for each in head.modules()):

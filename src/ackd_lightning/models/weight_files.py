@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.hub import hub_file, is_hub_name
-from ackd_lightning.models.metadata import as_text
+from ackd_lightning.models.metadata import as_text, of_other_programs
 
 
 def refuse_url(path: str | os.PathLike[str]) -> Path:
@@ -207,7 +207,9 @@ def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     named = [entry for entry in STATE_DICTS if isinstance(loaded.get(entry), Mapping)]
     if named:
         beside = {key: _as_text(value) for key, value in loaded.items() if key != named[0]}
-        notes = {str(key): text for key, text in beside.items() if text is not None}
+        notes, odd = of_other_programs({str(key): text for key, text in beside.items() if text is not None})
+        for key in odd:
+            tell(f"{file}: its {key}, {beside[key]}, is not in the form of this package and is not read")
         notes |= _own_notes(loaded.get("ackd_lightning"))
         others = [key for key, each in loaded.items() if key != named[0] and _is_state_dict(each)]
         if others:

@@ -187,6 +187,7 @@ class SelfDescribing(OpenOptimizers):
             "class_names": list(self.data.class_names) if self.data.class_names else None,
             "preprocessing": data.preprocessing if isinstance(data, ImageDataModule) else None,
             "data": type(data).__name__ if data is not None else None,
+            "images": data.part_marks if isinstance(data, ImageDataModule) else None,
             "method": type(self.method).__name__,
             "teacher": self._teacher_names(),
             "teacher_sha256": [each.metadata.get("sha256") for each in self.teachers.frozen],
@@ -229,6 +230,9 @@ class SelfDescribing(OpenOptimizers):
         self._same_teachers(metadata.get("teacher_sha256") or [])
         if names := metadata.get("class_names"):
             self._match_data(names)
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, ImageDataModule):
+            data.say_changed(metadata.get("images") or {})
         go_on_inside_epoch(checkpoint)
 
     def _same_teachers(self, known: Sequence[str | None]) -> None:

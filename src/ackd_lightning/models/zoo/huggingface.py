@@ -100,14 +100,21 @@ def described(folder: Path) -> dict[str, Any]:
     Returns:
         ``class_names``, and ``mean`` and ``std`` of pixels in 0 to 1, ``input_size`` (height, width) and
         ``interpolation`` where they are stated.
+
+    Raises:
+        ACKDError: If the network reads the channels in another order.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     labels = config.get("id2label") or {str(number): f"LABEL_{number}" for number in range(config.get("num_labels", 2))}
     result: dict[str, Any] = {"class_names": [labels[number] for number in sorted(labels, key=int)]}
     file = folder / "preprocessor_config.json"
     stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if stated.get("do_normalize", True) and "image_mean" in stated and "image_std" in stated:
-        result |= {"mean": tuple(stated["image_mean"]), "std": tuple(stated["image_std"])}
+    if stated.get("do_flip_channel_order"):
+        raise ACKDError(
+            f"{file} has do_flip_channel_order, so the network reads BGR, and images here are RGB: reverse the input "
+            "channels of its first convolution, and set do_flip_channel_order to false"
+        )
+    result |= _normalisation(stated, config.get("num_channels") or 3)
     size = stated.get("crop_size") if stated.get("do_center_crop") else stated.get("size")
     size = size if size is not None else config.get("image_size")
     if isinstance(size, dict):
@@ -117,6 +124,25 @@ def described(folder: Path) -> dict[str, Any]:
     if stated.get("resample") in _RESAMPLE:
         result["interpolation"] = _RESAMPLE[stated["resample"]]
     return result
+
+
+def _normalisation(stated: dict[str, Any], channels: int) -> dict[str, Any]:
+    """Return ``mean`` and ``std`` of pixels in 0 to 1 that do what the image processor of a folder does; {} if unknown.
+
+    A processor multiplies pixels of 0 to 255 by ``rescale_factor``, subtracts 1 with ``rescale_offset``, normalises,
+    and with ``include_top`` (EfficientNet) divides by the standard deviation again.
+    """
+    mean, std = stated.get("image_mean"), stated.get("image_std")
+    if not stated.get("do_normalize", True):
+        mean, std = [0.0] * channels, [1.0] * channels
+    if mean is None or std is None:
+        return {}
+    rescale = stated.get("do_rescale", True)
+    factor = 255 * stated.get("rescale_factor", 1 / 255) if rescale else 255.0
+    offset = 1.0 if rescale and stated.get("rescale_offset") else 0.0
+    again = stated.get("image_std") if stated.get("include_top") else None
+    std = [each * more for each, more in zip(std, again or [1.0] * len(std), strict=True)]
+    return {"mean": tuple((each + offset) / factor for each in mean), "std": tuple(each / factor for each in std)}
 
 
 @contextlib.contextmanager
