@@ -61,6 +61,19 @@ def test_several_seeds_are_compared_by_a_bootstrap():
     assert "is significant" in different
 
 
+def test_a_difference_that_the_seeds_do_not_share_is_no_significant_one():
+    groups = {
+        name: [make_run(name, seed=seed, right=right) for seed, right in enumerate(of_each)]
+        for name, of_each in (("kd", (190, 130)), ("ce", (100, 130)), ("one", (100,)))
+    }
+    seeds, one = paired_tests(groups, "last")
+    assert seeds.startswith("kd is 22.50 points better than ce (95 % interval 1")  # of the images alone, far from 0
+    assert "over the seeds the interval is -" in seeds
+    assert "may be chance" in seeds
+    assert one.endswith("one seed says nothing about other trainings")
+    assert "significant" not in one
+
+
 @pytest.mark.parametrize("which", ["last", "best"])
 def test_a_run_without_predictions_or_with_other_images_is_named(which):
     first, second = make_run("kd", right=9, which=which), make_run("ce", right=8, images="other", which=which)

@@ -19,6 +19,41 @@ def test_terms_keep_their_names_and_a_taken_one_gets_the_number_of_its_method(sc
     assert torch.equal(terms["kd_3"], KD()(here.student, here.teacher, here.batch)["kd"])
 
 
+class Logging(CE):
+    """Cross-entropy with an optimizer and logged values of its own."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value, self.net = value, torch.nn.Linear(1, 1)
+
+    def auxiliary_optimizers(self):
+        return {"disc": torch.optim.SGD(self.net.parameters(), 0.1)}
+
+    def auxiliary_loss(self, name, student, teacher, batch):
+        return self.net.weight.sum(), {"disc_loss": torch.tensor(self.value)}
+
+    def statistics(self, student):
+        return {"stat": self.value}
+
+    def examples(self, batch):
+        return self.value
+
+
+def test_logged_values_of_the_same_name_are_kept_apart(scene):
+    here = scene(0)
+    method = Sum([KD(), Logging(1.0), Logging(3.0)])
+    logged = {}
+    for name in method.auxiliary_optimizers():
+        logged |= method.auxiliary_loss(name, here.student, here.teacher, here.batch)[1]
+    assert logged == {"disc_loss": 1.0, "disc_loss_3": 3.0}
+    assert method.statistics(here.student) == {"stat": 1.0, "stat_3": 3.0}
+
+
+def test_pictures_of_a_method_are_those_of_its_sum():
+    assert Sum([KD(), Logging(2.0)]).examples(None) == 2.0
+    assert not hasattr(Sum([KD(), CE()]), "examples")
+
+
 def test_the_loss_is_the_weighted_sum_of_the_losses(scene):
     here = scene(0)
     scenes = here.student, here.teacher, here.batch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.metrics.intervals import mean_interval, paired_test, share_text, wilson_interval
+from ackd_lightning.metrics.intervals import mean_interval, paired_test, say_difference, share_text, wilson_interval
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (3, 10), (10, 10), (777, 1000)])
@@ -53,6 +53,10 @@ def test_the_sentence_names_the_better_one_and_whether_it_may_be_chance():
     assert "may be chance" in unsure.sentence("a", "b")
     low, high = unsure.sentence("a", "b").split("interval ")[1].split(")")[0].split(" to ")
     assert float(low) < 2 < float(high)
+
+
+def test_a_difference_by_rounding_alone_is_none():
+    assert say_difference("a", "b", 0.1 + 0.2 - 0.3, -0.1, 0.1).startswith("a and b are equally accurate")
 
 
 @pytest.mark.parametrize("counts", [(3, 4), (0, 0)])

@@ -19,6 +19,7 @@ from ackd_lightning.methods import ACKD, CE, KD, SP, VID, Sum
 from ackd_lightning.methods.base import is_task_term
 from ackd_lightning.methods.description import from_description
 from ackd_lightning.training import DOT, Recipe
+from ackd_lightning.training.dot import gradients_of
 from training.helpers import CLASSES, BadImages, IndexedBlobs, build, largest_difference, sgd, state, teaching, trainer
 
 IMAGES = DataInfo(CLASSES, 16, (0.5,) * 3, (0.5,) * 3)
@@ -231,3 +232,9 @@ def test_compiled_networks_have_two_gradients(tmp_path):
     plain = build(KD(), optimizer=dot(delta=0.08), decays=[50])
     trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=0).fit(plain, IndexedBlobs())
     assert largest_difference(state(net), state(plain)) < 1e-3
+
+
+def test_a_distillation_that_is_constant_at_first_has_no_gradient():
+    layer = nn.Linear(1, 1)
+    assert gradients_of(torch.zeros(()), list(layer.parameters())) == {}
+    assert set(gradients_of(layer.weight.sum(), list(layer.parameters()))) == {layer.weight}

@@ -10,6 +10,7 @@ import torch
 
 from ackd_lightning.errors import count_of
 from ackd_lightning.metrics.intervals import (
+    difference_interval,
     mean_interval,
     paired_bootstrap,
     paired_test,
@@ -40,7 +41,8 @@ def paired_tests(groups: Mapping[str, Sequence[Path]], which: Which) -> list[str
     """Compare the first configuration with each other one on the same test images.
 
     Two single runs are compared by McNemar's exact test. Groups of several seeds are compared by a paired bootstrap
-    over the images, of the share of runs that are right.
+    over the images, of the share of runs that are right, and by Welch's t over the seeds; a difference is significant
+    where both say so.
 
     Args:
         groups: Folders of the runs of each configuration.
@@ -73,7 +75,16 @@ def _sentence(first: str, ours: Sequence[Answers], second: str, theirs: Sequence
     shares = [torch.stack([each.right for each in group]).double().mean(dim=0) for group in (ours, theirs)]
     difference, low, high = paired_bootstrap(*shares)
     seeds = f"{len(ours)} seeds" if len(ours) == len(theirs) else f"{len(ours)} and {len(theirs)} seeds"
-    return (
-        f"{say_difference(first, second, difference, low, high)}, mean of {seeds}; {say_verdict(low > 0 or high < 0)} "
+    said = (
+        f"{say_difference(first, second, difference, low, high)}, mean of {seeds} "
         f"(paired bootstrap over the same {len(ours[0]):,} test images)"
     )
+    shares_right = [[float(each.right.double().mean()) for each in group] for group in (ours, theirs)]
+    trainings = difference_interval(*shares_right)
+    if trainings is None:
+        return f"{said}; one seed says nothing about other trainings"
+    if difference < 0:
+        trainings = -trainings[1], -trainings[0]
+    around = f"{100 * trainings[0]:.2f} to {100 * trainings[1]:.2f}"
+    differs = (low > 0 or high < 0) and (trainings[0] > 0 or trainings[1] < 0)
+    return f"{said}; over the seeds the interval is {around} (Welch's t): {say_verdict(differs)}"

@@ -58,15 +58,17 @@ class Sum(Method):
         self.teacher = _ACCESS[max(_ACCESS.index(each.teacher) for each in methods)]
         self.labels = LABELS[min(LABELS.index(each.labels) for each in methods)]
         self.branches = next((each.branches for each in methods if each.branches is None or each.branches), ())
+        if shown := [each for each in methods if hasattr(each, "examples")]:
+            self.examples = shown[0].examples  # pictures of what one of the methods generates
         self._terms: dict[tuple[int, str], str] = {}
-        self._owners: dict[str, tuple[Method, str]] = {}
+        self._owners: dict[str, tuple[int, str]] = {}
         self._collect()
 
     def _each(self) -> list[Method]:
         return [cast(Method, each) for each in self.methods]
 
     def _term(self, number: int, name: str) -> str:
-        """Name in the sum of a term of the method at a position from 0."""
+        """Name in the sum of a term or a logged value of the method at a position from 0."""
         if (number, name) not in self._terms:
             taken, free, suffix = set(self._terms.values()), name, number + 1
             while free in taken:
@@ -151,15 +153,19 @@ class Sum(Method):
                 name, suffix = own, number
                 while name in found:
                     name, suffix = f"{own}_{suffix}", suffix + 1
-                found[name], self._owners[name] = optimizer, (method, own)
+                found[name], self._owners[name] = optimizer, (number - 1, own)
         return found
 
     def auxiliary_loss(
         self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Return the auxiliary loss of the method that owns the optimizer; arguments as in the base class."""
-        method, own = self._owners[name]
-        return method.auxiliary_loss(own, student, teacher, batch)
+        number, own = self._owners[name]
+        result = self._each()[number].auxiliary_loss(own, student, teacher, batch)
+        if result is None:
+            return None
+        loss, values = result
+        return loss, {self._term(number, key): value for key, value in values.items()}
 
     def ensemble(self, student: NetOutput) -> Tensor | None:
         """Return the group logits of the method that has a group.
@@ -176,4 +182,8 @@ class Sum(Method):
         Args:
             student: Output of the student.
         """
-        return {name: value for method in self._each() for name, value in method.statistics(student).items()}
+        return {
+            self._term(number, name): value
+            for number, method in enumerate(self._each())
+            for name, value in method.statistics(student).items()
+        }

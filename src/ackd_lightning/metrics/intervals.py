@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, t, ttest_ind
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
@@ -102,6 +102,10 @@ class PairedTest:
         )
 
 
+_NOTHING = 1e-9
+"""Difference below which two means of shares are equal but for rounding."""
+
+
 def say_difference(first: str, second: str, difference: float, low: float, high: float) -> str:
     """Say which of two accuracies is higher, and by how much.
 
@@ -118,7 +122,7 @@ def say_difference(first: str, second: str, difference: float, low: float, high:
     """
     if difference < 0:
         first, second, difference, low, high = second, first, -difference, -high, -low
-    if not difference:
+    if abs(difference) < _NOTHING:
         return f"{first} and {second} are equally accurate (95 % interval {100 * low:.2f} to {100 * high:.2f} points)"
     return (
         f"{first} is {100 * difference:.2f} points better than {second} (95 % interval {100 * low:.2f} to "
@@ -210,6 +214,26 @@ def share_text(correct: int, total: int) -> str:
     """
     low, high = wilson_interval(correct, total)
     return f"{100 * correct / total:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f})"
+
+
+def difference_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
+    """Compute the 95 % interval of a difference of two means over seeds by Welch's t; None without two values in each.
+
+    Args:
+        first: One value for each seed.
+        second: Values that are subtracted.
+
+    Examples:
+        >>> low, high = difference_interval([90.0, 91.0, 92.0], [88.0, 90.0, 89.0])
+        >>> f"{low:.2f} {high:.2f}"
+        '-0.27 4.27'
+    """
+    if min(len(first), len(second)) < 2:
+        return None
+    if statistics.stdev(first) == statistics.stdev(second) == 0:
+        return first[0] - second[0], first[0] - second[0]
+    found = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    return float(found.low), float(found.high)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -199,6 +199,8 @@ def gradients_of(loss: Tensor, parameters: Sequence[nn.Parameter]) -> dict[nn.Pa
         loss: Scalar.
         parameters: Trainable parameters.
     """
+    if not loss.requires_grad:  # constant terms, as before a warm-up
+        return {}
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return {each: gradient for each, gradient in zip(parameters, found, strict=True) if gradient is not None}
 

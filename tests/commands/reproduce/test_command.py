@@ -180,6 +180,25 @@ def test_rows_of_an_earlier_command_stay_in_the_table(again, capfd):
     assert rows(again)["takd"]["ours, last"] == rows(again)["student alone"]["ours, last"]
 
 
+def test_a_row_that_was_changed_after_its_run_is_said(again, capfd):
+    other = again / f"out/runs/{PAIR}+kd/kd-seed0"
+    shutil.copytree(again / CE, other)
+    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("methods.CE", "methods.KD"))
+    assert main([*COMMAND, "--methods", "ce"]) == 0
+    (said,) = [line for line in capfd.readouterr().out.splitlines() if "the table leaves it out" in line]
+    assert said.startswith(f"{PAIR}: kd, seed 0, in out/runs/")
+    assert rows(again)["kd"]["ours, last"] == "not run"
+
+
+def test_a_row_that_only_an_earlier_command_named_stays(again, capfd):
+    other = again / f"out/runs/{PAIR}+pskd/pskd-seed0"
+    assert main([*COMMAND, "--methods", "pskd"]) == 0
+    assert other.is_dir()
+    assert main([*COMMAND, "--methods", "ce"]) == 0
+    assert rows(again)["pskd"]["n"] == "1"
+    assert rows(again)["student alone"]["n"] == "1"
+
+
 def test_one_run_fails_and_another_goes_on_to_its_end(again, capfd):
     """TAKD's teacher is a broken file; the run of the student alone was stopped before it was written down."""
     student = again / ASSISTANT / "student.safetensors"

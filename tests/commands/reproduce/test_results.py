@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from ackd_lightning.commands.reproduce.output import draw, write_records, write_tables
+from ackd_lightning.commands.reproduce.output import draw, read_records, write_records, write_tables
 from ackd_lightning.commands.reproduce.proxies import proxy_lines
 from ackd_lightning.commands.reproduce.results import Line, lines, note, record
 from ackd_lightning.commands.reproduce.tables import Row
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.weights import digest, save_weights
 from commands.reproduce.helpers import PAIR, make_job, own_table, write_run
 
@@ -284,18 +285,27 @@ class TestRecords:
     def test_those_of_other_runs_stay(self, tmp_path):
         path = tmp_path / "results.json"
         a, b, c = (str(finished(tmp_path, name).folder) for name in "abc")
-        first = [{"run": a, "seed": 0}, {"run": b, "seed": 0}]
+        row = {"pair": "p", "row": "kd"}
+        first = [{"run": a, "seed": 0, **row}, {"run": b, "seed": 0, **row}]
         write_records(first, path)
         assert json.loads(path.read_text()) == first
-        write_records([{"run": b, "seed": 1}, {"run": c}], path)
-        assert json.loads(path.read_text()) == [{"run": a, "seed": 0}, {"run": b, "seed": 1}, {"run": c}]
+        changed = [{"run": b, "seed": 1, **row}, {"run": c, **row}, {"run": b, "seed": 0, "pair": "q", "row": "kd"}]
+        write_records(changed, path)  # of another pair with the same run, too
+        assert json.loads(path.read_text()) == [first[0], *changed]
         (Path(a) / "summary.json").unlink()  # removed by hand: then it is no result any more
         write_records([], path)
-        assert [each["run"] for each in json.loads(path.read_text())] == [b, c]
+        assert [each["run"] for each in json.loads(path.read_text())] == [b, c, b]
+
+    @pytest.mark.parametrize("content", ['[{"run": ', "3", "[3]", '[{"run": "a"}]'])
+    def test_a_damaged_file_is_named(self, tmp_path, content):
+        path = tmp_path / "results.json"
+        path.write_text(content)
+        with pytest.raises(ACKDError, match=r"results\.json is damaged"):
+            read_records(path)
 
     def test_a_write_that_fails_leaves_the_old_file(self, tmp_path, monkeypatch):
         path = tmp_path / "results.json"
-        write_records([{"run": "a"}], path)
+        write_records([], path)
         before = path.read_bytes()
 
         def full(self, text, **options):
@@ -305,7 +315,7 @@ class TestRecords:
 
         monkeypatch.setattr(Path, "write_text", full)
         with pytest.raises(OSError, match="no space"):
-            write_records([{"run": "b"}], path)
+            write_records([{"run": "b", "pair": "p", "row": "kd"}], path)
         assert path.read_bytes() == before
 
 

@@ -244,4 +244,25 @@ def test_errors_are_shown_as_accuracies(name, row, shown):
 def test_a_row_may_be_a_sum_of_methods(here):
     table = own_table(here, rows={"kd+crd": {}, "both": {"method": "wttm+rkd"}})
     assert [row.method for row in table.rows.values()] == ["kd+crd", "wttm+rkd"]
-    assert all(needs_teacher(row) for row in table.rows.values())
+    (pair,) = table.pairs.values()
+    assert all(needs_teacher(row, pair) for row in table.rows.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "needed"),
+    [
+        ("pskd", {}, False),
+        ("pskd", {"model.method.weight_det": 1.0}, True),
+        ("pskd", {"model.method.init_args.weight_det": 1.0}, True),
+        ("kd", {"model.method": "ackd_lightning.methods.CE", "model.optimizer.lr": 0.1}, False),
+        ("ce", {"model.method": {"class_path": "ackd_lightning.methods.KD"}}, True),
+        ("kd", {"model.method": {"class_path": "ackd_lightning.methods.CE", "init_args": {}}}, False),
+        ("kd", {"model.method.misspelled": 1.0}, True),  # the plan of the run names it
+    ],
+)
+def test_the_settings_of_a_row_decide_whether_it_has_a_teacher(here, method, settings, needed):
+    for place in ("row", "pair"):
+        of_row = settings if place == "row" else {}
+        of_pair = {"rows": {"own": settings}} if place == "pair" else {}
+        table = own_table(here, pairs={"p": {**HERE, **of_pair}}, rows={"own": {"method": method, "set": of_row}})
+        assert needs_teacher(table.rows["own"], table.pairs["p"]) == needed

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from ackd_lightning.commands.processes import devices_for, ending_on_signals
 from ackd_lightning.commands.reproduce.estimate import job_seconds, megabytes
-from ackd_lightning.commands.reproduce.jobs import Job, check_unchanged, unchanged, union
-from ackd_lightning.commands.reproduce.output import METRIC_NAMES, columns, write_records, write_tables
+from ackd_lightning.commands.reproduce.jobs import Job, changed, check_unchanged, unchanged, union
+from ackd_lightning.commands.reproduce.output import METRIC_NAMES, columns, read_records, write_records, write_tables
 from ackd_lightning.commands.reproduce.planning import Planner, needs_teacher
 from ackd_lightning.commands.reproduce.proxies import proxy_lines
 from ackd_lightning.commands.reproduce.results import Line, lines, note, record
@@ -111,10 +111,10 @@ def _fetch_data(jobs: Sequence[Job]) -> None:
 def _plan(
     table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], seeds: Sequence[int], planner: Planner
 ) -> list[Job]:
-    if any(needs_teacher(row) and row.teacher != "itself" for row in rows):
-        for pair in pairs:
-            if planner.given_weights(pair) is None:
-                planner.teacher(pair)
+    for pair in pairs:
+        taught = any(needs_teacher(row, pair) and row.teacher != "itself" for row in rows)
+        if taught and planner.given_weights(pair) is None:
+            planner.teacher(pair)
     for row in rows:  # the runs of a row follow one another
         for pair in pairs:
             planner.add(pair, row, seeds)
@@ -181,6 +181,7 @@ def reproduce(
                 choose(table, (), [against])  # refuses an unknown row
             planner = Planner(table, folder if name != "all" else folder.parent, overrides)
             planned = _plan(table, some_pairs, rows, chosen_seeds, planner)
+            read_records(planner.out / "results.json")
             work.append((table, folder, some_pairs, rows, planner, planned))
         everything = union(job for *_, jobs in work for job in jobs)
         if dry_run:
@@ -195,8 +196,9 @@ def reproduce(
     with ending_on_signals():
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
     for table, folder, some_pairs, rows, planner, jobs in work:
-        shown = [*jobs, *_earlier(table, some_pairs, rows, chosen_seeds, planner)]
-        _report(table, folder, some_pairs, rows, planner, shown, failed, against)
+        others = _other_rows(table, rows, planner.out)
+        shown = [*jobs, *_earlier(table, some_pairs, rows, others, chosen_seeds, planner)]
+        _report(table, folder, some_pairs, rows, others, planner, shown, failed, against)
     print(f"{len(everything)} runs in {rough(time.monotonic() - started)}")
     if failed:
         reasons = _together({everything[folder].title: reason for folder, reason in failed.items()})
@@ -215,21 +217,48 @@ def _together(failed: Mapping[str, str]) -> str:
 
 
 def _earlier(
-    table: TableSpec, pairs: Sequence[Pair], rows: Sequence[Row], seeds: Sequence[int], planner: Planner
+    table: TableSpec,
+    pairs: Sequence[Pair],
+    rows: Sequence[Row],
+    others: Sequence[Row],
+    seeds: Sequence[int],
+    planner: Planner,
 ) -> list[Job]:
-    """Finished runs of an earlier call with the same settings: teachers and other rows of the table."""
+    """Finished runs of an earlier call with the same settings: teachers, and rows that were not asked for now.
+
+    Those with other settings are said.
+    """
     found: list[Job] = []
     for pair in pairs:
         if planner.given_weights(pair) is None and planner.known_teacher(pair) is None:
             with contextlib.suppress(ACKDError):  # the pair has no teacher, only students alone
                 job = planner.teacher(pair)
                 found += [job] if job.finished and unchanged(job) else []
-    for row in table.rows.values():
+    for row in [*table.rows.values(), *others]:
         if row in rows or not any(planner.out.glob(f"runs/*/{row.name}-seed*/summary.json")):
             continue
         for pair in pairs:
             with contextlib.suppress(ACKDError):  # the pair cannot have this row
-                found += [job for job in planner.add(pair, row, seeds) if job.finished and unchanged(job)]
+                for job in planner.add(pair, row, seeds):
+                    if job.finished and (change := changed(job)) is not None:
+                        key, there, planned = change
+                        print(
+                            f"{job.title}, in {job.folder}, was made with {key} = {there} and would now have "
+                            f"{planned}: the table leaves it out"
+                        )
+                    elif job.finished:
+                        found.append(job)
+    return found
+
+
+def _other_rows(table: TableSpec, rows: Sequence[Row], out: Path) -> list[Row]:
+    """Rows that an earlier call was given by ``--methods`` and that the table does not list."""
+    named = dict.fromkeys(each["row"] for each in read_records(out / "results.json"))
+    found: list[Row] = []
+    for name in named:
+        if name and name not in table.rows and name not in {row.name for row in rows}:
+            with contextlib.suppress(ACKDError):  # a row of another table with the same folder
+                found += choose(table, (), [name])[1]
     return found
 
 
@@ -238,6 +267,7 @@ def _report(
     folder: Path,
     pairs: Sequence[Pair],
     rows: Sequence[Row],
+    others: Sequence[Row],
     planner: Planner,
     jobs: Sequence[Job],
     failed: dict[Path, str],
@@ -255,7 +285,8 @@ def _report(
         content: list[Line] = proxy_lines(table, pairs, rows, [job for job in jobs if job.finished], planner)
     else:
         reasons = {(job.pair, job.row): failed[job.folder] for job in jobs if job.folder in failed}
-        content = lines(table, pairs, rows, records, planner, reasons, against)
+        done = [row for row in others if row.name in recorded]
+        content = lines(table, pairs, [*rows, *done], records, planner, reasons, against)
     files = write_tables(table, content, folder, text, against)
     asked = {"teacher", *(row.name for row in rows)}
     for pair in dict.fromkeys(line.pair for line in content):

@@ -98,10 +98,13 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
     return [part for key, text in texts.items() for part in (f"--{key}", text)]
 
 
-def _changed(job: Job) -> tuple[str, str, str] | None:
-    """First setting in which an existing run differs from the plan: its name, its value there, the planned value.
+def changed(job: Job) -> tuple[str, str, str] | None:
+    """Return the first setting in which an existing run differs from the plan: name, value there, planned value.
 
     Settings that only one side has (those of another version) are not compared.
+
+    Args:
+        job: Planned run.
     """
     path = job.folder / "config.yaml"
     if not path.is_file() or job.state() == "to do":
@@ -140,7 +143,7 @@ def unchanged(job: Job) -> bool:
     Args:
         job: Planned run.
     """
-    return _changed(job) is None
+    return changed(job) is None
 
 
 def check_unchanged(job: Job) -> None:
@@ -152,7 +155,7 @@ def check_unchanged(job: Job) -> None:
     Raises:
         ACKDError: When a setting differs.
     """
-    if (change := _changed(job)) is not None:
+    if (change := changed(job)) is not None:
         key, there, planned = change
         raise ACKDError(
             f"run {job.folder} was made with {key} = {there} and would now have {planned}; "

@@ -8,10 +8,11 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ackd_lightning.commands.reproduce.results import NOT_RUN, Line
 from ackd_lightning.commands.reproduce.specs import TableSpec
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.files import write_json
 
 _COLUMNS = ["row", "paper", "ours, last", "95 % interval", "ours, best", "n", "minus paper"]
@@ -115,14 +116,36 @@ def draw(content: Sequence[Line], target: Path) -> None:
 
 
 def write_records(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Update ``results.json``: records of other runs are kept as long as those runs exist.
+    """Update ``results.json``: records of other runs, and of other pairs, are kept as long as those runs exist.
 
     Args:
         records: Records of finished runs.
         path: File to write.
+
+    Raises:
+        ACKDError: If the file is damaged.
     """
-    known: dict[str, Any] = {}
-    if path.is_file():
-        known = {each["run"]: each for each in json.loads(path.read_text(encoding="utf-8"))}
-    known |= {each["run"]: each for each in records}
-    write_json([each for run, each in known.items() if (path.parent / run / "summary.json").is_file()], path)
+    every = [*read_records(path), *records]
+    known = {(each["run"], each["pair"], each["row"]): each for each in every}
+    write_json([each for each in known.values() if (path.parent / each["run"] / "summary.json").is_file()], path)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read ``results.json``.
+
+    Args:
+        path: The file; without it there are no records.
+
+    Raises:
+        ACKDError: If the file is damaged.
+    """
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(found, list) and all({"run", "pair", "row"} <= each.keys() for each in found)
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ACKDError(f"{path} is damaged: remove it, and the table is written again from the runs")
+    return cast("list[dict[str, Any]]", found)

@@ -22,13 +22,25 @@ _TEACHER_SEED = 0
 """Seed of teachers and assistants: one of each serves the students of all seeds."""
 
 
-def needs_teacher(row: Row) -> bool:
-    """Whether the method of a row has a teacher.
+def needs_teacher(row: Row, pair: Pair) -> bool:
+    """Whether the method of a row has a teacher, with the row's settings for a pair.
 
     Args:
         row: Row of a table.
+        pair: Pair that has the row.
     """
-    return from_description(load_configs([row.method])[0]["model"]["method"]).teacher != "none"
+    described = load_configs([row.method])[0]["model"]["method"]
+    changed = {"class_path": described["class_path"], "init_args": dict(described.get("init_args") or {})}
+    for name, value in {**row.settings, **pair.rows.get(row.name, {})}.items():
+        if name == "model.method":
+            changed.update(value if isinstance(value, dict) else {"class_path": value})
+        elif name.startswith("model.method."):
+            changed["init_args"][name.removeprefix("model.method.").removeprefix("init_args.")] = value
+    try:
+        method = from_description(changed)
+    except (ACKDError, TypeError):  # a short name of a class, or a mistake that the plan of the run names
+        method = from_description(described)
+    return method.teacher != "none"
 
 
 class Planner:
@@ -261,7 +273,7 @@ class Planner:
         """
         if row.teacher == "itself":
             return [job for seed in seeds for job in self._add(pair, row, [seed], self._itself(pair, seed))]
-        return self._add(pair, row, seeds, self._source(pair, row.teacher) if needs_teacher(row) else Source())
+        return self._add(pair, row, seeds, self._source(pair, row.teacher) if needs_teacher(row, pair) else Source())
 
     def _itself(self, pair: Pair, seed: int) -> Source:
         """Teacher that is the student trained alone from the same seed; shared with the row ``ce``."""
