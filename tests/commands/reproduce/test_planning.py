@@ -13,7 +13,7 @@ from torch import nn
 
 from ackd_lightning.commands.reproduce.command import _plan
 from ackd_lightning.commands.reproduce.estimate import megabytes, train_images
-from ackd_lightning.commands.reproduce.jobs import as_arguments, check_unchanged, unchanged, union
+from ackd_lightning.commands.reproduce.jobs import as_arguments, changed, check_unchanged, union
 from ackd_lightning.commands.reproduce.planning import Planner
 from ackd_lightning.commands.reproduce.tables import choose, read_table, table_names
 from ackd_lightning.errors import ACKDError
@@ -425,7 +425,7 @@ class TestRunsThatAreThere:
     )
     def test_another_setting_is_refused_by_name(self, job, changes, sentence, finished):
         self.write(job, finished=finished, **changes)
-        assert not unchanged(job)
+        assert changed(job) is not None
         expected = f"run {job.folder} was made with {sentence}; choose another --out, or remove that run"
         with pytest.raises(ACKDError) as caught:
             check_unchanged(job)
@@ -444,12 +444,12 @@ class TestRunsThatAreThere:
     def test_what_makes_no_other_experiment_is_not(self, job, changes):
         self.write(job, **changes)
         check_unchanged(job)
-        assert unchanged(job)
+        assert changed(job) is None
 
     def test_settings_without_a_checkpoint_do_not_count(self, job):
         self.write(job, finished=False, model__optimizer__init_args__lr=0.5)
         (job.folder / "checkpoints/last.ckpt").unlink()  # ended in its first epoch: starts again
-        assert unchanged(job)
+        assert changed(job) is None
 
     def test_the_whole_plan_is_refused(self, here, job):
         self.write(job, model__optimizer__init_args__lr=0.5)
@@ -503,9 +503,9 @@ def test_a_run_that_learnt_from_another_file_is_refused(tmp_path):
     job = make_job(tmp_path / "kd", sources=(weights,))
     write_run(job.folder, teacher={"sha256": digest(weights)})
     (job.folder / "config.yaml").write_text("{}")
-    assert unchanged(job)
+    assert changed(job) is None
     weights.write_bytes(b"two")
-    assert not unchanged(job)
+    assert changed(job) is not None
     with pytest.raises(ACKDError, match=r"was made with a teacher = .* and would now have .*teacher.safetensors"):
         check_unchanged(job)
     weights.unlink()
@@ -523,7 +523,7 @@ def test_an_unfinished_run_that_learns_from_another_file_is_refused(tmp_path):
     content = {"ackd_lightning": known, "state_dict": {}, "hyper_parameters": {}}
     torch.save(content, job.folder / "checkpoints" / "last.ckpt")
     assert job.state() == "to continue"
-    assert unchanged(job)
+    assert changed(job) is None
     weights.write_bytes(b"two")
     with pytest.raises(ACKDError, match=r"was made with a teacher = .* and would now have .*teacher.safetensors"):
         check_unchanged(job)
@@ -538,7 +538,7 @@ def test_a_run_on_other_data_is_refused_and_data_that_were_moved_are_not(tmp_pat
     with pytest.raises(ACKDError, match=r"was made with data.root = .*first and would now have .*second"):
         check_unchanged(job)
     (tmp_path / "first").rmdir()
-    assert unchanged(job)
+    assert changed(job) is None
 
 
 def test_damaged_settings_of_a_run_are_named(tmp_path):

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ackd_lightning.commands.processes import devices_for, ending_on_signals
 from ackd_lightning.commands.reproduce.estimate import job_seconds, megabytes
-from ackd_lightning.commands.reproduce.jobs import Job, changed, check_unchanged, unchanged, union
+from ackd_lightning.commands.reproduce.jobs import Job, changed, check_unchanged, union
 from ackd_lightning.commands.reproduce.output import METRIC_NAMES, columns, read_records, write_records, write_tables
 from ackd_lightning.commands.reproduce.planning import Planner, needs_teacher
 from ackd_lightning.commands.reproduce.proxies import proxy_lines
@@ -233,22 +233,26 @@ def _earlier(
         if planner.given_weights(pair) is None and planner.known_teacher(pair) is None:
             with contextlib.suppress(ACKDError):  # the pair has no teacher, only students alone
                 job = planner.teacher(pair)
-                found += [job] if job.finished and unchanged(job) else []
+                found += [job] if _is_kept(job) else []
     for row in [*table.rows.values(), *others]:
         if row in rows or not any(planner.out.glob(f"runs/*/{row.name}-seed*/summary.json")):
             continue
         for pair in pairs:
             with contextlib.suppress(ACKDError):  # the pair cannot have this row
-                for job in planner.add(pair, row, seeds):
-                    if job.finished and (change := changed(job)) is not None:
-                        key, there, planned = change
-                        print(
-                            f"{job.title}, in {job.folder}, was made with {key} = {there} and would now have "
-                            f"{planned}: the table leaves it out"
-                        )
-                    elif job.finished:
-                        found.append(job)
+                found += [job for job in planner.add(pair, row, seeds) if _is_kept(job)]
     return found
+
+
+def _is_kept(job: Job) -> bool:
+    """Whether a run of an earlier call is finished and has the planned settings; other settings are said."""
+    if not job.finished or (change := changed(job)) is None:
+        return job.finished
+    key, there, planned = change
+    print(
+        f"{job.title}, in {job.folder}, was made with {key} = {there} and would now have {planned}: the table leaves "
+        "it out"
+    )
+    return False
 
 
 def _other_rows(table: TableSpec, rows: Sequence[Row], out: Path) -> list[Row]:

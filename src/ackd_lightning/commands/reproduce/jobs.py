@@ -101,6 +101,8 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
 def changed(job: Job) -> tuple[str, str, str] | None:
     """Return the first setting in which an existing run differs from the plan: name, value there, planned value.
 
+    None for a run with the planned settings, and where there is no run.
+
     Settings that only one side has (those of another version) are not compared.
 
     Args:
@@ -135,15 +137,6 @@ def _changed_teacher(job: Job) -> tuple[str, str, str] | None:
         if (now := digest(source)) != known:
             return "a teacher", known[:12], f"{source} ({now[:12]})"
     return None
-
-
-def unchanged(job: Job) -> bool:
-    """Whether an existing run was made with the planned settings; True when there is none.
-
-    Args:
-        job: Planned run.
-    """
-    return changed(job) is None
 
 
 def check_unchanged(job: Job) -> None:
