@@ -238,3 +238,25 @@ def test_a_distillation_that_is_constant_at_first_has_no_gradient():
     layer = nn.Linear(1, 1)
     assert gradients_of(torch.zeros(()), list(layer.parameters())) == {}
     assert set(gradients_of(layer.weight.sum(), list(layer.parameters()))) == {layer.weight}
+
+
+class Late(KD):
+    """KD whose term with the labels starts at the second step."""
+
+    started = False
+
+    def forward(self, *outputs):
+        terms = super().forward(*outputs)
+        late, self.started = not self.started, True
+        return {**terms, "ce": terms["ce"].detach() * 0} if late else terms
+
+
+def test_a_term_with_labels_that_starts_later_has_its_momentum(monkeypatch):
+    reached = []
+    keep = DOT.keep_distillation
+    monkeypatch.setattr(DOT, "keep_distillation", lambda *given, task: (reached.append(task), keep(*given, task=task)))
+    net, *_ = fitted(Late(), dot(), limit_train_batches=3)
+    first, *others = [[each in task for each in net.student.parameters()] for task in reached]
+    assert not any(first)
+    assert len(others) == 2
+    assert all(all(each) for each in others)

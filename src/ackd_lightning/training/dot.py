@@ -11,7 +11,7 @@ Parameters that only one of the two reaches, such as projectors, have the moment
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -72,9 +72,9 @@ class DOT(Optimizer):
             )
         super().__init__(params, arguments)
         self._distillation: dict[nn.Parameter, Tensor] = {}
-        self._task: set[nn.Parameter] = set()
+        self._task: Set[nn.Parameter] = set()
 
-    def keep_distillation(self, gradients: Mapping[nn.Parameter, Tensor], *, task: set[nn.Parameter]) -> None:
+    def keep_distillation(self, gradients: Mapping[nn.Parameter, Tensor], *, task: Set[nn.Parameter]) -> None:
         """Keep the part of the next step's gradients that comes from the distillation, added to what is kept already.
 
         Args:
@@ -215,13 +215,14 @@ class TwoGradients(ManualSteps):
     compiles: Compile
     _dot: DOT | None = None
     _distillation: Tensor | None = None
-    _task_reaches: set[nn.Parameter] | None = None
+    _task_terms: frozenset[str] = frozenset()
+    _task_reaches: frozenset[nn.Parameter] = frozenset()
 
     def begin_split(self) -> None:
         """Prepare a fit with `DOT`."""
         optimizer = self.trainer.optimizers[0] if self.trainer.optimizers else None
         self._dot = optimizer if isinstance(optimizer, DOT) else None
-        self._task_reaches = self._distillation = None
+        self._task_terms, self._task_reaches, self._distillation = frozenset(), frozenset(), None
         if self._dot is not None:
             check_dot(
                 self.method,
@@ -243,9 +244,10 @@ class TwoGradients(ManualSteps):
         self._distillation = torch.stack(
             [weights[name] * term for name, term in terms.items() if not is_task_term(name)]
         ).sum()
-        if self._task_reaches is None:
-            task = torch.stack([weights[name] * term for name, term in terms.items() if is_task_term(name)]).sum()
-            self._task_reaches = set(gradients_of(task, self._trained()))
+        task = {name: term for name, term in terms.items() if is_task_term(name) and term.requires_grad}
+        if task.keys() != self._task_terms:  # also when a term starts or ends
+            loss = sum((weights[name] * term for name, term in task.items()), torch.zeros(()))
+            self._task_terms, self._task_reaches = frozenset(task), frozenset(gradients_of(loss, self._trained()))
 
     def _trained(self) -> list[nn.Parameter]:
         assert self._dot is not None
@@ -262,6 +264,6 @@ class TwoGradients(ManualSteps):
                 found = {each: gradient / scale for each, gradient in found.items()}
             if self.trainer.world_size > 1:
                 average_over_processes([*found.values()])  # as DDP does with the whole gradients
-            self._dot.keep_distillation(found, task=self._task_reaches or set())
+            self._dot.keep_distillation(found, task=self._task_reaches)
         self._distillation = None
         super().backward(loss, *args, **kwargs)
