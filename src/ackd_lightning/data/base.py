@@ -238,8 +238,11 @@ class ImageDataModule(ImageLoaders):
         if not changed:
             return
         counts = ", ".join(f"{part} part: {before[part][0]:,} then, {now[part][0]:,} now" for part in changed)
-        more = ": some that it has learned from may be in another part now, where they make the accuracy too high"
-        say(f"the images have changed since the run was trained ({counts}){more if 'train' in changed else ''}")
+        words = f"the parts of the data are not those that the run was trained with ({counts})"
+        if "train" in changed:
+            words += ": some images that it has learned from may be in another part now, where they make the accuracy "
+            words += "too high"
+        say(words)
 
     def use_class_order(self, names: Sequence[str]) -> bool:
         """Give the classes the indices that they have in ``names``, such as those of a trained network.
