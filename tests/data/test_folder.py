@@ -131,7 +131,7 @@ def test_photos_that_were_trained_on_and_are_tested_now_are_said(folder, caplog)
     after.say_changed(marks)
     count = len(after.image_names("test"))
     assert f"test part: {marks['test'][0]} then, {count} now" in caplog.text
-    assert "some that it has learned from may be in another part now" in caplog.text
+    assert "some images that it has learned from may be in another part now" in caplog.text
 
 
 @pytest.mark.parametrize("val_fraction", [0.2, 0.0])
