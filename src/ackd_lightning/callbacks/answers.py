@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.webdataset import WebDatasetDataModule
 from ackd_lightning.runs.answers import Answers, answers_file, hash_of_images, write_answers
 
 _KEYS = ("index", "target", "prediction", "probability")
@@ -58,12 +59,16 @@ class TestAnswers(L.Callback):
         known = bool((index >= 0).all()) and len(set(index.tolist())) == len(index)
         if known:
             found = {key: each[index.argsort()] for key, each in found.items()}
-        elif trainer.world_size > 1:
-            return  # in no known order
         data = getattr(trainer, "datamodule", None)
+        streamed = isinstance(data, WebDatasetDataModule)
+        if not known and (streamed or trainer.world_size > 1):
+            return  # in no known order
         names = data.image_names("test") if isinstance(data, ImageDataModule) and known else None
-        if names is not None:
-            names = [names[row] for row in found["index"].tolist()]
+        rows = found["index"].tolist()
+        if streamed:  # rows are numbers by name
+            names = [str(row) for row in rows]
+        elif names is not None:
+            names = [names[row] for row in rows]
         classes = getattr(getattr(pl_module, "data", None), "class_names", None) or getattr(data, "class_names", None)
         images = hash_of_images(found["target"], classes, names)
         self.answers = Answers(found["target"], found["prediction"], found["probability"], images, type(data).__name__)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import warnings
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -90,15 +92,17 @@ class ShardFormat:
 class Shards(IterableDataset[RawBatch]):
     """Batches of the images in tar shards, read by the package webdataset.
 
-    Every process and worker reads its own shards. In training, their order and that of the images in a buffer is a
-    function of (seed, epoch), each process returns the same number of batches, and one whose shards end first starts
-    again with them. In evaluation every image is read once.
+    In training, the order of the shards and that of the images in a buffer are functions of (seed, epoch). Every
+    process and worker reads a piece of its own of all images in the order of the shards, whose ends need not be those
+    of shards, so that no image is read twice in an epoch. In evaluation each has shards of its own, and every image is
+    read once.
 
     Args:
         urls: Shards.
         form: What their samples are and become.
         batch_size: Images of a batch in this process.
         batches: Number of batches of an epoch in this process; None reads every image once, in order.
+        counts: Number of images of each shard; only for training.
         seed: Seed of the run.
         place: Rank of this process, and number of processes.
         buffer: Number of images that are shuffled among each other.
@@ -111,11 +115,12 @@ class Shards(IterableDataset[RawBatch]):
         *,
         batch_size: int,
         batches: int | None,
+        counts: Sequence[int] = (),
         seed: int,
         place: tuple[int, int],
         buffer: int,
     ) -> None:
-        self.urls, self.form = list(urls), form
+        self.urls, self.form, self.counts = list(urls), form, list(counts)
         self.batch_size, self.batches = batch_size, batches
         self.seed, self.place, self.buffer = seed, place, buffer
         self.epoch, self.done = 0, 0
@@ -124,29 +129,50 @@ class Shards(IterableDataset[RawBatch]):
         """Yield the batches of this worker, after those that a resumed run has done."""
         worker = get_worker_info()
         count, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        rank, world = self.place
         if self.batches is None:
-            yield from self._batches(self._samples(number, count, 0), epoch=-1)
+            own = self.urls[rank * count + number :: world * count]
+            yield from self._batches(self._samples(own), epoch=-1)
             return
         role = (number + self.done) % count  # the loader asks worker 0 first, whose turn it need not be
         first = self.done + (role - self.done) % count
-        turns = range(first, self.batches, count)
-        endless = itertools.chain.from_iterable(self._samples(role, count, again) for again in itertools.count())
-        rest = itertools.islice(endless, len(range(role, first, count)) * self.batch_size, None)
-        yield from itertools.islice(self._batches(rest, epoch=self.epoch), len(turns))
+        before = rank * self.batches + sum(len(range(other, self.batches, count)) for other in range(role))
+        turns = len(range(role, self.batches, count))
+        start, stop = before * self.batch_size, (before + turns) * self.batch_size
+        done = len(range(role, first, count))
+        samples = itertools.islice(self._shuffled(start, stop), done * self.batch_size, None)
+        read = 0
+        for batch in self._batches(samples, epoch=self.epoch):
+            read += 1
+            yield batch
+        if read < turns - done:
+            raise ACKDError(
+                f"the shards beside {self.urls[0]} hold fewer images than when they were counted: start again"
+            )
 
-    def _samples(self, role: int, count: int, again: int) -> Iterator[dict[str, Any]]:
-        """Read the samples of one worker's shards."""
+    def _shuffled(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Read a piece of the training images in this epoch's order of the shards, shuffled in a buffer."""
         import webdataset as wds
 
-        rank, world = self.place
         seed = mix(self.seed, self.epoch, STREAM_SHUFFLE)
-        stages: list[Any] = [wds.SimpleShardList(self.urls, seed=None)]
-        if self.batches is not None:
-            stages.append(wds.detshuffle(len(self.urls), initial=len(self.urls), seed=seed, epoch=-1))
-        stages.append(lambda source: itertools.islice(source, rank * count + role, None, world * count))
-        stages.append(wds.tarfile_to_samples())
-        if self.batches is not None and self.buffer:
-            stages.append(wds.detshuffle(self.buffer, initial=self.buffer, seed=seed, epoch=again))
+        order = torch.randperm(len(self.urls), generator=torch.Generator().manual_seed(seed)).tolist()
+        ends = list(itertools.accumulate(self.counts[each] for each in order))
+        from_shard, to_shard = bisect_right(ends, start), bisect_left(ends, stop)
+        skipped = start - (ends[from_shard - 1] if from_shard else 0)
+        samples = self._samples([self.urls[each] for each in order[from_shard : to_shard + 1]])
+        piece = itertools.islice(samples, skipped, skipped + stop - start)
+        if not self.buffer:
+            return piece
+        shuffle = wds.detshuffle(self.buffer, initial=self.buffer, seed=seed, epoch=-1)
+        return cast("Iterator[dict[str, Any]]", shuffle.run(piece))
+
+    def _samples(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Read the samples of some shards."""
+        import webdataset as wds
+
+        stages: list[Any] = [wds.SimpleShardList(urls, seed=None), wds.tarfile_to_samples()]
+        if not urls:
+            return
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -171,11 +197,11 @@ class Shards(IterableDataset[RawBatch]):
         return epoch >= 0 and not self.form.crop and self.form.change is None
 
     def _read(self, sample: dict[str, Any], epoch: int) -> tuple[Tensor, int, int]:
-        """Return image, class index and a hash of the key, on which the augmentation depends."""
+        """Return image, class index and a hash of shard and key, on which the augmentation depends."""
         place = f"{sample['__key__']} in {sample['__url__']}"
         ending = self.form.image_ending([key for key in sample if key[0] != "_"], place)
         target = self.form.target(sample.get(self.form.label_key), place)
-        index = key_hash(f"{sample['__key__']}")
+        index = key_hash(f"{Path(sample['__url__']).name}/{sample['__key__']}")
         form, smallest = self.form.image, self.form.smallest_crop
         file, seed = Encoded(f"{place}.{ending}", sample[ending]), mix(self.seed, epoch, index, STREAM_TRANSFORM)
         cropped = epoch >= 0 and (self.form.crop or self.form.change is not None)
@@ -199,7 +225,7 @@ def key_hash(key: str) -> int:
     """Return a number from 0 to 2^62 - 1 that depends on a key alone.
 
     Args:
-        key: Key of a sample.
+        key: Name of a shard and key of a sample in it.
     """
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 2
 
@@ -291,16 +317,24 @@ def expand(root: Path, pattern: str) -> list[Path]:
         raise ACKDError(
             f"shards {pattern!r} cannot be expanded ({error}): write a range such as {{000..146}}"
         ) from None
-    found: list[Path] = []
-    for name in names:
-        relative = str(Path(name).relative_to("/")) if Path(name).is_absolute() else name
-        base = Path("/") if Path(name).is_absolute() else root
-        found += [path for path in sorted(base.glob(relative)) if path.is_file()]
-        if not found and name == names[-1]:
-            raise ACKDError(f"{root} has no shards {pattern!r}: name tar files, such as train-{{000..146}}.tar")
-    missing = [name for name in names if "*" not in name and not (root / name).is_file()]
-    if missing:
+    matching = {name: _matching(root / name) for name in names}
+    found = [path for name in names for path in matching[name]]
+    if not found:
+        raise ACKDError(f"{root} has no shards {pattern!r}: name tar files, such as train-{{000..146}}.tar")
+    if missing := [name for name, paths in matching.items() if not paths]:
         raise ACKDError(
             f"{len(missing):,} shards of {pattern!r} are missing, the first is {root / missing[0]}: add them"
         )
+    if twice := [path for path, count in Counter(found).items() if count > 1]:
+        raise ACKDError(f"shards {pattern!r} name {twice[0]} more than once: name each shard once")
     return found
+
+
+def _matching(path: Path) -> list[Path]:
+    """Files of a name whose last parts may have wildcards; one that exists stands for itself."""
+    if path.is_file():
+        return [path]
+    base, rest = path, Path()
+    while not base.exists():
+        base, rest = base.parent, base.name / rest
+    return [each for each in sorted(base.glob(str(rest))) if each.is_file()] if rest.parts else []

@@ -31,11 +31,10 @@ from ackd_lightning.validation import Fraction, NonNegativeInt, PositiveInt, che
 class WebDatasetDataModule(CustomImagesDataModule):
     """Images in tar shards in the layout of WebDataset, streamed: for sets that no folder holds.
 
-    A sample is an image file and a file with its label, of the same name (``000012.jpg``, ``000012.cls``). Every
-    process and every worker reads shards of its own, so there must be as many. docs/scaling.md states what is exact:
-    resuming with the same number of processes and workers is, but the batches depend on these numbers, and images have
-    no index, so methods with a row of memory for each image are refused. Needs the package ``webdataset``:
-    ``pip install 'ackd-lightning[shards]'``.
+    A sample is an image file and a file with its label, of the same name (``000012.jpg``, ``000012.cls``).
+    docs/scaling.md states what is exact: resuming with the same number of processes and workers is, but the batches
+    depend on these numbers, and training images have no index, so methods with a row of memory for each image are
+    refused. Needs the package ``webdataset``: ``pip install 'ackd-lightning[shards]'``.
 
     Args:
         root: Folder of the shards.
@@ -46,7 +45,6 @@ class WebDatasetDataModule(CustomImagesDataModule):
         class_names: Names of the classes; labels are these names, or their numbers from 0.
         label_key: Ending of the files with the labels.
         image_key: Ending of the files with the images, such as ``jpg`` beside ``mask.png``; None for the only one.
-        train_images: Number of images of an epoch. None counts the images, and checks all shards, once.
         buffer: Number of images that each worker shuffles among each other.
         val_fraction: 0 validates on the test shards, 1 on those of ``val``.
         options: Arguments of `CustomImagesDataModule`, and those of
@@ -68,7 +66,6 @@ class WebDatasetDataModule(CustomImagesDataModule):
         class_names: list[str] | None = None,
         label_key: str = "cls",
         image_key: str | None = None,
-        train_images: PositiveInt | None = None,
         buffer: NonNegativeInt = 1000,
         val_fraction: Fraction = 1.0,
         **options: Any,
@@ -109,8 +106,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
         self.label_key = label_key.lstrip(".").lower()
         self.image_key = None if image_key is None else image_key.lstrip(".").lower()
         self.buffer = buffer
-        self.train_images = train_images
-        self.num_train_samples = train_images or 0
+        self._counts: list[int] = []
 
     # ------------------------------------------------------------------------------------------------ shards
 
@@ -143,10 +139,10 @@ class WebDatasetDataModule(CustomImagesDataModule):
         Raises:
             ACKDError: If there are too few shards or images.
         """
-        self.num_train_samples = self.train_images or self._count()
+        self.num_train_samples = sum(self._count())
         world, _ = self._world()
         for part, shards in self._shards.items():
-            if len(shards) < world:
+            if part != "train" and len(shards) < world:
                 raise ACKDError(f"the {part} part has {len(shards)} shards for {world} processes: write more of them")
         if self.num_train_samples < self.batch_size:
             raise ACKDError(
@@ -176,28 +172,32 @@ class WebDatasetDataModule(CustomImagesDataModule):
             self.augmentation.smallest_crop,
         )
 
-    def _count(self) -> int:
-        """Check all shards, and return the number of training images."""
+    def _count(self) -> list[int]:
+        """Check all shards once, and return the number of images of each training shard."""
+        if self._counts:
+            return self._counts
         every = [path for shards in self._shards.values() for path in shards]
         names = "" if self._own_names is None else json.dumps(self._own_names)
         parts = {part: len(shards) for part, shards in self._shards.items()}  # of the paths, in this order
-        read_as = ("shards", parts, self.num_classes, names, self.label_key, self.image_key)
+        read_as = ("counts of shards", parts, self.num_classes, names, self.label_key, self.image_key)
         mark = fingerprint(PathTable.of_paths(self.root, every), self.root, *read_as)
         cache = self.root / "ackd-checked-shards.pt" if self.cache else None
         if cache is not None and (content := read_cache(cache, mark)) is not None:
-            return int(content["images"])
+            self._counts = [int(each) for each in content["counts"]]
+            return self._counts
         form = self._form()
-        counts = {part: sum(_check_shard(path, form) for path in shards) for part, shards in self._shards.items()}
+        counts = {part: [_check_shard(path, form) for path in shards] for part, shards in self._shards.items()}
+        self._counts = counts["train"]
         if cache is not None:
-            save_cache(cache, {"fingerprint": mark, "images": counts["train"]})
-        return counts["train"]
+            save_cache(cache, {"fingerprint": mark, "counts": self._counts})
+        return self._counts
 
     # ------------------------------------------------------------------------------------------------ loaders
 
     def _stream(self, part: str, *, batch_size: int, batches: int | None) -> ShardLoader:
         world, rank = self._world()
         paths = self._shards[part]
-        workers = min(self.num_workers, len(paths) // world)
+        workers = self.num_workers if part == "train" else min(self.num_workers, len(paths) // world)
         if workers < self.num_workers:
             say(f"{workers} workers instead of {self.num_workers} read the {len(paths)} shards of the {part} part")
         shards = Shards(
@@ -205,6 +205,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
             self._form(),
             batch_size=batch_size,
             batches=batches,
+            counts=self._counts,
             seed=self.run_seed,
             place=(rank, world),
             buffer=self.buffer,
@@ -245,14 +246,15 @@ class WebDatasetDataModule(CustomImagesDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment and normalise on the device; the index of streamed images is unknown.
+        """Augment and normalise on the device; training images have no index, and others have a number by their name.
 
         Args:
             batch: Batch of a loader, on the device.
             dataloader_idx: Number of the loader; ignored.
         """
         done = super().on_after_batch_transfer(batch, dataloader_idx)
-        return done._replace(index=torch.full_like(done.index, -1)) if isinstance(done, Batch) else done
+        trained = isinstance(done, Batch) and getattr(batch, "first", None) is not None
+        return done._replace(index=torch.full_like(done.index, -1)) if trained else done
 
 
 def _first_is_deep(path: Path, key: str | None) -> bool:
