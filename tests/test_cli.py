@@ -28,6 +28,7 @@ from ackd_lightning.config.files import load_configs, method_names, packaged_nam
 from ackd_lightning.data.sources import Pixels
 from ackd_lightning.errors import NotWrittenError, RunStoppedError
 from ackd_lightning.launch.lightning import ACKDCLI
+from ackd_lightning.launch.messages import failed_constructor
 from ackd_lightning.models.weights import load_weights, read_metadata, save_weights
 from ackd_lightning.runs.figures import read_metrics
 from ackd_lightning.runs.files import copied_from
@@ -664,6 +665,18 @@ def test_a_full_disk_is_said_without_a_name(monkeypatch, capsys):
     assert main(["fit"]) == 1
     said = "ackd: a file could not be written ([Errno 28] No space left on device); free disk space and run the same "
     assert capsys.readouterr().err == f"{said}command again\n"
+
+
+def test_a_file_that_may_not_be_read_is_named_with_a_remedy(monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "a/b")
+
+    said = "a/b may not be read or written (Permission denied): change its permissions or choose another place\n"
+    monkeypatch.setattr("ackd_lightning.launch.execute.run", refused)
+    assert main(["fit"]) == 1
+    assert capsys.readouterr().err == f"ackd: {said}"
+    error = failed_constructor(PermissionError(errno.EACCES, "Permission denied", "a/b"))
+    assert f"{error}\n" == said
 
 
 @pytest.mark.parametrize(

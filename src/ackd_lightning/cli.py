@@ -22,6 +22,7 @@ from ackd_lightning.errors import (
     RunStoppedError,
     UnreadableImagesError,
     near_matches,
+    not_permitted,
 )
 from ackd_lightning.launch import LIGHTNING
 from ackd_lightning.launch.short_help import asks_for_help, short_help
@@ -351,6 +352,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = (str(error).splitlines() or [""])[0]
         if isinstance(error, OSError) and error.errno in _FULL:
             return _failed(f"a file could not be written ({first}); free disk space and run the same command again", 1)
+        if isinstance(error, PermissionError):
+            return _failed(not_permitted(error), 1)
         if _LOST.search(str(error)):
             return _failed(
                 "another process of this run has ended, by a signal or with the error that it prints; `ackd fit` with "

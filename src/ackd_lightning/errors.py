@@ -51,6 +51,16 @@ class RunStoppedError(SystemExit):
         self.sentence = f"{signal.Signals(signal_number).name} {sentence}"
 
 
+def not_permitted(error: PermissionError) -> str:
+    """Return a sentence about a file that this user may not read or write.
+
+    Args:
+        error: What the system answered.
+    """
+    place = str(error) if error.filename is None else f"{error.filename} may not be read or written"
+    return f"{place} ({error.strerror}): change its permissions or choose another place"
+
+
 def count_of(number: int, noun: str) -> str:
     """Return a number with a noun in the right form.
 

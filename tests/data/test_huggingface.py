@@ -143,3 +143,32 @@ def test_names_with_digits_are_those_of_their_positions(tmp_path, table):
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
     module = made(tmp_path / "set")
     assert (module.class_names, module.train_targets.tolist()) == (("0", "2", "1"), [0, 1, 2] * 4)
+
+
+def test_a_split_without_rows_is_named(tmp_path, table):
+    datasets.DatasetDict({"train": table(8), "test": table(8).select([])}).save_to_disk(tmp_path / "set")
+    with pytest.raises(ACKDError, match="test has no rows: save one with rows, or leave it out"):
+        made(tmp_path / "set")
+
+
+def test_a_class_without_training_images_is_said(tmp_path, table, caplog):
+    every = table(12, labels=("z", "a", "m"))
+    every.select([row for row in range(12) if row % 3 != 1]).save_to_disk(tmp_path / "set")
+    assert made(tmp_path / "set").num_classes == 3
+    assert f"no training image of {tmp_path / 'set'} has the class a" in caplog.messages
+
+
+def test_names_that_the_test_split_alone_has_are_said(tmp_path, table, caplog):
+    parts = {"train": table(12, labels=(0, 1, 2)), "test": table(6, labels=("a", "m", "z"))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    assert made(tmp_path / "set").class_names == ("0", "1", "2")
+    assert any("names (a, m, z)" in line and "equal numbers" in line for line in caplog.messages)
+
+
+def test_a_column_with_several_images_in_a_row_is_refused(tmp_path, table):
+    image = table(1).cast_column("image", datasets.Image(decode=False))["image"][0]
+    kinds = {"image": datasets.Sequence(datasets.Image()), "label": datasets.ClassLabel(names=["a", "b"])}
+    rows = {"image": [[image, image]] * 8, "label": [0, 1] * 4}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(tmp_path / "set")
+    with pytest.raises(ACKDError, match=r"column 'image' of .* does not hold one image in each row.*set image_column"):
+        made(tmp_path / "set", image_column="image")

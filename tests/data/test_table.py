@@ -150,6 +150,8 @@ GOOD = lines(["a", "b"] * 4)
         (lines([0, 1]), {"class_names": ["x", "x"]}, "class_names has 'x' twice"),
         (lines(["inf", "1"]), {}, "'inf' in line 2|1 in line 3"),
         ([], {}, "lists no images"),
+        ([*GOOD, (f"photos/{'x' * 300}.png", "a")], {}, r"1 of 9 .* of line 10"),
+        ([*GOOD, ('"' + "x" * 140_000 + '"', "a")], {}, r"line 10 of .*all\.csv cannot be read as CSV \(field larger"),
     ],
 )
 def test_bad_tables_are_refused_in_one_sentence(photos, rows, options, named):
@@ -201,6 +203,21 @@ def test_labels_that_are_neither_text_nor_numbers(photos, labels):
         made(photos, train="all.parquet")
 
 
+@pytest.mark.skipif(not PYARROW, reason="needs pyarrow")
+@pytest.mark.parametrize(("paths", "kind"), [([b"photos/00.png", b"photos/01.png"], "bytes"), ([0, 1], "int")])
+def test_paths_that_are_no_text(photos, paths, kind):
+    write(photos / "all.parquet", [(path, label) for path, label in zip(paths, "ab", strict=True)])
+    with pytest.raises(ACKDError, match=f"column 'path' holds {kind} in line 2 .*, and paths are text: set path_col"):
+        made(photos, train="all.parquet")
+
+
+def test_a_class_without_training_images_is_said(photos, caplog):
+    write(photos / "all.csv", lines([0, 2] * 12))
+    module = made(photos, train="all.csv", class_names=["a", "b", "c"])
+    assert module.num_classes == 3
+    assert f"no training image of {photos / 'all.csv'} has the class b" in caplog.messages
+
+
 @pytest.mark.parametrize("label", ["c", ""])
 def test_labels_of_the_test_table_are_classes_of_the_training_table(photos, label):
     write(photos / "train.csv", GOOD)
@@ -211,7 +228,7 @@ def test_labels_of_the_test_table_are_classes_of_the_training_table(photos, labe
 
 def test_files_that_are_no_tables(photos):
     (photos / "x.csv").write_bytes(b"\xff\xfe\x00p")
-    with pytest.raises(ACKDError, match=r"x\.csv cannot be read"):
+    with pytest.raises(ACKDError, match=r"x\.csv is not in UTF-8"):
         made(photos, train="x.csv")
     if PYARROW:
         (photos / "x.parquet").write_bytes(b"PAR1 cut off")

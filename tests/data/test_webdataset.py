@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import tarfile
 
@@ -314,6 +315,23 @@ def test_bad_shards_are_named_before_training(shards, harm, shard):
     with pytest.raises(ACKDError, match=shard) as caught:
         made(shards)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_image_is_named_by_shard_and_file(shards):
+    write_shard(shards / "train-0.tar", [("a.png", b"no image"), ("a.cls", b"0"), ("b.png", b"x"), ("b.cls", b"1")])
+    expected = r"image .*/train-0\.tar, [ab]\.png \(its content is no image that Pillow knows\): replace"
+    with pytest.raises(ACKDError, match=expected):
+        epoch(made(shards, train="train-0.tar", batch_size=2))
+
+
+def test_a_shard_that_may_not_be_read_is_named(shards, monkeypatch):
+    def refused(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(webdataset, "_first_is_deep", lambda *_: False)
+    monkeypatch.setattr(tarfile, "open", refused)
+    with pytest.raises(ACKDError, match=r"train-0\.tar may not be read or written .*: change its permissions"):
+        made(shards)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,11 @@ def broken_image(file: ImageFile, error: BaseException) -> ACKDError:
     """
     if isinstance(error, Image.DecompressionBombError):
         return ACKDError(f"could not read the image {label(file)} ({_HUGE}): make it smaller")
+    if isinstance(error, PermissionError):
+        return ACKDError(f"could not read the image {label(file)} ({error.strerror}): change its permissions")
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "its content is no image that Pillow knows"
     return ACKDError(f"could not read the image {label(file)} ({reason}): replace the file or delete it")
 
 

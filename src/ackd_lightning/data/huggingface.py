@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,8 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         try:
             found = datasets.load_from_disk(str(self.root))
         except Exception as error:  # a folder that is something else can fail in any way
+            if empty := [path.parent for path in sorted(self.root.glob("**/state.json")) if _is_empty(path)]:
+                raise ACKDError(f"the dataset {empty[0]} has no rows: save one with rows, or leave it out") from None
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ACKDError(
                 f"{self.root} cannot be read as a dataset ({reason}): set root to a folder that save_to_disk wrote"
@@ -125,6 +128,11 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         split = self._splits[part]
         labels, own = read_labels(split[self._label], partial(self._place, part)), split.features[self._label]
         theirs = getattr(own, "names", None)
+        if names is None and theirs is not None:
+            say(
+                f"the labels of the {part} split of {self.root} have names ({first_names(theirs)}) and those of the "
+                "training split have none: equal numbers are taken for the same class"
+            )
         if names is None or theirs is None or theirs == names:
             return labels
         numbers = {name: number for number, name in enumerate(names)}
@@ -147,12 +155,27 @@ class HuggingFaceDataModule(CustomImagesDataModule):
 
         name = part if part in self._splits else "train"
         split, targets = self._splits[name], self._targets[name]
-        split = split.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+        feature = split.features[self._image]
+        try:
+            split = split.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+        except (TypeError, ValueError) as error:  # pyarrow's errors are of these kinds
+            raise ACKDError(
+                f"column {self._image!r} of {self.root} does not hold one image in each row, but {feature}: set "
+                "image_column"
+            ) from error
         if "test" not in self._splits:
             rows = split_test(targets, part, self.root, names=self._names)
             split, targets = split.select(rows.tolist()), targets[rows]
         reader = _Reader(split, self._image, f"{part} split of {self.root}")
         return self._read(Records(self.root, self._names, reader, targets, self._mark()), self.root, part)
+
+
+def _is_empty(state: Path) -> bool:
+    """Whether a split was saved without rows, which the library does not read."""
+    try:
+        return not json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class _Reader:

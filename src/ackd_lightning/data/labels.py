@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ackd_lightning.data.folders import first_names
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.sources import NO_LABEL
 from ackd_lightning.errors import ACKDError
@@ -135,6 +136,8 @@ def classes_of(
     unknown = [label for label in found if label not in set(known)]
     if unknown:
         raise ACKDError(f"the label {unknown[0]!r} of {place} is not one of the {len(names)} class_names: add it")
+    if unseen := [name for name, label in zip(names, known, strict=True) if label not in set(found)]:
+        say(f"no training image of {place} has the class {first_names(unseen)}")
     return {label: index for index, label in enumerate(known)}, list(names)
 
 

@@ -203,7 +203,8 @@ class Shards(IterableDataset[RawBatch]):
         target = self.form.target(sample.get(self.form.label_key), place)
         index = key_hash(f"{Path(sample['__url__']).name}/{sample['__key__']}")
         form, smallest = self.form.image, self.form.smallest_crop
-        file, seed = Encoded(f"{place}.{ending}", sample[ending]), mix(self.seed, epoch, index, STREAM_TRANSFORM)
+        file = Encoded(f"{sample['__url__']}, {sample['__key__']}.{ending}", sample[ending])
+        seed = mix(self.seed, epoch, index, STREAM_TRANSFORM)
         cropped = epoch >= 0 and (self.form.crop or self.form.change is not None)
         raw, whole = (
             load_for_crop(file, form.channels, reduction(form, seed, smallest)) if cropped else (load_image(file), None)

@@ -129,7 +129,8 @@ class TableDataModule(CustomImagesDataModule):
     def _load(self, part: Part) -> Source:
         name = part if part in self._rows_of else "train"
         rows = self._rows_of[name]
-        missing = [row for row in rows if not (self.root / row.path).is_file()]
+        # os.path.isfile also takes a name that is too long for a file
+        missing = [row for row in rows if not os.path.isfile(self.root / row.path)]  # noqa: PTH113
         if missing:
             turned = os.sep == "/" and all("\\" in row.path for row in missing)
             remedy = "write them with / in place of \\" if turned else "correct the paths, which are relative to root"
@@ -172,7 +173,13 @@ def _rows(table: Path, columns: tuple[str, str], split_column: str | None, names
     paths = content[columns[0]]
     if not len(paths):
         raise ACKDError(f"{table} lists no images: add a line for each")
-    empty = next((row for row, path in enumerate(paths) if not str(path or "").strip()), None)
+    other = next((row for row, path in enumerate(paths) if not isinstance(path, str | None)), None)
+    if other is not None:
+        raise ACKDError(
+            f"column {columns[0]!r} holds {type(paths[other]).__name__} in {place(other)}, and paths are text: set "
+            "path_column"
+        )
+    empty = next((row for row, path in enumerate(paths) if not (path or "").strip()), None)
     if empty is not None:
         raise ACKDError(f"{place(empty)} has no path in column {columns[0]!r}: add it")
     labels = read_labels(content[columns[1]], place, names)
@@ -207,6 +214,7 @@ def read_columns(table: Path) -> Mapping[str, Sequence[Any]]:
 
 def _csv(table: Path) -> Mapping[str, Sequence[Any]]:
     """Read a CSV file; the entry ``""`` holds the number of each line."""
+    reader = csv.reader([])
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             header = file.readline()
@@ -229,8 +237,12 @@ def _csv(table: Path) -> Mapping[str, Sequence[Any]]:
                     if name:  # pandas writes its index without one
                         columns[name].append(value)
                 columns[""].append(reader.line_num)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ACKDError(f"{table} cannot be read as CSV in UTF-8 ({error}): save it so") from None
+    except UnicodeDecodeError as error:
+        raise ACKDError(f"{table} is not in UTF-8 ({error}): save it so") from None
+    except csv.Error as error:
+        raise ACKDError(
+            f"line {reader.line_num} of {table} cannot be read as CSV ({error}): correct its quotes and delimiters"
+        ) from None
     return columns
 
 
@@ -247,6 +259,8 @@ def _parquet(table: Path) -> Mapping[str, Sequence[Any]]:
     try:
         found = parquet.read_table(table)
         content: Mapping[str, Sequence[Any]] = found.to_pydict()
+    except PermissionError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         raise ACKDError(f"{table} cannot be read as Parquet ({str(error).splitlines()[0]}): write it again") from None
     _check_names(found.column_names, table)

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.callbacks.answers import TestAnswers
 from ackd_lightning.callbacks.summary import RunSummary
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, not_permitted
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.measured import show_measured
 from ackd_lightning.launch.messages import first_cause
@@ -307,13 +307,16 @@ class Execution:
         path = run_folder(checkpoint) / "summary.json"
         if not self.trainer.is_global_zero or not path.is_file():
             return
-        for each in self._answers():
-            each.write(path.parent, checkpoint.stem)
         measured = self.trainer.callback_metrics.items()
         values = {key: float(value) for key, value in measured if not key.startswith(("train/", "val/"))}
         summary = json.loads(path.read_text(encoding="utf-8"))
         summary.setdefault("test", {})[checkpoint.stem] = values
-        write_json(summary, path)
+        try:
+            for each in self._answers():
+                each.write(path.parent, checkpoint.stem)
+            write_json(summary, path)
+        except PermissionError as error:  # of a run that belongs to somebody else
+            print(f"the accuracy and the predictions are not kept: {not_permitted(error)}", flush=True)
 
 
 def _rank() -> int:

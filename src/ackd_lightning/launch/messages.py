@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, callbacks, loggers, profilers
 
 from ackd_lightning.config.class_paths import sub_classes
 from ackd_lightning.config.files import read_config, walk
-from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.errors import ACKDError, near_matches, not_permitted
 from ackd_lightning.launch.names import is_meant, names_below, nearest, of_other_classes
 
 FROM_DATA = ("num_classes", "input_size", "mean", "std", "class_names")
@@ -290,6 +290,8 @@ def failed_constructor(error: Exception) -> ACKDError:
     """
     if isinstance(ours := first_cause(error), ACKDError):
         return type(ours)(str(ours))  # not the same one, which would become its own cause
+    if isinstance(error, PermissionError):
+        return ACKDError(not_permitted(error))
     text = (str(error).splitlines() or [""])[0][:300]
     return ACKDError(f"{type(error).__name__} in {_place_of(error)}: {text}")
 
