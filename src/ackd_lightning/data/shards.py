@@ -170,13 +170,12 @@ class Shards(IterableDataset[RawBatch]):
         """Read the samples of some shards."""
         import webdataset as wds
 
-        stages: list[Any] = [wds.SimpleShardList(urls, seed=None), wds.tarfile_to_samples()]
         if not urls:
             return
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                yield from wds.DataPipeline(*stages)
+                yield from wds.DataPipeline(wds.SimpleShardList(urls, seed=None), wds.tarfile_to_samples())
         except ACKDError:
             raise
         except Exception as error:  # a damaged shard can fail in any way
