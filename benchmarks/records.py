@@ -24,7 +24,8 @@ from ackd_lightning.metrics.intervals import mean_interval
 
 def record(summary: dict[str, Any], row: str) -> dict[str, Any]:
     """Return the figures of one run."""
-    test = summary["test"]["last"]
+    test = tested(summary)
+    assert test is not None
     learners = range(1, len(summary["learners"]) + 1)
     figures = {"acc": "acc", "group": "group_acc", **{f"aux{number}": f"aux{number}_acc" for number in learners}}
     found = {name: round(100 * test[f"test/{key}"], 2) for name, key in figures.items() if f"test/{key}" in test}
@@ -34,6 +35,12 @@ def record(summary: dict[str, Any], row: str) -> dict[str, Any]:
         found["attention_aux1"] = round(100 * weight, 2)
     known = {"row": row, "seed": summary["seed"], "commit": summary["versions"]["commit"]}
     return {**known, "epochs": summary["epochs"], "seconds": round(summary["seconds"]), **found}
+
+
+def tested(summary: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what the last weights have on the test set: by a test, or by validation on it; None without either."""
+    found = summary.get("test", {}).get("last") or (summary["last"] if summary["shown"] == "test" else None)
+    return found if found is None or "test/acc" in found else None
 
 
 def difference(values: dict[int, float], others: dict[int, float]) -> str:
@@ -90,7 +97,7 @@ def read(source: Path, prefix: str | None) -> tuple[dict[str, Any], list[dict[st
     runs = []
     for path, each in summaries:
         pair = f"{path.parents[1].name.partition('+')[0]}: " if len(pairs) > 1 else ""
-        if "test" in each:
+        if tested(each) is not None:
             runs.append((pair + re.sub(r"-seed\d+$", "", path.parent.name), each))
     if not runs:
         return {}, []
