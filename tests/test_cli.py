@@ -684,6 +684,7 @@ def test_a_file_that_may_not_be_read_is_named_with_a_remedy(monkeypatch, capsys)
     [
         ("[/gloo/transport/tcp/pair.cc:545] Read error [::1]:6: Connection reset by peer. GLHF!", "another process of"),
         ("NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error", "another process of"),
+        ("parameters that were not used in producing the loss", "the loss of a step did not depend on all trainable"),
         ("shapes do not match", "RuntimeError: shapes do not match (ACKD_DEBUG=1 shows where)"),
     ],
 )

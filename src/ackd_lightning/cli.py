@@ -9,6 +9,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ackd_lightning._version import __version__
@@ -339,6 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):  # None or closed without a console: a service, pythonw, `>&-`
         if (stream := getattr(sys, name)) is None or stream.closed:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123  # until the end
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append(str(Path.cwd()))  # settings may name classes in files of the working folder
     try:
         _run([expand_home(each) for each in (sys.argv[1:] if arguments is None else arguments)])
         sys.stdout.flush()
@@ -358,6 +361,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _failed(
                 "another process of this run has ended, by a signal or with the error that it prints; `ackd fit` with "
                 f"--resume goes on from the last checkpoint ({type(error).__name__}: {first})",
+                1,
+            )
+        if "parameters that were not used in producing the loss" in str(error):  # Lightning's words
+            return _failed(
+                "the loss of a step did not depend on all trainable parameters, as with a term that starts later, and "
+                "DDP waits for the gradient of each: use --trainer.strategy ddp_find_unused_parameters_true",
                 1,
             )
         return _failed(f"{type(error).__name__}: {first} (ACKD_DEBUG=1 shows where)", 1)

@@ -98,6 +98,16 @@ def test_a_test_of_some_batches_says_so(capsys):
     [
         (["--trainer.enable_checkpointing", "false"], "trainer.enable_checkpointing is false"),
         (["--trainer.callbacks+=LearningRateFinder", "--config", "acn"], "method ACN"),
+        (
+            [
+                "--trainer.callbacks+=StochasticWeightAveraging",
+                "--trainer.callbacks.swa_lrs",
+                "0.01",
+                "--config",
+                "acn",
+            ],
+            "method ACN has further ones; use --model.recipe.ema_decay",
+        ),
         (["--trainer.callbacks+=EarlyStopping"], "trainer.callbacks.monitor missing"),
         (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/accuracy"], "'val/acc'"),
         (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor", "val_loss"], "'val/loss'"),

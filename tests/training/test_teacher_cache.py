@@ -268,6 +268,16 @@ def test_a_cache_of_other_images_is_refused(monkeypatch):
         fitted(kept="kept")
 
 
+def test_the_entry_that_differs_is_named(tmp_path):
+    key = {"targets": "a", "augmentation": {"policy": "none", "operations": 2, "magnitude": 9, "mixup": 0.0}}
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    cache.check_key(tmp_path, key)
+    with pytest.raises(ACKDError, match=r"made with augmentation\.mixup '0\.0' and this run has '0\.2'"):
+        cache.check_key(tmp_path, {**key, "augmentation": {**key["augmentation"], "mixup": 0.2}})
+    with pytest.raises(ACKDError, match="made with other training images or classes than this run has"):
+        cache.check_key(tmp_path, {**key, "targets": "b"})
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [("{", "cannot be read"), ("[]", "was made with"), ('{"teachers": 1}', "was made with")],

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -331,8 +330,6 @@ def in_our_words(arguments: Sequence[str] = ()) -> Iterator[None]:
     Args:
         arguments: Command line, whose names of methods are used.
     """
-    if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.append(str(Path.cwd()))  # settings may name classes in files of the working folder
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     formatter = warnings.formatwarning

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     LearningRateMonitor,
     ProgressBar,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -74,6 +75,12 @@ def make_trainer(cli: ACKDCLI, folder: Path, *, copy_to: Path | None = None) -> 
         raise ACKDError(
             f"LearningRateFinder finds the rate of one optimizer, and method {type(cli.model.method).__name__} has "
             "further ones; leave it out of trainer.callbacks"
+        )
+    averages = any(isinstance(each, StochasticWeightAveraging) for each in callbacks)
+    if cli.model.automatic_optimization is False and averages:
+        raise ACKDError(
+            "StochasticWeightAveraging changes the rate of one optimizer, and method "
+            f"{type(cli.model.method).__name__} has further ones; use --model.recipe.ema_decay"
         )
     if any(isinstance(each, BackboneFinetuning) for each in callbacks):
         raise ACKDError(

@@ -221,6 +221,11 @@ def check_key(folder: Path, key: dict[str, Any]) -> None:
     here, there = _entries(key), _entries(stored if isinstance(stored, dict) else {})
     for name in (*here, *there):
         if here.get(name) != there.get(name):
+            if name == "targets":
+                raise ACKDError(
+                    f"teacher.cache {folder} was made with other training images or classes than this run has; create "
+                    "another cache for it with `ackd cache`"
+                )
             found, value = (str(each.get(name))[:40] for each in (there, here))
             raise ACKDError(
                 f"teacher.cache {folder} was made with {name} {found!r} and this run has {value!r}; create another "
@@ -229,7 +234,11 @@ def check_key(folder: Path, key: dict[str, Any]) -> None:
 
 
 def _entries(key: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of a key, those of each teacher by their own names."""
+    """Return the entries of a key, those of each teacher and of the augmentation by their own names."""
+    changes = key.get("augmentation")
+    if isinstance(changes, dict):
+        own = {f"augmentation.{name}": value for name, value in changes.items()}
+        key = {name: value for name, value in key.items() if name != "augmentation"} | own
     teachers = key.get("teachers")
     if not isinstance(teachers, list) or not all(isinstance(each, dict) for each in teachers):
         return key

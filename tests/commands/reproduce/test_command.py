@@ -427,3 +427,13 @@ def test_ctrl_c_leaves_no_process(tmp_path, monkeypatch):
     assert not (checkpoint.parents[1] / "summary.json").exists()
     assert [path for path in here.rglob("*") if path.name == "results.json"] == []
     assert [path.name for path in (here / out / "logs").iterdir()] == [f"{PAIR}+ce-ce-seed0.log"]
+
+
+def test_a_method_may_lie_in_the_working_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", str(tmp_path))])
+    (tmp_path / "method_of_mine.py").write_text("from ackd_lightning import KD\n\n\nclass Mine(KD):\n    pass\n")
+    (tmp_path / "mine.yaml").write_text("# mine\nmodel:\n  method: method_of_mine.Mine\n")
+    write_table(tmp_path / "own.yaml", rows={"mine": {"method": "mine.yaml"}})
+    assert main(["reproduce", "own.yaml", "--dry-run", "--out", "out", *SHORT, *TINY]) == 0
+    assert "mine" in capsys.readouterr().out

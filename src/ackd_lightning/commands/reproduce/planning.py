@@ -30,6 +30,7 @@ def needs_teacher(row: Row, pair: Pair) -> bool:
         pair: Pair that has the row.
     """
     described = load_configs([row.method])[0]["model"]["method"]
+    described = {"class_path": described} if isinstance(described, str) else described
     changed = {"class_path": described["class_path"], "init_args": dict(described.get("init_args") or {})}
     for name, value in {**row.settings, **pair.rows.get(row.name, {})}.items():
         if name == "model.method":
