@@ -667,9 +667,10 @@ def test_a_full_disk_is_said_without_a_name(monkeypatch, capsys):
     assert capsys.readouterr().err == f"{said}command again\n"
 
 
-def test_a_file_that_may_not_be_read_is_named_with_a_remedy(monkeypatch, capsys):
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_file_that_may_not_be_read_is_named_with_a_remedy(code, monkeypatch, capsys):
     def refused(*_):
-        raise PermissionError(errno.EACCES, "Permission denied", "a/b")
+        raise OSError(code, "Permission denied", "a/b")
 
     said = "a/b may not be read or written (Permission denied): change its permissions or choose another place\n"
     monkeypatch.setattr("ackd_lightning.launch.execute.run", refused)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from ackd_lightning._version import __version__
 from ackd_lightning.config.home import expand_home
 from ackd_lightning.errors import (
+    NOT_PERMITTED,
     ACKDError,
     NotReadyError,
     NotWrittenError,
@@ -355,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = (str(error).splitlines() or [""])[0]
         if isinstance(error, OSError) and error.errno in _FULL:
             return _failed(f"a file could not be written ({first}); free disk space and run the same command again", 1)
-        if isinstance(error, PermissionError):
+        if isinstance(error, OSError) and error.errno in NOT_PERMITTED:
             return _failed(not_permitted(error), 1)
         if _LOST.search(str(error)):
             return _failed(

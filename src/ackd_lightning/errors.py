@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import signal
 from collections.abc import Iterable
 
@@ -51,7 +52,11 @@ class RunStoppedError(SystemExit):
         self.sentence = f"{signal.Signals(signal_number).name} {sentence}"
 
 
-def not_permitted(error: PermissionError) -> str:
+NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Errors of files that this user may not read or write, and of file systems that nobody may write."""
+
+
+def not_permitted(error: OSError) -> str:
     """Return a sentence about a file that this user may not read or write.
 
     Args:

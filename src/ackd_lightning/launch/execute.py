@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.callbacks.answers import TestAnswers
 from ackd_lightning.callbacks.summary import RunSummary
-from ackd_lightning.errors import ACKDError, not_permitted
+from ackd_lightning.errors import NOT_PERMITTED, ACKDError, not_permitted
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.measured import show_measured
 from ackd_lightning.launch.messages import first_cause
@@ -314,7 +314,9 @@ class Execution:
             for each in self._answers():
                 each.write(path.parent, checkpoint.stem)
             write_json(summary, path)
-        except PermissionError as error:  # of a run that belongs to somebody else
+        except OSError as error:
+            if error.errno not in NOT_PERMITTED:  # as of a run that belongs to somebody else
+                raise
             print(f"the accuracy and the predictions are not kept: {not_permitted(error)}", flush=True)
 
 
