@@ -16,14 +16,14 @@ from ackd_lightning.methods import ACKD
 from ackd_lightning.methods.base import Networks
 from ackd_lightning.models.copies import clone
 from ackd_lightning.types import NetOutput
-from ackd_lightning.validation import NonNegativeInt, Positive, Range
+from ackd_lightning.validation import NonNegativeInt, Range
 
 
 class ACKDVariant(ACKD):
-    """ACKD with other sources, temperatures and schedules of Eq. 6, and with a group of mean probabilities.
+    """ACKD with other sources and schedules of Eq. 6, and with a group of mean probabilities.
 
     Args:
-        temperature_target: Temperature of Eq. 6 alone. None for that of Eq. 2.
+        plain_target: Whether Eq. 6 reads the logits as they are where ``standardize`` standardises the others.
         mix: What attention weighs in Eq. 3: ``logits`` (paper), or ``probabilities`` at the temperature of Eq. 1.
         target_start_epoch: First epoch in which Eq. 6 acts.
         target_warmup_epochs: Epochs over which the weight of Eq. 6 grows from 0 after that.
@@ -35,7 +35,7 @@ class ACKDVariant(ACKD):
     def __init__(
         self,
         *,
-        temperature_target: Positive | None = None,
+        plain_target: bool = False,
         mix: Literal["logits", "probabilities"] = "logits",
         target_start_epoch: NonNegativeInt = 0,
         target_warmup_epochs: NonNegativeInt = 0,
@@ -43,7 +43,7 @@ class ACKDVariant(ACKD):
         **ackd: Any,
     ) -> None:
         super().__init__(**ackd)
-        self.temperature_target, self.mix = temperature_target, mix
+        self.plain_target, self.mix = plain_target, mix
         self.target_start_epoch, self.target_warmup_epochs = target_start_epoch, target_warmup_epochs
         self.average_decay = average_decay
         self.lambda_kd_target = self.loss_weights["kd_target"]
@@ -80,22 +80,29 @@ class ACKDVariant(ACKD):
         return self.temperature * torch.logsumexp(weights + logs, dim=0)
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
-        """Return the terms of `ACKD`, with the chosen source and temperature of Eq. 6; arguments as there."""
+        """Return the terms of `ACKD`, with the chosen source of Eq. 6; arguments as there."""
         terms = super().forward(student, teacher, batch)
-        if self.average is None and self.temperature_target is None:
+        if self.average is None and not self.plain_target:
             return terms
         if self.average is None:
             source = self.ensemble(student)
         else:
             with torch.no_grad():
                 source = self.ensemble(self.average(batch.image))
-        terms["kd_target"] = kl_divergence(
-            student.logits,
-            source.detach() if self.detach_group else source,
-            temperature=self.temperature if self.temperature_target is None else self.temperature_target,
-            direction=self.direction_target,
-            scale_temperature=self.scale_temperature,
-        )
+        if self.detach_group:
+            source = source.detach()
+        if self.plain_target:
+            terms["kd_target"] = kl_divergence(
+                student.logits,
+                source,
+                temperature=self.temperature_target,
+                direction=self.direction_target,
+                scale_temperature=self.scale_temperature,
+            )
+        else:
+            terms["kd_target"] = self._kl(
+                student.logits, source, self.direction_target, temperature=self.temperature_target
+            )
         return terms
 
     @torch.no_grad()

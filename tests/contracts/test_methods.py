@@ -31,7 +31,9 @@ from ackd_lightning.types import Batch, NetOutput
 
 CLASSES, SIDE, IMAGES = 5, 16, 4
 FRAGMENTS = sorted((config_folder() / "methods").glob("*.yaml"))
-PATH_OF_ANOTHER = {"ackd_adversarial", "ackd_attention", "ackd_direct", "ackd_diversify", "ackd_literal"}
+PATH_OF_ANOTHER = {
+    f"ackd_{each}" for each in ("adversarial", "attention", "direct", "diversify", "literal", "teach_all")
+}
 PATHS = [path for path in FRAGMENTS if path.stem not in PATH_OF_ANOTHER]
 every_fragment = pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)
 every_method = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.config.files import find_config, read_config
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import standardized
 from ackd_lightning.methods import ACKD
 from ackd_lightning.methods.base import Networks
 from ackd_lightning.methods.description import from_description
@@ -115,6 +116,21 @@ def test_directions_temperature_and_scale(scene, direction, scale, temperature):
     assert target["kd_target"].item() == pytest.approx(expected, rel=1e-3)
     expected = divergence(here.z_t, group, temperature, scale=scale)
     assert target["kd_aux"].item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_equation_6_may_have_a_temperature_of_its_own(scene, standardize):
+    here = scene(2)
+    group = group_of(made(here), here)
+    here_too = {"standardize": standardize, "temperature": 4.0}
+    usual = made(here, **here_too)(here.student, here.teacher, here.batch)
+    terms = made(here, temperature_target=1.0, **here_too)(here.student, here.teacher, here.batch)
+    sides = [standardized(z) if standardize else z for z in (group, here.z_s)]
+    assert terms["kd_target"].item() == pytest.approx(divergence(*sides, 1.0), rel=1e-3)
+    assert terms["kd_target"].item() != pytest.approx(usual["kd_target"].item(), rel=1e-2)
+    assert {name: terms[name].item() for name in ("kd_aux", "kd_direct")} == {
+        name: usual[name].item() for name in ("kd_aux", "kd_direct")
+    }
 
 
 @pytest.mark.parametrize("learners", [2, 3])
@@ -355,6 +371,7 @@ def test_the_weight_of_the_game_grows_linearly_from_zero():
     ("arguments", "message"),
     [
         ({"temperature": 0.0}, "temperature is 0.0 in ACKD; it must be above 0"),
+        ({"temperature_target": 0.0}, "temperature_target is 0.0 in ACKD; it must be above 0"),
         ({"temperature": -2.0}, "temperature is -2.0"),
         ({"branches": []}, "branches is empty in method ACKD"),
         ({"branches": ["D3B1"]}, r"branches is \['D3B1'\].*add a second branch or set adversarial to off"),
@@ -448,6 +465,7 @@ def test_ablation_presets_switch_their_part_off():
             "ackd_collaboration",
             "ackd_diversify",
             "ackd_direct",
+            "ackd_teach_all",
         )
     }
     found = {name: (method.attention_inputs, method.adversarial) for name, method in parts.items()}
@@ -458,10 +476,11 @@ def test_ablation_presets_switch_their_part_off():
         "ackd_collaboration": ("off", "off"),
         "ackd_diversify": ("pooled", "diversify"),
         "ackd_direct": ("pooled", "fool"),
+        "ackd_teach_all": ("off", "off"),
     }
     assert {
         name: method.loss_weights["kd_direct"] for name, method in parts.items() if method.loss_weights["kd_direct"]
-    } == {"ackd_direct": 1.0}
+    } == {"ackd_direct": 1.0, "ackd_teach_all": 3.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

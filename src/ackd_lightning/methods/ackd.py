@@ -37,6 +37,7 @@ class ACKD(LogitMethod):
     Args:
         branches: Auxiliary learners as ``DnBm`` (Table 7). None for the paper's two, ``D{K}B1`` and ``D{K-1}B2``.
         temperature: Temperature tau of Eq. 1 (not in the paper; 4 in other code of the same authors).
+        temperature_target: Temperature of Eq. 6. None for ``temperature``, as in the paper.
         scale_temperature: Whether Eq. 2 and 6 are multiplied by tau squared.
         standardize: Whether to standardise the logits of every image before the divergences read them (not in the
             paper).
@@ -86,6 +87,7 @@ class ACKD(LogitMethod):
         *,
         branches: Sequence[str] | None = None,
         temperature: Positive = 4.0,
+        temperature_target: Positive | None = None,
         scale_temperature: bool = True,
         standardize: bool = False,
         entropy_temperature: Positive | None = None,
@@ -125,6 +127,7 @@ class ACKD(LogitMethod):
         self.branches = None if branches is None else tuple(branches)
         self.compile_modules = () if adversarial == "off" else ("discriminators",)
         self.temperature, self.scale_temperature = temperature, scale_temperature
+        self.temperature_target = temperature if temperature_target is None else temperature_target
         self.direction_aux, self.direction_target = direction_aux, direction_target
         self.teach, self.detach_group = teach, detach_group
         self.attention_inputs = attention
@@ -202,10 +205,12 @@ class ACKD(LogitMethod):
         """
         return weighted_logits(self.attention_weights(student), [branch.logits for branch in student.branches])
 
-    def _kl(self, learner: Tensor, target: Tensor, direction: KLDirection) -> Tensor:
+    def _kl(
+        self, learner: Tensor, target: Tensor, direction: KLDirection, *, temperature: float | None = None
+    ) -> Tensor:
         loss = functools.partial(
             kl_per_image,
-            temperature=self.temperature,
+            temperature=self.temperature if temperature is None else temperature,
             direction=direction,
             scale_temperature=self.scale_temperature,
         )
@@ -238,7 +243,9 @@ class ACKD(LogitMethod):
             taught = taught + torch.stack(each_kl).mean()
         terms["kd_aux"] = taught
         source = group.detach() if self.detach_group else group
-        terms["kd_target"] = self._kl(student.logits, source, self.direction_target)
+        terms["kd_target"] = self._kl(
+            student.logits, source, self.direction_target, temperature=self.temperature_target
+        )
         terms["kd_direct"] = self._kl(student.logits, teacher.logits, "forward")
         terms["adv"] = self._learners_loss(student)
         return terms
