@@ -32,7 +32,7 @@ from ackd_lightning.types import Batch, NetOutput
 CLASSES, SIDE, IMAGES = 5, 16, 4
 FRAGMENTS = sorted((config_folder() / "methods").glob("*.yaml"))
 PATH_OF_ANOTHER = {
-    f"ackd_{each}" for each in ("adversarial", "attention", "direct", "diversify", "literal", "teach_all")
+    f"ackd_{each}" for each in ("adversarial", "attention", "detached", "direct", "diversify", "literal", "teach_all")
 }
 PATHS = [path for path in FRAGMENTS if path.stem not in PATH_OF_ANOTHER]
 every_fragment = pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)

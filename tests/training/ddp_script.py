@@ -80,7 +80,7 @@ def scenarios():
     yield "aikd", game(AIKD(discriminator_lr=1e-2), norm=False), []
     yield "pskd", game(AIKD(previous="table", weight_det=0.0, weight_adv=0.0), norm=False), []
     yield "acn", game(ACN(warmup_epochs=1), norm=False), []
-    adamw = functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-4)
+    adamw = functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-3)  # with less, rounding can switch a ReLU
     yield "adamw", module(ACKD(**strong), norm=False, optimizer=adamw), []
     dot = functools.partial(DOT, lr=0.05, momentum=0.9, weight_decay=5e-4)
     yield "dot", game(VID(), norm=False, optimizer=dot, recipe=Recipe(gradient_clip_val=1.0)), []

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ackd_lightning import ACKD, KD, ACKDError, DigitsDataModule, TeacherConfig, create_model, save_weights
 from ackd_lightning.cli import main
@@ -294,6 +294,21 @@ def test_a_damaged_epoch_is_named(tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes()[:100])
     with pytest.raises(ACKDError, match=r"epoch-0000\.safetensors"):
         fitted(kept=str(tmp_path))
+
+
+def test_a_last_epoch_that_is_cut_off_is_named_before_the_training(tmp_path):
+    for path in Path("kept").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-40])
+    with pytest.raises(ACKDError, match=rf"{last.name} cannot be read \(.+\); remove it and run `ackd cache` again"):
+        cache.TeacherCache(tmp_path, json.loads((tmp_path / "key.json").read_text()), EPOCHS)
+    assert main(["cache", *SHARED, "--out", str(tmp_path)]) == 2
+    last.unlink()
+    assert main(["cache", *SHARED, "--out", str(tmp_path)]) == 0
+    save_file({"logits": torch.zeros(7, 10)}, last)
+    with pytest.raises(ACKDError, match=r"it holds logits of 7 images and not of 60"):
+        cache.TeacherCache(tmp_path, json.loads((tmp_path / "key.json").read_text()), EPOCHS)
 
 
 def test_the_estimate_names_disk_and_time_and_writes_nothing(capsys):

@@ -323,7 +323,8 @@ def expand(root: Path, pattern: str) -> list[Path]:
         raise ACKDError(f"{root} has no shards {pattern!r}: name tar files, such as train-{{000..146}}.tar")
     if missing := [name for name, paths in matching.items() if not paths]:
         raise ACKDError(
-            f"{len(missing):,} shards of {pattern!r} are missing, the first is {root / missing[0]}: add them"
+            f"shards {pattern!r} are incomplete: {len(missing):,} of {len(names):,} missing, the first is "
+            f"{root / missing[0]}: add them"
         )
     if twice := [path for path, count in Counter(found).items() if count > 1]:
         raise ACKDError(f"shards {pattern!r} name {twice[0]} more than once: name each shard once")

@@ -49,7 +49,7 @@ class ACKD(LogitMethod):
             group. ``forward`` is KL(group || target), ``reverse`` the printed divergence with its sign corrected.
         teach: Learners that the teacher teaches in Eq. 2: the ``ensemble`` (paper), each of the ``learners`` (mean over
             them), or ``both`` (sum of the two).
-        detach_group: Whether the gradient of Eq. 6 stops before the auxiliary learners.
+        detach_group: Whether the gradient of Eq. 6 stops before the auxiliary learners. The equations do not say so.
         attention: Function g of Eq. 3 (``pooled``, ``scaled``, or the paper's ``flattened``), or ``off`` for the mean
             of the logits.
         attention_hidden: Width of the hidden layer in the MLP of Eq. 3.
@@ -94,7 +94,7 @@ class ACKD(LogitMethod):
         direction_aux: KLDirection = "forward",
         direction_target: KLDirection = "forward",
         teach: Literal["ensemble", "learners", "both"] = "ensemble",
-        detach_group: bool = True,
+        detach_group: bool = False,
         attention: Literal["pooled", "flattened", "scaled", "off"] = "pooled",
         attention_hidden: Annotated[int, Range(1, 65536)] = 128,
         attention_lr_scale: NonNegative = 0.1,

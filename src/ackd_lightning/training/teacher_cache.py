@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -103,6 +103,31 @@ def epoch_file(folder: Path, epoch: int) -> Path:
     return folder / f"epoch-{epoch:04d}.safetensors"
 
 
+def check_epoch(path: Path, *, images: int) -> None:
+    """Refuse a file of an epoch that was cut off or replaced, from its size and its header alone.
+
+    Args:
+        path: Result of `epoch_file`.
+        images: Number of training images.
+
+    Raises:
+        ACKDError: If it is damaged, or holds the logits of another number of images.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            rows = file.get_slice("logits").get_shape()[0]
+    except (SafetensorError, OSError, KeyError, IndexError) as error:
+        raise _damaged(path, error) from error
+    if rows != images:
+        raise _damaged(path, f"it holds logits of {rows:,} images and not of {images:,}")
+
+
+def _damaged(path: Path, reason: object) -> ACKDError:
+    return ACKDError(
+        f"{path} cannot be read ({str(reason).splitlines()[0][:100]}); remove it and run `ackd cache` again"
+    )
+
+
 class TeacherCache:
     """Logits that ``ackd cache`` wrote.
 
@@ -112,7 +137,7 @@ class TeacherCache:
         epochs: Number of epochs of this run.
 
     Raises:
-        ACKDError: If the cache does not exist, was made for other views, or has too few epochs.
+        ACKDError: If the cache does not exist, was made for other views, has too few epochs, or a damaged file.
 
     Attributes:
         compared: Whether logits were compared with those of the teacher.
@@ -127,6 +152,8 @@ class TeacherCache:
                 f"teacher.cache {folder} lacks epoch {missing[0] + 1} of {epochs}; complete it by running `ackd cache` "
                 "with the settings of this run"
             )
+        for epoch in range(epochs):
+            check_epoch(epoch_file(folder, epoch), images=key["images"])
         self.compared = False
         self._epoch = -1
         self._logits = torch.empty(0)
@@ -166,9 +193,7 @@ class TeacherCache:
             try:
                 self._logits = load_file(path)["logits"].to(index.device)
             except (SafetensorError, OSError, KeyError) as error:
-                raise ACKDError(
-                    f"{path} cannot be read ({str(error).splitlines()[0][:100]}); remove it and run `ackd cache` again"
-                ) from error
+                raise _damaged(path, error) from error
             self._epoch = epoch
         logits = self._logits[index].float()
         return NetOutput(logits)
@@ -269,7 +294,7 @@ def fill(
         Number of the epoch and its file, or None instead of a file that existed.
 
     Raises:
-        ACKDError: If the folder holds a cache of other views.
+        ACKDError: If the folder holds a cache of other views, or a damaged file.
     """
     key = view_key(module, data, precision)
     folder.mkdir(parents=True, exist_ok=True)
@@ -280,6 +305,7 @@ def fill(
     for epoch in range(epochs):
         path = epoch_file(folder, epoch)
         if path.is_file():
+            check_epoch(path, images=key["images"])
             yield epoch, None
             continue
         logits = torch.full((key["images"], module.data.num_classes), torch.nan)
