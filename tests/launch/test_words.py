@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,3 +227,13 @@ def test_print_config_refuses_what_a_fit_refuses(setting, capsys):
 def test_the_remedy_for_other_classes_is_an_option_of_the_command_line(written):
     message = as_given(ACKDError(f"other classes; use data of the same classes, or pass {written}"), ["test", "run"])
     assert message.endswith("or pass --model.on_class_mismatch ignore")
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_deprecations_within_libraries_are_not_shown_and_those_of_a_users_code_are(category):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with in_our_words():
+            for module in ("torch._meta_registrations", "lightning.pytorch.trainer", "my_method"):
+                warnings.warn_explicit(f"{module} is deprecated", category, f"{module}.py", 1, module=module)
+    assert [str(each.message) for each in seen] == ["my_method is deprecated"]

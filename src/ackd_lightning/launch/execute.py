@@ -338,7 +338,8 @@ def in_our_words(arguments: Sequence[str] = ()) -> Iterator[None]:
     with warnings.catch_warnings():
         for message in _NOT_OURS:
             warnings.filterwarnings("ignore", message)
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\..*")
+        for category in (DeprecationWarning, FutureWarning):  # for the authors of these libraries
+            warnings.filterwarnings("ignore", category=category, module=r"(jsonargparse|lightning|torch)\..*")
         warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # a sentence, not a place in our code
         try:
             yield
