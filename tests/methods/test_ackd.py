@@ -375,6 +375,7 @@ def test_the_weight_of_the_game_grows_linearly_from_zero():
         ({"branches": []}, "branches is empty in method ACKD"),
         ({"branches": ["D3B1"]}, r"branches is \['D3B1'\].*add a second branch or set adversarial to off"),
         ({"teach": "learners", "detach_group": True}, "attention has nothing to learn from"),
+        ({"teach": "learners", "lambda_kd_target": 0.0}, "nothing to learn from with teach=learners and lambda_kd_"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(arguments, message):

@@ -119,9 +119,10 @@ class ACKD(LogitMethod):
                 f"branches is {list(branches)} in method ACKD, but Eq. 4 compares learners with each other; "
                 "add a second branch or set adversarial to off"
             )
-        if teach == "learners" and attention != "off" and detach_group:
+        if teach == "learners" and attention != "off" and (detach_group or lambda_kd_target == 0):
+            alone = "detach_group=true" if detach_group else "lambda_kd_target=0"
             raise ACKDError(
-                "attention has nothing to learn from with teach=learners and detach_group=true in method ACKD; "
+                f"attention has nothing to learn from with teach=learners and {alone} in method ACKD; "
                 "set attention to off, or teach to both"
             )
         self.branches = None if branches is None else tuple(branches)
