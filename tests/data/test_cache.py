@@ -73,12 +73,19 @@ def test_without_a_writable_folder_it_continues_with_one_warning(tmp_path):
     assert result.images.unique().tolist() == [1]
 
 
+def test_others_who_may_read_the_folder_may_read_the_cache(tmp_path):
+    path = tmp_path / "cache.pt"
+    cached(path, "one", lambda: pixels(1))
+    (tmp_path / "any").touch()
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_cache_file_is_left_whole_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "cache.pt"
     cached(path, "one", lambda: pixels(1))
 
     def full(content, file):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

@@ -10,6 +10,7 @@ from ackd_lightning.data.sampling import (
     stratified_split,
     subset,
 )
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.random import mix
 
 TARGETS = torch.tensor([0] * 40 + [1] * 25 + [2] * 1 + [4] * 10)[torch.randperm(76, generator=torch.manual_seed(1))]
@@ -84,8 +85,11 @@ def test_ranks_share_the_batches_of_one_process():
 
 
 class Echo(torch.utils.data.Dataset):
+    def __init__(self, images=23):
+        self.images = images
+
     def __len__(self):
-        return 23
+        return self.images
 
     def __getitems__(self, keys):
         return list(keys)
@@ -94,9 +98,12 @@ class Echo(torch.utils.data.Dataset):
         return key
 
 
-def loader(workers=0):
-    sampler = EpochSampler(range(23), seed=5)
-    return ResumableLoader(Echo(), batch_size=4, sampler=sampler, num_workers=workers, collate_fn=as_is, drop_last=True)
+def loader(workers=0, *, images=23, batch_size=4, replicas=1, rank=0, **options):
+    data = Echo(images)
+    sampler = EpochSampler(data, **{"seed": 5, "num_replicas": replicas, "rank": rank, **options})
+    return ResumableLoader(
+        data, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=as_is, drop_last=True
+    )
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
@@ -110,7 +117,7 @@ def test_loader_resumes_where_its_state_was_taken(workers):
     iterator = iter(first)
     seen = [next(iterator) for _ in range(3)]
     state = first.state_dict()
-    assert state == {"epoch": 2, "batches": 3}
+    assert (state["epoch"], state["batches"]) == (2, 3)
     del iterator
     second = loader(workers)
     second.load_state_dict(state)
@@ -133,6 +140,41 @@ def test_state_of_a_shortened_epoch_does_not_shorten_the_next():
     second.load_state_dict(state)
     second.sampler.set_epoch(1)
     assert len(list(second)) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"batch_size": 8}, "data.batch_size was 4 and is 8"),
+        ({"images": 30}, "the number of training images was 23 and is 30"),
+        ({"seed": 6}, "data.seed was 5 and is 6"),
+        ({"balance": torch.arange(23) % 2}, "data.sampling was shuffle and is balanced"),
+        ({"batch_size": 4, "replicas": 2}, "data.batch_size was 4 and is 8"),
+    ],
+)
+def test_an_epoch_cannot_go_on_with_other_batches(change, said):
+    first = loader()
+    iterator = iter(first)
+    next(iterator)
+    second = loader(**change)
+    second.sampler.set_epoch(1)  # the next epoch may differ
+    second.load_state_dict(first.state_dict())
+    second.sampler.set_epoch(0)
+    with pytest.raises(ACKDError, match=rf"after batch 1 of epoch 1 .*{said}"):
+        second.load_state_dict(first.state_dict())
+
+
+def test_an_epoch_goes_on_in_more_processes_with_the_same_global_batch():
+    whole = list(loader())
+    first = loader()
+    iterator = iter(first)
+    state = [next(iterator) and first.state_dict() for _ in range(2)][-1]
+    rest = []
+    for rank in range(2):
+        each = loader(batch_size=2, replicas=2, rank=rank)
+        each.load_state_dict(state)
+        rest.append(list(each))
+    assert [sorted(one + two) for one, two in zip(*rest, strict=True)] == [sorted(each) for each in whole[2:]]
 
 
 def test_loader_with_another_sampler_starts_from_the_beginning():

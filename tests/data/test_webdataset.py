@@ -62,7 +62,7 @@ def epoch(module, number=0, state=None):
     loader = module.train_dataloader()
     loader.set_epoch(number)
     if state is not None:
-        loader.load_state_dict(state)
+        loader.load_state_dict({**loader.state_dict(), **state})
     return list(loader)
 
 
@@ -98,6 +98,21 @@ def test_a_resumed_epoch_goes_on_exactly(shards, workers):
     whole = epoch(module)
     for done in (1, 4):
         assert same(epoch(module, 0, {"epoch": 0, "batches": done}), whole[done:])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("data.num_workers", {"num_workers": 2}), ("data.batch_size", {"batch_size": 2}), ("data.buffer", {"buffer": 0})],
+)
+def test_an_epoch_cannot_go_on_in_another_order(shards, name, options):
+    begun = made(shards).train_dataloader()
+    states = [begun.state_dict() for _ in begun]
+    loader = made(shards, **options).train_dataloader()
+    loader.set_epoch(1)  # the next epoch may differ
+    loader.load_state_dict(states[0])
+    loader.set_epoch(0)
+    with pytest.raises(ACKDError, match=rf"after batch 1 of epoch 1 .*{name} was"):
+        loader.load_state_dict(states[0])
 
 
 @pytest.mark.parametrize("world", [2, 4])

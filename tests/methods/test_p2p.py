@@ -15,7 +15,7 @@ def test_the_terms_equal_a_slow_reference_and_reach_those_who_learn(scene, other
     here = scene(others + online)
     method = P2P(students=["peer"] * others, online_teacher="resnet14" if online else None, temperature=2.0)
     assert method.teacher == ("none" if online else "logits")
-    terms = method(here.student, None if online else here.teacher, here.batch)
+    terms = method(here.student, here.teacher, here.batch)  # beside an online teacher for the other part of a sum
     students = [each.detach() for each in (here.z_s, *here.z[:others])]
     teacher = (here.z[-1] if online else here.z_t).detach()
     assert terms["kd"].item() == pytest.approx(sum(slow_divergence(teacher, each, 2.0) for each in students), rel=1e-4)

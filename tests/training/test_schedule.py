@@ -501,6 +501,16 @@ def test_warm_up_then_a_plateau(method, warmup):
     assert rates.of(0) == pytest.approx(expected)
 
 
+@both_loops
+def test_a_warm_up_before_a_plateau_counts_epochs_without_validation(method):
+    rates, plateau = Rates(), functools.partial(ReduceLROnPlateau, patience=0, threshold=1e9, factor=0.5)
+    net = build(method(), lr=0.1, lr_scheduler=plateau, recipe=Recipe(warmup_epochs=3))
+    run = trainer(max_epochs=8, check_val_every_n_epoch=3, callbacks=[rates], limit_train_batches=1)
+    run.fit(net, datamodule=Blobs())
+    # the first validation has nothing to compare with
+    assert rates.of(0) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.05, 0.05])
+
+
 def test_a_plateau_of_a_metric_that_is_not_logged_is_refused():
     net = module(lr_scheduler=ReduceLROnPlateau)
     with pytest.raises(ACKDError, match="val/loss"):

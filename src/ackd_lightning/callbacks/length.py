@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 def epochs_of_fit(trainer: L.Trainer, batches: float | None = None) -> int | None:
     """Return the number of epochs of a fit, the last of which may be cut; None where it is not known.
 
-    A skipped step does not count, so a fit with such steps and a limit of steps is longer than this.
+    With manual optimization a skipped step does not count, so a fit with such steps and a limit of steps is longer.
 
     Args:
         trainer: Trainer.

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import pickle
-import tempfile
+import secrets
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -81,15 +81,13 @@ def save_cache(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Save through a temporary file in the same folder, so that a killed process leaves no half file."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+    """Save through a hidden file in the same folder, with the permissions of any new file."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        temporary.replace(path)
+        torch.save(content, hidden)
+        hidden.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        hidden.unlink(missing_ok=True)
         raise
 
 

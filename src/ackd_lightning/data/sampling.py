@@ -5,7 +5,7 @@ Nothing here keeps random state: every number depends only on (seed, epoch, inde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, Literal, cast
 
 import torch
@@ -30,6 +30,8 @@ STREAM_FLIP = 203
 STREAM_TRANSFORM = 204
 STREAM_POLICY = 205
 STREAM_MIX = 206
+IMAGES = "the number of training images"
+"""What the number of images is called in the state of a loader."""
 
 
 def _rank_in_class(targets: Tensor, keys: Tensor) -> Tensor:
@@ -216,7 +218,7 @@ class ResumableLoader(ImageLoader):
 
     Its sampler is an `EpochSampler`; with any other one (Lightning uses a sequential sampler for ``overfit_batches``)
     it is a plain loader that starts from the beginning. The state counts batches that were returned, not those that
-    workers have prepared ahead.
+    workers have prepared ahead. The number of processes may change within an epoch, the size of the global batch not.
     """
 
     _epoch = -1
@@ -230,18 +232,55 @@ class ResumableLoader(ImageLoader):
             self._done += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches that were returned (0 after the last one)."""
-        return {"epoch": self._epoch, "batches": self._done % max(len(self), 1)}
+    def _made_of(self) -> dict[str, Any]:
+        """Return what the order of an epoch depends on, by the names that a user knows."""
+        sampler = self.sampler
+        if not isinstance(sampler, EpochSampler):
+            return {}
+        return {
+            "data.batch_size": sampler.num_replicas * (self.batch_size or 1),
+            IMAGES: len(cast("Sized", self.dataset)),
+            "data.seed": sampler.seed,
+            "data.sampling": "shuffle" if sampler.balance is None else "balanced",
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, the number of its batches that were returned (0 after the last one), and of what it is."""
+        return {"epoch": self._epoch, "batches": self._done % max(len(self), 1), **self._made_of()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the batches of a state when its epoch is iterated next.
 
         Args:
             state: Result of `state_dict`.
+
+        Raises:
+            ACKDError: Within an epoch that began with other batches or images.
         """
-        if isinstance(self.sampler, EpochSampler):
-            self.sampler.resume_at(state["epoch"], state["batches"] * (self.batch_size or 1))
+        sampler = self.sampler
+        if isinstance(sampler, EpochSampler):
+            sampler.resume_at(state["epoch"], state["batches"] * (self.batch_size or 1))
+            if sampler.start:
+                refuse_another_epoch(state, self._made_of())
+
+
+def refuse_another_epoch(began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on within an epoch in which images would be left out or read twice.
+
+    Args:
+        began: State of a loader, with the values that it had when the epoch began.
+        now: Its values now, by the names that a user knows.
+
+    Raises:
+        ACKDError: If a value differs.
+    """
+    for name, value in now.items():
+        if began[name] != value:
+            raise ACKDError(
+                f"the run stopped after batch {began['batches']} of epoch {began['epoch'] + 1} and cannot go on within "
+                f"it: {name} was {began[name]} and is {value}, so images would be left out or read twice; give the "
+                "earlier value, or start a new run"
+            )
 
 
 def as_is(batch: Sequence[Any]) -> Any:

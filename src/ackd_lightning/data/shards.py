@@ -21,7 +21,7 @@ from ackd_lightning.data.datasets import EVAL_BORDER, augmented_crop, reduction
 from ackd_lightning.data.decoding import Encoded, load_for_crop, load_image
 from ackd_lightning.data.labels import composed
 from ackd_lightning.data.pixels import ImageFormat, convert, fit, is_deep, to_tensor
-from ackd_lightning.data.sampling import STREAM_SHUFFLE, STREAM_TRANSFORM, ImageLoader
+from ackd_lightning.data.sampling import IMAGES, STREAM_SHUFFLE, STREAM_TRANSFORM, ImageLoader, refuse_another_epoch
 from ackd_lightning.data.transforms import RawBatch
 from ackd_lightning.data.walk import extensions
 from ackd_lightning.errors import ACKDError
@@ -283,18 +283,35 @@ class ShardLoader:
             self._done += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches that were returned (0 after the last one)."""
-        return {"epoch": self.shards.epoch, "batches": self._done % max(self.shards.batches or 1, 1)}
+    def _made_of(self) -> dict[str, Any]:
+        """Return the numbers on which the order of an epoch depends; every process and worker reads its own piece."""
+        world = self.shards.place[1]
+        return {
+            "data.batch_size": world * self.shards.batch_size,
+            "processes": world,
+            "data.num_workers": max(1, self.loader.num_workers),
+            "data.buffer": self.shards.buffer,
+            "data.seed": self.shards.seed,
+            IMAGES: sum(self.shards.counts),
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, the number of its batches that were returned (0 after the last one), and of what it is."""
+        done = self._done % max(self.shards.batches or 1, 1)
+        return {"epoch": self.shards.epoch, "batches": done, **self._made_of()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the batches of a state when its epoch is iterated next.
 
         Args:
             state: Result of `state_dict`.
+
+        Raises:
+            ACKDError: Within an epoch that began with other batches, images or workers.
         """
         self._resume = (state["epoch"], state["batches"])
-        self.set_epoch(state["epoch"])
+        if state["batches"] and state["epoch"] == self.shards.epoch:
+            refuse_another_epoch(state, self._made_of())
 
 
 def expand(root: Path, pattern: str) -> list[Path]:

@@ -76,7 +76,7 @@ class P2P(Method):
         """Return the terms ``ce``, ``ce_aux``, ``kd`` and ``mutual``; arguments as in the base class."""
         every = all_logits(student)
         students = every[: self.count]
-        source = every[-1] if teacher is None else teacher.logits
+        source = every[-1] if teacher is None or self.teacher == "none" else teacher.logits
         divergences = [kd_loss(each, source, temperature=self.temperature) for each in students]
         return {
             "ce": cross_entropy(student.logits, batch.labels),

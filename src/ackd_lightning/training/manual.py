@@ -23,7 +23,7 @@ from ackd_lightning.callbacks.length import is_whole_epoch
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.training.means import average_over_processes
-from ackd_lightning.training.schedule import reads_metric
+from ackd_lightning.training.schedule import reads_metric, step_scheduler
 from ackd_lightning.training.step_log import LoggedSteps
 from ackd_lightning.types import Batch, NetOutput
 
@@ -133,9 +133,13 @@ class ManualSteps(LoggedSteps):
         with warnings.catch_warnings():  # an optimizer without steps in its first epochs has a schedule all the same
             warnings.filterwarnings("ignore", ".*before `optimizer.step\\(\\)`.*")
             for config in self.trainer.lr_scheduler_configs:
-                if config.interval == interval and done % config.frequency == 0:
-                    scheduler = cast("Any", config.scheduler)
+                if config.interval != interval:
+                    continue
+                scheduler = cast("Any", config.scheduler)
+                if done % config.frequency == 0:
                     self.lr_scheduler_step(scheduler, self._monitored(scheduler) if reads_metric(scheduler) else None)
+                elif reads_metric(scheduler):
+                    step_scheduler(scheduler)  # an epoch without validation: the warm-up alone goes on
 
     def _monitored(self, scheduler: Any) -> Tensor:
         """Return the metric that a schedule on a plateau reads."""

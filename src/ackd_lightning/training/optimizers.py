@@ -294,13 +294,11 @@ class OpenOptimizers(TwoGradients):
         super().on_train_epoch_end()
         for config in self._plateaus() if is_whole_epoch(self.trainer) else ():
             metrics = self.trainer.callback_metrics
-            if (self.current_epoch + 1) % config.frequency:
-                continue  # an epoch without validation
-            metric = metrics.get(str(config.monitor))
-            if metric is None and config.strict:
+            validated = (self.current_epoch + 1) % config.frequency == 0
+            metric = metrics.get(str(config.monitor)) if validated else None
+            if metric is None and validated and config.strict:
                 raise metric_missing(str(config.monitor), metrics)
-            if metric is not None:
-                step_scheduler(cast(LRScheduler, config.scheduler), metric)
+            step_scheduler(cast(LRScheduler, config.scheduler), metric)  # a warm-up needs no metric
 
     def _without_monitors(self, schedules: list[Any]) -> list[Any]:
         """Keep the names of monitored metrics; Lightning would warn and forget them in manual optimization."""

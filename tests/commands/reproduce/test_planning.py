@@ -231,6 +231,14 @@ def test_a_very_short_early_stop_keeps_an_epoch_before_each_milestone(here):
     assert (early.epochs, early.settings["model.lr_scheduler.milestones"]) == (1, [1, 1])
 
 
+def test_milestones_of_a_shorter_teacher_are_not_rounded_twice(here):
+    pair = {**HERE, "early_stop": 42}  # of 60; 90 * (70 / 100) is 62.99999999999999
+    settings = ["--trainer.max_epochs", "100", "--model.lr_scheduler.milestones", "[50, 90]"]
+    planner = Planner(small(here, pairs={PAIR: pair}), Path("out"), settings)
+    early = planner.teacher(planner.table.pairs[PAIR], early=True)
+    assert (early.epochs, early.settings["model.lr_scheduler.milestones"]) == (70, [35, 63])
+
+
 def test_without_weights_the_teachers_run_gives_them(here):
     planner, (teacher, _) = plan(small(here), methods=["kd"])
     pair = small(here).pairs[PAIR]

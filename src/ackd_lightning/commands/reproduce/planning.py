@@ -186,10 +186,9 @@ class Planner:
         resolved = self.teacher(pair, early=False) if self.given_weights(pair) is None else None
         planned = resolved.settings if resolved else experiment_settings(self._read(config, settings).settings())
         epochs = max(1, round(planned["trainer.max_epochs"] * pair.early_stop / whole))
-        scale = epochs / planned["trainer.max_epochs"]
         shorter: dict[str, Any] = {"trainer.max_epochs": epochs}
         if milestones := planned.get(_MILESTONES):
-            shorter[_MILESTONES] = [max(1, int(each * scale)) for each in milestones]
+            shorter[_MILESTONES] = [max(1, each * epochs // planned["trainer.max_epochs"]) for each in milestones]
         overrides, self.overrides = self.overrides, [*self.overrides, *as_arguments(shorter)]
         try:
             title = f"{label}, stopped after {count_of(epochs, 'epoch')}"
