@@ -40,6 +40,20 @@ def test_a_refused_resume_leaves_settings_and_summary_alone(run, others, capsys)
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
+def test_another_batch_size_within_an_epoch_is_refused_and_leaves_the_run_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plain = [*FIT, "--config", "ce", "--weights_dir", "null", "--trainer.max_epochs", "1"]
+    assert main([*plain, "--data.batch_size", "8", "--trainer.max_steps", "2"]) == 0
+    run = tmp_path / "runs/digits_resnet8+ce/one"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps", "-1", "--data.batch_size", "16"]) == 2
+    assert "after batch 2 of epoch 1" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps", "-1"]) == 0
+    assert json.loads((run / "summary.json").read_text())["steps"] == 5
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_that_has_trained_longer_is_refused_in_the_words_of_the_command(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

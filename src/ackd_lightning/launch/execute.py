@@ -56,6 +56,7 @@ _NOT_OURS = (
     ".*exists and is not empty.*",  # the run's folder was checked before
     ".*using the WeightAveraging callback, but loading a checkpoint outside.*",  # the checkpoint has the average
     ".*module\\(s\\) in eval mode at the start.*",  # what a method has frozen
+    ".*ModelCheckpoint\\(monitor='val/acc'\\)` could not find.*",  # the summary says that there was no validation
 )
 
 
