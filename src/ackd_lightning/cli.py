@@ -139,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--format",
         dest="formats",
         type=_names,
-        default="",
+        default=(),
         help="safetensors, onnx, pt2, pte, openvino, separated by commas; default: that of --out, else safetensors",
     )
     export.add_argument(
@@ -159,9 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--int8", action="store_true", help="the network computes in int8: onnx, pt2 and pte, calibrated or fine-tuned"
     )
-    export.add_argument(
-        "--calibrate", type=int, default=512, help="number of training images that --int8 is calibrated on"
-    )
+    export.add_argument("--calibrate", type=int, help="training images that --int8 is calibrated on; default: 512")
     export.add_argument(
         "--out",
         help="output file, without an ending for several formats; default: student-WHICH in the run folder",
@@ -210,10 +208,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     again.add_argument("table", help="table1 .. table7, all, or a file like configs/tables/table2.yaml")
     again.add_argument(
-        "--pair", dest="pairs", type=_names, default="", help="pairs of the table, separated by commas; default: all"
+        "--pair", dest="pairs", type=_names, default=(), help="pairs of the table, separated by commas; default: all"
     )
     again.add_argument(
-        "--methods", type=_names, default="", help="rows or methods, separated by commas; default: all rows"
+        "--methods", type=_names, default=(), help="rows or methods, separated by commas; default: all rows"
     )
     again.add_argument("--seeds", default="3", help="number of seeds (3 means 0, 1, 2), or the seeds (0,5 or 3,)")
     again.add_argument("--out", help="folder of runs and tables; default: reproduce/TABLE")
@@ -280,7 +278,9 @@ def _predicts_images(command: str, arguments: Sequence[str]) -> bool:
 
 
 def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    if names := [part.strip() for part in text.split(",") if part.strip()]:
+        return names
+    raise argparse.ArgumentTypeError(f"{text!r} names nothing; name at least one, or leave the option out")
 
 
 def _run(arguments: Sequence[str]) -> None:

@@ -94,6 +94,8 @@ def test_the_ending_chooses_the_format_and_uint8_is_read():
         (["--out", "gone", "--format", "onnx,pt2"], "gone/student"),
         (["other"], "other"),
         (["--foo", "3"], "--foo"),
+        (["--calibrate", "5"], "--calibrate"),
+        (["--format="], "--format"),
         (["--data.root", "x"], "data.root"),
     ],
 )

@@ -191,6 +191,12 @@ def test_options_that_do_not_go_together(arguments, named, capsys):
     assert not list(Path().glob("no.*"))
 
 
+def test_images_to_calibrate_a_fine_tuned_student_on_are_refused(capsys):
+    assert main(["export", str(TUNED), "--int8", "--format", "onnx", "--calibrate", "9", "--out", "no.onnx"]) == 2
+    assert "fine-tuned for int8 already" in capsys.readouterr().err
+    assert not Path("no.onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("accuracy", "classes", "count", "expected"),
     [
@@ -211,7 +217,7 @@ def test_what_int8_costs_is_said(parts, tmp_path, capsys):
     slow = replace(latency, median=4e-3)
 
     def shown(right):
-        pair = (Measured("float32", 9, 1.0, 0.9, latency), Measured("int8", 5, 0.9, right, slow))
+        pair = (Measured("float32", 9, 1.0, 0.9, latency, False), Measured("int8", 5, 0.9, right, slow, True))
         show_int8([FORMATS["onnx"]], [tmp_path / "a.onnx"], lambda *_: pair, images=images, advice="fine-tune it")
         return capsys.readouterr().out
 

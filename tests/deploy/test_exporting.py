@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ackd_lightning import create_model
 from ackd_lightning.deploy import checking
 from ackd_lightning.deploy.checking import LIMITS, Check, CheckImages, compare, images_of, random_images
 from ackd_lightning.deploy.description import Description
@@ -71,6 +72,44 @@ def test_a_file_gives_the_logits_of_training_for_any_batch(tmp_path, name):
     assert sorted(each.suffix for each in tmp_path.iterdir()) == sorted(
         [".ckpt", target.suffix, *([".bin"] if name == "openvino" else [])]
     )
+
+
+class Halves(nn.Module):
+    """A part of a ShuffleNet, for which ExecuTorch fixes the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(2, 2, 1), nn.Linear(4, 5)
+
+    def forward(self, images):
+        one, two = self.first(images).chunk(2, dim=1)
+        maps = torch.cat((one, self.second(two).relu()), dim=1)
+        one, two = maps.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2).chunk(2, dim=1)
+        return self.head(torch.cat((one, self.second(two)), dim=1).mean((2, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["resnet8", "halves"])
+def test_a_program_for_phones_takes_one_image_and_as_many_as_it_states(tmp_path, kind):
+    runtime = pytest.importorskip("executorch.runtime")
+    network = (Halves() if kind == "halves" else create_model(kind, 5)).eval()
+    FORMATS["pte"].write(network, torch.randn(2, 3, 16, 16), tmp_path / "a.pte", {"model": kind})
+    metadata = FORMATS["pte"].open_file(tmp_path / "a.pte").metadata
+    assert (metadata["model"], metadata["batch"]) == (kind, "1" if kind == "halves" else "32")
+    forward = runtime.Runtime.get().load_program(tmp_path / "a.pte").load_method("forward")
+    for count in {1, int(metadata["batch"])}:
+        images = torch.randn(count, 3, 16, 16)
+        with torch.no_grad():
+            assert torch.allclose(forward.execute([images])[0], network(images), atol=1e-4)
+
+
+def test_a_graph_of_openvino_takes_images_of_its_size_alone(tmp_path):
+    network, description = trained(tmp_path)
+    opened = open_network(written(tmp_path, "openvino", network, description)[0])
+    height, width = opened.description.image_shape[1:]
+    for shape in ((2, 3, height + 4, width), (2, 1, height, width)):
+        with pytest.raises(RuntimeError):
+            opened.run(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(

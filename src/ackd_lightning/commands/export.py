@@ -12,7 +12,7 @@ from torch import nn
 
 from ackd_lightning.commands.export_int8 import check_int8, int8_advice, show_int8
 from ackd_lightning.commands.student import check_data, read_student
-from ackd_lightning.deploy.checking import Check, images_of, is_chance, random_images
+from ackd_lightning.deploy.checking import SINGLE, Check, images_of, is_chance, random_images
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import check_free, export, measured, reading_uint8
 from ackd_lightning.deploy.formats.formats import FORMATS, Format, file_size, find_format
@@ -39,7 +39,7 @@ def export_command(
     with_preprocessing: bool = False,
     check: Literal["data", "random"] = "data",
     int8: bool = False,
-    calibrate: int = CALIBRATION_IMAGES,
+    calibrate: int | None = None,
     options: Sequence[str] = (),
 ) -> None:
     """Write the student, or a peer, to files and print how they compare with it, and its cost.
@@ -55,7 +55,7 @@ def export_command(
         with_preprocessing: Whether the network reads uint8 images.
         check: Images that files are compared on.
         int8: Whether the network computes in int8.
-        calibrate: Number of training images that an int8 network is calibrated on.
+        calibrate: Number of training images that an int8 network is calibrated on; default: 512.
         options: Options of the run's data, such as ``--data.root``.
 
     Raises:
@@ -66,6 +66,8 @@ def export_command(
     _check_options(kinds, dtype, with_preprocessing, options)
     if int8:
         check_int8(kinds, calibrate, learner)
+    elif calibrate is not None:
+        raise ACKDError("--calibrate is given and --int8 is not; add --int8, or leave --calibrate out")
     folder = run_folder(checkpoint)
     stem = folder / f"student{learner or ''}-{checkpoint.stem}{'-int8' if int8 else ''}"
     targets = _targets(kinds, out, stem, dtype, with_preprocessing)
@@ -98,11 +100,13 @@ def export_command(
         print(f"the student is right for {right:.2%} of {images.counted_words}, which guessing could reach, too")
     if int8:
         tuned = fine_tuned(student.content, checkpoint, network)
+        if tuned is not None and calibrate is not None:
+            raise ACKDError("--calibrate is given and the student was fine-tuned for int8 already; leave it out")
         advice = int8_advice(folder, student.summary, tuned=tuned is not None)
         own = description.replace(reads="uint8") if with_preprocessing else description
 
         def one(kind: Format, target: Path) -> tuple[Measured, Measured]:
-            quantised, words = int8_network(network, tuned, kind.name, data, count=calibrate)
+            quantised, words = int8_network(network, tuned, kind.name, data, count=calibrate or CALIBRATION_IMAGES)
             return export_int8(
                 network,
                 quantised,
@@ -215,6 +219,9 @@ def _show(
         )
         table.add_row(path.name, *row)
     console.print(table)
+    for path, check in checks.items():
+        if check.single:
+            print(SINGLE.format(path.name))
     costs = Table()
     for column in ("network", "parameters", "multiply-adds"):
         costs.add_column(column, justify="left" if column == "network" else "right")

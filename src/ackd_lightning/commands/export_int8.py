@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ackd_lightning.deploy.checking import CheckImages
+from ackd_lightning.deploy.checking import SINGLE, CheckImages
 from ackd_lightning.deploy.formats.formats import Format
 from ackd_lightning.deploy.int8 import BACKENDS, NOTEWORTHY_IMAGES, NOTEWORTHY_LOSS, Measured
 from ackd_lightning.deploy.latency import PTE_THREADS
@@ -20,12 +20,12 @@ _SLOWER = 1.2
 """Ratio of the times of int8 and float32 from which on it is said."""
 
 
-def check_int8(kinds: Sequence[Format], calibrate: int, learner: int) -> None:
+def check_int8(kinds: Sequence[Format], calibrate: int | None, learner: int) -> None:
     """Refuse options that do not go with ``--int8``.
 
     Args:
         kinds: Formats.
-        calibrate: Number of training images to calibrate on.
+        calibrate: Number of training images to calibrate on; None where it is not given.
         learner: Number of the learner.
 
     Raises:
@@ -34,7 +34,7 @@ def check_int8(kinds: Sequence[Format], calibrate: int, learner: int) -> None:
     without = [each.name for each in kinds if each.name not in BACKENDS]
     if without:
         raise ACKDError(f"--int8 is given and format {without[0]} has no int8; choose from {', '.join(BACKENDS)}")
-    if calibrate < 1:
+    if calibrate is not None and calibrate < 1:
         raise ACKDError(f"--calibrate is {calibrate}; give the number of training images, such as 512")
     if learner:
         raise ACKDError(
@@ -99,6 +99,8 @@ def show_int8(
             time = (f"{1000 * each.latency.median:.3f}", f"{1000 * each.latency.spread:.3f}")
             table.add_row(each.name, f"{each.size / 1e6:.2f}", f"{each.agreement:.2%}", accuracy, *time)
             threads = each.latency.threads
+        if pair[1].single:
+            notes.append(SINGLE.format(target.name))
         before, after = (each.accuracy for each in pair)
         if before is not None and after is not None:
             fewer = round((before - after) * images.counted)

@@ -188,6 +188,10 @@ def random_images(description: Description) -> CheckImages:
     )
 
 
+SINGLE = "{} takes one image at a time, as the exporter cannot leave the batch of this network open"
+"""Note on a file whose batch is 1."""
+
+
 @dataclass(frozen=True)
 class Check:
     """Result of a comparison.
@@ -198,6 +202,7 @@ class Check:
         agreement: Share of images with the same most probable class.
         before: Accuracy of the trained network; None without classes.
         after: Accuracy of the file.
+        single: Whether the file takes one image at a time alone.
     """
 
     difference: float
@@ -205,6 +210,7 @@ class Check:
     agreement: float
     before: float | None
     after: float | None
+    single: bool = False
 
     def problem(self, limits: Limits, images: CheckImages) -> str | None:
         """Say what is beyond the limits; None when nothing is.
@@ -225,13 +231,14 @@ class Check:
         return None
 
 
-def compare(images: CheckImages, reference: Tensor, run: Callable[[Tensor], Tensor]) -> Check:
+def compare(images: CheckImages, reference: Tensor, run: Callable[[Tensor], Tensor], *, single: bool = False) -> Check:
     """Compare a file with the trained network.
 
     Args:
         images: Images.
         reference: ``N x K`` logits of the trained network.
         run: Function from normalised images to the logits of the file.
+        single: Whether the file takes one image at a time alone.
     """
     found = images.logits(run)
     difference = (found - reference).abs().max()
@@ -241,6 +248,7 @@ def compare(images: CheckImages, reference: Tensor, run: Callable[[Tensor], Tens
         float((found.argmax(1) == reference.argmax(1)).float().mean()),
         images.accuracy(reference),
         images.accuracy(found),
+        single,
     )
 
 

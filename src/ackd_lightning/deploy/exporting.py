@@ -118,7 +118,7 @@ def export(
     words = f"{kind.name} file on {images.words}: at least {limits.agreement:.0%} of the classes as {model}"
     if limits.difference is not None:
         words += f", logits within {limits.difference:g} of the largest"
-    stated = description.replace(checked=words, batch=kind.batch)
+    stated = description.replace(checked=words)
     pixels = next(iter(images))[:1].repeat(2, 1, 1, 1)
     example = Preprocessing(description).raw(pixels) if description.reads == "uint8" else pixels
     size = sum(each.numel() * each.element_size() for each in network.state_dict().values())
@@ -141,7 +141,8 @@ def export(
                     "another format"
                 ) from error
 
-        check = compare(images, reference, run)
+        run(pixels[:1])  # some graphs take several images and not one
+        check = compare(images, reference, run, single=opened.metadata.get("batch") == "1")
         if (problem := check.problem(limits, images)) is not None:
             raise ACKDError(f"{target} was not written, because {problem}; choose another format or --which")
         return check

@@ -132,6 +132,7 @@ class Measured:
         agreement: Share of images with the same most probable class as the float32 student.
         accuracy: Accuracy on the images of the check; None without classes.
         latency: Time of one image.
+        single: Whether the file takes one image at a time alone.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Measured:
     agreement: float
     accuracy: float | None
     latency: Latency
+    single: bool
 
 
 def measured_file(name: str, path: Path, images: CheckImages, reference: Tensor) -> Measured:
@@ -154,7 +156,8 @@ def measured_file(name: str, path: Path, images: CheckImages, reference: Tensor)
     found = images.logits(opened.logits)
     agreement = float((found.argmax(1) == reference.argmax(1)).float().mean())
     latency = measure(opened.run, opened.description.image_shape, dtype=opened.image_dtype)
-    return Measured(name, path.stat().st_size, agreement, images.accuracy(found), latency)
+    single = opened.description.batch == 1
+    return Measured(name, path.stat().st_size, agreement, images.accuracy(found), latency, single)
 
 
 def export_int8(

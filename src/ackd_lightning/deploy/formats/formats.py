@@ -25,7 +25,6 @@ class Format:
         open_file: Function that opens a file.
         extra: Extra of this package that the format needs; None for none.
         libraries: Libraries of the extra.
-        batch: Largest batch that a file takes; None for any.
         beside: Ending of a second file beside it; None for none.
         oldest_torch: Oldest torch that writes files which `open_file` reads; None for any.
     """
@@ -36,7 +35,6 @@ class Format:
     open_file: Opener
     extra: str | None = None
     libraries: tuple[str, ...] = ()
-    batch: int | None = None
     beside: str | None = None
     oldest_torch: str | None = None
 
@@ -71,7 +69,7 @@ FORMATS = {
         Format("safetensors", ".safetensors", safetensors.write, safetensors.open_file),
         Format("onnx", ".onnx", onnx.write, onnx.open_file, "onnx", ("onnx", "onnxscript", "onnxruntime")),
         Format("pt2", ".pt2", pt2.write, pt2.open_file, oldest_torch="2.9"),
-        Format("pte", ".pte", pte.write, pte.open_file, "executorch", ("executorch",), pte.LARGEST_BATCH),
+        Format("pte", ".pte", pte.write, pte.open_file, "executorch", ("executorch",)),
         Format("openvino", ".xml", openvino.write, openvino.open_file, "openvino", ("openvino",), beside=".bin"),
     )
 }

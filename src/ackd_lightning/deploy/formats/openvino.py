@@ -35,6 +35,7 @@ def write(network: nn.Module, example: Tensor, path: Path, metadata: Mapping[str
     try:
         with quiet():
             model = openvino.convert_model(graph)
+            model.reshape([-1, *example.shape[1:]])  # else images of any size and number of channels are taken
     except Exception as error:  # an exporter can fail in any way
         raise refused("openvino", network, error) from error
     model.set_rt_info(json.dumps(dict(metadata)), PLACE)

@@ -74,18 +74,17 @@ def graph_of(network: nn.Module, example: Tensor, kind: str, *, largest: int = L
 
     Args:
         network: Network in evaluation mode.
-        example: Two images as the network reads them.
+        example: Images as the network reads them, at least two where the batch is dynamic.
         kind: Name of the format in messages.
-        largest: Largest batch.
+        largest: Largest batch; 1 for a batch that is fixed.
 
     Raises:
         ACKDError: If torch.export refuses the network, with the module and the operation.
     """
+    shapes = None if largest == 1 else ({0: Dim("batch", min=1, max=largest)},)
     try:
         with quiet():
-            return torch.export.export(
-                network, (example,), dynamic_shapes=({0: Dim("batch", min=1, max=largest)},), strict=False
-            )
+            return torch.export.export(network, (example,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # an exporter can fail in any way
         raise refused(kind, network, error) from error
 
