@@ -171,6 +171,8 @@ def test_a_missing_fragment_is_named_with_the_known_ones(tmp_path):
     top = write(tmp_path / "top.yaml", "include: [methods/ackdd]\n")
     with pytest.raises(ACKDError, match=r"'methods/ackdd', which does not exist; did you mean 'methods/ackd'"):
         read_config(top)
+    with pytest.raises(ACKDError, match=r"leave .yaml out"):
+        read_config(write(tmp_path / "top.yaml", "include: [methods/ackd.yaml]\n"))
 
 
 @pytest.mark.parametrize("included", ["methods/ackd", "{a: 1}", "3"])

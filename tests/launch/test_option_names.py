@@ -188,6 +188,39 @@ def test_an_option_of_one_of_two_teachers_has_its_number(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "kind"),
+    [
+        ("ensemble_weight", "heavy", "a number"),
+        ("ensemble_weight", ".nan", "a finite number"),
+        ("ensemble_weight", "0", "above 0"),
+        ("gate", "of", "'off'"),
+        ("input_size", "wide", "a whole number"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_wrong_value_of_one_of_two_teachers_is_named_with_its_number(tmp_path, option, value, kind, in_file):
+    text = TWO.replace("b.safetensors}", f"b.safetensors, {option}: {value}}}") if in_file else TWO
+    (tmp_path / "two.yaml").write_text(text)
+    given = () if in_file else (f"--model.teacher.1.{option}", value)
+    sentence = refusal(*given, base=("--config", str(tmp_path / "two.yaml")))
+    place = f"model.teacher.1.{option} in {tmp_path / 'two.yaml'}" if in_file else f"--model.teacher.1.{option}"
+    assert sentence.startswith(f"{option} is ")
+    assert kind in sentence
+    assert sentence.endswith(f"({place})")
+
+
+def test_an_unknown_setting_of_one_of_two_teachers_is_named_with_its_number(tmp_path):
+    (tmp_path / "two.yaml").write_text(TWO)
+    base = ("--config", str(tmp_path / "two.yaml"))
+    found = refusal("--model.teacher.1.wieghts", "x", base=base)
+    assert found == (
+        "there is no setting 'model.teacher.1.wieghts' here; did you mean 'weights'? (--model.teacher.1.wieghts)"
+    )
+    (tmp_path / "two.yaml").write_text(TWO.replace("b.safetensors", "b.safetensors, inputsize: 9"))
+    assert f"(model.teacher.1.inputsize in {tmp_path / 'two.yaml'})" in refusal(base=base)
+
+
 def test_a_teacher_without_a_value_is_refused_as_any_option():
     assert refusal("--model.teacher") == refusal("--model.teacher", "--name", "x") == "--model.teacher needs a value"
 

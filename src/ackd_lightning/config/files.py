@@ -204,7 +204,9 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             known = (
                 str(each.relative_to(config_folder()).with_suffix("")) for each in config_folder().glob("*/*.yaml")
             )
-            raise ACKDError(f"{path} includes {name!r}, which does not exist; {near_matches(str(name), known)}")
+            ended = any(each.with_suffix("").is_file() for each in candidates)
+            hint = "leave .yaml out" if ended else near_matches(str(name), known)
+            raise ACKDError(f"{path} includes {name!r}, which does not exist; {hint}")
         result = merge(result, read_config(found, (*_seen, path.resolve())))
     return merge(result, content)
 

@@ -38,7 +38,7 @@ from ackd_lightning.launch.arguments import (
 )
 from ackd_lightning.launch.messages import Given, RefusedError, check_shape, failed_constructor, first_cause, shorten
 from ackd_lightning.launch.options import FIT_ONLY, data_parser, interval_of, make_parser, spell_out
-from ackd_lightning.launch.preflight import check_numbers, check_values
+from ackd_lightning.launch.preflight import check_numbers, check_teachers, check_values
 from ackd_lightning.launch.run_settings import find_files, name_checkpoint, resumed_settings
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.strategies import refuse_sharding
@@ -114,6 +114,7 @@ class ACKDCLI:
         given.classes.update(_ARGUMENTS_OF, **check_classes(settings, _CLASSES, _ARGUMENTS_OF))
         self.parser = make_parser(command)
         given.names.update(self.parser.names())
+        check_teachers(settings, given)
         try:
             self.config: Any = self.parser.parse_args([f"--config={json.dumps(settings)}", *options])
         except RefusedError as error:

@@ -70,13 +70,14 @@ class Given:
         """Return the option, or the setting with its file, whose dotted name ends in a name; empty if there is none.
 
         Args:
-            name: Name of a setting, or the last parts of it.
+            name: Name of a setting, or the last parts of it; the number of an element of a list may be one of them.
         """
-        end = f".{_plain(name)}"
+        end, listed = f".{_plain(name)}", re.sub(r"\.\d+(?=\.)", "", f".{_plain(name)}")
         options = [option.split("=")[0] for option in self.options if option.startswith("--")]
         found = [option for option in options if f".{_plain(option)}".endswith(end)]
         for config, path in reversed(list(self.configs.items())):
-            found += [f"{each} in {config}" for each, _ in walk(read_config(path)) if f".{each}".endswith(end)]
+            stated = [each for each, _ in walk(read_config(path)) if f".{each}".endswith(listed)]
+            found += [f"{each if listed == end else _plain(name)} in {config}" for each in stated]
         return found[0] if found else ""
 
     def at(self, name: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ackd_lightning.config.class_paths import declared
 from ackd_lightning.config.files import walk
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.launch.messages import Given
 from ackd_lightning.methods.base import Method
+from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.weights import check_fit
 from ackd_lightning.runs.files import read_checkpoint
 from ackd_lightning.runs.tables import check_ending
@@ -84,6 +85,28 @@ def check_values(settings: Mapping[str, Any], classes: Mapping[str, type], given
             _check_value(value, cls, place, given)
 
 
+def check_teachers(settings: Mapping[str, Any], given: Given) -> None:
+    """Refuse settings of one of several teachers, which jsonargparse would take for another kind of value.
+
+    Args:
+        settings: Merged settings before they are parsed.
+        given: Settings and their places.
+
+    Raises:
+        ACKDError: Naming the setting with the number of the teacher.
+    """
+    teachers = (settings.get("model") or {}).get("teacher")
+    if not isinstance(teachers, list):
+        return
+    known = [each.name for each in fields(TeacherConfig)]
+    for number, each in enumerate(teachers):
+        unknown = next((str(name) for name in each if name not in known), None) if isinstance(each, Mapping) else None
+        if unknown is not None and "class_path" not in each:
+            name = f"model.teacher.{number}.{unknown}"
+            raise ACKDError(f"there is no setting {name!r} here; {near_matches(unknown, known)}{given.at(name)}")
+    _check_value(teachers, TeacherConfig, "model.teacher", given)
+
+
 def _arguments(value: Any) -> dict[str, Any]:
     """The arguments of a class in settings, or of a dataclass; none for anything else."""
     found = value.get("init_args", value) if isinstance(value, Mapping) else None
@@ -91,8 +114,11 @@ def _arguments(value: Any) -> dict[str, Any]:
 
 
 def _check_value(value: Any, cls: type, place: str, given: Given) -> None:
-    for each in value if isinstance(value, list | tuple) else [value]:
-        for name, argument in _arguments(each).items():
+    if isinstance(value, list | tuple):
+        for number, each in enumerate(value):
+            _check_value(each, cls, f"{place}.{number}", given)
+    else:
+        for name, argument in _arguments(value).items():
             for owner in cls.__mro__:
                 if "__init__" not in vars(owner) or not owner.__module__.startswith("ackd_lightning."):
                     continue

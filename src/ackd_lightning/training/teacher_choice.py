@@ -132,7 +132,7 @@ def weight_file(config: TeacherConfig) -> str:
     elif not Path(config.weights).is_file():
         name = f"{Path(config.weights).stem}.yaml"
         known = name in packaged_names() or Path(name).is_file()
-        remedy = f"train it with `ackd fit --config {name}`" if known else "set teacher.weights to an existing file"
+        remedy = f"train it with `ackd fit --config {name}`" if known else "give the path of an existing file"
         raise ACKDError(f"teacher weights {config.weights} do not exist; {remedy}")
     return config.weights
 
