@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.length import epochs_of_fit
+from ackd_lightning.runs.files import whole_file
 from ackd_lightning.types import Batch, Examples
 from ackd_lightning.validation import PositiveInt, checked
 
@@ -111,8 +112,8 @@ def draw_examples(
         figure.text(
             centre, (below - 0.05) / height, "\n".join(answers), fontsize=7, ha="center", va="top", parse_math=False
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 class ExamplePictures(L.Callback):

@@ -13,7 +13,7 @@ from typing import Any, cast
 from ackd_lightning.commands.reproduce.results import NOT_RUN, Line
 from ackd_lightning.commands.reproduce.specs import TableSpec
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.runs.files import write_json
+from ackd_lightning.runs.files import whole_file, write_json
 
 _COLUMNS = ["row", "paper", "ours, last", "95 % interval", "ours, best", "n", "minus paper"]
 METRIC_NAMES = {
@@ -57,8 +57,9 @@ def write_tables(
             parts += [f"## {pair}, {METRIC_NAMES[metric]}", ""]
             parts += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
             parts += [f"| {' | '.join(line.cells()[: len(heads)])} |" for line in own] + [""]
-    markdown.write_text("\n".join([*parts, text, ""]), encoding="utf-8")
-    with plain.open("w", newline="", encoding="utf-8") as stream:
+    with whole_file(markdown) as partial:
+        partial.write_text("\n".join([*parts, text, ""]), encoding="utf-8")
+    with whole_file(plain) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["pair", "metric", *heads, "values"])
         for line in content:
@@ -111,7 +112,8 @@ def draw(content: Sequence[Line], target: Path) -> None:
             by_label.setdefault(label, handle)
     if by_label:
         figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(target, dpi=120)
+    with whole_file(target) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     plt.close(figure)
 
 
