@@ -44,6 +44,35 @@ def test_data_of_the_run_come_before_others_of_that_name_here(tmp_path, monkeypa
     assert find_files(settings, run / "config.yaml", ["data.root", "model.teacher.1.weights"], writes=False) == []
 
 
+def test_a_class_map_and_a_folder_with_a_network_are_files_of_the_run(tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "config" / "a"
+    for folder in (run, tmp_path / "vit", tmp_path / "other"):
+        folder.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"{STARTED}{tmp_path}\n")
+    (tmp_path / "map.yaml").write_text("[0, 1]")
+    (tmp_path / "features").touch()
+    monkeypatch.chdir(tmp_path / "other")
+    teachers = [{"network": "hf:vit", "class_map": "map.yaml"}, {"network": "vit", "class_map": "features"}]
+    settings = {"model": {"teacher": teachers, "student": {"network": "hf:none"}}}
+    assert len(find_files(settings, run / "config.yaml", (), writes=False)) == 2
+    assert teachers == [
+        {"network": f"hf:{tmp_path / 'vit'}", "class_map": str(tmp_path / "map.yaml")},
+        {"network": "vit", "class_map": "features"},
+    ]
+    assert settings["model"]["student"] == {"network": "hf:none"}
+
+
+@pytest.mark.parametrize("option", ["--wandb", "--fast", "--test"])
+def test_a_run_after_an_option_of_fit_alone_is_found(tmp_path, monkeypatch, capsys, option):
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("runs/a/one"), Path("runs/a/one/checkpoints")):
+        folder.mkdir(parents=True)
+    (Path("runs/a/one/checkpoints") / "last.ckpt").touch()
+    Path("runs/a/one/config.yaml").write_text("")
+    assert main(["test", option, "runs/a/one"]) == 2
+    assert f"there is no setting {option[2:]!r} here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["cats", "/pets", "", None, 3])
 def test_what_is_not_there_or_is_no_path_stays(tmp_path, monkeypatch, value):
     run = tmp_path / "runs" / "config" / "a"

@@ -138,6 +138,12 @@ def test_a_limit_of_time_is_read_in_each_of_its_forms(time, seconds):
     assert Length(4, -1, time)._limits() == (4.0, math.inf, seconds)
 
 
+@pytest.mark.parametrize("time", ["01:00", "1h", "00:00:00:-1", "a:b:c:d", ""])
+def test_a_limit_of_time_in_another_form_is_refused(time):
+    with pytest.raises(ACKDError, match=rf"trainer.max_time is '{time}'; write days:hours:minutes:seconds"):
+        Length(4, max_time=time).exceeds(Length(4))
+
+
 @pytest.mark.parametrize(
     ("length", "setting"),
     [

@@ -207,6 +207,9 @@ def test_the_option_that_is_named_fits_several_teachers(tmp_path, capsys):
     option = re.search(r"use it with (\S+) ", capsys.readouterr().out)[1]
     assert option == "--model.teacher.0.cache"
     assert main(["fit", *base, *QUIET, "--name", "two", option, str(tmp_path / "kept")]) == 0
+    both = [option, str(tmp_path / "kept"), "--model.teacher.1.cache", "another"]
+    assert main(["fit", *base, *QUIET, "--name", "three", *both]) == 2
+    assert "and another for another, and a cache has the mean" in capsys.readouterr().err
 
 
 def test_one_process_fills_a_cache(tmp_path, capsys):

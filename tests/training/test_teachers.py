@@ -178,3 +178,21 @@ def test_a_fit_goes_on_with_the_teacher_that_it_began_with(files, tmp_path):
     save_weights(create_model("resnet8", 4), files["resnet8"], {"model": "resnet8"})
     with pytest.raises(ACKDError, match=r"learned from a teacher resnet8 with SHA-256 .* and the file here has"):
         fit(tmp_path / "last.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_fit_goes_on_with_the_class_map_that_it_began_with(files, tmp_path):
+    def fit(order, place=None):
+        (tmp_path / "map.yaml").write_text(str(order))
+        teacher = TeacherConfig("resnet8", files["resnet8"], gate="off", class_map=str(tmp_path / "map.yaml"))
+        net = build(KD(), student="resnet8", teacher=teacher, data=DataInfo(4, 8))
+        saver = ModelCheckpoint(tmp_path, filename="last")
+        run = trainer(max_epochs=1 if place is None else 2, enable_checkpointing=True, callbacks=[saver])
+        run.fit(net, datamodule=Blobs(), ckpt_path=place, weights_only=True)
+
+    save_weights(create_model("resnet8", 4), files["resnet8"], {"model": "resnet8"})
+    fit([0, 1, 2, 3])
+    with pytest.raises(ACKDError, match=r"from resnet8 with another class_map than \[3, 2, 1, 0\]"):
+        fit([3, 2, 1, 0], tmp_path / "last.ckpt")
+    fit([0, 1, 2, 3], tmp_path / "last.ckpt")

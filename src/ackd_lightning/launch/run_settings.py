@@ -11,6 +11,8 @@ from ackd_lightning.config.experiment import differences
 from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import option_pairs
+from ackd_lightning.models.class_map import FEATURES_ONLY
+from ackd_lightning.models.zoo.huggingface import HF
 from ackd_lightning.runs.files import find_checkpoint, run_folder, started_in
 
 _INIT = "init_args"
@@ -20,6 +22,8 @@ _NOT_MEASURED = (
     *(f"model.{name}" for name in ("optimizer", "lr_scheduler", "recipe", "teacher", "compile")),
 )
 """What the names of settings begin with that change what a test measures, and of those that do not."""
+_ALONE = {"-h", "--help", "--print_config", "--overwrite", "--wandb", "--tensorboard", "--test", "--fast"}
+"""Options without a value, also those that only a fit has, so that the run after one of them is found."""
 
 
 def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
@@ -38,7 +42,7 @@ def name_checkpoint(configs: list[str], rest: list[str]) -> tuple[list[str], lis
         if argument == "--which" or argument.startswith("--which="):
             which = argument.partition("=")[2] or next(waiting, "")
         elif argument.startswith("-"):
-            alone = "=" in argument or argument in ("-h", "--help", "--print_config", "--overwrite")
+            alone = "=" in argument or argument in _ALONE
             others += [argument] if alone else [argument, *itertools.islice(waiting, 1)]
         elif others[-1:] == ["--overwrite"] and argument.lower() in ("true", "false"):
             others[-1] += f"={argument}"
@@ -100,10 +104,11 @@ def find_files(settings: dict[str, Any], config: Path, given: Collection[str], *
         return []
     found = []
     for holder, key, name in _paths({each: settings.get(each) for each in ("data", "model")}):
-        value = Path(holder[key])
+        begin = HF if holder[key].startswith(HF) else ""
+        value = Path(holder[key].removeprefix(begin))
         if name not in given and not value.is_absolute() and (start / value).exists():
-            holder[key] = str(start / value)
-            found.append(f"{name} is {start / value}")
+            holder[key] = f"{begin}{start / value}"
+            found.append(f"{name} is {holder[key]}")
     weights = settings.get("weights_dir")
     if writes and isinstance(weights, str) and not Path(weights).is_absolute() and "weights_dir" not in given:
         settings["weights_dir"] = str(start / weights)
@@ -167,10 +172,16 @@ def _paths(settings: Any, name: str = "") -> Iterator[tuple[Any, Any, str]]:
     if isinstance(settings, dict | list):
         for key, value in list(settings.items() if isinstance(settings, dict) else enumerate(settings)):
             below = name if key == _INIT else f"{name}.{key}".lstrip(".")
-            if isinstance(value, str) and value and (below == "data.root" or key in ("weights", "cache")):
+            if isinstance(value, str) and value and _is_path(below, key, value):
                 yield settings, key, below
             else:
                 yield from _paths(value, below)
+
+
+def _is_path(name: str, key: Any, value: str) -> bool:
+    """Whether a setting names a file or a folder."""
+    maps = key == "class_map" and value != FEATURES_ONLY
+    return name == "data.root" or key in ("weights", "cache") or maps or (key == "network" and value.startswith(HF))
 
 
 def refuse_other_place(folder: Path, options: Sequence[str]) -> None:

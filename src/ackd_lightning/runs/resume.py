@@ -89,7 +89,12 @@ def _seconds(time: str | Mapping[str, int] | timedelta | None) -> float:
     if time is None:
         return math.inf
     if isinstance(time, str):
-        time = dict(zip(("days", "hours", "minutes", "seconds"), map(int, time.split(":")), strict=True))
+        parts = time.split(":")
+        if len(parts) != 4 or not all(map(str.isdecimal, parts)):
+            raise ACKDError(
+                f"trainer.max_time is {time!r}; write days:hours:minutes:seconds, such as 00:01:00:00 for an hour"
+            )
+        time = dict(zip(("days", "hours", "minutes", "seconds"), map(int, parts), strict=True))
     return (time if isinstance(time, timedelta) else timedelta(**time)).total_seconds()
 
 

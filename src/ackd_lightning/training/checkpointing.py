@@ -191,6 +191,7 @@ class SelfDescribing(OpenOptimizers):
             "method": type(self.method).__name__,
             "teacher": self._teacher_names(),
             "teacher_sha256": [each.metadata.get("sha256") for each in self.teachers.frozen],
+            "teacher_class_maps": [each.class_map for each in self.teachers.configs],
             "seed": self.seed,
             "epoch": epoch,
             "skipped": self.guard.skipped,
@@ -227,7 +228,7 @@ class SelfDescribing(OpenOptimizers):
         self._started_from = metadata.get("started_from")
         self._loaded = {key: metadata[key] for key in ("epoch", "teacher", "teacher_sha256") if key in metadata}
         self.start = None  # the checkpoint has other weights, with its own classes
-        self._same_teachers(metadata.get("teacher_sha256") or [])
+        self._same_teachers(metadata.get("teacher_sha256") or [], metadata.get("teacher_class_maps") or [])
         if names := metadata.get("class_names"):
             self._match_data(names)
         data = getattr(self._trainer, "datamodule", None)
@@ -235,7 +236,7 @@ class SelfDescribing(OpenOptimizers):
             data.say_changed(metadata.get("images") or {})
         go_on_inside_epoch(checkpoint)
 
-    def _same_teachers(self, known: Sequence[str | None]) -> None:
+    def _same_teachers(self, known: Sequence[str | None], class_maps: Sequence[Any]) -> None:
         """Refuse to go on with other teachers than those that the first part of a run has learned from."""
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -245,4 +246,10 @@ class SelfDescribing(OpenOptimizers):
                 raise ACKDError(
                     f"the checkpoint has learned from a teacher {teacher.name} with SHA-256 {before[:12]} and the file "
                     f"here has {now[:12]}; give the teacher of its first part, or start a new run from its weights"
+                )
+        for config, map_before in zip(self.teachers.configs, class_maps, strict=False):
+            if config.class_map != map_before:
+                raise ACKDError(
+                    f"the checkpoint has learned from {self._teacher_names()} with another class_map than "
+                    f"{str(config.class_map)[:60]}; give the earlier one, or start a new run from its weights"
                 )

@@ -211,9 +211,15 @@ def open_cache(module: TrainingModule, data: Any, *, epochs: int | None, precisi
     Raises:
         ACKDError: If the training does not fit a cache, or the cache is of another training.
     """
-    folder = next((each.cache for each in module.teachers.configs if each.cache is not None), None)
-    if folder is None:
+    folders = dict.fromkeys(each.cache for each in module.teachers.configs if each.cache is not None)
+    if not folders:
         return None
+    folder, *others = folders
+    if others:
+        raise ACKDError(
+            f"teacher.cache is {folder} for one teacher and {others[0]} for another, and a cache has the mean of all "
+            "of them; name one"
+        )
     if not isinstance(data, ImageDataModule) or not epochs or epochs < 1:
         raise ACKDError(
             f"teacher.cache is {folder} and works with this package's data modules and a fixed trainer.max_epochs "
