@@ -122,6 +122,16 @@ def test_runs_on_other_classes_are_said_in_place_of_all_else(capsys):
     assert "no paired test" not in shown
 
 
+def test_the_same_classes_in_another_order_are_compared(capsys):
+    for name, names, right in (("kd", ["a", "b", "c"], 160), ("ce", ["b", "a", "c"], 150)):
+        summary = make_run(name, right=right) / "summary.json"
+        summary.write_text(json.dumps({**json.loads(summary.read_text()), "class_names": names}))
+    assert main(["compare", "runs/kd", "runs/ce", "--figure", "a.png"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "other classes" not in shown
+    assert "kd/seed0 is 5.00 points better than ce/seed0" in shown
+
+
 def test_columns_that_no_run_has_are_left_out():
     make_run("kd")
     columns = [column.header for column in compare(["runs"]).columns]
@@ -142,6 +152,17 @@ def test_a_test_accuracy_of_some_seeds_says_of_how_many():
     assert next(iter(column.cells)).endswith("(2 of 3)")
 
 
+def test_a_validation_of_older_weights_is_not_that_of_the_last_ones():
+    """A run of 3 epochs, with a validation after the second."""
+    summary = make_run("kd") / "summary.json"
+    content = json.loads(summary.read_text())
+    summary.write_text(json.dumps({**content, "measured_at": 66, "best": {"val/acc": 0.5}}))
+    assert [column.header for column in compare(["runs"]).columns][4:] == ["val best", "parameters"]
+    make_run("kd", seed=1)
+    (column,) = [each for each in compare(["runs"]).columns if each.header == "val last"]
+    assert list(column.cells) == ["50.00 (1 of 2)"]
+
+
 def test_teachers_that_differ_are_said():
     for seed in range(2):
         summary = make_run("kd", seed=seed) / "summary.json"
@@ -149,6 +170,16 @@ def test_teachers_that_differ_are_said():
         summary.write_text(json.dumps({**content, "teacher": {"sha256": str(seed)}}))
         make_run("ce", seed=seed)
     assert compare(["runs"]).caption == "runs of kd learned from different teacher files"
+
+
+@pytest.mark.parametrize(("others", "differ"), [("ab", True), ("aa", False), ("a", False)])
+def test_assistants_that_differ_are_said(others, differ):
+    for seed in range(2):
+        summary = make_run("kd", seed=seed) / "summary.json"
+        known = [{"sha256": digest} for digest in others[seed : seed + 1]]
+        content = {**json.loads(summary.read_text()), "teacher": {"sha256": "same"}, "other_teachers": known}
+        summary.write_text(json.dumps(content))
+    assert bool(compare(["runs"]).caption) is differ
 
 
 @pytest.mark.parametrize("several", [False, True])

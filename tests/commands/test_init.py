@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -144,6 +146,55 @@ def test_a_folder_of_one_class_is_refused_with_the_command(here, capsys):
     assert main(["init", "pets"]) == 2
     assert "ackd init pets/all" in capsys.readouterr().err
     assert not list(Path().glob("*.yaml"))
+
+
+def test_the_command_for_a_folder_inside_can_be_pasted(here, capsys):
+    photos(Path("my pets/in here"), {"cat": 2, "dog": 2})
+    assert main(["init", "my pets"]) == 2
+    assert capsys.readouterr().err.endswith("run ackd init 'my pets/in here'\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no such names there")
+def test_a_broken_file_whose_name_is_not_utf_8_is_listed(here, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")  # as that of the command
+    monkeypatch.setattr(sys, "stdout", out)
+    photos(Path("pets"), {"cat": 12, "dog": 12})
+    Path(os.fsdecode(b"pets/cat/\xe9.png")).write_bytes(b"x")
+    assert main(["init", "pets"]) == 0
+    assert Path("pets_broken.txt").read_bytes() == b"pets/cat/\xe9.png\n"
+    out.flush()
+    assert "next:\n  ackd fit" in out.buffer.getvalue().decode()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no such names there")
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_written(here, capsys):
+    photos(Path(os.fsdecode(b"pets\xe9")), {"cat": 12, "dog": 12})
+    assert main(["init", os.fsdecode(b"pets\xe9")]) == 2
+    assert "the folder b'pets\\xe9' has a name that is not UTF-8" in capsys.readouterr().err
+    assert len(list(Path().iterdir())) == 1
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_images_of_other_channels_need_a_configuration(here, channels, capsys):
+    for name in ("a", "b"):
+        Path("scans", name).mkdir(parents=True)
+        for number in range(12):
+            np.save(Path("scans", name, f"{number}.npy"), np.full((20, 20, channels), number, dtype=np.uint8))
+    Path("scans/a/0.npy").write_bytes(b"x")
+    assert main(["init", "scans"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"scans/a/\d+\.npy has {channels} channels and ackd init is for grey and colour", error)
+    assert "write a configuration with data.channels, data.mean and data.std" in error
+    assert "remove" not in error
+    assert list(Path().iterdir()) == [Path("scans")]
+
+
+def test_a_class_of_broken_files_is_named(here, capsys):
+    photos(Path("pets"), {"cat": 12, "dog": 12})
+    for file in Path("pets/cat").iterdir():
+        file.write_bytes(b"x")
+    assert main(["init", "pets"]) == 2
+    assert re.search(r"class cat can be read \(.*\); replace the files, or remove", capsys.readouterr().err)
 
 
 def test_files_are_named_after_the_folder_as_it_was_given(here):

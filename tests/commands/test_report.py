@@ -115,6 +115,19 @@ def test_what_is_missing_is_named_and_the_rest_is_measured(run):
     assert "broken.onnx" in Path("page/report.md").read_text()
 
 
+@pytest.mark.parametrize("classes", [10, 12])
+def test_a_teacher_whose_classes_do_not_match_is_left_out(run, classes):
+    names = json.dumps([f"other{number}" for number in range(classes)])
+    metadata = {"model": "resnet14", "class_names": names}
+    save_weights(create_model("resnet14", classes).state_dict(), Path("teacher.safetensors"), metadata)
+    assert main(["report", str(run), "--no-latency", "--out", "page"]) == 0
+    found = json.loads(Path("page/report.json").read_text())
+    assert found["notes"][0].startswith("the teacher is left out: ")
+    assert "teacher" not in found["accuracy"]
+    assert found["agreement"] is None
+    assert not any(each["name"].startswith("teacher") for each in found["cost"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "value"),
     [

@@ -112,6 +112,25 @@ def test_a_search_is_of_one_teacher_and_one_folder():
     assert _experiment(taught) != before
 
 
+def test_a_search_is_of_the_same_teachers_where_there_are_several():
+    for name in ("one", "two"):
+        Path(f"{name}.safetensors").write_bytes(name.encode())
+    taught = {
+        "model": {"teacher": [{"network": "resnet8", "weights": f"{each}.safetensors"} for each in ("one", "two")]}
+    }
+    before = _experiment(taught)
+    assert _experiment(taught) == before
+    Path("two.safetensors").write_bytes(b"2")
+    assert _experiment(taught) != before
+
+
+def test_a_trial_without_validation_of_its_last_weights_has_no_accuracy(capsys):
+    assert main([*TUNE, *LR, "--epochs", "3", "--trainer.check_val_every_n_epoch", "2"]) == 1
+    shown = capsys.readouterr()
+    assert "trial 0 failed and none has succeeded: its last epoch had no validation" in shown.err
+    assert "val acc" not in shown.out
+
+
 def test_a_folder_in_use_is_named_by_its_option(capsys):
     with claim(Path(), "tune"):
         assert main([*TUNE, *LR]) == 2

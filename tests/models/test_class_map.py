@@ -74,6 +74,15 @@ def test_a_number_that_may_be_a_name_is_refused():
     assert resolve([2, 1, 0], theirs=TeacherClasses(4, ["0", "1", "2", "3"])) == ((2,), (1,), (0,))
 
 
+def test_names_that_differ_only_in_case_are_found_as_they_are_written():
+    alike = TeacherClasses(2, ["Polish", "POLISH"], ["polish, gloss", "Pole"])
+    assert [alike.find(each) for each in ("Polish", "POLISH", "polish", "gloss")] == [0, 1, None, 0]
+    with pytest.raises(
+        ACKDError, match=r"'polish' is the name of several classes of the teacher \(0, 1\): use a number"
+    ):
+        resolve(["polish", "Polish"], names=("a", "b"), num_classes=2, theirs=alike)
+
+
 def test_a_name_needs_names():
     with pytest.raises(ACKDError, match=r"'cat'.*0 to 4"):
         resolve([0, 1, "cat"], theirs=TeacherClasses(5))

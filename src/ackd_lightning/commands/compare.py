@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ def accuracies_on_test(summaries: Sequence[dict[str, Any]], which: str, key: str
     return [value for value in values if value is not None]
 
 
+def _on_validation(summaries: Sequence[dict[str, Any]], which: str, key: str) -> list[float]:
+    """Validation accuracies of the last weights or of the best ones, from 0 to 1."""
+    found = [measured_last(each) if which == "last" else each["best"] for each in summaries]
+    return [each[key] for each in found if key in each]
+
+
+def _cell(accuracies: Sequence[float], runs: int) -> str:
+    """Mean and standard deviation in percent, and of how many runs where some have no accuracy."""
+    some = f" ({len(accuracies)} of {runs})" if 0 < len(accuracies) < runs else ""
+    return f"{mean_and_std([100 * each for each in accuracies])}{some}"
+
+
 def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
     """Build a table with one row per configuration: mean and standard deviation of the accuracies over its runs.
 
@@ -110,15 +123,6 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
     without_validation = any(each["shown"] == "test" for runs in groups.values() for each in runs)
     rows = []
     for config, runs in groups.items():
-
-        def known(place: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
-            return mean_and_std([100 * each[place][key] for each in runs if key in each.get(place, {})])
-
-        def tested(which: str, key: str, runs: list[dict[str, Any]] = runs) -> str:
-            values = [100 * value for value in accuracies_on_test(runs, which, key)]
-            some = f" ({len(values)} of {len(runs)})" if 0 < len(values) < len(runs) else ""
-            return f"{mean_and_std(values)}{some}"
-
         first = runs[0]
         peers = [peer_name(spec, first["student"]) for spec in first.get("learners", [])]
         networks = [(0, first["student"]), *((number, name) for number, name in enumerate(peers, start=1) if name)]
@@ -129,10 +133,8 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
                 "" if learner else first["method"],
                 f"{name} (learner {learner})" if learner else name,
                 str(len(runs)),
-                known("last", f"val/{key}"),
-                known("best", f"val/{key}"),
-                tested("last", f"test/{key}"),
-                tested("best", f"test/{key}"),
+                *(_cell(_on_validation(runs, each, f"val/{key}"), len(runs)) for each in ("last", "best")),
+                *(_cell(accuracies_on_test(runs, each, f"test/{key}"), len(runs)) for each in ("last", "best")),
                 "" if learner else interval_text(folders[config], accuracies_on_test(runs, which, "test/acc"), which),
                 _size(first, learner),
             )
@@ -150,15 +152,17 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
         notes.append("without validation data no epoch is selected")
     if _COLUMNS.index(_INTERVAL) in shown:
         notes.append(f"interval of test {which}: over the seeds (Student's t), of a single run over the images")
-    notes += [f"runs of {name} learned from different teacher files" for name in groups if _teachers(groups[name]) > 1]
+    notes += [
+        f"runs of {name} learned from different teacher files" for name in groups if _teachers_differ(groups[name])
+    ]
     table.caption = "; ".join(notes)
     return table
 
 
-def _teachers(runs: Sequence[dict[str, Any]]) -> int:
-    """Number of different teacher files that runs of one setting learned from; it says nothing of one run."""
-    files = {(each.get("teacher") or {}).get("sha256") for each in runs}
-    return len(files - {None})
+def _teachers_differ(runs: Sequence[dict[str, Any]]) -> bool:
+    """Whether runs of one setting learned from different files of any of their teachers, as far as these are known."""
+    teachers = [[each.get("teacher") or {}, *each.get("other_teachers", [])] for each in runs]
+    return any(len({each.get("sha256") for each in same} - {None}) > 1 for same in zip_longest(*teachers, fillvalue={}))
 
 
 def _size(summary: dict[str, Any], learner: int) -> str:
@@ -216,12 +220,14 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
 
 
 def say_classes(groups: Mapping[str, Sequence[Path]]) -> str:
-    """Say which configurations have other classes than the first; nothing where all have the same.
+    """Say which configurations have other classes than the first; nothing where all have the same in any order.
 
     Args:
         groups: Folders of the runs of each configuration.
     """
-    known = {name: {tuple(read_summary(run).get("class_names") or ()) for run in runs} for name, runs in groups.items()}
+    known = {
+        name: {frozenset(read_summary(run).get("class_names") or ()) for run in runs} for name, runs in groups.items()
+    }
     if len({names for found in known.values() for names in found if names}) < 2:
         return ""
     listed = (f"{name} ({' or '.join(str(len(each)) for each in found)} classes)" for name, found in known.items())

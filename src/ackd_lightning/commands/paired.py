@@ -69,7 +69,7 @@ def paired_tests(groups: Mapping[str, Sequence[Path]], which: Which) -> list[str
 
 def _sentence(first: str, ours: Sequence[Answers], second: str, theirs: Sequence[Answers]) -> str:
     if len({each.images for each in (*ours, *theirs)}) > 1:
-        return f"no paired test of {first} and {second}: they were tested on different images"
+        return f"no paired test of {first} and {second}: they were tested on different images, or in another order"
     if len(ours) == len(theirs) == 1:
         return paired_test(ours[0].right, theirs[0].right).sentence(first, second)
     shares = [torch.stack([each.right for each in group]).double().mean(dim=0) for group in (ours, theirs)]

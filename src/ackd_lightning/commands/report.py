@@ -142,6 +142,7 @@ def _run(
         module.load_teacher()
         module.match_classes(data)
     except ACKDError as error:
+        module.teachers.release()  # one that is loaded may have other classes
         notes.append(f"the teacher is left out: {error}")
     folder = run_folder(checkpoint)
     summary: dict[str, Any] = read_summary(folder) if (folder / "summary.json").is_file() else {}

@@ -69,8 +69,10 @@ class TeacherClasses:
         for number, label in enumerate(labels or ()):
             for word in (label, *label.split(",")):
                 self._places.setdefault(_key(word), set()).add(number)
-        for number, name in enumerate(names or ()):  # a name is unique: it goes before words
-            self._places[_key(name)] = {number}
+        named: dict[str, set[int]] = {}
+        for number, name in enumerate(names or ()):
+            named.setdefault(_key(name), set()).add(number)
+        self._places |= named  # names go before words
         self._exact = {name: number for number, name in enumerate(names or ())}
         self._digits = {int(name): name for name in names or () if name.isdecimal()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -56,6 +57,7 @@ def init(
         beside = [str(each) for each in named.parent.glob("*/")] if named.parent.is_dir() else []
         near = near_matches(str(named), beside, otherwise="name one of class folders")
         raise ACKDError(f"there is no folder {folder}; {near}")
+    _refuse_other_bytes(folder, train_dir, val_dir, test_dir)
     if (there := [each for each in files if each.exists()]) and not overwrite:
         raise ACKDError(f"{there[0]} exists; choose another --out, or pass --overwrite")
     check_writable(place, "--out")
@@ -63,7 +65,7 @@ def init(
     try:
         seen = survey(folder, **places)
     except ACKDError as error:
-        raise ACKDError(re.sub(r"set root to (?!a folder)(\S+)", r"run ackd init \1", str(error))) from error
+        raise ACKDError(_as_command(str(error))) from error
     _describe(folder, seen)
     rows = write_sheet(seen, files[2])
     more = f" of the first {rows} classes" if rows < len(seen.class_names) else ""
@@ -79,9 +81,27 @@ def init(
     _next(seen, (teacher, student), listed, chosen)
 
 
+def _refuse_other_bytes(*folders: str | None) -> None:
+    """Refuse folders that a configuration cannot name."""
+    for folder in filter(None, folders):
+        try:
+            folder.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ACKDError(
+                f"the folder {os.fsencode(folder)!r} has a name that is not UTF-8, and a configuration cannot name it; "
+                "rename it"
+            ) from None
+
+
+def _as_command(message: str) -> str:
+    """A message of the data with the command in place of the setting, which is at its end."""
+    before, found, root = message.partition("set root to ")
+    return f"{before}run ackd init {shlex.quote(root)}" if found else message
+
+
 def _write(path: Path, text: str) -> None:
     with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files may be no UTF-8
 
 
 def _describe(folder: str, seen: Survey) -> None:

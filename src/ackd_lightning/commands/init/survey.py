@@ -16,7 +16,7 @@ from PIL import Image
 
 from ackd_lightning.data.decoding import load_image
 from ackd_lightning.data.folder import ImageFolderDataModule
-from ackd_lightning.data.pixels import ImageFormat
+from ackd_lightning.data.pixels import ImageFormat, bands, is_convertible
 from ackd_lightning.data.reading import Depth, check_image_file, run_over
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files
@@ -38,6 +38,7 @@ class Photo(NamedTuple):
         grey: Whether it has no colours.
         depth: Bits of its pixels.
         problem: Why it cannot be read; empty if it can.
+        channels: Number of channels of a whole image that is neither grey nor of colours; 0 for any other file.
     """
 
     side: int
@@ -45,6 +46,7 @@ class Photo(NamedTuple):
     grey: bool
     depth: Depth
     problem: str = ""
+    channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,15 +145,24 @@ def survey(folder: str, **places: str | None) -> Survey:
         photos.update(zip(files.paths, found, strict=True))
     seen = Survey(train.class_names, parts, train.root == parts["test"].root, photos, *_duplicates(parts))
     if empty := [name for name, count in zip(seen.class_names, seen.counts, strict=True) if not count]:
-        raise ACKDError(
-            f"no training image of class {empty[0]} can be read ({photos[_first(train, empty[0])].problem}); "
-            "replace the files, or remove the class folder"
-        )
+        raise _no_image(train, empty[0], photos)
     return seen
 
 
-def _first(files: Files, name: str) -> Path:
-    return files.file(files.targets.tolist().index(files.class_names.index(name)))
+def _no_image(train: Files, name: str, photos: Mapping[Path, Photo]) -> ACKDError:
+    """Say why a class has no training image: its files are broken, or have channels that need a configuration."""
+    number = train.class_names.index(name)
+    paths = [path for path, label in zip(train.paths, train.targets.tolist(), strict=True) if label == number]
+    if other := next((path for path in paths if photos[path].channels), None):
+        return ACKDError(
+            f"{other} has {photos[other].channels} channels and ackd init is for grey and colour images, with or "
+            "without transparency; write a configuration with data.channels, data.mean and data.std, as docs/data.md "
+            "describes it for images of up to 16 channels"
+        )
+    return ACKDError(
+        f"no training image of class {name} can be read ({photos[paths[0]].problem}); replace the files, or remove the "
+        "class folder"
+    )
 
 
 def _look(path: Path) -> Photo:
@@ -167,7 +178,15 @@ def _look(path: Path) -> Photo:
             load_image(path)
         return Photo(min(width, height), kind, grey, depth)
     except Exception as error:  # a damaged file can fail in any way
-        return Photo(0, "", grey=False, depth=Depth(), problem=str(error))
+        return Photo(0, "", grey=False, depth=Depth(), problem=str(error), channels=_other_channels(path))
+
+
+def _other_channels(path: Path) -> int:
+    """Number of channels of a whole image that can become neither grey nor RGB; 0 for any other file."""
+    with contextlib.suppress(Exception):  # a damaged file can fail in any way
+        raw = load_image(path)
+        return 0 if is_convertible(raw, 3, str(path)) else bands(raw, 3, str(path))
+    return 0
 
 
 def _duplicates(

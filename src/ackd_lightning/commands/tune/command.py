@@ -26,7 +26,7 @@ from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.models.weights import digest
 from ackd_lightning.runs.claim import claim
-from ackd_lightning.runs.files import read_summary, whole_file
+from ackd_lightning.runs.files import measured_last, read_summary, whole_file
 
 _OURS = {
     "runs_dir": "use --out",
@@ -119,15 +119,22 @@ def _plan(
 
 
 def _experiment(settings: dict[str, Any]) -> dict[str, Any]:
-    """What the trials of one study have in common: settings, and the data and the teacher that they read."""
+    """What the trials of one study have in common: settings, and the data and the teachers that they read."""
     found = experiment_settings(settings, places=True)
     found = {name: value for name, value in found.items() if name not in _SAME_RESULT}
     if root := found.get("data.root"):
         found["data.root"] = str(Path(root).absolute())
-    weights = found.get("model.teacher.weights")
-    if isinstance(weights, str) and Path(weights).is_file():
-        found["model.teacher.weights"] = f"{Path(weights).absolute()}, sha256 {digest(weights)}"
+    if "model.teacher.weights" in found:
+        found["model.teacher.weights"] = _with_digest(found["model.teacher.weights"])
+    if isinstance(teachers := found.get("model.teacher"), list):
+        found["model.teacher"] = [{**each, "weights": _with_digest(each.get("weights"))} for each in teachers]
     return found
+
+
+def _with_digest(weights: Any) -> Any:
+    """A weight file by its whole path and its content; anything else as it is."""
+    is_file = isinstance(weights, str) and Path(weights).is_file()
+    return f"{Path(weights).absolute()}, sha256 {digest(weights)}" if is_file else weights
 
 
 def _shortened(base: ACKDCLI, epochs: int, space: Mapping[str, Values]) -> dict[str, Any]:
@@ -309,8 +316,7 @@ class _Search:
         """Tell Optuna the accuracy of a run; return 1 for a failure."""
         reason, value = done.result(), None
         if reason is None:
-            last = read_summary(self.folder(trial.number))["last"]
-            value = last.get(_METRIC)
+            value = measured_last(read_summary(self.folder(trial.number))).get(_METRIC)
             reason = None if value is not None else "its last epoch had no validation"
         if reason is not None:
             self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
