@@ -62,6 +62,14 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert max(green, blue) < 60
 
 
+def test_cmyk_becomes_opaque_rgb_for_four_channels(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "x.jpg")
+    red, green, blue, alpha = read_image(tmp_path / "x.jpg", ImageFormat((8, 8), channels=4)).getpixel((4, 4))
+    assert red > 200
+    assert max(green, blue) < 60
+    assert alpha == 255
+
+
 def photo(path, width, height, orientation=1):
     """Smooth colours that tell left from right and top from bottom."""
     rows, columns = np.mgrid[0:height, 0:width]

@@ -3,9 +3,14 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import logging
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -26,6 +31,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.cut = []  # bytes after which the connection is dropped, one entry for each request
         self.status = None
         self.asked = []
+        self.pause = threading.Event()  # after the first bytes of an answer, until it is set
+        self.pause.set()
 
     @property
     def url(self):
@@ -50,7 +57,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         stop = self.server.cut.pop(0) if self.server.cut else len(content)
-        self.wfile.write(content[start : start + stop])
+        self.wfile.write(content[start : start + min(stop, 1000)])
+        self.wfile.flush()
+        self.server.pause.wait(20)
+        self.wfile.write(content[start + 1000 : start + stop])
 
     def log_message(self, *args):
         pass
@@ -172,6 +182,70 @@ def test_extract(tmp_path, make, top):
     extract(archive, tmp_path / "deep" / "out")
     found = sorted(p.relative_to(tmp_path / "deep").as_posix() for p in (tmp_path / "deep").rglob("*") if p.is_file())
     assert found == ["out/b.txt", "out/train/a.txt"]
+
+
+def test_two_processes_that_download_one_file_take_turns(server, tmp_path, caplog):
+    server.pause.clear()
+    code = (
+        "import sys; from pathlib import Path; from ackd_lightning.data.download import Archive, fetch; "
+        f"fetch(Archive('Toy', '', 'toy.bin', {ARCHIVE.md5!r}, 0), Path(sys.argv[1]), url=sys.argv[2])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path), server.url]) as other:
+        _until(lambda: server.asked)
+        with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.WARNING):
+            mine = pool.submit(fetch, ARCHIVE, tmp_path, url=server.url)
+            _until(lambda: caplog.messages or mine.done())
+            server.pause.set()
+            assert mine.result().read_bytes() == CONTENT
+        assert other.wait() == 0
+    assert "waiting for another process that downloads Toy" in caplog.text
+    assert server.asked == [None]
+    assert [each.name for each in tmp_path.iterdir()] == ["toy.bin"]
+
+
+def test_a_download_that_another_process_gave_up_is_continued(server, tmp_path, caplog):
+    server.pause.clear()
+    server.cut = [5000, 0, 0]
+    with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.WARNING):
+        first = pool.submit(fetch, ARCHIVE, tmp_path, url=server.url)
+        _until(lambda: server.asked)
+        second = pool.submit(fetch, ARCHIVE, tmp_path, url=server.url)
+        _until(lambda: caplog.messages)
+        server.pause.set()
+        assert "closed after 5,000" in str(first.exception())
+        assert second.result().read_bytes() == CONTENT
+    assert server.asked == [None, *["bytes=5000-"] * 3]
+
+
+def _until(done):
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_download_that_never_began_leaves_nothing(server, tmp_path):
+    server.status = 404
+    with pytest.raises(ACKDError, match="could not download"):
+        fetch(ARCHIVE, tmp_path, url=server.url)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_process_has_unpacked_is_taken(tmp_path):
+    archive = tar(tmp_path / "x", {f"{part}/{number}.txt": b"a" for part in ("train", "test") for number in range(200)})
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(extract, archive, tmp_path / "deep" / "out") for _ in range(2)]:
+            done.result()
+    extract(archive, tmp_path / "deep" / "out")
+    assert [each.name for each in (tmp_path / "deep").iterdir()] == ["out"]
+    assert len(list((tmp_path / "deep" / "out").rglob("*.txt"))) == 400
+
+
+def test_a_folder_that_is_not_whole_is_not_taken_for_the_archive(tmp_path):
+    archive = tar(tmp_path / "x", {"train/a.txt": b"a", "test/a.txt": b"a"})
+    (tmp_path / "out" / "test").mkdir(parents=True)
+    with pytest.raises(ACKDError, match=r"out exists and lacks train of the archive: delete it or move it"):
+        extract(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", [tar, zipped])

@@ -53,6 +53,35 @@ def test_class_folders_named_like_parts_of_another_layout(folder):
         ImageFolderDataModule(folder)
 
 
+@pytest.mark.parametrize("options", [{}, {"test_dir": "test"}, {"test_dir": "sets/test"}])
+@pytest.mark.parametrize("other", [None, "test2"])
+def test_parts_beside_the_class_folders_are_no_classes(folder, options, other, caplog):
+    root = folder / "train"
+    place = root / options.get("test_dir", "test")
+    place.parent.mkdir(exist_ok=True)
+    (folder / "test").rename(place)
+    if other and options:
+        shutil.copytree(place, root / other)
+    with pytest.raises(ACKDError, match=r"set train_dir to \. where the class folders are"):
+        ImageFolderDataModule(root, **options)
+    module = ImageFolderDataModule(root, train_dir=".", batch_size=8, val_fraction=0, **options)
+    assert module.class_names == ("cat", "dog")
+    assert len(module.test_dataloader().dataset) == 8
+    assert module.num_train_samples == 32
+    assert "no classes of the training part: test" in caplog.text
+    assert not (other and options) or other in caplog.text
+
+
+def test_a_flat_training_folder_does_not_hold_the_test_images(folder, picture):
+    shutil.rmtree(folder / "train")
+    for number in range(5):
+        picture(number).save(folder / f"{number}.png")
+    module = ImageFolderDataModule(folder, train_dir=".", batch_size=4, val_fraction=0)
+    module.setup()
+    assert module.class_names == ("cat", "dog")
+    assert module.num_train_samples == 5
+
+
 def test_size_decides_where_images_live(folder):
     small = ImageFolderDataModule(folder, image_size=64, batch_size=8)
     large = ImageFolderDataModule(folder, image_size=65, batch_size=8)

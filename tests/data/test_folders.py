@@ -211,6 +211,22 @@ def test_a_link_to_a_class_is_no_class(folder, caplog, tmp_path, write_classes):
     assert "2 links to folders that were read already" in caplog.text
 
 
+@pytest.mark.parametrize("place", ["train/photos", "train/cat/up", "train/cat/inner/up"])
+@pytest.mark.parametrize("to", ["train", "."])
+def test_a_link_to_a_folder_above_adds_neither_a_class_nor_a_label(folder, place, to, caplog):
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).symlink_to(folder / to, target_is_directory=True)
+    module = made(folder)
+    assert module.class_names == ("cat", "dog")
+    assert module.train_targets.tolist() == [0] * 20 + [1] * 12
+    assert "1 link to folders that were read already, or that are above" in caplog.text
+
+
+def test_a_folder_that_is_reached_by_a_link_to_the_one_above_it_is_read(folder):
+    (folder / "train" / "all").symlink_to(".", target_is_directory=True)
+    assert len(walk.image_files(folder / "train" / "all")) == 32
+
+
 def test_names_that_are_composed_differently_are_the_same_class(tmp_path, write_classes):
     name = "caf\u00e9"
     write_classes(tmp_path / "train", {unicodedata.normalize("NFD", name): 6, "bar": 6})
@@ -260,6 +276,34 @@ def test_unlabelled_images_join_the_training_part(folder, tmp_path, picture):
     assert module.use_class_order(["dog", "cat"])
     assert (module.train_targets == -1).sum() == 5
     assert (targets == 0).sum() == (module.train_targets == 1).sum()
+
+
+@pytest.mark.parametrize("place", ["train/more", "train/more/unl", "train/cat/unl"])
+def test_unlabelled_images_below_the_class_folders_are_read_once(folder, place, picture, caplog):
+    (folder / place).mkdir(parents=True)
+    picture(7000).save(folder / place / "0.png")
+    module = made(folder, unlabelled=place)
+    assert module.class_names == ("cat", "dog")
+    assert sorted(module.train_targets.tolist()) == [-1] + [0] * 20 + [1] * 12
+    assert f"no classes of the training part: {place.split('/')[-1]}" in caplog.text
+
+
+@pytest.mark.parametrize("unlabelled", ["train", "."])
+def test_unlabelled_images_that_are_the_training_images_are_refused(folder, unlabelled):
+    with pytest.raises(ACKDError, match=r"which holds the training part .*: set it to a folder of further images"):
+        made(folder, train_dir="train", unlabelled=unlabelled)
+
+
+@pytest.mark.parametrize("more", ["more", "train/more"])
+def test_unlabelled_images_join_a_flat_training_folder(folder, more, picture):
+    shutil.rmtree(folder / "train")
+    for place, count in (("train", 4), (more, 6)):
+        (folder / place).mkdir()
+        for number in range(count):
+            picture(number + 10 * count).save(folder / place / f"{number}.png")
+    module = made(folder, unlabelled=more)
+    assert module.class_names == ("cat", "dog")
+    assert module.train_targets.tolist() == [-1] * 10
 
 
 def test_a_flat_training_folder_has_no_labels(folder, picture):

@@ -38,12 +38,45 @@ def values(path, form):
     return to_tensor(read_image(path, form), form)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+def ppm16(pixels: np.ndarray, top: int, plain: bool = False) -> bytes:
+    """A PPM whose header names ``top`` as the largest value, as text or in bytes."""
+    height, width, _ = pixels.shape
+    values = " ".join(map(str, pixels.flat)).encode() if plain else pixels.astype(">u2").tobytes()
+    return f"P{3 if plain else 6} {width} {height} {top}\n".encode() + (b"# text\n" if plain else b"") + values
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_all_bits_of_a_16_bit_png_are_read(channels):
     pixels = np.random.default_rng(0).integers(0, 65536, (5, 7, channels), dtype=np.uint16)
     found = np.asarray(load_image(Encoded("x.png", png16(pixels))))
     assert found.dtype == np.uint16
     assert np.array_equal(found.reshape(5, 7, channels), pixels)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_grey_with_transparency_in_16_bits_is_turned_and_converted(tmp_path, orientation, monkeypatch):
+    monkeypatch.setattr("ackd_lightning.data.decoding._orientation", lambda image: orientation)
+    pixels = np.random.default_rng(0).integers(0, 65536, (5, 7, 2), dtype=np.uint16)
+    (tmp_path / "x.png").write_bytes(png16(pixels))
+    found = values(tmp_path / "x.png", ImageFormat((5, 7), channels=2, deep=True))
+    expected = np.rot90(pixels, k=-1) if orientation == 6 else pixels
+    np.testing.assert_allclose(found.permute(1, 2, 0).numpy(), expected / 65535, atol=1e-6)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("top", [65535, 4095, 256])
+def test_all_bits_of_a_ppm_are_read_and_scaled_by_its_header(plain, top):
+    pixels = np.random.default_rng(0).integers(0, top + 1, (5, 7, 3), dtype=np.uint16)
+    found = np.asarray(load_image(Encoded("x.ppm", ppm16(pixels, top, plain))))
+    assert found.dtype == np.uint16
+    assert np.array_equal(found, np.round(pixels * (65535 / top)))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_cut_ppm_is_named(plain):
+    content = ppm16(np.full((5, 7, 3), 40_000, np.uint16), 65535, plain)
+    with pytest.raises(ACKDError, match=r"could not read the image x\.ppm"):
+        load_image(Encoded("x.ppm", content[:-20]))
 
 
 def int32_tiff(path):
@@ -120,12 +153,36 @@ def colours_12_bits(folder, number):
     (folder / f"{number}.png").write_bytes(png16(np.full((16, 16, 3), 4000 + number, np.uint16)))
 
 
+def opaque_12_bits(folder, number):
+    pixels = np.full((16, 16, 4), 4000 + number, np.uint16)
+    pixels[..., 3] = 65535
+    (folder / f"{number}.png").write_bytes(png16(pixels))
+
+
+def opaque_grey_12_bits(folder, number):
+    (folder / f"{number}.png").write_bytes(png16(np.full((16, 16, 2), (4000 + number, 65535), np.uint16)))
+
+
+def ppm_12_bits(folder, number):
+    (folder / f"{number}.ppm").write_bytes(ppm16(np.full((16, 16, 3), 4000 + number, np.uint16), 65535))
+
+
 def array_10_bits(folder, number):
     np.save(folder / f"{number}.npy", np.full((16, 16), 1000 + number, np.uint16))
 
 
 @pytest.mark.parametrize("size", [16, 72], ids=["in memory", "from files"])
-@pytest.mark.parametrize(("write", "top"), [(grey_12_bits, 4095), (colours_12_bits, 4095), (array_10_bits, 1023)])
+@pytest.mark.parametrize(
+    ("write", "top"),
+    [
+        (grey_12_bits, 4095),
+        (colours_12_bits, 4095),
+        (opaque_12_bits, 4095),
+        (opaque_grey_12_bits, 4095),
+        (ppm_12_bits, 4095),
+        (array_10_bits, 1023),
+    ],
+)
 def test_fewer_bits_than_the_file_type_are_refused_or_scaled_as_told(tmp_path, write, top, size):
     for part in ("train", "test"):
         for name in ("a", "b"):

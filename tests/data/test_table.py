@@ -175,6 +175,20 @@ def test_headers_as_people_write_them(photos, text, named):
         made(photos, train="all.csv")
 
 
+def test_spaces_after_a_delimiter_belong_to_no_field(photos):
+    rows = [f'photos/{number:02d}.png, "{name}"' for number, name in enumerate(["dog", "a, b"] * 12)]
+    (photos / "all.csv").write_text("\n".join(["path, label", *rows]))
+    assert made(photos, train="all.csv").class_names == ("a, b", "dog")
+
+
+@pytest.mark.skipif(not PYARROW, reason="needs pyarrow")
+def test_rows_of_parquet_are_counted_from_the_first(photos):
+    rows = [(*row, 90 + number) for number, row in enumerate([("photos/99.png", "a"), *GOOD])]
+    write(photos / "all.parquet", rows, header=("path", "label", ""))
+    with pytest.raises(ACKDError, match=r"99\.png of row 1 of .*all\.parquet"):
+        made(photos, train="all.parquet")
+
+
 def test_numbers_of_any_length_are_classes_of_their_own(photos):
     names = ["900000000000000101", "900000000000000102", "900000000000000999"]
     write(photos / "all.csv", lines(names * 8))
@@ -207,7 +221,7 @@ def test_labels_that_are_neither_text_nor_numbers(photos, labels):
 @pytest.mark.parametrize(("paths", "kind"), [([b"photos/00.png", b"photos/01.png"], "bytes"), ([0, 1], "int")])
 def test_paths_that_are_no_text(photos, paths, kind):
     write(photos / "all.parquet", [(path, label) for path, label in zip(paths, "ab", strict=True)])
-    with pytest.raises(ACKDError, match=f"column 'path' holds {kind} in line 2 .*, and paths are text: set path_col"):
+    with pytest.raises(ACKDError, match=f"column 'path' holds {kind} in row 1 .*, and paths are text: set path_col"):
         made(photos, train="all.parquet")
 
 

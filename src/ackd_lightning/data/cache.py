@@ -20,7 +20,7 @@ from ackd_lightning.data.sources import Pixels
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 4
+_FORMAT = 5
 
 
 def fingerprint(paths: PathTable, root: Path, *settings: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
@@ -154,9 +155,11 @@ def has_deep_colours(image: Image.Image) -> bool:
     """
     if image.mode not in ("RGB", "RGBA"):
         return False
+    tiles: Any = getattr(image, "tile", ())
     if image.format == "PNG":
-        tiles: Any = getattr(image, "tile", ())
         return bool(tiles) and str(tiles[0][3]).endswith("16B")
+    if image.format == "PPM":
+        return bool(tiles) and isinstance(tiles[0][3], tuple) and tiles[0][3][1] > 255
     tags: Any = getattr(image, "tag_v2", {})
     return image.format == "TIFF" and any(bits > 8 for bits in tags.get(_BITS_PER_SAMPLE, ()))
 
@@ -285,6 +288,8 @@ def _opened(
         deep = has_deep_colours(image)
         if deep and image.format == "PNG":
             return _deep_png(file), None
+        if deep and image.format == "PPM":
+            return _deep_ppm(file, image), None
         if deep or (image.format == "TIFF" and _has_more(image)):
             return _tiff(file) if image.mode in ("LA", "RGBA") else _tiff(file).view(Spectral), None
         return jpeg(image) if jpeg and image.format in _JPEG else (as_decoded(image), None)
@@ -319,6 +324,19 @@ def _inverted(array: NDArray[Any]) -> NDArray[Any]:
     return np.iinfo(array.dtype).max - array if array.dtype.kind == "u" else array
 
 
+def _deep_ppm(file: ImageFile, image: Image.Image) -> NDArray[Any]:
+    """Decode a PPM with more than 8 bits for each colour, whose header names the largest value."""
+    handle: Any = image
+    kind, _, offset, (_, top) = handle.tile[0]
+    content, shape = _bytes(file)[offset:], (image.height, image.width, len(image.getbands()))
+    if kind == "ppm_plain":
+        values = np.array(re.sub(rb"#[^\r\n]*", b"", content).split()).astype(np.int64)
+    else:
+        values = np.frombuffer(content, ">u2", int(np.prod(shape)))
+    array: NDArray[Any] = (values.clip(0, top) * (65535 / top)).round().astype(np.uint16)
+    return array.reshape(shape)
+
+
 def _deep_png(file: ImageFile) -> NDArray[Any]:
     """Decode a PNG with 16 bits for each colour: PIL returns the upper 8, or the lower 8 in another byte order."""
     halves = []
@@ -326,6 +344,9 @@ def _deep_png(file: ImageFile) -> NDArray[Any]:
         with Image.open(stream(file)) as image:
             handle: Any = image
             kind, box, offset, mode = handle.tile[0]
+            if mode == "LA;16B":  # which PIL has in no other byte order: its four bytes are read as four colours
+                handle.tile = [type(handle.tile[0])(kind, box, offset, "RGBA")]
+                return _turned(np.array(image).view(">u2").astype(np.uint16), _orientation(image))
             if mode in _LOWER:
                 handle.tile = [type(handle.tile[0])(kind, box, offset, f"{mode[:-1]}{order}")]
             halves.append(np.array(image, dtype=np.uint16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import shutil
 import sys
 import tarfile
@@ -10,6 +11,8 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +21,7 @@ from urllib.parse import urlsplit
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torchvision.datasets.utils import calculate_md5
 
-from ackd_lightning.data.messages import on_first_process
+from ackd_lightning.data.messages import on_first_process, say
 from ackd_lightning.data.stored import ROOT, StoredDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import checked
@@ -83,7 +86,7 @@ def _transfer(url: str, part: Path, what: str) -> bool:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
             resumed = answer.status == 206 and str(answer.headers.get("Content-Range", "")).startswith(f"bytes {have}-")
             if answer.status == 206 and not resumed:
-                part.unlink()
+                os.truncate(part, 0)  # it stays this process's file
                 raise _InterruptedError("the server answered with another range of bytes than asked")
             announced = answer.headers.get("Content-Length")
             start = have if resumed else 0
@@ -102,6 +105,7 @@ def fetch(archive: Archive, folder: Path, *, url: str | None = None) -> Path:
     """Download an archive into ``folder`` unless it exists there, and verify it.
 
     Bytes go to a ``.part`` file that a later call resumes; the file gets its name only once its checksum is right.
+    A process waits while another one downloads the same file, except on systems without locks for files.
 
     Args:
         archive: Archive to fetch.
@@ -122,19 +126,58 @@ def fetch(archive: Archive, folder: Path, *, url: str | None = None) -> Path:
     if urlsplit(address).scheme not in {"http", "https", "file"}:
         raise ACKDError(f"url {address!r} is not a web address: use one that starts with https://, http:// or file://")
     try:
-        _fetch(archive, address, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with _alone(part, archive.name):
+            if not path.exists():
+                _fetch(archive, address, path, part)
+                return path
     except (OSError, http.client.HTTPException, _InterruptedError) as error:
         reason = str(error) or type(error).__name__
         raise ACKDError(
             f"could not download {archive.name} from {address} ({reason}): run it again to resume, "
             f"set url to a mirror, or put the file at {path}"
         ) from None
+    verify(path, archive)
     return path
 
 
-def _fetch(archive: Archive, address: str, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _alone(part: Path, name: str) -> Iterator[None]:
+    """Wait until no other process writes a part, and keep others from it; an empty one is removed at the end."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where an open file could not be renamed either
+        yield
+        return
+    while True:
+        with part.open("ab") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another process that downloads {name} to {part}")
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            except OSError:
+                pass  # some network file systems have no locks
+            if not _is(part, stream):  # the other process has finished, and renamed or removed it
+                continue
+            try:
+                yield
+            finally:
+                if _is(part, stream) and not part.stat().st_size:
+                    part.unlink()
+            return
+
+
+def _is(path: Path, stream: IO[bytes]) -> bool:
+    """Whether a path is still that of an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _fetch(archive: Archive, address: str, path: Path, part: Path) -> None:
     left = _ATTEMPTS
     while True:
         left -= 1
@@ -151,7 +194,7 @@ def _fetch(archive: Archive, address: str, path: Path) -> None:
             part.replace(path)
             return
         size = part.stat().st_size
-        part.unlink()
+        os.truncate(part, 0)
         if not resumed:
             raise OSError(f"the file has {size:,} bytes and checksum {found} instead of {archive.md5}")
         left = max(left, 1)  # old and new bytes may not belong together: start again once
@@ -176,14 +219,15 @@ def verify(path: Path, archive: Archive) -> None:
 def extract(path: Path, target: Path) -> None:
     """Unpack a tar or zip archive as a folder that appears only once it is complete.
 
-    Where the archive holds a single folder, the content of that folder is taken.
+    Where the archive holds a single folder, the content of that folder is taken. A folder that another process has
+    unpacked in the meantime is left as it is.
 
     Args:
         path: Archive.
         target: Folder to create.
 
     Raises:
-        ACKDError: If the archive is damaged, or would write outside the folder.
+        ACKDError: If the archive is damaged, would write outside the folder, or the folder exists and is not whole.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-unpacking-", dir=target.parent))
@@ -191,7 +235,8 @@ def extract(path: Path, target: Path) -> None:
         _unpack(path, staging)
         entries = [entry for entry in staging.iterdir() if not entry.name.startswith(("._", "__MACOSX"))]
         inner = entries[0] if len(entries) == 1 and entries[0].is_dir() else staging
-        inner.replace(target)
+        inner.chmod(0o755)  # mkdtemp makes folders private
+        _put(inner, target)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         reason = str(error) or type(error).__name__
         raise ACKDError(
@@ -199,7 +244,18 @@ def extract(path: Path, target: Path) -> None:
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    target.chmod(0o755)  # mkdtemp makes folders private
+
+
+def _put(inner: Path, target: Path) -> None:
+    """Give a folder its name, unless one with the same entries has it already."""
+    try:
+        inner.replace(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        missing = sorted({each.name for each in inner.iterdir()} - {each.name for each in target.iterdir()})
+        if missing:
+            raise ACKDError(f"{target} exists and lacks {missing[0]} of the archive: delete it or move it") from None
 
 
 def _unpack(path: Path, staging: Path) -> None:

@@ -74,12 +74,14 @@ class ImageFolderDataModule(CustomImagesDataModule):
         self._folders = self._layout({"train": train_dir, "val": val_dir, "test": test_dir})
         self._has_validation = "val" in self._folders
         self._whole: Files | None = None
-        self._names = class_names_of(self._folders["train"], class_order, self._unlabelled)
-        self._flat = not self._names and "test" in self._folders and bool(Walk().images(self._folders["train"]))
+        train = self._folders["train"]
+        self._apart = self._no_classes(train)
+        self._names = class_names_of(train, class_order, self._apart)
+        self._flat = not self._names and "test" in self._folders and bool(Walk(self._apart).images(train))
         if self._flat:
             self._names = class_names_of(self._folders["test"], class_order)
         if not self._names:
-            scan_class_folders(self._folders["train"], apart=self._unlabelled)  # its error says what is there instead
+            scan_class_folders(train, apart=self._apart)  # its error says what is there instead
         require_classes(self._folders["test" if self._flat else "train"], self._names)
         say_order(self._names, class_order)
         for part in set(self._folders) - {"train"}:
@@ -91,7 +93,8 @@ class ImageFolderDataModule(CustomImagesDataModule):
         """Return the folder of each part; without a test folder the training folder is split."""
         if not self.root.is_dir():
             raise ACKDError(f"there is no folder {self.root}: set root to a folder of class folders")
-        there = [folder.name for folder in class_folders(self.root, apart=self._unlabelled)]
+        more = () if self._unlabelled is None else (self._unlabelled,)
+        there = [folder.name for folder in class_folders(self.root, apart=more)]
         found: dict[Part, Path] = {}
         classes = self._named_like_parts(there)
         for part, name in given.items():
@@ -113,8 +116,12 @@ class ImageFolderDataModule(CustomImagesDataModule):
             say_test_is_validation(self.root)
         if "train" not in found and found:
             name = next(iter(found.values())).name
-            raise ACKDError(f"{self.root} holds the folder {name} but no folder train: name it with train_dir")
-        inside = [place.relative_to(self.root).parts for place in found.values() if place.is_relative_to(self.root)]
+            raise ACKDError(
+                f"{self.root} holds the folder {name} but no folder train: name it with train_dir, or set train_dir to "
+                ". where the class folders are beside it"
+            )
+        places = [place for place in (*found.values(), *more) if place.is_relative_to(self.root)]
+        inside = [place.relative_to(self.root).parts for place in places]
         used = set(there) if () in inside else {parts[0] for parts in inside}  # train_dir: .
         if found and (others := [each for each in there if each not in used]):
             say(f"folders of {self.root} that are not read: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}")
@@ -134,6 +141,34 @@ class ImageFolderDataModule(CustomImagesDataModule):
         say(f"classes of {self.root} that are named like parts of the data: {', '.join(named)}")
         return named
 
+    def _no_classes(self, train: Path) -> list[Path]:
+        """Folders in the training folder that are read as something else, or are named and arranged as another part."""
+        read = [place for part, place in self._folders.items() if part != "train"]
+        if self._unlabelled is not None:
+            read.append(self._unlabelled)
+            if train.resolve().is_relative_to(self._unlabelled.resolve()):
+                raise ACKDError(
+                    f"unlabelled is {self._unlabelled}, which holds the training part {train}: set it to a folder of "
+                    "further images"
+                )
+        above = {place: {*place.parents, *place.resolve().parents} for place in read}
+        read = [place for place in read if above[place] & {train, train.resolve()}]
+        higher = {each for place in read for each in above[place]}
+        folders = class_folders(train, apart=read)
+        names = {folder.name for folder in folders}
+
+        def is_class(folder: Path) -> bool:
+            if higher and higher & {folder, folder.resolve()}:
+                return bool(Walk(read).images(folder))
+            named = part_of(folder.name) in ("val", "test")
+            return not named or names.isdisjoint(each.name for each in class_folders(folder))
+
+        others = [folder for folder in folders if not is_class(folder)]
+        if read or others:
+            listed = ", ".join(each.name for each in read + others)
+            say(f"folders in {train} that are no classes of the training part: {listed}")
+        return read + others
+
     def listed(self) -> dict[Part, Files]:
         """Return the image files of each part as they lie in the folders, before any of them is opened."""
         parts: tuple[Part, ...] = ("train", "val", "test") if self._has_validation else ("train", "test")
@@ -144,11 +179,11 @@ class ImageFolderDataModule(CustomImagesDataModule):
 
     def _files(self, part: Part) -> Files:
         if part == "train" and self._flat:
-            return self._without_labels(self._folders["train"])
-        if part == "train" or part not in self._folders:
+            files = self._without_labels(self._folders["train"])
+        elif part == "train" or part not in self._folders:
             kept = None if part == "train" else self._whole  # files may have changed since an earlier setup
             train = self._folders["train"]
-            files = kept or scan_class_folders(train, order=self.class_order, apart=self._unlabelled)
+            files = kept or scan_class_folders(train, order=self.class_order, apart=self._apart)
             if "test" not in self._folders:
                 self._whole = files if part == "train" else None  # the test part is read next
                 keys = name_keys(files)
@@ -162,7 +197,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
         return replace(files, paths=paths, targets=torch.cat([files.targets, more.targets]))
 
     def _without_labels(self, folder: Path) -> Files:
-        walk = Walk()
+        walk = Walk(self._apart)
         paths = PathTable.of(folder, walk.listed(folder))
         walk.report(folder)
         if not len(paths):

@@ -15,7 +15,7 @@ import torch
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sources import Files
-from ackd_lightning.data.walk import Walk, image_files, passed_over
+from ackd_lightning.data.walk import Walk, above, identity, image_files, passed_over
 from ackd_lightning.errors import ACKDError
 
 ClassOrder = Literal["text", "natural"]
@@ -61,23 +61,24 @@ def sort_key(order: ClassOrder, name: str) -> tuple[object, ...]:
     return tuple((1, "", int(part)) if part.isdecimal() else (0, part, 0) for part in re.split(r"(\d+)", name) if part)
 
 
-def class_folders(path: Path, order: ClassOrder = "text", apart: Path | None = None) -> list[Path]:
+def class_folders(path: Path, order: ClassOrder = "text", apart: Sequence[Path] = ()) -> list[Path]:
     """List the folders directly below ``path``, sorted by name, without hidden ones and those of file systems.
 
-    A link to a folder beside it, or a second link to one folder, is left out.
+    A link to ``path``, to a folder above it or to one in it, or a second link to one folder, is left out.
 
     Args:
         path: Folder, which need not exist.
         order: Whether names are sorted as text, or with numbers in them by their value.
-        apart: Folder in ``path`` that is no class; None for none.
+        apart: Folders that are no class.
     """
     folders, again = _folders_in(path)
-    kept = [each for each in folders if each not in again and (apart is None or not each.samefile(apart))]
+    left_out = {identity(each) for each in apart}
+    kept = [each for each in folders if each not in again and not (left_out and identity(each) in left_out)]
     return sorted(kept, key=lambda each: sort_key(order, class_name(each)))
 
 
 def _folders_in(path: Path) -> tuple[list[Path], set[Path]]:
-    """Return the folders in a folder, and those of them that are links to another one of them."""
+    """Return the folders in a folder, and those of them that are links to another one of them, to it, or above it."""
     if not path.is_dir():
         return [], set()
     with os.scandir(path) as entries:  # whose entries mostly know what they are
@@ -86,17 +87,12 @@ def _folders_in(path: Path) -> tuple[list[Path], set[Path]]:
     folders = [path / entry.name for entry in kept]
     again = set[Path]()
     if links:
-        seen = {_identity(each) for each in folders if each not in links}
+        seen = {identity(path)} | above(path) | {identity(each) for each in folders if each not in links}
         for link in links:
-            if _identity(link) in seen:
+            if identity(link) in seen:
                 again.add(link)
-            seen.add(_identity(link))
+            seen.add(identity(link))
     return folders, again
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def class_name(folder: Path) -> str:
@@ -115,13 +111,13 @@ def class_name(folder: Path) -> str:
     return unicodedata.normalize("NFC", folder.name)
 
 
-def class_names_of(path: Path, order: ClassOrder = "text", apart: Path | None = None) -> tuple[str, ...]:
+def class_names_of(path: Path, order: ClassOrder = "text", apart: Sequence[Path] = ()) -> tuple[str, ...]:
     """Return the names of the class folders directly below ``path`` in the order of their indices.
 
     Args:
         path: Folder, which need not exist.
         order: Whether names are sorted as text, or with numbers in them by their value.
-        apart: Folder in ``path`` that is no class; None for none.
+        apart: Folders that are no class.
 
     Raises:
         ACKDError: If two names differ only in how Unicode composes them.
@@ -186,7 +182,7 @@ def scan_class_folders(
     classes: Sequence[str] | None = None,
     others: Literal["refuse", "skip"] = "refuse",
     order: ClassOrder = "text",
-    apart: Path | None = None,
+    apart: Sequence[Path] = (),
     remedy: str = "",
 ) -> Files:
     """List the images of a folder of class folders; the class index is the position in the sorted folder names.
@@ -197,7 +193,7 @@ def scan_class_folders(
             that have no images here are allowed, with a line.
         others: How to handle class folders that are not in ``classes``.
         order: Whether names are sorted as text, or with numbers in them by their value.
-        apart: Folder in ``path`` that is no class; None for none.
+        apart: Folders in ``path``, at any depth, that are not read.
         remedy: Remedy for a wrong layout, added to the messages.
 
     Returns:
@@ -217,7 +213,7 @@ def scan_class_folders(
         what = f"{loose:,} images but no class folders" if loose else "neither images nor class folders"
         raise ACKDError(f"{path} holds {what}: {hint}")
     names = found if classes is None else tuple(classes)
-    walk, tables = Walk(), list[PathTable]()
+    walk, tables = Walk(apart), list[PathTable]()
     walk.links += len(_folders_in(path)[1])
     for name in names:
         listed = walk.listed(folders[name]) if name in folders else []

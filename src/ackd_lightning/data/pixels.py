@@ -73,12 +73,15 @@ def is_deep(raw: Raw) -> bool:
 
 
 def largest_value(raw: Image.Image | NDArray[Any]) -> int | None:
-    """Largest value of an image of 16 bits without sign; None for any other.
+    """Largest value, without transparency, of an image of 16 bits without sign; None for any other.
 
     Args:
         raw: Result of `load_image`.
     """
-    return None if isinstance(raw, Image.Image) or raw.dtype != np.uint16 else int(raw.max(initial=0))
+    if isinstance(raw, Image.Image) or raw.dtype != np.uint16:
+        return None
+    alpha = not isinstance(raw, Spectral) and raw.ndim == 3 and raw.shape[2] in (2, 4)
+    return int((raw[..., :-1] if alpha else raw).max(initial=0))
 
 
 def bands(raw: Image.Image | NDArray[Any], channels: int, name: str) -> int:
@@ -158,6 +161,8 @@ def _with_channels(image: Image.Image, form: ImageFormat, name: str) -> Image.Im
         if image.mode == "P" and form.channels == 4 and "transparency" in image.info:
             return image.convert("RGBA")
         raise _wrong_channels(name, len(image.getbands()), form.channels)
+    if image.mode == "CMYK" and form.channels == 4:
+        return image.convert("RGB").convert("RGBA")
     if form.channels in (2, 4) or (image.mode == mode and "transparency" not in image.info):
         return image  # convert would copy it
     if ("A" in image.mode.upper() and image.mode != "LAB") or "transparency" in image.info:

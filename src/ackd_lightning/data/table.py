@@ -165,10 +165,10 @@ def _rows(table: Path, columns: tuple[str, str], split_column: str | None, names
         if column is not None and column not in content:
             hint = near_matches(column, filter(None, content))
             raise ACKDError(f"{table} has no column {column!r}: {hint}; set {argument}")
-    lines = content.get("", range(2, 2 + len(content[columns[0]])))
+    lines = content.get("")
 
     def place(row: int) -> str:
-        return f"line {lines[row]} of {table}"
+        return f"row {row + 1} of {table}" if lines is None else f"line {lines[row]} of {table}"
 
     paths = content[columns[0]]
     if not len(paths):
@@ -220,7 +220,7 @@ def _csv(table: Path) -> Mapping[str, Sequence[Any]]:
             header = file.readline()
             delimiter = max(_DELIMITERS, key=header.count)
             file.seek(0)
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
             names = [name.strip() for name in next(reader, [])]
             _check_names(names, table)
             columns: dict[str, list[Any]] = {name: [] for name in names}
@@ -258,7 +258,7 @@ def _parquet(table: Path) -> Mapping[str, Sequence[Any]]:
     parquet, pyarrow = require("pyarrow.parquet", "parquet", str(table)), require("pyarrow", "parquet", str(table))
     try:
         found = parquet.read_table(table)
-        content: Mapping[str, Sequence[Any]] = found.to_pydict()
+        content = {name: values for name, values in found.to_pydict().items() if name}
     except PermissionError:
         raise
     except (pyarrow.ArrowException, OSError) as error:

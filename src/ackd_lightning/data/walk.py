@@ -6,7 +6,8 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -52,19 +53,46 @@ def passed_over(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
+def identity(folder: Path) -> tuple[int, int]:
+    """Return what tells a folder from all others, whatever it is called.
+
+    Args:
+        folder: Folder.
+    """
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def above(folder: Path) -> set[tuple[int, int]]:
+    """Return the identities of the folders above one, by its path and by where links in it lead.
+
+    Args:
+        folder: Folder.
+    """
+    found = set[tuple[int, int]]()
+    for each in {*Path(os.path.abspath(folder)).parents, *folder.resolve().parents}:  # noqa: PTH100
+        with suppress(OSError):
+            found.add(identity(each))
+    return found
+
+
 class Walk:
     """Images below some folders, and what is passed over there.
+
+    Args:
+        apart: Folders that are not entered, as they are read for something else.
 
     Attributes:
         folders: Number of hidden and system folders, by name.
         hidden: Number of hidden images.
         loose: Number of images that lie beside the class folders.
-        links: Number of links to a folder that was read already.
+        links: Number of links to a folder that was read already, or that is above.
         special: Number of pipes, sockets and device files, which are never opened.
         others: Number of other files by their ending.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, apart: Sequence[Path] = ()) -> None:
+        self._apart = {identity(each) for each in apart}
         self.folders: Counter[str] = Counter()
         self.hidden = self.loose = self.links = self.special = 0
         self.others: Counter[str] = Counter()
@@ -93,17 +121,19 @@ class Walk:
             ACKDError: If a folder cannot be read.
         """
         found: list[Listed] = []
-        seen: set[tuple[int, int]] = set()
+        seen = above(folder)
         waiting, deep = [""], False
         while waiting:
             prefix = waiting.pop()
             here = folder / prefix
             try:
-                status = here.stat()
-                if (status.st_dev, status.st_ino) in seen:
+                this = identity(here)
+                if prefix and this in self._apart:
+                    continue
+                if prefix and this in seen:
                     self.links += 1
                     continue
-                seen.add((status.st_dev, status.st_ino))
+                seen.add(this)
                 with os.scandir(here) as entries:
                     folders = self._images_of(prefix, entries, found)
             except OSError as error:
@@ -193,7 +223,7 @@ class Walk:
         if self.special:
             parts.append(f"{self.special:,} {'pipes or devices' if self.special > 1 else 'pipe or device'}")
         if self.links:
-            parts.append(f"{count_of(self.links, 'link')} to folders that were read already")
+            parts.append(f"{count_of(self.links, 'link')} to folders that were read already, or that are above")
         if parts:
             heif = HEIF & set(self.others) and "; photos of phones need pip install 'ackd-lightning[heic]'"
             say(f"passed over in {place}: {'; '.join(parts)}{heif or ''}")
