@@ -29,7 +29,7 @@ def data(folder, **options):
 def batches(module, epoch=0, start=0):
     loader = module.train_dataloader()
     loader.sampler.set_epoch(epoch)
-    loader.load_state_dict({"epoch": epoch, "batches": start})
+    loader.load_state_dict({**loader.state_dict(), "epoch": epoch, "batches": start})
     return [module.on_after_batch_transfer(batch, 0) for batch in loader]
 
 
