@@ -74,6 +74,7 @@ def main() -> None:
         head = head or first
         runs = [each for each in runs if wanted is None or each["row"] in wanted]
         by_run |= {(each["row"], each["seed"]): each for each in runs if seeds is None or each["seed"] in seeds}
+    by_run = dict(sorted(by_run.items()))
     found = [*by_run.values()]
     if chosen.against not in {None, *(each["row"] for each in found)}:
         parser.error(f"--against {chosen.against}: {chosen.sources[0]} has no finished run of that row")
