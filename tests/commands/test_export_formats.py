@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from ackd_lightning import load_student
 from ackd_lightning.cli import main
+from ackd_lightning.commands import export
 from ackd_lightning.deploy.files import open_network
 
 RUN = "runs/digits_resnet8/a"
@@ -116,6 +118,13 @@ def test_data_that_are_gone_are_said_with_the_remedy(capsys):
     assert "--check random" in error
     assert main(["export", "gone", "--format", "pt2", "--check", "random"]) == 0
     assert "64 random images" in capsys.readouterr().out
+
+
+def test_a_file_for_one_image_at_a_time_is_said(monkeypatch, capsys):
+    whole = export.export
+    monkeypatch.setattr(export, "export", lambda *args, **options: replace(whole(*args, **options), single=True))
+    assert main(["export", RUN, "--out", "single.safetensors"]) == 0
+    assert "single.safetensors takes one image at a time" in capsys.readouterr().out
 
 
 def test_one_format_that_fails_does_not_lose_the_others(monkeypatch, capsys):

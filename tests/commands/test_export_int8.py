@@ -227,6 +227,7 @@ def test_what_int8_costs_is_said(parts, tmp_path, capsys):
     text = shown(0.9 - 2 / images.counted)  # two images are no evidence
     assert "fewer" not in text
     assert "int8 takes 4.0 times as long as float32 in onnx" in text
+    assert "a.onnx takes one image at a time" in text
 
 
 def test_the_advice_knows_what_was_done():

@@ -152,6 +152,21 @@ def test_half_of_the_bits(tmp_path, dtype, share):
     assert next(opened.network.parameters()).dtype == torch.float32
 
 
+def test_a_file_that_takes_no_single_image_is_not_kept(tmp_path, monkeypatch):
+    network, description = trained(tmp_path)
+
+    def pairs(images):
+        if len(images) < 2:
+            raise RuntimeError("Attempted to resize a static tensor")
+        return network(images)
+
+    changed = replace(FORMATS["safetensors"], open_file=lambda path: Opened(pairs, {}))
+    monkeypatch.setitem(FORMATS, "safetensors", changed)
+    with torch.no_grad(), pytest.raises(ACKDError, match=r"cannot run it .*static tensor"):
+        written(tmp_path, "safetensors", network, description)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_a_file_that_its_runtime_cannot_run_is_not_kept(tmp_path, monkeypatch):
     network, description = trained(tmp_path)
 

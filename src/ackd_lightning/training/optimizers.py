@@ -298,7 +298,9 @@ class OpenOptimizers(TwoGradients):
             metric = metrics.get(str(config.monitor)) if validated else None
             if metric is None and validated and config.strict:
                 raise metric_missing(str(config.monitor), metrics)
-            step_scheduler(cast(LRScheduler, config.scheduler), metric)  # a warm-up needs no metric
+            scheduler = cast(LRScheduler, config.scheduler)
+            if metric is not None or reads_metric(scheduler):  # a warm-up goes on without a metric
+                step_scheduler(scheduler, metric)
 
     def _without_monitors(self, schedules: list[Any]) -> list[Any]:
         """Keep the names of monitored metrics; Lightning would warn and forget them in manual optimization."""
