@@ -1,4 +1,6 @@
-"""Readings of ACKD that are measured, and not part of the package: see ``tables/tiny100_screen.yaml``.
+"""Readings of ACKD that are measured, and not part of the package.
+
+``tables/tiny100_screen.yaml``, ``tables/tiny100_readings.yaml`` and ``tables/confirm.yaml`` have their rows.
 
 Run ``ackd`` with this folder on ``PYTHONPATH``.
 """
