@@ -57,6 +57,11 @@ def test_both_files_run_as_they_are_written(here, capsys, caplog):
     assert settings["data"]["init_args"]["sampling"] == "balanced"
     assert settings["data"]["init_args"]["channels"] == 1
     assert settings["model"]["teacher"]["weights"] == "weights/my_pets_teacher.safetensors"
+    method = settings["model"]["method"]
+    assert method["class_path"].endswith(".KD")
+    assert (method["init_args"]["weight_ce"], method["init_args"]["weight_kd"]) == (1.0, 1.0)
+    other = load_configs(["my_pets_student.yaml", "ackd.yaml"])[0]["model"]["method"]
+    assert "weight_kd" not in other.get("init_args", {})
 
 
 def test_classes_inside_the_class_folders_are_said(here):

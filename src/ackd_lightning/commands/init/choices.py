@@ -166,7 +166,7 @@ def reasons(seen: Survey, chosen: Choices, *, asked: bool) -> list[Choice]:
     method_why = (
         "a student from scratch learned most from a fine-tuned teacher's features in docs/results.md"
         if c.method == "reviewkd"
-        else "above plain training in docs/results.md, with teachers trained from scratch"
+        else "above plain training in docs/results.md, most of all with equal weights"
     )
     rows = [
         ("image size", f"{c.image_size} x {c.image_size}", size_why),

@@ -92,6 +92,8 @@ def student_text(root: str, c: Choices, places: dict[str, str | None], *, weight
             "      mid_channels: 128",
             f"      warmup_epochs: {c.student_epochs // 5}",
         ]
+    if c.method == "kd":
+        lines += ["  method:", "    init_args:", "      weight_ce: 1.0", "      weight_kd: 1.0"]
     lines += _schedule(c, c.student_epochs, fine_tuned=False)
     return "\n".join([*lines, *_layout(c)]) + "\n"
 

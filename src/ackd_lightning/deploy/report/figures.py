@@ -242,7 +242,7 @@ def heat_maps(
             for side in axes.spines.values():
                 side.set_visible(False)
             if row == 0:
-                axes.set_title("\n".join(textwrap.wrap(name, 27)), fontsize=8)
+                axes.set_title("\n".join(textwrap.wrap(name, 27)), fontsize=8, parse_math=False)
             color = _INK if answer == true else _RED
             axes.set_xlabel(short(answer, 24), fontsize=8, color=color, parse_math=False)
     return _png(figure)
