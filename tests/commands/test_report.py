@@ -190,3 +190,18 @@ def test_a_file_of_a_run_has_a_report_of_its_own(run):
     assert main(["report", str(run / "student.safetensors"), "--no-latency"]) == 0
     assert (run / "student-report/report.json").is_file()
     assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("left", "refused"), [(["figures", "report.md", ".report.html.1.tmp"], False), (["notes"], True)]
+)
+def test_what_an_interrupted_report_left_is_replaced(left, refused, tmp_path):
+    target = tmp_path / "report"
+    target.mkdir()
+    for name in left:
+        (target / name).touch()
+    if refused:
+        with pytest.raises(ACKDError, match="exists and is not a report"):
+            command._check_folder(target)
+    else:
+        command._check_folder(target)

@@ -22,6 +22,7 @@ from ackd_lightning.models.heads import HeadedNetwork, shared_classifier, with_h
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
+from ackd_lightning.testing import Harness
 from ackd_lightning.training.manual import frozen
 from ackd_lightning.types import Batch, DataInfo
 
@@ -622,6 +623,23 @@ def test_a_teacher_gets_its_own_normalisation_and_image_size():
         torch.testing.assert_close(adapting.method.teachers[0](image).logits, expected, rtol=1e-4, atol=1e-5)
     assert adapting.method.head.sizes == fixed.method.head.sizes == ((64, 6, 6),)
     assert fixed.terms()["features"].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_teacher_of_another_precision_is_copied_in_float32(dtype):
+    harness = Harness(ATSC(), teacher=create_model("resnet14", 5).to(dtype))
+    harness.train(steps=2)
+    assert {each.dtype for each in harness.method.teachers.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert harness.module.eval()(harness.data.batch().image).dtype == torch.float32
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_a_teacher_of_other_classes_has_no_classifier_to_share(adapt):
+    teacher = FrozenTeacher(settled(Small(), 0))
+    teacher.features_only = True
+    with pytest.raises(ACKDError, match=r"is features and method ATSC shares the teacher's classifier; choose"):
+        Run(teacher, adapt_teacher=adapt)
 
 
 # -------------------------------------------------------------------- state

@@ -10,7 +10,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import kd_loss
 from ackd_lightning.methods import SKT
 from ackd_lightning.methods.skt import pattern_loss, relations
-from ackd_lightning.testing import Harness
+from ackd_lightning.testing import Harness, RandomImages
 
 
 def maps(seed: int, *shapes: tuple[int, int, int], images: int = 2) -> list[Tensor]:
@@ -111,7 +111,11 @@ def test_terms_of_any_networks(student, teacher):
     aims = [theirs.features[m] for _, m in method.layers]
     torch.testing.assert_close(terms["kd"], kd_loss(ours.logits, theirs.logits, temperature=4.0))
     expected = [
-        (a - b).square().mean() for a, b in zip(*(relations(x, method.size) for x in (adapted, aims)), strict=True)
+        (a - b).square().mean()
+        for a, b in zip(*(relations([x[n] for n in method.related], method.size) for x in (adapted, aims)), strict=True)
+    ]
+    assert method.related == [
+        n for n, (a, b) in enumerate(zip(adapted, aims, strict=True)) if 1 not in a.shape + b.shape
     ]
     torch.testing.assert_close(terms["relations"], torch.stack(expected).sum())
     if student == "resnet8":
@@ -123,3 +127,15 @@ def test_terms_of_any_networks(student, teacher):
 def test_bad_arguments_are_refused(name):
     with pytest.raises(ACKDError, match=rf"{name} is -1.0 in SKT"):
         SKT(**{name: -1.0})
+
+
+@pytest.mark.parametrize(
+    ("size", "teacher", "said"),
+    [(32, "resnet18", "leaves out 1 of"), (8, "resnet18", "fewer than two pairs"), (32, "resnet14", None)],
+)
+def test_maps_of_one_position_have_no_relations_and_do_not_hide_those_of_others(size, teacher, said, capsys):
+    harness = Harness(SKT(), student="resnet8", teacher=teacher, data=RandomImages(input_size=size))
+    relation = float(harness.terms()["relations"].detach())
+    shown = capsys.readouterr().out
+    assert (said in shown) if said else ("SKT: `relations`" not in shown)
+    assert (relation > 0) == (said != "fewer than two pairs")

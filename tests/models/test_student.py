@@ -357,3 +357,11 @@ def test_checking_the_plans_does_not_change_the_fresh_weights(branches):
         torch.manual_seed(0)
         built.append(BranchyStudent(create_model("resnet8", 5), branches, num_classes=5, input_size=size).state_dict())
     assert all(torch.equal(built[0][key], value) for key, value in built[1].items())
+
+
+def test_a_peer_of_another_architecture_reads_the_students_channels():
+    student = BranchyStudent(
+        create_model("resnet8", 10, in_chans=1), ["resnet14", "peer"], num_classes=10, input_size=24
+    )
+    out = student(torch.zeros(2, 1, 24, 24))
+    assert [tuple(branch.logits.shape) for branch in out.branches] == [(2, 10), (2, 10)]

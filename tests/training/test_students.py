@@ -27,6 +27,7 @@ from ackd_lightning import (
 from ackd_lightning.methods import DCM
 from ackd_lightning.models.freezing import frozen_modules
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers
+from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import match_head
 from ackd_lightning.models.weights import load_weights, read_metadata
 from ackd_lightning.models.zoo import pretrained as published
@@ -407,3 +408,12 @@ def test_optimizers_see_no_frozen_parameter():
     assert held == {id(each) for each in module.student.parameters() if each.requires_grad}
     assert isinstance(module.optimizer_factory(module.learner_groups()), AdamW)
     assert SGD(module.learner_groups(), lr=0.1)
+
+
+def test_a_head_that_nothing_can_make_fresh_is_not_said_to_be():
+    pytest.importorskip("torchao", reason="extra quantization")
+    network = FakeQuantized(create_model("resnet8", 4), "x86", 32, channels=3)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(ACKDError, match=r"does not know the class 'eel', and it has no layer that can be made fresh"):
+        match_head(network, NAMES, (*NAMES[1:], "eel"), "a file")
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())

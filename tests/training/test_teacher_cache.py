@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ackd_lightning import ACKD, KD, ACKDError, DigitsDataModule, TeacherConfig, create_model, save_weights
 from ackd_lightning.cli import main
-from ackd_lightning.data import Augmentation
+from ackd_lightning.data import Augmentation, ImageFolderDataModule
 from ackd_lightning.methods import AT, ATSC, CE, DIST, DKD, NKD, RLD, TTM, Sum
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.runs.claim import claim
@@ -343,3 +344,18 @@ def test_a_method_without_a_teacher_has_no_cache():
     images.setup()
     with pytest.raises(ACKDError, match="method CE"):
         cache.view_key(net, images, "32-true")
+
+
+def test_a_cache_of_images_that_are_not_square_is_its_own(tmp_path, monkeypatch):
+    for folder in (tmp_path / "photos" / part / label for part in ("train", "test") for label in ("a", "b")):
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (24, 16), (40 * number, 0, 0)).save(folder / f"{number}.png")
+    images = ImageFolderDataModule(tmp_path / "photos", image_size=(16, 24), batch_size=4, val_fraction=0, seed=0)
+    images.setup()
+    net = module(data=images.info)
+    monkeypatch.setattr(net.teachers, "key", list)
+    key = cache.view_key(net, images, "32-true")
+    (tmp_path / cache.KEY_FILE).write_text(json.dumps(key))
+    cache.check_key(tmp_path, key)
+    assert key["input_size"] == [16, 24]

@@ -196,3 +196,20 @@ def test_a_fit_goes_on_with_the_class_map_that_it_began_with(files, tmp_path):
     with pytest.raises(ACKDError, match=r"from resnet8 with another class_map than \[3, 2, 1, 0\]"):
         fit([3, 2, 1, 0], tmp_path / "last.ckpt")
     fit([0, 1, 2, 3], tmp_path / "last.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_fit_goes_on_with_as_many_teachers_as_it_began_with(count, tmp_path):
+    def fit(count, place=None):
+        teachers = [TeacherConfig(TinyNet(8), gate="off") for _ in range(count)]
+        net = build(KD(), student=TinyNet(), teacher=teachers, data=DATA)
+        saver = ModelCheckpoint(tmp_path, filename="last")
+        run = trainer(max_epochs=1 if place is None else 2, enable_checkpointing=True, callbacks=[saver])
+        run.fit(net, datamodule=Blobs(), ckpt_path=place, weights_only=True)
+
+    fit(2)
+    with pytest.raises(ACKDError, match=rf"learned from 2 teachers and this run has {count}; give those"):
+        fit(count, tmp_path / "last.ckpt")
+    fit(2, tmp_path / "last.ckpt")

@@ -15,6 +15,7 @@ from ackd_lightning.deploy.formats.formats import Format
 from ackd_lightning.deploy.int8 import BACKENDS, NOTEWORTHY_IMAGES, NOTEWORTHY_LOSS, Measured
 from ackd_lightning.deploy.latency import PTE_THREADS
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.extras import require
 
 _SLOWER = 1.2
 """Ratio of the times of int8 and float32 from which on it is said."""
@@ -34,6 +35,7 @@ def check_int8(kinds: Sequence[Format], calibrate: int | None, learner: int) -> 
     without = [each.name for each in kinds if each.name not in BACKENDS]
     if without:
         raise ACKDError(f"--int8 is given and format {without[0]} has no int8; choose from {', '.join(BACKENDS)}")
+    require("torchao", "quantization", "--int8")
     if calibrate is not None and calibrate < 1:
         raise ACKDError(f"--calibrate is {calibrate}; give the number of training images, such as 512")
     if learner:

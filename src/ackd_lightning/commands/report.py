@@ -14,6 +14,7 @@ from torch import Tensor
 from ackd_lightning.commands.student import trained
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.deploy.files import ENDINGS, open_network
+from ackd_lightning.deploy.report.elements import FIGURES
 from ackd_lightning.deploy.report.measuring import measure, validation_logits
 from ackd_lightning.deploy.report.subject import Subject, exported_files, of_file, of_run
 from ackd_lightning.deploy.report.writing import assemble, write
@@ -29,6 +30,7 @@ from ackd_lightning.runs.export import weights_mark
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
 from ackd_lightning.runs.versions import cpu_name, versions
 
+_FILES = {"report.md", "report.html", "report.json", FIGURES}
 _TRAINING = ("seconds", "epochs", "steps", "training_parameters", "device", "precision", "seed", "skipped_steps")
 
 
@@ -112,7 +114,9 @@ def report_command(
 
 
 def _check_folder(target: Path) -> None:
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "report.json").is_file()):
+    there = [each.name for each in target.iterdir()] if target.is_dir() else []
+    others = [name for name in there if name not in _FILES and not name.startswith(".")]
+    if target.is_file() or (others and "report.json" not in there):  # that is written last
         raise ACKDError(f"--out {target} exists and is not a report; choose another folder")
     check_writable(target, "--out")
 

@@ -48,7 +48,7 @@ def anchor_distance(parameters: Sequence[Tensor], start: Tensor) -> Tensor:
 
 
 def trainable_copy(network: nn.Module) -> nn.Module:
-    """Return a copy in training mode, with zeros for weights that are on the meta device.
+    """Return a copy in float32 and training mode, with zeros for weights that are on the meta device.
 
     Args:
         network: Network to copy, perhaps on the meta device.
@@ -59,4 +59,4 @@ def trainable_copy(network: nn.Module) -> nn.Module:
         with torch.no_grad():
             for each in (*own.parameters(), *own.buffers()):
                 each.zero_()
-    return own.requires_grad_(True).train()
+    return own.float().requires_grad_(True).train()

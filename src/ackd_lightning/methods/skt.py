@@ -6,7 +6,8 @@ convolution maps the student's features \(F_n^s\) to the teacher's channels. Two
 * patterns within a layer: \(L_{pat} = \sum_n \mathrm{mean}_{b,h,w} (1 - \cos(F_{n}^s, F_{n}^t))\), the cosine over the
   channels at every position
 * relations between layers: \(G_{nm} = \frac{1}{HW} \sum_{h,w} \hat F_{n}\,\hat F_{m}^T\) of all pairs of layers n < m,
-  with maps that are max-pooled to the smallest one and standardised over the positions of every channel;
+  with maps that are max-pooled to the smallest one and standardised over the positions of every channel (maps of one
+  position are left out, as nothing is left of them then);
   \(L_{rel} = \sum_{n<m} \mathrm{mean}\,(G^s_{nm} - G^t_{nm})^2\)
 
 \(L = w_{ce}\,\mathrm{CE}(z^s, y) + w_{kd}\,\tau^2 \mathrm{KL}(p^t \| p^s) + w_{pat} L_{pat} + w_{rel} L_{rel}\)
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from ackd_lightning.functional import cross_entropy, kd_loss
 from ackd_lightning.methods.base import Method, Networks
 from ackd_lightning.methods.pairing import layer_features, layer_shapes, pair_stages, same_size
+from ackd_lightning.models.weight_files import tell
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import NonNegative, Positive
 
@@ -111,6 +113,7 @@ class SKT(Method):
         }
         self.adapters = nn.ModuleList()
         self.size = (1, 1)
+        self.related: list[int] = []
 
     def build(self, networks: Networks) -> None:
         """Pair the stages and create a convolution for each of the student's.
@@ -125,7 +128,13 @@ class SKT(Method):
         self.layers = pair_stages(student, teacher, method="SKT")
         shapes = layer_shapes(self.layers, student, teacher)
         self.adapters = nn.ModuleList(nn.Conv2d(ours[0], theirs[0], 1) for ours, theirs in shapes)
-        every = [shape for pair in shapes for shape in pair]
+        wide = [pair for pair in shapes if all(shape[1] * shape[2] > 1 for shape in pair)]
+        self.related = [number for number, pair in enumerate(shapes) if pair in wide]
+        if len(self.related) < 2:
+            tell("SKT: fewer than two pairs of stages have maps of more than one position, so `relations` is 0")
+        elif left := len(shapes) - len(wide):
+            tell(f"SKT: `relations` leaves out {left} of {len(shapes)} pairs of stages, whose maps have one position")
+        every = [shape for pair in wide for shape in pair] or [(1, 1, 1)]
         self.size = (min(shape[1] for shape in every), min(shape[2] for shape in every))
 
     def forward(self, student: NetOutput, teacher: NetOutput | None, batch: Batch) -> dict[str, Tensor]:
@@ -134,7 +143,8 @@ class SKT(Method):
         ours, theirs = layer_features(self.layers, student, teacher)
         ours = [adapter(each) for adapter, each in zip(self.adapters, ours, strict=True)]
         patterns = [pattern_loss(*same_size(*pair)) for pair in zip(ours, theirs, strict=True)]
-        pairs = zip(relations(ours, self.size), relations([each.detach() for each in theirs], self.size), strict=True)
+        mine, given = ([each[number] for number in self.related] for each in (ours, theirs))
+        pairs = zip(relations(mine, self.size), relations([each.detach() for each in given], self.size), strict=True)
         distances = [F.mse_loss(*pair) for pair in pairs]
         return {
             "ce": cross_entropy(student.logits, batch.labels),

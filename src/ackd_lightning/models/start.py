@@ -173,10 +173,15 @@ def match_head(network: nn.Module, there: Sequence[str], here: Sequence[str], or
                 parameter.copy_(parameter[order])
         tell(f"the head of {origin} is reordered to the classes of the data")
         return
-    for layer in (each for head in heads for each in head.modules()):
-        if callable(reset := getattr(layer, "reset_parameters", None)):
-            reset()
     missing = sorted(set(here) - set(there))
+    resets = [getattr(each, "reset_parameters", None) for head in heads for each in head.modules()]
+    if not any(callable(each) for each in resets):
+        raise ACKDError(
+            f"the head of {origin} does not know the class {missing[0]!r}, and it has no layer that can be made fresh; "
+            "start from a network of the data's classes"
+        )
+    for reset in filter(callable, resets):
+        reset()
     tell(f"the head of {origin} is replaced by a fresh one, because it does not know the class {missing[0]!r}")
 
 

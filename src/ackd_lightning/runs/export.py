@@ -109,7 +109,8 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
             peers = [str(number) for number, spec in enumerate(specs, start=1) if peer_name(spec, name)]
             remedy = f"use one of {', '.join(['0', *peers])}" if peers else "it has no peers, so leave it out"
             raise ACKDError(f"--learner is {learner}, which is not a network of its own in {path}; {remedy}")
-        own = options if peer_network(specs[learner - 1]) == PEER else {}
+        usual = {key: value for key, value in options.items() if key == "in_chans"}
+        own = options if peer_network(specs[learner - 1]) == PEER else usual
         return _Source(found, own, classes, None, below(f"student.branches.{learner - 1}.network."))
     head, plain = metadata.get("head"), below(STUDENT_PREFIX)
     if metadata.get("quantization") is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.data.base import ImageDataModule
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.heads import HeadedNetwork
@@ -240,6 +240,11 @@ class SelfDescribing(OpenOptimizers):
         """Refuse to go on with other teachers than those that the first part of a run has learned from."""
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
+        if class_maps and len(class_maps) != len(self.teachers.configs):
+            raise ACKDError(
+                f"the checkpoint has learned from {count_of(len(class_maps), 'teacher')} and this run has "
+                f"{len(self.teachers.configs)}; give those of its first part, or start a new run from its weights"
+            )
         for teacher, before in zip(self.teachers.frozen, known, strict=False):
             now = teacher.metadata.get("sha256")
             if before is not None and now is not None and before != now:

@@ -64,7 +64,7 @@ def view_key(module: TrainingModule, data: ImageDataModule, precision: str) -> d
         "class_names": None if data.class_names is None else list(data.class_names),
         "targets": hashlib.sha256(targets.numpy().tobytes()).hexdigest(),
         "content of the images": data.content_mark("train"),
-        "input_size": data.input_size,
+        "input_size": list(data.input_size) if isinstance(data.input_size, tuple) else data.input_size,
         "mean": list(data.mean),
         "std": list(data.std),
         "augment": data.augment,
@@ -149,8 +149,8 @@ class TeacherCache:
         missing = [epoch for epoch in range(epochs) if not epoch_file(folder, epoch).is_file()]
         if missing:
             raise ACKDError(
-                f"teacher.cache {folder} lacks epoch {missing[0] + 1} of {epochs}; complete it by running `ackd cache` "
-                "with the settings of this run"
+                f"teacher.cache {folder} lacks epoch {missing[0] + 1} of {epochs}; complete it by `ackd cache --out "
+                f"{folder}` with the settings of this run"
             )
         for epoch in range(epochs):
             check_epoch(epoch_file(folder, epoch), images=key["images"])
@@ -243,7 +243,7 @@ def check_key(folder: Path, key: dict[str, Any]) -> None:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ACKDError(
-            f"teacher.cache {folder} is not a cache (it has no {KEY_FILE}); create one with `ackd cache`"
+            f"teacher.cache {folder} is not a cache (it has no {KEY_FILE}); create one with `ackd cache --out {folder}`"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ACKDError(
