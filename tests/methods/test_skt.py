@@ -131,7 +131,12 @@ def test_bad_arguments_are_refused(name):
 
 @pytest.mark.parametrize(
     ("size", "teacher", "said"),
-    [(32, "resnet18", "leaves out 1 of"), (8, "resnet18", "fewer than two pairs"), (32, "resnet14", None)],
+    [
+        (32, "resnet18", "leaves out 1 of"),
+        (8, "resnet18", "fewer than two pairs"),
+        (2, "resnet18", "fewer than two pairs"),
+        (32, "resnet14", None),
+    ],
 )
 def test_maps_of_one_position_have_no_relations_and_do_not_hide_those_of_others(size, teacher, said, capsys):
     harness = Harness(SKT(), student="resnet8", teacher=teacher, data=RandomImages(input_size=size))

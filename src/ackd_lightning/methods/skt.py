@@ -69,6 +69,8 @@ def relations(features: Sequence[Tensor], size: Sequence[int]) -> list[Tensor]:
         >>> relations([first, second], (1, 2))[0].round(decimals=3)
         tensor([[[-1.,  1.]]])
     """
+    if len(features) < 2:
+        return []
     standard = []
     for each in features:
         flat = F.adaptive_max_pool2d(each.float(), tuple(size)).flatten(2)
