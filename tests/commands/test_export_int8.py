@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from ackd_lightning import create_model
 from ackd_lightning.cli import main
+from ackd_lightning.commands import export as command
 from ackd_lightning.commands.export_int8 import int8_advice, show_int8
 from ackd_lightning.deploy.checking import images_of, is_chance
 from ackd_lightning.deploy.description import Description
@@ -189,6 +191,14 @@ def test_options_that_do_not_go_together(arguments, named, capsys):
     assert main(["export", str(PLAIN), "--int8", *arguments, "--out", f"no{FORMATS[arguments[1]].ending}"]) != 0
     assert named in capsys.readouterr().err
     assert not list(Path().glob("no.*"))
+
+
+def test_without_its_library_nothing_is_read(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setattr(command, "read_student", None)
+    assert main(["export", str(PLAIN), "--int8", "--format", "onnx,pt2", "--out", "no"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("--int8 needs the library torchao, which is not installed") == 1
 
 
 def test_images_to_calibrate_a_fine_tuned_student_on_are_refused(capsys):

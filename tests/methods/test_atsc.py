@@ -634,14 +634,6 @@ def test_a_teacher_of_another_precision_is_copied_in_float32(dtype):
         assert harness.module.eval()(harness.data.batch().image).dtype == torch.float32
 
 
-@pytest.mark.parametrize("adapt", [True, False])
-def test_a_teacher_of_other_classes_has_no_classifier_to_share(adapt):
-    teacher = FrozenTeacher(settled(Small(), 0))
-    teacher.features_only = True
-    with pytest.raises(ACKDError, match=r"is features and method ATSC shares the teacher's classifier; choose"):
-        Run(teacher, adapt_teacher=adapt)
-
-
 # -------------------------------------------------------------------- state
 
 

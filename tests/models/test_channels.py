@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning import Trainer
 from torch import nn
 
 from ackd_lightning import CE, KD, DataInfo, DistillationModule, TeacherConfig, create_model, load_student
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods import P2P
+from ackd_lightning.runs.export import network_of
+from ackd_lightning.runs.files import read_checkpoint
 
 NAMES = ["resnet8", "wrn_16_2", "mobilenetv2_x0_5", "shufflenetv1", "resnet18", "squeezenet1_1", "timm:resnet10t"]
 
@@ -71,6 +75,22 @@ def test_a_named_student_follows_the_data_into_its_file(tmp_path, name, data):
     network = load_student(tmp_path / "student.safetensors")
     image = torch.randn(2, *data.image_shape)
     torch.testing.assert_close(network(image), module.eval()(image))
+
+
+@pytest.mark.parametrize(("learner", "name"), [(1, "resnet14"), (2, "resnet8")])
+def test_peers_of_a_named_student_follow_the_data_into_their_files(tmp_path, learner, name):
+    data = DataInfo(5, (24, 40), channels=1)
+    module = step(
+        DistillationModule("resnet8", method=P2P(students=["resnet14", "peer"], online_teacher="resnet8"), data=data),
+        *data.image_shape,
+    )
+    trainer = Trainer(logger=False, accelerator="cpu")
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    network, stated = network_of(read_checkpoint(tmp_path / "a.ckpt"), tmp_path / "a.ckpt", learner=learner)
+    image = torch.randn(2, *data.image_shape)
+    assert stated["model"] == name
+    torch.testing.assert_close(network(image), module.eval().student(image).branches[learner - 1].logits)
 
 
 def test_channels_that_do_not_fit_are_named():

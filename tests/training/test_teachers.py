@@ -198,6 +198,15 @@ def test_a_fit_goes_on_with_the_class_map_that_it_began_with(files, tmp_path):
     fit([0, 1, 2, 3], tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("method", [lambda: ATSC(), lambda: ATSC(adapt_teacher=False)], ids=["atsc", "simkd"])
+@pytest.mark.parametrize("classes", [4, 7])
+def test_a_classifier_of_other_classes_is_not_shared(method, classes):
+    teacher = TeacherConfig(create_model("resnet14", classes), gate="off", class_map="features")
+    net = build(method(), student="resnet8", teacher=teacher, data=DataInfo(4, 8))
+    with pytest.raises(ACKDError, match=r"is features and this method uses the teacher's own classes; choose"):
+        trainer(max_epochs=1).fit(net, datamodule=Blobs())
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("count", [1, 3])

@@ -187,11 +187,6 @@ class ATSC(Method):
             fit: Information about the fit, of which the teachers are read.
         """
         teachers = fit.teachers
-        if other := [each.name for each in teachers if each.features_only]:
-            raise ACKDError(
-                f"class_map of teacher {other[0]} is features and method {type(self).__name__} shares the teacher's "
-                "classifier; choose a teacher of the data's classes"
-            )
         if self.adapts:
             for number, (own, given) in enumerate(zip(self._adapting(), teachers, strict=True)):
                 learnt = copy.deepcopy(own.network.state_dict())

@@ -24,6 +24,15 @@ WATCH = "_stage_watch"
 """Attribute of a network that holds the hooks on its stages."""
 
 
+def channels_by_name(channels: int) -> dict[str, int]:
+    """Return the option of `create_model` for a number of channels: nothing for three, as most networks have them.
+
+    Args:
+        channels: Number of channels of the images.
+    """
+    return {"in_chans": channels} if channels != 3 else {}
+
+
 def image_channels(network: nn.Module, otherwise: int = 3) -> int:
     """Number of channels of the images that a network reads: those of its first convolution.
 

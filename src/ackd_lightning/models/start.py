@@ -174,14 +174,14 @@ def match_head(network: nn.Module, there: Sequence[str], here: Sequence[str], or
         tell(f"the head of {origin} is reordered to the classes of the data")
         return
     missing = sorted(set(here) - set(there))
-    resets = [getattr(each, "reset_parameters", None) for head in heads for each in head.modules()]
-    if not any(callable(each) for each in resets):
-        raise ACKDError(
-            f"the head of {origin} does not know the class {missing[0]!r}, and it has no layer that can be made fresh; "
-            "start from a network of the data's classes"
-        )
-    for reset in filter(callable, resets):
-        reset()
+    for layer in (each for head in heads for each in head.modules()):
+        if callable(reset := getattr(layer, "reset_parameters", None)):
+            reset()
+        elif any(each.shape[:1] == (len(there),) for each in layer.parameters(recurse=False)):
+            raise ACKDError(
+                f"the head of {origin} does not know the class {missing[0]!r}, and it has no layer that can be made "
+                "fresh; start from a network of the data's classes"
+            )
     tell(f"the head of {origin} is replaced by a fresh one, because it does not know the class {missing[0]!r}")
 
 

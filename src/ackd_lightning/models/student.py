@@ -18,7 +18,7 @@ from ackd_lightning.models.branches import (
     is_branch,
     resolved,
 )
-from ackd_lightning.models.copies import clone, image_channels, name_of
+from ackd_lightning.models.copies import channels_by_name, clone, image_channels, name_of
 from ackd_lightning.models.features import StagePlan, capture, staged_forward, watch
 from ackd_lightning.models.finding import check_plan, plan_for, require_plan
 from ackd_lightning.models.known import remembered
@@ -207,9 +207,8 @@ class BranchyStudent(nn.Module):
 
     def _other(self, spec: str, num_classes: int) -> nn.Module:
         """Build a network of another architecture."""
-        channels = image_channels(self.backbone)
         try:
-            return create_model(spec, num_classes, **({"in_chans": channels} if channels != 3 else {}))
+            return create_model(spec, num_classes, **channels_by_name(image_channels(self.backbone)))
         except ACKDError as error:
             if self.plan is None:
                 raise

@@ -10,7 +10,7 @@ from torch import nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.branches import PEER, peer_network
-from ackd_lightning.models.copies import image_channels, load_tensors, name_of
+from ackd_lightning.models.copies import channels_by_name, image_channels, load_tensors, name_of
 from ackd_lightning.models.finding import check_trainable, use_taps
 from ackd_lightning.models.freezing import freeze, frozen_modules
 from ackd_lightning.models.quantization import FakeQuantized
@@ -51,8 +51,7 @@ def build_student(
             f"the student is named {config.network!r} and its number of classes is unknown; pass data=DataInfo(...)"
         )
     else:
-        channels = data.image_shape[0]
-        usual = {"in_chans": channels} if channels != 3 else {}
+        usual = channels_by_name(data.image_shape[0])
         if (config.options or {}).get("aux_logits"):
             raise ACKDError(
                 "student.options.aux_logits is true and auxiliary classifiers of the network itself are not trained "

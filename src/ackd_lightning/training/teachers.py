@@ -216,6 +216,11 @@ class Teachers:
                 together.
         """
         for teacher, config in zip(self.frozen, self.configs, strict=True):
+            if teacher.features_only and not reorder:
+                raise ACKDError(
+                    f"class_map of teacher {teacher.name} is {FEATURES_ONLY} and this method uses the teacher's own "
+                    "classes; choose a teacher of the data's classes"
+                )
             if teacher.features_only:
                 continue
             groups = self._groups(teacher, config, names if by_name else None)
