@@ -610,6 +610,16 @@ def test_the_network_that_is_kept_predicts_the_same_and_has_no_unused_classifier
     assert not [name for name, _ in kept.named_parameters() if "fc" in name]
 
 
+def test_layers_of_the_student_that_its_new_head_replaces_are_neither_trained_nor_kept(tmp_path):
+    harness = Harness(ATSC(adapt_teacher=False), student=create_model("mobilenet_v3_small", 5))
+    harness.train(steps=1)
+    student = harness.module.student
+    assert not any(each.requires_grad for each in student.plain().classifier.parameters())
+    assert [key for key, each in student.named_parameters() if each.requires_grad and each.grad is None] == []
+    exported = harness.module.save_student(tmp_path / "student.safetensors")
+    assert [key for key in exported.network.state_dict() if key.startswith("backbone.classifier")] == []
+
+
 def test_a_teacher_gets_its_own_normalisation_and_image_size():
     torch.manual_seed(0)
     network = settled(create_model("resnet8", CLASSES), 0)

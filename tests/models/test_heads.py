@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.features import staged_forward
+from ackd_lightning.models.features import StagePlan, staged_forward
 from ackd_lightning.models.finding import plan_for
-from ackd_lightning.models.heads import HeadedNetwork, Projector, SharedClassifiers, with_head
+from ackd_lightning.models.heads import HeadedNetwork, Projector, SharedClassifiers, after_last_map, with_head
 from ackd_lightning.models.zoo import create_model
 
 CLASSES, SIDE = 5, 16
@@ -151,6 +151,32 @@ def test_every_parameter_of_a_headed_network_gets_a_gradient():
     network = HeadedNetwork(create_model("resnet8", CLASSES), head_of((12, 4, 4), (6, 2, 2)))
     F.cross_entropy(network(images()), torch.tensor([0, 1, 2])).backward()
     assert all(each.grad is not None for each in network.parameters())
+
+
+def test_layers_between_the_last_map_and_the_classifier_are_left_out():
+    backbone = create_model("mobilenet_v3_small", CLASSES)
+    assert after_last_map(backbone, plan_for(backbone)) == ("classifier",), "two linear layers and a Hardswish"
+    network = HeadedNetwork(backbone, head_of((12, 1, 1), channels=576))
+    F.cross_entropy(network(images()), torch.tensor([0, 1, 2])).backward()
+    assert [key for key, each in network.named_parameters() if each.grad is None] == []
+
+
+def test_a_network_that_cannot_run_without_such_layers_loses_its_classifier_alone():
+    class Narrow(nn.Module):
+        stage_plan = StagePlan(("stem", "body"), "fc", pooled=False)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)
+            self.halve, self.fc = nn.Linear(16, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            pooled = self.body(self.stem(image)).mean(dim=(2, 3))
+            return self.fc(self.halve(pooled).unflatten(1, (8, 1)).squeeze(2))
+
+    backbone = Narrow()
+    assert after_last_map(backbone, backbone.stage_plan) == ("fc",)
+    assert HeadedNetwork(backbone, head_of((12, 4, 4), channels=16)).eval()(images()).shape == (3, CLASSES)
 
 
 def test_with_head_builds_what_a_description_names():

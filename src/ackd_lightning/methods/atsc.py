@@ -44,7 +44,7 @@ from ackd_lightning.methods.atsc_networks import (
 )
 from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of, features_of
 from ackd_lightning.models.features import last_map, last_shape, require_stages
-from ackd_lightning.models.heads import SharedClassifiers, shared_classifier
+from ackd_lightning.models.heads import SharedClassifiers, after_last_map, shared_classifier
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_base import Teacher
@@ -134,7 +134,8 @@ class ATSC(Method):
     def build(self, networks: Networks) -> None:
         """Copy the teachers when they adapt, and create a projector for each in front of its classifier.
 
-        The student's own classifier, which is not kept, is frozen when no term trains it.
+        The student's own classifier and layers between it and the last map, which are not kept, are frozen when no
+        term trains them.
 
         Args:
             networks: The student's last stage is projected; the teachers' classifiers are shared.
@@ -164,9 +165,9 @@ class ATSC(Method):
     def _copy_teachers(self, student: nn.Module | None, teachers: Sequence[nn.Module]) -> None:
         for network in teachers:
             shared_classifier(network, "ATSC", fixed=not self.adapts)
-        plan = student.plan if isinstance(student, BranchyStudent) else None
-        if plan is not None and plan.classifier is not None and not (self.weight_ce or self.weight_kd):
-            cast(BranchyStudent, student).plain().get_submodule(plan.classifier).requires_grad_(False)
+        if isinstance(student, BranchyStudent) and student.plan and not (self.weight_ce or self.weight_kd):
+            for name in after_last_map(student.plain(), student.plan):
+                student.plain().get_submodule(name).requires_grad_(False)
         if not self.adapts:
             return
         self.teachers.extend(Teacher(trainable_copy(network)) for network in teachers)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import clone, name_of
-from ackd_lightning.models.features import capture, pooled
+from ackd_lightning.models.features import StagePlan, capture, pooled
 from ackd_lightning.models.finding import require_plan, traced
 from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.validation import PositiveInt, checked
@@ -126,8 +126,41 @@ class SharedClassifiers(nn.Module):
         return self.classify(self.project(feature))
 
 
+def after_last_map(network: nn.Module, plan: StagePlan) -> tuple[str, ...]:
+    """Name the modules that another head makes useless: the classifier, and layers between it and the last map.
+
+    Layers in between are those that a network runs after global pooling, as MobileNetV3 and VGG do. Where the network
+    cannot run without them, the classifier alone is named.
+
+    Args:
+        network: Network that the plan describes.
+        plan: Stages of the network.
+    """
+    own = () if plan.classifier is None else (plan.classifier,)
+    example = traced(network)
+    last = None if example is None else example[2].calls.get(plan.features[-1])
+    if example is None or last is None:
+        return own
+    copied, image, record = example
+    later = [name for name, call in record.calls.items() if call.start > last.end]
+    outermost = [name for name in later if not any(name.startswith(f"{each}.") for each in later)]
+    named = tuple(name for name in outermost if next(copied.get_submodule(name).parameters(), None) is not None)
+    try:
+        with torch.no_grad():
+            _without(copied, named)(image)
+    except Exception:  # anything may happen in a network without its last layers
+        return own
+    return named
+
+
+def _without(network: nn.Module, names: Sequence[str]) -> nn.Module:
+    for name in names:
+        network.set_submodule(name, nn.Identity())
+    return network
+
+
 class HeadedNetwork(nn.Module):
-    """Backbone with another head in place of its own classifier.
+    """Backbone up to its last map, with another head in place of its own classifier and the layers before it.
 
     It maps images to logits and can teach methods that read logits; it does not offer its stages.
 
@@ -141,10 +174,9 @@ class HeadedNetwork(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: SharedClassifiers) -> None:
         super().__init__()
-        self.plan = require_plan(backbone, type(backbone).__name__, "another head")
-        self.backbone = clone(backbone)
-        if self.plan.classifier is not None:
-            self.backbone.set_submodule(self.plan.classifier, nn.Identity())
+        plan = require_plan(backbone, type(backbone).__name__, "another head")
+        self.plan = StagePlan(plan.features, pooled=plan.pooled)
+        self.backbone = _without(clone(backbone), after_last_map(backbone, plan))
         self.head = head
 
     def forward(self, image: Tensor) -> Tensor:

@@ -120,14 +120,16 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
         return _Source(name, options, classes, None, plain)
     with torch.device("meta"):
         try:
-            headed = HeadedNetwork(create_model(name, classes, **options), SharedClassifiers(**head))
+            whole = create_model(name, classes, **options)
+            kept = HeadedNetwork(whole, SharedClassifiers(**head)).backbone.state_dict()
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error)[:80]
             raise ACKDError(f"{path} is damaged (its head does not fit: {reason}); choose another one") from error
-    own_classifier = f"{headed.plan.classifier}."
-    body = {f"backbone.{key}": value for key, value in plain.items() if not key.startswith(own_classifier)}
-    whole = {**body, **{f"head.{key}": value for key, value in below("method.head.").items()}}
-    return _Source(name, options, classes, head, whole)
+    useless = whole.state_dict().keys() - kept.keys()
+    body = {f"backbone.{key}": value for key, value in plain.items() if key not in useless}
+    return _Source(
+        name, options, classes, head, {**body, **{f"head.{key}": value for key, value in below("method.head.").items()}}
+    )
 
 
 def describe_network(
