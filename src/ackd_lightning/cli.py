@@ -28,6 +28,7 @@ from ackd_lightning.errors import (
 )
 from ackd_lightning.launch import LIGHTNING
 from ackd_lightning.launch.short_help import asks_for_help, short_help
+from ackd_lightning.launch.signals import ended_by_signals
 from ackd_lightning.launch.streams import outlive_readers, print_log
 
 _COMMANDS = {
@@ -247,7 +248,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="store a teacher's logits for every augmented view of a training, for all runs that share them",
         epilog="Any other option is one of the `ackd fit` that will read the cache: --config, --data.seed, ...",
     )
-    keep.add_argument("--out", default="teacher-cache", help="folder of the cache")
+    keep.add_argument("--out", help="folder of the cache; default: teacher.cache of the settings, else teacher-cache")
     keep.add_argument("--estimate", action="store_true", help="print the disk space and time it takes; write nothing")
     return parser
 
@@ -380,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
             return _failed("interrupted; --resume auto resumes from the last completed epoch", 130)
-        if type(end).__name__ == "SIGTERMException":  # Lightning's, which would exit with 0
+        if end.code == 143 or type(end).__name__ == "SIGTERMException":  # Lightning's would exit with 0
             return _failed("terminated", 143)
         raise
     return 0
@@ -391,6 +392,7 @@ def _failed(sentence: str, code: int) -> int:
     return code
 
 
+@ended_by_signals()
 def script() -> None:
     """Exit the process with what ``main`` returns; output whose reader leaves does not end it before."""
     outlive_readers()

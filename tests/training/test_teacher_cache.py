@@ -324,6 +324,17 @@ def test_the_estimate_names_disk_and_time_and_writes_nothing(capsys):
     assert json.loads(Path("kept/key.json").read_text())["images"] == 60
 
 
+def test_the_cache_that_the_settings_name_is_written_unless_out_names_another(tmp_path, monkeypatch):
+    asked: list[Path] = []
+    command = "ackd_lightning.commands.cache"
+    monkeypatch.setattr(f"{command}.fill", lambda folder, *arguments, **options: asked.append(folder) or ())
+    monkeypatch.setattr(f"{command}.epoch_file", lambda folder, epoch: tmp_path)
+    named = ["--model.teacher.cache", str(tmp_path / "named")]
+    assert main(["cache", *SHARED, *named]) == main(["cache", *SHARED, *named, "--out", str(tmp_path / "other")]) == 0
+    assert main(["cache", *SHARED]) == 0
+    assert asked == [tmp_path / "named", tmp_path / "other", Path("teacher-cache")]
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [

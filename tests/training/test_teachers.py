@@ -210,9 +210,9 @@ def test_a_classifier_of_other_classes_is_not_shared(method, classes):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_fit_goes_on_with_as_many_teachers_as_it_began_with(count, tmp_path):
-    def fit(count, place=None):
-        teachers = [TeacherConfig(TinyNet(8), gate="off") for _ in range(count)]
+def test_a_fit_goes_on_with_as_many_teachers_and_their_weights_as_it_began_with(count, tmp_path):
+    def fit(count, place=None, weight=1.0):
+        teachers = [TeacherConfig(TinyNet(8), gate="off", ensemble_weight=weight + each) for each in range(count)]
         net = build(KD(), student=TinyNet(), teacher=teachers, data=DATA)
         saver = ModelCheckpoint(tmp_path, filename="last")
         run = trainer(max_epochs=1 if place is None else 2, enable_checkpointing=True, callbacks=[saver])
@@ -221,4 +221,6 @@ def test_a_fit_goes_on_with_as_many_teachers_as_it_began_with(count, tmp_path):
     fit(2)
     with pytest.raises(ACKDError, match=rf"learned from 2 teachers and this run has {count}; give those"):
         fit(count, tmp_path / "last.ckpt")
+    with pytest.raises(ACKDError, match=r"with ensemble_weight \[1\.0, 2\.0\] and this run has \[0\.5, 1\.5\]; give"):
+        fit(2, tmp_path / "last.ckpt", weight=0.5)
     fit(2, tmp_path / "last.ckpt")

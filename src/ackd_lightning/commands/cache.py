@@ -21,19 +21,21 @@ _TIMED = 3  # batches, after one that is not timed
 _PRECISIONS = ("32-true", "bf16-mixed")
 
 
-def cache(arguments: Sequence[str], *, out: str, estimate: bool) -> None:
+def cache(arguments: Sequence[str], *, out: str | None, estimate: bool) -> None:
     """Write a cache of the teacher's logits, or estimate its size and duration.
 
     Args:
         arguments: Command line of the `ackd fit` that will read the cache.
-        out: Folder of the cache.
+        out: Folder of the cache; None: the one that the settings name, else ``teacher-cache``.
         estimate: Whether to time a few batches and print disk space and time, without writing anything.
 
     Raises:
         ACKDError: When runs with these settings cannot use a cache.
     """
     planned = plan(arguments)
-    module, data, folder = planned.model, planned.images, Path(out)
+    module, data = planned.model, planned.images
+    named = next((each.cache for each in module.teachers.configs if each.cache is not None), "teacher-cache")
+    folder = Path(named if out is None else out)
     precision = str(planned.option("trainer.precision") or "32-true")
     epochs = planned.option("trainer.max_epochs")
     if precision not in _PRECISIONS:

@@ -18,6 +18,7 @@ from typing import IO
 import torch
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.signals import ended_by_signals
 
 _PROGRESS = re.compile(r"^epoch \d+")
 _EVERY = 15.0
@@ -56,21 +57,12 @@ def devices_for(workers: int | None) -> list[str | None]:
 @contextlib.contextmanager
 def ending_on_signals() -> Iterator[None]:
     """Raise SystemExit on SIGTERM and when the terminal closes, and say how to go on after it or Ctrl-C."""
-    ending = [number for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number is not None]
-    previous = {number: signal.signal(number, _terminated) for number in ending}
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        print("interrupted; the same command continues where it stopped", flush=True)
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _terminated(number: int, _: object) -> None:
-    """End the child processes on SIGTERM and when the terminal closes."""
-    raise SystemExit(128 + number)
+    with ended_by_signals():
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            print("interrupted; the same command continues where it stopped", flush=True)
+            raise
 
 
 class Processes:

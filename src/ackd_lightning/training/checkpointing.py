@@ -192,6 +192,7 @@ class SelfDescribing(OpenOptimizers):
             "teacher": self._teacher_names(),
             "teacher_sha256": [each.metadata.get("sha256") for each in self.teachers.frozen],
             "teacher_class_maps": [each.class_map for each in self.teachers.configs],
+            "teacher_ensemble_weights": [each.ensemble_weight for each in self.teachers.configs],
             "seed": self.seed,
             "epoch": epoch,
             "skipped": self.guard.skipped,
@@ -228,7 +229,7 @@ class SelfDescribing(OpenOptimizers):
         self._started_from = metadata.get("started_from")
         self._loaded = {key: metadata[key] for key in ("epoch", "teacher", "teacher_sha256") if key in metadata}
         self.start = None  # the checkpoint has other weights, with its own classes
-        self._same_teachers(metadata.get("teacher_sha256") or [], metadata.get("teacher_class_maps") or [])
+        self._same_teachers(metadata)
         if names := metadata.get("class_names"):
             self._match_data(names)
         data = getattr(self._trainer, "datamodule", None)
@@ -236,10 +237,13 @@ class SelfDescribing(OpenOptimizers):
             data.say_changed(metadata.get("images") or {})
         go_on_inside_epoch(checkpoint)
 
-    def _same_teachers(self, known: Sequence[str | None], class_maps: Sequence[Any]) -> None:
+    def _same_teachers(self, metadata: Mapping[str, Any]) -> None:
         """Refuse to go on with other teachers than those that the first part of a run has learned from."""
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
+        known: Sequence[str | None] = metadata.get("teacher_sha256") or []
+        class_maps: Sequence[Any] = metadata.get("teacher_class_maps") or []
+        weights: Sequence[float] = metadata.get("teacher_ensemble_weights") or []
         if class_maps and len(class_maps) != len(self.teachers.configs):
             raise ACKDError(
                 f"the checkpoint has learned from {count_of(len(class_maps), 'teacher')} and this run has "
@@ -252,6 +256,11 @@ class SelfDescribing(OpenOptimizers):
                     f"the checkpoint has learned from a teacher {teacher.name} with SHA-256 {before[:12]} and the file "
                     f"here has {now[:12]}; give the teacher of its first part, or start a new run from its weights"
                 )
+        if weights and weights != (ours := [each.ensemble_weight for each in self.teachers.configs]):
+            raise ACKDError(
+                f"the checkpoint has learned from its teachers with ensemble_weight {weights} and this run has {ours}; "
+                "give the earlier ones, or start a new run from its weights"
+            )
         for config, map_before in zip(self.teachers.configs, class_maps, strict=False):
             if config.class_map != map_before:
                 raise ACKDError(

@@ -1,0 +1,76 @@
+"""Commands that a signal ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ackd_lightning.launch.signals import ended_by_signals
+
+COMMAND = """
+import signal, sys, tempfile, time
+from pathlib import Path
+from ackd_lightning import cli
+from ackd_lightning.runs.files import whole_file
+
+def run(arguments):
+    with tempfile.TemporaryDirectory(dir=".") as folder, whole_file(Path("student.safetensors")) as partial:
+        partial.touch()
+        print("begun", flush=True)
+        time.sleep(60)
+
+cli._run = run
+signal.signal(getattr(signal, sys.argv[1]), getattr(signal, sys.argv[2]))
+cli.script()
+"""
+
+
+def started(name: str, before: str, folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, name, before], cwd=folder, stdout=-1, stderr=-1, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    assert len(list(folder.iterdir())) == 2
+    return process
+
+
+@pytest.mark.parametrize(("name", "code", "said"), [("SIGTERM", 143, "ackd: terminated\n"), ("SIGHUP", 129, "")])
+def test_a_command_that_a_signal_ends_leaves_no_hidden_files(tmp_path, name, code, said):
+    process = started(name, "SIG_DFL", tmp_path)
+    process.send_signal(getattr(signal, name))
+    assert process.communicate(timeout=60) == ("", said)
+    assert process.returncode == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_goes_on_when_its_terminal_closes_after_nohup(tmp_path):
+    process = started("SIGHUP", "SIG_IGN", tmp_path)
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+def test_handlers_are_as_before_afterwards():
+    before = signal.getsignal(signal.SIGTERM)
+    with ended_by_signals():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_ends_a_process_that_is_busy_with_the_first():
+    with pytest.raises(SystemExit) as caught, ended_by_signals():
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
+    with ended_by_signals():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit:
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
