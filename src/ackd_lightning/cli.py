@@ -134,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="run folder or checkpoint")
     export.add_argument("--which", choices=["last", "best"], default="last", help="checkpoint of a run folder")
     export.add_argument(
-        "--learner", type=int, default=0, help="0: the student; from 1: the auxiliary learners, numbered as in the logs"
+        "--learner", type=int, default=0, help="0: the student; from 1: a peer, by its number in the logs"
     )
     export.add_argument(
         "--format",

@@ -107,10 +107,13 @@ def test_the_adapted_teacher_is_in_the_checkpoint_and_the_file_is_as_it_was():
 
 
 @pytest.mark.parametrize(("learner", "name"), [(0, "resnet8"), (1, "resnet8"), (2, "resnet14")])
-def test_any_classifier_of_acn_can_be_taken_out(learner, name):
+def test_any_classifier_of_acn_can_be_taken_out(learner, name, capsys):
     assert main(["export", str(ACN), "--learner", str(learner), "--out", f"{learner}.safetensors"]) == 0
     network = load_student(f"{learner}.safetensors")
-    assert read_metadata(f"{learner}.safetensors")["model"] == name
+    stated = read_metadata(f"{learner}.safetensors")
+    assert stated["model"] == name
+    assert stated.get("learner") == (f"{learner}, a peer of the student" if learner else None)
+    assert f"exported {'peer' if learner else 'student'}" in capsys.readouterr().out
     assert count_parameters(network) == count_parameters(create_model(name, 10))
     module = DistillationModule.load_from_checkpoint(ACN / "checkpoints/last.ckpt", weights_only=True).eval()
     image = torch.randn(4, 3, 16, 16)

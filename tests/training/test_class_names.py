@@ -100,10 +100,11 @@ def test_a_module_keeps_the_order_and_the_names_that_it_was_trained_with(checkpo
     assert other.data.class_names == renamed.class_names
 
 
-def test_files_state_the_epochs_that_the_weights_were_trained_for(tmp_path):
+@pytest.mark.parametrize(("limits", "said"), [({"max_epochs": 2}, "2"), ({"max_steps": 5}, "1.25")])
+def test_files_state_the_epochs_that_the_weights_were_trained_for(limits, said, tmp_path):
     teacher = TeacherConfig(network=create_model("resnet8", CLASSES), gate="off")
     net = DistillationModule("resnet8", data=DataInfo(CLASSES, SIZE), method=KD(), teacher=teacher)
-    run = trainer(max_epochs=2)
+    run = trainer(limit_train_batches=4, **limits)
     run.fit(net, datamodule=NamedBlobs())
     run.save_checkpoint(tmp_path / "last.ckpt")
     again = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", teacher=teacher)
@@ -111,7 +112,7 @@ def test_files_state_the_epochs_that_the_weights_were_trained_for(tmp_path):
     for number, each in enumerate((net, again, alone)):
         each.save_student(tmp_path / f"{number}.safetensors")
         origin = load_student(tmp_path / f"{number}.safetensors").description.origin
-        assert (origin["epochs"], origin["teacher"]) == ("2", "resnet8"), number
+        assert (origin["epochs"], origin["teacher"]) == (said, "resnet8"), number
     trainer(max_epochs=1).fit(again, datamodule=NamedBlobs())
     assert again.metadata()["epoch"] == 1
 

@@ -232,5 +232,6 @@ def _show(
         costs.add_row("everything that was trained", f"{summary['training_parameters']:,}", "")
     if plain != count_parameters(network):
         costs.add_row("student with its own classifier", f"{plain:,}", "")
-    costs.add_row("exported student", f"{count_parameters(network):,}", f"{adds:,}")
+    exported = "exported peer" if "learner" in description.origin else "exported student"
+    costs.add_row(exported, f"{count_parameters(network):,}", f"{adds:,}")
     console.print(costs)

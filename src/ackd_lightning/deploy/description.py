@@ -14,6 +14,7 @@ from ackd_lightning.types import ImageSize, height_width
 
 ORIGIN = (
     "method",
+    "learner",
     "teacher",
     "data",
     "seed",

@@ -166,7 +166,7 @@ def describe_network(
         "frozen": metadata.get("frozen") or None,
         "trained_for_int8": metadata.get("quantization"),
         "seed": metadata["seed"],
-        "epochs": metadata["epoch"],
+        "epochs": metadata.get("epochs_trained", metadata["epoch"]),
         "versions": versions(),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "dtype": "float32",
@@ -200,7 +200,8 @@ def network_of(
         check_fit(source.state, source.fresh().state_dict(), origin, source.name)
     network = source.fresh()
     load_tensors(network, source.state)
-    return network, describe_network(checkpoint, source.name, source.options, source.head, extra)
+    peer = {"learner": f"{learner}, a peer of the student"} if learner else {}
+    return network, describe_network(checkpoint, source.name, source.options, source.head, {**peer, **(extra or {})})
 
 
 def plain_parameters(checkpoint: Mapping[str, Any], origin: Path, learner: int = 0) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,9 @@ class SelfDescribing(OpenOptimizers):
         data = getattr(self._trainer, "datamodule", None)
         # counted from 1 in the first step of an epoch; 0 where this Trainer has trained nothing
         epoch = 0 if self._trainer is None else self.trainer.fit_loop.epoch_progress.current.ready
+        whole = 1.0 if self._trainer is None else self.trainer.num_training_batches
+        done = whole if self._trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        trained = epoch - 1 + done / whole if epoch and 0 < done < whole < math.inf else epoch
         return {
             "version": __version__,
             "model": self.model_name,
@@ -195,6 +199,7 @@ class SelfDescribing(OpenOptimizers):
             "teacher_ensemble_weights": [each.ensemble_weight for each in self.teachers.configs],
             "seed": self.seed,
             "epoch": epoch,
+            "epochs_trained": round(trained, 2),
             "skipped": self.guard.skipped,
             "head": None if self.method.head is None else self.method.head.description(),
             "learners": list(self.student.specs),
@@ -227,7 +232,9 @@ class SelfDescribing(OpenOptimizers):
         self.guard.skipped = metadata.get("skipped", 0)
         self._resumed_optimizers = list(metadata.get("optimizers") or [])
         self._started_from = metadata.get("started_from")
-        self._loaded = {key: metadata[key] for key in ("epoch", "teacher", "teacher_sha256") if key in metadata}
+        self._loaded = {
+            key: metadata[key] for key in ("epoch", "epochs_trained", "teacher", "teacher_sha256") if key in metadata
+        }
         self.start = None  # the checkpoint has other weights, with its own classes
         self._same_teachers(metadata)
         if names := metadata.get("class_names"):
