@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Callable
 from functools import partial
@@ -99,6 +100,12 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         raise ACKDError(
             f"network {name} does not fit its class: write class_path and init_args into a configuration file, where "
             "what is wrong with them is named"
+        )
+    package, dot, _ = name.partition(".")
+    if dot and package.isidentifier() and package not in ("timm", "torchvision") and importlib.util.find_spec(package):
+        raise ACKDError(
+            f"no network is named {name!r}; give the name of a class in model.student.network.class_path or "
+            "model.teacher.network.class_path, and its arguments in init_args"
         )
     raise ACKDError(
         f"no network is named {name!r}; {_similar(name)} (or a torchvision classification network, or timm:NAME)"
