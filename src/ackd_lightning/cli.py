@@ -375,8 +375,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
     except RunStoppedError as end:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # all processes of a run stop together, and the first says so
-            return int(end.code or 0)
         return _failed(end.sentence, int(end.code or 0))
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
@@ -388,7 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(sentence: str, code: int) -> int:
-    print(f"ackd: {sentence}", file=sys.stderr)
+    if code < 128 or os.environ.get("LOCAL_RANK", "0") == "0":  # of processes that a signal stops the first says so
+        print(f"ackd: {sentence}", file=sys.stderr)
     return code
 
 
