@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ackd_lightning import StudentConfig, load_student
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ATSC
@@ -21,6 +22,7 @@ from ackd_lightning.models.finding import plan_for, probe
 from ackd_lightning.models.heads import HeadedNetwork, shared_classifier, with_head
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
+from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.testing import Harness
 from ackd_lightning.training.manual import frozen
@@ -618,6 +620,19 @@ def test_layers_of_the_student_that_its_new_head_replaces_are_neither_trained_no
     assert [key for key, each in student.named_parameters() if each.requires_grad and each.grad is None] == []
     exported = harness.module.save_student(tmp_path / "student.safetensors")
     assert [key for key in exported.network.state_dict() if key.startswith("backbone.classifier")] == []
+
+
+def test_a_file_holds_the_network_that_was_measured_when_the_user_names_the_stages(tmp_path):
+    taps = StudentConfig(network="wrn_16_2", taps=("conv1", "block1", "block2", "block3"))  # before BatchNorm and ReLU
+    harness = Harness(ATSC(adapt_teacher=False), student=taps)
+    harness.train(steps=2)
+    module, image = harness.module.eval(), harness.data.batch().image
+    exported = module.save_student(tmp_path / "student.safetensors")
+    assert json.loads(read_metadata(exported.path)["head"])["reads"] == "block3"
+    with torch.no_grad():
+        expected = module(image)
+        for network in (module.kept_network(), exported.network, load_student(exported.path)):
+            torch.testing.assert_close(network.eval()(image), expected)
 
 
 def test_a_teacher_gets_its_own_normalisation_and_image_size():

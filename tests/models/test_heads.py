@@ -179,6 +179,19 @@ def test_a_network_that_cannot_run_without_such_layers_loses_its_classifier_alon
     assert HeadedNetwork(backbone, head_of((12, 4, 4), channels=16)).eval()(images()).shape == (3, CLASSES)
 
 
+def test_a_head_reads_the_module_that_its_description_names():
+    backbone, head = create_model("wrn_16_2", CLASSES).eval(), head_of((12, 4, 4), channels=128).eval()
+    features: list[torch.Tensor] = []
+    backbone.block3.register_forward_hook(lambda _, __, out: features.append(out))
+    network = with_head(backbone, {**head.description(), "reads": "block3"}).eval()
+    network.head.load_state_dict(head.state_dict())
+    with torch.no_grad():
+        backbone(images())
+        assert torch.equal(network(images()), head(features[0]))
+    with pytest.raises(ACKDError, match=r"reads the module 'layer9', which wrn_16_2 has not"):
+        with_head(backbone, {**head.description(), "reads": "layer9"})
+
+
 def test_with_head_builds_what_a_description_names():
     backbone = create_model("resnet8", CLASSES)
     assert with_head(backbone, None) is backbone

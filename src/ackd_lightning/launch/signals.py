@@ -18,7 +18,7 @@ def ended_by_signals() -> Iterator[None]:
     A signal that is ignored, as SIGHUP is after ``nohup``, stays so. A second one ends the process at once.
     """
     previous = {number: signal.getsignal(number) for number in _ENDING}
-    changed = {number: each for number, each in previous.items() if each is not signal.SIG_IGN}
+    changed = {number: each for number, each in previous.items() if each not in (signal.SIG_IGN, None)}
     for number in changed:
         signal.signal(number, _end)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -167,14 +168,21 @@ class HeadedNetwork(nn.Module):
     Args:
         backbone: Network whose stages are known; it is copied.
         head: Head that reads the last feature map.
+        reads: Module of the backbone that returns this map; None for that of its last stage.
 
     Raises:
-        ACKDError: If the stages of the backbone are not known.
+        ACKDError: If the stages of the backbone are not known, or it has no such module.
     """
 
-    def __init__(self, backbone: nn.Module, head: SharedClassifiers) -> None:
+    def __init__(self, backbone: nn.Module, head: SharedClassifiers, reads: str | None = None) -> None:
         super().__init__()
         plan = require_plan(backbone, type(backbone).__name__, "another head")
+        if reads is not None:
+            if reads not in dict(backbone.named_modules()):
+                raise ACKDError(
+                    f"a head reads the module {reads!r}, which {name_of(backbone)} has not; choose another file"
+                )
+            plan = replace(plan, features=(reads,))
         self.plan = StagePlan(plan.features, pooled=plan.pooled)
         self.backbone = _without(clone(backbone), after_last_map(backbone, plan))
         self.head = head
@@ -212,9 +220,14 @@ def with_head(backbone: nn.Module, description: Mapping[str, Any] | None) -> nn.
 
     Args:
         backbone: Network with fresh or trained weights.
-        description: Description of the head, as ``SharedClassifiers.description`` returns it; None for no other head.
+        description: Description of the head, as ``SharedClassifiers.description`` returns it, with the name of the
+            module that it ``reads``; None for no other head.
     """
-    return backbone if description is None else HeadedNetwork(backbone, SharedClassifiers(**description))
+    if description is None:
+        return backbone
+    arguments = dict(description)
+    reads = arguments.pop("reads", None)
+    return HeadedNetwork(backbone, SharedClassifiers(**arguments), reads)
 
 
 def shared_classifier(network: nn.Module, method: str, *, fixed: bool = False) -> nn.Linear:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.branches import PEER, is_branch, peer_network
 from ackd_lightning.models.copies import image_channels, load_tensors
-from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers, with_head
+from ackd_lightning.models.heads import with_head
 from ackd_lightning.models.metadata import as_text
 from ackd_lightning.models.quantization import float_state
 from ackd_lightning.models.weights import (
@@ -121,7 +121,7 @@ def _source(checkpoint: Mapping[str, Any], path: Path, learner: int) -> _Source:
     with torch.device("meta"):
         try:
             whole = create_model(name, classes, **options)
-            kept = HeadedNetwork(whole, SharedClassifiers(**head)).backbone.state_dict()
+            kept = with_head(whole, head).get_submodule("backbone").state_dict()
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error)[:80]
             raise ACKDError(f"{path} is damaged (its head does not fit: {reason}); choose another one") from error

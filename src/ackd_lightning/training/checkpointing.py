@@ -201,7 +201,7 @@ class SelfDescribing(OpenOptimizers):
             "epoch": epoch,
             "epochs_trained": round(trained, 2),
             "skipped": self.guard.skipped,
-            "head": None if self.method.head is None else self.method.head.description(),
+            "head": self._describe_head(),
             "learners": list(self.student.specs),
             "optimizers": describe_optimizers(self._trainer.optimizers) if self._trainer is not None else [],
             "started_from": self._started_from if self.start is None else self.start.notes,
@@ -209,6 +209,13 @@ class SelfDescribing(OpenOptimizers):
             "quantization": self.student_config.quantization,
             **(self._loaded if not epoch else {}),
         }
+
+    def _describe_head(self) -> dict[str, Any] | None:
+        """Describe the head that a method gives to the student, and the module whose output it reads."""
+        head, plan = self.method.head, self.student.plan
+        if head is None:
+            return None
+        return {**head.description(), **({} if plan is None else {"reads": plan.features[-1]})}
 
     def _teacher_names(self) -> str | None:
         networks = [each.network for each in self.teachers.configs]
