@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def test_validation_measures_the_kept_path_and_a_test_agrees():
     right = sum(target == prediction for _, _, target, prediction, *_ in rows) / len(rows)
     tested = json.loads((run / "summary.json").read_text())["test"]["last"]["test/acc"]
     assert tested == pytest.approx(right, abs=1e-6)
+
+
+@pytest.mark.parametrize(("stated", "said"), [(0.99, True), (None, False)])
+def test_an_accuracy_that_the_run_did_not_measure_is_said(stated, said, tmp_path, capsys):
+    shutil.copytree(ATSC / "one", tmp_path / "one")
+    summary = json.loads((tmp_path / "one/summary.json").read_text())
+    summary["last"]["val/acc"] = stated or summary["last"]["val/acc"]
+    (tmp_path / "one/summary.json").write_text(json.dumps(summary))
+    assert main(["export", str(tmp_path / "one"), "--out", str(tmp_path / "file.safetensors")]) == 0
+    assert ("the run measured 99.00% and the student is right for" in capsys.readouterr().out) is said
 
 
 def test_export_tells_what_the_head_costs(capsys):

@@ -12,7 +12,7 @@ from torch import nn
 
 from ackd_lightning.commands.export_int8 import check_int8, int8_advice, show_int8
 from ackd_lightning.commands.student import check_data, read_student
-from ackd_lightning.deploy.checking import SINGLE, Check, images_of, is_chance, random_images
+from ackd_lightning.deploy.checking import SINGLE, Check, images_of, is_chance, is_other, random_images
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import check_free, export, measured, reading_uint8
 from ackd_lightning.deploy.formats.formats import FORMATS, Format, file_size, find_format
@@ -98,6 +98,12 @@ def export_command(
     right = images.accuracy(reference)
     if right is not None and is_chance(right, description.num_classes, images.counted):
         print(f"the student is right for {right:.2%} of {images.counted_words}, which guessing could reach, too")
+    known = next((each.value for each in description.accuracy if each.part == images.part), None)
+    if right is not None and known is not None and is_other(right, known, images.counted):
+        print(
+            f"the run measured {known:.2%} and the student is right for {right:.2%} of {images.counted_words}: compare "
+            "the data and the order of their classes with those of the run before you use the file"
+        )
     if int8:
         tuned = fine_tuned(student.content, checkpoint, network)
         if tuned is not None and calibrate is not None:

@@ -265,3 +265,17 @@ def is_chance(accuracy: float, classes: int, count: int) -> bool:
     """
     chance = 1 / classes
     return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / max(count, 1))
+
+
+def is_other(accuracy: float, known: float, count: int) -> bool:
+    """Return whether an accuracy is another one than the run measured on all images of that part.
+
+    Args:
+        accuracy: Share of right images.
+        known: Share of right images in the run.
+        count: Number of images.
+
+    Returns:
+        True if they differ by more than two points, for rounding, and four standard deviations.
+    """
+    return abs(accuracy - known) > 0.02 + 4 * math.sqrt(known * (1 - known) / max(count, 1))
