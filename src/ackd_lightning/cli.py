@@ -288,7 +288,7 @@ def _run(arguments: Sequence[str]) -> None:
     command = arguments[0] if arguments else "--help"
     if _predicts_images(command, arguments[1:]):
         options = vars(make_image_parser().parse_args(arguments[1:]))
-        return pkgutil.resolve_name("ackd_lightning.commands.predict:predict")(options.pop("run"), **options)  # type: ignore[no-any-return]
+        return _call("predict:predict", options.pop("run"), **options)
     if list(arguments[:2]) == ["completion", "--words"]:  # from the script of a shell
         find = pkgutil.resolve_name("ackd_lightning.commands.completion:candidates")
         return print("\n".join(find(make_parser(), arguments[2:])))
@@ -301,8 +301,7 @@ def _run(arguments: Sequence[str]) -> None:
     known = [*LIGHTNING, *_COMMANDS]
     if not command.startswith("-") and command not in known:
         raise ACKDError(f"{command!r} is not a command; {near_matches(command, known)}")
-    parser = make_parser()
-    chosen, others = parser.parse_known_args(arguments or ["--help"])
+    chosen, others = make_parser().parse_known_args(arguments or ["--help"])
     options = vars(chosen)
     if name := _PASS_ON.get(options.pop("command")):
         options[name] = others
@@ -313,9 +312,12 @@ def _run(arguments: Sequence[str]) -> None:
         for name in ("filter", "folder", "shell", "network", "run", "repository", "runs", "table")
         if name in options
     ]
-    call = pkgutil.resolve_name(f"ackd_lightning.commands.{_COMMANDS[command]}")
-    call(*positional, **options)
-    return None
+    return _call(_COMMANDS[command], *positional, **options)
+
+
+def _call(name: str, *positional: Any, **options: Any) -> None:
+    function = pkgutil.resolve_name(f"ackd_lightning.commands.{name}")
+    ended_by_signals()(function)(*positional, **options)  # imports could swallow what a handler raises: they are done
 
 
 def _help(command: str, wanted: str) -> None:
@@ -391,7 +393,6 @@ def _failed(sentence: str, code: int) -> int:
     return code
 
 
-@ended_by_signals()
 def script() -> None:
     """Exit the process with what ``main`` returns; output whose reader leaves does not end it before."""
     outlive_readers()

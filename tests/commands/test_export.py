@@ -87,14 +87,17 @@ def test_validation_measures_the_kept_path_and_a_test_agrees():
     assert tested == pytest.approx(right, abs=1e-6)
 
 
-@pytest.mark.parametrize(("stated", "said"), [(0.99, True), (None, False)])
-def test_an_accuracy_that_the_run_did_not_measure_is_said(stated, said, tmp_path, capsys):
+@pytest.mark.parametrize(("stated", "share", "said"), [(0.99, 1.0, True), (None, 1.0, False), (0.99, 1, False)])
+def test_an_accuracy_that_the_run_did_not_measure_is_said(stated, share, said, tmp_path, capsys):
     shutil.copytree(ATSC / "one", tmp_path / "one")
     summary = json.loads((tmp_path / "one/summary.json").read_text())
     summary["last"]["val/acc"] = stated or summary["last"]["val/acc"]
+    summary["limit_val_batches"] = share
     (tmp_path / "one/summary.json").write_text(json.dumps(summary))
     assert main(["export", str(tmp_path / "one"), "--out", str(tmp_path / "file.safetensors")]) == 0
     assert ("the run measured 99.00% and the student is right for" in capsys.readouterr().out) is said
+    stated = read_metadata(tmp_path / "file.safetensors")
+    assert int(stated["val_count"]) > 0, "where the run validated on a part, the accuracy is that of the check"
 
 
 def test_export_tells_what_the_head_costs(capsys):

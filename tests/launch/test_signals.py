@@ -17,25 +17,33 @@ from pathlib import Path
 from ackd_lightning import cli
 from ackd_lightning.runs.files import whole_file
 
-def run(arguments):
+def command(*positional, **options):
     with tempfile.TemporaryDirectory(dir=".") as folder, whole_file(Path("student.safetensors")) as partial:
         partial.touch()
         print("begun", flush=True)
         time.sleep(60)
 
-cli._run = run
-signal.signal(getattr(signal, sys.argv[1]), getattr(signal, sys.argv[2]))
+def imported(name):
+    if when == "importing":
+        print("begun", flush=True)
+        time.sleep(60)
+    return command
+
+cli.pkgutil.resolve_name = imported
+number, before, when = sys.argv[1:]
+signal.signal(getattr(signal, number), getattr(signal, before))
+sys.argv[1:] = ["doctor"]
 cli.script()
 """
 
 
-def started(name: str, before: str, folder: Path) -> subprocess.Popen[str]:
+def started(name: str, before: str, folder: Path, *, when: str = "running") -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, name, before], cwd=folder, stdout=-1, stderr=-1, text=True
+        [sys.executable, "-c", COMMAND, name, before, when], cwd=folder, stdout=-1, stderr=-1, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == (2 if when == "running" else 0)
     return process
 
 
@@ -46,6 +54,13 @@ def test_a_command_that_a_signal_ends_leaves_no_hidden_files(tmp_path, name, cod
     assert process.communicate(timeout=60) == ("", said)
     assert process.returncode == code
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_modules_are_imported_ends_the_process_at_once(tmp_path):
+    process = started("SIGTERM", "SIG_DFL", tmp_path, when="importing")
+    process.terminate()
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_a_command_goes_on_when_its_terminal_closes_after_nohup(tmp_path):

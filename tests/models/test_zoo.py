@@ -335,6 +335,7 @@ def test_networks_with_side_outputs_give_logits_alone_in_training(name):
         ("resnet10t.c3_in1k", "'timm:resnet10t.c3_in1k'"),
         ("torchvision:ResNet18", "'resnet18'"),
         ("json.Network", "model.student.network.class_path"),
+        ("__main__.Network", "model.student.network.class_path"),
         ("timm.models.resnet18", "'resnet18'"),
         ("timm:resnet18.a9_in1k", "'resnet18.a1_in1k'"),
     ],

@@ -9,6 +9,15 @@ from rich.table import Table
 from ackd_lightning.runs.export import peer_name
 
 
+def validates_in_part(summary: dict[str, Any]) -> bool:
+    """Return whether a run validates on a part of its validation images.
+
+    Args:
+        summary: Content of ``summary.json``.
+    """
+    return repr(summary.get("limit_val_batches", 1.0)) not in ("1.0", "None")  # 1 is one batch, 1.0 is all
+
+
 def accuracy_table(summary: dict[str, Any]) -> Table:
     """Return a table with the accuracy of every network of a run, in the last and the best epoch.
 
@@ -17,8 +26,8 @@ def accuracy_table(summary: dict[str, Any]) -> Table:
     """
     stage = summary["shown"]
     note = "test data, nothing selected on it" if stage == "test" else "validation data"
-    if repr(limit := summary.get("limit_val_batches", 1.0)) not in ("1.0", "None"):  # 1 is one batch, 1.0 is all
-        note = f"part of the {note} (limit_val_batches {limit})"
+    if validates_in_part(summary):
+        note = f"part of the {note} (limit_val_batches {summary['limit_val_batches']})"
     table = Table(title=f"{summary['config']}, seed {summary['seed']}: accuracy in % on {note}")
     table.add_column("network")
     for column in (_last(summary), "best", "parameters"):

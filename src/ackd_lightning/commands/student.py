@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ackd_lightning.callbacks.accuracy_table import validates_in_part
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.files import ExportedNetwork, of_module, open_network
 from ackd_lightning.errors import ACKDError
@@ -132,10 +133,12 @@ def open_any(run: str, *, which: Which = "last", device: str | torch.device = "c
 
 
 def _accuracies(summary: dict[str, Any], which: str, learner: int) -> dict[str, str]:
-    """Accuracies of a run's summary, with the number of images where it is known."""
+    """Accuracies of a run's summary, with the number of images where it is known; none on a part of the images."""
     ending = f"/aux{learner}_acc" if learner else "/acc"
     found: dict[str, str] = {}
     trained = summary.get(which) or {} if which != "last" or summary.get("last_is_final") else {}
+    if validates_in_part(summary):
+        trained = {}
     for values in (trained, (summary.get("test") or {}).get(which) or {}):
         for key, value in values.items():
             if key.endswith(ending):

@@ -278,4 +278,5 @@ def is_other(accuracy: float, known: float, count: int) -> bool:
     Returns:
         True if they differ by more than two points, for rounding, and four standard deviations.
     """
-    return abs(accuracy - known) > 0.02 + 4 * math.sqrt(known * (1 - known) / max(count, 1))
+    mean = (accuracy + known) / 2
+    return abs(accuracy - known) > 0.02 + 4 * math.sqrt(mean * (1 - mean) / max(count, 1))

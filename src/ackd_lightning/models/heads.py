@@ -15,6 +15,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import clone, name_of
 from ackd_lightning.models.features import StagePlan, capture, pooled
 from ackd_lightning.models.finding import require_plan, traced
+from ackd_lightning.models.known import remembered
 from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.validation import PositiveInt, checked
 
@@ -137,6 +138,11 @@ def after_last_map(network: nn.Module, plan: StagePlan) -> tuple[str, ...]:
         network: Network that the plan describes.
         plan: Stages of the network.
     """
+    asked = ("after the last map", plan.features[-1], plan.classifier)
+    return remembered(network, asked, lambda: _after_last_map(network, plan))
+
+
+def _after_last_map(network: nn.Module, plan: StagePlan) -> tuple[str, ...]:
     own = () if plan.classifier is None else (plan.classifier,)
     example = traced(network)
     last = None if example is None else example[2].calls.get(plan.features[-1])

@@ -199,7 +199,7 @@ class SelfDescribing(OpenOptimizers):
             "teacher_ensemble_weights": [each.ensemble_weight for each in self.teachers.configs],
             "seed": self.seed,
             "epoch": epoch,
-            "epochs_trained": round(trained, 2),
+            "epochs_trained": round(trained, 4),
             "skipped": self.guard.skipped,
             "head": self._describe_head(),
             "learners": list(self.student.specs),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -102,7 +103,7 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
             "what is wrong with them is named"
         )
     package, dot, _ = name.partition(".")
-    if dot and package.isidentifier() and package not in ("timm", "torchvision") and importlib.util.find_spec(package):
+    if dot and package.isidentifier() and package not in ("timm", "torchvision") and _exists(package):
         raise ACKDError(
             f"no network is named {name!r}; give the name of a class in model.student.network.class_path or "
             "model.teacher.network.class_path, and its arguments in init_args"
@@ -110,6 +111,11 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     raise ACKDError(
         f"no network is named {name!r}; {_similar(name)} (or a torchvision classification network, or timm:NAME)"
     )
+
+
+def _exists(package: str) -> bool:
+    """Whether a module could be imported; ``__main__`` has no spec."""
+    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 def _similar(name: str) -> str:
