@@ -233,4 +233,6 @@ def test_a_file_without_a_valid_description_is_refused(metadata):
 def test_a_student_that_guesses_is_exported_with_a_word(monkeypatch, capsys, tmp_path, accuracy, said):
     monkeypatch.setattr("ackd_lightning.deploy.checking.CheckImages.accuracy", lambda *_: accuracy)
     assert main(["export", "runs/digits_resnet20_resnet8/a", "--out", str(tmp_path / "a.safetensors")]) == 0
-    assert (f"the student is right for {accuracy:.2%} of" in capsys.readouterr().out) is said
+    shown = capsys.readouterr().out
+    assert f"the student is right for {accuracy:.2%} of" in shown
+    assert ("which guessing could reach, too" in shown) is said
