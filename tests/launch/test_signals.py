@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from ackd_lightning.cli import main
 from ackd_lightning.launch.signals import ended_by_signals
 
 COMMAND = """
@@ -78,6 +80,14 @@ def test_handlers_are_as_before_afterwards():
     with ended_by_signals():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_command_runs_in_another_thread_too():
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(main(["configs", "digits_resnet8"])))
+    thread.start()
+    thread.join()
+    assert results == [0]
 
 
 def test_a_second_signal_ends_a_process_that_is_busy_with_the_first():

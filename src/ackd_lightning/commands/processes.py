@@ -18,7 +18,6 @@ from typing import IO
 import torch
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.launch.signals import ended_by_signals
 
 _PROGRESS = re.compile(r"^epoch \d+")
 _EVERY = 15.0
@@ -55,14 +54,13 @@ def devices_for(workers: int | None) -> list[str | None]:
 
 
 @contextlib.contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM and when the terminal closes, and say how to go on after it or Ctrl-C."""
-    with ended_by_signals():
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit):
-            print("interrupted; the same command continues where it stopped", flush=True)
-            raise
+def resumable() -> Iterator[None]:
+    """Say how to go on after Ctrl-C, SIGTERM or a closed terminal, which the command turns into an exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print("interrupted; the same command continues where it stopped", flush=True)
+        raise
 
 
 class Processes:

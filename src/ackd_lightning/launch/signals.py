@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
@@ -15,9 +16,11 @@ _ENDING = [number for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)
 def ended_by_signals() -> Iterator[None]:
     """Raise SystemExit on SIGTERM and when the terminal closes, so that no hidden file or child process is left.
 
-    A signal that is ignored, as SIGHUP is after ``nohup``, stays so. A second one ends the process at once.
+    A signal that is ignored, as SIGHUP is after ``nohup``, stays so. A second one ends the process at once. Outside of
+    the main thread nothing changes, as Python handles signals there alone.
     """
-    previous = {number: signal.getsignal(number) for number in _ENDING}
+    main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.getsignal(number) for number in (_ENDING if main else ())}
     changed = {number: each for number, each in previous.items() if each not in (signal.SIG_IGN, None)}
     for number in changed:
         signal.signal(number, _end)

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ackd_lightning.commands.processes import devices_for, ending_on_signals
+from ackd_lightning.commands.processes import devices_for, resumable
 from ackd_lightning.commands.reproduce.estimate import job_seconds, megabytes
 from ackd_lightning.commands.reproduce.jobs import Job, changed, check_unchanged, union
 from ackd_lightning.commands.reproduce.output import METRIC_NAMES, columns, read_records, write_records, write_tables
@@ -193,7 +193,7 @@ def reproduce(
     done = sum(job.finished for job in everything.values())
     place = work[0][4].out
     print(f"{len(everything)} runs, {done} of them finished, files in {place}", flush=True)
-    with ending_on_signals():
+    with resumable():
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
     for table, folder, some_pairs, rows, planner, jobs in work:
         others = _other_rows(table, rows, planner.out)

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ackd_lightning.commands.processes import Processes, devices_for, ending_on_signals, say
+from ackd_lightning.commands.processes import Processes, devices_for, resumable, say
 from ackd_lightning.commands.reproduce.jobs import as_arguments
 from ackd_lightning.commands.tune.space import Values, fragment, grid, read_values
 from ackd_lightning.config.experiment import experiment_settings
@@ -77,7 +77,7 @@ def tune(
     shared, described = _plan(settings, values, train_fraction, epochs)
     check_writable(place, "--out")
     where = place.resolve()
-    with claim(where.parent, where.name, resume=True, option="--out"), ending_on_signals():
+    with claim(where.parent, where.name, resume=True, option="--out"), resumable():
         search = _Search(optuna, place, values, shared, described, seed=seed, parallel=len(devices) > 1)
         combinations = grid(values, trials)
         number = len(combinations) or trials
