@@ -313,6 +313,33 @@ def test_signals_give_their_exit_codes(here, number, code):
     assert "Traceback" not in shown
 
 
+@pytest.mark.slow
+def test_a_terminal_that_closes_stops_a_fit_which_keeps_its_steps(here):
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    terminal, end = os.openpty()
+    command = [sys.executable, "-m", "ackd_lightning", "fit", "--config", "digits_resnet20.yaml", "--weights_dir"]
+    command += ["null", "--name", "s", "--trainer.max_epochs", "500", "--data.max_per_class", "4"]
+    process = subprocess.Popen(
+        command,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(end)
+    try:
+        shown = b""
+        while b"epoch 3/" not in shown:
+            shown += os.read(terminal, 4096)
+        os.close(terminal)
+        assert process.wait(timeout=90) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    (run,) = Path("runs/digits_resnet20").iterdir()
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] >= 2
+
+
 @pytest.mark.parametrize(("rank", "said"), [(None, 1), ("0", 1), ("1", 0)])
 def test_the_first_process_says_that_a_run_was_stopped(rank, said, monkeypatch, capsys):
     def stopped(arguments):

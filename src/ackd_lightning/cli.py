@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; None: that of the process.
 
     Returns:
-        0; 2 for a mistake in the input; 1 for a failure while running; 130 and 143 after Ctrl-C and SIGTERM.
+        0; 2 for a mistake in the input; 1 for a failure while running; 128 plus its number after a signal.
     """
     for name in ("stdout", "stderr"):  # None or closed without a console: a service, pythonw, `>&-`
         if (stream := getattr(sys, name)) is None or stream.closed:

@@ -160,6 +160,21 @@ def test_signal_handlers_are_restored(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_stops_a_fit_unless_nohup_was_asked_for(tmp_path, ignored):
+    callback = StopSafely(tmp_path / "last.ckpt", advice="go on")
+    (tmp_path / ".last.ckpt.1.tmp").touch()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        callback.on_train_start(SimpleNamespace(is_global_zero=True), None)
+        handler = signal.getsignal(signal.SIGHUP)
+        callback.on_train_end(None, None)
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert handler == (signal.SIG_IGN if ignored else callback._remember)
+
+
 def test_the_first_ctrl_c_is_answered_and_the_second_one_quits(tmp_path, capfd):
     callback = StopSafely(tmp_path / "last.ckpt", advice="go on")
     callback._remember(signal.SIGINT, None)

@@ -18,16 +18,18 @@ from ackd_lightning.errors import RunStoppedError, count_of
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)  # Windows has no SIGUSR1
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)  # Windows has neither of the last two
+HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # a terminal closes
 
 
 class StopSafely(Checkpoint):
-    """Stop a fit on Ctrl-C, SIGTERM or SIGUSR1 after a whole training step or epoch, and save a checkpoint.
+    """Stop a fit on a signal (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) after a whole step or epoch, and save a checkpoint.
 
     A fit never stops between an auxiliary optimizer's step and the student's step, and never during validation: a run
     that is resumed from the checkpoint ends with the weights of an uninterrupted one. All processes stop after the
     same step, even if only one of them got the signal. A second Ctrl-C ends the run at once, without a checkpoint.
+    SIGHUP that is ignored, as after ``nohup``, stays so.
 
     Args:
         checkpoint: File to write.
@@ -46,7 +48,9 @@ class StopSafely(Checkpoint):
                 partial.unlink(missing_ok=True)
         self.process = os.getpid()
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            ignored = signal.getsignal(HANGUP) == signal.SIG_IGN if HANGUP else False
+            taken = [number for number in SIGNALS if number != HANGUP or not ignored]
+            self.previous = {number: signal.signal(number, self._remember) for number in taken}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a loader's process, which has inherited the handler and ends with ours

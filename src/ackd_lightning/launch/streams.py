@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
 import sys
 
+_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, a terminal
+
 
 class _Unbroken(io.TextIOWrapper):
-    """Output that goes nowhere once its reader has left, as in ``ackd fit | head``, so that a training goes on."""
+    """Output that goes nowhere once its reader has left, so that a training goes on.
+
+    The reader is a process, as in ``ackd fit | head``, or a terminal that was closed.
+    """
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         stream.flush()
@@ -25,17 +31,19 @@ class _Unbroken(io.TextIOWrapper):
     def write(self, text: str) -> int:
         try:
             return super().write(text)
-        except BrokenPipeError:
-            self._leave()
+        except OSError as error:
+            self._leave(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             super().flush()
-        except BrokenPipeError:
-            self._leave()
+        except OSError as error:
+            self._leave(error)
 
-    def _leave(self) -> None:
+    def _leave(self, error: OSError) -> None:
+        if error.errno not in _GONE:
+            raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
