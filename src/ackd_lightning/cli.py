@@ -119,9 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="what a file or a run is, or stages, branch points and cost of a network: ackd inspect timm:lcnet_050",
         epilog="Options of a network begin with --options, such as --options.img_size 64 for a ViT of timm.",
     )
-    look.add_argument(
-        "network", help="exported file, run, or network of the zoo, of torchvision, timm:NAME or hf:FOLDER"
-    )
+    look.add_argument("network", help="exported file, run, or network: of the zoo, torchvision, timm:NAME, hf:FOLDER")
     look.add_argument("--size", help="image side in pixels, or HEIGHTxWIDTH; default: the network's own")
     look.add_argument("--classes", type=int, help="number of classes; default: 1000")
     look.add_argument("--taps", default="", help="modules whose outputs are the stages, separated by commas")
@@ -184,6 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--which", choices=["last", "best"], default="last", help="checkpoint whose test predictions are compared"
     )
+    compare.add_argument("--against", help="configuration that the others are compared with, by name or folder")
     compare.add_argument("--figure", default="comparison.png", help="file for the validation curves")
 
     report = commands.add_parser(

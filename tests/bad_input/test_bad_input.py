@@ -415,6 +415,7 @@ CASES = [
     Case("table_none", ["reproduce"], ("table", "--help")),
     Case("table_pair", ["reproduce", "table2", "--pair", "resnet110_resnet2"], ("table2", "did you mean")),
     Case("table_method", ["reproduce", "table2", "--methods", "kdd"], ("--methods names 'kdd'", "did you mean")),
+    Case("table_against", ["reproduce", "table2", "--against", "kdd"], ("--against names 'kdd'", "did you mean")),
     Case("table_seeds_empty", ["reproduce", "table2", "--seeds", ""], ("--seeds is ''", "0,5")),
     Case("table_seeds_0", ["reproduce", "table2", "--seeds", "0"], ("--seeds is 0", "1 to 1000")),
     Case("table_seeds_gap", ["reproduce", "table2", "--seeds", "1,,2"], ("--seeds is '1,,2'", "0,5")),

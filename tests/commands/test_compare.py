@@ -74,6 +74,46 @@ def test_a_difference_that_the_seeds_do_not_share_is_no_significant_one():
     assert "significant" not in one
 
 
+@pytest.mark.parametrize(("seeds", "verdict"), [((0, 1, 2), "is significant"), ((3, 4, 5), "may be chance")])
+def test_runs_of_the_same_seed_are_compared_in_pairs(seeds, verdict):
+    """Both configurations vary by 40 images over the seeds, and differ by 20 in each of them."""
+    kd = [make_run("kd", seed=seed, right=120 + 20 * seed) for seed in range(3)]
+    ce = [make_run("ce", seed=seed, right=100 + 20 * number) for number, seed in enumerate(seeds)]
+    (said,) = paired_tests({"kd": kd, "ce": ce}, "last")
+    assert said.startswith("kd is 10.00 points better than ce")
+    assert said.endswith(f"the difference {verdict}")
+    assert ("over the seeds the interval is 10.00 to 10.00 (Student's t" in said) == (seeds == (0, 1, 2))
+
+
+@pytest.mark.parametrize("against", ["ce", "runs/ce", "runs/ce/seed0"])
+def test_another_configuration_can_be_the_reference(against, capsys):
+    for name, right in (("kd", 160), ("ce", 150), ("ackd", 155)):
+        for seed in range(2):
+            make_run(name, seed=seed, right=right)
+    assert main(["compare", "runs/kd", "runs/ce", "runs/ackd", "--figure", "a.png", "--against", against]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("points better than ce") == 2
+    assert "kd is 5.00 points better than ce" in shown
+    assert "ackd is 2.50 points better than ce" in shown
+
+
+@pytest.mark.parametrize(("against", "said"), [("nope", "none of them"), ("runs", "several of them")])
+def test_a_reference_that_is_no_compared_configuration_is_refused(against, said, capsys):
+    for name in ("kd", "ce"):
+        make_run(name, right=150)
+    assert main(["compare", "runs/kd", "runs/ce", "--figure", "a.png", "--against", against]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("a.png").exists()
+
+
+def test_long_names_of_configurations_are_shown_whole(capsys):
+    for end in ("", "_direct"):
+        make_run(f"cifar100_wrn_40_2_mobilenetv2_student+ackd{end}", right=150)
+    assert main(["compare", "runs", "--figure", "a.png"]) == 0
+    column = "".join(line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line)
+    assert "mobilenetv2_student+ackd_direct/seed0" in column
+
+
 @pytest.mark.parametrize("which", ["last", "best"])
 def test_a_run_without_predictions_or_with_other_images_is_named(which):
     first, second = make_run("kd", right=9, which=which), make_run("ce", right=8, images="other", which=which)

@@ -142,7 +142,10 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
     table = Table(title="accuracy in %, mean ± standard deviation over runs (n)")
     shown = [number for number in range(len(_COLUMNS)) if {row[number] for row in rows} - {"", "-"}]
     for number in shown:
-        table.add_column(_COLUMNS[number], justify="left" if _COLUMNS[number] in _WORDS else "right")
+        if number:
+            table.add_column(_COLUMNS[number], justify="left" if _COLUMNS[number] in _WORDS else "right")
+        else:  # a name is shown whole: its end often tells it from the others
+            table.add_column(_COLUMNS[number], overflow="fold", min_width=min(32, max(len(row[0]) for row in rows)))
     for row in rows:
         table.add_row(*(row[number] for number in shown))
     notes = []
@@ -248,13 +251,36 @@ def say_lengths(groups: Mapping[str, Sequence[Path]]) -> str:
     return f"trained for different numbers of steps, so a difference in accuracy may come from that: {', '.join(each)}"
 
 
-def compare_command(places: Sequence[str], *, figure: str, which: Which = "last") -> None:
+def reference_among(groups: Mapping[str, Sequence[Path]], against: str | None) -> str:
+    """Return the name of the configuration that the others are compared with.
+
+    Args:
+        groups: Folders of the runs of each configuration.
+        against: Its name in the table, or a folder of its runs; None: the first.
+
+    Raises:
+        ACKDError: If there is no such configuration, or the folder holds runs of several.
+    """
+    if against is None or against in groups:
+        return next(iter(groups)) if against is None else against
+    inside = {run.resolve() for run in find_runs([against])} if Path(against).is_dir() else set()
+    found = [name for name, runs in groups.items() if any(run.resolve() in inside for run in runs)]
+    if len(found) != 1:
+        which = "holds runs of several of them" if found else "is none of them"
+        raise ACKDError(
+            f"--against {against}: name one of the compared configurations, {', '.join(groups)}; it {which}"
+        )
+    return found[0]
+
+
+def compare_command(places: Sequence[str], *, figure: str, which: Which = "last", against: str | None = None) -> None:
     """Print the table and the paired tests, and draw the curves.
 
     Args:
         places: Run folders, or folders of runs.
         which: Checkpoint whose test predictions are compared.
         figure: Image file to write (PNG, PDF or SVG).
+        against: Configuration that the others are compared with, or a folder of its runs; None: the first.
     """
     target = Path(figure)
     if target.suffix.lower() not in _FIGURES or target.is_dir():
@@ -262,8 +288,9 @@ def compare_command(places: Sequence[str], *, figure: str, which: Which = "last"
     if target.name in (CURVES, LEARNERS) and (target.parent / "config.yaml").is_file():
         raise ACKDError(f"--figure {figure} is a figure of the run in that folder; name another file")
     groups = group_runs(places)
+    reference = reference_among(groups, against)
     table, others = compare(places, which=which), say_classes(groups)
-    tests = [others] if others else [*filter(None, [say_lengths(groups)]), *paired_tests(groups, which)]
+    tests = [others] if others else [*filter(None, [say_lengths(groups)]), *paired_tests(groups, which, reference)]
     check_writable(target.parent, "the folder of --figure,")
     for run in find_runs(places):
         if (run / "metrics.csv").is_file():

@@ -19,7 +19,7 @@ from ackd_lightning.metrics.intervals import (
     wilson_interval,
 )
 from ackd_lightning.runs.answers import Answers, answers_file, read_answers
-from ackd_lightning.runs.files import Which
+from ackd_lightning.runs.files import Which, read_summary
 
 
 def interval_text(runs: Sequence[Path], accuracies: Sequence[float], which: Which) -> str:
@@ -37,16 +37,18 @@ def interval_text(runs: Sequence[Path], accuracies: Sequence[float], which: Whic
     return "-" if found is None else f"{max(0.0, 100 * found[0]):.2f} to {min(100.0, 100 * found[1]):.2f}"
 
 
-def paired_tests(groups: Mapping[str, Sequence[Path]], which: Which) -> list[str]:
-    """Compare the first configuration with each other one on the same test images.
+def paired_tests(groups: Mapping[str, Sequence[Path]], which: Which, reference: str | None = None) -> list[str]:
+    """Compare one configuration with each other one on the same test images.
 
     Two single runs are compared by McNemar's exact test. Groups of several seeds are compared by a paired bootstrap
-    over the images, of the share of runs that are right, and by Welch's t over the seeds; a difference is significant
-    where both say so.
+    over the images, of the share of runs that are right, and by an interval over the seeds: Student's t of the
+    differences of runs with the same seed where both groups have the same seeds, Welch's t otherwise. A difference is
+    significant where both intervals say so.
 
     Args:
         groups: Folders of the runs of each configuration.
         which: Checkpoint that was tested.
+        reference: Configuration that the others are compared with; None: the first.
 
     Returns:
         A sentence for each pair, or why there is none.
@@ -62,29 +64,39 @@ def paired_tests(groups: Mapping[str, Sequence[Path]], which: Which) -> list[str
         option = "" if which == "last" else f" --which {which}"
         command = f"ackd test {shlex.quote(str(missing[0]))}{option}"
         return [f"no paired test: {missing[0]}{more} no predictions of the test set (run `{command}`)"]
-    answers = {name: [read_answers(answers_file(run, which)) for run in runs] for name, runs in groups.items()}
-    first, *others = answers
-    return [_sentence(first, answers[first], other, answers[other]) for other in others]
+    answers = {
+        name: {read_summary(run)["seed"]: read_answers(answers_file(run, which)) for run in runs}
+        for name, runs in groups.items()
+    }
+    first = next(iter(answers)) if reference is None else reference
+    return [_sentence(first, answers[first], other, answers[other]) for other in answers if other != first]
 
 
-def _sentence(first: str, ours: Sequence[Answers], second: str, theirs: Sequence[Answers]) -> str:
-    if len({each.images for each in (*ours, *theirs)}) > 1:
+def _sentence(first: str, ours: Mapping[int, Answers], second: str, theirs: Mapping[int, Answers]) -> str:
+    """Compare two configurations, whose answers are given by the seed of the run."""
+    some, *others = (*ours.values(), *theirs.values())
+    if {each.images for each in others} != {some.images}:
         return f"no paired test of {first} and {second}: they were tested on different images, or in another order"
     if len(ours) == len(theirs) == 1:
-        return paired_test(ours[0].right, theirs[0].right).sentence(first, second)
-    shares = [torch.stack([each.right for each in group]).double().mean(dim=0) for group in (ours, theirs)]
+        return paired_test(*(each.right for group in (ours, theirs) for each in group.values())).sentence(first, second)
+    shares = [torch.stack([each.right for each in group.values()]).double().mean(dim=0) for group in (ours, theirs)]
     difference, low, high = paired_bootstrap(*shares)
     seeds = f"{len(ours)} seeds" if len(ours) == len(theirs) else f"{len(ours)} and {len(theirs)} seeds"
     said = (
         f"{say_difference(first, second, difference, low, high)}, mean of {seeds} "
-        f"(paired bootstrap over the same {len(ours[0]):,} test images)"
+        f"(paired bootstrap over the same {len(some):,} test images)"
     )
-    shares_right = [[float(each.right.double().mean()) for each in group] for group in (ours, theirs)]
-    trainings = difference_interval(*shares_right)
+    right = [{seed: float(each.right.double().mean()) for seed, each in group.items()} for group in (ours, theirs)]
+    paired = ours.keys() == theirs.keys()
+    if paired:
+        trainings = mean_interval([right[0][seed] - right[1][seed] for seed in ours])
+    else:
+        trainings = difference_interval([*right[0].values()], [*right[1].values()])
     if trainings is None:
         return f"{said}; one seed says nothing about other trainings"
     if difference < 0:
         trainings = -trainings[1], -trainings[0]
     around = f"{100 * trainings[0]:.2f} to {100 * trainings[1]:.2f}"
     differs = (low > 0 or high < 0) and (trainings[0] > 0 or trainings[1] < 0)
-    return f"{said}; over the seeds the interval is {around} (Welch's t): {say_verdict(differs)}"
+    test = "Student's t, runs of the same seed in pairs" if paired else "Welch's t"
+    return f"{said}; over the seeds the interval is {around} ({test}): {say_verdict(differs)}"

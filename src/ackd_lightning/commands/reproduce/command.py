@@ -178,7 +178,7 @@ def reproduce(
             folder = Path(out or "reproduce") / (table.name if out is None or name == "all" else "")
             some_pairs, rows = choose(table, pairs, methods)
             if against is not None:
-                choose(table, (), [against])  # refuses an unknown row
+                choose(table, (), [against], option="--against")  # refuses an unknown row
             planner = Planner(table, folder if name != "all" else folder.parent, overrides)
             planned = _plan(table, some_pairs, rows, chosen_seeds, planner)
             read_records(planner.out / "results.json")

@@ -219,13 +219,16 @@ def read_table(name: str, preset: str | None = None) -> TableSpec:
     )
 
 
-def choose(table: TableSpec, pairs: Sequence[str], methods: Sequence[str]) -> tuple[list[Pair], list[Row]]:
+def choose(
+    table: TableSpec, pairs: Sequence[str], methods: Sequence[str], *, option: str = "--methods"
+) -> tuple[list[Pair], list[Row]]:
     """Choose pairs and rows; a method that the table lacks becomes a row without figures.
 
     Args:
         table: Table to choose from.
         pairs: Names of pairs; empty: all.
         methods: Rows of the table or method fragments; empty: all rows.
+        option: Option of the command that gives the rows, for messages.
 
     Raises:
         ACKDError: When a name is unknown.
@@ -237,6 +240,6 @@ def choose(table: TableSpec, pairs: Sequence[str], methods: Sequence[str]) -> tu
     for method in methods:
         for part in [method] if method in known else config_parts(method):
             if part not in known:
-                raise ACKDError(f"--methods names {part!r}; {near_matches(part, known)}")
+                raise ACKDError(f"{option} names {part!r}; {near_matches(part, known)}")
     rows = [table.rows.get(name) or _row(name, None, table.name) for name in dict.fromkeys(methods or table.rows)]
     return [table.pairs[name] for name in dict.fromkeys(pairs or table.pairs)], rows
