@@ -19,7 +19,7 @@ from rented.packing import extract
 from rented.record import Record, Task
 from rented.speed_parts import BENCHMARKS
 
-METHODS = "ce,kd,ackd,ackd_direct,kd_ls,dkd"
+METHODS = "ce,kd,kd_1_1,ackd,ackd_direct,kd_ls,dkd"
 LARGEST = 15
 """Largest size in MiB of the archives with which runs go on elsewhere."""
 PATIENCE = 40.0

@@ -767,6 +767,7 @@ def test_twenty_steps_lower_the_loss():
         ("temperature", math.nan),
         ("classifier_lr", 0.0),
         ("classifier_lr", math.inf),
+        ("classifier_weight_decay", -1e-4),
         ("weight_anchor", -1.0),
         ("weight_anchor", math.nan),
         ("factor", 0),

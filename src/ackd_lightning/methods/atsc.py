@@ -68,8 +68,10 @@ class ATSC(Method):
             learning rate times 2 w is below 2 (1 + momentum).
         classifier_update: Part of the teachers' classifiers that their own step trains: the ``bias`` (the code), the
             whole ``layer`` (whose weight then has no anchor), or ``none``.
-        classifier_lr: Learning rate of that step (SGD, momentum 0.9, weight decay 5e-4), decayed together with the
-            student's; 0.05 in the code, as that of the student.
+        classifier_lr: Learning rate of that step (SGD, momentum 0.9), decayed together with the student's; 0.05 in the
+            code, as that of the student.
+        classifier_weight_decay: Weight decay of that step; in the code that of the student, 5e-4 for CIFAR-100 and 1e-4
+            for ImageNet.
         anchor_scope: Anchored parameters: ``all``; ``weights`` of two or more dimensions, including the classifier's
             (the code); or ``weights_no_classifier`` (which the names in the code suggest). The default differs from the
             code on purpose: without an anchor on BatchNorm's scales the features of both sides collapsed in all of
@@ -104,6 +106,7 @@ class ATSC(Method):
         weight_anchor: NonNegative = 1.0,
         classifier_update: Literal["bias", "layer", "none"] = "bias",
         classifier_lr: Positive = 0.05,
+        classifier_weight_decay: NonNegative = 5e-4,
         anchor_scope: Literal["weights", "weights_no_classifier", "all"] = "all",
         teacher_bn: Literal["train", "eval"] = "train",
         adapt_teacher: bool = True,
@@ -112,7 +115,8 @@ class ATSC(Method):
     ) -> None:
         super().__init__()
         self.adapts = adapt_teacher
-        self.temperature, self.classifier_lr = temperature, classifier_lr
+        self.temperature = temperature
+        self.classifier_lr, self.classifier_weight_decay = classifier_lr, classifier_weight_decay
         self.weight_ce, self.weight_kd = weight_ce, weight_kd
         self.weight_anchor = weight_anchor if self.adapts else 0.0
         self.loss_weights = {
@@ -289,14 +293,15 @@ class ATSC(Method):
     # ---------------------------------------------------------------- classifiers
 
     def auxiliary_optimizers(self) -> dict[str, Optimizer]:
-        """Return SGD with momentum 0.9 and weight decay 5e-4 for the classifiers, as in the authors' code.
+        """Return SGD with momentum 0.9 for the classifiers, as in the authors' code.
 
         With fixed teachers there is no optimizer.
         """
         parameters = [parameter for teacher in self._adapting() for parameter in self._updated(teacher)]
         if not parameters:
             return {}
-        return {"classifier": torch.optim.SGD(parameters, lr=self.classifier_lr, momentum=0.9, weight_decay=5e-4)}
+        decay = self.classifier_weight_decay
+        return {"classifier": torch.optim.SGD(parameters, self.classifier_lr, momentum=0.9, weight_decay=decay)}
 
     def auxiliary_loss(
         self, name: str, student: NetOutput, teacher: NetOutput | None, batch: Batch
