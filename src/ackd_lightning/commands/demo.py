@@ -79,7 +79,7 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
 
     runs = [folder / "runs"]
     Console(width=None if Console().is_terminal else 140).print(compare(runs))
-    print("kd has the weights 0.1 for cross-entropy and 0.9 for the teacher; 1 and 1 is as common, and often better")
+    print("kd has the weights 0.1 for cross-entropy and 0.9 for the teacher; 1 and 1 are as common, and often better")
     print("this checks the installation: 10 classes and few images do not compare methods (docs/results.md)")
     draw_curves(runs, folder / "curves.png")
     student = folder / "student.safetensors"

@@ -6,9 +6,8 @@ import errno
 import io
 import logging
 import os
+import stat
 import sys
-
-_GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, a terminal
 
 
 class _Unbroken(io.TextIOWrapper):
@@ -42,7 +41,8 @@ class _Unbroken(io.TextIOWrapper):
             self._leave(error)
 
     def _leave(self, error: OSError) -> None:
-        if error.errno not in _GONE:
+        closed_terminal = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(self.fileno()).st_mode)
+        if error.errno != errno.EPIPE and not closed_terminal:
             raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
