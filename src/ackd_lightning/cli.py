@@ -182,7 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--which", choices=["last", "best"], default="last", help="checkpoint whose test predictions are compared"
     )
-    compare.add_argument("--against", help="configuration that the others are compared with, by name or folder")
+    compare.add_argument("--against", help="configuration of reference, by name or folder; default: the first")
     compare.add_argument("--figure", default="comparison.png", help="file for the validation curves")
 
     report = commands.add_parser(

@@ -163,7 +163,6 @@ def test_signal_handlers_are_restored(tmp_path):
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_closed_terminal_stops_a_fit_unless_nohup_was_asked_for(tmp_path, ignored):
     callback = StopSafely(tmp_path / "last.ckpt", advice="go on")
-    (tmp_path / ".last.ckpt.1.tmp").touch()
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
         callback.on_train_start(SimpleNamespace(is_global_zero=True), None)

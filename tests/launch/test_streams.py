@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+
+import pytest
+
+from ackd_lightning.launch.streams import _Unbroken
 
 CODE = """
 import os
@@ -33,3 +38,9 @@ logging.getLogger("ackd_lightning.data").warning("a line")
 def test_lines_of_the_log_are_plain_whatever_libraries_do():
     done = subprocess.run([sys.executable, "-c", LOG], capture_output=True, check=True)
     assert done.stderr == b"a line\n"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_takes_no_more_is_not_taken_for_a_closed_terminal(number, tmp_path):
+    with (tmp_path / "log.txt").open("w") as file, pytest.raises(OSError, match="the disk"):
+        _Unbroken(file)._leave(OSError(number, "the disk"))

@@ -484,6 +484,8 @@ def test_the_classifiers_step_is_a_step_of_cross_entropy(update):
     (group,) = optimizer.param_groups
     assert [id(each) for each in group["params"]] == [id(each) for each in parameters]
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
+    imagenet = Run(classifier_lr=0.1, classifier_weight_decay=1e-4).method.auxiliary_optimizers()["classifier"]
+    assert (imagenet.param_groups[0]["lr"], imagenet.param_groups[0]["weight_decay"]) == (0.1, 1e-4)
 
 
 def test_without_the_classifiers_step_there_is_no_auxiliary_optimizer():

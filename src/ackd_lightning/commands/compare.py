@@ -263,7 +263,7 @@ def reference_among(groups: Mapping[str, Sequence[Path]], against: str | None) -
     """
     if against is None or against in groups:
         return next(iter(groups)) if against is None else against
-    inside = {run.resolve() for run in find_runs([against])} if Path(against).is_dir() else set()
+    inside = {run.resolve() for run in find_runs([against])} if against and Path(against).is_dir() else set()
     found = [name for name, runs in groups.items() if any(run.resolve() in inside for run in runs)]
     if len(found) != 1:
         which = "holds runs of several of them" if found else "is none of them"
