@@ -169,7 +169,8 @@ def test_calibration_reads_training_images_as_evaluation_does(parts, monkeypatch
     mean, std = torch.tensor(data.mean), torch.tensor(data.std)
     whole = torch.cat([each.image for each in data.loader_in_order("train")]).float() / 255
     every = (whole - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-    distance = torch.cdist(images.flatten(1), every.flatten(1)).min(dim=1).values
+    exact = "donot_use_mm_for_euclid_dist"  # products lose the digits of small distances, on some processors more
+    distance = torch.cdist(images.flatten(1), every.flatten(1), compute_mode=exact).min(dim=1).values
     assert float(distance.max()) < 1e-2
     again = []
     monkeypatch.setattr("ackd_lightning.deploy.int8.quantize", lambda network, images, backend: again.extend(images))
