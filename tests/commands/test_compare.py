@@ -71,6 +71,10 @@ def test_a_difference_that_the_seeds_do_not_share_is_no_significant_one():
     assert "over the seeds the interval is -" in seeds
     assert "may be chance" in seeds
     assert one.endswith("one seed says nothing about other trainings")
+    assert "mean of 2 and 1 seeds" in one
+    (swapped,) = paired_tests({"one": groups["one"], "kd": groups["kd"]}, "last")
+    assert swapped.startswith("kd is ")
+    assert "mean of 2 and 1 seeds" in swapped
     assert "significant" not in one
 
 

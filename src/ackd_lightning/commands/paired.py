@@ -81,7 +81,8 @@ def _sentence(first: str, ours: Mapping[int, Answers], second: str, theirs: Mapp
         return paired_test(*(each.right for group in (ours, theirs) for each in group.values())).sentence(first, second)
     shares = [torch.stack([each.right for each in group.values()]).double().mean(dim=0) for group in (ours, theirs)]
     difference, low, high = paired_bootstrap(*shares)
-    seeds = f"{len(ours)} seeds" if len(ours) == len(theirs) else f"{len(ours)} and {len(theirs)} seeds"
+    counts = [len(group) for group in ((ours, theirs) if difference >= 0 else (theirs, ours))]  # as they are named
+    seeds = f"{counts[0]} seeds" if counts[0] == counts[1] else f"{counts[0]} and {counts[1]} seeds"
     said = (
         f"{say_difference(first, second, difference, low, high)}, mean of {seeds} "
         f"(paired bootstrap over the same {len(some):,} test images)"
