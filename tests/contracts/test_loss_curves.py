@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import statistics
 import sys
 from pathlib import Path
 
@@ -25,7 +24,8 @@ FRAGMENTS = sorted((config_folder() / "methods").glob("*.yaml"))
 
 def curve(path: Path) -> list[float]:
     description = copy.deepcopy(read_config(path)["model"]["method"])
-    return Harness(from_description(description)).train(steps=20)
+    rate = 0.01  # at twice the rate DIST is unstable, and the rounding of another processor decides its last losses
+    return Harness(from_description(description), lr=rate).train(steps=20)
 
 
 def recorded() -> dict[str, list[float]]:
@@ -39,8 +39,7 @@ def test_losses_are_those_on_record(path):
     assert path.stem in known, f"run `python {Path(__file__).relative_to(Path.cwd())}` to record the losses of a method"
     losses, before = curve(path), known[path.stem]
     assert losses[:10] == pytest.approx(before[:10], rel=0.02)
-    assert losses[10:15] == pytest.approx(before[10:15], rel=0.2)  # rounding on other processors has grown by then
-    assert statistics.fmean(losses[15:]) == pytest.approx(statistics.fmean(before[15:]), rel=0.3)
+    assert losses[10:] == pytest.approx(before[10:], rel=0.2)  # rounding on other processors has grown by then
 
 
 def test_nothing_else_is_on_record():

@@ -251,18 +251,18 @@ def say_lengths(groups: Mapping[str, Sequence[Path]]) -> str:
     return f"trained for different numbers of steps, so a difference in accuracy may come from that: {', '.join(each)}"
 
 
-def reference_among(groups: Mapping[str, Sequence[Path]], against: str | None) -> str:
+def reference_among(groups: Mapping[str, Sequence[Path]], against: str) -> str:
     """Return the name of the configuration that the others are compared with.
 
     Args:
         groups: Folders of the runs of each configuration.
-        against: Its name in the table, or a folder of its runs; None: the first.
+        against: Its name in the table, or a folder of its runs.
 
     Raises:
         ACKDError: If there is no such configuration, or the folder holds runs of several.
     """
-    if against is None or against in groups:
-        return next(iter(groups)) if against is None else against
+    if against in groups:
+        return against
     inside = {run.resolve() for run in find_runs([against])} if against and Path(against).is_dir() else set()
     found = [name for name, runs in groups.items() if any(run.resolve() in inside for run in runs)]
     if len(found) != 1:
@@ -288,7 +288,7 @@ def compare_command(places: Sequence[str], *, figure: str, which: Which = "last"
     if target.name in (CURVES, LEARNERS) and (target.parent / "config.yaml").is_file():
         raise ACKDError(f"--figure {figure} is a figure of the run in that folder; name another file")
     groups = group_runs(places)
-    reference = reference_among(groups, against)
+    reference = None if against is None else reference_among(groups, against)
     table, others = compare(places, which=which), say_classes(groups)
     tests = [others] if others else [*filter(None, [say_lengths(groups)]), *paired_tests(groups, which, reference)]
     check_writable(target.parent, "the folder of --figure,")
