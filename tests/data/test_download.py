@@ -184,6 +184,24 @@ def test_extract(tmp_path, make, top):
     assert found == ["out/b.txt", "out/train/a.txt"]
 
 
+def test_a_tar_archive_without_filters_of_python(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)  # as before 3.10.12 and 3.11.4
+    members = {"a": (tarfile.DIRTYPE, ""), "a/b.txt": (tarfile.REGTYPE, ""), "c/d.txt": (tarfile.REGTYPE, "")}
+    for name in ("files", "link"):
+        with tarfile.open(tmp_path / name, "w:gz") as archive:
+            for path, (kind, link) in members.items():
+                info = tarfile.TarInfo(path)
+                info.type, info.linkname, info.size, info.mode = kind, link, int(kind == tarfile.REGTYPE), 0o6777
+                archive.addfile(info, io.BytesIO(b"x"))
+        members["link.txt"] = (tarfile.SYMTYPE, "a/b.txt")
+    extract(tmp_path / "files", tmp_path / "out")
+    assert [(tmp_path / "out" / name).read_text() for name in ("a/b.txt", "c/d.txt")] == ["x", "x"]
+    assert not any(path.stat().st_mode & 0o6002 for path in (tmp_path / "out").rglob("*"))
+    with pytest.raises(ACKDError, match=r"'link.txt' is no file, which Python \S+ cannot check"):
+        extract(tmp_path / "link", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_two_processes_that_download_one_file_take_turns(server, tmp_path, caplog):
     server.pause.clear()
     code = (

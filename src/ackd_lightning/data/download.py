@@ -261,7 +261,10 @@ def _put(inner: Path, target: Path) -> None:
 def _unpack(path: Path, staging: Path) -> None:
     if not zipfile.is_zipfile(path):
         with tarfile.open(path) as tar:
-            tar.extractall(staging, filter="data")  # "data": no absolute paths, no "..", no links or devices outside
+            if hasattr(tarfile, "data_filter"):
+                tar.extractall(staging, filter="data")  # no absolute paths, no "..", no links or devices outside
+            else:
+                _write_files(tar, staging)
         return
     with zipfile.ZipFile(path) as archive:
         inside = staging.resolve()
@@ -269,6 +272,24 @@ def _unpack(path: Path, staging: Path) -> None:
             if not (inside / name).resolve().is_relative_to(inside):
                 raise zipfile.BadZipFile(f"its member {name!r} would be written outside the folder")
         archive.extractall(staging)
+
+
+def _write_files(tar: tarfile.TarFile, staging: Path) -> None:
+    """Write the files and folders of an archive; Python before 3.10.12 and 3.11.4 has no filters for archives."""
+    inside = staging.resolve()
+    for member in tar:
+        place = (inside / member.name).resolve()
+        if not place.is_relative_to(inside):
+            raise tarfile.ExtractError(f"its member {member.name!r} would be written outside the folder")
+        if member.isdir():
+            place.mkdir(parents=True, exist_ok=True)
+        elif member.isreg():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tar.extractfile(member) as source, place.open("wb") as file:  # type: ignore[union-attr]
+                shutil.copyfileobj(source, file)
+        else:
+            version = ".".join(map(str, sys.version_info[:3]))
+            raise tarfile.ExtractError(f"its member {member.name!r} is no file, which Python {version} cannot check")
 
 
 class DownloadedDataModule(StoredDataModule):
