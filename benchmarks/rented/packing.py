@@ -159,6 +159,8 @@ def extract(archive: Path, folder: Path) -> None:
         archive: Archive.
         folder: Folder that is created if it does not exist.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise SystemExit(f"{archive}: this Python cannot check archives; use 3.10.12, 3.11.4 or newer")
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as opened:
         opened.extractall(folder, filter="data")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import tarfile
 from pathlib import Path
 
 import gpu
@@ -61,6 +62,17 @@ def test_a_later_call_goes_on_also_with_an_empty_folder(tmp_path):
     assert set(json.loads((tmp_path / "second" / "gpu.json").read_text())["results"]) == {"a", "long", "b"}
 
 
+checks_archives = pytest.mark.skipif(
+    not hasattr(tarfile, "data_filter"), reason="this Python has no filters for archives"
+)
+
+
+def test_an_archive_that_cannot_be_checked_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    with pytest.raises(SystemExit, match=r"code\.tar\.xz: this Python cannot check archives"):
+        packing.unpack([tmp_path / "code.tar.xz"], tmp_path / "work")
+
+
 def images(folder: Path, count: int) -> Path:
     for number in range(count):
         path = folder / "train" / f"class{number % 2}" / f"{number}.jpg"
@@ -69,6 +81,7 @@ def images(folder: Path, count: int) -> Path:
     return folder
 
 
+@checks_archives
 def test_packed_parts_are_small_and_unpack_to_the_same(tmp_path):
     source, packed, work = images(tmp_path / "images", 20), tmp_path / "packed", tmp_path / "work"
     packed.mkdir()
@@ -84,6 +97,7 @@ def test_packed_parts_are_small_and_unpack_to_the_same(tmp_path):
     assert found == {path.name: path.read_bytes() for path in source.rglob("*.jpg")}
 
 
+@checks_archives
 def test_packages_travel_with_the_code_and_yield_to_those_that_are_there(tmp_path):
     root, packed, work = tmp_path / "root", tmp_path / "packed", tmp_path / "work"
     (root / "src" / "some").mkdir(parents=True)
@@ -106,6 +120,7 @@ def test_packages_travel_with_the_code_and_yield_to_those_that_are_there(tmp_pat
         list(packing.pack_code(root, packed, ["torch"]))  # compiled
 
 
+@checks_archives
 def test_unfinished_runs_go_on_elsewhere(tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
     out.mkdir()
