@@ -211,6 +211,20 @@ def test_a_link_to_a_class_is_no_class(folder, caplog, tmp_path, write_classes):
     assert "2 links to folders that were read already" in caplog.text
 
 
+@pytest.mark.parametrize(("link", "to"), [("cat/more", "dog"), ("dog/more", "cat"), ("cat/more", "dog/inner")])
+def test_a_link_that_gives_images_a_second_label_is_refused(folder, link, to):
+    (folder / "train" / "dog" / "inner").mkdir()
+    (folder / "train" / link).symlink_to(folder / "train" / to, target_is_directory=True)
+    with pytest.raises(ACKDError, match=f"({link} and .*{to}|{to} and .*{link}) are one folder.*two classes"):
+        made(folder)
+
+
+def test_a_link_to_images_elsewhere_is_followed(folder, tmp_path, write_classes):
+    write_classes(tmp_path / "elsewhere", {"more": 4})
+    (folder / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "more", target_is_directory=True)
+    assert made(folder).train_targets.tolist() == [0] * 24 + [1] * 12
+
+
 @pytest.mark.parametrize("place", ["train/photos", "train/cat/up", "train/cat/inner/up"])
 @pytest.mark.parametrize("to", ["train", "."])
 def test_a_link_to_a_folder_above_adds_neither_a_class_nor_a_label(folder, place, to, caplog):

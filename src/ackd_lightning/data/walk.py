@@ -93,6 +93,7 @@ class Walk:
 
     def __init__(self, apart: Sequence[Path] = ()) -> None:
         self._apart = {identity(each) for each in apart}
+        self._read: dict[tuple[int, int], tuple[Path, Path]] = {}
         self.folders: Counter[str] = Counter()
         self.hidden = self.loose = self.links = self.special = 0
         self.others: Counter[str] = Counter()
@@ -118,7 +119,7 @@ class Walk:
             folder: Folder.
 
         Raises:
-            ACKDError: If a folder cannot be read.
+            ACKDError: If a folder cannot be read, or is also in another folder that was listed before.
         """
         found: list[Listed] = []
         seen = above(folder)
@@ -134,6 +135,7 @@ class Walk:
                     self.links += 1
                     continue
                 seen.add(this)
+                self._check_label(this, folder, here)
                 with os.scandir(here) as entries:
                     folders = self._images_of(prefix, entries, found)
             except OSError as error:
@@ -142,6 +144,14 @@ class Walk:
             waiting += [os.path.join(prefix, each) for each in sorted(folders, reverse=True)]  # noqa: PTH118
         found.sort(key=(lambda each: Path(each[0]).parts) if deep else None)
         return found
+
+    def _check_label(self, this: tuple[int, int], folder: Path, here: Path) -> None:
+        """Refuse a folder that a link shows in two classes, so that its images would have two labels."""
+        other, place = self._read.setdefault(this, (folder, here))
+        if other != folder and place.resolve() == here.resolve():
+            raise ACKDError(
+                f"{place} and {here} are one folder, so that its images would belong to two classes: remove the link"
+            )
 
     def _images_of(self, prefix: str, entries: Iterable[os.DirEntry[str]], found: list[Listed]) -> list[str]:
         """Add the images of one folder to those that were found, and return the folders in it."""
