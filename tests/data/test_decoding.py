@@ -25,6 +25,19 @@ def grey(path):
     return (77, 77, 77)
 
 
+def test_a_jpeg_2000_of_deep_colours_is_refused(tmp_path):
+    path = tmp_path / "a.jp2"
+    for values in (np.full((8, 8, 3), 250, np.uint8), np.full((8, 8), 77 * 257, np.uint16)):
+        Image.fromarray(values).save(path)
+        np.testing.assert_array_equal(np.asarray(load_image(path)), values)
+    Image.fromarray(np.full((8, 8, 3), 250, np.uint8)).save(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\xff\x4f\xff\x51") + 42] = 11  # one less than the bits of the first colour
+    path.write_bytes(content)
+    with pytest.raises(ACKDError, match=r"a\.jp2 is a JPEG 2000 with more than 8 bits for each colour"):
+        load_image(path)
+
+
 def sixteen_bit(path):
     Image.fromarray(np.full((4, 4), 77 * 256 + 200, np.uint16)).save(path)
     return (77, 77, 77)

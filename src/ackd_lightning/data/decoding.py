@@ -23,22 +23,15 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
 
 _LOWER = ("RGB;16B", "RGBA;16B")
-
-
 _ORIENTATION = 0x0112
 _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0106, 0
 _ON_ITS_SIDE = (5, 6, 7, 8)
 _JPEG = ("JPEG", "MPO")
 _JPEG_ENDINGS = (".jpg", ".jpeg")
 _PLAIN = {1: "L", 3: "RGB"}
+_BITS_PER_SAMPLE, _COMPRESSION, _SAMPLES_PER_PIXEL = 258, 259, 277
+_JPEG_2000 = b"\xff\x4f\xff\x51"  # before its sizes, of which byte 38 holds the depth
 Factor = Callable[[int, int], int]
-
-
-_BITS_PER_SAMPLE = 258
-_SAMPLES_PER_PIXEL = 277
-_COMPRESSION = 259
-
-
 HEIF = frozenset({".heic", ".heif", ".hif"})
 """Endings of photos of phones, which PIL reads with the package pillow-heif."""
 
@@ -292,6 +285,8 @@ def _opened(
             return _deep_ppm(file, image), None
         if deep or (image.format == "TIFF" and _has_more(image)):
             return _tiff(file) if image.mode in ("LA", "RGBA") else _tiff(file).view(Spectral), None
+        if image.format == "JPEG2000" and len(image.getbands()) > 1:
+            _check_jpeg_2000(file)
         return jpeg(image) if jpeg and image.format in _JPEG else (as_decoded(image), None)
 
 
@@ -335,6 +330,14 @@ def _deep_ppm(file: ImageFile, image: Image.Image) -> NDArray[Any]:
         values = np.frombuffer(content, ">u2", int(np.prod(shape)))
     array: NDArray[Any] = (values.clip(0, top) * (65535 / top)).round().astype(np.uint16)
     return array.reshape(shape)
+
+
+def _check_jpeg_2000(file: ImageFile) -> None:
+    """Refuse more than 8 bits for each colour: Pillow 13 makes the brightest values black."""
+    _, _, sizes = _bytes(file).partition(_JPEG_2000)
+    if sizes[38:39] and sizes[38] & 0x7F > 7:
+        wrong = "is a JPEG 2000 with more than 8 bits for each colour, which Pillow reads wrongly"
+        raise ACKDError(f"{label(file)} {wrong}: convert it to PNG or TIFF")
 
 
 def _deep_png(file: ImageFile) -> NDArray[Any]:
