@@ -13,6 +13,7 @@ import torch
 
 from ackd_lightning.data import CIFAR100DataModule
 from ackd_lightning.data.cifar import read_arrays
+from ackd_lightning.data.download import extract
 from ackd_lightning.errors import ACKDError
 
 NAMES = [f"class{i:02d}" for i in range(100)]
@@ -65,15 +66,13 @@ def test_download_and_read(archive, tmp_path):
 
 @pytest.mark.parametrize("inner", [True, False], ids=["root", "folder"])
 def test_unpacked_folder(archive, tmp_path, inner):
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
+    extract(archive, tmp_path / "cifar-100-python")
     root = tmp_path / "cifar-100-python" if inner else tmp_path
     check(CIFAR100DataModule(root, download=False, val_fraction=0.25))
 
 
 def test_a_changed_member_is_refused(archive, tmp_path):
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
+    extract(archive, tmp_path / "cifar-100-python")
     (tmp_path / "cifar-100-python" / "test").write_bytes(b"half")
     with pytest.raises(ACKDError, match=r"cifar-100-python/test is not the official file \(4 bytes"):
         CIFAR100DataModule(tmp_path).prepare_data()
