@@ -267,20 +267,23 @@ def _unpack(path: Path, staging: Path) -> None:
                 _write_files(tar, staging)
         return
     with zipfile.ZipFile(path) as archive:
-        inside = staging.resolve()
         for name in archive.namelist():
-            if not (inside / name).resolve().is_relative_to(inside):
-                raise zipfile.BadZipFile(f"its member {name!r} would be written outside the folder")
+            _place_in(staging, name)
         archive.extractall(staging)
+
+
+def _place_in(folder: Path, name: str) -> Path:
+    """Return where a member of an archive is written, which has to be in the folder."""
+    place = (folder / name).resolve()
+    if not place.is_relative_to(folder.resolve()):
+        raise OSError(f"its member {name!r} would be written outside the folder")
+    return place
 
 
 def _write_files(tar: tarfile.TarFile, staging: Path) -> None:
     """Write the files and folders of an archive; Python before 3.10.12 and 3.11.4 has no filters for archives."""
-    inside = staging.resolve()
     for member in tar:
-        place = (inside / member.name).resolve()
-        if not place.is_relative_to(inside):
-            raise tarfile.ExtractError(f"its member {member.name!r} would be written outside the folder")
+        place = _place_in(staging, member.name)
         if member.isdir():
             place.mkdir(parents=True, exist_ok=True)
         elif member.isreg():
