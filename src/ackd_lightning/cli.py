@@ -182,7 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--which", choices=["last", "best"], default="last", help="checkpoint whose test predictions are compared"
     )
-    compare.add_argument("--against", help="configuration of reference, by name or folder; default: the first")
+    compare.add_argument("--against", help="reference, by name or folder; default: first of the network that most have")
     compare.add_argument("--figure", default="comparison.png", help="file for the validation curves")
 
     report = commands.add_parser(

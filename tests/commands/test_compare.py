@@ -21,13 +21,13 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make_run(name, *, seed=0, right=None, images="same", which="last", config=None, steps=100):
+def make_run(name, *, seed=0, right=None, images="same", which="last", config=None, steps=100, student="resnet8"):
     """A finished run of 200 test images, the first ``right`` of which it classifies correctly."""
     run = Path("runs") / (config or name) / f"seed{seed}"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump({"seed_everything": seed}))
     accuracy = None if right is None else sum(right) / 200 if isinstance(right, list) else right / 200
-    summary = {"config": config or name, "seed": seed, "shown": "val", "method": "CE", "student": "resnet8"}
+    summary = {"config": config or name, "seed": seed, "shown": "val", "method": "CE", "student": student}
     summary |= {"parameters": 1, "steps": steps, "last": {"val/acc": 0.5}, "best": {}, "learners": []}
     if right is not None:
         summary["test"] = {which: {"test/acc": accuracy}}
@@ -87,6 +87,16 @@ def test_runs_of_the_same_seed_are_compared_in_pairs(seeds, verdict):
     assert said.startswith("kd is 10.00 points better than ce")
     assert said.endswith(f"the difference {verdict}")
     assert ("over the seeds the interval is 10.00 to 10.00 (Student's t" in said) == (seeds == (0, 1, 2))
+
+
+def test_a_teacher_beside_its_students_is_not_the_reference():
+    groups = {
+        name: [make_run(name, right=right, student=student)]
+        for name, right, student in (("a_teacher", 190, "resnet20"), ("ce", 150, "resnet8"), ("kd", 160, "resnet8"))
+    }
+    teacher, kd = paired_tests(groups, "last")
+    assert teacher.startswith("a_teacher is 20.00 points better than ce")
+    assert kd.startswith("kd is 5.00 points better than ce")
 
 
 @pytest.mark.parametrize("against", ["ce", "runs/ce", "runs/ce/seed0"])

@@ -280,7 +280,8 @@ def compare_command(places: Sequence[str], *, figure: str, which: Which = "last"
         places: Run folders, or folders of runs.
         which: Checkpoint whose test predictions are compared.
         figure: Image file to write (PNG, PDF or SVG).
-        against: Configuration that the others are compared with, or a folder of its runs; None: the first.
+        against: Configuration that the others are compared with, or a folder of its runs; None: the first of the
+            network that most of them have.
     """
     target = Path(figure)
     if target.suffix.lower() not in _FIGURES or target.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def paired_tests(groups: Mapping[str, Sequence[Path]], which: Which, reference: 
     Args:
         groups: Folders of the runs of each configuration.
         which: Checkpoint that was tested.
-        reference: Configuration that the others are compared with; None: the first.
+        reference: Configuration that the others are compared with; None: the first of the network that most have.
 
     Returns:
         A sentence for each pair, or why there is none.
@@ -68,8 +69,15 @@ def paired_tests(groups: Mapping[str, Sequence[Path]], which: Which, reference: 
         name: {read_summary(run)["seed"]: read_answers(answers_file(run, which)) for run in runs}
         for name, runs in groups.items()
     }
-    first = next(iter(answers)) if reference is None else reference
+    first = _usual_reference(groups) if reference is None else reference
     return [_sentence(first, answers[first], other, answers[other]) for other in answers if other != first]
+
+
+def _usual_reference(groups: Mapping[str, Sequence[Path]]) -> str:
+    """Return the first configuration of the network that most have, which is not that of a teacher beside students."""
+    networks = {name: read_summary(runs[0])["student"] for name, runs in groups.items()}
+    most = Counter(networks.values()).most_common(1)[0][0]
+    return next(name for name, network in networks.items() if network == most)
 
 
 def _sentence(first: str, ours: Mapping[int, Answers], second: str, theirs: Mapping[int, Answers]) -> str:
