@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ackd_lightning import load_student
+from ackd_lightning import create_model, load_student, save_weights
 from ackd_lightning.cli import main
 from ackd_lightning.commands import export
+from ackd_lightning.commands.student import check_data, read_student, trained
 from ackd_lightning.deploy.files import open_network
+from ackd_lightning.errors import ACKDError
+from ackd_lightning.runs.files import read_checkpoint
 
 RUN = "runs/digits_resnet8/a"
 QUICK = ["--trainer.max_epochs", "1", "--model.lr_scheduler.milestones", "[1]", "--data.max_per_class", "4"]
@@ -110,6 +114,38 @@ def test_wrong_options_write_nothing(options, words, capsys, place):
     assert sorted(place.rglob("*")) == before
 
 
+def test_images_prepared_otherwise_than_in_training_are_refused(capsys):
+    other = ["--data.mean", "[0.1,0.1,0.1]", "--data.std", "[0.9,0.9,0.9]"]
+    assert main(["export", RUN, "--format", "pt2", "--out", "other.pt2", *other]) == 2
+    assert "mean of the data is (0.1, 0.1, 0.1) and was (0.3056, 0.3056, 0.3056)" in capsys.readouterr().err
+    assert not Path("other.pt2").exists()
+    student = read_student(RUN, "last")
+    for changed in ({"input_size": 32}, {"channels": 1}, {"background": "black"}, {"value_range": (0.0, 16.0)}):
+        with pytest.raises(ACKDError, match="when the student was trained"):
+            check_data(student.checkpoint, student.description.replace(**changed), ["--data.batch_size", "10"])
+
+
+def test_a_run_is_tested_with_the_options_that_came_with_its_weights():
+    options = {"aux_logits": False, "transform_input": True}
+    notes = {"model": "googlenet", "model_options": json.dumps(options)}
+    file = save_weights(create_model("googlenet", 10, **options), Path("googlenet.safetensors"), notes)
+    student = ["--model.student.network", "googlenet", "--model.student.weights", str(file)]
+    assert (
+        main(["fit", "--config", "digits_resnet8.yaml", "--name", "inception", "--weights_dir", "w", *QUICK, *student])
+        == 0
+    )
+    file.unlink()
+    checkpoint = Path("runs/digits_resnet8/inception/checkpoints/last.ckpt")
+    assert trained(checkpoint, read_checkpoint(checkpoint)).model.student.plain().transform_input
+
+
+def test_more_images_than_a_graph_takes_are_read_in_parts():
+    assert main(["export", RUN, "--out", "large.pt2", "--check", "random"]) == 0
+    opened = open_network("large.pt2")
+    assert opened.description.batch == 1024
+    assert opened.run(torch.zeros(1024, 3, 16, 16)).shape == (1024, 10)
+
+
 def test_data_that_are_gone_are_said_with_the_remedy(capsys):
     assert main(["export", "gone", "--format", "pt2"]) == 2
     error = capsys.readouterr().err
@@ -138,6 +174,4 @@ def test_one_format_that_fails_does_not_lose_the_others(monkeypatch, capsys):
 
 
 def _refuse(*_):
-    from ackd_lightning.errors import ACKDError
-
     raise ACKDError("broken")

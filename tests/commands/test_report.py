@@ -193,13 +193,22 @@ def test_a_file_of_a_run_has_a_report_of_its_own(run):
 
 
 @pytest.mark.parametrize(
-    ("left", "refused"), [(["figures", "report.md", ".report.html.1.tmp"], False), (["notes"], True)]
+    ("left", "refused"),
+    [
+        ({"figures": "", "report.md": "# Report: resnet8", ".report.html.1.tmp": ""}, False),
+        ({"figures": "", "report.md": "# Report: resnet8", "report.html": "", ".report.json.1.tmp": ""}, False),
+        ({"report.json": '{"command": "ackd report runs/a"}', "report.md": "", "mine": ""}, False),
+        ({"notes": ""}, True),
+        ({"report.md": "my thesis"}, True),
+        ({"report.html": "my page"}, True),
+        ({"report.json": '{"tests": 3}', "report.html": "", "setup.py": ""}, True),
+    ],
 )
-def test_what_an_interrupted_report_left_is_replaced(left, refused, tmp_path):
+def test_what_an_interrupted_report_left_is_replaced_and_nothing_else(left, refused, tmp_path):
     target = tmp_path / "report"
     target.mkdir()
-    for name in left:
-        (target / name).touch()
+    for name, content in left.items():
+        (target / name).write_text(content)
     if refused:
         with pytest.raises(ACKDError, match="exists and is not a report"):
             command._check_folder(target)

@@ -36,6 +36,13 @@ def test_logits_and_description(run, name):
     assert predictions.probabilities.sum(1).allclose(torch.ones(5))
 
 
+def test_a_file_is_one_checkpoint(run):
+    folder, _ = run
+    for name in ("checkpoints/last.ckpt", "student.safetensors"):
+        with pytest.raises(ACKDError, match=r"--which is best and .* is a file and not a run"):
+            open_network(folder / name, which="best")
+
+
 def test_a_student_predicts(run):
     folder, network = run
     student = load_student(folder / "student.safetensors")

@@ -4,9 +4,13 @@ import json
 
 import pytest
 import torch
+from timm.data import ImageNetInfo
 
 from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
+from ackd_lightning.cli import main
 from ackd_lightning.data.transforms import normalise
+from ackd_lightning.deploy.files import open_network
+from ackd_lightning.deploy.student import load_student
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import AT
 from ackd_lightning.models.features import staged_forward
@@ -15,6 +19,8 @@ from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.huggingface import described
 from ackd_lightning.models.zoo.pretrained import pretrained, published
+from ackd_lightning.runs.export import export_student
+from deploy.samples import checkpoint
 
 transformers = pytest.importorskip("transformers", reason="networks hf:FOLDER need the extra huggingface")
 
@@ -62,6 +68,45 @@ def test_its_stages_are_found_and_its_branches_learn(folder):
     assert [tuple(branch.logits.shape) for branch in output.branches] == [(2, 5)] * 2
     sum(branch.logits.square().mean() for branch in output.branches).backward()
     assert all(each.grad is not None for each in student.branches.parameters())
+
+
+def test_a_student_from_a_folder_goes_to_every_kind_of_file(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    network = checkpoint(run / "checkpoints/last.ckpt", f"hf:{folder}", input_size=32)
+    image = torch.randn(2, 3, 32, 32)
+    assert network(image).shape == (2, 3)
+    export_student(run / "checkpoints/last.ckpt", run / "student.safetensors")
+    pixels = torch.randint(0, 256, (5, 3, 40, 40), dtype=torch.uint8)
+    wanted = load_student(run / "student.safetensors").predict(pixels).probabilities
+    assert open_network(run).predict(pixels).probabilities.allclose(wanted, atol=1e-6)
+    assert main(["export", str(run), "--format", "safetensors,pt2", "--check", "random"]) == 0
+    for name in ("student-last.safetensors", "student-last.pt2"):
+        assert open_network(run / name).predict(pixels).probabilities.allclose(wanted, atol=1e-4)
+    capsys.readouterr()
+    assert main(["push", str(run), "me/x", "--license", "mit"]) == 2
+    assert "whose settings are in a folder of yours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("imagenet", [False, True])
+def test_classes_with_the_same_word_are_words_and_no_names(tmp_path, imagenet):
+    words = ImageNetInfo("imagenet-1k").label_descriptions() if imagenet else ["crane", "dog", "crane", "cat"]
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=len(words))
+    config.id2label = dict(enumerate(words))
+    transformers.AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
+    _, metadata = pretrained(f"hf:{tmp_path}")
+    assert metadata["class_labels"] == list(words)
+    assert metadata.get("class_names", [None])[0] == ("n01440764" if imagenet else None)
+    picked = [134, 1] if imagenet else [2, "dog"]
+    module = DistillationModule(
+        "resnet8",
+        method=AT(),
+        teacher=TeacherConfig(f"hf:{tmp_path}", pretrained=True, gate="off", class_map=picked),
+        data=DataInfo(2, 32, class_names=("bird", "pet")),
+    )
+    module.load_teacher()
+    module.teachers.match_classes(("bird", "pet"), reorder=True)
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(module.teacher(image).logits, module.teacher.network(image)[:, [134 if imagenet else 2, 1]])
 
 
 def test_a_folder_without_a_network_is_refused(tmp_path):

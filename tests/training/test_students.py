@@ -29,8 +29,11 @@ from ackd_lightning.models.freezing import frozen_modules
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers
 from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import match_head
+from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.weights import load_weights, read_metadata
 from ackd_lightning.models.zoo import pretrained as published
+from ackd_lightning.runs.export import export_student
+from ackd_lightning.training.teachers import Teachers
 from training.helpers import CLASSES, DATA, SIZE, Blobs, TinyNet, build, state, trainer
 
 NAMES = ("ape", "bee", "cat", "dog")
@@ -98,6 +101,39 @@ def test_the_head_of_a_method_is_left_out_and_not_lost_without_a_word(tmp_path, 
     assert said in capsys.readouterr().out
     with pytest.raises(ACKDError, match="a head of ATSC in place of its own classifier, which fine-tuning for int8"):
         student(StudentConfig("resnet8", weights=file, quantization="x86"))
+
+
+def test_options_that_a_file_states_build_its_network_again(tmp_path, capsys):
+    """GoogLeNet with published weights normalises images inside, and its tensors do not show it."""
+    data = DataInfo(CLASSES, 32, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+    first = student(StudentConfig("googlenet", options={"aux_logits": False, "transform_input": True}), data=data)
+    with torch.no_grad():
+        for _ in range(3):
+            first.student(torch.randn(8, 3, 32, 32))
+    torch.save({"state_dict": first.state_dict(), "ackd_lightning": first.metadata()}, tmp_path / "last.ckpt")
+    export_student(tmp_path / "last.ckpt", tmp_path / "student.safetensors")
+    for name in ("last.ckpt", "student.safetensors"):
+        file = str(tmp_path / name)
+        again = student(StudentConfig("googlenet", weights=file), data=data)
+        assert again.student.plain().transform_input
+        assert again.student.plain().model_options["transform_input"]
+        assert f"transform_input True, as {file} states" in capsys.readouterr().out
+        other = student(StudentConfig("googlenet", weights=file, options={"transform_input": False}), data=data)
+        assert not other.student.plain().transform_input
+        teacher = Teachers([TeacherConfig("googlenet", weights=file)], data)
+        teacher.load()
+        with torch.no_grad():
+            image = torch.randn(2, 3, 32, 32)
+            torch.testing.assert_close(teacher(image).logits, first.student.plain().eval()(image))
+
+
+def test_a_checkpoint_with_the_head_of_a_method_is_no_plain_network(tmp_path):
+    source = HeadedNetwork(create_model("resnet8", CLASSES), SharedClassifiers(64, [(16, 4, 4)], CLASSES))
+    state = {f"student.backbone.{key}": each for key, each in create_model("resnet8", CLASSES).state_dict().items()}
+    about = {"model": "resnet8", "method": "ATSC", "head": source.head.description()}
+    torch.save({"state_dict": state, "ackd_lightning": about}, tmp_path / "last.ckpt")
+    with pytest.raises(ACKDError, match="head of ATSC in place of its own classifier"):
+        load_weights(create_model("resnet8", CLASSES), tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ackd_lightning.deploy.hub import CARD, CONFIG, for_timm, model_card, push, 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.hub import WEIGHTS, parse_repository
 from ackd_lightning.models.weight_files import tell
+from ackd_lightning.models.zoo.huggingface import HF
 from ackd_lightning.runs.export import weights_mark
 from ackd_lightning.runs.files import Which, run_folder
 
@@ -51,10 +52,12 @@ def push_command(
     if revision is not None:
         raise ACKDError(f"{repository} names a revision, and a student is sent to the newest; leave it out")
     student = read_student(run, which)
-    if student.own:
+    local = student.description.model.startswith(HF)
+    if student.own or local:
+        whose = "whose settings are in a folder of yours" if local else "a network of your own"
         raise ACKDError(
-            f"the student is {student.description.model}, a network of your own, which a weight file on the hub could "
-            "not rebuild; export it with --format onnx and send that file with the hub's own program"
+            f"the student is {student.description.model}, {whose}, which a weight file on the hub could not rebuild; "
+            "export it with --format onnx and send that file with the hub's own program"
         )
     require_token(name)
     if check == "random":

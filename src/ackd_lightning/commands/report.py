@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.deploy.files import ENDINGS, open_network
 from ackd_lightning.deploy.report.elements import FIGURES
 from ackd_lightning.deploy.report.measuring import measure, validation_logits
+from ackd_lightning.deploy.report.page import HEAD
 from ackd_lightning.deploy.report.subject import Subject, exported_files, of_file, of_run
 from ackd_lightning.deploy.report.writing import assemble, write
 from ackd_lightning.errors import ACKDError
@@ -30,7 +33,6 @@ from ackd_lightning.runs.export import weights_mark
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
 from ackd_lightning.runs.versions import cpu_name, versions
 
-_FILES = {"report.md", "report.html", "report.json", FIGURES}
 _TRAINING = ("seconds", "epochs", "steps", "training_parameters", "device", "precision", "seed", "skipped_steps")
 
 
@@ -115,10 +117,21 @@ def report_command(
 
 def _check_folder(target: Path) -> None:
     there = [each.name for each in target.iterdir()] if target.is_dir() else []
-    others = [name for name in there if name not in _FILES and not name.startswith(".")]
-    if target.is_file() or (others and "report.json" not in there):  # that is written last
+    if target.is_file() or (any(not name.startswith(".") for name in there) and not _is_report(target, there)):
         raise ACKDError(f"--out {target} exists and is not a report; choose another folder")
     check_writable(target, "--out")
+
+
+def _is_report(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a folder has a report of this package, also one that was not written to the end."""
+    with contextlib.suppress(OSError, ValueError):
+        if "report.json" in names:  # that is written last
+            about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            return isinstance(about, dict) and str(about.get("command", "")).startswith("ackd report ")
+        parts = {FIGURES} if "report.md" not in names else {FIGURES, "report.md", "report.html"}
+        ours = "report.md" not in names or (folder / "report.md").read_text(encoding="utf-8").startswith(HEAD)
+        return ours and all(name in parts or name.startswith(".") for name in names)
+    return False
 
 
 def _prepared(cli: ACKDCLI, names: Sequence[str] | None) -> ImageDataModule:
@@ -166,7 +179,7 @@ def _file(
     measure_on: Sequence[torch.device],
     device: torch.device,
 ) -> tuple[ImageDataModule, Subject]:
-    network = open_network(path, device=device)
+    network = open_network(path, which=which, device=device)
     if folder is not None:
         cli = ACKDCLI("test", ["--config", str(folder / "config.yaml"), *settings])
     else:

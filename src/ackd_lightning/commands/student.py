@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ackd_lightning.callbacks.accuracy_table import validates_in_part
+from ackd_lightning.data.base import ImageDataModule, info_of
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.files import ExportedNetwork, of_module, open_network
 from ackd_lightning.errors import ACKDError
@@ -25,6 +26,7 @@ from ackd_lightning.models.zoo.complexity import count_parameters
 from ackd_lightning.runs.claim import say_unfinished
 from ackd_lightning.runs.export import describe_network, network_of, plain_parameters
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
+from ackd_lightning.types import height_width
 
 _KEPT = ("student.", "method.head.")
 """What the names of tensors begin with that are left after training."""
@@ -158,10 +160,12 @@ def check_data(checkpoint: Path, description: Description, options: Sequence[str
         options: Options of the run's data, such as ``--data.root``.
 
     Raises:
-        ACKDError: If the data are not there.
+        ACKDError: If the data are not there, or prepare images otherwise than in training.
     """
     try:
-        return data_of_run(checkpoint, options, description.class_names)
+        data = data_of_run(checkpoint, options, description.class_names)
+        _refuse_other_images(data, description)
+        return data
     except ACKDError as error:
         if options:
             raise
@@ -169,3 +173,23 @@ def check_data(checkpoint: Path, description: Description, options: Sequence[str
             f"files are compared on images of the run's data, which are not usable ({error}); give their place with "
             "--data.root FOLDER, or compare on random images alone with --check random"
         ) from error
+
+
+def _refuse_other_images(data: Any, description: Description) -> None:
+    """Refuse data that prepare images otherwise than in training, since a file states how it was in training."""
+    info = info_of(data)
+    both: dict[str, tuple[Any, Any]] = {
+        "image size": (height_width(info.input_size), height_width(description.input_size))
+    }
+    if info.mean is not None and description.mean is not None:
+        both |= {"mean": (info.mean, description.mean), "std": (info.std, description.std)}
+    if isinstance(data, ImageDataModule):
+        for name in ("channels", "value_range", "background", "pixels"):
+            value = data.preprocessing[name]
+            both[name] = (tuple(value) if isinstance(value, list) else value, getattr(description, name))
+    for name, (here, there) in both.items():
+        if here != there:
+            raise ACKDError(
+                f"{name} of the data is {here} and was {there} when the student was trained, which its file states; "
+                "leave out the option that changes it"
+            )

@@ -17,7 +17,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.weight_files import local_file
 from ackd_lightning.runs.export import network_of
-from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint
+from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, refuse_which
 
 _BY_ENDING = {each.ending: each for each in FORMATS.values()}
 ENDINGS = tuple(_BY_ENDING)
@@ -97,7 +97,7 @@ def open_network(
 
     Raises:
         ACKDError: If there is no such file, its format is unknown, it was not written by this package, or a library
-            that it needs is not installed.
+            that it needs is not installed; or if a file is named and ``which`` is another checkpoint.
     """
     file = local_file(path) if is_hub_name(path) else Path(path).expanduser()
     ending = file.suffix.lower()
@@ -108,6 +108,7 @@ def open_network(
         return of_module(checkpoint, description, network, "checkpoint", device)
     if not file.is_file():
         raise ACKDError(f"{file} does not exist; name a run folder, or a file that `ackd export` wrote")
+    refuse_which(file, which)
     if ending not in _BY_ENDING:
         raise ACKDError(
             f"{file} has a format that is unknown; name a run folder, or a file that ends in {', '.join(_BY_ENDING)}"

@@ -40,6 +40,7 @@ from ackd_lightning.launch.messages import Given, RefusedError, check_shape, fai
 from ackd_lightning.launch.options import FIT_ONLY, data_parser, interval_of, make_parser, spell_out
 from ackd_lightning.launch.preflight import check_numbers, check_teachers, check_values
 from ackd_lightning.launch.run_settings import find_files, name_checkpoint, resumed_settings
+from ackd_lightning.models.stated import stated_options
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.strategies import refuse_sharding
 
@@ -213,11 +214,17 @@ class ACKDCLI:
         return self.datamodule
 
     def _without_start(self) -> Any:
-        """Return the settings without the weights to start from where a checkpoint is loaded, which has its own."""
-        if not self.option("ckpt_path"):
+        """Return the settings without the weights to start from where a checkpoint is loaded, which has its own.
+
+        Options of the network that came with those weights are in the checkpoint.
+        """
+        if not (checkpoint := self.option("ckpt_path")):
             return self.config
         settings = self.config.clone()
-        settings.model.student.weights, settings.model.student.pretrained = None, False
+        student = settings.model.student
+        student.weights, student.pretrained = None, False
+        if isinstance(student.network, str):
+            student.options = {**stated_options(student.network, checkpoint), **(student.options or {})} or None
         return settings
 
 

@@ -210,7 +210,7 @@ def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         notes, odd = of_other_programs({str(key): text for key, text in beside.items() if text is not None})
         for key in odd:
             tell(f"{file}: its {key}, {beside[key]}, is not in the form of this package and is not read")
-        notes |= _own_notes(loaded.get("ackd_lightning"))
+        notes |= own_notes(loaded.get("ackd_lightning"))
         others = [key for key, each in loaded.items() if key != named[0] and _is_state_dict(each)]
         if others:
             kind = " (an average of the weights)" if named[0] in _AVERAGED else ""
@@ -228,11 +228,16 @@ def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return _nothing_but_tensors(loaded, file), {}
 
 
-def _own_notes(described: Any) -> dict[str, str]:
-    """What a checkpoint of this package says of its network, as text: what an exported file says, too."""
+def own_notes(described: Any) -> dict[str, str]:
+    """Return what a checkpoint of this package says of its network, as text: what an exported file says, too.
+
+    Args:
+        described: Entry ``ackd_lightning`` of the checkpoint; anything else says nothing.
+    """
     if not isinstance(described, Mapping):
         return {}
-    facts = {key: described.get(key) for key in ("model", "model_options", "class_names", "input_size", "mean", "std")}
+    kept = ("model", "model_options", "head", "method", "class_names", "input_size", "mean", "std")
+    facts = {key: described.get(key) for key in kept}
     if isinstance(images := described.get("preprocessing"), Mapping):
         facts = {**images, **facts}
     return as_text(facts)

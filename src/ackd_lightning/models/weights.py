@@ -85,8 +85,8 @@ def fitting_tensors(
     if "head" in metadata and not isinstance(model, HeadedNetwork):
         what, whose = metadata.get("model", "a network"), metadata.get("method", "a method")
         raise ACKDError(
-            f"{file} holds {what} with a head of {whose} in place of its own classifier; load it with "
-            "ackd_lightning.load_student"
+            f"{file} holds {what} with a head of {whose} in place of its own classifier; load its "
+            ".safetensors file with ackd_lightning.load_student"
         )
     own = model.state_dict()
     tensors = own_names(tensors, own, str(file))

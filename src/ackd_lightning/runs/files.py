@@ -171,7 +171,7 @@ def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
         which: Checkpoint to take from a folder.
 
     Raises:
-        ACKDError: If the folder has no such checkpoint, or ``run`` does not exist.
+        ACKDError: If the folder has no such checkpoint, ``run`` does not exist, or it is another checkpoint.
     """
     path = Path(run)
     if path.is_dir():
@@ -185,7 +185,22 @@ def find_checkpoint(run: str | Path, which: Which = "last") -> Path:
         raise ACKDError(f"{run} is neither a run folder nor a checkpoint; {hint}")
     if path.suffix != ".ckpt" and (path.parent / "checkpoints").is_dir():
         raise ACKDError(f"{path} is a file of a run and no checkpoint; name the run {_named(path.parent)}")
+    refuse_which(path, which)
     return path
+
+
+def refuse_which(path: Path, which: Which) -> None:
+    """Refuse a choice of checkpoint where a file is named, which is or has one checkpoint.
+
+    Args:
+        path: File.
+        which: Checkpoint that was chosen; ``last`` is the default.
+
+    Raises:
+        ACKDError: If the file is not that checkpoint.
+    """
+    if which != "last" and path.stem != which:
+        raise ACKDError(f"--which is {which} and {path} is a file and not a run; name the run, or leave --which out")
 
 
 def _no_checkpoint(folder: Path, wanted: Path) -> ACKDError:

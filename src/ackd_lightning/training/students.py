@@ -15,6 +15,7 @@ from ackd_lightning.models.finding import check_trainable, use_taps
 from ackd_lightning.models.freezing import freeze, frozen_modules
 from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import Start, head_names, own_network, start
+from ackd_lightning.models.stated import stated_options
 from ackd_lightning.models.student import AuxiliaryLearner, BranchyStudent, Peer
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.teacher_base import Teacher
@@ -57,7 +58,16 @@ def build_student(
                 "student.options.aux_logits is true and auxiliary classifiers of the network itself are not trained "
                 "here; leave it out"
             )
-        backbone = create_model(config.network, data.num_classes, **{**usual, **(config.options or {})})
+        given = config.options or {}
+        stated = {
+            key: value
+            for key, value in stated_options(config.network, config.weights).items()
+            if key != "in_chans" and key not in given
+        }
+        if stated:
+            said = ", ".join(f"{key} {value}" for key, value in stated.items())
+            tell(f"the student {config.network} is built with {said}, as {config.weights} states")
+        backbone = create_model(config.network, data.num_classes, **{**usual, **stated, **given})
     if config.taps:
         use_taps(backbone, config.taps, f"the student {name_of(backbone)}")
     classes = None if data is None else data.num_classes

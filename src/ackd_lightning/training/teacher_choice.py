@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,10 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.class_map import FEATURES_ONLY
 from ackd_lightning.models.hub import is_hub_name
+from ackd_lightning.models.stated import read_notes, stated_options
 from ackd_lightning.models.teacher_base import NoLogitsError
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.weight_files import local_file, read_tensors
-from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.plain import as_plain, is_plain
 from ackd_lightning.types import Batch
@@ -143,12 +141,7 @@ def file_metadata(config: TeacherConfig) -> dict[str, str]:
     Args:
         config: Teacher given by name.
     """
-    if config.weights is None or not (is_hub_name(config.weights) or Path(config.weights).is_file()):
-        return {}
-    try:
-        return read_metadata(config.weights)
-    except ACKDError:  # another kind of file; what is wrong with one is said when it is loaded
-        return {}
+    return {} if config.weights is None else read_notes(config.weights)
 
 
 def network_options(config: TeacherConfig) -> dict[str, Any]:
@@ -157,12 +150,7 @@ def network_options(config: TeacherConfig) -> dict[str, Any]:
     Args:
         config: Teacher given by name.
     """
-    stated: Any = {}
-    metadata = file_metadata(config)
-    if metadata.get("model") == config.network:
-        with contextlib.suppress(ValueError):
-            stated = json.loads(metadata.get("model_options", "{}"))
-    return {**(stated if isinstance(stated, dict) else {}), **(config.options or {})}
+    return {**stated_options(str(config.network), config.weights), **(config.options or {})}
 
 
 def on_meta(name: str, num_classes: int, options: dict[str, Any] | None) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.deploy.formats.program import Opened, graph_of, quiet, unreadable
+from ackd_lightning.deploy.formats.program import LARGEST_BATCH, Opened, graph_of, quiet, unreadable
 from ackd_lightning.deploy.formats.pt2_safety import check_archive
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
@@ -20,7 +20,7 @@ DESCRIPTION = "description.json"
 
 
 def write(network: nn.Module, example: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a network as a graph; its metadata are the extra file ``description.json``.
+    """Write a network as a graph; its metadata, with the largest batch, are the extra file ``description.json``.
 
     Args:
         network: Network in evaluation mode.
@@ -34,8 +34,9 @@ def write(network: nn.Module, example: Tensor, path: Path, metadata: Mapping[str
     graph = graph_of(network, example, "pt2")
     for node in graph.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines and folders of this machine
+    stated = {**metadata, "batch": json.dumps(LARGEST_BATCH)}
     with quiet(), path.open("wb") as stream:
-        torch.export.save(graph, stream, extra_files={DESCRIPTION: json.dumps(dict(metadata))})
+        torch.export.save(graph, stream, extra_files={DESCRIPTION: json.dumps(stated)})
 
 
 def open_file(path: Path) -> Opened:

@@ -14,6 +14,8 @@ from ackd_lightning.deploy.latency import PTE_THREADS
 from ackd_lightning.deploy.report.elements import FIGURES, escaped, figure, interval_text, percent, size_text, table
 from ackd_lightning.metrics.intervals import TOP5_CLASSES
 
+HEAD = "# Report: "
+"""Beginning of the Markdown."""
 _SHOWN_CLASSES = 30
 _STYLE = """
 :root { color-scheme: light; }
@@ -78,7 +80,7 @@ def _head(content: Mapping[str, Any]) -> list[str]:
     method = f", trained with {escaped(facts['method'])}" if facts.get("method") else ""
     of = f" on {escaped(facts['data'])}" if facts.get("data") else ""
     lead = f"{escaped(facts['model'])}{method}{taught}{of}."
-    return [f"# Report: {escaped(facts['model'])}", lead, " ".join(numbers)]
+    return [f"{HEAD}{escaped(facts['model'])}", lead, " ".join(numbers)]
 
 
 def _one_image_ms(cost: Mapping[str, Any]) -> float | None:

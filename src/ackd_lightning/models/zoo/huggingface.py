@@ -6,12 +6,13 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
+from ackd_lightning.models.outputs import logits_of
 
 HF = "hf:"
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -57,7 +58,7 @@ def from_config(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modu
             network: nn.Module = transformers.AutoModelForImageClassification.from_config(config)
     except (ValueError, OSError, KeyError) as error:
         raise _refused(name, error) from error
-    return network
+    return _returning_logits(network)
 
 
 def with_weights(name: str, options: dict[str, Any]) -> nn.Module:
@@ -88,7 +89,17 @@ def with_weights(name: str, options: dict[str, Any]) -> nn.Module:
             f"the weights of {name!r} lack {missing[0]!r} and {len(missing) - 1} others; give the folder of an image "
             "classifier, and not of its backbone"
         )
-    return cast(nn.Module, network)
+    return _returning_logits(network)
+
+
+def _returning_logits(network: nn.Module) -> nn.Module:
+    """Let a network return its logits alone, as every other network does, and not an object with them."""
+    network.register_forward_hook(_logits_alone)
+    return network
+
+
+def _logits_alone(_: nn.Module, __: Any, output: Any) -> Tensor:
+    return logits_of(output)
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -98,15 +109,16 @@ def described(folder: Path) -> dict[str, Any]:
         folder: Folder with a ``config.json`` and, perhaps, a ``preprocessor_config.json``.
 
     Returns:
-        ``class_names``, and ``mean`` and ``std`` of pixels in 0 to 1, ``input_size`` (height, width) and
-        ``interpolation`` where they are stated.
+        ``class_names``, or ``class_labels`` where two classes have the same word, as in ImageNet; ``mean`` and ``std``
+        of pixels in 0 to 1, ``input_size`` (height, width) and ``interpolation`` where they are stated.
 
     Raises:
         ACKDError: If the network reads the channels in another order.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     labels = config.get("id2label") or {str(number): f"LABEL_{number}" for number in range(config.get("num_labels", 2))}
-    result: dict[str, Any] = {"class_names": [labels[number] for number in sorted(labels, key=int)]}
+    words = [labels[number] for number in sorted(labels, key=int)]
+    result: dict[str, Any] = {"class_names" if len(set(words)) == len(words) else "class_labels": words}
     file = folder / "preprocessor_config.json"
     stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if stated.get("do_flip_channel_order"):

@@ -175,7 +175,11 @@ def _torchvision(name: str) -> Published:
 def _folder(name: str) -> Published:
     folder = folder_of(name)
     metadata = {"weights": folder.name, **described(folder)}
-    return Published(name, str(folder), len(metadata["class_names"]), metadata, folder, partial(with_weights, name))
+    words = metadata.get("class_names") or metadata["class_labels"]
+    known = _imagenet_classes(len(words))
+    if known.get("class_labels") == words:  # of which two are "crane", so that words are no names
+        metadata |= known
+    return Published(name, str(folder), len(words), metadata, folder, partial(with_weights, name))
 
 
 def _timm(name: str) -> Published:
