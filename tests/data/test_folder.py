@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,45 @@ def test_a_photo_that_is_added_moves_at_most_one_other(folder, picture, val_frac
 def test_one_folder_for_two_parts_is_said(folder, caplog):
     ImageFolderDataModule(folder, test_dir="train", batch_size=8)
     assert f"the test part is the training part: both are {folder / 'train'}" in caplog.messages
+
+
+def test_no_part_that_measures_accuracy_is_trained_on_without_labels(folder, caplog):
+    for place in ("test", "test/cat", folder / "test"):
+        with pytest.raises(ACKDError, match="which belongs to the test part"):
+            ImageFolderDataModule(folder, test_dir="test", unlabelled=str(place))
+    (folder / "pool").mkdir()
+    (folder / "test").rename(folder / "pool/test")
+    shutil.copytree(folder / "train/cat", folder / "pool/more")
+    module = ImageFolderDataModule(folder, test_dir="pool/test", unlabelled="pool", val_fraction=0)
+    module.setup()
+    assert "test part" in caplog.text
+    assert "is left out of the unlabelled images" in caplog.text
+    tested = set(module.image_names("test"))
+    assert len(tested) == 8
+    assert len(module.image_names("train")) == 32 + 20
+    assert not any("pool/test" in name for name in module.image_names("train"))
+
+
+def test_a_share_that_has_no_effect_is_said(folder, caplog):
+    shutil.copytree(folder / "test", folder / "val")
+    ImageFolderDataModule(folder, val_fraction=0.5).setup()
+    assert "val_fraction 0.5 has no effect" in caplog.text
+    caplog.clear()
+    for share in (0.1, 0):
+        ImageFolderDataModule(folder, val_fraction=share).setup()
+    assert "has no effect" not in caplog.text
+
+
+def test_the_test_set_does_not_depend_on_how_a_system_spells_names(folder, tmp_path):
+    chosen = []
+    for number, form in enumerate(("NFC", "NFD")):
+        root = tmp_path / str(number)
+        picture_file = next((folder / "train/cat").iterdir())
+        for name in ("H\N{LATIN SMALL LETTER A WITH DIAERESIS}user", "Wald"):
+            (root / unicodedata.normalize(form, name)).mkdir(parents=True)
+            for image in range(20):
+                shutil.copy(picture_file, root / unicodedata.normalize(form, name) / f"{image}.png")
+        module = ImageFolderDataModule(root)
+        module.setup()
+        chosen.append(sorted(unicodedata.normalize("NFC", name) for name in module.image_names("test")))
+    assert chosen[0] == chosen[1]

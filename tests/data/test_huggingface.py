@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from ackd_lightning.data import HuggingFaceDataModule
 from ackd_lightning.errors import ACKDError
@@ -172,3 +174,36 @@ def test_a_column_with_several_images_in_a_row_is_refused(tmp_path, table):
     datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(tmp_path / "set")
     with pytest.raises(ACKDError, match=r"column 'image' of .* does not hold one image in each row.*set image_column"):
         made(tmp_path / "set", image_column="image")
+
+
+def test_images_that_were_replaced_under_their_old_paths_are_read_again(tmp_path, picture):
+    """The library's fingerprint is that of the table of paths, into which the images are embedded later."""
+    photos, root = tmp_path / "photos", tmp_path / "set"
+    photos.mkdir()
+    for level in (10, 200):
+        for number in range(10):
+            Image.new("RGB", (32, 32), (level,) * 3).save(photos / f"{number}.png")
+        paths = [str(photos / f"{number}.png") for number in range(10)]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        rows = datasets.Dataset.from_dict({"image": paths, "label": [0, 1] * 5}, features=features)
+        shutil.rmtree(root / "data", ignore_errors=True)
+        rows.save_to_disk(root)
+        module = made(root, cache=True)
+        source, _ = module._part("train")
+        assert source.images.float().mean() == level
+
+
+def test_a_set_that_was_saved_in_another_order_is_said(tmp_path, table, caplog):
+    rows = table(60)
+    rows.save_to_disk(tmp_path / "set")
+    rows.save_to_disk(tmp_path / "copy")
+    before = made(tmp_path / "set", val_fraction=0.1)
+    same = made(tmp_path / "copy", val_fraction=0.1)
+    assert before.part_marks == same.part_marks
+    assert before.content_mark("train") == same.content_mark("train")
+    rows.shuffle(seed=1).save_to_disk(tmp_path / "other")
+    caplog.clear()
+    same.say_changed(before.part_marks)
+    assert not caplog.messages
+    made(tmp_path / "other", val_fraction=0.1).say_changed(before.part_marks)
+    assert "some images that it has learned from may be in another part now" in caplog.text

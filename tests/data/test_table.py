@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ackd_lightning.data import TableDataModule
+from ackd_lightning.data.table import read_columns
 from ackd_lightning.errors import ACKDError
 
 PYARROW = importlib.util.find_spec("pyarrow") is not None
@@ -295,3 +296,35 @@ def test_paths_of_another_system_are_named(photos):
     write(photos / "train.csv", [(path.replace("/", "\\"), label) for path, label in lines(["a", "b"] * 4)])
     with pytest.raises(ACKDError, match=r"write them with / in place of \\"):
         made(photos, train="train.csv")
+
+
+def test_zeros_before_a_number_that_are_lost_are_said(photos, caplog):
+    write(photos / "all.csv", lines(["001", "002", "2"] * 8))
+    assert made(photos, train="all.csv").class_names == ("1", "2")
+    assert "the label '001' in line 2 of" in caplog.text
+    assert "is read as 1: list such labels in class_names to keep them" in caplog.text
+    caplog.clear()
+    assert made(photos, train="all.csv", class_names=["001", "002"]).class_names == ("001", "002")
+    assert "is read as" not in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_columns_that_are_not_asked_for_are_not_read(tmp_path, ending):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = tmp_path / f"a.{ending}"
+    if ending == "csv":
+        table.write_text("path,label,more\na.png,0,x\nb.png,1,y\n")
+    else:
+        import pyarrow
+
+        parquet.write_table(pyarrow.table({"path": ["a.png", "b.png"], "label": [0, 1], "more": [[1.0], [2.0]]}), table)
+    seen = []
+
+    def choose(names):
+        seen.extend(filter(None, names))
+        return ["label", "path"]
+
+    content = read_columns(table, choose)
+    assert seen == ["path", "label", "more"]
+    assert set(content) - {""} == {"label", "path"}
+    assert content["path"] == ["a.png", "b.png"]

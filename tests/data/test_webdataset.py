@@ -295,6 +295,37 @@ def test_images_of_16_bits_keep_them(tmp_path):
     assert image.max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([4095] * 8, r"8, such as .*train-0\.tar, 0\.npy\) have no value above 4,095 .* value_range to \[0, 4095\]"),
+        ([4095] * 7 + ["8 bits"], "7 of 8 images in .* have 16 bits, use at most 12"),
+        ([60000] * 7 + ["8 bits"], None),
+    ],
+)
+def test_deep_images_that_would_be_black_are_refused_as_in_folders(tmp_path, values, said, caplog):
+    for part, start in (("train", 0), ("test", 4)):
+        samples = []
+        for number in range(start, start + 4):
+            buffer, top = io.BytesIO(), values[number]
+            np.save(buffer, np.full((32, 32), 200, "uint8") if top == "8 bits" else np.full((32, 32), top, "uint16"))
+            samples += [(f"{number}.npy", buffer.getvalue()), (f"{number}.cls", str(number % 2).encode())]
+        write_shard(tmp_path / f"{part}-0.tar", samples)
+    options = {"channels": 1, "train": "train-0.tar", "image_size": 32, "batch_size": 2, "cache": True}
+    if said:
+        with pytest.raises(ACKDError, match=said):
+            made(tmp_path, **options).prepare_data()
+        if values[-1] == 4095:
+            made(tmp_path, **options, value_range=[0, 4095]).prepare_data()
+            with pytest.raises(ACKDError, match=said):
+                made(tmp_path, **options).prepare_data()
+        return
+    for _ in range(2):  # read, and from the cache
+        caplog.clear()
+        made(tmp_path, **options).prepare_data()
+        assert "1 of 8 images" in caplog.text
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:9000])
 
@@ -404,7 +435,8 @@ def test_an_image_of_more_bits_than_the_first_is_refused(tmp_path, types, refuse
         samples = []
         for number in range(4):
             buffer = io.BytesIO()
-            np.save(buffer, np.full((32, 32), 200, types.split()[number > 0]))
+            kind = types.split()[number > 0]
+            np.save(buffer, np.full((32, 32), 200 if kind == "uint8" else 60000, kind))
             samples += [(f"{number}.npy", buffer.getvalue()), (f"{number}.cls", str(number % 2).encode())]
         write_shard(tmp_path / f"{part}-0.tar", samples)
     module = made(tmp_path, channels=1, train="train-0.tar", image_size=32, batch_size=2)

@@ -33,6 +33,8 @@ from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.types import DataInfo
 from ackd_lightning.validation import Fraction, NonNegativeInt, Positive, PositiveInt, Range, checked
 
+_VAL_FRACTION = 0.1
+
 
 def info_of(data: L.LightningDataModule) -> DataInfo:
     """Return what a data module tells about its data.
@@ -75,7 +77,8 @@ class ImageDataModule(ImageLoaders):
     Args:
         batch_size: Global training batch size: each of W processes takes ``batch_size / W``.
         eval_batch_size: Batch size of each process in validation, test and prediction.
-        val_fraction: Share of the training set that is held out for validation; 0 holds nothing out.
+        val_fraction: Share of the training set that is held out for validation; 0 holds nothing out, and validates on
+            the test set. Without effect, which is said, on data with a validation part of their own.
         train_fraction: Share of each class of the training part that is used, for small runs.
         max_per_class: Largest number of training images of each class; None uses all.
         augmentation: Policy, erasing and mixing of training images besides crop and mirror image; none by default.
@@ -109,7 +112,7 @@ class ImageDataModule(ImageLoaders):
         *,
         batch_size: PositiveInt = 128,
         eval_batch_size: PositiveInt = 256,
-        val_fraction: Fraction = 0.1,
+        val_fraction: Fraction = _VAL_FRACTION,
         train_fraction: Annotated[float, Range(0, 1, open_low=True)] = 1.0,
         max_per_class: PositiveInt | None = None,
         augmentation: Augmentation | None = None,
@@ -217,15 +220,20 @@ class ImageDataModule(ImageLoaders):
 
     @property
     def part_marks(self) -> dict[str, list[int]]:
-        """Number of images of each part, and a sum of hashes of their names; empty where names do not decide the split.
+        """Number of images of each part, and a number that changes with what decides the split.
 
-        Known after `setup`.
+        That is the sum of hashes of their names; empty where nothing about a file decides. Known after `setup`.
         """
         if self._rows and not self._marks:
             for part, (where, rows) in self._rows.items():
-                if (keys := self._split_keys(self._sources[where])) is not None:
-                    self._marks[part] = [len(rows), int(keys[rows].sum())]
+                if (number := self._part_number(where, rows)) is not None:
+                    self._marks[part] = [len(rows), number]
         return self._marks
+
+    def _part_number(self, where: Part, rows: Tensor) -> int | None:
+        """Return a number that changes with what decides which images of a source are in a part; None for nothing."""
+        keys = self._split_keys(self._sources[where])
+        return None if keys is None else int(keys[rows].sum())
 
     def say_changed(self, before: Mapping[str, Sequence[int]]) -> None:
         """Say which parts have changed since a run was trained.
@@ -306,6 +314,11 @@ class ImageDataModule(ImageLoaders):
             train_rows, val_rows = labelled, torch.arange(len(val_targets))
             if self._validation_share < 1:
                 val_rows = stratified_split(val_targets, self._validation_share)[1]
+            elif self.val_fraction not in (_VAL_FRACTION, self._validation_share):
+                say(
+                    f"val_fraction {self.val_fraction:g} has no effect: the data have a validation part of their own, "
+                    "which is read as it is"
+                )
         else:
             val_part = "train"
             keys = self._split_keys(train)

@@ -145,6 +145,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
         """Folders in the training folder that are read as something else, or are named and arranged as another part."""
         read = [place for part, place in self._folders.items() if part != "train"]
         if self._unlabelled is not None:
+            self._refuse_tested(self._unlabelled)
             read.append(self._unlabelled)
             if train.resolve().is_relative_to(self._unlabelled.resolve()):
                 raise ACKDError(
@@ -168,6 +169,19 @@ class ImageFolderDataModule(CustomImagesDataModule):
             listed = ", ".join(each.name for each in read + others)
             say(f"folders in {train} that are no classes of the training part: {listed}")
         return read + others
+
+    def _refuse_tested(self, unlabelled: Path) -> None:
+        """Refuse to train without labels on a part that measures accuracy, and say which one is left out there."""
+        for part, place in self._folders.items():
+            if part == "train":
+                continue
+            if unlabelled.resolve().is_relative_to(place.resolve()):
+                raise ACKDError(
+                    f"unlabelled is {unlabelled}, which belongs to the {part} part {place}: set it to a folder of "
+                    "further images"
+                )
+            if place.resolve().is_relative_to(unlabelled.resolve()):
+                say(f"the {part} part {place} is left out of the unlabelled images in {unlabelled}")
 
     def listed(self) -> dict[Part, Files]:
         """Return the image files of each part as they lie in the folders, before any of them is opened."""
@@ -197,7 +211,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
         return replace(files, paths=paths, targets=torch.cat([files.targets, more.targets]))
 
     def _without_labels(self, folder: Path) -> Files:
-        walk = Walk(self._apart)
+        walk = Walk([*self._apart, *(place for part, place in self._folders.items() if part != "train")])
         paths = PathTable.of(folder, walk.listed(folder))
         walk.report(folder)
         if not len(paths):

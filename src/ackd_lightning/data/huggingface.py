@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ackd_lightning.data.custom import CustomImagesDataModule, say_test_is_validation, split_test
 from ackd_lightning.data.decoding import Encoded
@@ -14,11 +17,13 @@ from ackd_lightning.data.folders import first_names, part_of
 from ackd_lightning.data.labels import classes_of, read_labels, targets_of
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.sampling import Part
-from ackd_lightning.data.sources import Records, Source
+from ackd_lightning.data.sources import Records, Source, sample
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
 from ackd_lightning.validation import checked
 
+_PLACES = 256
+"""Number of places at which a file of the dataset is read to tell it from others; all of it up to a megabyte."""
 _LABELS = ("label", "labels", "fine_label", "target", "class")
 
 
@@ -63,6 +68,7 @@ class HuggingFaceDataModule(CustomImagesDataModule):
             for part, values in labels.items()
         }
         self._has_validation = "val" in self._splits
+        self._contents: dict[Part, str] = {}
         self._names = tuple(found)
         self.class_names = self._names
         self.num_classes = len(found)
@@ -147,14 +153,26 @@ class HuggingFaceDataModule(CustomImagesDataModule):
     def _place(self, part: str, row: int) -> str:
         return f"row {row} of the {part} split of {self.root}"
 
-    def _mark(self) -> str:
-        return ",".join([self._image, *(str(split._fingerprint) for split in self._splits.values())])
+    def _marks_of(self, split: Any) -> tuple[str, str]:
+        """Return ``mark`` and ``content`` of `Records`; the fingerprint is older than the images that are embedded."""
+        own = f"{self._image} {split._fingerprint}"
+        files = [Path(each["filename"]) for each in split.cache_files]
+        found = [file.stat() for file in files]
+        content = hashlib.sha256(b"".join(sample(file, _PLACES) for file in files)).hexdigest()
+        sizes = [status.st_size for status in found]
+        return f"{own} {sizes} {[status.st_mtime_ns for status in found]}", f"{own} {sizes} {content}"
+
+    def _part_number(self, where: Part, rows: Tensor) -> int:
+        """Return a hash of the dataset, since the order of its rows decides."""
+        return int(hashlib.sha256(self._contents[where].encode()).hexdigest()[:15], 16)
 
     def _load(self, part: Part) -> Source:
         import datasets
 
         name = part if part in self._splits else "train"
         split, targets = self._splits[name], self._targets[name]
+        mark, content = self._marks_of(split)
+        self._contents[part] = content
         feature = split.features[self._image]
         try:
             split = split.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
@@ -167,7 +185,7 @@ class HuggingFaceDataModule(CustomImagesDataModule):
             rows = split_test(targets, part, self.root, names=self._names)
             split, targets = split.select(rows.tolist()), targets[rows]
         reader = _Reader(split, self._image, f"{part} split of {self.root}")
-        return self._read(Records(self.root, self._names, reader, targets, self._mark()), self.root, part)
+        return self._read(Records(self.root, self._names, reader, targets, mark, content), self.root, part)
 
 
 def _is_empty(state: Path) -> bool:

@@ -22,6 +22,7 @@ _SHOWN = 5
 _EXACT = 2**53
 """Largest whole number below which a floating-point number has all digits."""
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
+_PADDED = re.compile(r"[-+]?0\d")
 
 
 def read_labels(
@@ -30,7 +31,8 @@ def read_labels(
     """Return the labels of a column: all whole numbers, or all text; None for an empty one, for -1 and for nan.
 
     Text is brought into composed Unicode (NFC), so that one word is one class, whatever program wrote it.
-    Numbers are read from their usual spelling alone (7, 007, 7.0), not from 1e2, which may be a name.
+    Numbers are read from their usual spelling alone (7, 007, 7.0), not from 1e2, which may be a name; zeros before a
+    number, which are lost, are said.
 
     Args:
         values: Values of the column.
@@ -42,6 +44,7 @@ def read_labels(
         ACKDError: If a label is another number or no number and no text, or numbers and text are mixed.
     """
     labels: list[Label] = []
+    told = False
     names = composed(names or ())
     digits = [_NUMBER.fullmatch(name) is not None for name in names]
     all_text = any(digits) and not all(digits)
@@ -66,6 +69,9 @@ def read_labels(
                 "several classes: store the column as whole numbers or text"
             )
         labels.append(None if number == NO_LABEL else number)
+        if isinstance(value, str) and _PADDED.match(text) and not (names or told):
+            told = True
+            say(f"the label {text!r} in {place(row)} is read as {number}: list such labels in class_names to keep them")
     numbers = [row for row, label in enumerate(labels) if isinstance(label, int)]
     texts = [row for row, label in enumerate(labels) if isinstance(label, str)]
     if numbers and texts:

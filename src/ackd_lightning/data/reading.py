@@ -129,29 +129,49 @@ def decode(files: Files | Records, form: ImageFormat) -> Pixels:
         images[position] = to_tensor(fit(convert(raw, form, label(file)), form.size), form)
         return Depth(is_deep(raw), largest_value(raw))
 
-    note = _check_depth(files, run_over(files, work, f"reading {files.root.name}"), form)
+    note = check_files_depth(files, run_over(files, work, f"reading {files.root.name}"), form)
     return Pixels(files.class_names, images, files.targets, note=note)
 
 
-def _check_depth(files: Files | Records, depths: list[Depth], form: ImageFormat) -> str:
+def check_files_depth(files: Files | Records, depths: list[Depth], form: ImageFormat) -> str:
+    """Check the depths of files; `check_depth` says how.
+
+    Args:
+        files: Images.
+        depths: Depth of each.
+        form: What they become.
+    """
+    return check_depth(depths, form, str(files.root), lambda row: label(files.file(row)))
+
+
+def check_depth(depths: list[Depth], form: ImageFormat, place: str, name: Callable[[int], str]) -> str:
     """Refuse 16-bit images none of which uses more than 12 bits, and a range of values for images of several depths.
+
+    Args:
+        depths: Depth of each image.
+        form: What they become.
+        place: Where they are, for messages.
+        name: Function of the position of an image that names it.
 
     Returns:
         A sentence about images of another depth than the format's; empty if there are none.
+
+    Raises:
+        ACKDError: For such images, with the remedy.
     """
     values = {position: each.largest for position, each in enumerate(depths) if each.largest is not None}
     if values and form.value_range is None and len(values) == len(depths):
-        require_full_range(list(values.values()), label(files.file(next(iter(values)))))
+        require_full_range(list(values.values()), name(next(iter(values))))
     elif values and form.value_range is None and 0 < max(values.values()) <= TWELVE_BITS:
-        names = [label(files.file(row)) for row in list(values)[:_LISTED]]
+        names = [name(row) for row in list(values)[:_LISTED]]
         raise ACKDError(
-            f"{len(values):,} of {len(depths):,} images in {files.root} have 16 bits, use at most 12 of them and would "
+            f"{len(values):,} of {len(depths):,} images in {place} have 16 bits, use at most 12 of them and would "
             f"come out black ({', '.join(names)}): convert them to 8 bits, or remove them"
         )
     others = [position for position, each in enumerate(depths) if each.deep != form.deep]
     if not others:
         return ""
-    these = f"{len(others):,} of {len(depths):,} images in {files.root}, such as {label(files.file(others[0]))}, have"
+    these = f"{len(others):,} of {len(depths):,} images in {place}, such as {name(others[0])}, have"
     if form.value_range is not None:
         here, there = ("8 bits", "more") if form.deep else ("more than 8 bits", "8")
         raise ACKDError(
@@ -248,7 +268,7 @@ def check_files(files: Files | Records, form: ImageFormat, cache: Path | None) -
             return check_image_file(files.file(row), form)
 
         found = run_over(files, check, f"checking {files.root.name}")
-        content = {"fingerprint": stamp, "note": _check_depth(files, found, form)}
+        content = {"fingerprint": stamp, "note": check_files_depth(files, found, form)}
         if cache is not None:
             save_cache(cache, content)
     if content["note"]:

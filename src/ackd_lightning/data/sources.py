@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -86,7 +87,8 @@ class Records:
         class_names: Name of each class; the position is the class index.
         read: Function of the position of an image; it can be pickled.
         targets: ``N`` int64 class indices, -1 for an image without a label.
-        mark: Text that changes with the images.
+        mark: Text that changes with the images and the times of their files.
+        content: Text that changes with the images, and is that of any copy of them.
     """
 
     root: Path
@@ -94,6 +96,7 @@ class Records:
     read: Callable[[int], Encoded]
     targets: Tensor
     mark: str = ""
+    content: str = ""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -159,18 +162,23 @@ def content_mark(source: Source) -> str:
         digest.update(source.paths.stamps()[:, 0].tobytes())
         for row, name in enumerate(source.names):
             if os.path.splitext(name)[1].lower() in _UNCOMPRESSED:  # noqa: PTH122
-                digest.update(_sample(source.file(row)))
+                digest.update(sample(source.file(row)))
     else:
-        digest.update(source.mark.encode())
+        digest.update(source.content.encode())
     return digest.hexdigest()
 
 
-def _sample(path: Path) -> bytes:
-    """Return some kilobytes from the beginning, the middle and the end of a file."""
-    size = path.stat().st_size
+def sample(path: Path, places: int = 3) -> bytes:
+    """Return some kilobytes from places of a file that are evenly spread from its beginning to its end.
+
+    Args:
+        path: File.
+        places: Number of places, two or more.
+    """
+    last = max(0, path.stat().st_size - _SAMPLE)
     with path.open("rb") as file:
         found = []
-        for start in (0, size // 2, max(0, size - _SAMPLE)):
+        for start in sorted({last * number // (places - 1) for number in range(places)}):
             file.seek(start)
             found.append(file.read(_SAMPLE))
     return b"".join(found)
@@ -178,6 +186,8 @@ def _sample(path: Path) -> bytes:
 
 def name_keys(source: Source) -> Tensor | None:
     """Return a number for each image that depends on the name of its file alone, ``N`` int64.
+
+    Systems that spell a name otherwise, with other separators or letters that are not composed, give the same number.
 
     Args:
         source: Images.
@@ -187,7 +197,8 @@ def name_keys(source: Source) -> Tensor | None:
     """
     if source.names is None:
         return None
-    digests = b"".join(hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in source.names)
+    names = (unicodedata.normalize("NFC", name.replace(os.sep, "/")) for name in source.names)
+    digests = b"".join(hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
     return torch.from_numpy(np.frombuffer(digests, "<i8").astype(np.int64))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,14 +157,17 @@ def _rows(table: Path, columns: tuple[str, str], split_column: str | None, names
     """Read the lines of a table; ``names`` are the class names that the user gives."""
     if not table.is_file():
         raise ACKDError(f"there is no table {table}: set train, val and test to CSV or Parquet files, relative to root")
-    content = read_columns(table)
-    for argument, column in (
-        *zip(("path_column", "label_column"), columns, strict=True),
-        ("split_column", split_column),
-    ):
-        if column is not None and column not in content:
-            hint = near_matches(column, filter(None, content))
-            raise ACKDError(f"{table} has no column {column!r}: {hint}; set {argument}")
+    arguments = zip(("path_column", "label_column", "split_column"), (*columns, split_column), strict=True)
+    named = {argument: column for argument, column in arguments if column is not None}
+
+    def choose(there: Sequence[str]) -> Sequence[str]:
+        for argument, column in named.items():
+            if column not in there:
+                hint = near_matches(column, filter(None, there))
+                raise ACKDError(f"{table} has no column {column!r}: {hint}; set {argument}")
+        return [*named.values()]
+
+    content = read_columns(table, choose)
     lines = content.get("")
 
     def place(row: int) -> str:
@@ -197,22 +200,27 @@ def _parts(values: Sequence[Any], place: Any) -> list[str]:
     return parts
 
 
-def read_columns(table: Path) -> Mapping[str, Sequence[Any]]:
-    """Read all columns of a table, a Parquet file by its ending and otherwise CSV with any usual delimiter.
+Choice = Callable[[Sequence[str]], Sequence[str]]
+"""Function of the names of all columns that returns those to read."""
+
+
+def read_columns(table: Path, choose: Choice) -> Mapping[str, Sequence[Any]]:
+    """Read some columns of a table, a Parquet file by its ending and otherwise CSV with any usual delimiter.
 
     Args:
         table: File that exists.
+        choose: Function of the names of all columns that returns those to read.
 
     Returns:
-        Values of each column by its name; of a CSV file also the number of each line, by an empty name.
+        Values of each chosen column by its name; of a CSV file also the number of each line, by an empty name.
 
     Raises:
         ACKDError: If it cannot be read.
     """
-    return _parquet(table) if table.suffix.lower() in (".parquet", ".pq") else _csv(table)
+    return _parquet(table, choose) if table.suffix.lower() in (".parquet", ".pq") else _csv(table, choose)
 
 
-def _csv(table: Path) -> Mapping[str, Sequence[Any]]:
+def _csv(table: Path, choose: Choice) -> Mapping[str, Sequence[Any]]:
     """Read a CSV file; the entry ``""`` holds the number of each line."""
     reader = csv.reader([])
     try:
@@ -223,7 +231,7 @@ def _csv(table: Path) -> Mapping[str, Sequence[Any]]:
             reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
             names = [name.strip() for name in next(reader, [])]
             _check_names(names, table)
-            columns: dict[str, list[Any]] = {name: [] for name in names}
+            columns: dict[str, list[Any]] = {name: [] for name in choose(names)}
             columns[""] = []
             for values in reader:
                 if not values:
@@ -234,7 +242,7 @@ def _csv(table: Path) -> Mapping[str, Sequence[Any]]:
                         "correct it, or quote text that holds the delimiter"
                     )
                 for name, value in zip(names, values, strict=True):
-                    if name:  # pandas writes its index without one
+                    if name and name in columns:  # pandas writes its index without one
                         columns[name].append(value)
                 columns[""].append(reader.line_num)
     except UnicodeDecodeError as error:
@@ -254,14 +262,15 @@ def _check_names(names: Sequence[str], table: Path) -> None:
         raise ACKDError(f"{table} has {names.count(twice)} columns {twice!r}: rename all but one")
 
 
-def _parquet(table: Path) -> Mapping[str, Sequence[Any]]:
+def _parquet(table: Path, choose: Choice) -> Mapping[str, Sequence[Any]]:
     parquet, pyarrow = require("pyarrow.parquet", "parquet", str(table)), require("pyarrow", "parquet", str(table))
     try:
-        found = parquet.read_table(table)
-        content = {name: values for name, values in found.to_pydict().items() if name}
-    except PermissionError:
+        names = parquet.read_schema(table).names
+        _check_names(names, table)
+        chosen = [*choose(names)]
+        content: Mapping[str, Sequence[Any]] = parquet.read_table(table, columns=chosen).to_pydict()
+    except (ACKDError, PermissionError):
         raise
     except (pyarrow.ArrowException, OSError) as error:
         raise ACKDError(f"{table} cannot be read as Parquet ({str(error).splitlines()[0]}): write it again") from None
-    _check_names(found.column_names, table)
     return content

@@ -18,7 +18,8 @@ from ackd_lightning.data.decoding import Encoded, load_image
 from ackd_lightning.data.labels import composed, refuse_ambiguous
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
-from ackd_lightning.data.pixels import is_deep
+from ackd_lightning.data.pixels import is_deep, largest_value
+from ackd_lightning.data.reading import Depth, check_depth
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.shards import ShardFormat, ShardLoader, Shards, expand, image_endings
 from ackd_lightning.data.sources import Source
@@ -179,18 +180,27 @@ class WebDatasetDataModule(CustomImagesDataModule):
         every = [path for shards in self._shards.values() for path in shards]
         names = "" if self._own_names is None else json.dumps(self._own_names)
         parts = {part: len(shards) for part, shards in self._shards.items()}  # of the paths, in this order
-        read_as = ("counts of shards", parts, self.num_classes, names, self.label_key, self.image_key)
+        read_as = ("counts of shards", parts, self.num_classes, names, self.label_key, self.image_key, self.value_range)
         mark = fingerprint(PathTable.of_paths(self.root, every), self.root, *read_as)
         cache = self.root / "ackd-checked-shards.pt" if self.cache else None
         if cache is not None and (content := read_cache(cache, mark)) is not None:
             self._counts = [int(each) for each in content["counts"]]
+            self._say_once(content["note"])
             return self._counts
-        form = self._form()
-        counts = {part: [_check_shard(path, form) for path in shards] for part, shards in self._shards.items()}
+        form, depths = self._form(), dict[str, Depth]()
+        counts = {part: [_check_shard(path, form, depths) for path in shards] for part, shards in self._shards.items()}
+        named = list(depths)
+        note = check_depth([*depths.values()], form.image, str(self.root), lambda row: named[row]) if depths else ""
         self._counts = counts["train"]
         if cache is not None:
-            save_cache(cache, {"fingerprint": mark, "counts": self._counts})
+            save_cache(cache, {"fingerprint": mark, "counts": self._counts, "note": note})
+        self._say_once(note)
         return self._counts
+
+    @staticmethod
+    def _say_once(note: str) -> None:
+        if note:
+            say(note)
 
     # ------------------------------------------------------------------------------------------------ loaders
 
@@ -271,8 +281,11 @@ def _first_is_deep(path: Path, key: str | None) -> bool:
     return False
 
 
-def _check_shard(path: Path, form: ShardFormat) -> int:
-    """Return the number of samples of a shard whose files are whole, and whose labels are classes."""
+def _check_shard(path: Path, form: ShardFormat, depths: dict[str, Depth]) -> int:
+    """Return the number of samples of a shard whose files are whole, and whose labels are classes.
+
+    Where the first image has more than 8 bits, images are decoded, and ``depths`` gets the depth of each by its name.
+    """
     samples: list[tuple[str, list[str]]] = []  # neighbouring files of one name are a sample, as webdataset reads them
     try:
         with tarfile.open(path) as archive:
@@ -294,6 +307,10 @@ def _check_shard(path: Path, form: ShardFormat) -> int:
                 assert content is not None
                 if ending.lower() == form.label_key:
                     form.target(content.read(), f"{place} in {path}")
+                elif form.image.deep and image_endings([ending.lower()], form.image_key):
+                    name = f"{path}, {member.name}"
+                    raw = load_image(Encoded(name, content.read()))
+                    depths[name] = Depth(is_deep(raw), largest_value(raw))
                 elif member.size:
                     content.seek(member.size - 1)
                     if len(content.read(1)) != 1:

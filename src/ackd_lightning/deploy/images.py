@@ -78,8 +78,14 @@ def list_images(places: Sequence[str]) -> list[Listed]:
 
 
 def _of_table(table: Path) -> list[Listed]:
-    content = read_columns(table)
-    names = [name for name in content if name]
+    names: list[str] = []
+
+    def choose(there: Sequence[str]) -> Sequence[str]:
+        names.extend(filter(None, there))
+        usual = [name for name in _COLUMNS if name in names]
+        return usual[:1] or (names if len(names) == 1 else [])
+
+    content = read_columns(table, choose)
     if len(names) == 1 and (Path(names[0]).suffix.lower() in extensions() or (table.parent / names[0]).is_file()):
         say(f"{table} has no line with column names: its first line, {names[0]}, is an image")
         content = {_COLUMNS[0]: [names[0], *content[names[0]]]}
