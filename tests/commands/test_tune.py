@@ -12,6 +12,7 @@ import yaml
 
 from ackd_lightning.cli import main
 from ackd_lightning.commands.processes import Processes
+from ackd_lightning.commands.reproduce.jobs import as_arguments
 from ackd_lightning.commands.tune import command
 from ackd_lightning.commands.tune.command import _experiment, _plan
 from ackd_lightning.commands.tune.command import _Search as Search
@@ -85,12 +86,45 @@ def test_short_trials_shorten_every_warm_up(settings, space, shortened, capsys):
 def test_short_trials_shorten_the_warm_ups_in_a_sum(capsys):
     Path("whole.yaml").write_text("include: [digits_resnet20_resnet8]\ntrainer: {max_epochs: 200}\n")
     settings = ["--config", "whole.yaml", "--config", "kd+dkd"]
-    arguments, _ = _plan(settings, dict([read_values("model.optimizer.lr=0.1,0.2")]), None, 20)
+    arguments, *_ = _plan(settings, dict([read_values("model.optimizer.lr=0.1,0.2")]), None, 20)
     assert "[3, 5], method.methods.1.warmup_epochs 2\n" in capsys.readouterr().out
     assert ACKDCLI("fit", arguments).settings()["model"]["method"]["init_args"]["methods"][1]["init_args"] == {
         **ACKDCLI("fit", settings).settings()["model"]["method"]["init_args"]["methods"][1]["init_args"],
         "warmup_epochs": 2,
     }
+
+
+def test_a_setting_inside_a_sum_is_searched_in_short_trials(capsys):
+    Path("whole.yaml").write_text("include: [digits_resnet20_resnet8]\ntrainer: {max_epochs: 200}\n")
+    settings, name = ["--config", "whole.yaml", "--config", "kd+dkd"], "model.method.methods.0.temperature"
+    space = dict([read_values(f"{name}=2,8")])
+    arguments, *_ = _plan(settings, space, None, 20)
+    for value in space[name].choices:
+        methods = ACKDCLI("fit", [*arguments, f"--{name}", str(value)]).settings()["model"]["method"]["init_args"]
+        assert methods["methods"][0]["init_args"]["temperature"] == value
+        assert methods["methods"][1]["init_args"]["warmup_epochs"] == 2
+    chosen = ACKDCLI("fit", [*settings, f"--{name}", "8"]).settings()
+    Path("best.yaml").write_text(yaml.safe_dump(fragment(chosen, [name])))
+    again = ACKDCLI("fit", [*settings, "--config", "best.yaml"]).settings()
+    assert again["model"]["method"] == chosen["model"]["method"]
+    whole = json.dumps(chosen["model"]["method"]["init_args"]["methods"])
+    with pytest.raises(ACKDError, match=r"write the value into the list"):
+        ACKDCLI("fit", [*settings, f"--{name}", "8", "--model.method.methods", whole])
+
+
+def test_the_class_of_the_schedule_is_searched_in_short_trials():
+    Path("whole.yaml").write_text("include: [digits_resnet8]\ntrainer: {max_epochs: 200}\n")
+    for order in ("MultiStepLR,CosineAnnealingLR", "CosineAnnealingLR,MultiStepLR"):
+        space = dict([read_values(f"model.lr_scheduler={order}")])
+        arguments, _, own = _plan(["--config", "whole.yaml"], space, None, 20)
+        for value in space["model.lr_scheduler"].choices:
+            trial = ACKDCLI("fit", [*arguments, *as_arguments(own.beside({"model.lr_scheduler": value}))])
+            scheduler = trial.settings()["model"]["lr_scheduler"]
+            assert scheduler["class_path"].endswith(value)
+            if value == "MultiStepLR":
+                assert max(scheduler["init_args"]["milestones"]) < 20
+            else:
+                assert scheduler["init_args"]["T_max"] == 20
 
 
 def test_a_search_in_the_current_folder_locks_no_other(monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ackd_lightning import DistillationModule
 from ackd_lightning.cli import main
 from ackd_lightning.launch.arguments import renew_length
 from ackd_lightning.models.weights import read_metadata
@@ -187,6 +188,48 @@ def test_what_is_no_run_is_answered_with_the_run(run, capsys):
             error = capsys.readouterr().err
             assert words in error
             assert "--which" not in error
+
+
+def test_what_was_measured_is_kept_until_there_is_a_new_checkpoint(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "one")
+    run = tmp_path / "one"
+    monkeypatch.chdir(run.parents[0])
+    assert main(["test", str(run)]) == 0
+
+    def kept():
+        files = (run / "summary.json", run / "checkpoints/last.ckpt", *(run / "predictions").iterdir())
+        return {file.name: file.read_bytes() for file in files}
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    before = kept()
+    assert len(before) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationModule, "training_step", fail)
+        assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2", "--weights_dir", "null"]) != 0
+    assert kept() == before
+
+
+def test_a_run_that_stopped_early_keeps_its_results_and_says_what_to_raise(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stopping = ["--model.recipe.early_stopping", "1", "--model.optimizer.lr", "1e-12"]  # no validation is better
+    assert main([*FIT, "--trainer.max_epochs", "6", *stopping]) == 0
+    run = tmp_path / "runs/digits_resnet8/one"
+    assert main(["test", str(run)]) == 0
+    before = json.loads((run / "summary.json").read_text())
+    assert before["epochs"] == 2
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--model.recipe.early_stopping", "5"]) == 0
+    assert "raise --trainer.max_epochs and --model.recipe.early_stopping to train it longer" in capsys.readouterr().out
+    predictions = sorted((run / "predictions").iterdir())
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "7"]) == 0
+    assert json.loads((run / "summary.json").read_text())["test"] == before["test"]
+    assert sorted((run / "predictions").iterdir()) == predictions
+    longer = ["--trainer.max_epochs", "8", "--model.recipe.early_stopping", "5"]
+    assert main(["fit", "--resume", str(run), *longer]) == 0
+    assert json.loads((run / "summary.json").read_text())["epochs"] > 2
+    assert "test" not in json.loads((run / "summary.json").read_text())
 
 
 def test_commands_on_an_unfinished_run_say_so(run, capsys):

@@ -8,7 +8,7 @@ from ackd_lightning import DigitsDataModule
 from ackd_lightning.data import Augmentation
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy
-from ackd_lightning.methods import ACKD, ACN, AIKD, CE, CRD, DKD, KD, Sum
+from ackd_lightning.methods import ACKD, ACN, AIKD, ATSC, CE, CRD, DGKD, DKD, KD, Sum
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.training import Recipe
@@ -136,6 +136,16 @@ def test_labels_that_a_method_cannot_learn_from_are_refused(make, labels):
                 build(make(), **again)
         else:
             build(make(), **again)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(label_smoothing=0.1), Recipe(class_weights=[1.0] * CLASSES)])
+def test_labels_without_a_cross_entropy_that_reads_them_are_refused(recipe):
+    data = DataInfo(CLASSES, 8, (0.5,) * 3, (0.5,) * 3)
+    for method in (DGKD(), ATSC(adapt_teacher=False), KD(weight_ce=0.0)):
+        with pytest.raises(ACKDError, match=f"no cross-entropy of method {type(method).__name__} has a weight"):
+            build(method, recipe=recipe, student="resnet8", data=data)
+    for method in (DGKD(weight_ce=1.0), ATSC(), KD()):
+        build(method, recipe=recipe, student="resnet8", data=data)
 
 
 def test_shares_of_classes_from_other_data_modules():

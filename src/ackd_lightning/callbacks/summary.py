@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import shutil
 import sys
@@ -24,7 +25,16 @@ from ackd_lightning.models.preprocessing import channels_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.answers import answers_file
 from ackd_lightning.runs.export import export_student
-from ackd_lightning.runs.files import CURVES, LEARNERS, STUDENT, measured_last, same_content, whole_file, write_json
+from ackd_lightning.runs.files import (
+    CURVES,
+    LEARNERS,
+    STUDENT,
+    measured_last,
+    read_summary,
+    same_content,
+    whole_file,
+    write_json,
+)
 from ackd_lightning.runs.versions import device_name, versions
 
 if TYPE_CHECKING:
@@ -53,6 +63,7 @@ class RunSummary(L.Callback):
         self.teacher_adds: list[int] = []
         self.measured_at, self.epochs = -1, 0
         self.images: dict[str, int] = {}
+        self.trained_longer = False  # whether files of an earlier part of the run are still those of its checkpoints
         self.finished: tuple[dict[str, Any], dict[str, str]] | None = None
         self.export_options = ""
         self.last: dict[str, float] = {}
@@ -90,14 +101,21 @@ class RunSummary(L.Callback):
             print(f"layers, student - teacher: {', '.join(pairs)}", flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the teachers; remove summary and answers of a run that is trained longer, as its state is restored."""
+        """Count the teachers."""
         if trainer.is_global_zero and not is_fast_dev_run(trainer):
             self._count_teachers(pl_module)
-            for file in (
-                self.folder / "summary.json",
-                *(answers_file(self.folder, which) for which in ("last", "best")),
-            ):
-                file.unlink(missing_ok=True)
+            self.trained_longer = True
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remove what was measured before a run is trained longer, when its checkpoint is about to be replaced."""
+        if self.trained_longer and trainer.is_global_zero:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Remove summary and answers of the earlier part of a run."""
+        self.trained_longer = False
+        for file in (self.folder / "summary.json", *(answers_file(self.folder, which) for which in ("last", "best"))):
+            file.unlink(missing_ok=True)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the epochs, of which a limit of steps may end the last one early."""
@@ -162,6 +180,13 @@ class RunSummary(L.Callback):
                 rank_zero_warn(f"the student was not exported: {error}")
         if "student" not in files:
             self.copy_to = None
+        before: dict[str, Any] = {}
+        with contextlib.suppress(ACKDError):
+            before = read_summary(self.folder) if (self.folder / "summary.json").is_file() else {}
+        if self.trained_longer and before.get("steps") == summary["steps"]:  # there was nothing left to train
+            summary |= {key: before[key] for key in ("test",) if key in before}
+        elif self.trained_longer:
+            self._forget()
         write_json(summary, self.folder / "summary.json")  # last, as it marks the run as finished
         self.finished = (summary, files)
 

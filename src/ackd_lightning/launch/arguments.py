@@ -86,6 +86,7 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
         The other options.
     """
     others: list[str] = []
+    _refuse_list_and_part(options)
     waiting = iter(options)
     for option in waiting:
         name, equals, value = option.partition("=")
@@ -275,6 +276,15 @@ def _element(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str
         value[_INIT] = value.get(_INIT) or {}
         value = value[_INIT]
     return value, key
+
+
+def _refuse_list_and_part(options: Sequence[str]) -> None:
+    """Refuse a whole list beside an option for one of its elements, which it would replace; teachers go in order."""
+    names = [plain_name(name) for name, _ in option_pairs(options) if name.startswith("--")]
+    for name in names:
+        for place in {*names} - {"model.teacher"}:
+            if name.startswith(f"{place}.") and name[len(place) + 1 :].partition(".")[0].isdecimal():
+                raise ACKDError(f"--{place} and --{name} are given; write the value into the list")
 
 
 def _refuse_part_of_list(settings: dict[str, Any], option: str) -> None:

@@ -309,11 +309,11 @@ class Execution:
             return
         measured = self.trainer.callback_metrics.items()
         values = {key: float(value) for key, value in measured if not key.startswith(("train/", "val/"))}
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        summary.setdefault("test", {})[checkpoint.stem] = values
         try:
             for each in self._answers():
                 each.write(path.parent, checkpoint.stem)
+            summary = json.loads(path.read_text(encoding="utf-8"))  # now, as another test may have written meanwhile
+            summary.setdefault("test", {})[checkpoint.stem] = values
             write_json(summary, path)
         except OSError as error:
             if error.errno not in NOT_PERMITTED:  # as of a run that belongs to somebody else

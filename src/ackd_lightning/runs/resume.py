@@ -65,6 +65,16 @@ class Length:
         pairs = list(zip(self._limits(), before._limits(), strict=True))
         return any(now > then for now, then in pairs) and all(now >= then for now, then in pairs)
 
+    def leaves(self, epochs: int, steps: int) -> bool:
+        """Return whether a fit ended before it was as long as this.
+
+        Args:
+            epochs: Epochs that it has trained.
+            steps: Steps that it has trained.
+        """
+        most, last, _ = self._limits()
+        return epochs < most and steps < last
+
     def ended_by(self, epochs: int, steps: int) -> str:
         """Return the setting that ended a fit.
 
@@ -72,8 +82,8 @@ class Length:
             epochs: Epochs that it has trained.
             steps: Steps that it has trained.
         """
-        most, last, seconds = self._limits()
-        by_time = epochs < most and steps < last and not math.isinf(seconds)
+        _, last, seconds = self._limits()
+        by_time = self.leaves(epochs, steps) and not math.isinf(seconds)
         return "max_time" if by_time else "max_steps" if steps >= last else "max_epochs"
 
     def _limits(self) -> tuple[float, float, float]:
@@ -137,9 +147,12 @@ def _refuse_finished(folder: Path, length: Length | None) -> None:
     ended_by = before.ended_by(epochs, summary.get("steps", 0))
     more_time = length is not None and _seconds(length.max_time) > _seconds(before.max_time)
     if length is None or not length.exceeds(before) or (ended_by == "max_time" and not more_time):
+        recipe = (_config(folder).get("model") or {}).get("recipe") or {}
+        stopped = recipe.get("early_stopping") is not None and before.leaves(epochs, summary.get("steps", 0))
+        also = " and --model.recipe.early_stopping" if stopped else ""
         raise RunFinishedError(
-            f"run {folder} is finished ({count_of(epochs, 'epoch')}); raise --trainer.{ended_by} to train it longer, "
-            "or leave --resume out for a new one"
+            f"run {folder} is finished ({count_of(epochs, 'epoch')}); raise --trainer.{ended_by}{also} to train it "
+            "longer, or leave --resume out for a new one"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods.base import Method
+from ackd_lightning.methods.base import Method, is_task_term
 from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.types import Batch
 
@@ -127,7 +127,7 @@ def check_labels(method: Method, recipe: Recipe, data: Any) -> None:
         data: Data module, of which mixing and sampling are read where it has them.
 
     Raises:
-        ACKDError: Naming the method and the setting.
+        ACKDError: Naming the method and the setting; also where they would have no effect.
     """
     name, kind = type(method).__name__, method.labels
     changed = f"label_smoothing is {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
@@ -136,6 +136,12 @@ def check_labels(method: Method, recipe: Recipe, data: Any) -> None:
         raise ACKDError(
             f"recipe.{changed} and method {name} reads hard labels; leave it out, or let the method read batch.labels "
             "and set `labels`"
+        )
+    task = [weight for term, weight in method.loss_weights.items() if is_task_term(term)]
+    if changed and task and not any(task) and not method.auxiliary_parameters():
+        raise ACKDError(
+            f"recipe.{changed} and no cross-entropy of method {name} has a weight, so that it would have no effect; "
+            "leave it out, or give the cross-entropy a weight"
         )
     if not isinstance(data, ImageDataModule):
         return

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from rich.console import Console
@@ -18,7 +18,6 @@ from ackd_lightning.commands.processes import Processes, devices_for, resumable,
 from ackd_lightning.commands.reproduce.jobs import as_arguments
 from ackd_lightning.commands.tune.space import Values, fragment, grid, read_values
 from ackd_lightning.config.experiment import experiment_settings
-from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError, RunsFailedError
 from ackd_lightning.extras import require
 from ackd_lightning.launch.execute import in_our_words
@@ -36,6 +35,8 @@ _OURS = {
 }
 _OURS |= dict.fromkeys(("name", "ckpt_path", "resume", "weights_dir"), "leave it out")
 _METRIC = "val/acc"
+_SCHEDULE = "model.lr_scheduler"
+_MILESTONES = f"{_SCHEDULE}.milestones"
 _SAME_RESULT = frozenset({"data.url", "data.download", "data.cache", "model.teacher.cache"})
 """Settings of places that change no result."""
 
@@ -74,11 +75,11 @@ def tune(
     if len(values) < len(space):
         raise ACKDError("--set names a setting twice; give all its values in one --set")
     devices, place = devices_for(workers), Path(out)
-    shared, described = _plan(settings, values, train_fraction, epochs)
+    shared, described, own = _plan(settings, values, train_fraction, epochs)
     check_writable(place, "--out")
     where = place.resolve()
     with claim(where.parent, where.name, resume=True, option="--out"), resumable():
-        search = _Search(optuna, place, values, shared, described, seed=seed, parallel=len(devices) > 1)
+        search = _Search(optuna, place, values, shared, described, own, seed=seed, parallel=len(devices) > 1)
         combinations = grid(values, trials)
         number = len(combinations) or trials
         if len(combinations) < trials and combinations:
@@ -90,8 +91,8 @@ def tune(
 
 def _plan(
     settings: Sequence[str], space: Mapping[str, Values], train_fraction: float | None, epochs: int | None
-) -> tuple[list[str], dict[str, Any]]:
-    """Check the settings; return the arguments that all trials share, and what the study depends on."""
+) -> tuple[list[str], dict[str, Any], _OwnSchedule]:
+    """Check the settings; return the arguments that all trials share, what the study depends on, and a schedule."""
     for part in (*settings, *(f"--{name}" for name in space)):
         name = part.removeprefix("--").partition("=")[0]
         if part.startswith("--") and name in _OURS:
@@ -104,18 +105,33 @@ def _plan(
         extra: dict[str, Any] = {"weights_dir": None}  # teachers would write the same file
         if train_fraction is not None:
             extra["data.train_fraction"] = train_fraction
+        own = _OwnSchedule()
         if epochs is not None:
             extra |= {"trainer.max_epochs": epochs, **_shortened(base, epochs, space)}
+            if _SCHEDULE in space and (milestones := extra.pop(_MILESTONES, None)) is not None:
+                own = _OwnSchedule(str(base.option(f"{_SCHEDULE}.class_path")).rpartition(".")[2], milestones)
         first = {name: each.choices[0] if each.choices else each.low for name, each in space.items()}
         arguments = [*settings, *as_arguments(extra)]
-        chosen = ACKDCLI("fit", [*arguments, *as_arguments(first)])
+        chosen = ACKDCLI("fit", [*arguments, *as_arguments(own.beside(first))])
         if getattr(chosen.build_data(), "val_is_test", False) or chosen.option("trainer.limit_val_batches") == 0:
             raise ACKDError(
                 "no validation data are held out (data.val_fraction is 0, or trainer.limit_val_batches), and settings "
                 "must not be chosen by the test set; set --data.val_fraction 0.1"
             )
     known = {name: value for name, value in _experiment(chosen.settings()).items() if name not in space}
-    return arguments, {"space": {name: each.text for name, each in space.items()}, "settings": known}
+    return arguments, {"space": {name: each.text for name, each in space.items()}, "settings": known}, own
+
+
+class _OwnSchedule(NamedTuple):
+    """Shortened milestones where the class of the schedule is searched: those of the class that the settings name."""
+
+    name: str = ""
+    milestones: Sequence[int] = ()
+
+    def beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of a trial, with the milestones if it has that class."""
+        chosen = str(given.get(_SCHEDULE, "")).rpartition(".")[2]
+        return {**given, _MILESTONES: self.milestones} if chosen and chosen == self.name else {**given}
 
 
 def _experiment(settings: dict[str, Any]) -> dict[str, Any]:
@@ -143,43 +159,32 @@ def _shortened(base: ACKDCLI, epochs: int, space: Mapping[str, Values]) -> dict[
     if not whole or whole <= 0 or epochs >= whole:
         return {}
     found: dict[str, Any] = {}
-    milestones = base.option("model.lr_scheduler.init_args.milestones")
-    if milestones and "model.lr_scheduler.milestones" not in space:
-        found["model.lr_scheduler.milestones"] = [max(1, round(each * epochs / whole)) for each in milestones]
+    milestones = base.option(f"{_SCHEDULE}.init_args.milestones")
+    if milestones and _MILESTONES not in space:
+        found[_MILESTONES] = [max(1, round(each * epochs / whole)) for each in milestones]
     warmup = base.option("model.recipe.warmup_epochs")
     if warmup and "model.recipe.warmup_epochs" not in space:
         found["model.recipe.warmup_epochs"] = round(warmup * epochs / whole)
     method = {} if "model.method" in space else base.settings()["model"]["method"]
-    for argument, value in method.get("init_args", {}).items():
-        name = f"model.method.{argument}"
-        if name not in space and (shorter := _shorter(argument, value, epochs / whole)) != value:
-            found[name] = shorter
+    for name, value in _lengths("model.method", method):
+        if name not in space:
+            found[name] = max(1, round(value * epochs / whole))
     if found:
-        texts = ", ".join(text for name, value in found.items() for text in _texts(name.removeprefix("model."), value))
+        texts = ", ".join(f"{name.removeprefix('model.')} {value}" for name, value in found.items())
         print(f"shortened from {whole} to {epochs} epochs with the schedule: {texts}")
     return found
 
 
-def _shorter(argument: str, value: Any, share: float) -> Any:
-    """An argument of a method with its lengths in epochs at a share of them, also those of the methods in a sum."""
-    if argument.endswith("_epochs") and isinstance(value, int) and value:
-        return max(1, round(value * share))
+def _lengths(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """Yield the lengths in epochs among the arguments of a method, and of the methods in a sum, by setting."""
+    if name.endswith("_epochs") and isinstance(value, int) and value:
+        yield name, value
     if isinstance(value, dict):
-        return {inner: _shorter(inner, each, share) for inner, each in value.items()}
+        for inner, each in value.items():
+            yield from _lengths(name if inner == "init_args" else f"{name}.{inner}", each)
     if isinstance(value, list):
-        return [_shorter(argument, each, share) for each in value]
-    return value
-
-
-def _texts(name: str, value: Any) -> Iterator[str]:
-    """A shortened setting with its value; of the methods in a sum, their lengths in epochs alone."""
-    if not (isinstance(value, list) and isinstance(value[0], dict)):
-        yield f"{name} {value}"
-        return
-    for number, method in enumerate(value):
-        for argument, each in method.get("init_args", {}).items():
-            if argument.endswith("_epochs") or argument == "methods":
-                yield from _texts(f"{name}.{number}.{argument}", each)
+        for number, each in enumerate(value):
+            yield from _lengths(f"{name}.{number}", each)
 
 
 class _Search:
@@ -191,6 +196,7 @@ class _Search:
         space: Values by setting.
         shared: Arguments of ``ackd fit`` of all trials.
         described: What the study depends on; another call must have the same.
+        own: Milestones of trials with one class of schedule.
         seed: Seed of the search.
         parallel: Whether several trials run at a time.
     """
@@ -202,11 +208,12 @@ class _Search:
         space: Mapping[str, Values],
         shared: Sequence[str],
         described: dict[str, Any],
+        own: _OwnSchedule,
         *,
         seed: int,
         parallel: bool,
     ) -> None:
-        self.optuna, self.place, self.space, self.shared = optuna, place, space, shared
+        self.optuna, self.place, self.space, self.shared, self.own = optuna, place, space, shared, own
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal = require("optuna.storages.journal", "tune", "`ackd tune`")
         place.mkdir(parents=True, exist_ok=True)
@@ -306,8 +313,9 @@ class _Search:
             texts = ", ".join(f"{name.rpartition('.')[2]} {_short(value)}" for name, value in given.items())
             label = f"trial {number}: {texts}"
             say(f"{label}: starts")
-            own = ["--runs_dir", str(self.place / "runs"), "--name", f"trial{number:04}"]
-            reason = processes.process(["fit", *self.shared, *as_arguments(given), *own], log, device, label)
+            place = ["--runs_dir", str(self.place / "runs"), "--name", f"trial{number:04}"]
+            chosen = as_arguments(self.own.beside(given))
+            reason = processes.process(["fit", *self.shared, *chosen, *place], log, device, label)
             return f"{reason} (output in {log})" if reason else None
         finally:
             processes.devices.put(device)
@@ -348,12 +356,13 @@ def _report(search: _Search, settings: Sequence[str]) -> None:
     Console(width=None if Console().is_terminal else 140).print(table)
     best = search.finished[0]
     run = search.folder(best.number)
-    text = yaml.safe_dump(fragment(read_yaml(run / "config.yaml"), names), sort_keys=False)
+    # as options: another one may name the class whose argument it is
+    chosen = as_arguments(best.user_attrs["settings"])
+    whole = ACKDCLI("fit", [*settings, *chosen]).settings()  # those of the run are shortened
+    text = yaml.safe_dump(fragment(whole, names), sort_keys=False)
     head = f"# best of {len(search.finished)} trials of ackd tune: validation accuracy {best.value:.2%} in {run}\n"
     path = search.place / "best.yaml"
     with whole_file(path) as partial:
         partial.write_text(head + text, encoding="utf-8")
     print(f"{path}:\n{text}", end="")
-    # as options: another one may name the class whose argument it is
-    chosen = as_arguments(best.user_attrs["settings"])
     print(f"next:\n  {shlex.join(['ackd', 'fit', *settings, *chosen])}")

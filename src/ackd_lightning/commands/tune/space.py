@@ -120,7 +120,7 @@ def fragment(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 
     Args:
         settings: Content of a run's ``config.yaml``.
-        names: Dotted names, without ``init_args``.
+        names: Dotted names, without ``init_args``. Of a setting inside a list, the whole list is returned.
 
     Example:
         >>> fragment({"model": {"optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}}}, ["model.optimizer.lr"])
@@ -135,7 +135,8 @@ def fragment(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
             if isinstance(here, Mapping) and part not in here and "init_args" in here:
                 here, there = here["init_args"], there.setdefault("init_args", {})
             here = here[part] if isinstance(here, Mapping) else None
-            if number < len(parts) - 1:
-                there = there.setdefault(part, {})
-        there[parts[-1]] = here
+            if isinstance(here, list) or number == len(parts) - 1:
+                there[part] = here
+                break
+            there = there.setdefault(part, {})
     return result
