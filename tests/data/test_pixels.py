@@ -298,6 +298,14 @@ def test_white_is_white_in_every_tiff(tmp_path, dtype, pages):
     assert (np.asarray(load_image(tmp_path / "x.tif")) == np.iinfo(dtype).max).all()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_as_cielab_are_converted(tmp_path, channels):
+    Image.new("LAB", (32, 32), (255, 128, 128)).save(tmp_path / "a.tif")  # white
+    image = np.asarray(read_image(tmp_path / "a.tif", ImageFormat((32, 32), channels)))
+    assert image.shape == ((32, 32) if channels == 1 else (32, 32, 3))
+    assert image.min() >= 250
+
+
 def test_an_empty_array_is_named(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((0, 8), np.uint8))
     with pytest.raises(ACKDError, match=r"x\.npy is an array of shape \(0, 8\)"):

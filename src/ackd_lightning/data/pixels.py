@@ -170,6 +170,8 @@ def _with_channels(image: Image.Image, form: ImageFormat, name: str) -> Image.Im
         canvas = Image.new("RGBA", layer.size, ImageColor.getrgb(form.background))
         image = Image.alpha_composite(canvas, layer)
         image = image.convert("RGB")
+    if image.mode == "LAB":
+        image = image.convert("RGB")  # the only mode that Pillow converts it to
     return image if image.mode == mode else image.convert(mode)
 
 
