@@ -63,7 +63,7 @@ class RunSummary(L.Callback):
         self.teacher_adds: list[int] = []
         self.measured_at, self.epochs = -1, 0
         self.images: dict[str, int] = {}
-        self.trained_longer = False  # whether files of an earlier part of the run are still those of its checkpoints
+        self.earlier_stands = False  # whether what an earlier part of the run measured is that of its checkpoints
         self.finished: tuple[dict[str, Any], dict[str, str]] | None = None
         self.export_options = ""
         self.last: dict[str, float] = {}
@@ -104,16 +104,16 @@ class RunSummary(L.Callback):
         """Count the teachers."""
         if trainer.is_global_zero and not is_fast_dev_run(trainer):
             self._count_teachers(pl_module)
-            self.trained_longer = True
+            self.earlier_stands = True
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remove what was measured before a run is trained longer, when its checkpoint is about to be replaced."""
-        if self.trained_longer and trainer.is_global_zero:
+        if self.earlier_stands and trainer.is_global_zero:
             self._forget()
 
     def _forget(self) -> None:
         """Remove summary and answers of the earlier part of a run."""
-        self.trained_longer = False
+        self.earlier_stands = False
         for file in (self.folder / "summary.json", *(answers_file(self.folder, which) for which in ("last", "best"))):
             file.unlink(missing_ok=True)
 
@@ -183,9 +183,9 @@ class RunSummary(L.Callback):
         before: dict[str, Any] = {}
         with contextlib.suppress(ACKDError):
             before = read_summary(self.folder) if (self.folder / "summary.json").is_file() else {}
-        if self.trained_longer and before.get("steps") == summary["steps"]:  # there was nothing left to train
+        if self.earlier_stands and before.get("steps") == summary["steps"]:  # there was nothing left to train
             summary |= {key: before[key] for key in ("test",) if key in before}
-        elif self.trained_longer:
+        elif self.earlier_stands:
             self._forget()
         write_json(summary, self.folder / "summary.json")  # last, as it marks the run as finished
         self.finished = (summary, files)
