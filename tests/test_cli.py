@@ -619,6 +619,14 @@ def test_refit_from_a_runs_own_settings(beside):
     assert (beside / "runs" / "digits_resnet20_resnet8" / "b" / "student.safetensors").is_file()
 
 
+def test_a_folder_that_is_gone_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["configs"]) == 2
+    assert "current folder no longer exists" in capsys.readouterr().err
+
+
 def test_debug_shows_where(here, monkeypatch):
     monkeypatch.setenv("ACKD_DEBUG", "1")
     with pytest.raises(ValueError, match="no such file"):

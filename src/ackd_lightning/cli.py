@@ -9,7 +9,6 @@ import pkgutil
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ackd_lightning._version import __version__
@@ -27,6 +26,7 @@ from ackd_lightning.errors import (
     not_permitted,
 )
 from ackd_lightning.launch import LIGHTNING
+from ackd_lightning.launch.command_line import find_own_classes, with_values
 from ackd_lightning.launch.short_help import asks_for_help, short_help
 from ackd_lightning.launch.signals import ended_by_signals
 from ackd_lightning.launch.streams import outlive_readers, print_log
@@ -274,7 +274,8 @@ def _predicts_images(command: str, arguments: Sequence[str]) -> bool:
     """Whether ``ackd predict`` names images or an exported file, which has no data of its own."""
     files = (".safetensors", ".onnx", ".pt2", ".pte", ".xml")
     named = any(each.split("=")[0] == "--images" for each in arguments)
-    return command == "predict" and (named or any(each.endswith(files) for each in arguments[:1]))
+    file = any(each.endswith(files) for each in with_values(arguments) if not each.startswith("-"))
+    return command == "predict" and (named or file)
 
 
 def _names(text: str) -> list[str]:
@@ -300,7 +301,8 @@ def _run(arguments: Sequence[str]) -> None:
     known = [*LIGHTNING, *_COMMANDS]
     if not command.startswith("-") and command not in known:
         raise ACKDError(f"{command!r} is not a command; {near_matches(command, known)}")
-    chosen, others = make_parser().parse_known_args(arguments or ["--help"])
+    given = with_values(arguments) if command in _PASS_ON else arguments
+    chosen, others = make_parser().parse_known_args(given or ["--help"])
     options = vars(chosen)
     if name := _PASS_ON.get(options.pop("command")):
         options[name] = others
@@ -343,9 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):  # None or closed without a console: a service, pythonw, `>&-`
         if (stream := getattr(sys, name)) is None or stream.closed:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123  # until the end
-    if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.append(str(Path.cwd()))  # settings may name classes in files of the working folder
     try:
+        find_own_classes()
         _run([expand_home(each) for each in (sys.argv[1:] if arguments is None else arguments)])
         sys.stdout.flush()
     except RunFinishedError as error:

@@ -239,7 +239,10 @@ def test_a_recipe_over_another_one_keeps_nothing_of_its_classes():
         "class_path": "torch.optim.AdamW",
         "init_args": {"lr": 1e-3, "weight_decay": 0.05},
     }
-    assert merged["model"]["lr_scheduler"] == {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR"}
+    assert merged["model"]["lr_scheduler"] == {
+        "class_path": "torch.optim.lr_scheduler.CosineAnnealingLR",
+        "init_args": {"T_max": 0},  # which becomes the length of the fit
+    }
     assert merged["model"]["student"] == "resnet8"
 
 
@@ -261,6 +264,53 @@ def test_a_method_swaps_the_method_of_a_run_and_keeps_the_rest():
     assert {key: value for key, value in swapped.items() if key != "model"} == {
         key: value for key, value in run.items() if key != "model"
     }
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("kd_ls", "kd"), ("ackd_teach_all", "ackd"), ("simkd", "atsc"), ("kd_ls", "kd_ea")]
+)
+def test_a_method_keeps_no_argument_of_one_of_its_class(first, then):
+    alone = load_configs([NAME, then])[0]["model"]["method"]
+    assert load_configs([NAME, first, then])[0]["model"]["method"] == alone
+    assert load_configs([NAME, first])[0]["model"]["method"] != alone
+
+
+def test_arguments_without_a_class_are_laid_over_those_of_the_method(tmp_path):
+    own = write(tmp_path / "own.yaml", "model: {method: {init_args: {temperature: 7.0}}}\n")
+    whole = load_configs([NAME, "kd_ls"])[0]["model"]["method"]
+    assert load_configs([NAME, "kd_ls", str(own)])[0]["model"]["method"] == {
+        **whole,
+        "init_args": {**whole["init_args"], "temperature": 7.0},
+    }
+
+
+def test_sgd_over_adamw_is_the_recipe_of_the_paper():
+    recipe = load_configs([])[0]["model"]
+    over = load_configs([NAME, "recipes/adamw", "recipes/sgd"])[0]["model"]
+    assert {key: over[key] for key in recipe} == recipe
+
+
+def test_a_class_may_be_written_as_text_in_a_file(tmp_path):
+    text = "model: {optimizer: SGD, lr_scheduler: CosineAnnealingLR, method: ackd_lightning.methods.KD}\n"
+    own = write(tmp_path / "own.yaml", text)
+    args = write(tmp_path / "args.yaml", "model: {optimizer: {init_args: {lr: 0.3}}}\n")
+    lower = load_configs([NAME])[0]["model"]["optimizer"]
+    model = load_configs([NAME, str(own)])[0]["model"]
+    assert model["optimizer"] == lower
+    assert model["lr_scheduler"] == {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR"}
+    assert model["method"] == {"class_path": "ackd_lightning.methods.KD"}
+    over = load_configs([NAME, str(own), str(args)])[0]["model"]["optimizer"]
+    assert over == {**lower, "init_args": {**lower["init_args"], "lr": 0.3}}
+
+
+def test_an_empty_configuration_is_refused():
+    with pytest.raises(ACKDError, match="--config is empty"):
+        load_configs([NAME, ""])
+
+
+@pytest.mark.parametrize("text", ["w #1/a.safetensors", "#x", "a#b", "'w #1'", "# only"])
+def test_a_number_sign_in_a_value_begins_no_comment(text):
+    assert read_value(text) == text.strip("'")
 
 
 def test_later_files_win_and_the_run_is_named_by_all(tmp_path):

@@ -211,6 +211,20 @@ def test_what_was_measured_is_kept_until_there_is_a_new_checkpoint(run, tmp_path
     assert kept() == before
 
 
+def test_a_finished_run_that_was_not_tested_says_so(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "one")
+    summary = json.loads((tmp_path / "one/summary.json").read_text())
+    summary.pop("test", None)
+    (tmp_path / "one/summary.json").write_text(json.dumps(summary))
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--resume", "one", "--test"]) == 0
+    assert "was not tested; raise --trainer.max_epochs" in (said := capsys.readouterr().out)
+    assert "`ackd test one` to measure it" in said
+    (tmp_path / "one/summary.json").write_text("{")
+    assert main(["fit", "--resume", "one"]) == 2
+    assert "summary.json" in capsys.readouterr().err
+
+
 def test_a_run_that_stopped_early_keeps_its_results_and_says_what_to_raise(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     stopping = ["--model.recipe.early_stopping", "1", "--model.optimizer.lr", "1e-12"]  # no validation is better
@@ -284,6 +298,8 @@ def test_only_a_schedule_that_ends_before_the_fit_is_told_of(steps, interval, sa
     found = renew_length(scheduler, before=None, epochs=4, steps=steps, options=[], interval=interval)
     assert ("rises again after epoch 3" in found) is said
     assert not renew_length(scheduler, before=None, epochs=3, steps=steps, options=[], interval=interval)
+    found = renew_length(scheduler, before=None, epochs=2, steps=steps, options=[], interval=interval)
+    assert ("does not fall to the end; --model.lr_scheduler.T_max 2" in found) is said
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -20,6 +22,10 @@ _SECTIONS = ("trainer", "model", "data")
 """Settings that hold others; an empty one changes nothing."""
 _SHORT = {"student": "network"}
 """Settings whose name or class is short for a mapping with this key."""
+_CLASSES = ("method", "optimizer", "lr_scheduler")
+"""Settings of the model that are classes."""
+_TORCH = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}
+_NAME = re.compile(r"[A-Za-z_][\w.]*(?<!\.yaml)(?<!\.yml)")
 
 
 @cache
@@ -162,6 +168,19 @@ def long_form(value: Any, key: str) -> Any:
     return {_SHORT[key]: value} if key in _SHORT and short else value
 
 
+def of_torch(spec: dict[str, Any], key: str) -> dict[str, Any]:
+    """Complete the bare name of one of torch's optimizers or schedules, which other libraries sub-class or repeat.
+
+    Args:
+        spec: Class with its ``class_path``.
+        key: Name of the setting, such as ``optimizer``.
+    """
+    module, name = _TORCH.get(key), str(spec["class_path"])
+    if module is None or "." in name or not hasattr(importlib.import_module(module), name):
+        return spec
+    return {**spec, "class_path": f"{module}.{name}"}
+
+
 def walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted name of every setting below a value, ``init_args`` left out of it, and its value.
 
@@ -195,6 +214,9 @@ def read_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     included = content.pop(_INCLUDE, None) or []
     content = _expand_home({key: value for key, value in content.items() if key not in _SECTIONS or value is not None})
     _refuse_dots(content, path)
+    for holder, key in ((content, "data"), *((content.get("model"), key) for key in _CLASSES)):
+        if isinstance(holder, dict) and isinstance(name := holder.get(key), str) and _NAME.fullmatch(name):
+            holder[key] = of_torch({"class_path": name}, key)
     if not isinstance(included, list):
         raise ACKDError(f"`include` of {path} is {included!r}, not a list; write include: [{included}]")
     for name in included:
@@ -265,6 +287,8 @@ def method_fragment(values: Sequence[str]) -> str | None:
 def load_configs(values: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Read every configuration, each laid over those before it, and the first over the packaged recipe.
 
+    One that names the class of a method replaces the method with all its arguments.
+
     Args:
         values: Paths or names, as given to ``--config``; methods joined by ``+`` are summed.
 
@@ -276,7 +300,12 @@ def load_configs(values: Sequence[str]) -> tuple[dict[str, Any], str]:
     for value in values:
         parts = config_parts(value)
         paths = [find_config(part) for part in parts if part]
-        result = merge(result, _read_sum(value, parts) if len(parts) > 1 else read_config(paths[0]))
+        if not paths:
+            raise ACKDError("--config is empty; name a configuration, or leave --config out")
+        over = _read_sum(value, parts) if len(parts) > 1 else read_config(paths[0])
+        if "class_path" in ((over.get("model") or {}).get("method") or {}):
+            (result.get("model") or {}).pop("method", None)  # also one of the same class, with other arguments
+        result = merge(result, over)
         names += [_run_name(path) for path in paths]
     return result, "+".join(names)
 

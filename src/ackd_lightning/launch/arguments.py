@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ackd_lightning.config.files import long_form, merge, walk
+from ackd_lightning.config.files import long_form, merge, of_torch, walk
 from ackd_lightning.config.yaml_files import parse_yaml
 from ackd_lightning.errors import ACKDError, count_of
 
 _INIT = "init_args"
-_TORCH = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
 _LENGTHS = {"CosineAnnealingLR": "T_max", "PolynomialLR": "total_iters", "OneCycleLR": "total_steps"}
 """Schedulers that have to know how long a fit is, and the argument that tells them."""
@@ -119,7 +117,7 @@ def choose_classes(settings: dict[str, Any], options: Sequence[str]) -> list[str
         if spec is None:
             others += [option] if equals or not value else [option, value]
         else:
-            holder[key] = merge(holder[key] or {}, _of_torch(spec, key))
+            holder[key] = merge(holder[key] or {}, of_torch(spec, key))
     model = settings.get("model")
     if isinstance(model, dict) and "student" in model:
         model["student"] = long_form(model["student"], "student")
@@ -187,10 +185,11 @@ def renew_length(scheduler: Any, *, before: Any, epochs: Any, steps: int, option
     if not stated and before not in (None, epochs) and length == before:
         scheduler[_INIT][name] = 0
         return f"{setting} follows trainer.max_epochs: {before} -> {epochs}"
-    if name == "T_max" and interval == "epoch" and steps == -1 and length and epochs and length < epochs:
+    if name == "T_max" and interval == "epoch" and steps == -1 and length and epochs and length != epochs:
+        what = f"rises again after epoch {length}" if length < epochs else "does not fall to the end"
         return (
-            f"{setting} is {length} and the fit has {epochs} epochs, so the learning rate rises again after epoch "
-            f"{length}; --{setting} {epochs} lets it fall to the end"
+            f"{setting} is {length} and the fit has {epochs} epochs, so the learning rate {what}; --{setting} {epochs} "
+            "lets it fall to the end"
         )
     return ""
 
@@ -315,6 +314,8 @@ def read_value(value: str) -> Any:
         read = parse_yaml(value)
     except Exception:  # whatever PyYAML's constructors raise
         return value
+    if "#" in value and (read is None or isinstance(read, str)) and read != value.strip("'\""):
+        return value  # what follows a # is no comment
     with contextlib.suppress(ValueError):
         return float(read) if isinstance(read, str) else read
     return read
@@ -338,15 +339,6 @@ def _as_class(value: str) -> dict[str, Any] | None:
     if isinstance(read, str) and _NAME.fullmatch(read):
         return {"class_path": read}
     return read if isinstance(read, dict) and isinstance(read.get("class_path"), str) else None
-
-
-def _of_torch(spec: dict[str, Any], key: str) -> dict[str, Any]:
-    """Complete the bare name of one of torch's optimizers or schedules, which other libraries sub-class or repeat."""
-    module = _TORCH.get(key)
-    name = str(spec["class_path"])
-    if module is None or "." in name or not hasattr(importlib.import_module(module), name):
-        return spec
-    return {**spec, "class_path": f"{module}.{name}"}
 
 
 def _last_part(spec: Any) -> str:

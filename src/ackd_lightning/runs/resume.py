@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +13,7 @@ from typing import Any
 from ackd_lightning.config.experiment import differences, moved_data
 from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError, RunFinishedError, count_of
-from ackd_lightning.runs.files import find_checkpoint, read_checkpoint, run_folder
+from ackd_lightning.runs.files import find_checkpoint, read_checkpoint, read_summary, run_folder
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _refuse_finished(folder: Path, length: Length | None) -> None:
     path = folder / "summary.json"
     if not path.is_file():
         return
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_summary(folder)
     epochs, before = summary.get("epochs", 0), Length.of(_config(folder).get("trainer") or {})
     ended_by = before.ended_by(epochs, summary.get("steps", 0))
     more_time = length is not None and _seconds(length.max_time) > _seconds(before.max_time)
@@ -150,9 +150,11 @@ def _refuse_finished(folder: Path, length: Length | None) -> None:
         recipe = (_config(folder).get("model") or {}).get("recipe") or {}
         stopped = recipe.get("early_stopping") is not None and before.leaves(epochs, summary.get("steps", 0))
         also = " and --model.recipe.early_stopping" if stopped else ""
+        untested = "" if summary.get("test") or summary.get("shown") == "test" else " and was not tested"
+        measure = f", `ackd test {shlex.quote(str(folder))}` to measure it" if untested else ""
         raise RunFinishedError(
-            f"run {folder} is finished ({count_of(epochs, 'epoch')}); raise --trainer.{ended_by}{also} to train it "
-            "longer, or leave --resume out for a new one"
+            f"run {folder} is finished ({count_of(epochs, 'epoch')}){untested}; raise --trainer.{ended_by}{also} to "
+            f"train it longer, or leave --resume out for a new one{measure}"
         )
 
 

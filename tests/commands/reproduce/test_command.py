@@ -25,7 +25,7 @@ from ackd_lightning.commands.reproduce.command import read_seeds
 from ackd_lightning.commands.reproduce.running import Runner
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch import execute
-from commands.reproduce.helpers import PAIR, SHORT, write_table
+from commands.reproduce.helpers import PAIR, SHORT, write_run, write_table
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:\s*``instantiate_classes`` was deprecated"),  # Lightning calls it, too
@@ -427,6 +427,38 @@ def test_ctrl_c_leaves_no_process(tmp_path, monkeypatch):
     assert not (checkpoint.parents[1] / "summary.json").exists()
     assert [path for path in here.rglob("*") if path.name == "results.json"] == []
     assert [path.name for path in (here / out / "logs").iterdir()] == [f"{PAIR}+ce-ce-seed0.log"]
+
+
+def test_a_row_whose_runs_are_teachers_of_another_row_counts_each_once(tmp_path, monkeypatch, capsys):
+    def run_all(self, jobs):
+        for number, job in enumerate(jobs):
+            write_run(job.folder, last=0.8 + 0.1 * (number % 2), seed=job.seed)
+        return {}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Runner, "run_all", run_all)
+    table = write_table(tmp_path / "own.yaml", rows={"ce": {}, "aikd": {}})
+    assert main(["reproduce", str(table), "--methods", "aikd", "--seeds", "2", "--out", "out", *SHORT, *TINY]) == 0
+    (file,) = (tmp_path / "out").glob("*.csv")
+    counts = [row["n"] for row in csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))]
+    assert set(counts) - {"0"} == {"2"}
+    assert counts.count("2") >= 2
+
+
+@pytest.mark.parametrize("arguments", [["--trainer.max_epochs", "60", "{}"], ["{}", "--trainer.max_epochs", "60"]])
+def test_a_setting_before_the_table_does_not_take_its_place(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "own.yaml")
+    given = [each.format("own.yaml") for each in arguments]
+    assert main(["reproduce", *given, "--dry-run", "--out", "out", *TINY]) == 0
+
+
+def test_a_method_file_without_a_method_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none.yaml").write_text("# nothing\nseed_everything: 1\n")
+    write_table(tmp_path / "own.yaml", rows={"mine": {"method": "none.yaml"}})
+    assert main(["reproduce", "own.yaml", "--dry-run", "--out", "out", *TINY]) == 2
+    assert "row mine has the method" in capsys.readouterr().err
 
 
 def test_a_method_may_lie_in_the_working_folder(tmp_path, monkeypatch, capsys):

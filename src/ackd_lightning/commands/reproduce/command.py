@@ -197,7 +197,8 @@ def reproduce(
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
     for table, folder, some_pairs, rows, planner, jobs in work:
         others = _other_rows(table, rows, planner.out)
-        shown = [*jobs, *_earlier(table, some_pairs, rows, others, chosen_seeds, planner)]
+        every = [*jobs, *_earlier(table, some_pairs, rows, others, chosen_seeds, planner)]
+        shown = [*{job.folder: job for job in reversed(every)}.values()][::-1]  # a teacher can be a row as well
         _report(table, folder, some_pairs, rows, others, planner, shown, failed, against)
     print(f"{len(everything)} runs in {rough(time.monotonic() - started)}")
     if failed:

@@ -29,7 +29,11 @@ def needs_teacher(row: Row, pair: Pair) -> bool:
         row: Row of a table.
         pair: Pair that has the row.
     """
-    described = load_configs([row.method])[0]["model"]["method"]
+    described = load_configs([row.method])[0]["model"].get("method")
+    if described is None:
+        raise ACKDError(
+            f"row {row.name} has the method {row.method}, a configuration that names none; set model.method"
+        )
     described = {"class_path": described} if isinstance(described, str) else described
     changed = {"class_path": described["class_path"], "init_args": dict(described.get("init_args") or {})}
     for name, value in {**row.settings, **pair.rows.get(row.name, {})}.items():
@@ -185,6 +189,8 @@ class Planner:
             raise ACKDError(f"pair {pair.name} of {self.table.name} has no `early_stop`, which ESKD needs")
         resolved = self.teacher(pair, early=False) if self.given_weights(pair) is None else None
         planned = resolved.settings if resolved else experiment_settings(self._read(config, settings).settings())
+        if not planned.get("trainer.max_epochs"):
+            raise ACKDError("trainer.max_epochs is null, and ESKD stops its teacher after a share of it; set it")
         epochs = max(1, round(planned["trainer.max_epochs"] * pair.early_stop / whole))
         shorter: dict[str, Any] = {"trainer.max_epochs": epochs}
         if milestones := planned.get(_MILESTONES):
