@@ -64,13 +64,15 @@ class RandomImages(L.LightningDataModule):
 
 
 class _Recorder(L.Callback):
-    """Weighted loss of every training step, as the module logs it."""
+    """Weighted loss of every training step, as the module logs it; ends the training after some steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.losses: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["train/loss_step"]))
+        trainer.should_stop = len(self.losses) >= self.steps
 
 
 class Harness:
@@ -200,7 +202,7 @@ class Harness:
         Args:
             steps: Number of steps.
         """
-        recorder = _Recorder()
+        recorder = _Recorder(steps)
         per_epoch = len(self.data.images) // self.data.batch_size
         trainer = L.Trainer(
             accelerator="cpu",
@@ -217,4 +219,4 @@ class Harness:
             log_every_n_steps=1,
         )
         trainer.fit(self.module, datamodule=self.data)
-        return recorder.losses[:steps]
+        return recorder.losses

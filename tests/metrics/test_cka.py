@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ackd_lightning.metrics.cka import LearnerStatistics, linear_cka
+from ackd_lightning.metrics.cka import WIDEST, LearnerStatistics, linear_cka
 
 
 def features(seed: int, images: int = 12, width: int = 4) -> torch.Tensor:
@@ -104,11 +104,24 @@ def test_sums_of_two_processes_add_up():
     whole.update(embeddings, logits)
     first.update([each[:5] for each in embeddings], [each[:5] for each in logits])
     second.update([each[5:] for each in embeddings], [each[5:] for each in logits])
-    for name in ("total", "sums", "products", "disagreements"):
+    for name in ("total", "sums", "squares", "products", "disagreements"):
         setattr(first, name, getattr(first, name) + getattr(second, name))
         assert first._reductions[name] is torch.sum or "sum" in first._reductions[name].__name__
     for name, value in whole.compute().items():
         torch.testing.assert_close(first.compute()[name], value)
+
+
+def test_wide_embeddings_are_measured_without_matrices_of_their_width():
+    wide, narrow = LearnerStatistics(2, WIDEST + 1), LearnerStatistics(2, WIDEST)
+    assert set(narrow.names) - set(wide.names) == {"cka"}
+    assert sum(each.numel() for each in wide._defaults.values()) < 5 * (WIDEST + 1)
+    assert sum(each.numel() for each in LearnerStatistics(1, WIDEST)._defaults.values()) < 5 * WIDEST
+    embeddings = [torch.randn(6, WIDEST + 1) for _ in range(2)]
+    wide.update(embeddings, [features(2, images=6), features(3, images=6)])
+    found = wide.compute()
+    assert found.keys() == set(wide.names)
+    expected = torch.stack([each.double().std(dim=0, correction=0) for each in embeddings]).mean().float()
+    torch.testing.assert_close(found["feature_std"], expected)
 
 
 def test_reset_starts_anew():

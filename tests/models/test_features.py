@@ -269,6 +269,22 @@ def test_weights_that_are_not_finite_are_no_fault_of_the_plan():
     check_plan(network, plan_for(network), 16)
 
 
+def test_the_first_convolution_may_be_defined_after_others():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer1, self.layer2 = nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)
+            self.stem, self.fc = nn.Conv2d(3, 8, 3, 1, 1), nn.Linear(32, 5)
+
+        def forward(self, image):
+            return self.fc(self.layer2(self.layer1(self.stem(image).relu()).relu()).relu().mean(dim=(2, 3)))
+
+    assert image_channels(Late()) == 3
+    assert plan_for(Late()) is not None
+    six = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Conv2d(8, 4, 1))
+    assert image_channels(six) == 6
+
+
 def test_a_plan_is_checked_on_images_with_the_channels_of_the_network():
     network = create_model("resnet8", 5)
     network.conv1 = nn.Conv2d(1, 16, 3, padding=1)

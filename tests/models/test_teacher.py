@@ -140,6 +140,21 @@ def test_a_network_without_stages_teaches_with_logits_alone(pixels):
     assert output.embedding is None
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mean": (0.1, 0.2, 0.3)}, "std is None; give both"),
+        ({"std": (0.1, 0.2, 0.3)}, "mean is None and std is"),
+        ({"mean": (0.1, 0.2, 0.3), "std": (0.1, 0.2)}, "give both, with one number per channel"),
+        ({"mean": (0.1, 0.2, 0.3), "std": (0.0, 0.2, 0.1)}, "numbers above 0"),
+        ({"input_size": 0}, "input_size is 0"),
+    ],
+)
+def test_preprocessing_that_makes_no_sense_is_refused(network, given, said):
+    with pytest.raises(ACKDError, match=said):
+        FrozenTeacher(network, **given)
+
+
 def test_copies_share_the_teacher(network):
     teacher = FrozenTeacher(network)
     holder = nn.ModuleList([teacher, nn.Linear(2, 2)])

@@ -25,7 +25,7 @@ from ackd_lightning import (
     save_weights,
 )
 from ackd_lightning.methods import DCM
-from ackd_lightning.models.freezing import frozen_modules
+from ackd_lightning.models.freezing import frozen_modules, parts_by_stage
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers
 from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import match_head
@@ -101,6 +101,33 @@ def test_the_head_of_a_method_is_left_out_and_not_lost_without_a_word(tmp_path, 
     assert said in capsys.readouterr().out
     with pytest.raises(ACKDError, match="a head of ATSC in place of its own classifier, which fine-tuning for int8"):
         student(StudentConfig("resnet8", weights=file, quantization="x86"))
+
+
+def test_frozen_statistics_without_weights_stay():
+    class Normalised(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3, affine=False)
+            self.idle = nn.ReLU()
+
+        def forward(self, image):
+            return super().forward(self.norm(image))
+
+    assert "norm" in parts_by_stage(Normalised())["stem"]
+    module = student(StudentConfig(Normalised(), freeze=["norm"]))
+    norm = module.student.plain().norm
+    module.train()
+    module.on_train_epoch_start()
+    before = norm.running_mean.clone()
+    module.student(torch.randn(8, 3, SIZE, SIZE) + 3)
+    assert torch.equal(norm.running_mean, before)
+    with pytest.raises(ACKDError, match="no weights and no statistics"):
+        student(StudentConfig(Normalised(), freeze=["idle"]))
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ACKDError, match="1 class and a classifier needs two"):
+        student(StudentConfig("resnet8"), data=DataInfo(1, 16))
 
 
 def test_options_that_a_file_states_build_its_network_again(tmp_path, capsys):

@@ -43,28 +43,39 @@ def cka_of_covariances(cross: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return cka
 
 
+WIDEST = 3072
+"""Largest width D of embeddings whose CKA is measured: it needs matrices of D x D for each learner and each pair."""
+
+
 class LearnerStatistics(Metric):
     """Exact CKA, disagreement and feature std over a whole data set, from sums over batches and processes.
 
     Args:
         learners: Number M of learners, at least 1.
-        dim: Width D of the learners' embeddings.
+        dim: Width D of the learners' embeddings; CKA is left out above `WIDEST`.
+
+    Attributes:
+        names: Names of what `compute` returns.
     """
 
     full_state_update = False
     total: Tensor
     sums: Tensor
+    squares: Tensor
     products: Tensor
     disagreements: Tensor
 
     def __init__(self, learners: int, dim: int) -> None:
         super().__init__()
         self.pairs = list(combinations(range(learners), 2))
-        blocks = learners + len(self.pairs)
-        self.learners = learners
+        self.learners, self._has_cka = learners, bool(self.pairs) and dim <= WIDEST
+        self.names = ("feature_std", *(["disagreement"] if self.pairs else []), *(["cka"] if self._has_cka else []))
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(learners, dim, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("products", torch.zeros(blocks, dim, dim, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(learners, dim, dtype=torch.float64), dist_reduce_fx="sum")
+        if self._has_cka:
+            blocks = torch.zeros(learners + len(self.pairs), dim, dim, dtype=torch.float64)
+            self.add_state("products", blocks, dist_reduce_fx="sum")
         self.add_state("disagreements", torch.zeros(max(len(self.pairs), 1), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,11 +97,13 @@ class LearnerStatistics(Metric):
         """
         features = [each.to(self.total.dtype) for each in embeddings]
         choices = [each.argmax(dim=1) for each in logits]
-        products = [each.T @ each for each in features] + [features[i].T @ features[j] for i, j in self.pairs]
         # never in place: states that were reset in inference mode allow no change outside it
         self.total = self.total + features[0].shape[0]
         self.sums = self.sums + torch.stack([each.sum(dim=0) for each in features])
-        self.products = self.products + torch.stack(products)
+        self.squares = self.squares + torch.stack([each.square().sum(dim=0) for each in features])
+        if self._has_cka:
+            products = [each.T @ each for each in features] + [features[i].T @ features[j] for i, j in self.pairs]
+            self.products = self.products + torch.stack(products)
         if self.pairs:
             self.disagreements = self.disagreements + torch.stack(
                 [(choices[i] != choices[j]).sum() for i, j in self.pairs]
@@ -101,22 +114,23 @@ class LearnerStatistics(Metric):
 
         Returns:
             ``feature_std``, the standard deviation of an embedding's entries over the images, averaged over entries
-            and learners; for two learners or more also ``cka`` and ``disagreement``, the fraction of images for which
-            the predicted classes of a pair differ.
+            and learners; for two learners or more also ``cka``, unless they are too wide, and ``disagreement``, the
+            fraction of images for which the predicted classes of a pair differ.
         """
         mean = self.sums / self.total
 
         def centred(block: int, i: int, j: int) -> Tensor:
             return self.products[block] / self.total - torch.outer(mean[i], mean[j])
 
-        own = [centred(number, number, number) for number in range(self.learners)]
-        variances = torch.stack([each.diagonal().clamp_min(0.0) for each in own])
+        variances = (self.squares / self.total - mean.square()).clamp_min(0.0)
         result = {"feature_std": variances.sqrt().mean().float()}
-        if self.pairs:
+        if self._has_cka:
+            own = [centred(number, number, number) for number in range(self.learners)]
             values = [
                 cka_of_covariances(centred(self.learners + number, i, j), own[i], own[j])
                 for number, (i, j) in enumerate(self.pairs)
             ]
             result["cka"] = torch.stack(values).mean().float()
+        if self.pairs:
             result["disagreement"] = (self.disagreements.mean() / self.total).float()
         return result

@@ -15,6 +15,8 @@ from ackd_lightning.types import ImageSize, height_width
 
 MOST_CHANNELS = 16
 """Largest number of channels of an image."""
+_COLOURS = 4
+"""Largest number of channels of a usual image, with transparency."""
 
 EXAMPLES = 2
 """Number of images on which a network is tried."""
@@ -36,10 +38,14 @@ def channels_by_name(channels: int) -> dict[str, int]:
 def image_channels(network: nn.Module, otherwise: int = 3) -> int:
     """Number of channels of the images that a network reads: those of its first convolution.
 
+    A first one that reads more than four is no longer believed where another one reads three: a class may define its
+    layers in another order than it calls them.
+
     Args:
-        network: Any network. One whose convolutions are not modules states them in an attribute ``image_channels``. A
-            network of timm whose first convolution has too many, because it reads blocks of pixels or their frequencies
-            (TResNet, CSATv2), states them in ``pretrained_cfg``.
+        network: Any network. One whose convolutions are not modules, or where another one than the first reads the
+            images, states them in an attribute ``image_channels``. A network of timm whose first convolution has too
+            many, because it reads blocks of pixels or their frequencies (TResNet, CSATv2), states them in
+            ``pretrained_cfg``.
         otherwise: Number for a network without convolutions.
     """
     if isinstance(given := (getattr(network, "model_options", None) or {}).get("in_chans"), int):
@@ -49,7 +55,8 @@ def image_channels(network: nn.Module, otherwise: int = 3) -> int:
             config = getattr(network, "pretrained_cfg", None)
             if each.in_channels > MOST_CHANNELS and isinstance(config, dict) and "input_size" in config:
                 return int(config["input_size"][0])
-            return each.in_channels
+            others = (one.in_channels for one in network.modules() if isinstance(one, nn.Conv2d))
+            return 3 if each.in_channels > _COLOURS and 3 in others else each.in_channels
         if isinstance(stated := getattr(each, "image_channels", None), int):
             return stated
     return otherwise

@@ -13,6 +13,9 @@ from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.finding import native_sizes, plan_for, traced
 from ackd_lightning.models.stages import stage_parts
 
+_FROZEN = "_frozen_statistics"
+"""Attribute of a frozen module without parameters."""
+
 
 def parts_by_stage(network: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return the modules and parameters of each stage by ``stem``, ``stage1``, ``stage2``, ...; empty if unknown.
@@ -51,19 +54,26 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
             )
         # a module of that name is what its author calls the stage
         for each in (name,) if name in modules else stages[name]:
-            (modules[each] if each in modules else network.get_parameter(each)).requires_grad_(False)
+            part = modules.get(each)
+            (network.get_parameter(each) if part is None else part).requires_grad_(False)
+            if part is not None and not any(True for _ in part.parameters()):
+                if not any(True for _ in part.buffers()):
+                    raise ACKDError(
+                        f"student.freeze names {name!r}, which has no weights and no statistics; leave it out"
+                    )
+                setattr(part, _FROZEN, True)
     if not any(each.requires_grad for each in network.parameters()):
         raise ACKDError(f"student.freeze is {list(names)}, which leaves nothing to train; leave a part out")
 
 
 def frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost modules whose parameters are all frozen.
+    """Yield the outermost modules whose parameters are all frozen, and frozen ones that have statistics alone.
 
     Args:
         module: Module whose parts are searched.
     """
     parameters = list(module.parameters())
-    if parameters and not any(each.requires_grad for each in parameters):
+    if (parameters and not any(each.requires_grad for each in parameters)) or getattr(module, _FROZEN, False):
         yield module
         return
     for child in module.children():

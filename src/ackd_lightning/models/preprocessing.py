@@ -46,11 +46,18 @@ class Preprocessing:
     origin: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse statistics of pixels in 0 to 255.
+        """Check the values.
 
         Raises:
-            ACKDError: If a mean is above what pixels in 0 to 1 can have.
+            ACKDError: If mean or std is missing beside the other, their lengths differ, a standard deviation is not
+                above 0, a mean is above what pixels in 0 to 1 can have, or a size is not 1 or more.
         """
+        if len(self.mean or ()) != len(self.std or ()):
+            raise ACKDError(f"mean is {self.mean} and std is {self.std}; give both, with one number per channel")
+        if self.std is not None and not all(0 < each < math.inf for each in self.std):
+            raise ACKDError(f"std is {self.std}; it must have numbers above 0")
+        if self.input_size is not None and min(height_width(self.input_size)) < 1:
+            raise ACKDError(f"input_size is {self.input_size}; it must be 1 or more pixels")
         if self.mean is not None and max(self.mean) > 1.5:
             raise ACKDError(
                 f"mean is {self.mean} and must be of pixels from 0 to 1; divide mean and std by 255 "
@@ -170,7 +177,10 @@ def usable_size(
             "let it read batches of any size (torch.export: give dynamic_shapes)"
         )
     if size is None:
-        raise ACKDError(f"{words}, nor of any other size that was tried; check its forward")
+        raise ACKDError(
+            f"{words}, nor of any other size that was tried; check its forward, and give a network whose images have "
+            f"another number of channels than {channels} an attribute image_channels"
+        )
     sizes = dict.fromkeys([_words(size), *_readable(network, channels)])
     raise ACKDError(f"{words}; set input_size to a size that it can read, such as {', '.join(list(sizes)[:6])}")
 

@@ -64,7 +64,7 @@ def stage_names(network: nn.Module, traced: Trace, image_size: tuple[int, int]) 
 
 
 def stage_parts(network: nn.Module, traced: Trace, features: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return the modules and parameters of each stage, by ``stem``, ``stage1``, ``stage2``, ...
+    """Return the modules with weights or statistics and the parameters of each stage, by ``stem``, ``stage1``, ...
 
     Args:
         network: Network that was traced.
@@ -84,7 +84,7 @@ def stage_parts(network: nn.Module, traced: Trace, features: Sequence[str]) -> d
             number = None if call is None else sum(end < call.end for end in ends)
             if call is None or number is None or (number and call.start < ends[number - 1]):
                 place(child, f"{full}.")
-            elif number < len(names) and any(True for _ in child.parameters()):
+            elif number < len(names) and any(True for _ in (*child.parameters(), *child.buffers())):
                 parts[names[number]].append(full)
 
     place(network, "")

@@ -16,8 +16,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.base import Method
-from ackd_lightning.metrics.cka import LearnerStatistics
+from ackd_lightning.metrics.cka import WIDEST, LearnerStatistics
 from ackd_lightning.models.student import BranchyStudent
+from ackd_lightning.models.weight_files import tell
 from ackd_lightning.training.batches import require_labels
 from ackd_lightning.training.means import TermMeans
 from ackd_lightning.training.nonfinite import remedies
@@ -52,6 +53,8 @@ class Evaluation(nn.Module):
         widths = {branch.embedding for branch in spec.branches}
         width = widths.pop() if len(widths) == 1 else None  # embeddings of different networks have no common space
         self.learner_statistics = LearnerStatistics(count, width) if width is not None else None
+        if count > 1 and width is not None and width > WIDEST:
+            tell(f"learners_cka is not measured, as the features of the learners have {width:,} entries")
         self.means = TermMeans()
         self._prefix = "val"
         self.others = nn.ModuleList()

@@ -159,6 +159,8 @@ class DistillationModule(FitStart):
                 f"the student has {self.spec.num_classes} classes and the data have {self.data.num_classes}; make them "
                 "equal"
             )
+        if self.data.num_classes < 2:
+            raise ACKDError("the data have 1 class and a classifier needs two; give data of two classes or more")
         self.labelling = Labels(self.recipe, self.data.num_classes)
         self.teachers = Teachers(configs, self.data)
         self.teachers.specs = self.absent or self.teachers.specs

@@ -64,5 +64,5 @@ def _logged(module: Any) -> set[str]:
     split, evaluation = "test" if module.looks_at_test() else "val", module.evaluation
     names |= {f"{split}/loss", *(f"{split}/{each}" for each in evaluation.accuracies)}
     if evaluation.learner_statistics is not None:
-        names |= {f"{split}/learners_{each}" for each in ("feature_std", "cka", "disagreement")}
+        names |= {f"{split}/learners_{each}" for each in evaluation.learner_statistics.names}
     return names
