@@ -19,6 +19,7 @@ from ackd_lightning.commands.tune.command import _Search as Search
 from ackd_lightning.commands.tune.space import fragment, grid, read_values
 from ackd_lightning.config.files import load_configs
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.arguments import option_pairs
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.runs.claim import claim
 
@@ -43,7 +44,7 @@ def here(tmp_path, monkeypatch):
 
 
 def tried() -> list[dict[str, float]]:
-    return [dict(zip(each[::2], each[1::2], strict=False)) for each in ([p for p in c if p != "fit"] for c in calls)]
+    return [{name: value for name, value in option_pairs(each[1:]) if value is not None} for each in calls]
 
 
 def test_a_search_writes_runs_and_the_best_settings_and_goes_on(capsys):

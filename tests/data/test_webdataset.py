@@ -153,7 +153,7 @@ def test_images_of_one_name_in_two_shards_are_two(shards, picture):
 def test_every_shard_is_read_once_before_the_first_step(shards, monkeypatch):
     read = []
     check = webdataset._check_shard
-    monkeypatch.setattr(webdataset, "_check_shard", lambda path, form: (read.append(path.name), check(path, form))[1])
+    monkeypatch.setattr(webdataset, "_check_shard", lambda path, *rest: (read.append(path.name), check(path, *rest))[1])
     made(shards, cache=False).train_dataloader()
     assert len(read) == len(set(read)) == 6
 
@@ -462,7 +462,7 @@ def test_of_two_images_in_a_sample_one_is_named(tmp_path, picture):
     for part in ("train", "test"):
         samples = []
         for number in range(4):
-            grey = np.full((32, 32), 9, np.uint16)
+            grey = np.full((32, 32), 40000, np.uint16)
             for ending, values in (("depth.png", grey), ("PNG", np.asarray(picture(number)))):
                 buffer = io.BytesIO()
                 Image.fromarray(values).save(buffer, format="PNG")

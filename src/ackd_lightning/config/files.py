@@ -127,8 +127,9 @@ def _read_sum(value: str, parts: Sequence[str]) -> dict[str, Any]:
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Lay one configuration over another: mappings merge, everything else is replaced.
 
-    Where ``over`` names another ``class_path``, the arguments of the old class are dropped. ``student: resnet20`` is
-    short for ``student: {network: resnet20}``: it replaces a mapping, and a mapping is laid over it.
+    Where ``over`` names another ``class_path``, the arguments of the old class are dropped, and so are settings that
+    are no arguments of a class. ``student: resnet20`` is short for ``student: {network: resnet20}``: it replaces a
+    mapping, and a mapping is laid over it.
 
     Args:
         base: Lower configuration.
@@ -137,7 +138,8 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(base)
     # the last part alone: ackd_lightning.ACKD and ackd_lightning.methods.ACKD are one class
     classes = {str(each["class_path"]).rpartition(".")[2] for each in (base, over) if "class_path" in each}
-    if len(classes) == 2:
+    plain = "class_path" in over and not {"class_path", "init_args"} & base.keys()  # settings that are no arguments
+    if len(classes) == 2 or plain:
         result = {}
     for key, value in over.items():
         lower = result.get(key)
@@ -300,14 +302,21 @@ def load_configs(values: Sequence[str]) -> tuple[dict[str, Any], str]:
     for value in values:
         parts = config_parts(value)
         paths = [find_config(part) for part in parts if part]
-        if not paths:
+        if not value:
             raise ACKDError("--config is empty; name a configuration, or leave --config out")
         over = _read_sum(value, parts) if len(parts) > 1 else read_config(paths[0])
-        if "class_path" in ((over.get("model") or {}).get("method") or {}):
-            (result.get("model") or {}).pop("method", None)  # also one of the same class, with other arguments
+        if _names_method(over) and isinstance(result.get("model"), dict):
+            result["model"].pop("method", None)  # also one of the same class, with other arguments
         result = merge(result, over)
         names += [_run_name(path) for path in paths]
     return result, "+".join(names)
+
+
+def _names_method(settings: dict[str, Any]) -> bool:
+    """Whether settings name the class of a method."""
+    model = settings.get("model")
+    method = model.get("method") if isinstance(model, dict) else None
+    return isinstance(method, dict) and "class_path" in method
 
 
 def _run_name(path: Path) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method, is_task_term
+from ackd_lightning.models.weight_files import tell
 from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.types import Batch
 
@@ -119,7 +120,7 @@ def accuracy(logits: Tensor, target: Tensor, soft: Tensor | None) -> Tensor:
 
 
 def check_labels(method: Method, recipe: Recipe, data: Any) -> None:
-    """Refuse labels that a method cannot learn from, and rare classes that would count twice.
+    """Refuse labels that a method cannot learn from, and rare classes that would count twice; say what has no effect.
 
     Args:
         method: The method.
@@ -127,7 +128,7 @@ def check_labels(method: Method, recipe: Recipe, data: Any) -> None:
         data: Data module, of which mixing and sampling are read where it has them.
 
     Raises:
-        ACKDError: Naming the method and the setting; also where they would have no effect.
+        ACKDError: Naming the method and the setting.
     """
     name, kind = type(method).__name__, method.labels
     changed = f"label_smoothing is {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
@@ -138,11 +139,8 @@ def check_labels(method: Method, recipe: Recipe, data: Any) -> None:
             "and set `labels`"
         )
     task = [weight for term, weight in method.loss_weights.items() if is_task_term(term)]
-    if changed and task and not any(task) and not method.auxiliary_parameters():
-        raise ACKDError(
-            f"recipe.{changed} and no cross-entropy of method {name} has a weight, so that it would have no effect; "
-            "leave it out, or give the cross-entropy a weight"
-        )
+    if data is not None and changed and task and not any(task) and not method.auxiliary_parameters():
+        tell(f"recipe.{changed} and has no effect, as no cross-entropy of method {name} has a weight")
     if not isinstance(data, ImageDataModule):
         return
     if recipe.class_weights == "auto" and data.sampling == "balanced":
