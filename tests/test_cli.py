@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from ackd_lightning import cli, create_model
-from ackd_lightning.cli import main
+from ackd_lightning.cli import _predicts_images, main
 from ackd_lightning.commands.compare import group_runs
 from ackd_lightning.config.files import load_configs, method_names, packaged_names, recipe_names
 from ackd_lightning.data.sources import Pixels
@@ -617,6 +617,20 @@ def test_refit_from_a_runs_own_settings(beside):
     again = ["fit", "--config", "runs/digits_resnet20_resnet8/a/config.yaml", "--name", "b"]
     assert main([*again, "--model.teacher.gate", "off", "--trainer.enable_progress_bar", "false"]) == 0
     assert (beside / "runs" / "digits_resnet20_resnet8" / "b" / "student.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "images"),
+    [
+        (["model.onnx"], True),
+        (["--output", "p.csv", "model.onnx"], True),
+        (["RUN", "--images", "a.png"], True),
+        (["RUN", "--model.teacher.weights", "w.safetensors"], False),
+        (["--data.root", "photos", "RUN"], False),
+    ],
+)
+def test_an_exported_file_is_found_among_the_options(arguments, images):
+    assert _predicts_images("predict", arguments) is images
 
 
 def test_a_folder_that_is_gone_is_said(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from ackd_lightning.config.files import config_folder, find_config, load_configs
 from ackd_lightning.data.decoding import read_image
 from ackd_lightning.data.pixels import ImageFormat, fit, to_tensor
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.methods import KD
 from ackd_lightning.methods.description import from_description
 from ackd_lightning.testing import Harness
 
@@ -164,6 +165,12 @@ def test_configurations_shown_can_be_read(folder):
 
 def test_the_page_on_methods_shows_three():
     assert set(METHODS) == {"LogitMSE", "Remembered", "Mutual"}
+
+
+@pytest.mark.parametrize("steps", [3, 12])
+def test_the_harness_makes_as_many_steps_as_it_is_told(steps):
+    harness = Harness(KD())
+    assert len(harness.train(steps)) == harness.module.trainer.global_step == steps
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ import yaml
 from ackd_lightning import DistillationModule
 from ackd_lightning.cli import main
 from ackd_lightning.launch.arguments import renew_length
+from ackd_lightning.launch.execute import Execution
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.runs.figures import read_metrics
 
@@ -209,6 +211,23 @@ def test_what_was_measured_is_kept_until_there_is_a_new_checkpoint(run, tmp_path
         patch.setattr(DistillationModule, "training_step", fail)
         assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2", "--weights_dir", "null"]) != 0
     assert kept() == before
+
+
+def test_two_tests_of_one_run_keep_both_results(tmp_path):
+    """The other test ends while this one writes its predictions."""
+    path = tmp_path / "summary.json"
+    path.write_text("{}")
+
+    class Answers:
+        def write(self, *_):
+            path.write_text('{"test": {"last": {"test/acc": 0.5}}}')
+
+    execution = object.__new__(Execution)
+    execution.trainer = SimpleNamespace(is_global_zero=True, callback_metrics={"test/acc": 0.25})
+    execution._answers = lambda: [Answers()]
+    execution._keep_test(tmp_path / "checkpoints/best.ckpt")
+    tested = json.loads(path.read_text())["test"]
+    assert {which: values["test/acc"] for which, values in tested.items()} == {"last": 0.5, "best": 0.25}
 
 
 def test_a_finished_run_that_was_not_tested_says_so(run, tmp_path, monkeypatch, capsys):

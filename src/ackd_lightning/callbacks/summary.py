@@ -184,7 +184,7 @@ class RunSummary(L.Callback):
         with contextlib.suppress(ACKDError):
             before = read_summary(self.folder) if (self.folder / "summary.json").is_file() else {}
         if self.earlier_stands and before.get("steps") == summary["steps"]:  # there was nothing left to train
-            summary |= {key: before[key] for key in ("test",) if key in before}
+            summary |= {"test": before["test"]} if "test" in before else {}
         elif self.earlier_stands:
             self._forget()
         write_json(summary, self.folder / "summary.json")  # last, as it marks the run as finished

@@ -112,7 +112,6 @@ def _read_sum(value: str, parts: Sequence[str]) -> dict[str, Any]:
         content = read_config(find_config(part)) if part else {}
         model = content.get("model")
         method = model.pop("method", None) if isinstance(model, dict) else None
-        method = {"class_path": method} if isinstance(method, str) else method
         if not isinstance(method, dict) or "class_path" not in method:
             raise ACKDError(
                 f"--config {value} sums methods and {part!r} names none; write it as a --config of its own, or join "

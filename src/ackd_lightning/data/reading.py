@@ -129,18 +129,12 @@ def decode(files: Files | Records, form: ImageFormat) -> Pixels:
         images[position] = to_tensor(fit(convert(raw, form, label(file)), form.size), form)
         return Depth(is_deep(raw), largest_value(raw))
 
-    note = check_files_depth(files, run_over(files, work, f"reading {files.root.name}"), form)
+    note = _check_files_depth(files, run_over(files, work, f"reading {files.root.name}"), form)
     return Pixels(files.class_names, images, files.targets, note=note)
 
 
-def check_files_depth(files: Files | Records, depths: list[Depth], form: ImageFormat) -> str:
-    """Check the depths of files; `check_depth` says how.
-
-    Args:
-        files: Images.
-        depths: Depth of each.
-        form: What they become.
-    """
+def _check_files_depth(files: Files | Records, depths: list[Depth], form: ImageFormat) -> str:
+    """Check the depths of files; `check_depth` says how."""
     return check_depth(depths, form, str(files.root), lambda row: label(files.file(row)))
 
 
@@ -268,7 +262,7 @@ def check_files(files: Files | Records, form: ImageFormat, cache: Path | None) -
             return check_image_file(files.file(row), form)
 
         found = run_over(files, check, f"checking {files.root.name}")
-        content = {"fingerprint": stamp, "note": check_files_depth(files, found, form)}
+        content = {"fingerprint": stamp, "note": _check_files_depth(files, found, form)}
         if cache is not None:
             save_cache(cache, content)
     if content["note"]:

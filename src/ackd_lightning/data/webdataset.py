@@ -183,24 +183,21 @@ class WebDatasetDataModule(CustomImagesDataModule):
         read_as = ("counts of shards", parts, self.num_classes, names, self.label_key, self.image_key, self.value_range)
         mark = fingerprint(PathTable.of_paths(self.root, every), self.root, *read_as)
         cache = self.root / "ackd-checked-shards.pt" if self.cache else None
-        if cache is not None and (content := read_cache(cache, mark)) is not None:
-            self._counts = [int(each) for each in content["counts"]]
-            self._say_once(content["note"])
-            return self._counts
-        form, depths = self._form(), dict[str, Depth]()
-        counts = {part: [_check_shard(path, form, depths) for path in shards] for part, shards in self._shards.items()}
-        named = list(depths)
-        note = check_depth([*depths.values()], form.image, str(self.root), lambda row: named[row]) if depths else ""
-        self._counts = counts["train"]
-        if cache is not None:
-            save_cache(cache, {"fingerprint": mark, "counts": self._counts, "note": note})
-        self._say_once(note)
+        content = None if cache is None else read_cache(cache, mark)
+        if content is None:
+            form, depths = self._form(), dict[str, Depth]()
+            counts = {
+                part: [_check_shard(each, form, depths) for each in paths] for part, paths in self._shards.items()
+            }
+            named = list(depths)
+            note = check_depth([*depths.values()], form.image, str(self.root), lambda row: named[row])
+            content = {"fingerprint": mark, "counts": counts["train"], "note": note}
+            if cache is not None:
+                save_cache(cache, content)
+        if content["note"]:
+            say(content["note"])
+        self._counts = [int(each) for each in content["counts"]]
         return self._counts
-
-    @staticmethod
-    def _say_once(note: str) -> None:
-        if note:
-            say(note)
 
     # ------------------------------------------------------------------------------------------------ loaders
 

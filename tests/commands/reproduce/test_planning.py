@@ -322,6 +322,12 @@ def test_the_rows_that_compare_maps_read_them_where_the_benchmark_does():
         ({}, ["kd"], ["--trainer.max_epoch", "3"], "trainer.max_epoch"),
         ({}, ["kd"], ["--model.lr_scheduler.milestones", "[x]"], "milestones"),
         ({}, ["kd"], ["--data.batch_size", "0"], "batch_size"),
+        (
+            {"early_stop": 20},
+            ["eskd"],
+            ["--trainer.max_epochs", "null", "--trainer.max_steps", "10"],
+            r"trainer\.max_epochs is null, and ESKD",
+        ),
     ],
 )
 def test_mistakes_are_found_before_training(here, pair, methods, overrides, sentence):

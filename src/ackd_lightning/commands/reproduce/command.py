@@ -197,8 +197,9 @@ def reproduce(
         failed = Runner(place / "logs", devices).run_all(list(everything.values()))
     for table, folder, some_pairs, rows, planner, jobs in work:
         others = _other_rows(table, rows, planner.out)
-        every = [*jobs, *_earlier(table, some_pairs, rows, others, chosen_seeds, planner)]
-        shown = [*{job.folder: job for job in reversed(every)}.values()][::-1]  # a teacher can be a row as well
+        known = {job.folder for job in jobs}  # those of teachers can be those of a row as well
+        earlier = _earlier(table, some_pairs, rows, others, chosen_seeds, planner)
+        shown = [*jobs, *(job for job in earlier if job.folder not in known)]
         _report(table, folder, some_pairs, rows, others, planner, shown, failed, against)
     print(f"{len(everything)} runs in {rough(time.monotonic() - started)}")
     if failed:

@@ -34,7 +34,6 @@ def needs_teacher(row: Row, pair: Pair) -> bool:
         raise ACKDError(
             f"row {row.name} has the method {row.method}, a configuration that names none; set model.method"
         )
-    described = {"class_path": described} if isinstance(described, str) else described
     changed = {"class_path": described["class_path"], "init_args": dict(described.get("init_args") or {})}
     for name, value in {**row.settings, **pair.rows.get(row.name, {})}.items():
         if name == "model.method":
