@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ackd_lightning.data import CINIC10DataModule, DigitsDataModule, ImageDataModule, ImageFolderDataModule
+from ackd_lightning.data.folders import sort_key
 from ackd_lightning.data.transforms import Keys
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.types import DataInfo
@@ -217,3 +218,9 @@ def test_other_classes_are_refused_and_nothing_changes(make, ready):
     assert module.class_names == ("cat", "dog")
     module.setup()
     assert module.train_targets.bincount().tolist() == [15, 9]
+
+
+def test_names_of_one_number_have_one_order():
+    names = ["01", "1", "2", "img1", "img01", "img"]
+    found = [sorted(each, key=lambda name: sort_key("natural", name)) for each in (names, names[::-1])]
+    assert found[0] == found[1] == ["img", "img01", "img1", "01", "1", "2"]

@@ -191,3 +191,18 @@ def test_keys_that_belong_to_the_samples_keep_their_parts():
     assert held == again
     fewer = set(keys[1:][stratified_split(targets[1:], 0.2, keys=keys[1:])[1]].tolist())
     assert len(held ^ fewer) <= 2
+
+
+def test_samples_of_one_key_are_in_one_part_and_one_of_each_class_stays():
+    keys = torch.arange(40).repeat(2)
+    kept, held = stratified_split(torch.arange(80) % 2, 0.2, keys=keys)
+    assert len(held) > 0
+    assert not set(keys[held].tolist()) & set(keys[kept].tolist())
+    assert len(stratified_split(torch.zeros(20, dtype=torch.int64), 0.2, keys=torch.ones(20).long())[0]) == 20
+
+
+def test_a_subset_by_keys_keeps_its_images_when_one_is_added():
+    targets, keys = torch.arange(60) % 3, torch.randperm(1000)[:60]
+    few = set(keys[subset(torch.arange(60), targets, max_per_class=5, keys=keys)].tolist())
+    fewer = set(keys[1:][subset(torch.arange(59), targets[1:], max_per_class=5, keys=keys[1:])].tolist())
+    assert len(few ^ fewer) <= 2

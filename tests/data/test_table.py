@@ -328,3 +328,34 @@ def test_columns_that_are_not_asked_for_are_not_read(tmp_path, ending):
     assert seen == ["path", "label", "more"]
     assert set(content) - {""} == {"label", "path"}
     assert content["path"] == ["a.png", "b.png"]
+
+
+def test_two_spellings_of_a_path_are_one_image(photos, caplog):
+    write(photos / "train.csv", lines(["a", "b"] * 8))
+    write(photos / "test.csv", [(str(photos / path), label) for path, label in lines(["a", "b"] * 4)])
+    with caplog.at_level(logging.WARNING):
+        made(photos, train="train.csv", test="test.csv")
+    assert "8 images" in caplog.text
+
+
+def test_an_image_that_is_listed_again_is_not_trained_on_and_tested(photos):
+    rows = lines(["a", "b"] * 12)
+    write(photos / "all.csv", [*rows, *((f"./{path}", label) for path, label in rows)])
+    module = made(photos, train="all.csv", val_fraction=0.3)
+    names = {}
+    for part in ("train", "val", "test"):
+        source, positions = module._part(part)
+        names[part] = {source.names[each] for each in positions.tolist()}
+    assert names["test"]
+    assert names["val"]
+    assert not names["train"] & names["test"]
+    assert not names["train"] & names["val"]
+
+
+def test_a_validation_part_that_is_not_read_is_said(photos, caplog):
+    write(photos / "train.csv", lines(["a", "b"] * 4))
+    write(photos / "val.csv", lines(["a", "b"] * 4, start=8))
+    write(photos / "test.csv", lines(["a", "b"] * 4, start=16))
+    with caplog.at_level(logging.WARNING):
+        made(photos, train="train.csv", val="val.csv", test="test.csv", val_fraction=0.0)
+    assert "the validation part of the data is not read" in caplog.text

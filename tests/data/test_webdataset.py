@@ -480,3 +480,14 @@ def test_of_two_images_in_a_sample_one_is_named(tmp_path, picture):
     assert {image.permute(1, 2, 0).numpy().tobytes() for image in batch.image} == expected
     (deep,) = epoch(made(tmp_path, image_key="depth.png", **options))
     assert deep.image.dtype == torch.float32
+
+
+def test_small_images_are_cropped_as_without_a_policy(shards):
+    """A policy moves the crop from the device into the process, and leaves it what it is."""
+    plain, changed = (made(shards, augmentation=each) for each in ({}, {"erasing": 1e-9}))
+    assert same(*([each.on_after_batch_transfer(batch, 0) for batch in epoch(each, 1)] for each in (plain, changed)))
+
+
+def test_validation_shards_that_are_not_read_are_said(shards, caplog):
+    made(shards, val="test-0.tar", test="test-1.tar", val_fraction=0)
+    assert "the validation part of the data is not read" in caplog.text

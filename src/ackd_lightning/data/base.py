@@ -175,8 +175,15 @@ class ImageDataModule(ImageLoaders):
         """Share of the data set's own validation part that is used."""
         return self.val_fraction
 
+    _has_validation = False
+    """Whether the user's data have a validation part of their own."""
+
+    def _say_unread_validation(self) -> None:
+        if self._has_validation:
+            say("val_fraction is 0: the validation part of the data is not read, and the test set shows the progress")
+
     def _split_keys(self, source: Source) -> Tensor | None:
-        """Return what decides which images are held out, ``N`` int64; None: their positions, which never change."""
+        """Return what decides which images are held out or left out, ``N`` int64; None: their unchanging positions."""
         return None
 
     # ------------------------------------------------------------------------------------------------ what is known
@@ -308,6 +315,7 @@ class ImageDataModule(ImageLoaders):
         val_part: Part
         if self.val_is_test:
             train_rows, val_part, val_rows = labelled, "test", test_rows
+            self._say_unread_validation()
         elif self._own_validation:
             val_part = "val"
             val_targets = self._sources["val"].targets
@@ -331,7 +339,7 @@ class ImageDataModule(ImageLoaders):
             share = f"val_fraction {self.val_fraction:g} of {count_of(count, 'labelled image')}"
             remedy = "make it larger, or 0" if count else "set it to 0"
             raise ACKDError(f"{share} leaves none for validation: {remedy} to validate on the test set")
-        train_rows = subset(train_rows, train.targets, self.train_fraction, self.max_per_class)
+        train_rows = subset(train_rows, train.targets, self.train_fraction, self.max_per_class, self._split_keys(train))
         train_rows = torch.cat([train_rows, unlabelled])
         self.num_train_samples = len(train_rows)
         self._rows = {"train": ("train", train_rows), "val": (val_part, val_rows), "test": ("test", test_rows)}

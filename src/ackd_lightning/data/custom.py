@@ -51,9 +51,6 @@ class CustomImagesDataModule(StoredDataModule):
         options: Argument ``cache``, and those of [`ImageDataModule`][ackd_lightning.data.ImageDataModule].
     """
 
-    _has_validation = False
-    """Whether the data have a validation part of their own."""
-
     @checked
     def __init__(
         self,

@@ -58,7 +58,8 @@ def sort_key(order: ClassOrder, name: str) -> tuple[object, ...]:
     """
     if order == "text":
         return (name,)
-    return tuple((1, "", int(part)) if part.isdecimal() else (0, part, 0) for part in re.split(r"(\d+)", name) if part)
+    parts = (part for part in re.split(r"(\d+)", name) if part)
+    return tuple((1, "", int(part)) if part.isdecimal() else (0, part, 0) for part in parts), name  # 1 before 01
 
 
 def class_folders(path: Path, order: ClassOrder = "text", apart: Sequence[Path] = ()) -> list[Path]:

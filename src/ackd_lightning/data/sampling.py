@@ -75,7 +75,8 @@ def stratified_split(
 
     Of a class with n samples, the ``round(fraction * n)`` whose key has the smallest hash are held out, but one
     sample always stays. The split depends on the targets, the fraction, ``split_seed`` and the keys, never on a run's
-    seed. With keys that belong to the samples, each sample that is added or removed moves at most one other.
+    seed. With keys that belong to the samples, each sample that is added or removed moves at most one other;
+    samples with the same key, which are one image, are in the same part.
 
     Args:
         targets: ``N`` int64 class indices.
@@ -92,10 +93,18 @@ def stratified_split(
     rank = _rank_in_class(targets, stateless_bits(split_seed, positions if keys is None else keys, STREAM_SPLIT))
     quota = {label: held_out_of(n, fraction) for label, n in _class_counts(targets).items()}
     held_out = rank < _per_sample(targets, quota)
+    if keys is not None:
+        held_out &= ~torch.isin(keys, keys[~held_out])
     return positions[~held_out], positions[held_out]
 
 
-def subset(indices: Tensor, targets: Tensor, train_fraction: float = 1.0, max_per_class: int | None = None) -> Tensor:
+def subset(
+    indices: Tensor,
+    targets: Tensor,
+    train_fraction: float = 1.0,
+    max_per_class: int | None = None,
+    keys: Tensor | None = None,
+) -> Tensor:
     """Keep a share of each class, for small runs; a smaller share is part of every larger one.
 
     Args:
@@ -103,6 +112,8 @@ def subset(indices: Tensor, targets: Tensor, train_fraction: float = 1.0, max_pe
         targets: Class index of every position (indexed by ``indices``).
         train_fraction: Share of each class that is kept, at least one sample; in ``(0, 1]``.
         max_per_class: Largest number of samples that is kept of each class; None keeps all.
+        keys: What decides which samples are kept, int64, by position, such as a hash of each file's name; None for the
+            positions.
 
     Returns:
         The kept positions, sorted.
@@ -110,7 +121,7 @@ def subset(indices: Tensor, targets: Tensor, train_fraction: float = 1.0, max_pe
     if not len(indices) or (train_fraction == 1 and max_per_class is None):
         return indices
     chosen = targets[indices]
-    rank = _rank_in_class(chosen, stateless_bits(0, indices, STREAM_SUBSET))
+    rank = _rank_in_class(chosen, stateless_bits(0, indices if keys is None else keys[indices], STREAM_SUBSET))
     quota = {label: max(1, round(train_fraction * n)) for label, n in _class_counts(chosen).items()}
     if max_per_class is not None:
         quota = {label: min(n, max_per_class) for label, n in quota.items()}

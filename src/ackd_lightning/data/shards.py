@@ -7,7 +7,7 @@ import itertools
 import warnings
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,12 +34,14 @@ class ShardFormat:
 
     Attributes:
         image: What image files become.
-        crop: Whether training images are cropped at random when they are read; False leaves them to the device.
+        crop: Whether training images are cropped at random when they are read, as large ones are.
         classes: Class index by the text of a label.
         label_key: Ending of the files with the labels.
         image_key: Ending of the files with the images; None for the only one of an image in each sample.
         change: Policy and erasing of training images; None for none.
         smallest_crop: Smallest share of an image's area that a random crop keeps.
+        shift: Padded crop and mirror image of small training images, which come before ``change``; without ``change``
+            they are left to the device.
     """
 
     image: ImageFormat
@@ -49,6 +51,7 @@ class ShardFormat:
     image_key: str | None = None
     change: ImageAugmentation | None = None
     smallest_crop: float = 0.08
+    shift: Callable[[RawBatch], Tensor] | None = None
 
     def image_ending(self, endings: Sequence[str], place: str) -> str:
         """Return the ending of a sample's image.
@@ -204,7 +207,7 @@ class Shards(IterableDataset[RawBatch]):
         form, smallest = self.form.image, self.form.smallest_crop
         file = Encoded(f"{sample['__url__']}, {sample['__key__']}.{ending}", sample[ending])
         seed = mix(self.seed, epoch, index, STREAM_TRANSFORM)
-        cropped = epoch >= 0 and (self.form.crop or self.form.change is not None)
+        cropped = epoch >= 0 and self.form.crop
         raw, whole = (
             load_for_crop(file, form.channels, reduction(form, seed, smallest)) if cropped else (load_image(file), None)
         )
@@ -216,9 +219,15 @@ class Shards(IterableDataset[RawBatch]):
             )
         image = convert(raw, form, file.name)
         if cropped:
-            crop, change = augmented_crop(image, form, seed, smallest, whole), self.form.change
-            return (crop if change is None else change(crop, epoch, index)), target, index
-        return to_tensor(fit(image, form.size, border=EVAL_BORDER if self.form.crop else 1), form), target, index
+            pixels = augmented_crop(image, form, seed, smallest, whole)
+        else:
+            pixels = to_tensor(fit(image, form.size, border=EVAL_BORDER if self.form.crop else 1), form)
+        if epoch >= 0 and self.form.change is not None:
+            if not cropped and self.form.shift is not None:
+                labels, positions, epochs = (torch.tensor([each]) for each in (target, index, epoch))
+                pixels = self.form.shift(RawBatch(pixels[None], labels, positions, epochs))[0]
+            pixels = self.form.change(pixels, epoch, index)
+        return pixels, target, index
 
 
 def key_hash(key: str) -> int:

@@ -187,7 +187,8 @@ def sample(path: Path, places: int = 3) -> bytes:
 def name_keys(source: Source) -> Tensor | None:
     """Return a number for each image that depends on the name of its file alone, ``N`` int64.
 
-    Systems that spell a name otherwise, with other separators or letters that are not composed, give the same number.
+    Systems that spell a name otherwise, with other separators or letters that are not composed, give the same number,
+    and so do ``a/b`` and ``./a/b``.
 
     Args:
         source: Images.
@@ -197,7 +198,7 @@ def name_keys(source: Source) -> Tensor | None:
     """
     if source.names is None:
         return None
-    names = (unicodedata.normalize("NFC", name.replace(os.sep, "/")) for name in source.names)
+    names = (unicodedata.normalize("NFC", os.path.normpath(name).replace(os.sep, "/")) for name in source.names)
     digests = b"".join(hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
     return torch.from_numpy(np.frombuffer(digests, "<i8").astype(np.int64))
 

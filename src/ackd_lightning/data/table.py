@@ -72,7 +72,7 @@ class TableDataModule(CustomImagesDataModule):
         columns = (path_column, label_column)
         for part, name in (("train", train), ("val", val), ("test", test)):
             if name is not None:
-                self._rows_of[part] = _rows(self.root / name, columns, split_column, class_names)
+                self._rows_of[part] = _rows(self.root, name, columns, split_column, class_names)
         if split_column is not None:
             every = self._rows_of["train"]
             self._rows_of = {part: [row for row in every if row.part == part] for part in ("train", "val", "test")}
@@ -104,7 +104,7 @@ class TableDataModule(CustomImagesDataModule):
             if missing:
                 count = f"{len(missing):,} of the training part's classes"
                 say(f"the {part} part has no images of {count}: {first_names(missing)}")
-        paths = {part: {os.path.normpath(row.path) for row in rows} for part, rows in self._rows_of.items()}
+        paths = {part: {row.path for row in rows} for part, rows in self._rows_of.items()}
         for part in ("val", "test"):
             say_shared(part, sorted(paths.get(part, set()) & paths.get("train", set())))
 
@@ -113,14 +113,14 @@ class TableDataModule(CustomImagesDataModule):
         first: dict[str, _Row] = {}
         repeated, contradicting = list[_Row](), list[_Row]()
         for row in rows:
-            other = first.setdefault(os.path.normpath(row.path), row)
+            other = first.setdefault(row.path, row)
             if other is not row:
                 (repeated if other.label == row.label else contradicting).append(row)
         if repeated:
             one = repeated[0]
             say(f"{count_of(len(repeated), 'image')} listed again, such as {one.path} in {one.place}")
         if contradicting:
-            one, other = contradicting[0], first[os.path.normpath(contradicting[0].path)]
+            one, other = contradicting[0], first[contradicting[0].path]
             say(
                 f"{count_of(len(contradicting), 'image')} listed with two labels, such as {one.path}: {other.label!r} "
                 f"in {other.place} and {one.label!r} in {one.place}"
@@ -153,8 +153,11 @@ class _Row:
         self.path, self.label, self.part, self.place = path, label, part, place
 
 
-def _rows(table: Path, columns: tuple[str, str], split_column: str | None, names: Sequence[str] | None) -> list[_Row]:
+def _rows(
+    root: Path, name: str, columns: tuple[str, str], split_column: str | None, names: Sequence[str] | None
+) -> list[_Row]:
     """Read the lines of a table; ``names`` are the class names that the user gives."""
+    table = root / name
     if not table.is_file():
         raise ACKDError(f"there is no table {table}: set train, val and test to CSV or Parquet files, relative to root")
     arguments = zip(("path_column", "label_column", "split_column"), (*columns, split_column), strict=True)
@@ -187,7 +190,15 @@ def _rows(table: Path, columns: tuple[str, str], split_column: str | None, names
         raise ACKDError(f"{place(empty)} has no path in column {columns[0]!r}: add it")
     labels = read_labels(content[columns[1]], place, names)
     parts = ["train"] * len(paths) if split_column is None else _parts(content[split_column], place)
-    return [_Row(str(path), labels[row], parts[row], place(row)) for row, path in enumerate(paths)]
+    folder = os.path.join(os.path.abspath(root), "")  # noqa: PTH100, PTH118
+    return [_Row(_below(str(path), folder), labels[row], parts[row], place(row)) for row, path in enumerate(paths)]
+
+
+def _below(path: str, folder: str) -> str:
+    """Write a path in one way: without ``./``, and relative to a folder where it is in it."""
+    if ".." not in path:  # which is not the folder above where a link is before it
+        path = os.path.normpath(path)
+    return path.removeprefix(folder)
 
 
 def _parts(values: Sequence[Any], place: Any) -> list[str]:

@@ -141,6 +141,8 @@ class WebDatasetDataModule(CustomImagesDataModule):
             ACKDError: If there are too few shards or images.
         """
         self.num_train_samples = sum(self._count())
+        if self.val_is_test:
+            self._say_unread_validation()
         world, _ = self._world()
         for part, shards in self._shards.items():
             if part != "train" and len(shards) < world:
@@ -171,6 +173,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
             self.image_key,
             change,
             self.augmentation.smallest_crop,
+            None if self.augment == "none" else self._crop(),
         )
 
     def _count(self) -> list[int]:
