@@ -407,3 +407,25 @@ def test_the_home_folder_in_paths(tmp_path, monkeypatch):
     settings = read_config(path)
     assert settings["runs_dir"] == str(tmp_path / "x")
     assert settings["data"]["init_args"] == {"root": str(tmp_path / "pets"), "extra": [str(tmp_path / "a"), "a~", "~b"]}
+
+
+@pytest.mark.parametrize(("value", "temperature"), [("kd", 9.0), ("./kd", 9.0), ("kd.yaml", 9.0)])
+def test_a_file_of_the_current_folder_wins_also_without_its_suffix(tmp_path, monkeypatch, value, temperature):
+    monkeypatch.chdir(tmp_path)
+    method = {"class_path": "ackd_lightning.KD", "init_args": {"temperature": temperature}}
+    (tmp_path / "kd.yaml").write_text(yaml.safe_dump({"model": {"method": method}}))
+    assert load_configs([value])[0]["model"]["method"]["init_args"] == {"temperature": temperature}
+
+
+def test_an_explicit_path_is_no_packaged_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ACKDError, match="there is no such file"):
+        find_config("./kd")
+
+
+def test_a_class_of_another_package_with_the_same_name_is_another_class():
+    first = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
+    own = {"class_path": "my_project.SGD", "init_args": {"lr": 0.2}}
+    assert merge(first, own) == own
+    short = {"class_path": "SGD", "init_args": {"lr": 0.2}}
+    assert merge(first, short)["init_args"] == {"lr": 0.2, "momentum": 0.9}

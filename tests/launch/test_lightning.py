@@ -228,3 +228,15 @@ def test_processes_agree_whether_the_test_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setattr(execution, "_test", lambda: pytest.fail("tests alone"))
     execution._after_fit()
     assert sent == [False]
+
+
+def test_text_that_looks_like_a_number_stays_text(tmp_path, monkeypatch):
+    """Names such as 1e3 are text in YAML of Python, and numbers to the parser that writes settings."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.root", "1e3", "--data.class_order", "text", "--name", "2e5"]
+    data = ["--data", "ackd_lightning.data.ImageFolderDataModule"]
+    first = ACKDCLI("fit", ["--config", "ce", "--model.student", "resnet8", *data, *options])
+    (tmp_path / "printed.yaml").write_text(yaml.safe_dump(first.settings()))
+    again = ACKDCLI("fit", ["--config", "printed.yaml"])
+    assert init_args(again.settings()["data"])["root"] == "1e3"
+    assert again.settings() == first.settings()

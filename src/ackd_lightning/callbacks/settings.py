@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
+from ackd_lightning.config.yaml_files import plain_settings
 from ackd_lightning.runs.files import RUN, STARTED, started_in, whole_file
 
 
@@ -39,7 +40,7 @@ class RunConfig(SaveConfigCallback):
         config = self.config.clone()
         if config.get("resume"):  # a new run with these settings starts from the beginning
             config.resume = config.ckpt_path = None
-        return str(self.parser.dump(config, skip_unset=False))
+        return str(yaml.safe_dump(plain_settings(self.parser, config), sort_keys=False))
 
     def _write(self) -> str:
         text, path = self._text(), self.folder / "config.yaml"

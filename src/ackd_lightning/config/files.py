@@ -78,8 +78,10 @@ def find_config(value: str) -> Path:
     if path.is_file():
         return path
     name = value if path.suffix in (".yaml", ".yml") else f"{value}.yaml"
+    if Path(name).is_file():
+        return Path(name)
     for folder in (config_folder(), config_folder() / _METHODS, config_folder() / _RECIPES):
-        if (folder / name).is_file():
+        if not value.startswith(".") and (folder / name).is_file():
             return folder / name
     known = {Path(each).stem: each for each in (*packaged_names(), *method_names(), *recipe_names())}
     known |= {each.stem: str(path.parent / each.name) for each in path.parent.glob("*.y*ml")}
@@ -135,10 +137,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         over: Upper configuration.
     """
     result = copy.deepcopy(base)
-    # the last part alone: ackd_lightning.ACKD and ackd_lightning.methods.ACKD are one class
-    classes = {str(each["class_path"]).rpartition(".")[2] for each in (base, over) if "class_path" in each}
     plain = "class_path" in over and not {"class_path", "init_args"} & base.keys()  # settings that are no arguments
-    if len(classes) == 2 or plain:
+    other = "class_path" in over and "class_path" in base and not _one_class(base["class_path"], over["class_path"])
+    if other or plain:
         result = {}
     for key, value in over.items():
         lower = result.get(key)
@@ -152,6 +153,12 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     if "class_path" in result:  # first, where a reader looks for it
         result = {"class_path": result["class_path"], **result}
     return result
+
+
+def _one_class(*paths: object) -> bool:
+    """Whether two paths name one class: ackd_lightning.ACKD and ackd_lightning.methods.ACKD do, and so does ACKD."""
+    packages = {str(path).partition(".")[0] for path in paths if "." in str(path)}
+    return len({str(path).rpartition(".")[2] for path in paths}) == 1 and len(packages) < 2
 
 
 def long_form(value: Any, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""Read YAML of plain data: mappings, lists, text, numbers."""
+"""Read YAML of plain data: mappings, lists, text, numbers; write settings as such."""
 
 from __future__ import annotations
 
@@ -64,6 +64,25 @@ def _load(loader: Any) -> Any:
                 )
             keys.add(name)
     return None if root is None else loader.construct_document(root)
+
+
+def plain_settings(parser: Any, config: Any) -> dict[str, Any]:
+    """Return parsed settings as plain data.
+
+    Args:
+        parser: Parser of jsonargparse, which writes text such as ``1e3`` as a number; here it stays text.
+        config: Settings that it returned.
+    """
+    kept: dict[str, Any] = _keep_text(parse_yaml(parser.dump(config, skip_unset=False)), config.as_dict())
+    return kept
+
+
+def _keep_text(written: Any, parsed: Any) -> Any:
+    if isinstance(written, dict) and isinstance(parsed, dict):
+        return {key: _keep_text(value, parsed.get(key)) for key, value in written.items()}
+    if isinstance(written, list) and isinstance(parsed, list | tuple) and len(written) == len(parsed):
+        return [_keep_text(*pair) for pair in zip(written, parsed, strict=True)]
+    return parsed if isinstance(written, float) and isinstance(parsed, str) else written
 
 
 def first_reason(error: Exception) -> str:

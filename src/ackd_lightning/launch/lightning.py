@@ -24,7 +24,7 @@ from ackd_lightning.config.files import (
     read_files,
     walk,
 )
-from ackd_lightning.config.yaml_files import parse_yaml
+from ackd_lightning.config.yaml_files import plain_settings
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import (
@@ -155,8 +155,7 @@ class ACKDCLI:
 
     def settings(self) -> dict[str, Any]:
         """Return all settings as plain data: the content of ``--print_config`` and of a run's ``config.yaml``."""
-        content: dict[str, Any] = parse_yaml(self.parser.dump(self.config, skip_unset=False))
-        return content
+        return plain_settings(self.parser, self.config)
 
     def build(self, *, weights: bool = True) -> None:
         """Build the data module and the training module, and keep what is built for the Trainer.
