@@ -242,3 +242,42 @@ def test_a_run_that_would_have_ended_early_trains_nothing_more(tmp_path, capsys)
     assert "stopped early after epoch 3" in capsys.readouterr().out
     assert fit(20, tmp_path / "last.ckpt") == 9 * 8  # of a run that is given more patience
     assert "stopped early" not in capsys.readouterr().out
+
+
+class Validations(L.Callback):
+    """Steps in which validation runs, and a signal in one step."""
+
+    def __init__(self, step=None):
+        self.step, self.found = step, []
+
+    def on_train_batch_start(self, run, module, batch, index):
+        if run.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_start(self, run, module):
+        if not run.sanity_checking:
+            self.found.append(run.global_step)
+
+
+def fit_with(tmp_path, *, step=None, resume=None, **options):
+    validations = Validations(step)
+    safely = StopSafely(tmp_path / "last.ckpt", advice="go on")
+    run = trainer(max_epochs=3, callbacks=[validations, safely], enable_checkpointing=True, **options)
+    with pytest.raises(RunStoppedError) if step else contextlib.nullcontext():
+        run.fit(build(CE()), datamodule=Blobs(), ckpt_path=resume)
+    return validations.found, run.global_step
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("step", [4, 7, 8])
+def test_a_validation_that_is_counted_across_epochs_is_not_lost(tmp_path, step):
+    options = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+    whole, steps = fit_with(tmp_path, **options)
+    assert steps > 8
+    first, _ = fit_with(tmp_path, step=step, **options)
+    then, _ = fit_with(tmp_path, resume=tmp_path / "last.ckpt", **options)
+    assert [*first, *then] == whole
+
+
+def test_a_fit_that_validates_by_time_stops_after_its_step(tmp_path):
+    assert fit_with(tmp_path, step=2, val_check_interval="00:01:00:00")[1] == 2

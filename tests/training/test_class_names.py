@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from ackd_lightning import CE, KD, DataInfo, DistillationModule, TeacherConfig, create_model, load_student, save_weights
+from ackd_lightning import (
+    CE,
+    KD,
+    DataInfo,
+    DistillationModule,
+    Recipe,
+    TeacherConfig,
+    create_model,
+    load_student,
+    save_weights,
+)
 from ackd_lightning.errors import ACKDError
 from training.helpers import CLASSES, SIZE, Blobs, TinyNet, trainer
 
@@ -155,3 +165,11 @@ def test_names_are_in_the_exported_file(tmp_path):
     net.save_student(tmp_path / "s.safetensors")
     network: nn.Module = load_student(tmp_path / "s.safetensors")
     assert network.class_names == NAMES
+
+
+def test_listed_class_weights_follow_their_classes(checkpoint):
+    path, _ = checkpoint
+    net = module(recipe=Recipe(class_weights=[4.0, 3.0, 2.0, 1.0]))
+    trainer(max_epochs=9).fit(net, datamodule=NamedBlobs(OTHER), ckpt_path=path)
+    assert net.data.class_names == NAMES
+    assert net.labelling.weights.tolist() == [1.0, 2.0, 3.0, 4.0]

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, Recipe, StudentConfig
-from training.helpers import Blobs, build, largest_difference, state, trainer
+from training.helpers import Blobs, TinyNet, build, largest_difference, state, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
@@ -192,3 +192,41 @@ def test_an_optimizer_of_all_parameters_leaves_the_method_its_own(kind, capsys):
     trainable = {name for name, each in module.named_parameters() if each.ndim > 1}
     assert all(not torch.equal(before[name], module.state_dict()[name]) for name in trainable)
     assert kind.__name__ in capsys.readouterr().out
+
+
+@methods
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"warmup_epochs": 2}, {}, "has a warm-up and recipe.warmup_epochs asks for none"),
+        ({}, {"warmup_epochs": 2}, "has no warm-up and recipe.warmup_epochs asks for one"),
+        ({}, {"interval": "step"}, "counts each epoch and recipe.interval is step"),
+        ({"interval": "step"}, {}, "counts each step and recipe.interval is epoch"),
+    ],
+)
+def test_a_schedule_that_counts_otherwise_is_refused(tmp_path, method, first, second, said):
+    def module(recipe):
+        cosine = functools.partial(CosineAnnealingLR, T_max=0)
+        return build(method(), lr=0.1, lr_scheduler=cosine, recipe=Recipe(**recipe))
+
+    fit(module(first), tmp_path, 2)
+    with pytest.raises(ACKDError, match=said):
+        fit(module(second), tmp_path, 4, resume=True)
+
+
+def test_arguments_of_the_optimizer_that_are_kept_are_said(tmp_path):
+    def module(**arguments):
+        return build(CE(), optimizer=functools.partial(SGD, lr=0.1, **arguments))
+
+    fit(module(momentum=0.9, weight_decay=1e-4), tmp_path, 1)
+    with pytest.warns(UserWarning, match="momentum 0.9 and not 0.5, weight_decay 0.0001 and not 0.01"):
+        fit(module(momentum=0.5, weight_decay=0.01), tmp_path, 2, resume=True)
+
+
+def test_a_factor_of_the_learning_rate_that_is_kept_is_said(tmp_path):
+    def module(scale):
+        return build(CE(), lr=0.1, student=StudentConfig(TinyNet(), backbone_lr_scale=scale))
+
+    fit(module(0.1), tmp_path, 1)
+    with pytest.warns(UserWarning, match=r"not student\.backbone_lr_scale of this fit"):
+        fit(module(0.5), tmp_path, 2, resume=True)

@@ -79,7 +79,9 @@ class StopSafely(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop after a step, unless validation or the end of the epoch follows, which is waited for."""
-        validation_follows = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
+        across = trainer.check_val_every_n_epoch is None  # validations are counted across epochs
+        done, every = 1 + (trainer.fit_loop.total_batch_idx if across else batch_idx), trainer.val_check_batch
+        validation_follows = trainer.is_last_batch or (every is not None and done % every == 0)
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0  # no checkpoint has gradients
         if not validation_follows and not accumulating:
             self._stop_if_asked(trainer)

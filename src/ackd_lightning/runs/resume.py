@@ -265,7 +265,7 @@ def changed_settings(folder: Path, before: dict[str, Any], settings: dict[str, A
         )
     changes = differences(before, settings)
     for key, (first, second) in changes.items():
-        if key.startswith("model.optimizer."):
+        if key.startswith("model.optimizer.") or key == "model.student.backbone_lr_scale":
             raise ACKDError(
                 f"run {folder} has --{key} {first} and not {second}, and its optimizer goes on with the arguments in "
                 "its checkpoint; leave it out, or start a new run from the weights with --model.student.weights"

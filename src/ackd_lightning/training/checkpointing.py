@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.sources import new_positions
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.methods.base import FitInfo
 from ackd_lightning.models.copies import name_of
@@ -23,7 +24,7 @@ from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import Start, match_head
 from ackd_lightning.runs.export import Exported, write_student
-from ackd_lightning.training.continuing import describe_optimizers, go_on_inside_epoch
+from ackd_lightning.training.continuing import describe_optimizers, describe_schedules, go_on_inside_epoch
 from ackd_lightning.training.labels import Labels, check_unlabelled
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
@@ -150,6 +151,7 @@ class SelfDescribing(OpenOptimizers):
         data, own = getattr(self.trainer, "datamodule", None), self.data.class_names
         if own is None or not self._reorder(data, own, names, "the checkpoint"):
             return
+        self.labelling.reorder(new_positions(names, own))
         self.data = replace(self.data, class_names=tuple(names))
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._match_teachers()
@@ -186,6 +188,7 @@ class SelfDescribing(OpenOptimizers):
             "model_options": dict(getattr(self.student.plain(), "model_options", {})),
             "num_classes": self.data.num_classes,
             "input_size": self.data.input_size,
+            "channels": self.data.image_shape[0],
             "mean": list(self.data.mean) if self.data.mean else None,
             "std": list(self.data.std) if self.data.std else None,
             "class_names": list(self.data.class_names) if self.data.class_names else None,
@@ -204,6 +207,7 @@ class SelfDescribing(OpenOptimizers):
             "head": self._describe_head(),
             "learners": list(self.student.specs),
             "optimizers": describe_optimizers(self._trainer.optimizers) if self._trainer is not None else [],
+            "schedules": describe_schedules(self._trainer.lr_scheduler_configs) if self._trainer is not None else [],
             "started_from": self._started_from if self.start is None else self.start.notes,
             "frozen": list(self.student_config.freeze),
             "quantization": self.student_config.quantization,
@@ -238,6 +242,7 @@ class SelfDescribing(OpenOptimizers):
         metadata = checkpoint.get("ackd_lightning", {})
         self.guard.skipped = metadata.get("skipped", 0)
         self._resumed_optimizers = list(metadata.get("optimizers") or [])
+        self._resumed_schedules = list(metadata.get("schedules") or [])
         self._started_from = metadata.get("started_from")
         self._loaded = {
             key: metadata[key] for key in ("epoch", "epochs_trained", "teacher", "teacher_sha256") if key in metadata

@@ -6,7 +6,9 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
@@ -80,8 +82,38 @@ def _shown(value: Any) -> Any:
     return sorted(value) if isinstance(value, Mapping) else value
 
 
+def describe_schedules(schedules: Sequence[LRSchedulerConfig]) -> list[tuple[str, bool]]:
+    """Return interval and warm-up of the schedules of a fit as plain data for a checkpoint.
+
+    Args:
+        schedules: Lightning's schedules.
+    """
+    return [(each.interval, isinstance(each.scheduler, WarmUp)) for each in schedules]
+
+
+def compare_schedules(before: Sequence[tuple[str, bool]], schedules: Sequence[LRSchedulerConfig]) -> None:
+    """Refuse schedules that would take their position in a checkpoint for another one.
+
+    Args:
+        before: What `describe_schedules` returned when the checkpoint was written.
+        schedules: Schedules of the fit that goes on.
+
+    Raises:
+        ACKDError: If a schedule counts something else, or has a warm-up in one of them alone.
+    """
+    for (interval, warmed), (now, warms) in zip(before, describe_schedules(schedules), strict=False):
+        remedy = "leave it as it was, or start a new run from the weights with student.weights"
+        if interval != now:
+            raise ACKDError(f"the checkpoint's schedule counts each {interval} and recipe.interval is {now}; {remedy}")
+        if warmed != warms:
+            has, names = ("a", "none") if warmed else ("no", "one")
+            raise ACKDError(
+                f"the checkpoint's schedule has {has} warm-up and recipe.warmup_epochs asks for {names}; {remedy}"
+            )
+
+
 def describe_optimizers(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
-    """Return class, learning rate and sizes of the parameter groups of optimizers as plain data for a checkpoint.
+    """Return class, arguments and parameter groups of optimizers as plain data for a checkpoint.
 
     Args:
         optimizers: Optimizers of a fit.
@@ -91,6 +123,12 @@ def describe_optimizers(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]
             "class": type(each).__name__,
             "lr": float(each.defaults.get("lr", 0.0)),
             "groups": [len(group["params"]) for group in each.param_groups],
+            "arguments": {
+                name: value
+                for name, value in each.defaults.items()
+                if name != "lr" and isinstance(value, bool | int | float | str | tuple | None)
+            },
+            "rates": [float(group.get("initial_lr", group["lr"])) for group in each.param_groups],
         }
         for each in optimizers
     ]
@@ -126,6 +164,23 @@ def compare_optimizers(before: Sequence[Mapping[str, Any]], optimizers: Sequence
                 f"{new['class']} goes on with the learning rate of its checkpoint, {rate:g}, and not with "
                 f"{new['lr']:g}; for another rate, start a new fit from the weights"
             )
+        others = [
+            f"{name} {value} and not {new['arguments'][name]}"
+            for name, value in old.get("arguments", {}).items()
+            if name in new["arguments"] and value != new["arguments"][name]
+        ]
+        if not np.allclose(_shares(old.get("rates", new["rates"])), _shares(new["rates"])):
+            others.append("its own factors of the learning rate and not student.backbone_lr_scale of this fit")
+        if others:
+            rank_zero_warn(
+                f"{new['class']} goes on with what its checkpoint has: {', '.join(others)}; for other values, start a "
+                "new fit from the weights"
+            )
+
+
+def _shares(rates: Sequence[float]) -> list[float]:
+    """Rates of parameter groups as shares of the largest."""
+    return [each / max(rates) if max(rates) else 0.0 for each in rates]
 
 
 def go_on_inside_epoch(checkpoint: dict[str, Any]) -> None:

@@ -18,7 +18,12 @@ from ackd_lightning.callbacks.length import epochs_of_fit, is_whole_epoch
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.student_config import StudentConfig
-from ackd_lightning.training.continuing import compare_optimizers, schedule_settings, take_settings
+from ackd_lightning.training.continuing import (
+    compare_optimizers,
+    compare_schedules,
+    schedule_settings,
+    take_settings,
+)
 from ackd_lightning.training.dot import DOT, TwoGradients
 from ackd_lightning.training.factories import refused_arguments
 from ackd_lightning.training.manual import metric_missing
@@ -58,6 +63,7 @@ class OpenOptimizers(TwoGradients):
         super().__init__(*args, **kwargs)
         self._schedule_settings: dict[int, dict[str, Any]] = {}
         self._resumed_optimizers: list[dict[str, Any]] = []
+        self._resumed_schedules: list[tuple[str, bool]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let an overridden ``configure_optimizers`` return the student's optimizer alone."""
@@ -81,7 +87,8 @@ class OpenOptimizers(TwoGradients):
         self.begin_split()
         if self._resumed_optimizers and self.trainer.ckpt_path is not None:
             compare_optimizers(self._resumed_optimizers, self.trainer.optimizers)
-        self._resumed_optimizers = []
+            compare_schedules(self._resumed_schedules, self.trainer.lr_scheduler_configs)
+        self._resumed_optimizers, self._resumed_schedules = [], []
 
     def on_train_start(self) -> None:
         """Follow the schedule of the settings, and warn about a learning rate scale that is not applied."""
