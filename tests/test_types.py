@@ -77,6 +77,8 @@ def test_equal_sides_are_one_number():
         ({"std": (float("inf"),)}, "std is"),
         ({"mean": (0.5,), "std": (0.2, 0.2, 0.2)}, "std is"),
         ({"mean": (0.5,), "channels": 3}, "mean is"),
+        ({"mean": (0.5,) * 3}, "std is None"),
+        ({"std": (0.5,) * 3}, "mean is None"),
         ({"class_names": ("a", "b")}, "2 names"),
     ],
     ids=str,

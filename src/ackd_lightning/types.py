@@ -153,6 +153,9 @@ class DataInfo:
                 raise _refused(name, values, f"{kind} for each channel")
             if self.channels not in (None, len(values)):
                 raise _refused(name, values, f"one number for each of the {self.channels} channels")
+        if (self.mean is None) != (self.std is None):
+            name, other = ("std", "mean") if self.std is None else ("mean", "std")
+            raise _refused(name, None, f"one number for each of the channels of {other}, or both None")
         if self.mean and self.std and len(self.mean) != len(self.std):
             raise _refused("std", self.std, f"one number for each of the {len(self.mean)} channels of mean")
         if self.class_names is not None and len(self.class_names) != self.num_classes:

@@ -393,3 +393,24 @@ def test_a_torch_that_writes_other_files_is_refused(monkeypatch):
     FORMATS["safetensors"].check_libraries()
     monkeypatch.setattr("torch.__version__", "2.9.0a0+nv25.08")  # a build of 2.9
     FORMATS["pt2"].check_libraries()
+
+
+class Counting(nn.Module):
+    """Network that flattens its images by the number of them, which one kind of tracing takes for a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(3 * 16 * 16, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.classifier(image.reshape(len(image), -1))
+
+
+@pytest.mark.parametrize("name", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_a_network_that_counts_its_images_keeps_a_free_batch(tmp_path, name):
+    description = Description("own", 3, 16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    network = Counting().eval()
+    target, *_ = written(tmp_path, name, network, description)
+    for count in (1, 7):
+        images = torch.randn(count, 3, 16, 16)
+        assert torch.allclose(open_network(target).run(images), network(images), atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from ackd_lightning import load_student
-from ackd_lightning.deploy.files import open_network
+from ackd_lightning.deploy.files import ExportedNetwork, open_network
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.export import export_student
 from deploy.samples import NAMES, checkpoint
@@ -66,3 +66,16 @@ def test_what_cannot_be_opened_is_named(tmp_path, name):
     save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors", {"format": json.dumps("pt")})
     with pytest.raises(ACKDError, match=name):
         open_network(tmp_path / name)
+
+
+def test_more_images_than_a_file_takes_at_once_are_divided(run):
+    opened = open_network(run[0])
+
+    def at_most_four(images):
+        assert len(images) <= 4
+        return opened.run(images)
+
+    small = ExportedNetwork(opened.path, opened.description.replace(batch=4), at_most_four, kind="pt2")
+    images = torch.randn(11, 3, 16, 16)
+    assert torch.allclose(small.logits(images), opened.logits(images), atol=1e-6)
+    assert len(small.predict(images.abs().clamp(max=1), batch_size=11).class_names) == 11

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ackd_lightning import DataInfo
 from ackd_lightning.cli import main
+from ackd_lightning.deploy.files import open_network
 from ackd_lightning.models.weights import digest
 
 RUN = Path("runs/ce/a")
@@ -297,3 +298,12 @@ def test_what_a_network_of_ones_own_cannot_do_is_said(capsys):
     assert "reads 1 channel and the images have 3" in capsys.readouterr().err
     assert main([*fit, "--model.student.network", '{"class_path": "own.loader"}']) == 2
     assert "'own.loader', which is a function" in capsys.readouterr().err
+
+
+def test_channels_of_own_data_are_stated_by_the_files():
+    assert main([*FIT, "--data", "own.Wide"]) == 0
+    assert main(["export", str(RUN), "--format", "pt2"]) == 0
+    for place in (RUN, RUN / "student.safetensors", RUN / "student-last.pt2"):
+        opened = open_network(place)
+        assert opened.description.image_shape == (1, 16, 24)
+        assert opened.logits(torch.zeros(2, 1, 16, 24)).shape == (2, 4)

@@ -71,7 +71,8 @@ class ExportedNetwork:
         """
         if self.description.reads == "uint8":
             pixels = Preprocessing(self.description).raw(pixels)
-        return self.run(pixels).float().cpu()
+        parts = torch.split(pixels, self.description.batch or max(len(pixels), 1))  # what the file takes at once
+        return torch.cat([self.run(each).float().cpu() for each in parts])
 
     def predict(self, images: AnyImage | Sequence[AnyImage] | Tensor, *, batch_size: int = 32) -> Predictions:
         """Predict the classes of images.

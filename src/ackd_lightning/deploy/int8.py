@@ -50,9 +50,8 @@ def fine_tuned(content: Mapping[str, Any], origin: Path, network: Any) -> FakeQu
     if backend is None:
         return None
     stated = metadata["input_size"]
-    channels = len(metadata["mean"]) if metadata.get("mean") else None
     size = stated if isinstance(stated, int) else (stated[0], stated[1])
-    student = FakeQuantized(clone(unwrapped(network)), backend, size, channels=channels).eval()
+    student = FakeQuantized(clone(unwrapped(network)), backend, size, channels=metadata.get("channels")).eval()
     state = content["state_dict"].items()
     try:
         load_tensors(

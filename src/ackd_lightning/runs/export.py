@@ -150,6 +150,7 @@ def describe_network(
     """
     metadata = checkpoint["ackd_lightning"]
     values = {
+        "channels": metadata.get("channels"),
         **(metadata.get("preprocessing") or {}),
         "model": name,
         "model_options": options or None,

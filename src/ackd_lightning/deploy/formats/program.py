@@ -82,11 +82,13 @@ def graph_of(network: nn.Module, example: Tensor, kind: str, *, largest: int = L
         ACKDError: If torch.export refuses the network, with the module and the operation.
     """
     shapes = None if largest == 1 else ({0: Dim("batch", min=1, max=largest)},)
-    try:
-        with quiet():
+    with quiet():
+        try:
             return torch.export.export(network, (example,), dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # an exporter can fail in any way
-        raise refused(kind, network, error) from error
+        except Exception as error:  # an exporter can fail in any way; this one fixes a batch that len(x) has read
+            with contextlib.suppress(Exception):
+                return torch.export.export(network, (example,), dynamic_shapes=shapes, strict=True)
+            raise refused(kind, network, error) from error
 
 
 def refused(kind: str, network: nn.Module, error: BaseException) -> ACKDError:

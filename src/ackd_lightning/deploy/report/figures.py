@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ackd_lightning.metrics.calibration import BINS, Reliability
+from ackd_lightning.runs.figures import write_figure
 
 _BLUE, _RED, _GREY, _INK = "#2f6db3", "#c8502d", "#b9bec6", "#2b2f36"
 _DPI = 130
@@ -29,7 +30,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    write_figure(figure, buffer)
     return buffer.getvalue()
 
 
