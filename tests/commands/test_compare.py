@@ -14,6 +14,7 @@ from ackd_lightning.commands.compare import compare, group_runs
 from ackd_lightning.commands.paired import interval_text, paired_tests
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.answers import Answers, answers_file, write_answers
+from ackd_lightning.runs.files import STARTED
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,7 @@ def test_runs_of_the_same_seed_are_compared_in_pairs(seeds, verdict):
     (said,) = paired_tests({"kd": kd, "ce": ce}, "last")
     assert said.startswith("kd is 10.00 points better than ce")
     assert said.endswith(f"the difference {verdict}")
-    assert ("over the seeds the interval is 10.00 to 10.00 (Student's t" in said) == (seeds == (0, 1, 2))
+    assert ("over the seeds the interval is 9.64 to 10.36 (Student's t" in said) == (seeds == (0, 1, 2))
 
 
 def test_a_teacher_beside_its_students_is_not_the_reference():
@@ -264,3 +265,64 @@ def test_a_command_that_is_proposed_can_be_pasted():
     run = Path("runs/with space/seed0")
     make_run("with space")
     assert f"`ackd test '{run}'`" in paired_tests({"a": [run], "b": [make_run("kd", right=160)]}, "last")[0]
+
+
+def test_data_of_one_name_in_two_folders_are_two_configurations(tmp_path, monkeypatch):
+    runs = []
+    for seed, place in enumerate(("a", "b")):
+        (tmp_path / place / "photos").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / place)
+        run = tmp_path / place / make_run("kd", right=150, seed=seed)
+        text = yaml.safe_dump({"seed_everything": seed, "data": {"init_args": {"root": "photos"}}})
+        (run / "config.yaml").write_text(f"{STARTED}{tmp_path / place}\n{text}")
+        runs.append(run)
+    assert len(group_runs(runs)) == 2
+    (tmp_path / "b/photos").rmdir()
+    (tmp_path / "b/photos").symlink_to(tmp_path / "a/photos")
+    assert len(group_runs(runs)) == 1
+
+
+def test_teachers_that_belong_to_the_seed_make_no_configuration():
+    for seed in (1, 12):
+        run = make_run("aikd", right=150, seed=seed)
+        teacher = {"weights": f"R/ce-seed{seed}/student.safetensors"}
+        (run / "config.yaml").write_text(yaml.safe_dump({"seed_everything": seed, "model": {"teacher": teacher}}))
+    assert [len(runs) for runs in group_runs(["runs"]).values()] == [2]
+
+
+def test_runs_that_are_links_are_found_once(tmp_path):
+    run = make_run("kd", right=150)
+    (tmp_path / "chosen").mkdir()
+    for name in ("first", "second"):
+        (tmp_path / "chosen" / name).symlink_to(run.resolve())
+    (tmp_path / "chosen" / "circle").symlink_to(tmp_path / "chosen")
+    assert [len(runs) for runs in group_runs(["chosen"]).values()] == [1]
+
+
+@pytest.mark.parametrize("name", ["kd[high]", "at [/new]", ":smile:", "_quick", "a$5_{$"])
+def test_names_are_printed_and_drawn_as_they_are(name, capsys):
+    make_run(name.replace("/", "-"), config=name.replace("/", "-"), right=150)
+    run = make_run("other", right=140)
+    (run / "metrics.csv").write_text("epoch,step,val/acc\n0,1,0.5\n")
+    assert main(["compare", "runs", "--figure", "a.png"]) == 0
+    assert name.replace("/", "-") in capsys.readouterr().out
+
+
+def test_no_digit_is_lost_where_the_output_is_no_terminal(capsys):
+    for seed in range(2):
+        make_run("a" * 150, right=100 + 10 * seed, seed=seed)
+    assert main(["compare", "runs", "--figure", "a.png"]) == 0
+    shown = capsys.readouterr().out
+    assert "a" * 150 in shown
+    assert "52.50 ± 3.54" in shown
+    assert "20.73 to 84.27" in shown
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (2, 3)])
+def test_equal_numbers_of_right_images_are_no_certainty(seeds):
+    kd = [make_run("kd", seed=seed, right=152) for seed in range(2)]
+    ce = [make_run("ce", seed=seed, right=150) for seed in seeds]
+    (sentence,) = paired_tests({"kd": kd, "ce": ce}, "last")
+    assert "1.00 points better" in sentence
+    assert sentence.endswith("may be chance")
+    assert interval_text(kd, [0.76, 0.76], "last") == "74.70 to 77.30"  # 12.71 * 0.5 / sqrt(12) / sqrt(2)

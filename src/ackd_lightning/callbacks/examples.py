@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.length import epochs_of_fit
+from ackd_lightning.runs.figures import write_figure
 from ackd_lightning.runs.files import whole_file
 from ackd_lightning.types import Batch, Examples
 from ackd_lightning.validation import PositiveInt, checked
@@ -109,11 +110,9 @@ def draw_examples(
             first, second = named(int(before[column])), named(int(after[column]))
             answers += ["", f"{network}:", first if first == second else f"{first} → {second}"]
         centre = (margin + (column + 0.475) * _CELL) / width
-        figure.text(
-            centre, (below - 0.05) / height, "\n".join(answers), fontsize=7, ha="center", va="top", parse_math=False
-        )
+        figure.text(centre, (below - 0.05) / height, "\n".join(answers), fontsize=7, ha="center", va="top")
     with whole_file(path) as partial:
-        figure.savefig(partial, format="png")
+        write_figure(figure, partial)
 
 
 class ExamplePictures(L.Callback):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shlex
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,17 +12,16 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
 
 from ackd_lightning.callbacks.accuracy_table import accuracy_table
 from ackd_lightning.callbacks.health import is_fast_dev_run
-from ackd_lightning.callbacks.progress import is_terminal
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.preprocessing import channels_of
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
 from ackd_lightning.runs.answers import answers_file
+from ackd_lightning.runs.console import show_table
 from ackd_lightning.runs.export import export_student
 from ackd_lightning.runs.files import (
     CURVES,
@@ -270,7 +268,7 @@ class RunSummary(L.Callback):
             return
         summary, files = self.finished
         if summary["last"].keys() - {"epoch"}:
-            Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 100).print(accuracy_table(summary))
+            show_table(accuracy_table(summary))
         else:
             print("no accuracy: the run had no validation")
         best_epoch = summary["best"].get("epoch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning.commands.paired import interval_text, paired_tests
@@ -19,6 +19,8 @@ from ackd_lightning.config.experiment import experiment_settings
 from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.launch.run_settings import started_with
+from ackd_lightning.runs.console import show_table
 from ackd_lightning.runs.export import peer_name
 from ackd_lightning.runs.figures import new_figure, read_metrics, save_figure
 from ackd_lightning.runs.files import CURVES, LEARNERS, Which, find_runs, measured_last, read_summary
@@ -62,10 +64,17 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
         content = read_yaml(run / "config.yaml")
         if not isinstance(content, dict):
             raise ACKDError(f"{run / 'config.yaml'} holds no settings; restore it or remove the folder of the run")
-        settings[run] = {key: json.dumps(value) for key, value in experiment_settings(content, places=True).items()}
-        configs[read_summary(run)["config"]].append(run)
+        summary = read_summary(run)
+        settings[run] = {
+            key: _of_any_seed(key, json.dumps(value), summary["seed"])
+            for key, value in experiment_settings(content, places=True).items()
+        }
+        configs[summary["config"]].append(run)
     groups: dict[str, list[Path]] = defaultdict(list)
     for config, runs in configs.items():
+        if len(set((roots := _data_folders(runs)).values())) > 1:  # perhaps of one name, in two projects
+            for run, root in roots.items():
+                settings[run]["data.root"] = json.dumps(root)
         keys = sorted({key for run in runs for key in settings[run]})
         differing = [key for key in keys if len({settings[run].get(key) for run in runs}) > 1]
         for run in runs:
@@ -81,6 +90,18 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
                 "name one run per seed"
             )
     return groups
+
+
+def _of_any_seed(key: str, value: str, seed: int) -> str:
+    """Value of a setting in which the file of a teacher that was trained for this seed alone is the same for all."""
+    return re.sub(rf"(?<=seed){seed}(?!\d)", "*", value) if key.startswith("model.teacher") else value
+
+
+def _data_folders(runs: Sequence[Path]) -> dict[Path, str]:
+    """Folder of the data of each run that is still there."""
+    settings = {run: experiment_settings(started_with(run), places=True).get("data.root") for run in runs}
+    there = {run: Path(root) for run, root in settings.items() if isinstance(root, str) and Path(root).exists()}
+    return {run: str(root.resolve()) for run, root in there.items()}
 
 
 def accuracies_on_test(summaries: Sequence[dict[str, Any]], which: str, key: str = "test/acc") -> list[float]:
@@ -142,10 +163,7 @@ def compare(places: Sequence[str | Path], *, which: Which = "last") -> Table:
     table = Table(title="accuracy in %, mean ± standard deviation over runs (n)")
     shown = [number for number in range(len(_COLUMNS)) if {row[number] for row in rows} - {"", "-"}]
     for number in shown:
-        if number:
-            table.add_column(_COLUMNS[number], justify="left" if _COLUMNS[number] in _WORDS else "right")
-        else:  # a name is shown whole: its end often tells it from the others
-            table.add_column(_COLUMNS[number], overflow="fold", min_width=min(32, max(len(row[0]) for row in rows)))
+        table.add_column(_COLUMNS[number], justify="left" if _COLUMNS[number] in _WORDS else "right")
     for row in rows:
         table.add_row(*(row[number] for number in shown))
     notes = []
@@ -215,7 +233,8 @@ def draw_curves(places: Sequence[str | Path], target: Path) -> None:
         shared = sorted(set.intersection(*(set(epochs) for epochs, _, _ in lines)))
         by_epoch = [dict(zip(epochs, values, strict=True)) for epochs, values, _ in lines]
         means = [statistics.fmean(each[epoch] for each in by_epoch) for epoch in shared]
-        axes.plot(shared, means, color=color, linewidth=2, label=f"{config} (n={len(lines)})")
+        shown = f" {config}" if config.startswith("_") else config  # matplotlib leaves names with _ out of legends
+        axes.plot(shared, means, color=color, linewidth=2, label=f"{shown} (n={len(lines)})")
     axes.set_ylabel(f"{' / '.join(sorted(stages))} accuracy in %")
     if stages:
         axes.legend()
@@ -296,7 +315,7 @@ def compare_command(places: Sequence[str], *, figure: str, which: Which = "last"
     for run in find_runs(places):
         if (run / "metrics.csv").is_file():
             curves(run)  # a damaged file is reported before anything is printed
-    Console(width=None if Console().is_terminal else 140).print(table)
+    show_table(table)
     for sentence in tests:
         print(sentence)
     draw_curves(places, Path(figure))

@@ -6,13 +6,12 @@ import contextlib
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from ackd_lightning.commands.compare import compare, draw_curves
 from ackd_lightning.commands.export import export_command
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import run
 from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.runs.console import show_table
 from ackd_lightning.runs.files import read_summary
 
 TEACHER = "digits_resnet20"
@@ -78,7 +77,7 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
         print(f"[{number}/{len(plan)}] {what}: test accuracy {accuracy:.2%} ({seconds:.0f} s)", flush=True)
 
     runs = [folder / "runs"]
-    Console(width=None if Console().is_terminal else 140).print(compare(runs))
+    show_table(compare(runs))
     print("kd has the weights 0.1 for cross-entropy and 0.9 for the teacher; 1 and 1 are as common, and often better")
     print("this checks the installation: 10 classes and few images do not compare methods (docs/results.md)")
     draw_curves(runs, folder / "curves.png")

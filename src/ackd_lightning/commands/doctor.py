@@ -17,13 +17,12 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ackd_lightning._version import __version__
 from ackd_lightning.config.files import config_folder
 from ackd_lightning.errors import ACKDError, NotReadyError
+from ackd_lightning.runs.console import show_table
 
 _US = "ackd-lightning"
 _LITTLE_DISK = 2e9
@@ -63,11 +62,11 @@ def _show(found: dict[str, dict[str, str]]) -> None:
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    table.add_column(overflow="fold")
+    table.add_column()
     for part, entries in found.items():
         for number, (name, value) in enumerate(entries.items()):
-            table.add_row("" if number else part, name, escape(value), end_section=number == len(entries) - 1)
-    Console(width=None if Console().is_terminal else 120).print(table)
+            table.add_row("" if number else part, name, value, end_section=number == len(entries) - 1)
+    show_table(table)
 
 
 def _requirements() -> Iterator[tuple[Requirement, str]]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -24,6 +23,7 @@ from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.models.copies import image_channels
 from ackd_lightning.models.quantization import CALIBRATION_IMAGES
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
+from ackd_lightning.runs.console import show_table
 from ackd_lightning.runs.files import Which, find_checkpoint, run_folder
 
 
@@ -206,7 +206,6 @@ def _targets(kinds: Sequence[Format], out: str | None, stem: Path, dtype: str, w
 def _show(
     checks: dict[Path, Check], network: nn.Module, description: Description, plain: int, summary: dict[str, Any]
 ) -> None:
-    console = Console(width=120)
     table = Table(title=f"files in {next(iter(checks)).parent}")
     for column in ("file", "MB", "largest logit difference", "same class", "accuracy before", "after"):
         table.add_column(column, justify="left" if column == "file" else "right", overflow="fold")
@@ -224,7 +223,7 @@ def _show(
             percent(check.after),
         )
         table.add_row(path.name, *row)
-    console.print(table)
+    show_table(table)
     for path, check in checks.items():
         if check.single:
             print(SINGLE.format(path.name))
@@ -240,4 +239,4 @@ def _show(
         costs.add_row("student with its own classifier", f"{plain:,}", "")
     exported = "exported peer" if "learner" in description.origin else "exported student"
     costs.add_row(exported, f"{count_parameters(network):,}", f"{adds:,}")
-    console.print(costs)
+    show_table(costs)

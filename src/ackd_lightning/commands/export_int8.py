@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning.deploy.checking import SINGLE, CheckImages
@@ -16,6 +15,7 @@ from ackd_lightning.deploy.int8 import BACKENDS, NOTEWORTHY_IMAGES, NOTEWORTHY_L
 from ackd_lightning.deploy.latency import PTE_THREADS
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
+from ackd_lightning.runs.console import show_table
 
 _SLOWER = 1.2
 """Ratio of the times of int8 and float32 from which on it is said."""
@@ -118,7 +118,7 @@ def show_int8(
                 "docs/quantization.md says where it is fast"
             )
     if table.row_count:
-        Console(width=120).print(table)
+        show_table(table)
         print(
             f"one image at a time, {threads} {'thread' if threads == 1 else 'threads'}, median and interquartile range"
         )

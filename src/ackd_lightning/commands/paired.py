@@ -31,9 +31,10 @@ def interval_text(runs: Sequence[Path], accuracies: Sequence[float], which: Whic
         accuracies: Test accuracy of each run, from 0 to 1, as far as it was measured.
         which: Checkpoint that was tested.
     """
-    found = mean_interval(accuracies)
-    if found is None and len(accuracies) == 1 and (path := answers_file(runs[0], which)).is_file():
-        answers = read_answers(path)
+    path = answers_file(runs[0], which) if runs else None
+    answers = read_answers(path) if path is not None and path.is_file() else None
+    found = mean_interval(accuracies, 1 / len(answers) if answers else 0.0)
+    if len(accuracies) == 1 and answers is not None:
         found = wilson_interval(int(answers.right.sum()), len(answers))
     return "-" if found is None else f"{max(0.0, 100 * found[0]):.2f} to {min(100.0, 100 * found[1]):.2f}"
 
@@ -98,9 +99,9 @@ def _sentence(first: str, ours: Mapping[int, Answers], second: str, theirs: Mapp
     right = [{seed: float(each.right.double().mean()) for seed, each in group.items()} for group in (ours, theirs)]
     paired = ours.keys() == theirs.keys()
     if paired:
-        trainings = mean_interval([right[0][seed] - right[1][seed] for seed in ours])
+        trainings = mean_interval([right[0][seed] - right[1][seed] for seed in ours], 1 / len(some))
     else:
-        trainings = difference_interval([*right[0].values()], [*right[1].values()])
+        trainings = difference_interval([*right[0].values()], [*right[1].values()], 1 / len(some))
     if trainings is None:
         return f"{said}; one seed says nothing about other trainings"
     if difference < 0:

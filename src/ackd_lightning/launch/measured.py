@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ackd_lightning.callbacks.progress import is_terminal
 from ackd_lightning.metrics.intervals import TOP5_CLASSES, share_text
 from ackd_lightning.runs.answers import Answers
+from ackd_lightning.runs.console import show_table
 
 _TOP5, _ACCURACY = "acc_top5", "acc"
 
@@ -53,7 +51,7 @@ def show_measured(
             others.append(f"{name if part in ('test', 'val') else key} {value:.4g}")
     if table.row_count:
         print(f"{command}, {checkpoint}:")
-        Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 120).print(table)
+        show_table(table)
     if answers is not None and len(answers):
         print(f"accuracy {share_text(int(answers.right.sum()), len(answers))} of {len(answers):,} test images")
     if others:

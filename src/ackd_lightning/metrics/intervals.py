@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, t, ttest_ind
+from scipy.stats import binomtest, t
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
@@ -216,12 +216,15 @@ def share_text(correct: int, total: int) -> str:
     return f"{100 * correct / total:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f})"
 
 
-def difference_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
+def difference_interval(
+    first: Sequence[float], second: Sequence[float], resolution: float = 0.0
+) -> tuple[float, float] | None:
     """Compute the 95 % interval of a difference of two means over seeds by Welch's t; None without two values in each.
 
     Args:
         first: One value for each seed.
         second: Values that are subtracted.
+        resolution: Step in which the values are measured, such as the share of one image.
 
     Examples:
         >>> low, high = difference_interval([90.0, 91.0, 92.0], [88.0, 90.0, 89.0])
@@ -230,17 +233,22 @@ def difference_interval(first: Sequence[float], second: Sequence[float]) -> tupl
     """
     if min(len(first), len(second)) < 2:
         return None
-    if statistics.stdev(first) == statistics.stdev(second) == 0:
-        return first[0] - second[0], first[0] - second[0]
-    found = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
-    return float(found.low), float(found.high)
+    mean = statistics.fmean(first) - statistics.fmean(second)
+    parts = [(_deviation(each, resolution) ** 2 / len(each), len(each) - 1) for each in (first, second)]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return mean, mean
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    margin = variance**0.5 * float(t.ppf(0.975, freedom))
+    return mean - margin, mean + margin
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+def mean_interval(values: Sequence[float], resolution: float = 0.0) -> tuple[float, float] | None:
     """Compute the 95 % interval of a mean over seeds by Student's t; None for fewer than two values.
 
     Args:
         values: One value for each seed.
+        resolution: Step in which the values are measured, such as the share of one image.
 
     Examples:
         >>> low, high = mean_interval([90.0, 91.0, 92.0])
@@ -250,5 +258,10 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
     mean = statistics.fmean(values)
-    margin = statistics.stdev(values) / len(values) ** 0.5 * float(t.ppf(0.975, len(values) - 1))
+    margin = _deviation(values, resolution) / len(values) ** 0.5 * float(t.ppf(0.975, len(values) - 1))
     return mean - margin, mean + margin
+
+
+def _deviation(values: Sequence[float], resolution: float) -> float:
+    """Sample standard deviation, at least that of rounding: equal numbers of images are no equal trainings."""
+    return max(statistics.stdev(values), resolution / 12**0.5)

@@ -276,15 +276,3 @@ class Cuts:
             output, _, _, values = capture(whole, self.plan, image.to(place, dtype_of(whole)), self.ratio)
             self._whole = whole, logits_of(output).float(), values
         return self._whole
-
-
-def difference(network: nn.Module, plan: StagePlan, entry: str, input_size: ImageSize | None = None) -> str | None:
-    """Return what `Cuts.difference` finds for one module.
-
-    Args:
-        network: Network with weights.
-        plan: Stages of the network.
-        entry: Name of the module.
-        input_size: Height and width of the images in pixels; None for the size that the network was designed for.
-    """
-    return Cuts(network, plan, input_size).difference(entry)

@@ -7,10 +7,12 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from ackd_lightning.errors import ACKDError
@@ -84,7 +86,22 @@ def save_figure(figure: Figure, path: Path) -> None:
         path: Image file (PNG, PDF or SVG).
     """
     with whole_file(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:].lower())
+        write_figure(figure, partial, path.suffix[1:].lower())
+
+
+def write_figure(figure: Figure, target: Path | BinaryIO, kind: str = "png", **options: Any) -> None:
+    """Write a figure with names as they are: a dollar sign in them begins no formula.
+
+    Args:
+        figure: Figure.
+        target: File, or stream of bytes.
+        kind: Format of the image, such as ``png``.
+        options: Options of ``savefig``.
+    """
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and "\\mathdefault" not in text.get_text():  # as numbers on axes have
+            text.set_parse_math(False)
+    figure.savefig(target, format=kind, **options)
 
 
 def draw_run(run: Path) -> list[Path]:

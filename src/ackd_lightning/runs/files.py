@@ -334,6 +334,18 @@ def read_summary(run: Path) -> dict[str, Any]:
     return dict(summary)
 
 
+def _with_summary(place: Path) -> Iterator[Path]:
+    """Yield the folders below a folder that have a summary, also those of links, each once."""
+    seen: set[str] = set()
+    for folder, below, files in os.walk(place, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        if "summary.json" in files:
+            yield Path(folder)
+
+
 def find_runs(places: Sequence[str | Path]) -> list[Path]:
     """Return the finished runs among the given folders and below them.
 
@@ -347,7 +359,7 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
     for place in map(Path, places):
         if not place.is_dir():
             raise ACKDError(f"{place} is not a folder; name run folders such as runs/CONFIG/NAME")
-        found = [place] if (place / "summary.json").is_file() else sorted(p.parent for p in place.rglob("summary.json"))
+        found = [place] if (place / "summary.json").is_file() else sorted(_with_summary(place))
         if not found:
             raise ACKDError(f"{place} has no finished run (no summary.json); name a folder that `ackd fit` wrote")
         for run in map(_named, found):

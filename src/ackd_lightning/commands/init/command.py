@@ -7,8 +7,6 @@ import re
 import shlex
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ackd_lightning.commands.init.choices import Choice, Choices, choose, reasons
@@ -20,6 +18,7 @@ from ackd_lightning.commands.stopwatch import rough
 from ackd_lightning.errors import ACKDError, count_of, near_matches
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.runs.console import show_table
 from ackd_lightning.runs.files import whole_file
 
 _SHOWN = 5
@@ -143,10 +142,10 @@ def _describe(folder: str, seen: Survey) -> None:
 def _show(rows: list[Choice]) -> None:
     table = Table(title="chosen values")
     for column in Choice._fields:
-        table.add_column(column, overflow="fold")
+        table.add_column(column)
     for row in rows:
-        table.add_row(*map(escape, row))
-    Console(width=None if Console().is_terminal else 140).print(table)
+        table.add_row(*row)
+    show_table(table)
 
 
 def _next(seen: Survey, configs: tuple[Path, Path], listed: Path, chosen: Choices) -> None:

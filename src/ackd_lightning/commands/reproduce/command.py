@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning.commands.processes import devices_for, resumable
@@ -25,6 +24,7 @@ from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec
 from ackd_lightning.commands.reproduce.tables import choose, read_table, table_names
 from ackd_lightning.commands.stopwatch import Stopwatch, rough
 from ackd_lightning.errors import ACKDError, RunsFailedError
+from ackd_lightning.runs.console import show_table
 
 _MOST_SEEDS = 1000
 
@@ -85,7 +85,7 @@ def _print_plan(title: str, jobs: Sequence[Job]) -> None:
         about = "data missing" if seconds is None else rough(seconds)
         place = "/".join(job.folder.parts[-2:])
         table.add_row(job.title, job.state(), str(job.epochs), about, f"{megabytes(job):.0f}", place)
-    Console(width=None if Console().is_terminal else 140).print(table)
+    show_table(table)
     left = sum(not job.finished for job in jobs)
     more = f", {unknown} of unknown duration (their data are missing)" if unknown else ""
     print(
@@ -300,16 +300,13 @@ def _report(
             shown = Table(title=f"{table.title}: {pair}, {METRIC_NAMES[metric]}")
             heads = columns(against)
             for column in heads:
-                if column == "row":
-                    shown.add_column(column, overflow="fold", min_width=24)
-                else:
-                    shown.add_column(column, justify="right")
+                shown.add_column(column, justify="left" if column == "row" else "right")
             own = [line for line in content if (line.pair, line.metric) == (pair, metric)]
             absent = [line.row for line in own if line.row not in asked and not line.last]
             for line in own:
                 if line.row not in absent:
                     shown.add_row(*line.cells()[: len(heads)])
-            Console(width=None if Console().is_terminal else 120).print(shown)
+            show_table(shown)
             if absent:
                 print(f"Not run, and not asked for: {', '.join(absent)} ({files[0]} has their lines)")
     print(text)

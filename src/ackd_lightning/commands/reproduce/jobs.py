@@ -14,6 +14,7 @@ from ackd_lightning.config.experiment import differing, experiment_settings, mov
 from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.run_settings import started_with
 from ackd_lightning.models.weights import digest
 from ackd_lightning.runs.files import read_checkpoint, read_summary
 
@@ -112,7 +113,7 @@ def changed(job: Job) -> tuple[str, str, str] | None:
     if not path.is_file() or job.state() == "to do":
         return None
     config = read_yaml(path) or {}
-    if (roots := moved_data(config, job.config)) is not None:
+    if (roots := moved_data(started_with(job.folder), job.config)) is not None:
         return "data.root", *roots
     for name, (first, second) in differing(experiment_settings(config), job.settings).items():
         return name, json.dumps(first), json.dumps(second)

@@ -13,6 +13,7 @@ from typing import Any, cast
 from ackd_lightning.commands.reproduce.results import NOT_RUN, Line
 from ackd_lightning.commands.reproduce.specs import TableSpec
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.runs.figures import write_figure
 from ackd_lightning.runs.files import whole_file, write_json
 
 _COLUMNS = ["row", "paper", "ours, last", "95 % interval", "ours, best", "n", "minus paper"]
@@ -113,7 +114,7 @@ def draw(content: Sequence[Line], target: Path) -> None:
     if by_label:
         figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=3, fontsize=8)
     with whole_file(target) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+        write_figure(figure, partial, dpi=120)
     plt.close(figure)
 
 

@@ -117,9 +117,9 @@ class Line:
         return [self.label, paper, *ours, str(len(self.last)), self.difference, over]
 
     def _interval(self, values: Sequence[float], within: tuple[float, float] = (-math.inf, math.inf)) -> str:
-        """Return the 95 % interval of the mean over the seeds, cut at the ends of a scale; a dash for one seed."""
+        """Return the 95 % interval of the mean over the seeds, cut at the ends of a scale; a dash if not known."""
         found = mean_interval(values)
-        if found is None:
+        if found is None or found[0] == found[1]:
             return "-"
         return " to ".join(f"{min(max(end, within[0]), within[1]):.{self.decimals}f}" for end in found)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from ackd_lightning.commands.processes import Processes, devices_for, resumable, say
@@ -25,6 +24,7 @@ from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.models.weights import digest
 from ackd_lightning.runs.claim import claim
+from ackd_lightning.runs.console import show_table
 from ackd_lightning.runs.files import measured_last, read_summary, whole_file
 
 _OURS = {
@@ -353,7 +353,7 @@ def _report(search: _Search, settings: Sequence[str]) -> None:
         seconds = read_summary(run)["seconds"] if (run / "summary.json").is_file() else 0.0
         cells = [_short(given[name]) for name in names]
         table.add_row(str(trial.number), *cells, f"{100 * trial.value:.2f}", f"{seconds:.0f}", str(run))
-    Console(width=None if Console().is_terminal else 140).print(table)
+    show_table(table)
     best = search.finished[0]
     run = search.folder(best.number)
     # as options: another one may name the class whose argument it is
