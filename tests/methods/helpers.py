@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,27 @@ def extreme(dtype: torch.dtype, *, sign: int = 1, images: int = 8, classes: int 
     logits = torch.full((images, classes), -6e4 * sign, dtype=dtype)
     logits[:, 1] = 6e4 * sign
     return logits.requires_grad_()
+
+
+def check_finite(loss: Tensor, *leaves: Tensor) -> None:
+    """Check that a loss is a finite float32 with finite gradients of some tensors."""
+    loss.backward()
+    assert loss.dtype is torch.float32
+    assert loss.isfinite()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+def twenty_steps(loss: Callable[[], Tensor], leaves: Iterable[Tensor], *, lr: float) -> list[float]:
+    """Return a loss before each of 20 steps of SGD and after the last."""
+    optimizer = torch.optim.SGD(leaves, lr=lr)
+    losses = []
+    for _ in range(20):
+        value = loss()
+        losses.append(value.item())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    return [*losses, loss().item()]
 
 
 class Stages(nn.Module):

@@ -11,12 +11,13 @@ from ackd_lightning.config.files import find_config, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import standardized
 from ackd_lightning.methods import ACKD
-from ackd_lightning.methods.base import Networks
+from ackd_lightning.methods.base import Networks, weighted_loss
 from ackd_lightning.methods.description import from_description
 from ackd_lightning.models.finding import probe
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.types import Batch, NetSpec
+from methods.helpers import twenty_steps
 
 TERMS = {"ce", "ce_aux", "kd_aux", "kd_target", "kd_direct", "adv"}
 
@@ -499,14 +500,8 @@ def test_twenty_steps_lower_the_loss(scene):
     here = scene(2)
     method = made(here, adversarial="off")
     leaves = [here.z_s, *here.z, *method.attention.parameters()]
-    optimizer = torch.optim.SGD(leaves, lr=0.05)
-    values = []
-    for _ in range(20):
-        terms = method(here.student, here.teacher, here.batch)
-        loss = sum(method.loss_weights[name] * term for name, term in terms.items())
-        values.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert all(later < earlier for earlier, later in pairwise(values))
-    assert values[-1] < 0.95 * values[0]
+    losses = twenty_steps(
+        lambda: weighted_loss(method, method(here.student, here.teacher, here.batch)), leaves, lr=0.05
+    )
+    assert all(later < earlier for earlier, later in pairwise(losses))
+    assert losses[-1] < 0.95 * losses[0]

@@ -15,6 +15,7 @@ from ackd_lightning.methods import CRD, FitInfo, Networks
 from ackd_lightning.methods import crd_loss as losses
 from ackd_lightning.methods.crd_loss import contrast_scores, crd_loss, moved_rows, normaliser, unit
 from ackd_lightning.types import Batch, NetOutput, NetSpec
+from methods.helpers import twenty_steps
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CLASSES, WIDTH, IMAGES = 5, 6, 4
@@ -321,15 +322,9 @@ def test_extreme_embeddings_give_finite_values_and_gradients(dtype, value):
 def test_twenty_steps_lower_it():
     method = method_for()
     student, teacher, batch = output(0), output(1), batch_of(torch.arange(IMAGES))
-    optimizer = torch.optim.SGD([student.embedding, *method.parameters()], lr=0.05)
-    values = []
-    for _ in range(20):
-        loss = method(student, teacher, batch)["crd"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        values.append(loss.item())
-    assert values[-1] < 0.7 * values[0]
+    leaves = [student.embedding, *method.parameters()]
+    losses = twenty_steps(lambda: method(student, teacher, batch)["crd"], leaves, lr=0.05)
+    assert losses[-1] < 0.7 * losses[0]
 
 
 # ---------------------------------------------------------------- what is refused

@@ -8,6 +8,7 @@ from torch import Tensor
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import DIST
 from ackd_lightning.methods.dist import dist_loss
+from methods.helpers import check_finite, twenty_steps
 
 DEFAULTS = {"beta": 1.0, "gamma": 1.0, "temperature": 4.0}
 
@@ -89,23 +90,15 @@ def test_value_and_gradient_are_finite_at_the_largest_logits(dtype, sign):
     teacher = sign * student.clone()
     student.requires_grad_()
     loss = dist_loss(student, teacher, **DEFAULTS)
-    loss.backward()
-    assert loss.dtype is torch.float32
-    assert loss.isfinite()
+    check_finite(loss, student)
     assert loss > 1.0  # three columns of five say nothing
-    assert student.grad.isfinite().all()
 
 
 def test_twenty_steps_lower_it():
     student, teacher = logits()
     student.requires_grad_()
-    optimizer = torch.optim.SGD([student], lr=0.5)
-    first = dist_loss(student, teacher, **DEFAULTS).item()
-    for _ in range(20):
-        optimizer.zero_grad()
-        dist_loss(student, teacher, **DEFAULTS).backward()
-        optimizer.step()
-    assert dist_loss(student, teacher, **DEFAULTS).item() < 0.5 * first
+    losses = twenty_steps(lambda: dist_loss(student, teacher, **DEFAULTS), [student], lr=0.5)
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_the_method_hands_its_arguments_to_the_loss_and_reaches_the_student_alone(scene):

@@ -12,6 +12,7 @@ from ackd_lightning.methods import ITRD
 from ackd_lightning.methods.itrd import correlation_loss, mutual_information_loss
 from ackd_lightning.testing import Harness
 from ackd_lightning.types import Batch, NetOutput
+from methods.helpers import check_finite, twenty_steps
 
 
 def embeddings(images: int = 6, ours: int = 5, theirs: int = 5) -> tuple[Tensor, Tensor]:
@@ -89,23 +90,17 @@ def test_value_and_gradient_are_finite_at_the_largest_embeddings(dtype):
     teacher = student.flip(0).clone()
     student.requires_grad_()
     loss = correlation_loss(student, teacher, alpha=1.5) + mutual_information_loss(student, teacher)
-    loss.backward()
-    assert loss.dtype is torch.float32
-    assert loss.isfinite()
-    assert student.grad.isfinite().all()
+    check_finite(loss, student)
 
 
 def test_steps_lower_it():
     student, teacher = embeddings()
     student.requires_grad_()
-    optimizer = torch.optim.SGD([student], lr=0.5)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = 2 * correlation_loss(student, teacher, alpha=1.01) + mutual_information_loss(student, teacher)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = twenty_steps(
+        lambda: 2 * correlation_loss(student, teacher, alpha=1.01) + mutual_information_loss(student, teacher),
+        [student],
+        lr=0.5,
+    )
     assert losses[-1] < losses[0] - 1
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import NKD
 from ackd_lightning.methods.nkd import nkd_loss
+from methods.helpers import check_finite, extreme, twenty_steps
 
 DEFAULTS = {"gamma": 1.5, "temperature": 1.0}
 
@@ -61,27 +62,17 @@ def test_the_other_classes_are_best_at_equality():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_value_and_gradient_are_finite_at_the_largest_logits(dtype, sign):
-    student = torch.full((2, 5), -6e4, dtype=dtype)
-    student[:, 1] = 6e4
-    teacher, target = sign * student.clone(), torch.tensor([1, 0])
-    student.requires_grad_()
+    student, teacher = extreme(dtype, images=2), extreme(dtype, sign=sign, images=2)
+    target = torch.tensor([1, 0])
     loss = nkd_loss(student, teacher, target, **DEFAULTS).mean()
-    loss.backward()
-    assert loss.dtype is torch.float32
-    assert loss.isfinite()
-    assert student.grad.isfinite().all()
+    check_finite(loss, student)
 
 
 def test_steps_lower_it():
     student, teacher, target = inputs()
     student.requires_grad_()
-    optimizer = torch.optim.SGD([student], lr=0.5)
-    first = nkd_loss(student, teacher, target, **DEFAULTS).mean().item()
-    for _ in range(20):
-        optimizer.zero_grad()
-        nkd_loss(student, teacher, target, **DEFAULTS).mean().backward()
-        optimizer.step()
-    assert nkd_loss(student, teacher, target, **DEFAULTS).mean().item() < first
+    losses = twenty_steps(lambda: nkd_loss(student, teacher, target, **DEFAULTS).mean(), [student], lr=0.5)
+    assert losses[-1] < losses[0]
 
 
 def test_the_method_hands_its_arguments_to_the_loss_and_reaches_the_student_alone(scene):

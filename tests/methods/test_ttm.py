@@ -12,6 +12,7 @@ from ackd_lightning.functional import kl_divergence
 from ackd_lightning.methods import TTM
 from ackd_lightning.methods.description import from_description
 from ackd_lightning.methods.ttm import ttm_loss
+from methods.helpers import check_finite, extreme, twenty_steps
 
 
 def inputs(images: int = 6, classes: int = 7) -> tuple[Tensor, Tensor]:
@@ -70,28 +71,15 @@ def test_an_unsure_teacher_weighs_more():
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_value_and_gradient_are_finite_at_the_largest_logits(dtype, sign, weighted):
-    student = torch.full((2, 5), -6e4, dtype=dtype)
-    student[:, 1] = 6e4
-    teacher = sign * student.clone()
-    student.requires_grad_()
+    student, teacher = extreme(dtype, images=2), extreme(dtype, sign=sign, images=2)
     loss = ttm_loss(student, teacher, temperature=4.0, weighted=weighted).mean()
-    loss.backward()
-    assert loss.dtype is torch.float32
-    assert loss.isfinite()
-    assert student.grad.isfinite().all()
+    check_finite(loss, student)
 
 
 def test_steps_lower_it():
     student, teacher = inputs()
     student.requires_grad_()
-    optimizer = torch.optim.SGD([student], lr=1.0)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = ttm_loss(student, teacher, temperature=4.0, weighted=True).mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = twenty_steps(lambda: ttm_loss(student, teacher, temperature=4.0, weighted=True).mean(), [student], lr=1.0)
     assert losses[-1] < 0.5 * losses[0]
 
 

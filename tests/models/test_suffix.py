@@ -10,7 +10,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.features import StagePlan, capture
 from ackd_lightning.models.finding import plan_for, use_taps
 from ackd_lightning.models.student import BranchyStudent
-from ackd_lightning.models.suffix import Cuts, difference
+from ackd_lightning.models.suffix import Cuts
 from ackd_lightning.models.zoo import create_model
 from models.networks import CifarLike, OnlyAt, SkipsAhead, Tuples, ViTLike
 
@@ -33,7 +33,7 @@ def test_a_suffix_computes_the_rest_of_the_network(name, size):
     torch.manual_seed(0)
     network = create_model(name, 5)
     plan = plan_for(network, size)
-    assert [difference(network, plan, entry, size) for entry in plan.features[1:-1:2]] == [None] * (
+    assert [Cuts(network, plan, size).difference(entry) for entry in plan.features[1:-1:2]] == [None] * (
         len(plan.features[1:-1:2])
     )
 
@@ -63,7 +63,7 @@ def test_every_entry_is_exact_for_every_batch_size(make, size):
     network = make().eval()
     plan = plan_for(network)
     for entry in plan.features[:-1]:
-        assert difference(network, plan, entry, size) is None
+        assert Cuts(network, plan, size).difference(entry) is None
         suffix = Cuts(network, plan, size).suffix(entry).eval()
         for batch in (1, 5):
             logits, _, _, values = capture(network, plan, torch.randn(batch, 3, size, size), 1.0)
@@ -73,8 +73,8 @@ def test_every_entry_is_exact_for_every_batch_size(make, size):
 def test_a_difference_is_measured():
     network = ViTLike()
     plan = StagePlan(("blocks.0.norm", "blocks.0"), "head")
-    assert "blocks.0.norm" in difference(network, plan, "blocks.0.norm", 32)  # data also flow past it
-    assert difference(network, plan, "blocks.0", 32) is None
+    assert "blocks.0.norm" in Cuts(network, plan, 32).difference("blocks.0.norm")  # data also flow past it
+    assert Cuts(network, plan, 32).difference("blocks.0") is None
 
 
 class SideDoor(CifarLike):
