@@ -290,6 +290,14 @@ def test_teachers_that_belong_to_the_seed_make_no_configuration():
     assert [len(runs) for runs in group_runs(["runs"]).values()] == [2]
 
 
+def test_one_teacher_of_all_seeds_makes_no_configuration():
+    for seed in (0, 1):
+        run = make_run("kd", right=150, seed=seed)
+        teacher = {"weights": "R/resnet20/seed0/student.safetensors"}
+        (run / "config.yaml").write_text(yaml.safe_dump({"seed_everything": seed, "model": {"teacher": teacher}}))
+    assert [len(runs) for runs in group_runs(["runs"]).values()] == [2]
+
+
 def test_runs_that_are_links_are_found_once(tmp_path):
     run = make_run("kd", right=150)
     (tmp_path / "chosen").mkdir()

@@ -64,18 +64,19 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
         content = read_yaml(run / "config.yaml")
         if not isinstance(content, dict):
             raise ACKDError(f"{run / 'config.yaml'} holds no settings; restore it or remove the folder of the run")
-        summary = read_summary(run)
-        settings[run] = {
-            key: _of_any_seed(key, json.dumps(value), summary["seed"])
-            for key, value in experiment_settings(content, places=True).items()
-        }
-        configs[summary["config"]].append(run)
+        settings[run] = {key: json.dumps(value) for key, value in experiment_settings(content, places=True).items()}
+        configs[read_summary(run)["config"]].append(run)
     groups: dict[str, list[Path]] = defaultdict(list)
     for config, runs in configs.items():
         if len(set((roots := _data_folders(runs)).values())) > 1:  # perhaps of one name, in two projects
             for run, root in roots.items():
                 settings[run]["data.root"] = json.dumps(root)
         keys = sorted({key for run in runs for key in settings[run]})
+        for key in [each for each in keys if each.startswith("model.teacher")]:
+            own = {run: _of_any_seed(settings[run].get(key, "-"), read_summary(run)["seed"]) for run in runs}
+            if len({*own.values()}) == 1:  # each run has a teacher that was trained for its seed
+                for run in runs:
+                    settings[run].pop(key, None)
         differing = [key for key in keys if len({settings[run].get(key) for run in runs}) > 1]
         for run in runs:
             apart = ", ".join(f"{key.rsplit('.', 1)[-1]}={settings[run].get(key, '-')}" for key in differing)
@@ -92,9 +93,9 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
     return groups
 
 
-def _of_any_seed(key: str, value: str, seed: int) -> str:
-    """Value of a setting in which the file of a teacher that was trained for this seed alone is the same for all."""
-    return re.sub(rf"(?<=seed){seed}(?!\d)", "*", value) if key.startswith("model.teacher") else value
+def _of_any_seed(value: str, seed: int) -> str:
+    """Path of a network that was trained for a seed, as one that is the same for all seeds."""
+    return re.sub(rf"(?<=seed){seed}(?!\d)", "*", value)
 
 
 def _data_folders(runs: Sequence[Path]) -> dict[Path, str]:
