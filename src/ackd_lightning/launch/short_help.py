@@ -22,7 +22,7 @@ TEXTS = {
 FIT_TEXTS = {
     "name": "name of the run; default: a time stamp",
     "runs_dir": "the run is written to RUNS_DIR/CONFIG/NAME",
-    "resume": "resume the newest unfinished run of this configuration (of this --name, if given), or the run at PATH",
+    "resume": "resume the newest unfinished run of this configuration and seed (or of this --name), or the run at PATH",
     "weights_dir": "folder that also gets the student's weights, as CONFIG.safetensors (teacher configurations set it)",
     "wandb": "log to Weights & Biases; offline when no key is known",
     "tensorboard": "log to TensorBoard, into the run's folder",
