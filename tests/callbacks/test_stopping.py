@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from ackd_lightning.callbacks.stopping import StopEarly, StopSafely
+from ackd_lightning.callbacks.stopping import StopEarly, StopSafely, WholeStepTimer
 from ackd_lightning.errors import RunStoppedError
 from ackd_lightning.methods import CE
 from ackd_lightning.runs.figures import read_metrics
@@ -281,3 +281,16 @@ def test_a_validation_that_is_counted_across_epochs_is_not_lost(tmp_path, step):
 
 def test_a_fit_that_validates_by_time_stops_after_its_step(tmp_path):
     assert fit_with(tmp_path, step=2, val_check_interval="00:01:00:00")[1] == 2
+
+
+def test_the_time_of_a_fit_ends_after_an_accumulation(tmp_path):
+    class Slow(L.Callback):
+        def on_train_batch_start(self, run, module, batch, index):
+            if run.fit_loop.epoch_loop.total_batch_idx == 1:
+                run.callbacks[0]._duration = 0.0  # the time is up within the first step
+
+    timer = WholeStepTimer({"hours": 1})
+    run = trainer(max_epochs=3, callbacks=[timer, Slow()], accumulate_grad_batches=4)
+    run.fit(build(CE()), datamodule=Blobs())
+    assert run.global_step == 1
+    assert run.fit_loop.epoch_loop.batch_progress.total.completed == 4

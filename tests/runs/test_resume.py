@@ -198,6 +198,7 @@ def test_auto_leaves_runs_with_another_seed_alone(place, capsys):
     assert main([*FIT, "--resume", "auto", "--seed_everything", "1"]) == 0
     assert len(list(RUNS.iterdir())) == 2
     assert (RUNS / "a" / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert f"nothing to resume with seed 1; unfinished with another: {RUNS / 'a'} (0)" in capsys.readouterr().out
 
 
 def test_another_seed_is_refused(place, capsys):

@@ -230,3 +230,31 @@ def test_a_factor_of_the_learning_rate_that_is_kept_is_said(tmp_path):
     fit(module(0.1), tmp_path, 1)
     with pytest.warns(UserWarning, match=r"not student\.backbone_lr_scale of this fit"):
         fit(module(0.5), tmp_path, 2, resume=True)
+
+
+def test_a_resumed_fit_in_float64_keeps_all_digits(tmp_path):
+    def ended(folder, epochs, *, resume=False):
+        module = build(KD(), lr=0.1)
+        run = trainer(max_epochs=epochs, callbacks=[Rates(folder)], enable_checkpointing=True, precision="64-true")
+        run.fit(module, datamodule=Blobs(), ckpt_path=folder / "last.ckpt" if resume else None)
+        return module
+
+    whole = ended(tmp_path / "whole", 4)
+    ended(tmp_path / "parts", 2)
+    assert largest_difference(state(whole), state(ended(tmp_path / "parts", 4, resume=True))) == 0
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_a_fit_of_a_few_batches_does_not_go_on_inside_an_epoch(tmp_path):
+    def fitted(steps, resume=None):
+        run = trainer(max_epochs=4, max_steps=steps, overfit_batches=3, enable_checkpointing=True)
+        run.fit(build(CE()), datamodule=Blobs(), ckpt_path=resume)
+        run.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return run.global_step
+
+    fitted(4)
+    with pytest.raises(ACKDError, match="written inside an epoch, and with trainer"):
+        fitted(9, tmp_path / "4.ckpt")
+    fitted(6)
+    assert fitted(9, tmp_path / "6.ckpt") == 9

@@ -242,6 +242,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capsys):
         ({"run": {"max_epochs": 4}}, "lacks epoch 4 of 4"),
         ({"run": {"max_epochs": -1, "max_steps": 4}}, "trainer.max_epochs"),
         ({"kept": "nothing"}, "nothing is not a cache"),
+        ({"run": {"overfit_batches": 1}}, "trainer.overfit_batches reads them without augmentation"),
         ({"method": AT()}, "method AT"),
         ({"method": ATSC()}, "method ATSC"),
     ],

@@ -13,11 +13,13 @@ import torch
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import Fraction, checked
 
+_MOST_CLASSES = 4000
+"""Largest number of classes for which another order is looked for, which needs matrices of its square."""
 _LONGEST_ORDER = 200
 """Largest number of classes whose whole order is printed."""
 
@@ -65,7 +67,7 @@ class TeacherGate(L.Callback):
         teacher, several = module.teachers.frozen[number], len(module.teachers.frozen) > 1
         loop, classes = trainer.fit_loop.epoch_loop.val_loop, module.data.num_classes
         assert loop._combined_loader is not None  # there are loaders
-        halves = [MulticlassConfusionMatrix(classes).to(module.device) for _ in range(2)]
+        halves: list[list[Tensor]] = [[], []]  # targets and answers
         generator = torch.Generator().manual_seed(0)  # order of the images and order of the classes may agree
         between = True  # whether all scores are between 0 and 1
         limits = (None if each == float("inf") else int(each) for each in loop.max_batches)
@@ -79,13 +81,14 @@ class TeacherGate(L.Callback):
                 scores = teacher(batch.image).logits
             between = between and bool(((scores >= 0) & (scores <= 1)).all())
             half = (torch.rand(len(batch.target), generator=generator) < 0.5).to(scores.device)
-            for matrix, chosen in zip(halves, (half, ~half), strict=True):
-                if bool(chosen.any()):
-                    matrix.update(scores[chosen], batch.target[chosen])
-        first, second = (matrix.compute().cpu() for matrix in halves)
-        seen = int((first + second).sum())
+            pairs = torch.stack([batch.target, scores.argmax(dim=1)])
+            for found, chosen in zip(halves, (half, ~half), strict=True):
+                found.append(pairs[:, chosen].cpu())
+        first, second = (torch.cat(found, dim=1) if found else torch.zeros(2, 0).long() for found in halves)
+        targets, answers = torch.cat([first, second], dim=1)
+        seen = len(targets)
         split, data = ("test", "test") if module.looks_at_test() else ("val", "validation")
-        measured = float((first + second).diagonal().sum()) / max(seen, 1)
+        measured = int((targets == answers).sum()) / max(seen, 1)
         teacher.metadata["measured_acc"] = f"{measured:.6f}"
         name = f"{number + 1} ({teacher.name})" if several else teacher.name
         if trainer.is_global_zero:
@@ -98,7 +101,10 @@ class TeacherGate(L.Callback):
                 f"all outputs of teacher {name} are between 0 and 1, as after a sigmoid or softmax; methods read "
                 "logits, so give the network without its last activation"
             )
-        order = permutation(first, second)
+        order = None
+        if classes <= _MOST_CLASSES:
+            matrices = [multiclass_confusion_matrix(each[1], each[0], classes) for each in (first, second)]
+            order = permutation(*matrices)
         problem = self.judge(measured, classes, teacher.metadata, seen)
         if problem is None and order is None:
             return

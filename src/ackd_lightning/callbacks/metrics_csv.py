@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 from typing import cast
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -10,10 +11,23 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 
+def drop_partial_line(path: Path) -> None:
+    """Remove what a full disk or a loss of power left of the last line of a file.
+
+    Args:
+        path: Text file.
+    """
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
 class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         """Keep a file that exists; Lightning's own writer deletes it, even when a run is resumed."""
         if self._fs.isfile(self.metrics_file_path):
+            drop_partial_line(Path(self.metrics_file_path))
             with self._fs.open(self.metrics_file_path, "r", newline="") as file:
                 self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
 
 from ackd_lightning.errors import RunStoppedError, count_of
 
@@ -105,6 +105,23 @@ class StopSafely(Checkpoint):
             steps._batches_that_stepped += 1
         place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
         raise RunStoppedError(number, f"received; stopped in {place}, saved {self.checkpoint}; {self.advice}")
+
+
+class WholeStepTimer(Timer):
+    """End a fit after some time, and after the gradients of a step are accumulated, which no checkpoint has.
+
+    Args:
+        duration: Time as Lightning's ``max_time``.
+    """
+
+    def __init__(self, duration: Any) -> None:
+        super().__init__(duration)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Look at the clock where the optimizer has made a step."""
+        batches = trainer.fit_loop.epoch_loop.batch_idx + 1
+        if trainer.is_last_batch or batches % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, *args, **kwargs)
 
 
 class StopEarly(EarlyStopping):

@@ -36,7 +36,7 @@ from ackd_lightning.launch.trainer import make_trainer
 from ackd_lightning.launch.words import as_given, raised_in
 from ackd_lightning.runs.claim import Claim, claim, say_unfinished
 from ackd_lightning.runs.files import STUDENT, copied_from, read_summary, run_folder, same_content, write_json
-from ackd_lightning.runs.resume import Length, changed_settings, check_length, resume_auto, resume_from
+from ackd_lightning.runs.resume import Length, changed_settings, check_length, resume_auto, resume_from, say_other_seeds
 from ackd_lightning.training.speed import keep_freed_memory
 
 _RUN_NAME = "ACKD_RUN_NAME"
@@ -213,8 +213,8 @@ class Execution:
         wrote = same_content(self.copy_to, folder / STUDENT) and not beside
         if self.copy_to.exists() and not wrote:
             raise ACKDError(
-                f"weights {self.copy_to} exist and this run would replace them; move them, or choose another "
-                "--weights_dir"
+                f"weights {self.copy_to} exist and this run would replace them; move them, choose another "
+                "--weights_dir, or write none with --weights_dir null"
             )
         check_writable(self.copy_to.parent, "--weights_dir")
 
@@ -226,7 +226,10 @@ class Execution:
         if launched_by_us:
             found = resume_from(os.environ[_RESUMED]) if _RESUMED in os.environ else None
         elif self.option("resume") == "auto":
-            found = resume_auto(self.cli.folder.parent, self.option("name"), self.option("seed_everything"), length)
+            place, name, seed = self.cli.folder.parent, self.option("name"), self.option("seed_everything")
+            found = resume_auto(place, name, seed, length)
+            if found is None and not name and _rank() == 0:
+                say_other_seeds(place, seed)
         else:
             found = resume_from(self.option("resume"), length)
             refuse_other_place(found.folder, self.cli.options)

@@ -19,6 +19,7 @@ _INIT = "init_args"
 _MEASURED = ("data.", "model.", "trainer.limit_", "trainer.fast_dev_run", "trainer.precision")
 _NOT_MEASURED = (
     *(f"data.{name}" for name in ("num_workers", "batch_size", "eval_batch_size", "cache", "download", "sampling")),
+    *(f"data.{name}" for name in ("augmentation", "max_per_class", "train_fraction")),
     *(f"model.{name}" for name in ("optimizer", "lr_scheduler", "recipe", "teacher", "compile")),
 )
 """What the names of settings begin with that change what a test measures, and of those that do not."""

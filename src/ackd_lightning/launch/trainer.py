@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ProgressBar,
     StochasticWeightAveraging,
+    Timer,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -30,7 +31,7 @@ from ackd_lightning.callbacks.metrics_csv import CurvesFile
 from ackd_lightning.callbacks.predictions import PredictionFile
 from ackd_lightning.callbacks.progress import EpochLine, RunBar, is_terminal
 from ackd_lightning.callbacks.settings import RunConfig
-from ackd_lightning.callbacks.stopping import StopSafely
+from ackd_lightning.callbacks.stopping import StopSafely, WholeStepTimer
 from ackd_lightning.callbacks.summary import RunSummary
 from ackd_lightning.callbacks.wandb import SafeWandbLogger, offline, run_id
 from ackd_lightning.errors import ACKDError
@@ -111,6 +112,9 @@ def make_trainer(cli: ACKDCLI, folder: Path, *, copy_to: Path | None = None) -> 
         if fit:
             callbacks += [EpochLine(summary), *([RunBar(summary)] if bar else [])]
     try:
+        if fit and settings["max_time"] is not None and not any(isinstance(each, Timer) for each in callbacks):
+            callbacks.append(WholeStepTimer(settings["max_time"]))
+            settings["max_time"] = None
         return L.Trainer(**{**settings, "callbacks": callbacks})
     except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ACKDError(refused_by_trainer(error, inspect.signature(L.Trainer).parameters)) from error

@@ -196,6 +196,18 @@ def resume_auto(place: Path, name: str | None, seed: Any = None, length: Length 
     return None
 
 
+def say_other_seeds(place: Path, seed: Any) -> None:
+    """Say which unfinished runs of a configuration are not resumed because they have another seed.
+
+    Args:
+        place: Folder of the configuration's runs.
+        seed: Seed of the run that starts.
+    """
+    runs = [each for each in sorted(place.glob("*")) if _newest_first(each) and not (each / "summary.json").is_file()]
+    if others := [f"{each} ({other})" for each in runs if (other := _seed_of(each)) != seed]:
+        print(f"nothing to resume with seed {seed}; unfinished with another: {', '.join(others)}", flush=True)
+
+
 def resume_from(value: str, length: Length | None = None) -> Resumed:
     """Find the run that ``--resume PATH`` names.
 

@@ -24,7 +24,12 @@ from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import Start, match_head
 from ackd_lightning.runs.export import Exported, write_student
-from ackd_lightning.training.continuing import describe_optimizers, describe_schedules, go_on_inside_epoch
+from ackd_lightning.training.continuing import (
+    describe_optimizers,
+    describe_schedules,
+    go_on_inside_epoch,
+    refuse_inside_epoch,
+)
 from ackd_lightning.training.labels import Labels, check_unlabelled
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
@@ -240,6 +245,8 @@ class SelfDescribing(OpenOptimizers):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""
         metadata = checkpoint.get("ackd_lightning", {})
+        if self._trainer is not None and self.trainer.precision == "64-true":
+            self.double()  # as Lightning does after the weights are read, which would be rounded
         self.guard.skipped = metadata.get("skipped", 0)
         self._resumed_optimizers = list(metadata.get("optimizers") or [])
         self._resumed_schedules = list(metadata.get("schedules") or [])
@@ -255,6 +262,8 @@ class SelfDescribing(OpenOptimizers):
         if isinstance(data, ImageDataModule):
             data.say_changed(metadata.get("images") or {})
         go_on_inside_epoch(checkpoint)
+        if getattr(self._trainer, "overfit_batches", 0) and self.trainer.state.fn == TrainerFn.FITTING:
+            refuse_inside_epoch(checkpoint)
 
     def _same_teachers(self, metadata: Mapping[str, Any]) -> None:
         """Refuse to go on with other teachers than those that the first part of a run has learned from."""

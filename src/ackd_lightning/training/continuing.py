@@ -183,6 +183,23 @@ def _shares(rates: Sequence[float]) -> list[float]:
     return [each / max(rates) if max(rates) else 0.0 for each in rates]
 
 
+def refuse_inside_epoch(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to go on inside an epoch whose loader has no position, as that of ``overfit_batches``.
+
+    Args:
+        checkpoint: Content of a checkpoint.
+
+    Raises:
+        ACKDError: If it was written before the end of an epoch.
+    """
+    progress = ((checkpoint.get("loops") or {}).get("fit_loop") or {}).get("epoch_loop.batch_progress") or {}
+    if progress.get("current", {}).get("ready") and not progress.get("is_last_batch"):
+        raise ACKDError(
+            "the checkpoint was written inside an epoch, and with trainer.overfit_batches the epoch would start again; "
+            "start a new run"
+        )
+
+
 def go_on_inside_epoch(checkpoint: dict[str, Any]) -> None:
     """Let a fit that ended inside an epoch, by its steps or its time, go on with the rest of that epoch.
 

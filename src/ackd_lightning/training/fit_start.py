@@ -72,7 +72,13 @@ class FitStart(TrainingSteps):
             compiles=self.compiles,
         )
         self._say_warmup()
-        self.cache = open_cache(self, data, epochs=self.trainer.max_epochs, precision=str(self.trainer.precision))
+        self.cache = open_cache(
+            self,
+            data,
+            epochs=self.trainer.max_epochs,
+            precision=str(self.trainer.precision),
+            overfits=bool(getattr(self.trainer, "overfit_batches", 0)),
+        )
         if self.method.teacher == "own" or self._method_sizes() != before or matched:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):

@@ -199,7 +199,9 @@ class TeacherCache:
         return NetOutput(logits)
 
 
-def open_cache(module: TrainingModule, data: Any, *, epochs: int | None, precision: str) -> TeacherCache | None:
+def open_cache(
+    module: TrainingModule, data: Any, *, epochs: int | None, precision: str, overfits: bool = False
+) -> TeacherCache | None:
     """Open the cache of logits that a teacher's settings name; None where none is named.
 
     Args:
@@ -207,6 +209,7 @@ def open_cache(module: TrainingModule, data: Any, *, epochs: int | None, precisi
         data: Data module that is set up; None for loaders alone.
         epochs: Number of epochs of the training; None when it is not limited by epochs.
         precision: Lightning's name of the precision of the forward pass.
+        overfits: Whether the training reads a few images without augmentation, as with ``overfit_batches``.
 
     Raises:
         ACKDError: If the training does not fit a cache, or the cache is of another training.
@@ -224,6 +227,11 @@ def open_cache(module: TrainingModule, data: Any, *, epochs: int | None, precisi
         raise ACKDError(
             f"teacher.cache is {folder} and works with this package's data modules and a fixed trainer.max_epochs "
             "only; leave it out"
+        )
+    if overfits:
+        raise ACKDError(
+            f"teacher.cache {folder} holds logits of augmented images and trainer.overfit_batches reads them without "
+            "augmentation; leave one of them out"
         )
     return TeacherCache(Path(folder), view_key(module, data, precision), epochs)
 
