@@ -214,3 +214,24 @@ def test_what_an_interrupted_report_left_is_replaced_and_nothing_else(left, refu
             command._check_folder(target)
     else:
         command._check_folder(target)
+
+
+def test_other_test_images_are_said_on_the_page(run):
+    for options, otherwise in (
+        (["--data.val_fraction", "0.2"], True),
+        (["--data.batch_size", "7", "--data.max_per_class", "10"], False),
+    ):
+        assert main(["report", str(run), "--no-latency", *options]) == 0
+        assert json.loads((run / "report/report.json").read_text())["measured_otherwise"] is otherwise
+        assert ("measured with other settings than the run has" in (run / "report/report.md").read_text()) is otherwise
+
+
+def test_a_network_that_answers_nan_has_no_page(run, capsys):
+    path = run / "checkpoints/last.ckpt"
+    content = torch.load(path, weights_only=True)
+    name = next(key for key in content["state_dict"] if key.endswith("network.fc.bias") or key.endswith(".fc.bias"))
+    content["state_dict"][name][0] = float("nan")
+    torch.save(content, path)
+    assert main(["report", str(run), "--no-latency"]) == 2
+    assert "test images with NaN or infinite logits" in capsys.readouterr().err
+    assert not (run / "report/report.json").exists()

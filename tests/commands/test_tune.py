@@ -147,6 +147,15 @@ def test_a_search_is_of_one_teacher_and_one_folder():
     assert _experiment(taught) != before
 
 
+def test_a_search_has_one_seed_and_one_start_of_the_student():
+    Path("w.safetensors").write_bytes(b"1")
+    settings = {"seed_everything": 0, "model": {"student": {"weights": "w.safetensors"}}}
+    before = _experiment(settings)
+    assert _experiment({**settings, "seed_everything": 5}) != before
+    Path("w.safetensors").write_bytes(b"2")
+    assert _experiment(settings) != before
+
+
 def test_a_search_is_of_the_same_teachers_where_there_are_several():
     for name in ("one", "two"):
         Path(f"{name}.safetensors").write_bytes(name.encode())
@@ -222,6 +231,7 @@ def test_each_combination_is_tried_after_a_search_that_was_shorter(monkeypatch):
         ([*LR, "--data.val_fraction", "0"], "val_fraction"),
         ([*LR, "--trainer.limit_val_batches", "0"], "limit_val_batches"),
         ([*LR, "--test"], "test set"),
+        ([*LR, "--trainer.fast_dev_run", "1"], "trainer.fast_dev_run writes no accuracy"),
         ([*LR, "--model.optimizer.lr", "0.1"], "leave one of them out"),
         (["--set", "model.optimizer.rate=0.1,0.2"], "model.optimizer.rate"),
         (["--set", "model.optimizer.lr"], "NAME=0.1,0.5"),

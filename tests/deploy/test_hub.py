@@ -169,6 +169,10 @@ def test_a_report_about_other_weights_is_not_published(tmp_path, about, capsys):
     said = "".join(capsys.readouterr())
     assert "is about other weights" in said
     assert "last.ckpt`" in said
+    other = {"weights": weights_mark(student.content), "measured_otherwise": True}
+    (tmp_path / "report/report.json").write_text(json.dumps(other))
+    assert _report_of(student) is None
+    assert "was measured with other images or settings" in "".join(capsys.readouterr())
     (tmp_path / "report/report.json").write_text(json.dumps({"weights": weights_mark(student.content)}))
     assert _report_of(student) == "91.84 %"
 
@@ -180,3 +184,16 @@ def test_a_student_states_what_was_measured_with_its_weights(tmp_path, final, st
     summary |= {"last": {"val/acc": 0.75, "epoch": 2}, "last_is_final": final}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert [each.value for each in read_student(str(tmp_path), "last").description.accuracy] == stated
+
+
+def test_names_of_classes_are_no_markup_on_the_card():
+    card = model_card(Description("resnet8", 2, 16, class_names=("a|b<b>", "![i](y)")), "anna/cats", license_name="mit")
+    assert r"a\|b\<b\>" in card
+    assert r"!\[i\](y)" in card
+
+
+def test_images_that_are_not_normalised_are_so_to_timm(tmp_path):
+    pytest.importorskip("timm")
+    write_config(Description("timm:test_byobnet", 3, 32), tmp_path / "config.json")
+    stated = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    assert (stated["mean"], stated["std"]) == ([0.0] * 3, [1.0] * 3)

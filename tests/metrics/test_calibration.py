@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -57,3 +59,9 @@ def test_certain_and_uncertain_predictions_have_a_bin():
     assert bins.count.tolist().index(1) == 7
     assert bins.count[-1] == 1
     assert bins.accuracy[-1] == 1
+
+
+def test_probabilities_that_are_no_numbers_have_no_perfect_calibration():
+    logits = torch.randn(50, 4)
+    logits[::5] = float("nan")
+    assert math.isnan(measure_calibration(logits, torch.zeros(50).long()).ece)

@@ -80,16 +80,21 @@ def push_command(
 
 
 def _report_of(student: Student) -> str | None:
-    """Text of the report in the run's folder; None without one, or if it is about other weights, which is said."""
+    """Text of the report in the run's folder; None without one, or if it is about something else, which is said."""
     folder = run_folder(student.checkpoint) / "report"
     if not (folder / "report.md").is_file():
         return None
+    words = "is about other weights"
     with contextlib.suppress(OSError, ValueError):
         about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        if isinstance(about, dict) and about.get("weights") == weights_mark(student.content):
+        if not isinstance(about, dict):
+            about = {}
+        if about.get("measured_otherwise"):
+            words = "was measured with other images or settings than the run has"
+        elif about.get("weights") == weights_mark(student.content):
             return (folder / "report.md").read_text(encoding="utf-8")
     tell(
-        f"{folder} is about other weights and is not part of the card; write a new one with "
+        f"{folder} {words} and is not part of the card; write a new one with "
         f"`ackd report {shlex.quote(str(student.checkpoint))}`"
     )
     return None

@@ -25,6 +25,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import in_our_words
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_writable
+from ackd_lightning.launch.run_settings import changed_test
 from ackd_lightning.metrics.intervals import share_text
 from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.weight_files import local_file
@@ -101,6 +102,7 @@ def report_command(
     found |= {
         "source": run,
         "weights": subject.facts.get("weights"),
+        "measured_otherwise": subject.facts.get("otherwise", False),
         "training": {key: summary[key] for key in _TRAINING if key in summary},
         "machine": _machine(),
         "versions": {key: each for key, each in versions().items() if each},
@@ -153,21 +155,24 @@ def _run(
     cli = trained(checkpoint, content, settings)
     module = cli.model
     data = _prepared(cli, content["ackd_lightning"].get("class_names"))
-    data.say_changed(content["ackd_lightning"].get("images") or {})
-    notes = []
+    folder = run_folder(checkpoint)
+    changed = changed_test(folder, cli.settings()) if (folder / "config.yaml").is_file() else []
+    moved = data.say_changed(content["ackd_lightning"].get("images") or {})
+    others = [*([f"measured with other settings than the run has: {', '.join(changed)}"] if changed else []), moved]
+    notes = list(filter(None, others))
     try:
         module.load_teacher()
         module.match_classes(data)
     except ACKDError as error:
         module.teachers.release()  # one that is loaded may have other classes
         notes.append(f"the teacher is left out: {error}")
-    folder = run_folder(checkpoint)
     summary: dict[str, Any] = read_summary(folder) if (folder / "summary.json").is_file() else {}
     subject = of_run(module, data.info, summary, measure_on=measure_on)
     module.to(device)
     subject.notes[:0] = notes
     subject.about["checkpoint"] = str(checkpoint)
     subject.facts["weights"] = weights_mark(content)
+    subject.facts["otherwise"] = any(others)
     return data, subject
 
 

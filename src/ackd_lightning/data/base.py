@@ -242,8 +242,8 @@ class ImageDataModule(ImageLoaders):
         keys = self._split_keys(self._sources[where])
         return None if keys is None else int(keys[rows].sum())
 
-    def say_changed(self, before: Mapping[str, Sequence[int]]) -> None:
-        """Say which parts have changed since a run was trained.
+    def say_changed(self, before: Mapping[str, Sequence[int]]) -> str:
+        """Say which parts have changed since a run was trained, and return the sentence; empty if none has.
 
         Args:
             before: `part_marks` of the run.
@@ -251,13 +251,14 @@ class ImageDataModule(ImageLoaders):
         now = self.part_marks
         changed = [part for part in before if part in now and list(before[part]) != now[part]]
         if not changed:
-            return
+            return ""
         counts = ", ".join(f"{part} part: {before[part][0]:,} then, {now[part][0]:,} now" for part in changed)
         words = f"the parts of the data are not those that the run was trained with ({counts})"
         if "train" in changed:
             words += ": some images that it has learned from may be in another part now, where they make the accuracy "
             words += "too high"
         say(words)
+        return words
 
     def use_class_order(self, names: Sequence[str]) -> bool:
         """Give the classes the indices that they have in ``names``, such as those of a trained network.

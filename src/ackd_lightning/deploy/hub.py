@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ackd_lightning.deploy.description import Description
+from ackd_lightning.deploy.report.elements import escaped
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.heads import with_head
 from ackd_lightning.models.hub import WEIGHTS
@@ -46,13 +47,12 @@ def write_config(description: Description, path: Path) -> None:
         "input_size": list(description.image_shape),
         "interpolation": description.interpolation,
         "crop_pct": description.crop_pct or 1.0,
-        "mean": list(description.mean or ()),
-        "std": list(description.std or ()),
+        "mean": list(description.mean or [0.0] * description.channels),  # of images that are not normalised
+        "std": list(description.std or [1.0] * description.channels),
     }
-    known = {key: value for key, value in config.items() if value}
     names = {"label_names": list(description.class_names)} if description.class_names else {}
     arguments = {"model_args": dict(description.options)} if description.options else {}
-    save_config_for_hf(network, str(path), {"pretrained_cfg": known, **names, **arguments})
+    save_config_for_hf(network, str(path), {"pretrained_cfg": config, **names, **arguments})
 
 
 def model_card(description: Description, repository: str, *, license_name: str, report: str | None = None) -> str:
@@ -76,7 +76,7 @@ def model_card(description: Description, repository: str, *, license_name: str, 
         ("multiply-adds", f"{cost / 1e6:,.1f} million"),
         *(tuple(line.split(": ", 1)) for line in description.lines()),
     ]
-    table = ["| | |", "|---|---|", *(f"| {name} | {value.replace('|', '/')} |" for name, value in rows)]
+    table = ["| | |", "|---|---|", *(f"| {name} | {escaped(value)} |" for name, value in rows)]
     use = ["```python", "from ackd_lightning import load_student", ""]
     use += [
         f'student = load_student("hf:{repository}")',

@@ -49,7 +49,7 @@ def measure_calibration(logits: Tensor, target: Tensor, *, temperature: float = 
         '0.7777 0.20'
     """
     bins = reliability(logits, target, temperature=temperature)
-    gaps = (bins.accuracy - bins.confidence).abs().nan_to_num() * bins.count / len(target)
+    gaps = torch.where(bins.count > 0, (bins.accuracy - bins.confidence).abs(), 0.0) * bins.count / len(target)
     return Calibration(float(F.cross_entropy(logits.double() / temperature, target)), float(gaps.sum()))
 
 

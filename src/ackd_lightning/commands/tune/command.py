@@ -113,6 +113,8 @@ def _plan(
         first = {name: each.choices[0] if each.choices else each.low for name, each in space.items()}
         arguments = [*settings, *as_arguments(extra)]
         chosen = ACKDCLI("fit", [*arguments, *as_arguments(own.beside(first))])
+        if chosen.option("trainer.fast_dev_run"):
+            raise ACKDError("trainer.fast_dev_run writes no accuracy to choose settings by; leave it out")
         if getattr(chosen.build_data(), "val_is_test", False) or chosen.option("trainer.limit_val_batches") == 0:
             raise ACKDError(
                 "no validation data are held out (data.val_fraction is 0, or trainer.limit_val_batches), and settings "
@@ -138,10 +140,11 @@ def _experiment(settings: dict[str, Any]) -> dict[str, Any]:
     """What the trials of one study have in common: settings, and the data and the teachers that they read."""
     found = experiment_settings(settings, places=True)
     found = {name: value for name, value in found.items() if name not in _SAME_RESULT}
+    found["seed_everything"] = settings.get("seed_everything")
     if root := found.get("data.root"):
         found["data.root"] = str(Path(root).absolute())
-    if "model.teacher.weights" in found:
-        found["model.teacher.weights"] = _with_digest(found["model.teacher.weights"])
+    for name in {"model.teacher.weights", "model.student.weights"} & found.keys():
+        found[name] = _with_digest(found[name])
     if isinstance(teachers := found.get("model.teacher"), list):
         found["model.teacher"] = [{**each, "weights": _with_digest(each.get("weights"))} for each in teachers]
     return found

@@ -79,19 +79,17 @@ def confused_pairs(matrix: NDArray[np.int64], names: Sequence[str]) -> list[dict
         matrix: ``K x K`` counts, true classes in rows.
         names: Name of each class.
     """
-    wrong = matrix.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_PAIRS]
-    places = [divmod(int(each), len(names)) for each in order]
+    rows, columns = matrix.nonzero()
+    rows, columns = rows[rows != columns], columns[rows != columns]
+    order = np.argsort(-matrix[rows, columns], kind="stable")[:_PAIRS]
     return [
         {
             "class": names[row],
             "taken_for": names[column],
-            "images": int(wrong[row, column]),
-            "share": float(wrong[row, column] / matrix[row].sum()),
+            "images": int(matrix[row, column]),
+            "share": float(matrix[row, column] / matrix[row].sum()),
         }
-        for row, column in places
-        if wrong[row, column]
+        for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True)
     ]
 
 

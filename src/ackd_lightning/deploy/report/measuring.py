@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.errors import ACKDError
 from ackd_lightning.types import Batch
 
 Runner = Callable[[Tensor], Mapping[str, Tensor]]
@@ -152,10 +153,15 @@ def measure(
         mistakes.add(batch, student, rows)
         examples.add(batch, rows)
         start += len(rows)
-    targets, every = torch.cat(target), torch.arange(start)
+    targets, every, ours = torch.cat(target), torch.arange(start), torch.cat(logits)
+    if wrong := int((~ours.isfinite()).any(dim=1).sum()):
+        raise ACKDError(
+            f"the network answers {wrong:,} of {start:,} test images with NaN or infinite logits, so no page is "
+            "written; choose an earlier checkpoint with --which best, or train with a lower learning rate"
+        )
     return Measured(
         targets,
-        torch.cat(logits),
+        ours,
         {name: torch.cat(each) for name, each in answers.items()},
         dict(top5),
         divergence / start if TEACHER in answers else None,
