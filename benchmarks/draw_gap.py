@@ -23,6 +23,7 @@ RECORDS = {
     "tiny100-confirm-24": LONG,
     "tiny100-confirm": LONG,
     "tiny100-confirm-120": LONG,
+    "tiny100-confirm-120-2": LONG,
 }
 """Files of records, and their rows of today's default, with the direct term, and with the stop-gradient."""
 REFERENCE = "kd_1_1"
@@ -74,7 +75,7 @@ def main() -> None:
     shares = read("tiny100-who-is-right")
     for name, (label, color, style) in LEARNERS.items():
         draw(right, {each["epochs"]: [each["train"][name]] for each in shares}, label, color, style)
-    right.set(title="with the stop-gradient: right on training images, %", xlabel="epochs", ylim=(0, 75))
+    right.set(title="stop-gradient: right on training images, %", xlabel="epochs", ylim=(0, 75))
     right.set_xticks(sorted({each["epochs"] for each in shares}))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
