@@ -267,16 +267,18 @@ def test_a_command_that_is_proposed_can_be_pasted():
     assert f"`ackd test '{run}'`" in paired_tests({"a": [run], "b": [make_run("kd", right=160)]}, "last")[0]
 
 
-def test_data_of_one_name_in_two_folders_are_two_configurations(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kind", "count"), [("ImageFolderDataModule", 2), ("my.Data", 2), ("CIFAR100DataModule", 1)])
+def test_data_of_one_name_in_two_folders_are_two_configurations(kind, count, tmp_path, monkeypatch):
     runs = []
     for seed, place in enumerate(("a", "b")):
         (tmp_path / place / "photos").mkdir(parents=True)
         monkeypatch.chdir(tmp_path / place)
         run = tmp_path / place / make_run("kd", right=150, seed=seed)
-        text = yaml.safe_dump({"seed_everything": seed, "data": {"init_args": {"root": "photos"}}})
+        settings = {"class_path": f"ackd_lightning.data.{kind}", "init_args": {"root": "photos"}}
+        text = yaml.safe_dump({"seed_everything": seed, "data": settings})
         (run / "config.yaml").write_text(f"{STARTED}{tmp_path / place}\n{text}")
         runs.append(run)
-    assert len(group_runs(runs)) == 2
+    assert len(group_runs(runs)) == count
     (tmp_path / "b/photos").rmdir()
     (tmp_path / "b/photos").symlink_to(tmp_path / "a/photos")
     assert len(group_runs(runs)) == 1
@@ -334,3 +336,10 @@ def test_equal_numbers_of_right_images_are_no_certainty(seeds):
     assert "1.00 points better" in sentence
     assert sentence.endswith("may be chance")
     assert interval_text(kd, [0.76, 0.76], "last") == "74.70 to 77.30"  # 12.71 * 0.5 / sqrt(12) / sqrt(2)
+
+
+def test_a_run_keeps_its_own_name_beside_links_to_it(tmp_path):
+    run = make_run("kd", right=150)
+    for name in ("a", "zz"):
+        (tmp_path / "runs" / name).symlink_to(run.resolve())
+    assert list(group_runs(["runs"])) == ["kd/seed0"]

@@ -169,10 +169,11 @@ def test_a_report_about_other_weights_is_not_published(tmp_path, about, capsys):
     said = "".join(capsys.readouterr())
     assert "is about other weights" in said
     assert "last.ckpt`" in said
-    other = {"weights": weights_mark(student.content), "measured_otherwise": True}
-    (tmp_path / "report/report.json").write_text(json.dumps(other))
-    assert _report_of(student) is None
-    assert "was measured with other images or settings" in "".join(capsys.readouterr())
+    for kind, words in (("settings", "with other settings than the run has"), ("images", "about other images")):
+        other = {"weights": weights_mark(student.content), "measured_otherwise": kind}
+        (tmp_path / "report/report.json").write_text(json.dumps(other))
+        assert _report_of(student) is None
+        assert words in "".join(capsys.readouterr())
     (tmp_path / "report/report.json").write_text(json.dumps({"weights": weights_mark(student.content)}))
     assert _report_of(student) == "91.84 %"
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ackd_lightning.callbacks.figures import draw_figures
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.runs.figures import _curves, _draw, draw_run, new_figure, read_metrics
+from ackd_lightning.runs.figures import _curves, _draw, draw_run, new_figure, read_metrics, save_figure
 
 ROWS = """epoch,lr/student,step,train/loss,train/disc_acc,val/acc,val/aux1_acc,val/attention_entropy
 ,0.1,0,,,,,
@@ -81,3 +81,17 @@ def test_what_was_measured_once_can_be_seen():
     (axes,) = new_figure(4, 3)[1]
     _draw(axes, "accuracy in %", {"val, teacher": {1: 98.0, 2: 97.0}})  # one that is trained, too
     assert list(axes.lines[0].get_ydata()) == [98.0, 97.0]
+
+
+def test_names_are_no_formulas_and_numbers_are_powers(tmp_path):
+    figure, (axes,) = new_figure(4)
+    axes.plot([1, 2, 3], [1e-6, 1e-3, 1.0], label="costs $5_{ or $6")
+    axes.set_yscale("log")
+    axes.set_title("a$5_{$")
+    axes.set_xticks([1, 2, 3], ["$x_{$", "b", "c"])
+    axes.legend()
+    save_figure(figure, tmp_path / "a.png")
+    assert all(not each.get_parse_math() for each in axes.get_xticklabels())
+    powers = [each for each in axes.get_yticklabels() if "mathdefault" in each.get_text()]
+    assert powers
+    assert all(each.get_parse_math() for each in powers)

@@ -92,6 +92,7 @@ def scenarios():
     yield "skip_accumulated", game(KD(), on_nonfinite="skip"), []  # its last batch
     yield "val_accumulated", game(KD()), []  # in the middle of it
     yield "qat", game(KD(), student=StudentConfig(TinyNet(), quantization="x86")), []
+    yield "gate", game(KD(), gate="warn"), []  # measures the teacher on the images of both processes
     yield "never_rearmed", module(ACKD(**strong), kind=NeverRearmed), []
 
 
@@ -107,9 +108,15 @@ def main(devices: int, out: Path) -> None:
         images = BadImages() if name.startswith("skip") else Blobs() if isinstance(net, ACKDModule) else IndexedBlobs()
         run.fit(net, datamodule=images)
         if run.is_global_zero:
+            measured = [each.metadata.get("measured_acc") for each in net.teachers.frozen]
             metrics = {key: float(value) for key, value in run.callback_metrics.items()}
             result = {"state": net.state_dict(), "metrics": metrics, "steps": run.global_step}
-            result |= {"buffers": apart.buffers, "weights": apart.weights, "skipped": net.guard.skipped}
+            result |= {
+                "measured": measured,
+                "buffers": apart.buffers,
+                "weights": apart.weights,
+                "skipped": net.guard.skipped,
+            }
             torch.save(result, out / f"{name}-{devices}.pt")
     evaluate(devices, out)
     if devices > 1:

@@ -169,7 +169,10 @@ def test_names_are_in_the_exported_file(tmp_path):
 
 def test_listed_class_weights_follow_their_classes(checkpoint):
     path, _ = checkpoint
-    net = module(recipe=Recipe(class_weights=[4.0, 3.0, 2.0, 1.0]))
-    trainer(max_epochs=9).fit(net, datamodule=NamedBlobs(OTHER), ckpt_path=path)
+    net, run = module(recipe=Recipe(class_weights=[4.0, 1.0, 2.0, 3.0])), trainer(max_epochs=9)
+    run.fit(net, datamodule=NamedBlobs(("dog", "ant", "bee", "cat")), ckpt_path=path)
     assert net.data.class_names == NAMES
     assert net.labelling.weights.tolist() == [1.0, 2.0, 3.0, 4.0]
+    run.save_checkpoint(path)
+    again = DistillationModule.load_from_checkpoint(path, student=TinyNet())
+    assert again.labelling.weights.tolist() == [1.0, 2.0, 3.0, 4.0]

@@ -77,6 +77,11 @@ def test_a_student_that_is_fine_tuned_for_int8_has_the_same_weights_and_ranges_e
     assert any(key.endswith("max_val") and bool(each.isfinite().all()) for key, each in two["state"].items())
 
 
+def test_the_gate_measures_a_teacher_on_the_images_of_all_processes(fits):
+    one, two = fits("gate", 1), fits("gate", 2)
+    assert one["measured"] == two["measured"] != [None]
+
+
 def test_means_of_images_that_are_shared_unevenly(fits):
     """Lightning would round 27 images of two processes down to 13 for each."""
     one, two = fits("test", 1), fits("test", 2)

@@ -10,7 +10,7 @@ import torch
 
 from ackd_lightning import ACKDModule, DistillationModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import CE, DKD
+from ackd_lightning.methods import ACKD, CE, DKD, KD
 from training.helpers import Blobs, build, trainer
 
 
@@ -112,3 +112,18 @@ def test_a_module_inside_another_is_refused_where_its_hooks_are_needed():
     fitted = trainer(max_epochs=1)
     fitted.fit(Uses(), loader)
     assert fitted.global_step == len(loader)
+
+
+def test_a_step_of_ones_own_is_refused_where_the_method_steps_its_optimizers():
+    class Plain(ACKDModule):
+        def training_step(self, batch, batch_idx):
+            return self(batch[0]).sum()
+
+    class Passing(ACKDModule):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(ACKDError, match=r"Plain\.training_step returns a loss that nothing reads"):
+        build(ACKD(), kind=Plain)
+    build(ACKD(), kind=Passing)
+    build(KD(), kind=Plain)  # automatic optimization reads it

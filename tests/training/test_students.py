@@ -480,3 +480,36 @@ def test_a_head_that_nothing_can_make_fresh_is_not_said_to_be():
     with pytest.raises(ACKDError, match=r"does not know the class 'eel', and it has no layer that can be made fresh"):
         match_head(network, NAMES, (*NAMES[1:], "eel"), "a file")
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_lightnings_freeze_and_unfreeze_leave_frozen_parts_frozen():
+    module = DistillationModule(StudentConfig("resnet8", freeze=("stem",)), method=CE(), data=DataInfo(4, 32))
+    before = [each.requires_grad for each in module.parameters()]
+    module.freeze()
+    with pytest.raises(ACKDError, match=r"no parameter of the student learns"):
+        trainer().fit(module, datamodule=Blobs())
+    module.unfreeze()
+    assert [each.requires_grad for each in module.parameters()] == before
+    assert False in before
+    module.unfreeze()  # without freeze, it is Lightning's
+    assert all(each.requires_grad for each in module.parameters())
+
+
+def test_a_fresh_head_cannot_be_frozen(tmp_path):
+    save_weights(create_model("resnet8", 10).state_dict(), tmp_path / "s.safetensors", {"model": "resnet8"})
+    config = StudentConfig("resnet8", weights=str(tmp_path / "s.safetensors"), freeze=("fc",))
+    with pytest.raises(ACKDError, match=r"student.freeze covers 'fc', whose weights are fresh"):
+        DistillationModule(config, method=CE(), data=DataInfo(5, 32))
+    DistillationModule(config, method=CE(), data=DataInfo(10, 32))
+
+
+def test_a_head_is_in_the_order_of_the_data_before_any_trainer(tmp_path):
+    names = ("a", "b", "c", "d")
+    network = create_model("resnet8", 4)
+    save_weights(
+        network.state_dict(), tmp_path / "s.safetensors", {"model": "resnet8", "class_names": json.dumps(list(names))}
+    )
+    config = StudentConfig("resnet8", weights=str(tmp_path / "s.safetensors"))
+    module = DistillationModule(config, method=CE(), data=DataInfo(4, 32, class_names=names[::-1])).eval()
+    image = torch.randn(3, 3, 32, 32)
+    assert torch.allclose(module(image).flip(1), network.eval()(image), atol=1e-6)

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import lightning.pytorch as L
 import torch
@@ -85,6 +85,11 @@ class TeacherGate(L.Callback):
             for found, chosen in zip(halves, (half, ~half), strict=True):
                 found.append(pairs[:, chosen].cpu())
         first, second = (torch.cat(found, dim=1) if found else torch.zeros(2, 0).long() for found in halves)
+        if trainer.world_size > 1:  # each process has images of its own
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, (first, second, between))
+            first, second = (torch.cat([each[half] for each in parts], dim=1) for half in (0, 1))
+            between = all(each[2] for each in parts)
         targets, answers = torch.cat([first, second], dim=1)
         seen = len(targets)
         split, data = ("test", "test") if module.looks_at_test() else ("val", "validation")

@@ -14,9 +14,11 @@ from typing import Any
 
 from rich.table import Table
 
+from ackd_lightning import data
 from ackd_lightning.commands.paired import interval_text, paired_tests
 from ackd_lightning.config.experiment import experiment_settings
 from ackd_lightning.config.yaml_files import read_yaml
+from ackd_lightning.data.custom import CustomImagesDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.launch.run_settings import started_with
@@ -68,7 +70,8 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
         configs[read_summary(run)["config"]].append(run)
     groups: dict[str, list[Path]] = defaultdict(list)
     for config, runs in configs.items():
-        if len(set((roots := _data_folders(runs)).values())) > 1:  # perhaps of one name, in two projects
+        roots = _data_folders(runs)  # perhaps of one name, in two projects
+        if len(set(roots.values())) > 1:
             for run, root in roots.items():
                 settings[run]["data.root"] = json.dumps(root)
         keys = sorted({key for run in runs for key in settings[run]})
@@ -99,10 +102,15 @@ def _of_any_seed(value: str, seed: int) -> str:
 
 
 def _data_folders(runs: Sequence[Path]) -> dict[Path, str]:
-    """Folder of the data of each run that is still there."""
-    settings = {run: experiment_settings(started_with(run), places=True).get("data.root") for run in runs}
-    there = {run: Path(root) for run, root in settings.items() if isinstance(root, str) and Path(root).exists()}
-    return {run: str(root.resolve()) for run, root in there.items()}
+    """Folder of the data of each run, where it is still there and holds images of the user."""
+    found = {}
+    for run in runs:
+        settings = experiment_settings(started_with(run), places=True)
+        root, kind = settings.get("data.root"), str(settings.get("data.class_path")).rpartition(".")[2]
+        published = hasattr(data, kind) and not issubclass(getattr(data, kind), CustomImagesDataModule)
+        if not published and isinstance(root, str) and Path(root).exists():
+            found[run] = str(Path(root).resolve())
+    return found
 
 
 def accuracies_on_test(summaries: Sequence[dict[str, Any]], which: str, key: str = "test/acc") -> list[float]:

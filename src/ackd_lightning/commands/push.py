@@ -89,8 +89,11 @@ def _report_of(student: Student) -> str | None:
         about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         if not isinstance(about, dict):
             about = {}
+        if about.get("measured_otherwise") == "images":
+            tell(f"{folder} is about other images than those of the run and is not part of the card")
+            return None
         if about.get("measured_otherwise"):
-            words = "was measured with other images or settings than the run has"
+            words = "was measured with other settings than the run has"
         elif about.get("weights") == weights_mark(student.content):
             return (folder / "report.md").read_text(encoding="utf-8")
     tell(

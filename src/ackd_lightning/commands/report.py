@@ -102,7 +102,7 @@ def report_command(
     found |= {
         "source": run,
         "weights": subject.facts.get("weights"),
-        "measured_otherwise": subject.facts.get("otherwise", False),
+        "measured_otherwise": subject.facts.get("otherwise", ""),
         "training": {key: summary[key] for key in _TRAINING if key in summary},
         "machine": _machine(),
         "versions": {key: each for key, each in versions().items() if each},
@@ -172,7 +172,7 @@ def _run(
     subject.notes[:0] = notes
     subject.about["checkpoint"] = str(checkpoint)
     subject.facts["weights"] = weights_mark(content)
-    subject.facts["otherwise"] = any(others)
+    subject.facts["otherwise"] = "images" if moved else "settings" if changed else ""
     return data, subject
 
 

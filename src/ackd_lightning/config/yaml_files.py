@@ -82,7 +82,7 @@ def _keep_text(written: Any, parsed: Any) -> Any:
         return {key: _keep_text(value, parsed.get(key)) for key, value in written.items()}
     if isinstance(written, list) and isinstance(parsed, list | tuple) and len(written) == len(parsed):
         return [_keep_text(*pair) for pair in zip(written, parsed, strict=True)]
-    return parsed if isinstance(written, float) and isinstance(parsed, str) else written
+    return str(parsed) if isinstance(written, float) and isinstance(parsed, str | Path) else written
 
 
 def first_reason(error: Exception) -> str:

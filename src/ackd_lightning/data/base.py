@@ -340,7 +340,9 @@ class ImageDataModule(ImageLoaders):
             share = f"val_fraction {self.val_fraction:g} of {count_of(count, 'labelled image')}"
             remedy = "make it larger, or 0" if count else "set it to 0"
             raise ACKDError(f"{share} leaves none for validation: {remedy} to validate on the test set")
-        train_rows = subset(train_rows, train.targets, self.train_fraction, self.max_per_class, self._split_keys(train))
+        if self.train_fraction != 1 or self.max_per_class is not None:
+            chosen = self._split_keys(train)
+            train_rows = subset(train_rows, train.targets, self.train_fraction, self.max_per_class, chosen)
         train_rows = torch.cat([train_rows, unlabelled])
         self.num_train_samples = len(train_rows)
         self._rows = {"train": ("train", train_rows), "val": (val_part, val_rows), "test": ("test", test_rows)}

@@ -28,6 +28,7 @@ class Start:
         origin: File or published weights, in words.
         notes: Origin as plain data for checkpoints and exports.
         class_names: Classes of the head that was loaded; None when they are unknown, or the head is fresh.
+        fresh: Whether the head is fresh.
         mean: Mean of each channel that the weights were trained with; None when unknown.
         std: Standard deviation of each channel, as ``mean``.
     """
@@ -37,6 +38,7 @@ class Start:
     class_names: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    fresh: bool = False
 
 
 def start(
@@ -91,7 +93,7 @@ def start(
     kept = ", with its head" + ("" if known else ", whose classes are taken in their order")
     tell(f"the student starts from {origin}{fresh or cut or kept}")
     mean, std = (tuple(stated[key]) if stated.get(key) else None for key in ("mean", "std"))
-    return Start(origin, notes, None if fresh else known or None, mean, std)
+    return Start(origin, notes, None if fresh else known or None, mean, std, fresh=bool(fresh))
 
 
 def _cut(
@@ -182,7 +184,26 @@ def match_head(network: nn.Module, there: Sequence[str], here: Sequence[str], or
                 f"the head of {origin} does not know the class {missing[0]!r}, and it has no layer that can be made "
                 "fresh; start from a network of the data's classes"
             )
+    refuse_frozen_head(network, origin)
     tell(f"the head of {origin} is replaced by a fresh one, because it does not know the class {missing[0]!r}")
+
+
+def refuse_frozen_head(network: nn.Module, origin: str) -> None:
+    """Refuse to keep a fresh head frozen.
+
+    Args:
+        network: Network whose head is fresh.
+        origin: Where its other weights come from, in words.
+
+    Raises:
+        ACKDError: If a part of its head does not learn.
+    """
+    for name in head_names(network):
+        if not all(each.requires_grad for each in network.get_submodule(name).parameters()):
+            raise ACKDError(
+                f"student.freeze covers {name!r}, whose weights are fresh because {origin} has other classes; name the "
+                "other parts alone"
+            )
 
 
 def refuse_wrapper(network: nn.Module, role: str, wrappers: Sequence[str] = ("OptimizedModule",)) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.files import CURVES, LEARNERS, whole_file
@@ -98,9 +99,10 @@ def write_figure(figure: Figure, target: Path | BinaryIO, kind: str = "png", **o
         kind: Format of the image, such as ``png``.
         options: Options of ``savefig``.
     """
-    for text in figure.findobj(Text):
-        if isinstance(text, Text) and "\\mathdefault" not in text.get_text():  # as numbers on axes have
-            text.set_parse_math(False)
+    logarithmic = [each for each in figure.findobj(Axis) if isinstance(each.get_major_formatter(), LogFormatter)]
+    powers = {text for axis in logarithmic for text in axis.findobj(Text) if text is not axis.label}
+    for text in {*figure.findobj(Text)} - powers:
+        text.set_parse_math(False)
     figure.savefig(target, format=kind, **options)
 
 

@@ -359,7 +359,8 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
     for place in map(Path, places):
         if not place.is_dir():
             raise ACKDError(f"{place} is not a folder; name run folders such as runs/CONFIG/NAME")
-        found = [place] if (place / "summary.json").is_file() else sorted(_with_summary(place))
+        below = (each.parent for each in place.rglob("summary.json"))  # before the links to them
+        found = [place] if (place / "summary.json").is_file() else [*sorted(below), *sorted(_with_summary(place))]
         if not found:
             raise ACKDError(f"{place} has no finished run (no summary.json); name a folder that `ackd fit` wrote")
         for run in map(_named, found):

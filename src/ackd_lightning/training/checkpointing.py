@@ -127,9 +127,15 @@ class SelfDescribing(OpenOptimizers):
             own = self.data.class_names if before is None else None
             if own is None or not self._reorder(data, names, own, "the module"):
                 self.data = replace(self.data, class_names=names)
-        if started is not None and before is not None and self.data.class_names is not None and self.matches_classes:
-            match_head(self.student.plain(), before, self.data.class_names, started.origin)
-            self.start = replace(started, class_names=None)  # once, and not after a fit
+        self._match_start()
+
+    def _match_start(self) -> None:
+        """Bring the head that the student starts from into the order of the data's classes, where both are known."""
+        started, names = self.start, self.data.class_names
+        if started is None or started.class_names is None or names is None or not self.matches_classes:
+            return
+        match_head(self.student.plain(), started.class_names, names, started.origin)
+        self.start = replace(started, class_names=None)  # once, and not after a fit
 
     def match_classes(self, data: Any) -> None:
         """Take the class names of the data, and bring the logits of loaded teachers into their order.
@@ -156,11 +162,21 @@ class SelfDescribing(OpenOptimizers):
         data, own = getattr(self.trainer, "datamodule", None), self.data.class_names
         if own is None or not self._reorder(data, own, names, "the checkpoint"):
             return
-        self.labelling.reorder(new_positions(names, own))
+        self._reorder_weights(new_positions(names, own))
         self.data = replace(self.data, class_names=tuple(names))
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._match_teachers()
             self._begin_fit()
+
+    def _reorder_weights(self, positions: Tensor) -> None:
+        """Bring listed class weights into another order, also those that a checkpoint will have."""
+        weights = self.labelling.weights
+        if weights is not None and not self.labelling.automatic:
+            self.labelling.weights = weights[positions]
+            listed: list[float] = self.labelling.weights.tolist()
+            self.recipe = replace(self.recipe, class_weights=listed)
+            if "recipe" in self.hparams:
+                self.hparams["recipe"] = {**self.hparams["recipe"], "class_weights": listed}
 
     def _reorder(self, data: Any, found: Sequence[str], names: Sequence[str], origin: str) -> bool:
         """Bring the data's classes from the order in which they are found into another; return whether they differ."""

@@ -128,7 +128,7 @@ def describe_optimizers(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]
                 for name, value in each.defaults.items()
                 if name != "lr" and isinstance(value, bool | int | float | str | tuple | None)
             },
-            "rates": [float(group.get("initial_lr", group["lr"])) for group in each.param_groups],
+            "rates": [float(group["initial_lr"]) for group in each.param_groups if "initial_lr" in group],
         }
         for each in optimizers
     ]
@@ -169,7 +169,8 @@ def compare_optimizers(before: Sequence[Mapping[str, Any]], optimizers: Sequence
             for name, value in old.get("arguments", {}).items()
             if name in new["arguments"] and value != new["arguments"][name]
         ]
-        if not np.allclose(_shares(old.get("rates", new["rates"])), _shares(new["rates"])):
+        then, present = (_shares(each.get("rates", [])) for each in (old, new))
+        if len(then) == len(present) and not np.allclose(then, present):
             others.append("its own factors of the learning rate and not student.backbone_lr_scale of this fit")
         if others:
             rank_zero_warn(
@@ -180,7 +181,7 @@ def compare_optimizers(before: Sequence[Mapping[str, Any]], optimizers: Sequence
 
 def _shares(rates: Sequence[float]) -> list[float]:
     """Rates of parameter groups as shares of the largest."""
-    return [each / max(rates) if max(rates) else 0.0 for each in rates]
+    return [each / max(rates) if max(rates) else 0.0 for each in rates] if rates else []
 
 
 def refuse_inside_epoch(checkpoint: Mapping[str, Any]) -> None:

@@ -47,15 +47,6 @@ class Labels:
                 )
             self.weights = torch.tensor(list(given), dtype=torch.float32)
 
-    def reorder(self, positions: Tensor) -> None:
-        """Bring class weights that were listed into another order of the classes.
-
-        Args:
-            positions: ``K`` int64: old index of each class.
-        """
-        if self.weights is not None and not self.automatic:
-            self.weights = self.weights[positions]
-
     def begin_fit(self, targets: Tensor | None) -> None:
         """Compute automatic class weights, and note whether there are images without a label.
 

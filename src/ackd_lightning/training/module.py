@@ -159,6 +159,7 @@ class DistillationModule(FitStart):
                 f"the student has {self.spec.num_classes} classes and the data have {self.data.num_classes}; make them "
                 "equal"
             )
+        self._match_start()
         if self.data.num_classes < 2:
             raise ACKDError("the data have 1 class and a classifier needs two; give data of two classes or more")
         self.labelling = Labels(self.recipe, self.data.num_classes)
@@ -253,6 +254,20 @@ class DistillationModule(FitStart):
         if mode:
             keep_frozen_in_evaluation(self)
         return self
+
+    def freeze(self) -> DistillationModule:
+        """Freeze all parameters, until `unfreeze`."""
+        self._frozen = [each for each in self.parameters() if not each.requires_grad]
+        super().freeze()
+        return self
+
+    def unfreeze(self) -> DistillationModule:
+        """Undo `freeze`: parameters that did not learn before it, as those of ``student.freeze``, stay frozen."""
+        frozen = self.__dict__.pop("_frozen", [])
+        super().unfreeze()
+        for each in frozen:
+            each.requires_grad_(False)
+        return self.train()
 
     def _apply(self, fn: Any, recurse: bool = True) -> DistillationModule:
         if "teachers" in self.__dict__:

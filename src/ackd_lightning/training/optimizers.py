@@ -243,6 +243,11 @@ class OpenOptimizers(TwoGradients):
 
     def configure_optimizers(self) -> Any:
         """Build the student's optimizer, those of the method, and their schedules."""
+        if not any(each.requires_grad for each in self.student.parameters()):
+            raise ACKDError(
+                "no parameter of the student learns (requires_grad is false in all of them); call module.unfreeze(), "
+                "or name fewer parts in student.freeze"
+            )
         with refused_arguments("optimizer", self.optimizer_factory):
             optimizer = self.optimizer_factory(self.learner_groups())
         self.scale_learning_rates(optimizer)

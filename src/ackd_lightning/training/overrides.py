@@ -41,13 +41,24 @@ _AUTOMATIC = ("optimizer_step", "optimizer_zero_grad", "on_before_zero_grad", "c
 
 
 def say_uncalled(module: L.LightningModule, base: type[L.LightningModule]) -> None:
-    """Say which hooks of a sub-class nothing calls, since its method has optimizers of its own.
+    """Say which hooks of a sub-class nothing calls, and refuse a step of its own: its method has its own optimizers.
 
     Args:
         module: A training module with manual optimization.
         base: The training module that it is derived from.
+
+    Raises:
+        ACKDError: If the step of this package is replaced.
     """
     derived = type(module).__mro__[: type(module).__mro__.index(base)]
+    for each in derived:
+        code = getattr(inspect.unwrap(vars(each).get("training_step", each)), "__code__", None)
+        if code is not None and "training_step" not in _names(code):
+            raise ACKDError(
+                f"{each.__qualname__}.training_step returns a loss that nothing reads, since its method steps its own "
+                "optimizers (manual optimization); write the term as a Method and add it with Sum, or call "
+                "super().training_step(...)"
+            )
     if found := [name for name in _AUTOMATIC if any(name in vars(each) for each in derived)]:
         rank_zero_warn(
             f"{type(module).__name__} overrides {', '.join(found)}, which Lightning does not call where a method has "

@@ -14,7 +14,7 @@ from ackd_lightning.models.copies import channels_by_name, image_channels, load_
 from ackd_lightning.models.finding import check_trainable, use_taps
 from ackd_lightning.models.freezing import freeze, frozen_modules
 from ackd_lightning.models.quantization import FakeQuantized
-from ackd_lightning.models.start import Start, head_names, own_network, start
+from ackd_lightning.models.start import Start, head_names, own_network, refuse_frozen_head, start
 from ackd_lightning.models.stated import stated_options
 from ackd_lightning.models.student import AuxiliaryLearner, BranchyStudent, Peer
 from ackd_lightning.models.student_config import StudentConfig
@@ -85,6 +85,8 @@ def build_student(
     if config.init_branches == "backbone":
         start_branches(student)
     freeze(backbone, config.freeze)
+    if found is not None and found.fresh and config.quantization is None:
+        refuse_frozen_head(backbone, found.origin)
     student.branches.requires_grad_(True).train()  # copies of frozen stages, too
     keep_frozen_in_evaluation(student)
     return student, found
