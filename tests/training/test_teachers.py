@@ -224,3 +224,15 @@ def test_a_fit_goes_on_with_as_many_teachers_and_their_weights_as_it_began_with(
     with pytest.raises(ACKDError, match=r"with ensemble_weight \[1\.0, 2\.0\] and this run has \[0\.5, 1\.5\]; give"):
         fit(2, tmp_path / "last.ckpt", weight=0.5)
     fit(2, tmp_path / "last.ckpt")
+
+
+def test_a_teacher_of_two_modules_is_not_rounded_by_the_fit_of_one():
+    given = FrozenTeacher(TinyNet(8))
+    first, second = (build(KD(), teacher=TeacherConfig(network=given, gate="off")) for _ in range(2))
+    first.to(torch.bfloat16)
+    assert {each.dtype for each in first.teachers.frozen[0].parameters()} == {torch.bfloat16}
+    for each in (given, second.teachers.frozen[0]):
+        assert {tensor.dtype for tensor in each.parameters()} == {torch.float32}
+    assert all(
+        torch.equal(*pair) for pair in zip(given.parameters(), second.teachers.frozen[0].parameters(), strict=True)
+    )

@@ -61,7 +61,8 @@ class Teachers:
         self.configs, self.data = tuple(configs), data
         self._device = torch.device("cpu")
         self._said: set[str] = set()
-        self._borrowed = False  # whether the networks belong to the module that this one is a copy of
+        # whether the networks belong to another owner: the user, or the module that this one is a copy of
+        self._borrowed = any(isinstance(each.network, FrozenTeacher) for each in configs)
         self._given = {
             number: self._adapted(each) for number, each in enumerate(configs) if not isinstance(each.network, str)
         }
