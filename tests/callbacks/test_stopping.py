@@ -188,6 +188,7 @@ def test_a_process_stops_when_only_another_one_got_the_signal(tmp_path):
         root_device="cpu", reduce=lambda own, reduce_op: torch.tensor(max(int(own), signal.SIGTERM))
     )
     place = {"current_epoch": 0, "global_step": 7, "is_last_batch": False, "val_check_batch": 4}
+    place |= {"check_val_every_n_epoch": 1}
     trainer = SimpleNamespace(
         world_size=2, strategy=strategy, save_checkpoint=saved.append, accumulate_grad_batches=1, **place
     )
