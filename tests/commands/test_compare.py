@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from ackd_lightning.cli import main
+from ackd_lightning.commands import compare as command
 from ackd_lightning.commands.compare import compare, group_runs
 from ackd_lightning.commands.paired import interval_text, paired_tests
 from ackd_lightning.errors import ACKDError
@@ -310,12 +311,16 @@ def test_runs_that_are_links_are_found_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["kd[high]", "at [/new]", ":smile:", "_quick", "a$5_{$"])
-def test_names_are_printed_and_drawn_as_they_are(name, capsys):
-    make_run(name.replace("/", "-"), config=name.replace("/", "-"), right=150)
-    run = make_run("other", right=140)
-    (run / "metrics.csv").write_text("epoch,step,val/acc\n0,1,0.5\n")
+def test_names_are_printed_and_drawn_as_they_are(name, monkeypatch, capsys):
+    name, drawn = name.replace("/", "-"), []
+    for run in (make_run(name, right=150), make_run("other", right=140)):
+        (run / "metrics.csv").write_text("epoch,step,val/acc\n0,1,0.5\n")
+    save = command.save_figure
+    monkeypatch.setattr(command, "save_figure", lambda figure, path: (drawn.append(figure), save(figure, path)))
     assert main(["compare", "runs", "--figure", "a.png"]) == 0
-    assert name.replace("/", "-") in capsys.readouterr().out
+    assert name in capsys.readouterr().out
+    shown = [text.get_text().strip() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert sorted(shown) == sorted([f"{name}/seed0 (n=1)", "other/seed0 (n=1)"])
 
 
 def test_no_digit_is_lost_where_the_output_is_no_terminal(capsys):

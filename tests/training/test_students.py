@@ -486,6 +486,7 @@ def test_lightnings_freeze_and_unfreeze_leave_frozen_parts_frozen():
     module = DistillationModule(StudentConfig("resnet8", freeze=("stem",)), method=CE(), data=DataInfo(4, 32))
     before = [each.requires_grad for each in module.parameters()]
     module.freeze()
+    module.freeze()  # as often as one likes
     with pytest.raises(ACKDError, match=r"no parameter of the student learns"):
         trainer().fit(module, datamodule=Blobs())
     module.unfreeze()

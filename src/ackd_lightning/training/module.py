@@ -257,7 +257,8 @@ class DistillationModule(FitStart):
 
     def freeze(self) -> DistillationModule:
         """Freeze all parameters, until `unfreeze`."""
-        self._frozen = [each for each in self.parameters() if not each.requires_grad]
+        if "_frozen" not in self.__dict__:  # else it is frozen already
+            self._frozen = [each for each in self.parameters() if not each.requires_grad]
         super().freeze()
         return self
 
