@@ -211,6 +211,17 @@ def test_one_teacher_in_two_modules_keeps_what_each_was_told():
     assert second.teacher.network is first.teacher.network is frozen.network
 
 
+def test_stages_named_by_one_module_stay_out_of_the_other():
+    frozen = FrozenTeacher(create_model("resnet8", CLASSES))
+    shapes = [each.shape for each in built(frozen, data=NORMALISED).teachers(images(NORMALISED)).features]
+    tapped = built(TeacherConfig(frozen, taps=("layer2.0.conv1", "layer3")), data=NORMALISED)
+    plain = built(frozen, data=NORMALISED)
+    for _ in range(2):
+        assert [each.shape for each in plain.teachers(images(NORMALISED)).features] == shapes
+        assert len(tapped.teachers(images(NORMALISED)).features) == 3
+    assert next(tapped.teacher.network.parameters()) is next(frozen.network.parameters())
+
+
 @pytest.mark.parametrize("network", [TinyNet(8).half(), TinyNet(8).to(torch.bfloat16), TinyNet(8).double()])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_teacher_in_any_type_teaches(network, precision):

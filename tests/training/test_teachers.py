@@ -182,6 +182,27 @@ def test_a_fit_goes_on_with_the_teacher_that_it_began_with(files, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_fit_goes_on_with_the_network_that_it_was_given(tmp_path, precision):
+    def fit(network, place=None, **settings):
+        net = build(KD(), teacher=TeacherConfig(network, gate="off", **settings), data=DataInfo(4, 8))
+        saver = ModelCheckpoint(tmp_path, filename="last")
+        run = trainer(
+            max_epochs=1 if place is None else 2, enable_checkpointing=True, callbacks=[saver], precision=precision
+        )
+        run.fit(net, datamodule=Blobs(), ckpt_path=place, weights_only=True)
+
+    network, half = TinyNet(8), {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    fit(network, **half)
+    with pytest.raises(ACKDError, match=r"learned from a teacher TinyNet with weights_sha256 \w{12} and this run has"):
+        fit(TinyNet(8), tmp_path / "last.ckpt", **half)
+    with pytest.raises(ACKDError, match=r"TinyNet with std \[0.5, 0.5, 0.5\] and this run has \[0.25, 0.5, 0.5\]"):
+        fit(network, tmp_path / "last.ckpt", mean=half["mean"], std=(0.25, 0.5, 0.5))
+    fit(network, tmp_path / "last.ckpt", **half)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_fit_goes_on_with_the_class_map_that_it_began_with(files, tmp_path):
     def fit(order, place=None):
         (tmp_path / "map.yaml").write_text(str(order))
@@ -211,8 +232,13 @@ def test_a_classifier_of_other_classes_is_not_shared(method, classes):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_fit_goes_on_with_as_many_teachers_and_their_weights_as_it_began_with(count, tmp_path):
+    networks = [TinyNet(8) for _ in range(3)]
+
     def fit(count, place=None, weight=1.0):
-        teachers = [TeacherConfig(TinyNet(8), gate="off", ensemble_weight=weight + each) for each in range(count)]
+        teachers = [
+            TeacherConfig(network, gate="off", ensemble_weight=weight + number)
+            for number, network in enumerate(networks[:count])
+        ]
         net = build(KD(), student=TinyNet(), teacher=teachers, data=DATA)
         saver = ModelCheckpoint(tmp_path, filename="last")
         run = trainer(max_epochs=1 if place is None else 2, enable_checkpointing=True, callbacks=[saver])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.class_map import ClassSelection, TeacherClasses
-from ackd_lightning.models.copies import clone, image_channels
+from ackd_lightning.models.copies import WATCH, clone, image_channels
 from ackd_lightning.models.features import staged_forward
 from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.metadata import typed_metadata
@@ -158,6 +158,15 @@ class FrozenTeacher(Teacher):
         view.metadata = dict(self.metadata)
         return view
 
+    def with_own_stages(self) -> FrozenTeacher:
+        """Return a view of the same weights whose stages can be named without changing this one's."""
+        view = self.view()
+        network = copy.copy(self.network)
+        network.__dict__.pop(WATCH, None)
+        view._modules["network"] = network
+        view._plan_checked = False
+        return view
+
     def own_network(self) -> None:
         """Copy what this view shares with other views, so that it can be moved or converted alone."""
         self._modules.update({name: part and clone(part) for name, part in self._modules.items()})
@@ -195,9 +204,11 @@ class FrozenTeacher(Teacher):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the weight file, or of the weights of a network that was given."""
-        if "sha256" not in self.metadata:
-            self.metadata["sha256"] = state_digest(self.network.state_dict())
-        return self.metadata["sha256"]
+        if (of_file := self.metadata.get("sha256")) is not None:
+            return of_file
+        if "weights_sha256" not in self.metadata:
+            self.metadata["weights_sha256"] = state_digest(self.network.state_dict())
+        return self.metadata["weights_sha256"]
 
     def key(self) -> dict[str, Any]:
         """Return everything that this teacher's logits for an image depend on, as plain data."""

@@ -23,6 +23,7 @@ from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.start import Start, match_head
+from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.runs.export import Exported, write_student
 from ackd_lightning.training.continuing import (
     describe_optimizers,
@@ -219,6 +220,7 @@ class SelfDescribing(OpenOptimizers):
             "method": type(self.method).__name__,
             "teacher": self._teacher_names(),
             "teacher_sha256": [each.metadata.get("sha256") for each in self.teachers.frozen],
+            "teacher_facts": [_facts(each) for each in self.teachers.frozen],
             "teacher_class_maps": [each.class_map for each in self.teachers.configs],
             "teacher_ensemble_weights": [each.ensemble_weight for each in self.teachers.configs],
             "seed": self.seed,
@@ -293,6 +295,14 @@ class SelfDescribing(OpenOptimizers):
                 f"the checkpoint has learned from {count_of(len(class_maps), 'teacher')} and this run has "
                 f"{len(self.teachers.configs)}; give those of its first part, or start a new run from its weights"
             )
+        for teacher, facts in zip(self.teachers.frozen, metadata.get("teacher_facts") or [], strict=False):
+            for key, now in _facts(teacher).items():
+                if facts.get(key, now) != now:
+                    there, here = (each[:12] if key == "weights_sha256" else each for each in (facts[key], now))
+                    raise ACKDError(
+                        f"the checkpoint has learned from a teacher {teacher.name} with {key} {there} and this run has "
+                        f"{here}; give the teacher of its first part, or start a new run from its weights"
+                    )
         for teacher, before in zip(self.teachers.frozen, known, strict=False):
             now = teacher.metadata.get("sha256")
             if before is not None and now is not None and before != now:
@@ -311,3 +321,9 @@ class SelfDescribing(OpenOptimizers):
                     f"the checkpoint has learned from {self._teacher_names()} with another class_map than "
                     f"{str(config.class_map)[:60]}; give the earlier one, or start a new run from its weights"
                 )
+
+
+def _facts(teacher: FrozenTeacher) -> dict[str, Any]:
+    """Return what a teacher's logits depend on beside a weight file."""
+    facts = {**teacher.conversion.own.plain(), "bf16": teacher.bf16}
+    return facts if "sha256" in teacher.metadata else {**facts, "weights_sha256": teacher.fingerprint()}

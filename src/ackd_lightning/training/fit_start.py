@@ -54,6 +54,8 @@ class FitStart(TrainingSteps):
         self.check_data(data)
         check_monitors(self)
         self.load_teacher()
+        for each in self.teachers:
+            each.fingerprint()  # before the Trainer converts it to another type
         matched = self.start is not None and self.start.class_names is not None
         self.match_classes(data)
         before = self._method_sizes()

@@ -123,7 +123,7 @@ class Teachers:
                     "TeacherConfig gives weights, mean, std, input_size, interpolation or bf16 of a FrozenTeacher, "
                     "which has its own; give them to the FrozenTeacher"
                 )
-            frozen = network
+            frozen = network.with_own_stages() if config.taps else network
         else:
             if load:
                 network = clone(network)
