@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ackd_lightning import DataInfo, DistillationModule
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACN
 from ackd_lightning.methods.acn_losses import disagreement, js_divergence, mean_log_probability
-from ackd_lightning.methods.acn_networks import Generator, evaluated, image_noise
+from ackd_lightning.methods.acn_networks import Generator, image_noise
 from ackd_lightning.methods.base import FitInfo, Networks
 from ackd_lightning.methods.description import describe
 from ackd_lightning.methods.peers import mutual_loss
 from ackd_lightning.models.finding import probe
-from ackd_lightning.models.freezing import statistics_kept
+from ackd_lightning.models.freezing import evaluated, statistics_kept
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.testing import Harness, RandomImages
 from ackd_lightning.types import Batch
@@ -407,6 +408,16 @@ def test_a_learned_rho_is_the_generators_and_is_shown():
     loss.backward()
     assert run.method.generator.share.grad.abs() > 0
     assert any(each is run.method.generator.share for each in run.method.auxiliary_parameters()["generator"])
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_any_number_of_channels_with_an_unknown_normalisation(channels):
+    student = TinyNet()
+    student.stem[0] = nn.Conv2d(channels, 4, 3, padding=1)
+    module = DistillationModule(student, method=ACN(warmup_epochs=0), data=DataInfo(CLASSES, SIZE, channels=channels))
+    assert module.method.generator.low.flatten().tolist() == [-1.0] * channels
+    image = torch.zeros(2, channels, SIZE, SIZE)
+    assert module.method.generator(image, torch.zeros(2, 1, SIZE, SIZE)).shape == image.shape
 
 
 def test_evaluated_networks_are_as_before_after_an_error():

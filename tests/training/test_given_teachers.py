@@ -13,7 +13,7 @@ import torchvision.models
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from ackd_lightning import DataInfo, DistillationModule, TeacherConfig
+from ackd_lightning import DataInfo, DistillationModule, Recipe, TeacherConfig
 from ackd_lightning.callbacks.health import ClassOrder, TeacherGate, permutation
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import AT, ATSC, CESKD, CRD, DGKD, DKD, IAKD, KD, OKD, PASM, RKD, SP, Sum
@@ -153,6 +153,27 @@ def test_features_alone_teach_across_classes(method):
 
     module = fitted(built(teaching(wide(7), class_map="features"), method=method), IndexedBlobs())
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("class_map", [None, "features"])
+def test_a_part_that_the_user_keeps_in_evaluation_mode_stays_in_it(class_map):
+    module = built(teaching(wide(4), class_map=class_map), method=AT())
+    norm = next(each for each in module.student.backbone.modules() if isinstance(each, nn.BatchNorm2d))
+    norm.eval()
+    fitted(module)
+    assert not norm.training
+    assert norm.running_mean.abs().sum() == 0
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_loaded_module_with_memories_and_an_average_is_trained_on(decay, tmp_path):
+    from training.helpers import IndexedBlobs
+
+    teacher = teaching(create_model("resnet14", CLASSES), gate="off")
+    module = built(teacher, method=CRD(negatives=4), student="resnet8", recipe=Recipe(ema_decay=decay))
+    fitted(module, IndexedBlobs()).trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = fitted(DistillationModule.load_from_checkpoint(tmp_path / "a.ckpt", teacher=teacher), IndexedBlobs())
+    assert all(parameter.isfinite().all() for parameter in again.parameters())
 
 
 @pytest.mark.parametrize("method", [KD(), DKD(), Sum([KD(), AT()])], ids=["kd", "dkd", "sum"])

@@ -51,12 +51,11 @@ from ackd_lightning.methods.acn_networks import (
     Generator,
     ImageDiscriminator,
     ResidualConnection,
-    evaluated,
     image_noise,
 )
 from ackd_lightning.methods.base import FitInfo, Method, Networks
 from ackd_lightning.methods.peers import all_logits, mutual_loss, require_networks
-from ackd_lightning.models.freezing import statistics_kept
+from ackd_lightning.models.freezing import evaluated, statistics_kept
 from ackd_lightning.types import Batch, Examples, NetOutput
 from ackd_lightning.validation import Fraction, NonNegative, NonNegativeInt, Positive, Range
 
@@ -167,7 +166,7 @@ class ACN(Method):
             )
         if not self.generates:
             return
-        low, high = networks.pixel_range or ((-1.0,) * 3, (1.0,) * 3)
+        low, high = networks.pixel_range or ((-1.0,) * networks.channels, (1.0,) * networks.channels)
         width = self.generator_width
         self.generator = Generator(low, high, width=width, residual=self.residual, rho=self.rho)
         if self.weight_gan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -247,27 +247,3 @@ class ImageDiscriminator(nn.Module):
         with without_weight_cache(image.device):
             logits: Tensor = self.layers(image)
         return logits.float().flatten(1)
-
-
-@contextlib.contextmanager
-def evaluated(*networks: nn.Module) -> Iterator[None]:
-    """Run networks in evaluation mode without gradients for their parameters; gradients still flow through them.
-
-    Modes and ``requires_grad`` are restored afterwards.
-
-    Args:
-        networks: Networks whose weights and buffers must not change.
-    """
-    modes = [(layer, layer.training) for network in networks for layer in network.modules()]
-    trainable = [each for network in networks for each in network.parameters() if each.requires_grad]
-    try:
-        for layer, _ in modes:
-            layer.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for layer, training in modes:
-            layer.training = training
-        for parameter in trainable:
-            parameter.requires_grad_(True)

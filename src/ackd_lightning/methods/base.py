@@ -35,6 +35,7 @@ class Networks:
             their weights come in ``begin_fit``.
         pixel_range: Values of black and of white after normalisation, per channel; None when the normalisation is
             unknown.
+        channels: Number of channels of the images.
     """
 
     student: NetSpec
@@ -42,6 +43,7 @@ class Networks:
     student_network: nn.Module | None = None
     teacher_networks: tuple[nn.Module, ...] = ()
     pixel_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    channels: int = 3
 
     @property
     def teacher(self) -> NetSpec:

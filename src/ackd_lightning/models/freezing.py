@@ -95,3 +95,27 @@ def statistics_kept(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+@contextlib.contextmanager
+def evaluated(*networks: nn.Module) -> Iterator[None]:
+    """Run networks in evaluation mode without gradients for their parameters; gradients still flow through them.
+
+    Modes and ``requires_grad`` are restored afterwards.
+
+    Args:
+        networks: Networks whose weights and buffers must not change.
+    """
+    modes = [(layer, layer.training) for network in networks for layer in network.modules()]
+    trainable = [each for network in networks for each in network.parameters() if each.requires_grad]
+    try:
+        for layer, _ in modes:
+            layer.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
+        for parameter in trainable:
+            parameter.requires_grad_(True)

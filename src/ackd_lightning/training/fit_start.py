@@ -130,7 +130,8 @@ class FitStart(TrainingSteps):
             )
 
     def _method_sizes(self) -> dict[str, torch.Size]:
-        return {name: tensor.shape for name, tensor in self.method.state_dict().items()}
+        method = self.method
+        return {name: each.shape for name, each in (*method.named_parameters(), *method.named_buffers())}
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Return what comes with the module into any Trainer: alarms, the teacher gate, and callbacks of the recipe."""

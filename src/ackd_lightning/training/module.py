@@ -171,6 +171,7 @@ class DistillationModule(FitStart):
             student_network=self.student,
             teacher_networks=self.teachers.structures,
             pixel_range=self._pixel_range(),
+            channels=self.data.image_shape[0],
         )
         build_method(self.method, networks)
         check_method(self.method)

@@ -13,6 +13,7 @@ from ackd_lightning.config.files import packaged_names
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.class_map import FEATURES_ONLY
+from ackd_lightning.models.freezing import evaluated
 from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.stated import read_notes, stated_options
 from ackd_lightning.models.teacher_base import NoLogitsError
@@ -62,9 +63,7 @@ def check_features_only(module: Any, data: Any) -> None:
     target = torch.zeros(2, dtype=torch.int64) if targets is None else torch.as_tensor(targets)[:2]
     index = torch.arange(len(target))
     image = torch.zeros(len(target), *module.data.image_shape, device=module.device)
-    training = module.training
-    with torch.no_grad(), torch.random.fork_rng():
-        module.eval()
+    with torch.no_grad(), torch.random.fork_rng(), evaluated(module):
         try:
             batch = Batch(image, target.to(module.device), index.to(module.device))
             module.method(module.student(image), module.teachers(image), batch)
@@ -72,8 +71,6 @@ def check_features_only(module: Any, data: Any) -> None:
             raise
         except Exception:
             return  # equal images can be too little for a loss; the first step reports what is wrong with real ones
-        finally:
-            module.train(training)
 
 
 def chosen(configs: Sequence[TeacherConfig], method: Method) -> Sequence[TeacherConfig]:
