@@ -157,7 +157,7 @@ class TestAfterwards:
         with Image.open("c.png") as image:
             assert min(image.size) > 300
 
-    def test_explicit_flag_beats_checkpoint(self, beside):
+    def test_explicit_flag_beats_checkpoint(self, beside, capsys):
         """Lightning's own command line lets the hyperparameters of a checkpoint win, without a word."""
         last = "runs/digits_resnet20_resnet8/a/checkpoints/last.ckpt"
         flags = [
@@ -169,10 +169,12 @@ class TestAfterwards:
             "off",
         ]
         resumed = ["--ckpt_path", last, "--name", "explicit", *QUICK, "--trainer.max_epochs", "3"]
-        with pytest.warns(UserWarning, match="dirpath has changed"):
-            code = main(["fit", "--config", "digits_resnet20_resnet8.yaml", *resumed, *flags])
-        assert code == 0
+        assert main(["fit", "--config", "digits_resnet20_resnet8.yaml", *resumed, *flags]) == 0
         run = beside / "runs" / "digits_resnet20_resnet8" / "explicit"
+        said = capsys.readouterr().out
+        assert "the best epoch is found anew, as the best checkpoint of" in said
+        best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+        assert json.loads((run / "summary.json").read_text())["best"]["epoch"] == best["epoch"] + 1 == 3
         kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
         assert kept["method"]["init_args"]["temperature"] == 9.0
         assert kept["recipe"]["gradient_clip_val"] == 5.0

@@ -57,7 +57,6 @@ def test_another_batch_size_within_an_epoch_is_refused_and_leaves_the_run_alone(
     assert json.loads((run / "summary.json").read_text())["steps"] == 5
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_that_has_trained_longer_is_refused_in_the_words_of_the_command(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     longer = tmp_path / "runs/digits_resnet8/one"
@@ -69,7 +68,6 @@ def test_a_run_that_has_trained_longer_is_refused_in_the_words_of_the_command(ru
     assert "has trained 3 epochs and --trainer.max_epochs is 2; give 3 or more" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(
     ("option", "words", "follows"),
     [
@@ -128,7 +126,6 @@ def test_so_does_one_that_ended_inside_an_epoch(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_weights_of_another_run_are_kept_when_a_run_is_resumed(run, tmp_path, monkeypatch, capsys):
     first, here = tmp_path / "first", tmp_path / "here"
     moved = first / "runs/digits_resnet8/one"
@@ -153,7 +150,6 @@ def test_weights_of_another_run_are_kept_when_a_run_is_resumed(run, tmp_path, mo
     assert Path("new/digits_resnet8.safetensors").is_file()
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(
     ("folder", "value"), [(".", "."), ("checkpoints", ".."), ("checkpoints", "last.ckpt"), ("..", "one")]
 )

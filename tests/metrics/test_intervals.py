@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.metrics.intervals import mean_interval, paired_test, say_difference, share_text, wilson_interval
+from ackd_lightning.metrics.intervals import (
+    mean_interval,
+    paired_bootstrap,
+    paired_test,
+    say_difference,
+    share_text,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (3, 10), (10, 10), (777, 1000)])
@@ -42,6 +49,18 @@ def test_bootstrap_interval_agrees_with_the_normal_approximation():
     assert result.low == pytest.approx(0.06 - half, abs=0.003)
     assert result.high == pytest.approx(0.06 + half, abs=0.003)
     assert paired_test(first, second) == result
+
+
+@pytest.mark.parametrize("counts", [(37, 56, 19, 539), (50, 7, 3, 1), (20, 4, 4, 2)])
+def test_an_interval_is_the_same_from_both_sides(counts):
+    first, second = answers(*counts)
+    there, back = paired_test(first, second), paired_test(second, first)
+    if counts[1] != counts[2]:
+        assert (back.low, back.high) == (-there.high, -there.low)
+    assert back.p_value == there.p_value
+    shares = (first.double() + second.double()) / 3, second.double()
+    difference, low, high = paired_bootstrap(*shares)
+    assert paired_bootstrap(*reversed(shares)) == (-difference, -high, -low)
 
 
 def test_the_sentence_names_the_better_one_and_whether_it_may_be_chance():

@@ -26,7 +26,8 @@ class RunCheckpoint(ModelCheckpoint):
             return value.replace(old, new, 1) if isinstance(value, str) else value
 
         if not Path(moved(state_dict["best_model_path"])).is_file():
-            super().load_state_dict(state_dict)
+            if old == new:  # else this run goes on from another one, whose checkpoints stay that run's
+                super().load_state_dict(state_dict)
             return
         best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**{key: moved(each) for key, each in state_dict.items()}, "best_k_models": best})

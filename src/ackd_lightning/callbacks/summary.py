@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ackd_lightning.callbacks.accuracy_table import accuracy_table
 from ackd_lightning.callbacks.health import is_fast_dev_run
@@ -138,11 +138,19 @@ class RunSummary(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to report the best epoch and the time of the whole run."""
         measured = {"last": self.last, "measured_at": self.measured_at, "images": self.images}
-        return {"best": self.best, "seconds": self._elapsed(), "epochs": self.epochs, **measured}
+        place = str(self.folder.absolute())
+        return {"best": self.best, "seconds": self._elapsed(), "epochs": self.epochs, "folder": place, **measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`, and measure from here."""
-        self.best, self.seconds = state_dict["best"], state_dict["seconds"]
+        """Restore the result of `state_dict`, and measure from here.
+
+        The best epoch of another run, whose best checkpoint is not here, is left out.
+        """
+        own = state_dict["folder"] == str(self.folder.absolute()) or (self.folder / "checkpoints/best.ckpt").is_file()
+        if not own and state_dict["best"]:
+            kept = f"the best checkpoint of {state_dict['folder']} stays in that folder"
+            rank_zero_only(print)(f"the best epoch is found anew, as {kept}", flush=True)
+        self.best, self.seconds = state_dict["best"] if own else {}, state_dict["seconds"]
         self.last, self.measured_at = state_dict["last"], state_dict["measured_at"]
         self.images, self.epochs = state_dict["images"], state_dict["epochs"]
         self.started = self.started and time.monotonic()

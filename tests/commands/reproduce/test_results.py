@@ -235,6 +235,11 @@ class TestFiles:
             "\nWhat to know.\n"
         )
 
+    def test_a_label_with_a_bar_stays_one_cell(self, tmp_path):
+        table = table_of(tmp_path, rows={"ce": {"label": "mine|x"}})
+        markdown, _, _ = write_tables(table, content_of(table), tmp_path, "")
+        assert "| mine\\|x | " in markdown.read_text(encoding="utf-8")
+
     def test_csv(self, tmp_path, content):
         _, plain, _ = write_tables(table_of(tmp_path), content, tmp_path, "")
         with plain.open(newline="", encoding="utf-8") as stream:

@@ -56,8 +56,8 @@ def write_tables(
         for pair in dict.fromkeys(line.pair for line in content):
             own = [line for line in content if (line.pair, line.metric) == (pair, metric)]
             parts += [f"## {pair}, {METRIC_NAMES[metric]}", ""]
-            parts += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-            parts += [f"| {' | '.join(line.cells()[: len(heads)])} |" for line in own] + [""]
+            parts += [_row(heads), f"|{'---|' * len(heads)}"]
+            parts += [_row(line.cells()[: len(heads)]) for line in own] + [""]
     with whole_file(markdown) as partial:
         partial.write_text("\n".join([*parts, text, ""]), encoding="utf-8")
     with whole_file(plain) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
@@ -68,6 +68,10 @@ def write_tables(
             writer.writerow([line.pair, line.metric, *line.cells()[: len(heads)], values])
     draw(content, figure)
     return [markdown, plain, figure]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def draw(content: Sequence[Line], target: Path) -> None:
