@@ -144,7 +144,7 @@ def test_the_card_has_what_a_reader_needs(tmp_path):
     for value in ("license: apache-2.0", "87.50%", "resnet8", 'load_student("hf:anna/cats")', "512"):
         assert value in card
     assert "hf-hub" not in card
-    write_config(description, tmp_path / "config.json")
+    write_config(description, tmp_path / "config.json", license_name="apache-2.0")
     assert json.loads((tmp_path / "config.json").read_text())["model"] == "resnet8"
 
 
@@ -195,6 +195,18 @@ def test_names_of_classes_are_no_markup_on_the_card():
 
 def test_images_that_are_not_normalised_are_so_to_timm(tmp_path):
     pytest.importorskip("timm")
-    write_config(Description("timm:test_byobnet", 3, 32), tmp_path / "config.json")
+    write_config(Description("timm:test_byobnet", 3, 32), tmp_path / "config.json", license_name="mit")
     stated = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
     assert (stated["mean"], stated["std"]) == ([0.0] * 3, [1.0] * 3)
+
+
+def test_what_timm_states_of_its_own_weights_is_not_said_of_the_students(tmp_path):
+    """Those of this network have a licence of their own and other images to test on."""
+    timm = pytest.importorskip("timm")
+    published = timm.get_pretrained_cfg("convnextv2_atto").to_dict()
+    assert published["license"] != "mit"
+    assert {"tag", "test_input_size", "test_crop_pct"} <= published.keys()
+    write_config(Description("timm:convnextv2_atto", 3, 48), tmp_path / "config.json", license_name="mit")
+    stated = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    assert (stated["license"], stated["input_size"], stated["crop_pct"]) == ("mit", [3, 48, 48], 1.0)
+    assert not {"tag", "test_input_size", "test_crop_pct", "test_pool_size", "url", "paper_ids"} & stated.keys()

@@ -72,7 +72,7 @@ def push_command(
         export(student.network, description, files[0], FORMATS["safetensors"], images=images, reference=reference)
         description = open_network(files[0]).description  # with how it was checked
         files[1].write_text(model_card(description, name, license_name=license_name, report=report), encoding="utf-8")
-        write_config(description, files[2])
+        write_config(description, files[2], license_name=license_name)
         url = push(files, name, private=private, message=f"{description.model}, {student.checkpoint.stem} epoch")
     tell(f"{url}: {', '.join(each.name for each in files)}; licence {license_name}")
     also = f', or timm.create_model("hf-hub:{name}", pretrained=True)' if for_timm(description) else ""

@@ -29,12 +29,17 @@ def for_timm(description: Description) -> bool:
     return description.model.startswith(TIMM) and description.head is None
 
 
-def write_config(description: Description, path: Path) -> None:
+_ARCHITECTURE = ("architecture", "first_conv", "classifier", "fixed_input_size")
+"""What timm states of a network whatever its weights are; all else is of the weights that timm publishes."""
+
+
+def write_config(description: Description, path: Path, *, license_name: str) -> None:
     """Write ``config.json``: that of timm for its networks, else the description.
 
     Args:
         description: The network.
         path: File to write.
+        license_name: Licence of the weights, by the hub's name.
     """
     if not for_timm(description):
         path.write_text(json.dumps(description.metadata(), indent=1), encoding="utf-8")
@@ -47,12 +52,16 @@ def write_config(description: Description, path: Path) -> None:
         "input_size": list(description.image_shape),
         "interpolation": description.interpolation,
         "crop_pct": description.crop_pct or 1.0,
+        "crop_mode": "center",
         "mean": list(description.mean or [0.0] * description.channels),  # of images that are not normalised
         "std": list(description.std or [1.0] * description.channels),
+        "license": license_name,
     }
+    own = network.pretrained_cfg
+    network.pretrained_cfg = {key: own[key] for key in _ARCHITECTURE if key in own} | config
     names = {"label_names": list(description.class_names)} if description.class_names else {}
     arguments = {"model_args": dict(description.options)} if description.options else {}
-    save_config_for_hf(network, str(path), {"pretrained_cfg": config, **names, **arguments})
+    save_config_for_hf(network, str(path), {**names, **arguments})
 
 
 def model_card(description: Description, repository: str, *, license_name: str, report: str | None = None) -> str:
