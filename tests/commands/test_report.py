@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ackd_lightning.cli import main
 from ackd_lightning.commands import report as command
 from ackd_lightning.deploy.report import cost, gradcam, writing
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.weights import save_weights
+from ackd_lightning.models.weights import read_metadata, save_weights
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.runs.answers import answers_file, read_answers
 from ackd_lightning.runs.export import weights_mark
@@ -236,3 +238,33 @@ def test_a_network_that_answers_nan_has_no_page(run, capsys):
     assert main(["report", str(run), "--no-latency"]) == 2
     assert "test images with NaN or infinite logits" in capsys.readouterr().err
     assert not (run / "report/report.json").exists()
+
+
+def test_a_file_with_the_classes_in_another_order_has_the_same_accuracy(run):
+    own = run / "student.safetensors"
+    metadata, tensors = read_metadata(own), load_file(own)
+    for key in ("fc.weight", "fc.bias"):
+        tensors[key] = tensors[key].flip(0)
+    reverse = json.dumps(json.loads(metadata["class_names"])[::-1])
+    save_weights(tensors, run / "reverse.safetensors", {**metadata, "class_names": reverse})
+    other = json.dumps([f"other{number}" for number in range(10)])
+    save_weights(tensors, run / "other.safetensors", {**metadata, "class_names": other})
+    assert main(["report", str(run), "--no-latency", "--out", "page"]) == 0
+    found = json.loads(Path("page/report.json").read_text())
+    right = {each["name"]: each["right"] for each in found["cost"] if each["asked"]}
+    assert right["reverse.safetensors"] == right["student.safetensors"] == found["accuracy"]["student"]["right"]
+    assert [each for each in found["notes"] if each.startswith("other.safetensors is left out: ")]
+
+
+def test_a_file_of_earlier_weights_is_left_out(run):
+    own, checkpoint = run / "student.safetensors", read_checkpoint(run / "checkpoints/last.ckpt")["ackd_lightning"]
+    for name, epochs in (("student-last", 0.5), ("student-last-copy", checkpoint["epochs_trained"])):
+        file = run / f"{name}.safetensors"
+        save_weights(load_file(own), file, {**read_metadata(own), "epochs": str(epochs)})
+        os.utime(file, (0, 0))
+    assert main(["report", str(run), "--no-latency", "--out", "page"]) == 0
+    found = json.loads(Path("page/report.json").read_text())
+    left = [each for each in found["notes"] if "exported before the run ended" in each]
+    assert [each.partition(" is left out")[0] for each in left] == ["student-last.safetensors"]
+    assert found["no_temperature"] is None
+    assert found["calibration"]["validation_images"]

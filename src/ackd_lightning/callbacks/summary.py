@@ -28,6 +28,7 @@ from ackd_lightning.runs.files import (
     LEARNERS,
     STUDENT,
     measured_last,
+    outdated_exports,
     read_summary,
     same_content,
     whole_file,
@@ -292,17 +293,8 @@ class RunSummary(L.Callback):
         print(f"{summary['run']}: {', '.join(name for name in files.values() if (self.folder / name).exists())}")
         if self.copy_to:
             print(f"weights of the last epoch, for later runs: {self.copy_to}")
-        for file in self._outdated():
+        for file in outdated_exports(self.folder):
             print(f"{file} was exported before the run ended; export it again with --overwrite")
-
-    def _outdated(self) -> list[Path]:
-        """Files of an earlier ``ackd export`` that are older than their checkpoint."""
-        found = []
-        for checkpoint in sorted((self.folder / "checkpoints").glob("*.ckpt")):
-            written = checkpoint.stat().st_mtime
-            exported = sorted(self.folder.glob(f"student*-{checkpoint.stem}*"))
-            found += [each for each in exported if each.suffix != ".bin" and each.stat().st_mtime < written]
-        return found
 
     def show_next(self, *, tested: bool) -> None:
         """Print the commands that use the run.

@@ -366,3 +366,17 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
         for run in map(_named, found):
             runs.setdefault(run.resolve(), run)
     return list(runs.values())
+
+
+def outdated_exports(folder: Path) -> dict[Path, Path]:
+    """Return the files of ``ackd export`` in a run's folder that are older than their checkpoint, with that checkpoint.
+
+    Args:
+        folder: Folder of a run.
+    """
+    found = {}
+    for checkpoint in sorted((folder / "checkpoints").glob("*.ckpt")):
+        written = checkpoint.stat().st_mtime
+        exported = sorted(folder.glob(f"student*-{checkpoint.stem}*"))
+        found |= {each: checkpoint for each in exported if each.suffix != ".bin" and each.stat().st_mtime < written}
+    return found

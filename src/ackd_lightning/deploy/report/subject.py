@@ -23,6 +23,7 @@ from ackd_lightning.models.student import Peer
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo.complexity import count_parameters
 from ackd_lightning.runs.export import peer_name
+from ackd_lightning.runs.files import outdated_exports, read_checkpoint
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.types import DataInfo, height_width
 
@@ -236,10 +237,23 @@ def check_data(network: ExportedNetwork, data: DataInfo) -> None:
             f"{network.path} has {description.num_classes} classes and the data have {data.num_classes}; name the data "
             "that it was trained on"
         )
+    if description.class_names and data.class_names and set(description.class_names) != set(data.class_names):
+        other = min(set(description.class_names) - set(data.class_names))
+        raise ACKDError(f"{network.path} has a class {other!r} and the data do not; name the data it was trained on")
+
+
+def _refuse_outdated(network: ExportedNetwork, checkpoint: Path) -> None:
+    """Refuse a file that was exported before its checkpoint was trained to the end; a copy can be older by its date."""
+    stated = network.description.origin.get("epochs")
+    epochs = read_checkpoint(checkpoint)["ackd_lightning"].get("epochs_trained")
+    if stated is None or epochs is None or float(stated) != float(epochs):
+        raise ACKDError("it was exported before the run ended; export it again with --overwrite")
 
 
 def in_batches(network: ExportedNetwork, data: DataInfo) -> Callable[[Tensor], Tensor]:
-    """Return a function from the data's images to logits, with the file's own normalisation and largest batch.
+    """Return a function from the data's images to the logits of the data's classes in their order.
+
+    Images get the file's own normalisation and are given in batches that it can read.
 
     Args:
         network: File that was opened.
@@ -247,6 +261,8 @@ def in_batches(network: ExportedNetwork, data: DataInfo) -> Callable[[Tensor], T
     """
     description = network.description
     same = description.mean is None or (description.mean, description.std) == (data.mean, data.std)
+    ours, theirs = data.class_names, description.class_names
+    order = [theirs.index(name) for name in ours] if ours and theirs and ours != theirs else None
 
     def ask(image: Tensor) -> Tensor:
         if not same and data.mean and data.std and description.mean and description.std:
@@ -256,7 +272,8 @@ def in_batches(network: ExportedNetwork, data: DataInfo) -> Callable[[Tensor], T
             )
             image = (image * std + mean - own_mean) / own_std
         parts = torch.split(image, description.batch) if description.batch else (image,)
-        return torch.cat([network.logits(each) for each in parts]).to(image.device)
+        logits = torch.cat([network.logits(each) for each in parts]).to(image.device)
+        return logits if order is None else logits[:, order]
 
     return ask
 
@@ -277,13 +294,15 @@ def exported_files(
     Returns:
         A cost for each file; functions from the data's images to logits; sentences about files that were left out.
     """
-    costs, asked, notes = [], {}, []
+    costs, asked, notes, old = [], {}, [], outdated_exports(folder)
     for path in sorted(each for each in folder.iterdir() if each.suffix.lower() in ENDINGS and each.is_file()):
         if skip is not None and path.resolve() == skip.resolve():
             continue
         try:
             network = open_network(path)
             check_data(network, data)
+            if path in old:
+                _refuse_outdated(network, old[path])
         except ACKDError as error:
             notes.append(f"{path.name} is left out: {error}")
             continue

@@ -63,7 +63,7 @@ def assemble(
         "classes": classes,
         "confused": numbers.confused_pairs(matrix, names),
         "calibration": numbers.calibrated(measured, validation),
-        "no_temperature": no_temperature,
+        "no_temperature": None if validation is not None else no_temperature,
         "cost": numbers.cost_rows(subject.costs),
         "learners": [
             {
