@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -140,3 +141,33 @@ def test_a_linked_folder_of_runs_belongs_to_where_the_link_is(tmp_path, monkeypa
     monkeypatch.chdir(disk)
     found = find_files(settings, run / "config.yaml", (), writes=True)
     assert found == [f"data.root is {start / 'pets'}", f"weights_dir is {start / 'weights'}"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about few steps
+def test_data_that_have_moved_are_those_of_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for number in range(60):
+        file = Path("pets") / ("cat", "dog", "owl")[number % 3] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (16, 16, 3)).astype(np.uint8)).save(file)
+    data = ["--data", "ackd_lightning.data.ImageFolderDataModule", "--data.root", "pets", "--data.batch_size", "8"]
+    fit = ["fit", "--config", "ce", "--model.student", "resnet8", "--trainer.max_epochs", "1", "--name", "a"]
+    assert main([*fit, *data, "--data.image_size", "16"]) == 0
+    run, moved = Path("runs/ce/a"), ["--data.root", "store/animals"]
+    shutil.copytree("pets", "copy")
+    capsys.readouterr()
+    assert main(["test", str(run), "--data.root", "copy"]) == 0
+    assert "not kept" in capsys.readouterr().out  # the earlier folder is still there
+    Path("store").mkdir()
+    Path("pets").rename("store/animals")
+    assert main(["report", str(run), "--no-latency", *moved]) == 0
+    assert json.loads((run / "report/report.json").read_text())["measured_otherwise"] == ""
+    assert main(["test", str(run), *moved]) == 0
+    said = capsys.readouterr().out
+    assert "the data were in pets and are in store/animals now: all images have the names they had" in said
+    assert "not kept" not in said
+    assert "test" in json.loads((run / "summary.json").read_text())
+    next(Path("store/animals/cat").iterdir()).unlink()
+    assert main(["test", str(run), *moved]) == 0
+    assert "not kept" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def push_command(
         images = images_of(check_data(student.checkpoint, student.description, options))
     reference = images.logits(student.network)
     description = measured(student.description, images, reference)
-    report = _report_of(student)
+    report = _report_of(student, options)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / each for each in (WEIGHTS, CARD, CONFIG)]
         export(student.network, description, files[0], FORMATS["safetensors"], images=images, reference=reference)
@@ -79,7 +79,7 @@ def push_command(
     tell(f'load it with load_student("hf:{name}"){also}')
 
 
-def _report_of(student: Student) -> str | None:
+def _report_of(student: Student, options: Sequence[str] = ()) -> str | None:
     """Text of the report in the run's folder; None without one, or if it is about something else, which is said."""
     folder = run_folder(student.checkpoint) / "report"
     if not (folder / "report.md").is_file():
@@ -98,6 +98,6 @@ def _report_of(student: Student) -> str | None:
             return (folder / "report.md").read_text(encoding="utf-8")
     tell(
         f"{folder} {words} and is not part of the card; write a new one with "
-        f"`ackd report {shlex.quote(str(student.checkpoint))}`"
+        f"`{shlex.join(['ackd', 'report', str(student.checkpoint), *options])}`"
     )
     return None

@@ -156,8 +156,8 @@ def _run(
     module = cli.model
     data = _prepared(cli, content["ackd_lightning"].get("class_names"))
     folder = run_folder(checkpoint)
-    changed = changed_test(folder, cli.settings()) if (folder / "config.yaml").is_file() else []
-    moved = data.say_changed(content["ackd_lightning"].get("images") or {})
+    moved, same = data.say_changed(content["ackd_lightning"].get("images") or {}), data.as_trained
+    changed = changed_test(folder, cli.settings(), same_images=same) if (folder / "config.yaml").is_file() else []
     others = [*([f"measured with other settings than the run has: {', '.join(changed)}"] if changed else []), moved]
     notes = list(filter(None, others))
     try:

@@ -152,6 +152,8 @@ class ImageDataModule(ImageLoaders):
         """The part that each one is read from, and its positions there."""
         self._held: dict[Part, tuple[Tensor, Tensor]] = {}
         self._marks: dict[str, list[int]] = {}
+        self.as_trained = False
+        """Whether `say_changed` has found in each part the images that a run was trained with."""
 
     # ------------------------------------------------------------------------------------- provided by each data set
 
@@ -250,6 +252,7 @@ class ImageDataModule(ImageLoaders):
         """
         now = self.part_marks
         changed = [part for part in before if part in now and list(before[part]) != now[part]]
+        self.as_trained = not changed and bool(before) and before.keys() == now.keys()
         if not changed:
             return ""
         counts = ", ".join(f"{part} part: {before[part][0]:,} then, {now[part][0]:,} now" for part in changed)

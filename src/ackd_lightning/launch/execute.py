@@ -139,8 +139,8 @@ class Execution:
                 answers=next((each.answers for each in self._answers()), None),
             )
         if self.cli.command == "test":
-            run = run_folder(Path(checkpoint))
-            if (changes := changed_test(run, self.cli.settings())) and self.trainer.is_global_zero:
+            run, same = run_folder(Path(checkpoint)), getattr(data, "as_trained", False)
+            if (changes := changed_test(run, self.cli.settings(), same_images=same)) and self.trainer.is_global_zero:
                 print(f"not kept in {run}, as it is another test than that of the run: {', '.join(changes)}")
             elif not changes:
                 self._keep_test(Path(checkpoint))

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from ackd_lightning.config.experiment import differences
 from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError
@@ -144,19 +146,32 @@ def started_with(run: Path) -> dict[str, Any]:
     return settings
 
 
-def changed_test(run: Path, settings: dict[str, Any]) -> list[str]:
+def changed_test(run: Path, settings: dict[str, Any], *, same_images: bool) -> list[str]:
     """Return why a test does not measure what a run's own test measures: changed settings, each with both values.
+
+    Another folder of data whose images are the same is none where the earlier one is gone, which is said.
 
     Args:
         run: Folder of the run.
         settings: Settings of the test.
+        same_images: Whether the data have the images that the run was trained with (`ImageDataModule.as_trained`).
     """
+
+    def moved(name: str, first: Any, second: Any) -> bool:
+        if name != "data.root" or not same_images or not isinstance(first, str) or Path(first).exists():
+            return False
+        rank_zero_only(print)(f"the data were in {first} and are in {second} now: all images have the names they had")
+        return True
+
     if not (before := started_with(run)):
         return [f"{run} has no config.yaml"]
     return [
         f"{name} {first!r} -> {second!r}"
         for name, (first, second) in differences(before, settings, places=True).items()
-        if name.startswith(_MEASURED) and not name.startswith(_NOT_MEASURED) and not _same_place(first, second)
+        if name.startswith(_MEASURED)
+        and not name.startswith(_NOT_MEASURED)
+        and not _same_place(first, second)
+        and not moved(name, first, second)
     ]
 
 

@@ -374,7 +374,7 @@ def outdated_exports(folder: Path) -> dict[Path, Path]:
     Args:
         folder: Folder of a run.
     """
-    found = {}
+    found: dict[Path, Path] = {}
     for checkpoint in sorted((folder / "checkpoints").glob("*.ckpt")):
         written = checkpoint.stat().st_mtime
         exported = sorted(folder.glob(f"student*-{checkpoint.stem}*"))
