@@ -48,6 +48,15 @@ def test_a_test_set_that_is_taken_from_another_part_is_said(folder, parts, said,
     assert sum("has no test part" in line and said in line for line in caplog.messages) == 1
 
 
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.0, "no training image is held out"), (0.25, "are held out to validate")]
+)
+def test_what_is_held_out_beside_a_validation_part_as_the_test_set(folder, share, said, caplog):
+    (folder / "test").rename(folder / "val")
+    ImageFolderDataModule(folder, batch_size=8, val_fraction=share).setup()
+    assert said in caplog.text
+
+
 def test_class_folders_named_like_parts_of_another_layout(folder):
     (folder / "train").rename(folder / "other")
     with pytest.raises(ACKDError, match="holds the folder test but no folder train"):

@@ -9,14 +9,16 @@ import sys
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader
 
-from ackd_lightning import ACKD, KD, ACKDError, ACKDModule, DistillationModule, Recipe
+from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, DistillationModule, Recipe
+from ackd_lightning.data.loaders import data_of
 from ackd_lightning.methods import CRD, DKD, Sum
 from training.helpers import DATA, SIZE, Blobs, TinyNet, build, module, trainer
 
@@ -212,3 +214,63 @@ def test_images_alone_are_predicted(form):
     assert all((each["target"] == -1).all() for each in found)
     with pytest.raises(ACKDError, match=r"target|give"):
         trainer().validate(build(KD()), loader, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*`LeafSpec`|.*LeafSpec", "ignore:.*SWALR|.*swa")
+def test_a_module_is_tested_after_lightnings_average_of_weights():
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    run, net = trainer(max_epochs=3, callbacks=[average]), build(KD())
+    run.fit(net, datamodule=Blobs())
+    assert run.test(net, datamodule=Blobs(), verbose=False)[0]["test/acc"] >= 0
+    copy.deepcopy(net)
+
+
+def test_loaders_after_a_data_module_are_not_taken_for_it():
+    class Named(Blobs):
+        class_names = ("a", "b", "c", "d")
+        train_targets = torch.tensor([0] * 61 + [1, 2, 3])
+
+    run = trainer(max_epochs=1)
+    run.fit(build(CE()), datamodule=Named())
+    run.fit_loop.max_epochs = 2
+    net, given = build(CE()), Blobs()
+    given.trainer = run
+    run.fit(net, given.train_dataloader(), given.val_dataloader())
+    assert net.data.class_names is None
+    assert data_of(run) is None
+    with pytest.raises(ACKDError, match="the classes of the training images are unknown"):
+        run.fit(build(CE(), recipe=Recipe(class_weights="auto")), given.train_dataloader(), given.val_dataloader())
+    run.validate(net, datamodule=(named := Named()), verbose=False)
+    assert data_of(run) is named
+
+
+class Late(CE):
+    project = None
+
+    def forward(self, student, teacher, batch):
+        if self.project is None:
+            self.project = nn.Linear(2, 2)
+        return super().forward(student, teacher, batch)
+
+
+class Lazy(CE):
+    def build(self, networks):
+        self.project = nn.LazyLinear(2)
+
+
+class KeepsStudent(CE):
+    def build(self, networks):
+        self.network = networks.student_network
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (Late, r"Late has created project.weight in a step, where no optimizer has it; create it in `build`"),
+        (Lazy, r"project.weight of method Lazy is lazy; create it in `build`"),
+        (KeepsStudent, r"KeepsStudent holds the student's parameters in 'network'; .*self.keep_outside\('network'"),
+    ],
+)
+def test_layers_that_a_method_creates_elsewhere_are_refused(method, words):
+    with pytest.raises(ACKDError, match=words):
+        trainer(max_epochs=1).fit(build(method()), datamodule=Blobs())

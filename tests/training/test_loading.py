@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, DistillationModule, StudentConfig, create_model
+from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, DistillationModule, Recipe, StudentConfig, create_model
 from ackd_lightning.methods import AT, ATSC, FitNet, ReviewKD
 from training.helpers import DATA, SIZE, Blobs, TinyNet, build, milestones, sgd, state, teaching, trainer
 
@@ -80,6 +80,36 @@ def test_inference_needs_no_teacher(tmp_path, method, student):
         tmp_path / "a.ckpt", weights_only=True, teacher=teaching(TinyNet(8)), **given
     )
     trainer(max_epochs=1, limit_train_batches=1).fit(taught, datamodule=Blobs())
+
+
+class ReadsTeacher(CE):
+    teacher = "logits"
+
+    def build(self, networks):
+        self.width = sum(each.numel() for each in networks.teacher_networks[0].parameters())
+
+
+def test_a_method_that_reads_a_teachers_network_says_so(tmp_path):
+    run = trainer(max_epochs=1, limit_train_batches=1)
+    run.fit(build(ReadsTeacher(), teacher=teaching(TinyNet(8))), datamodule=Blobs())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ACKDError, match="ReadsTeacher reads its teachers' networks in `build`; pass it"):
+        DistillationModule.load_from_checkpoint(tmp_path / "a.ckpt", student=TinyNet(), method=ReadsTeacher())
+
+
+class Study(DistillationModule):
+    def __init__(self, student, data, note="x", recipe=None):
+        super().__init__(student, data=data, recipe=recipe)
+        self.save_hyperparameters(ignore=["student"])
+
+
+def test_settings_that_a_sub_class_saves_itself_can_be_read(tmp_path):
+    study = Study("resnet8", DATA, note="y", recipe=Recipe(label_smoothing=0.1))
+    run = trainer(max_epochs=1, limit_train_batches=1)
+    run.fit(study, datamodule=Blobs())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = Study.load_from_checkpoint(tmp_path / "a.ckpt", student="resnet8", weights_only=True)
+    assert (again.hparams["note"], again.recipe, again.data) == ("y", study.recipe, study.data)
 
 
 def test_a_method_that_is_built_from_its_teachers_says_so(tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.loaders import data_of
 from ackd_lightning.data.webdataset import WebDatasetDataModule
 from ackd_lightning.runs.answers import Answers, answers_file, hash_of_images, write_answers
 
@@ -59,7 +60,7 @@ class TestAnswers(L.Callback):
         known = bool((index >= 0).all()) and len(set(index.tolist())) == len(index)
         if known:
             found = {key: each[index.argsort()] for key, each in found.items()}
-        data = getattr(trainer, "datamodule", None)
+        data = data_of(trainer)
         streamed = isinstance(data, WebDatasetDataModule)
         if not known and (streamed or trainer.world_size > 1):
             return  # in no known order

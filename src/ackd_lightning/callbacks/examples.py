@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.length import epochs_of_fit
+from ackd_lightning.data.loaders import data_of
 from ackd_lightning.runs.figures import write_figure
 from ackd_lightning.runs.files import whole_file
 from ackd_lightning.types import Batch, Examples
@@ -186,7 +187,7 @@ class ExamplePictures(L.Callback):
         if examples is None:
             return
         path = self.folder / f"epoch-{epoch:03d}.png"
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
+        names = getattr(data_of(trainer), "class_names", None) or ()
         method = type(module.method).__name__
         title = f"epoch {epoch}: validation images, what {method} generates from them, and the predictions for both"
         draw_examples(examples, path, title=title, names=names, mean=module.data.mean, std=module.data.std)

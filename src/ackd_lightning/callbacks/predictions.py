@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.loaders import data_of
 from ackd_lightning.runs.tables import write_table
 
 
@@ -54,7 +55,7 @@ class PredictionFile(BasePredictionWriter):
                     "of the first process, then those of the next"
                 )
             rows = [row for _, row in placed]
-        data = getattr(trainer, "datamodule", None)
+        data = data_of(trainer)
         files = data.image_names("test") if isinstance(data, ImageDataModule) else None
         classes = getattr(getattr(pl_module, "data", None), "class_names", None)
         table = [

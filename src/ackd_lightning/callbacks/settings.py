@@ -11,6 +11,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from ackd_lightning.config.yaml_files import plain_settings
+from ackd_lightning.data.loaders import data_of
 from ackd_lightning.runs.files import RUN, STARTED, started_in, whole_file
 
 
@@ -53,7 +54,7 @@ class RunConfig(SaveConfigCallback):
         """Write the settings of a resumed run, whose state is restored now, and what Lightning's finders changed."""
         found = {
             "model.optimizer.init_args.lr": getattr(pl_module, "lr", None),
-            "data.init_args.batch_size": getattr(getattr(trainer, "datamodule", None), "batch_size", None),
+            "data.init_args.batch_size": getattr(data_of(trainer), "batch_size", None),
         }
         changed = {
             name: value

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from ackd_lightning.callbacks.accuracy_table import accuracy_table
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.loaders import data_of
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.preprocessing import channels_of
@@ -76,7 +77,7 @@ class RunSummary(L.Callback):
         module = cast("TrainingModule", pl_module)
         self.multiply_adds = multiply_adds(module.kept_network(), module.data.input_size, module.data.image_shape[0])
         learners = "".join(f" + {spec}" for spec in module.student.specs)
-        images = getattr(trainer, "datamodule", None)
+        images = data_of(trainer)
         prepared = isinstance(images, ImageDataModule) and images.preprocessing["pixels"] == "uint8"
         self.export_options = " --with-preprocessing" if prepared else ""
         self.export_options += "" if module.student_config.quantization is None else " --int8"
@@ -213,7 +214,7 @@ class RunSummary(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write them for a run that was stopped after its last epoch and before this, and has nothing left to train."""
         if trainer.global_step == 0 and trainer.num_training_batches == 0 and trainer.limit_train_batches != 0:
-            size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+            size = getattr(data_of(trainer), "batch_size", None)
             raise ACKDError(
                 f"batch_size is {size} and there are fewer training images, so that nothing was trained; set a smaller "
                 "batch_size, or limit the callback that has chosen it"
@@ -234,7 +235,7 @@ class RunSummary(L.Callback):
         ]
 
     def _summary(self, trainer: L.Trainer, module: TrainingModule) -> dict[str, Any]:
-        network, data = module.kept_network(), getattr(trainer, "datamodule", None)
+        network, data = module.kept_network(), data_of(trainer)
         names = getattr(data, "class_names", None)
         summary: dict[str, Any] = {
             "config": self.config,
@@ -321,7 +322,7 @@ def _evaluation_images(trainer: L.Trainer) -> dict[str, int]:
     dataset = getattr(trainer.val_dataloaders, "dataset", None)
     if dataset is None or not hasattr(dataset, "__len__") or repr(trainer.limit_val_batches) != "1.0":
         return {}
-    part = "test" if getattr(getattr(trainer, "datamodule", None), "val_is_test", False) else "val"
+    part = "test" if getattr(data_of(trainer), "val_is_test", False) else "val"
     return {part: len(dataset)}
 
 

@@ -112,13 +112,15 @@ class CustomImagesDataModule(StoredDataModule):
         return self._checked(files, folder, part)
 
 
-def say_test_is_validation(place: object) -> None:
+def say_test_is_validation(place: object, *, holds_out: bool) -> None:
     """Say that data without a test part are tested on their validation part.
 
     Args:
         place: What the images were read from.
+        holds_out: Whether training images are held out.
     """
-    say(f"{place} has no test part: its validation part is the test set, and training images are held out to validate")
+    held = "training images are held out to validate" if holds_out else "no training image is held out"
+    say(f"{place} has no test part: its validation part is the test set, and {held}")
 
 
 def say_shared(part: str, shared: Sequence[str], noun: str = "image") -> None:

@@ -113,7 +113,7 @@ class ImageFolderDataModule(CustomImagesDataModule):
                 found[part] = self.root / name
         if "test" not in found and given["val"] is None and "val" in found:
             found["test"] = found.pop("val")
-            say_test_is_validation(self.root)
+            say_test_is_validation(self.root, holds_out=not self.val_is_test)
         if "train" not in found and found:
             name = next(iter(found.values())).name
             raise ACKDError(

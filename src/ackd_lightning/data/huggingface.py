@@ -102,7 +102,7 @@ class HuggingFaceDataModule(CustomImagesDataModule):
             say(f"splits of {self.root} that are not read: {first_names(unread)}")
         if "test" not in splits and "val" in splits:
             splits["test"] = splits.pop("val")
-            say_test_is_validation(self.root)
+            say_test_is_validation(self.root, holds_out=not self.val_is_test)
         return splits
 
     def _find_image(self, split: Any) -> str:

@@ -34,6 +34,18 @@ _WHY_WHOLE = "the method needs whole batches"
 _WHY_NOT_ONE = "a batch of one image trains neither BatchNorm nor losses that compare images"
 
 
+def data_of(trainer: Any) -> Any:
+    """Return the data module of what a Trainer runs now, or ran last; None for loaders alone.
+
+    Its attribute ``datamodule`` is that of an earlier call where this one was given loaders.
+
+    Args:
+        trainer: Trainer; None without one.
+    """
+    called = getattr(getattr(trainer, "_data_connector", None), "_datahook_selector", None)
+    return getattr(trainer if called is None else called, "datamodule", None)
+
+
 class ImageLoaders(PlainArguments):
     """Loaders of training, validation and test images.
 

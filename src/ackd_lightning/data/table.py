@@ -79,7 +79,7 @@ class TableDataModule(CustomImagesDataModule):
             self._rows_of = {part: rows for part, rows in self._rows_of.items() if rows}
         if "test" not in self._rows_of and "val" in self._rows_of:
             self._rows_of["test"] = self._rows_of.pop("val")
-            say_test_is_validation(self._table)
+            say_test_is_validation(self._table, holds_out=not self.val_is_test)
         train_rows = self._rows_of.get("train", [])
         index, names = classes_of([row.label for row in train_rows], class_names, str(self._table))
         self._targets = {part: self._targets_of(part, index) for part in self._rows_of}

@@ -311,6 +311,9 @@ def check_method(method: Method) -> None:
         ACKDError: Naming the attribute.
     """
     name = type(method).__name__
+    for each, parameter in method.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ACKDError(f"{each} of method {name} is lazy; create it in `build`, with the shapes in `networks`")
     if method.teacher not in get_args(TeacherAccess):
         choices = ", ".join(get_args(TeacherAccess))
         raise ACKDError(f"teacher is {method.teacher!r} in method {name}; it must be one of {choices}")

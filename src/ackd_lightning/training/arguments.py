@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as L
+from torch import nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method, Networks
@@ -56,5 +58,35 @@ def build_method(method: Method, networks: Networks) -> None:
                 "each module"
             )
     method.build(networks)
+    _refuse_student(method, networks.student_network)
     for each in parts:
         vars(each)["_was_built"] = True
+
+
+def _refuse_student(method: Method, student: nn.Module | None) -> None:
+    """Refuse a method that holds the student, or a part of it, as a sub-module: optimizers would have it twice."""
+    own = {id(each) for each in (() if student is None else student.parameters())}
+    for name, part in method.named_children():
+        if own & {id(each) for each in part.parameters()}:
+            raise ACKDError(
+                f"method {type(method).__name__} holds the student's parameters in {name!r}; set that attribute with "
+                f"self.keep_outside({name!r}, ...), which leaves them to the student"
+            )
+
+
+def refuse_late_parameters(method: Method, known: Collection[str]) -> None:
+    """Refuse parameters that a method has created in a step, which no optimizer has.
+
+    Args:
+        method: Method of the module.
+        known: Names of its parameters before the first step.
+
+    Raises:
+        ACKDError: Naming the first of them.
+    """
+    late = [name for name, each in method.named_parameters() if each.requires_grad and name not in known]
+    if late:
+        raise ACKDError(
+            f"method {type(method).__name__} has created {late[0]} in a step, where no optimizer has it; create it in "
+            "`build`, with the shapes in `networks`"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ackd_lightning._version import __version__
 from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.loaders import data_of
 from ackd_lightning.data.sources import new_positions
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.methods.base import FitInfo
@@ -34,6 +35,7 @@ from ackd_lightning.training.continuing import (
 from ackd_lightning.training.labels import Labels, check_unlabelled
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
+from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.training.teacher_choice import compare_classes
 from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import DataInfo
@@ -107,7 +109,7 @@ class SelfDescribing(OpenOptimizers):
 
     def _begin_fit(self) -> None:
         """Tell the method about the fit."""
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_of(self.trainer)
         targets = getattr(data, "train_targets", None)
         check_unlabelled(self.method, None if targets is None else torch.as_tensor(targets), data)
         self.labelling.begin_fit(None if targets is None else torch.as_tensor(targets))
@@ -160,7 +162,7 @@ class SelfDescribing(OpenOptimizers):
         if self._trainer is None:
             self.data = replace(self.data, class_names=tuple(names))
             return
-        data, own = getattr(self.trainer, "datamodule", None), self.data.class_names
+        data, own = data_of(self.trainer), self.data.class_names
         if own is None or not self._reorder(data, own, names, "the checkpoint"):
             return
         self._reorder_weights(new_positions(names, own))
@@ -198,7 +200,7 @@ class SelfDescribing(OpenOptimizers):
 
     def metadata(self) -> dict[str, Any]:
         """Return what an export needs to know, as plain data."""
-        data = getattr(self._trainer, "datamodule", None)
+        data = data_of(self._trainer)
         # counted from 1 in the first step of an epoch; 0 where this Trainer has trained nothing
         epoch = 0 if self._trainer is None else self.trainer.fit_loop.epoch_progress.current.ready
         whole = 1.0 if self._trainer is None else self.trainer.num_training_batches
@@ -259,6 +261,9 @@ class SelfDescribing(OpenOptimizers):
         parameters = (name for name, _ in self.named_parameters())
         check_weights(self, state, {*parameters, *(name for name in state if name.startswith("student."))})
         checkpoint["ackd_lightning"] = self.metadata()
+        if isinstance(given := checkpoint.get("hyper_parameters"), dict):  # a sub-class may have saved its own
+            own = {key: asdict(each) for key, each in given.items() if isinstance(each, DataInfo | Recipe)}
+            checkpoint["hyper_parameters"] = {**given, **own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""
@@ -276,7 +281,7 @@ class SelfDescribing(OpenOptimizers):
         self._same_teachers(metadata)
         if names := metadata.get("class_names"):
             self._match_data(names)
-        data = getattr(self._trainer, "datamodule", None)
+        data = data_of(self._trainer)
         if isinstance(data, ImageDataModule):
             data.say_changed(metadata.get("images") or {})
         go_on_inside_epoch(checkpoint)

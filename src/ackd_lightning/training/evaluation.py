@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from ackd_lightning.data.base import ImageDataModule
+from ackd_lightning.data.loaders import data_of
 from ackd_lightning.functional import cross_entropy
 from ackd_lightning.methods.base import Method
 from ackd_lightning.metrics.cka import WIDEST, LearnerStatistics
@@ -163,7 +164,7 @@ class EvaluationSteps(L.LightningModule):
 
     def looks_at_test(self) -> bool:
         """Return whether the data have no validation part, so that validation reads the test set."""
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_of(self.trainer)
         return isinstance(data, ImageDataModule) and data.val_is_test
 
     def on_validation_epoch_start(self) -> None:

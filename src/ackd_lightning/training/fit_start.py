@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.callbacks.length import epochs_before_fit
-from ackd_lightning.data.loaders import ImageLoaders
+from ackd_lightning.data.loaders import ImageLoaders, data_of
 from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.training.labels import check_labels, check_sampling
 from ackd_lightning.training.monitored import check_monitors
@@ -41,7 +41,7 @@ class FitStart(TrainingSteps):
         """Load the teachers and tell the method about the fit."""
         refuse_sharding(self.trainer.strategy)
         take_assigned(self)
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_of(self.trainer)
         if stage != "fit":
             self._take_class_names(data)
             return

@@ -173,7 +173,13 @@ class DistillationModule(FitStart):
             pixel_range=self._pixel_range(),
             channels=self.data.image_shape[0],
         )
-        build_method(self.method, networks)
+        try:
+            build_method(self.method, networks)
+        except IndexError as error:
+            if not self.absent:
+                raise
+            reads = f"method {type(self.method).__name__} reads its teachers' networks in `build`"
+            raise ACKDError(f"{reads}; {PASS_TEACHER}") from error
         check_method(self.method)
         check_quantization(self.student_config, self.method, self.recipe, compiled=compile)
         check_labels(self.method, self.recipe, None)

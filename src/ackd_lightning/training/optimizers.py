@@ -15,6 +15,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ackd_lightning.callbacks.length import epochs_of_fit, is_whole_epoch
+from ackd_lightning.data.loaders import data_of
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.student_config import StudentConfig
@@ -228,7 +229,7 @@ class OpenOptimizers(TwoGradients):
 
     def _check_plateau(self) -> None:
         """Refuse a schedule that reads ``val/loss`` where there is none at the time of its steps."""
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_of(self.trainer)
         if self.recipe.interval == "step":
             problem = "recipe.interval is step; set it to epoch"
         elif self.trainer.check_val_every_n_epoch is None:

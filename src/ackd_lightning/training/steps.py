@@ -14,6 +14,7 @@ from ackd_lightning.models.copies import dtype_of
 from ackd_lightning.models.quantization import FakeQuantized, ranges_fixed
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.random import mix, seed_device
+from ackd_lightning.training.arguments import refuse_late_parameters
 from ackd_lightning.training.batches import check_index, read_batch
 from ackd_lightning.training.checkpointing import SelfDescribing
 from ackd_lightning.training.evaluation import EvaluationSteps
@@ -35,6 +36,7 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
 
     channels_last: bool
     cache: TeacherCache | None
+    _built: frozenset[str] | None = None
     _last: tuple[NetOutput, NetOutput | None, Batch] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -64,6 +66,7 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the networks' own noise by (seed, epoch, batch, rank), so that a resumed run draws the same."""
+        self._last = None  # of a step without a backward pass, whose graph takes memory
         if not self.automatic_optimization:
             self.rearm_buffer_broadcast()
         if isinstance(backbone := self.student.backbone, FakeQuantized):
@@ -142,6 +145,7 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
         """Refuse a student of weights that nothing trained, where the recipe needs trained ones."""
         super().on_train_start()
         check_trained(self.student, self.student_config, self.start or self._started_from)  # a checkpoint is loaded now
+        self._built = frozenset(name for name, _ in self.method.named_parameters())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Train on one batch.
@@ -155,7 +159,7 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
         if batch_idx == 0:
             check_index(self.method, batch, starts=self.global_step == 0)
         try:
-            return self._step(batch)
+            loss = self._step(batch)
         except ValueError as error:  # BatchNorm's
             if len(batch.target) > 1 or "more than 1 value" not in str(error):
                 raise
@@ -163,6 +167,9 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
                 f"a batch has 1 image and BatchNorm needs more to train ({error}); set drop_last=True in your "
                 "DataLoader, or choose a batch size that leaves more than 1 image over"
             ) from error
+        if batch_idx == 0 and self._built is not None:
+            refuse_late_parameters(self.method, self._built)
+        return loss
 
     def _step(self, batch: Batch) -> Tensor | None:
         if not self.automatic_optimization:
@@ -178,6 +185,10 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
         self._last = student, teacher, batch
         self.log_terms(loss, terms, student, batch)
         return loss
+
+    def on_train_end(self) -> None:
+        """Forget a step that had no backward pass, as in the last epoch of Lightning's average: no graph is copied."""
+        self._last = None
 
     def on_after_backward(self) -> None:
         """Update the method's memories."""
