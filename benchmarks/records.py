@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--command", default="", help="command that made the runs, to be kept in the file")
     chosen = parser.parse_args()
     wanted = chosen.rows.split(",") if chosen.rows else None
-    seeds = [int(each) for each in chosen.seeds.split(",")] if chosen.seeds else None
+    seeds = [int(each) for each in chosen.seeds.split(",") if each] if chosen.seeds else None
     head: dict[str, Any] = {}
     by_run: dict[tuple[str, int], dict[str, Any]] = {}
     for source in chosen.sources:

@@ -244,6 +244,24 @@ def test_loaders_after_a_data_module_are_not_taken_for_it():
     assert data_of(run) is named
 
 
+class Extra(DistillationModule):
+    """A module with a layer that its optimizers are not told about."""
+
+    def __init__(self, **arguments):
+        super().__init__(TinyNet(), method=CE(), data=DATA, optimizer=functools.partial(SGD, lr=0.1), **arguments)
+        self.extra = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_layer_without_an_optimizer_is_named(learns, recwarn):
+    net = Extra()
+    net.extra.requires_grad_(learns)
+    trainer(max_epochs=1).fit(net, datamodule=Blobs())
+    said = [str(each.message) for each in recwarn if "no optimizer" in str(each.message)]
+    assert len(said) == learns
+    assert all("extra.weight and 1 more parameters are in no optimizer" in each for each in said)
+
+
 class Late(CE):
     project = None
 

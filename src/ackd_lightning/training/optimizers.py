@@ -92,7 +92,7 @@ class OpenOptimizers(TwoGradients):
         self._resumed_optimizers, self._resumed_schedules = [], []
 
     def on_train_start(self) -> None:
-        """Follow the schedule of the settings, and warn about a learning rate scale that is not applied."""
+        """Follow the schedule of the settings; warn about parameters without an optimizer, and rates without effect."""
         super().on_train_start()
         if self._rate_changed:  # the finder sets one rate for all groups of all optimizers
             self._rate_changed = False
@@ -120,6 +120,14 @@ class OpenOptimizers(TwoGradients):
             rank_zero_warn(
                 f"{owner} trains {name} at {scale} times the learning rate, and "
                 f"{type(self).__name__}.configure_optimizers does not; call self.scale_learning_rates(optimizer) there"
+            )
+        held = {id(each) for one in self.trainer.optimizers for group in one.param_groups for each in group["params"]}
+        left = [name for name, each in self.named_parameters() if each.requires_grad and id(each) not in held]
+        if left:
+            them = f"{left[0]} and {len(left) - 1} more parameters are" if left[1:] else f"{left[0]} is"
+            rank_zero_warn(
+                f"{them} in no optimizer and will not learn; add them in {type(self).__name__}.configure_optimizers, "
+                "or freeze them with requires_grad_(False)"
             )
 
     def _resume_loader(self) -> None:
