@@ -146,6 +146,7 @@ GOOD = lines(["a", "b"] * 4)
         (lines([0, 1, -2, 1]), {}, "'-2' in line 4"),
         (lines(["a"] * 4), {}, "1 classes"),
         (lines([0, 5]), {"class_names": ["x", "y"]}, "label 5"),
+        (lines([1, 2]), {"class_names": ["x", "y"]}, "run from 1 to 2 .*: subtract 1 from the labels"),
         (lines([0, 1, 2]), {"class_names": ["0", "2", "1"]}, "label 2 .* class named '2' or number 2 .*, '1'"),
         (lines([0, 1, 2]), {"class_names": ["10", "2", "1", "0"]}, "label 2 .* class named '2' or number 2 .*, '1'"),
         (lines([0, 1]), {"class_names": ["x", "x"]}, "class_names has 'x' twice"),

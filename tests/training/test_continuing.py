@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -18,7 +19,8 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, Recipe, StudentConfig
+from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, DistillationModule, Recipe, StudentConfig
+from ackd_lightning.data import DigitsDataModule
 from training.helpers import Blobs, TinyNet, build, largest_difference, state, trainer
 
 pytestmark = [
@@ -40,6 +42,18 @@ class Rates(ModelCheckpoint):
 
     def on_train_epoch_start(self, run, module):
         self.found.append(run.optimizers[0].param_groups[0]["lr"])
+
+
+class KeepAt(Callback):
+    """Saves a checkpoint after a step and ends the fit."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, run, *args):
+        if run.global_step == self.step and not self.path.exists():
+            run.save_checkpoint(self.path)
+            raise RuntimeError("killed")
 
 
 def fit(module, folder, epochs, *, resume=False):
@@ -258,3 +272,23 @@ def test_a_fit_of_a_few_batches_does_not_go_on_inside_an_epoch(tmp_path):
         fitted(9, tmp_path / "4.ckpt")
     fitted(6)
     assert fitted(9, tmp_path / "6.ckpt") == 9
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about few steps
+@pytest.mark.parametrize("stopped", [2, 8])
+@pytest.mark.parametrize("changed", [{"batch_size": 16}, {"seed": 2}, {"sampling": "balanced"}, {}], ids=str)
+def test_a_schedule_of_steps_does_not_go_on_within_an_epoch_of_other_batches(tmp_path, changed, stopped):
+    """The loader is made to count the steps, before the checkpoint says which epoch it is."""
+
+    def fit(place=None, **options):
+        data = DigitsDataModule(**{"batch_size": 32, "max_per_class": 17, "seed": 1, **options})  # 6 batches an epoch
+        cosine = functools.partial(CosineAnnealingLR, T_max=0)
+        net = DistillationModule("resnet8", data=data.info, lr_scheduler=cosine, recipe=Recipe(interval="step"))
+        run = trainer(max_epochs=2, callbacks=[KeepAt(tmp_path / "a.ckpt", stopped)])
+        run.fit(net, datamodule=data, ckpt_path=place)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fit()
+    said = pytest.raises(ACKDError, match=f"after batch 2 of epoch {1 + stopped // 6} and cannot go on within it")
+    with said if changed else contextlib.nullcontext():
+        fit(tmp_path / "a.ckpt", **changed)

@@ -140,6 +140,11 @@ def classes_of(
     if isinstance(found[0], int):
         known = list(range(len(names))) if positions else _numbers(found, names, place)
     unknown = [label for label in found if label not in set(known)]
+    if unknown and found == list(range(1, len(names) + 1)):
+        raise ACKDError(
+            f"the labels of {place} run from 1 to {len(names)} and class_names are those of the numbers from 0: "
+            "subtract 1 from the labels"
+        )
     if unknown:
         raise ACKDError(f"the label {unknown[0]!r} of {place} is not one of the {len(names)} class_names: add it")
     if unseen := [name for name, label in zip(names, known, strict=True) if label not in set(found)]:

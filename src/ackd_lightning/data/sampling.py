@@ -234,10 +234,13 @@ class ResumableLoader(ImageLoader):
 
     _epoch = -1
     _done = 0
+    _began: dict[str, Any] | None = None
 
     def __iter__(self) -> Any:
         sampler = self.sampler
         if isinstance(sampler, EpochSampler):
+            self._refuse_another_epoch(sampler)
+            self._began = None
             self._epoch, self._done = sampler.epoch, sampler.start // (self.batch_size or 1)
         for batch in super().__iter__():
             self._done += 1
@@ -266,13 +269,18 @@ class ResumableLoader(ImageLoader):
             state: Result of `state_dict`.
 
         Raises:
-            ACKDError: Within an epoch that began with other batches or images.
+            ACKDError: Within an epoch that began with other batches or images; also raised when the epoch begins.
         """
         sampler = self.sampler
         if isinstance(sampler, EpochSampler):
             sampler.resume_at(state["epoch"], state["batches"] * (self.batch_size or 1))
-            if sampler.start:
-                refuse_another_epoch(state, self._made_of())
+            self._began = state
+            self._refuse_another_epoch(sampler)
+
+    def _refuse_another_epoch(self, sampler: EpochSampler) -> None:
+        """Refuse other batches or images; a loader that is made before its epoch is known asks when that begins."""
+        if self._began is not None and sampler.start:
+            refuse_another_epoch(self._began, self._made_of())
 
 
 def refuse_another_epoch(began: Mapping[str, Any], now: Mapping[str, Any]) -> None:

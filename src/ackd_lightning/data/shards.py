@@ -261,7 +261,7 @@ class ShardLoader:
     def __init__(self, shards: Shards, **options: Any) -> None:
         self.shards = shards
         self.loader = ImageLoader(shards, batch_size=None, **options)
-        self._resume: tuple[int, int] = (-1, 0)
+        self._began: dict[str, Any] | None = None
         self._done = 0
 
     def __len__(self) -> int:
@@ -285,9 +285,8 @@ class ShardLoader:
         self.shards.epoch = epoch
 
     def __iter__(self) -> Iterator[RawBatch]:
-        epoch, done = self._resume
-        self._resume = (-1, 0)
-        self.shards.done = self._done = done if epoch == self.shards.epoch else 0
+        self.shards.done = self._done = self._refuse_another_epoch()
+        self._began = None
         for batch in self.loader:
             self._done += 1
             yield batch
@@ -316,11 +315,18 @@ class ShardLoader:
             state: Result of `state_dict`.
 
         Raises:
-            ACKDError: Within an epoch that began with other batches, images or workers.
+            ACKDError: Within an epoch that began with other batches, images or workers; also raised when the epoch
+                begins.
         """
-        self._resume = (state["epoch"], state["batches"])
-        if state["batches"] and state["epoch"] == self.shards.epoch:
-            refuse_another_epoch(state, self._made_of())
+        self._began = state
+        self._refuse_another_epoch()
+
+    def _refuse_another_epoch(self) -> int:
+        """Return how many batches of this epoch were returned before; refuse others than it began with."""
+        if self._began is None or self._began["epoch"] != self.shards.epoch or not self._began["batches"]:
+            return 0
+        refuse_another_epoch(self._began, self._made_of())
+        return int(self._began["batches"])
 
 
 def expand(root: Path, pattern: str) -> list[Path]:
