@@ -26,7 +26,7 @@ from ackd_lightning.errors import (
     not_permitted,
 )
 from ackd_lightning.launch import LIGHTNING
-from ackd_lightning.launch.command_line import find_own_classes, with_values
+from ackd_lightning.launch.command_line import command_after, find_own_classes, with_values
 from ackd_lightning.launch.short_help import asks_for_help, short_help
 from ackd_lightning.launch.signals import ended_by_signals
 from ackd_lightning.launch.streams import outlive_readers, print_log
@@ -358,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _failed(str(error), 2 if isinstance(error, ACKDError) else 1)
         first = (str(error).splitlines() or [""])[0]
         if isinstance(error, OSError) and error.errno in _FULL:
-            return _failed(f"a file could not be written ({first}); free disk space and run the same command again", 1)
+            return _failed(f"a file could not be written ({first}); free disk space and {command_after(arguments)}", 1)
         if isinstance(error, OSError) and error.errno in NOT_PERMITTED:
             return _failed(not_permitted(error), 1)
         if _LOST.search(str(error)):
@@ -380,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(end.sentence, int(end.code or 0))
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
-            return _failed("interrupted; --resume auto resumes from the last completed epoch", 130)
+            return _failed("interrupted; --resume auto resumes a run that has a checkpoint", 130)
         if end.code == 143 or type(end).__name__ == "SIGTERMException":  # Lightning's would exit with 0
             return _failed("terminated", 143)
         raise

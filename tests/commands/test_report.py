@@ -258,13 +258,18 @@ def test_a_file_with_the_classes_in_another_order_has_the_same_accuracy(run):
 
 def test_a_file_of_earlier_weights_is_left_out(run):
     own, checkpoint = run / "student.safetensors", read_checkpoint(run / "checkpoints/last.ckpt")["ackd_lightning"]
-    for name, epochs in (("student-last", 0.5), ("student-last-copy", checkpoint["epochs_trained"])):
-        file = run / f"{name}.safetensors"
+    trained = checkpoint["epochs_trained"]
+    for name, epochs, time in (("", 0.5, 0), ("-new", 0.5, None), ("-copy", trained, 0)):
+        file = run / f"student-last{name}.safetensors"
         save_weights(load_file(own), file, {**read_metadata(own), "epochs": str(epochs)})
-        os.utime(file, (0, 0))
+        if time is not None:
+            os.utime(file, (time, time))
     assert main(["report", str(run), "--no-latency", "--out", "page"]) == 0
     found = json.loads(Path("page/report.json").read_text())
     left = [each for each in found["notes"] if "exported before the run ended" in each]
-    assert [each.partition(" is left out")[0] for each in left] == ["student-last.safetensors"]
+    assert [each.partition(" is left out")[0] for each in left] == [
+        "student-last-new.safetensors",
+        "student-last.safetensors",
+    ]
     assert found["no_temperature"] is None
     assert found["calibration"]["validation_images"]

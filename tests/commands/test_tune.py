@@ -193,6 +193,19 @@ def test_an_interrupted_trial_is_tried_again(monkeypatch):
     assert first == second
 
 
+def test_a_search_goes_on_after_a_process_that_was_killed_while_it_wrote(capsys):
+    assert main([*TUNE, *LR, "--trials", "1"]) == 0
+    log, lock = Path("tune/study.log"), Path("tune/study.log.lock")
+    log.write_bytes(log.read_bytes()[:-30])  # the accuracy of the trial: it was not written to the end
+    lock.symlink_to("tune/study.log")  # as Optuna makes it
+    assert main([*TUNE, *LR, "--trials", "1"]) == 0
+    first, second = (each["--model.optimizer.lr"] for each in tried())
+    assert first == second
+    assert not lock.is_symlink()
+    assert main([*TUNE, *LR, "--trials", "2"]) == 0
+    assert len(calls) == 3
+
+
 def test_a_grid_is_tried_whole_and_a_failure_ends_the_search(monkeypatch, capsys):
     monkeypatch.setattr(Processes, "process", lambda *given: calls.append(given[1]) or "no such luck")
     assert main([*TUNE, "--set", "model.optimizer.lr=0.1,0.2"]) == 1

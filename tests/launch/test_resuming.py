@@ -261,6 +261,40 @@ def test_a_run_that_stopped_early_keeps_its_results_and_says_what_to_raise(tmp_p
     assert "test" not in json.loads((run / "summary.json").read_text())
 
 
+def test_a_full_disk_leaves_what_was_measured_before_a_run_is_trained_longer(run, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    run = Path(shutil.copytree(run, tmp_path / "runs/digits_resnet8/one"))
+    assert main(["test", str(run)]) == 0
+    before = {path: path.read_bytes() for path in [run / "summary.json", *(run / "predictions").iterdir()]}
+    with monkeypatch.context() as patch:
+        patch.setattr("ackd_lightning.callbacks.checkpoints.os.fsync", full)
+        assert main([*FIT, "--resume", str(run), "--trainer.max_epochs", "2"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert main([*FIT, "--resume", str(run), "--trainer.max_epochs", "2"]) == 0
+    assert "test" not in json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fit", "--config", "ce"], "run the same command again with --resume auto"),
+        (["fit", "--resume=auto"], "run the same command again"),
+        (["report", "runs/a"], "run the same command again"),
+    ],
+)
+def test_a_full_disk_is_followed_by_what_goes_on(arguments, words, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ackd_lightning.cli._run", full)
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.strip().endswith(f"free disk space and {words}")
+
+
 def test_commands_on_an_unfinished_run_say_so(run, capsys):
     summary, outdated = run / "summary.json", run / "student-last.onnx"
     content = summary.read_text()

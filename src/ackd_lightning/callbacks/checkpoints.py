@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,12 @@ class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoint plugin that writes a file whole or not at all.
 
     A killed process or a full disk leaves the checkpoint that was there before.
+
+    Attributes:
+        before_replacing: Called once when the next file is complete and about to replace the earlier one.
     """
+
+    before_replacing: Callable[[], None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
@@ -73,8 +80,14 @@ class WholeCheckpoints(TorchCheckpointIO):
         buffer = io.BytesIO()  # torch's own writer does not raise OSError
         torch.save(checkpoint, buffer)
         try:
-            with whole_file(target) as partial, buffer.getbuffer() as view, partial.open("wb") as file:
-                file.write(view)
+            with whole_file(target) as partial:
+                with buffer.getbuffer() as view, partial.open("wb") as file:
+                    file.write(view)
+                    file.flush()
+                    os.fsync(file.fileno())
+                done, self.before_replacing = self.before_replacing, None
+                if done is not None:
+                    done()
         except OSError as error:
             kept = sorted(each.name for each in target.parent.glob("*.ckpt"))
             left = f"{' and '.join(kept)} of before are kept" if kept else "there is none of before"

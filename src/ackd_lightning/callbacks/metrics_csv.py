@@ -10,6 +10,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from ackd_lightning.runs.files import whole_file
+
 
 def drop_partial_line(path: Path) -> None:
     """Remove what a full disk or a loss of power left of the last line of a file.
@@ -30,6 +32,15 @@ class _AppendingWriter(ExperimentWriter):
             drop_partial_line(Path(self.metrics_file_path))
             with self._fs.open(self.metrics_file_path, "r", newline="") as file:
                 self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Write the file again with more columns, whole or not at all; Lightning's own writer empties it first."""
+        with self._fs.open(self.metrics_file_path, "r", newline="") as file:
+            rows = list(csv.DictReader(file))
+        with whole_file(Path(self.metrics_file_path)) as partial, partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 class CurvesFile(CSVLogger):

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ackd_lightning.callbacks.accuracy_table import accuracy_table
+from ackd_lightning.callbacks.checkpoints import WholeCheckpoints
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.loaders import data_of
@@ -28,8 +29,9 @@ from ackd_lightning.runs.files import (
     CURVES,
     LEARNERS,
     STUDENT,
+    exports,
+    is_older,
     measured_last,
-    outdated_exports,
     read_summary,
     same_content,
     whole_file,
@@ -107,9 +109,12 @@ class RunSummary(L.Callback):
             self.earlier_stands = True
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remove what was measured before a run is trained longer, when its checkpoint is about to be replaced."""
+        """Remove what was measured before a run is trained longer, when a new checkpoint is written and complete."""
         if self.earlier_stands and trainer.is_global_zero:
-            self._forget()
+            if isinstance(writer := trainer.strategy.checkpoint_io, WholeCheckpoints):
+                writer.before_replacing = self._forget
+            else:
+                self._forget()
 
     def _forget(self) -> None:
         """Remove summary and answers of the earlier part of a run."""
@@ -294,7 +299,7 @@ class RunSummary(L.Callback):
         print(f"{summary['run']}: {', '.join(name for name in files.values() if (self.folder / name).exists())}")
         if self.copy_to:
             print(f"weights of the last epoch, for later runs: {self.copy_to}")
-        for file in outdated_exports(self.folder):
+        for file in (each for each, checkpoint in exports(self.folder).items() if is_older(each, checkpoint)):
             print(f"{file} was exported before the run ended; export it again with --overwrite")
 
     def show_next(self, *, tested: bool) -> None:

@@ -44,3 +44,14 @@ def with_values(arguments: Sequence[str]) -> list[str]:
             name = f"{'--config' if name == '-c' else name}={waiting.pop()}"
         found.append(name)
     return found
+
+
+def command_after(arguments: Sequence[str] | None) -> str:
+    """Say how a command that was broken off goes on: a fit resumes its run.
+
+    Args:
+        arguments: Command line of ``ackd``; None for that of this process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    resumes = arguments[:1] != ["fit"] or any(each.partition("=")[0] == "--resume" for each in arguments)
+    return "run the same command again" + ("" if resumes else " with --resume auto")

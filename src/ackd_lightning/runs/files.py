@@ -368,15 +368,24 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
     return list(runs.values())
 
 
-def outdated_exports(folder: Path) -> dict[Path, Path]:
-    """Return the files of ``ackd export`` in a run's folder that are older than their checkpoint, with that checkpoint.
+def exports(folder: Path) -> dict[Path, Path]:
+    """Return the files of ``ackd export`` in a run's folder by their names, each with its checkpoint.
 
     Args:
         folder: Folder of a run.
     """
     found: dict[Path, Path] = {}
     for checkpoint in sorted((folder / "checkpoints").glob("*.ckpt")):
-        written = checkpoint.stat().st_mtime
         exported = sorted(folder.glob(f"student*-{checkpoint.stem}*"))
-        found |= {each: checkpoint for each in exported if each.suffix != ".bin" and each.stat().st_mtime < written}
+        found |= {each: checkpoint for each in exported if each.suffix != ".bin"}
     return found
+
+
+def is_older(file: Path, checkpoint: Path) -> bool:
+    """Whether a file was written before its checkpoint.
+
+    Args:
+        file: Exported file.
+        checkpoint: Checkpoint that it is of by its name.
+    """
+    return file.stat().st_mtime < checkpoint.stat().st_mtime

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 from rich.table import Table
 
+from ackd_lightning.callbacks.metrics_csv import drop_partial_line
 from ackd_lightning.commands.processes import Processes, devices_for, resumable, say
 from ackd_lightning.commands.reproduce.jobs import as_arguments
 from ackd_lightning.commands.tune.space import Values, fragment, grid, read_values
@@ -220,9 +221,14 @@ class _Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal = require("optuna.storages.journal", "tune", "`ackd tune`")
         place.mkdir(parents=True, exist_ok=True)
+        log = (place / "study.log").resolve()  # relative, a lock that another process left would be waited for forever
+        for left in log.parent.glob(f"{log.name}.lock*"):
+            left.unlink()  # of a process that was killed: the folder is claimed by this one
+        if log.is_file():
+            drop_partial_line(log)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(place / "study.log")))
+            storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(log)))
             self.study = optuna.create_study(
                 storage=storage, study_name="ackd", direction="maximize", load_if_exists=True
             )

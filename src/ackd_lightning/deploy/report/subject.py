@@ -23,7 +23,7 @@ from ackd_lightning.models.student import Peer
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo.complexity import count_parameters
 from ackd_lightning.runs.export import peer_name
-from ackd_lightning.runs.files import outdated_exports, read_checkpoint
+from ackd_lightning.runs.files import exports, is_older, read_checkpoint
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.types import DataInfo, height_width
 
@@ -243,10 +243,14 @@ def check_data(network: ExportedNetwork, data: DataInfo) -> None:
 
 
 def _refuse_outdated(network: ExportedNetwork, checkpoint: Path) -> None:
-    """Refuse a file that was exported before its checkpoint was trained to the end; a copy can be older by its date."""
+    """Refuse a file that was exported before its checkpoint was trained to the end: by its epochs, else by its date."""
     stated = network.description.origin.get("epochs")
     epochs = read_checkpoint(checkpoint)["ackd_lightning"].get("epochs_trained")
-    if stated is None or epochs is None or float(stated) != float(epochs):
+    if stated is None or epochs is None:
+        outdated = is_older(network.path, checkpoint)
+    else:
+        outdated = float(stated) != float(epochs)
+    if outdated:
         raise ACKDError("it was exported before the run ended; export it again with --overwrite")
 
 
@@ -294,15 +298,15 @@ def exported_files(
     Returns:
         A cost for each file; functions from the data's images to logits; sentences about files that were left out.
     """
-    costs, asked, notes, old = [], {}, [], outdated_exports(folder)
+    costs, asked, notes, ours = [], {}, [], exports(folder)
     for path in sorted(each for each in folder.iterdir() if each.suffix.lower() in ENDINGS and each.is_file()):
         if skip is not None and path.resolve() == skip.resolve():
             continue
         try:
             network = open_network(path)
             check_data(network, data)
-            if path in old:
-                _refuse_outdated(network, old[path])
+            if path in ours:
+                _refuse_outdated(network, ours[path])
         except ACKDError as error:
             notes.append(f"{path.name} is left out: {error}")
             continue
