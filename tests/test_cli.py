@@ -172,7 +172,7 @@ class TestAfterwards:
         assert main(["fit", "--config", "digits_resnet20_resnet8.yaml", *resumed, *flags]) == 0
         run = beside / "runs" / "digits_resnet20_resnet8" / "explicit"
         said = capsys.readouterr().out
-        assert "the best epoch is found anew, as the best checkpoint of" in said
+        assert "of which no checkpoint is here, is not counted" in said
         best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
         assert json.loads((run / "summary.json").read_text())["best"]["epoch"] == best["epoch"] + 1 == 3
         kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]

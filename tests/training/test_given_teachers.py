@@ -561,3 +561,23 @@ def test_the_gate_reads_what_validation_reads(form, images, monkeypatch):
         run.fit(module, train, loaders[form])
     assert "measured_acc" in module.teachers.frozen[0].metadata
     assert judged == [images]  # one batch of 16 from each loader
+
+
+class WithExtraState(TinyNet):
+    def get_extra_state(self):
+        return {"steps": 3, "scale": torch.ones(2)}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about its own quantisation
+@pytest.mark.parametrize("kind", ["quantised", "extra", "sparse"])
+def test_a_teacher_whose_state_holds_more_than_tensors_teaches(kind):
+    network = WithExtraState(8) if kind == "extra" else TinyNet(8)
+    if kind == "quantised":
+        network = torch.ao.quantization.quantize_dynamic(network.eval(), {nn.Linear}, dtype=torch.qint8)
+    if kind == "sparse":
+        network.register_buffer("mask", torch.eye(3).to_sparse())
+    module = fitted(built(teaching(network)))
+    assert module.metadata()["teacher_facts"][0]["weights_sha256"]

@@ -262,6 +262,26 @@ def test_a_layer_without_an_optimizer_is_named(learns, recwarn):
     assert all("extra.weight and 1 more parameters are in no optimizer" in each for each in said)
 
 
+def test_a_checkpoint_says_what_was_trained_on_and_not_what_was_asked_last():
+    run, net, given = trainer(max_epochs=1), build(CE()), Blobs()
+    run.fit(net, datamodule=Blobs())
+    given.trainer = run
+    run.validate(net, given.val_dataloader(), verbose=False)
+    assert net.metadata()["data"] == "Blobs"
+
+
+def test_a_sub_class_may_have_its_own_end_of_a_fit():
+    class Ending(DistillationModule):
+        ended = False
+
+        def on_train_end(self):
+            self.ended = True
+
+    net = Ending(TinyNet(), method=CE(), data=DATA, optimizer=functools.partial(SGD, lr=0.1))
+    trainer(max_epochs=1).fit(net, datamodule=Blobs())
+    assert net.ended
+
+
 class Late(CE):
     project = None
 
@@ -286,6 +306,7 @@ class KeepsStudent(CE):
     [
         (Late, r"Late has created project.weight in a step, where no optimizer has it; create it in `build`"),
         (Lazy, r"project.weight of method Lazy is lazy; create it in `build`"),
+        (lambda: Sum([CE(), KeepsStudent()]), r"KeepsStudent holds the student's parameters in 'network'"),
         (KeepsStudent, r"KeepsStudent holds the student's parameters in 'network'; .*self.keep_outside\('network'"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -99,6 +102,7 @@ def test_a_method_that_reads_a_teachers_network_says_so(tmp_path):
 
 class Study(DistillationModule):
     def __init__(self, student, data, note="x", recipe=None):
+        self.classes = data.num_classes
         super().__init__(student, data=data, recipe=recipe)
         self.save_hyperparameters(ignore=["student"])
 
@@ -110,6 +114,18 @@ def test_settings_that_a_sub_class_saves_itself_can_be_read(tmp_path):
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = Study.load_from_checkpoint(tmp_path / "a.ckpt", student="resnet8", weights_only=True)
     assert (again.hparams["note"], again.recipe, again.data) == ("y", study.recipe, study.data)
+    command = [
+        sys.executable,
+        "-m",
+        "ackd_lightning",
+        "export",
+        "a.ckpt",
+        "--out",
+        "a.safetensors",
+        "--check",
+        "random",
+    ]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
 
 
 def test_a_method_that_is_built_from_its_teachers_says_so(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -192,8 +193,11 @@ def test_a_fit_goes_on_with_the_network_that_it_was_given(tmp_path, precision):
         )
         run.fit(net, datamodule=Blobs(), ckpt_path=place, weights_only=True)
 
-    network, half = TinyNet(8), {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    network, half = TinyNet(8), {"mean": tuple(np.array([0.5] * 3)), "std": (0.5,) * 3}
     fit(network, **half)
+    converted = build(KD(), teacher=TeacherConfig(network, gate="off", **half), data=DataInfo(4, 8)).double()
+    facts = torch.load(tmp_path / "last.ckpt", weights_only=True)["ackd_lightning"]["teacher_facts"]
+    assert [each.fingerprint() for each in converted.teachers] == [each["weights_sha256"] for each in facts]
     with pytest.raises(ACKDError, match=r"learned from a teacher TinyNet with weights_sha256 \w{12} and this run has"):
         fit(TinyNet(8), tmp_path / "last.ckpt", **half)
     with pytest.raises(ACKDError, match=r"TinyNet with std \[0.5, 0.5, 0.5\] and this run has \[0.25, 0.5, 0.5\]"):

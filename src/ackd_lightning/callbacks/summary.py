@@ -153,10 +153,13 @@ class RunSummary(L.Callback):
 
         The best epoch of another run, whose best checkpoint is not here, is left out.
         """
-        own = state_dict["folder"] == str(self.folder.absolute()) or (self.folder / "checkpoints/best.ckpt").is_file()
+        here = str(self.folder.absolute())
+        before = state_dict.get("folder", here)
+        own = before == here or (self.folder / "checkpoints/best.ckpt").is_file()
         if not own and state_dict["best"]:
-            kept = f"the best checkpoint of {state_dict['folder']} stays in that folder"
-            rank_zero_only(print)(f"the best epoch is found anew, as {kept}", flush=True)
+            rank_zero_only(print)(
+                f"the best epoch of {before}, of which no checkpoint is here, is not counted", flush=True
+            )
         self.best, self.seconds = state_dict["best"] if own else {}, state_dict["seconds"]
         self.last, self.measured_at = state_dict["last"], state_dict["measured_at"]
         self.images, self.epochs = state_dict["images"], state_dict["epochs"]

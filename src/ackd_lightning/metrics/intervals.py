@@ -196,11 +196,15 @@ def paired_bootstrap(first: Tensor, second: Tensor, *, draws: int = 2000, seed: 
     """
     values, counts = (first.double() - second.double()).unique(return_counts=True)  # type: ignore[no-untyped-call]
     total, turned = len(first), [*zip((-values).tolist(), counts.tolist(), strict=True)][::-1]
-    if turned > [*zip(values.tolist(), counts.tolist(), strict=True)]:  # both orders draw the same images
+    straight = [*zip(values.tolist(), counts.tolist(), strict=True)]
+    if turned > straight:  # both orders draw the same images
         difference, low, high = paired_bootstrap(second, first, draws=draws, seed=seed)
         return -difference, -high, -low
     samples = np.random.default_rng(seed).multinomial(total, (counts / total).numpy(), size=draws)
     low, high = np.quantile(samples @ values.numpy() / total, [0.025, 0.975])
+    if turned == straight:
+        high = max(-low, high)
+        low = -high
     return float((values * counts).sum() / total), float(low), float(high)
 
 

@@ -82,8 +82,8 @@ class Preprocessing:
     def plain(self) -> dict[str, Any]:
         """Return mean, std, size and interpolation as plain data."""
         return {
-            "mean": self.mean and list(self.mean),
-            "std": self.std and list(self.std),
+            "mean": self.mean and list(map(float, self.mean)),
+            "std": self.std and list(map(float, self.std)),
             "input_size": self.input_size and list(height_width(self.input_size)),
             "interpolation": self.interpolation,
         }

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,7 @@ from ackd_lightning.models.weight_files import (
     refuse_url,
     tell,
 )
+from ackd_lightning.plain import is_plain
 
 STUDENT_PREFIX = "student.backbone."
 """Prefix of the target learner's keys in this package's own Lightning checkpoints."""
@@ -155,13 +157,31 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of weights, with their names, as hexadecimal digits.
 
     Args:
-        state: Tensors by name, in an order that is always the same.
+        state: Tensors by name, in an order that is always the same; other values, as of quantised layers, by their
+            tensors and their text.
     """
     found = hashlib.sha256()
     for key, value in state.items():
         found.update(key.encode())
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        _add(value, found)
     return found.hexdigest()
+
+
+def _add(value: Any, found: Any) -> None:
+    """Add a value of a state dict to a digest."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.to_dense() if value.layout != torch.strided else value
+        found.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            found.update(str(key).encode())
+            _add(each, found)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _add(each, found)
+    else:
+        found.update((repr(value) if is_plain(value) else type(value).__name__).encode())
 
 
 def digest(path: str | os.PathLike[str]) -> str:

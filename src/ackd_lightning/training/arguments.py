@@ -66,12 +66,21 @@ def build_method(method: Method, networks: Networks) -> None:
 def _refuse_student(method: Method, student: nn.Module | None) -> None:
     """Refuse a method that holds the student, or a part of it, as a sub-module: optimizers would have it twice."""
     own = {id(each) for each in (() if student is None else student.parameters())}
-    for name, part in method.named_children():
-        if own & {id(each) for each in part.parameters()}:
-            raise ACKDError(
-                f"method {type(method).__name__} holds the student's parameters in {name!r}; set that attribute with "
-                f"self.keep_outside({name!r}, ...), which leaves them to the student"
-            )
+    if not own & {id(each) for each in method.parameters()}:
+        return
+    if not own & {id(each) for group in method.parameter_groups() for each in group["params"]}:
+        return  # a method may leave them out itself
+    parts = [each for each in method.modules() if isinstance(each, Method)]
+    owner, name = next(
+        (type(each).__name__, name)
+        for each in reversed(parts)  # those of a sum before the sum
+        for name, part in each.named_children()
+        if own & {id(one) for one in part.parameters()}
+    )
+    raise ACKDError(
+        f"method {owner} holds the student's parameters in {name!r}; set that attribute with "
+        f"self.keep_outside({name!r}, ...), which leaves them to the student"
+    )
 
 
 def refuse_late_parameters(method: Method, known: Collection[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,7 +35,6 @@ from ackd_lightning.training.continuing import (
 from ackd_lightning.training.labels import Labels, check_unlabelled
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
-from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.training.teacher_choice import compare_classes
 from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import DataInfo
@@ -60,6 +59,7 @@ class SelfDescribing(OpenOptimizers):
     seed: int
     start: Start | None
     _started_from: dict[str, Any] | None = None
+    _trained_on: dict[str, Any] | None = None  # what is said of the data of the last fit
     _loaded: Mapping[str, Any] = MappingProxyType({})  # what a checkpoint says of the training of its weights
     _epochs: int | None = None  # of the fit
 
@@ -112,6 +112,7 @@ class SelfDescribing(OpenOptimizers):
         data = data_of(self.trainer)
         targets = getattr(data, "train_targets", None)
         check_unlabelled(self.method, None if targets is None else torch.as_tensor(targets), data)
+        self._trained_on = _facts_of_data(data)
         self.labelling.begin_fit(None if targets is None else torch.as_tensor(targets))
         self.method.begin_fit(
             FitInfo(
@@ -200,7 +201,6 @@ class SelfDescribing(OpenOptimizers):
 
     def metadata(self) -> dict[str, Any]:
         """Return what an export needs to know, as plain data."""
-        data = data_of(self._trainer)
         # counted from 1 in the first step of an epoch; 0 where this Trainer has trained nothing
         epoch = 0 if self._trainer is None else self.trainer.fit_loop.epoch_progress.current.ready
         whole = 1.0 if self._trainer is None else self.trainer.num_training_batches
@@ -216,9 +216,7 @@ class SelfDescribing(OpenOptimizers):
             "mean": list(self.data.mean) if self.data.mean else None,
             "std": list(self.data.std) if self.data.std else None,
             "class_names": list(self.data.class_names) if self.data.class_names else None,
-            "preprocessing": data.preprocessing if isinstance(data, ImageDataModule) else None,
-            "data": type(data).__name__ if data is not None else None,
-            "images": data.part_marks if isinstance(data, ImageDataModule) else None,
+            **(self._trained_on or _facts_of_data(data_of(self._trainer))),
             "method": type(self.method).__name__,
             "teacher": self._teacher_names(),
             "teacher_sha256": [each.metadata.get("sha256") for each in self.teachers.frozen],
@@ -261,9 +259,6 @@ class SelfDescribing(OpenOptimizers):
         parameters = (name for name, _ in self.named_parameters())
         check_weights(self, state, {*parameters, *(name for name in state if name.startswith("student."))})
         checkpoint["ackd_lightning"] = self.metadata()
-        if isinstance(given := checkpoint.get("hyper_parameters"), dict):  # a sub-class may have saved its own
-            own = {key: asdict(each) for key, each in given.items() if isinstance(each, DataInfo | Recipe)}
-            checkpoint["hyper_parameters"] = {**given, **own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""
@@ -328,7 +323,17 @@ class SelfDescribing(OpenOptimizers):
                 )
 
 
+def _facts_of_data(data: Any) -> dict[str, Any]:
+    """Return what a checkpoint says about the data, as plain data."""
+    own = isinstance(data, ImageDataModule)
+    return {
+        "preprocessing": data.preprocessing if own else None,
+        "data": type(data).__name__ if data is not None else None,
+        "images": data.part_marks if own else None,
+    }
+
+
 def _facts(teacher: FrozenTeacher) -> dict[str, Any]:
     """Return what a teacher's logits depend on beside a weight file."""
-    facts = {**teacher.conversion.own.plain(), "bf16": teacher.bf16}
+    facts = {**teacher.given.plain(), "bf16": teacher.bf16}
     return facts if "sha256" in teacher.metadata else {**facts, "weights_sha256": teacher.fingerprint()}

@@ -126,8 +126,8 @@ class OpenOptimizers(TwoGradients):
         if left:
             them = f"{left[0]} and {len(left) - 1} more parameters are" if left[1:] else f"{left[0]} is"
             rank_zero_warn(
-                f"{them} in no optimizer and will not learn; add them in {type(self).__name__}.configure_optimizers, "
-                "or freeze them with requires_grad_(False)"
+                f"{them} in no optimizer and learn only if code of yours trains them; add them in "
+                f"{type(self).__name__}.configure_optimizers, or freeze them with requires_grad_(False)"
             )
 
     def _resume_loader(self) -> None:

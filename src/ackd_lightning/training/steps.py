@@ -186,8 +186,9 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
         self.log_terms(loss, terms, student, batch)
         return loss
 
-    def on_train_end(self) -> None:
+    def on_train_epoch_end(self) -> None:
         """Forget a step that had no backward pass, as in the last epoch of Lightning's average: no graph is copied."""
+        super().on_train_epoch_end()
         self._last = None
 
     def on_after_backward(self) -> None:

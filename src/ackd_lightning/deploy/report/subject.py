@@ -237,9 +237,11 @@ def check_data(network: ExportedNetwork, data: DataInfo) -> None:
             f"{network.path} has {description.num_classes} classes and the data have {data.num_classes}; name the data "
             "that it was trained on"
         )
-    if description.class_names and data.class_names and set(description.class_names) != set(data.class_names):
-        other = min(set(description.class_names) - set(data.class_names))
-        raise ACKDError(f"{network.path} has a class {other!r} and the data do not; name the data it was trained on")
+    if description.class_names and data.class_names and sorted(description.class_names) != sorted(data.class_names):
+        other = next(iter(sorted(set(description.class_names) ^ set(data.class_names))), description.class_names[0])
+        raise ACKDError(
+            f"{network.path} has other classes than the data, such as {other!r}; name the data it was trained on"
+        )
 
 
 def _refuse_outdated(network: ExportedNetwork, checkpoint: Path) -> None:
