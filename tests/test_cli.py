@@ -708,14 +708,19 @@ def test_a_file_that_could_not_be_written_is_a_failure_and_no_mistake(monkeypatc
     assert capsys.readouterr().err == "ackd: the disk is full\n"
 
 
-def test_a_full_disk_is_said_without_a_name(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "then"),
+    [(["report", "runs/a"], ""), (["fit", "--resume=auto"], ""), (["fit", "--config", "ce"], " with --resume auto")],
+    ids=["report", "resumed", "fit"],
+)
+def test_a_full_disk_is_said_without_a_name(arguments, then, monkeypatch, capsys):
     def full(arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("ackd_lightning.cli._run", full)
-    assert main(["fit"]) == 1
+    assert main(arguments) == 1
     said = "ackd: a file could not be written ([Errno 28] No space left on device); free disk space and run the same "
-    assert capsys.readouterr().err == f"{said}command again\n"
+    assert capsys.readouterr().err == f"{said}command again{then}\n"
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])

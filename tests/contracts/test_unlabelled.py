@@ -36,7 +36,7 @@ class HalfLabelled(L.LightningDataModule):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_without_labels(name):
+def test_images_without_labels(name, tmp_path):
     method = method_of(name)
     teacher = TeacherConfig(network=create_model("resnet14", 4), gate="off")
     assistant = TeacherConfig(network=create_model("resnet8", 4), gate="off")
@@ -49,7 +49,8 @@ def test_images_without_labels(name):
         optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3),
         seed=0,
     )
-    trainer = L.Trainer(fast_dev_run=2, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    trainer = L.Trainer(fast_dev_run=2, accelerator="cpu", **quiet)
     if method.labels == "mixed" and name != "ce":  # which has no other term
         trainer.fit(module, HalfLabelled())
         assert all(parameter.isfinite().all() for parameter in module.parameters())

@@ -278,23 +278,6 @@ def test_a_full_disk_leaves_what_was_measured_before_a_run_is_trained_longer(run
     assert "test" not in json.loads((run / "summary.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["fit", "--config", "ce"], "run the same command again with --resume auto"),
-        (["fit", "--resume=auto"], "run the same command again"),
-        (["report", "runs/a"], "run the same command again"),
-    ],
-)
-def test_a_full_disk_is_followed_by_what_goes_on(arguments, words, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ackd_lightning.cli._run", full)
-    assert main(arguments) == 1
-    assert capsys.readouterr().err.strip().endswith(f"free disk space and {words}")
-
-
 def test_commands_on_an_unfinished_run_say_so(run, capsys):
     summary, outdated = run / "summary.json", run / "student-last.onnx"
     content = summary.read_text()

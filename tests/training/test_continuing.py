@@ -262,7 +262,9 @@ def test_a_resumed_fit_in_float64_keeps_all_digits(tmp_path):
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
 def test_a_fit_of_a_few_batches_does_not_go_on_inside_an_epoch(tmp_path):
     def fitted(steps, resume=None):
-        run = trainer(max_epochs=4, max_steps=steps, overfit_batches=3, enable_checkpointing=True)
+        run = trainer(
+            max_epochs=4, max_steps=steps, overfit_batches=3, enable_checkpointing=True, default_root_dir=tmp_path
+        )
         run.fit(build(CE()), datamodule=Blobs(), ckpt_path=resume)
         run.save_checkpoint(tmp_path / f"{steps}.ckpt")
         return run.global_step
