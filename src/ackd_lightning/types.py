@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
@@ -173,9 +172,6 @@ class DataInfo:
         """``(C, H, W)`` of one image."""
         channels = self.channels or (len(self.mean) if self.mean else 3)
         return (channels, *height_width(self.input_size))
-
-
-torch.serialization.add_safe_globals([DataInfo])  # a checkpoint of a sub-class that saves its own arguments has one
 
 
 @dataclass(frozen=True, slots=True)

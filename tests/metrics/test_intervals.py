@@ -57,6 +57,7 @@ def test_an_interval_is_the_same_from_both_sides(counts):
     there, back = paired_test(first, second), paired_test(second, first)
     assert (back.low, back.high) == (-there.high, -there.low)
     assert back.p_value == there.p_value
+    assert str(paired_bootstrap(first, first)) == "(0.0, 0.0, 0.0)"
     shares = (first.double() + second.double()) / 3, second.double()
     difference, low, high = paired_bootstrap(*shares)
     assert paired_bootstrap(*reversed(shares)) == (-difference, -high, -low)

@@ -296,6 +296,11 @@ class Lazy(CE):
         self.project = nn.LazyLinear(2)
 
 
+class KeepsWeight(CE):
+    def build(self, networks):
+        self.weight = networks.student_network.backbone.fc.weight
+
+
 class KeepsStudent(CE):
     def build(self, networks):
         self.network = networks.student_network
@@ -306,6 +311,7 @@ class KeepsStudent(CE):
     [
         (Late, r"Late has created project.weight in a step, where no optimizer has it; create it in `build`"),
         (Lazy, r"project.weight of method Lazy is lazy; create it in `build`"),
+        (KeepsWeight, r"KeepsWeight holds the student's parameters in 'weight'"),
         (lambda: Sum([CE(), KeepsStudent()]), r"KeepsStudent holds the student's parameters in 'network'"),
         (KeepsStudent, r"KeepsStudent holds the student's parameters in 'network'; .*self.keep_outside\('network'"),
     ],

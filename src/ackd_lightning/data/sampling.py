@@ -294,10 +294,10 @@ def refuse_another_epoch(began: Mapping[str, Any], now: Mapping[str, Any]) -> No
         ACKDError: If a value differs.
     """
     for name, value in now.items():
-        if began[name] != value:
+        if began.get(name) != value:
             raise ACKDError(
                 f"the run stopped after batch {began['batches']} of epoch {began['epoch'] + 1} and cannot go on within "
-                f"it: {name} was {began[name]} and is {value}, so images would be left out or read twice; give the "
+                f"it: {name} was {began.get(name)} and is {value}, so images would be left out or read twice; give the "
                 "earlier value, or start a new run"
             )
 

@@ -203,8 +203,8 @@ def paired_bootstrap(first: Tensor, second: Tensor, *, draws: int = 2000, seed: 
     samples = np.random.default_rng(seed).multinomial(total, (counts / total).numpy(), size=draws)
     low, high = np.quantile(samples @ values.numpy() / total, [0.025, 0.975])
     if turned == straight:
-        high = max(-low, high)
-        low = -high
+        high = max(high, -low)
+        low = 0.0 - high  # no -0.0
     return float((values * counts).sum() / total), float(low), float(high)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as L
@@ -12,6 +13,8 @@ from torch import nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method, Networks
+from ackd_lightning.training.schedule import Recipe
+from ackd_lightning.types import DataInfo
 
 
 def note_arguments(cls: type[L.LightningModule]) -> None:
@@ -30,9 +33,17 @@ def note_arguments(cls: type[L.LightningModule]) -> None:
     def constructor(self: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         given = {*kwargs, *names[: len(args)], *(["student"] if len(args) > len(names) else [])}
         self.__dict__.setdefault("_given", given)  # the outermost constructor comes first
-        own(self, *args, **kwargs)
+        own(self, *args, **{name: _as_saved(name, each) for name, each in kwargs.items()})
 
     cls.__init__ = constructor  # type: ignore[method-assign]
+
+
+def _as_saved(name: str, value: Any) -> Any:
+    """Return `DataInfo` or `Recipe` of plain data, in which a checkpoint keeps the arguments of a sub-class."""
+    kind = {"data": DataInfo, "recipe": Recipe}.get(name)
+    if kind is None or not isinstance(value, Mapping) or {each.name for each in fields(kind)} != value.keys():
+        return value
+    return kind(**value)
 
 
 def build_method(method: Method, networks: Networks) -> None:
@@ -74,8 +85,8 @@ def _refuse_student(method: Method, student: nn.Module | None) -> None:
     owner, name = next(
         (type(each).__name__, name)
         for each in reversed(parts)  # those of a sum before the sum
-        for name, part in each.named_children()
-        if own & {id(one) for one in part.parameters()}
+        for name, part in (*each.named_parameters(recurse=False), *each.named_children())
+        if own & {id(one) for one in (part.parameters() if isinstance(part, nn.Module) else [part])}
     )
     raise ACKDError(
         f"method {owner} holds the student's parameters in {name!r}; set that attribute with "

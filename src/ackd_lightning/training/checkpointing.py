@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +35,7 @@ from ackd_lightning.training.continuing import (
 from ackd_lightning.training.labels import Labels, check_unlabelled
 from ackd_lightning.training.nonfinite import check_weights
 from ackd_lightning.training.optimizers import OpenOptimizers
+from ackd_lightning.training.schedule import Recipe
 from ackd_lightning.training.teacher_choice import compare_classes
 from ackd_lightning.training.teachers import Teachers
 from ackd_lightning.types import DataInfo
@@ -259,6 +260,9 @@ class SelfDescribing(OpenOptimizers):
         parameters = (name for name, _ in self.named_parameters())
         check_weights(self, state, {*parameters, *(name for name in state if name.startswith("student."))})
         checkpoint["ackd_lightning"] = self.metadata()
+        if isinstance(given := checkpoint.get("hyper_parameters"), dict):  # a sub-class may have saved its own
+            own = {key: asdict(each) for key, each in given.items() if isinstance(each, DataInfo | Recipe)}
+            checkpoint["hyper_parameters"] = {**given, **own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the count of skipped steps, and match the data's classes with the checkpoint's."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -54,9 +53,6 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check the values."""
         check_arguments(type(self), {each.name: getattr(self, each.name) for each in fields(self)})
-
-
-torch.serialization.add_safe_globals([Recipe])  # as in `ackd_lightning.types`
 
 
 class WarmUp(LRScheduler):

@@ -79,7 +79,9 @@ def tune(
     shared, described, own = _plan(settings, values, train_fraction, epochs)
     check_writable(place, "--out")
     where = place.resolve()
-    with claim(where.parent, where.name, resume=True, option="--out"), resumable():
+    with claim(where.parent, where.name, resume=True, option="--out") as mine, resumable():
+        if mine.held:
+            _clear_log(place)
         search = _Search(optuna, place, values, shared, described, own, seed=seed, parallel=len(devices) > 1)
         combinations = grid(values, trials)
         number = len(combinations) or trials
@@ -88,6 +90,20 @@ def tune(
         waiting = search.begin(combinations)
         search.run(len(search.finished) + waiting if combinations else number, devices)
         _report(search, settings)
+
+
+def _log(place: Path) -> Path:
+    """File of a search; absolute, as Optuna waits forever for the lock of a dead process at a relative one."""
+    return (place / "study.log").resolve()
+
+
+def _clear_log(place: Path) -> None:
+    """Remove the lock and the partial line of a process that was killed; no other one may own the folder."""
+    log = _log(place)
+    for left in log.parent.glob(f"{log.name}.lock*"):
+        left.unlink(missing_ok=True)
+    if log.is_file():
+        drop_partial_line(log)
 
 
 def _plan(
@@ -221,11 +237,7 @@ class _Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal = require("optuna.storages.journal", "tune", "`ackd tune`")
         place.mkdir(parents=True, exist_ok=True)
-        log = (place / "study.log").resolve()  # relative, a lock that another process left would be waited for forever
-        for left in log.parent.glob(f"{log.name}.lock*"):
-            left.unlink()  # of a process that was killed: the folder is claimed by this one
-        if log.is_file():
-            drop_partial_line(log)
+        log = _log(place)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(log)))

@@ -244,10 +244,9 @@ def check_data(network: ExportedNetwork, data: DataInfo) -> None:
         )
 
 
-def _refuse_outdated(network: ExportedNetwork, checkpoint: Path) -> None:
+def _refuse_outdated(network: ExportedNetwork, checkpoint: Path, epochs: Any) -> None:
     """Refuse a file that was exported before its checkpoint was trained to the end: by its epochs, else by its date."""
     stated = network.description.origin.get("epochs")
-    epochs = read_checkpoint(checkpoint)["ackd_lightning"].get("epochs_trained")
     if stated is None or epochs is None:
         outdated = is_older(network.path, checkpoint)
     else:
@@ -301,6 +300,7 @@ def exported_files(
         A cost for each file; functions from the data's images to logits; sentences about files that were left out.
     """
     costs, asked, notes, ours = [], {}, [], exports(folder)
+    epochs: dict[Path, Any] = {}
     for path in sorted(each for each in folder.iterdir() if each.suffix.lower() in ENDINGS and each.is_file()):
         if skip is not None and path.resolve() == skip.resolve():
             continue
@@ -308,7 +308,9 @@ def exported_files(
             network = open_network(path)
             check_data(network, data)
             if path in ours:
-                _refuse_outdated(network, ours[path])
+                if (checkpoint := ours[path]) not in epochs:
+                    epochs[checkpoint] = read_checkpoint(checkpoint)["ackd_lightning"].get("epochs_trained")
+                _refuse_outdated(network, checkpoint, epochs[checkpoint])
         except ACKDError as error:
             notes.append(f"{path.name} is left out: {error}")
             continue
