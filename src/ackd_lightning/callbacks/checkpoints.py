@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -80,14 +79,13 @@ class WholeCheckpoints(TorchCheckpointIO):
         buffer = io.BytesIO()  # torch's own writer does not raise OSError
         torch.save(checkpoint, buffer)
         try:
-            with whole_file(target) as partial:
-                with buffer.getbuffer() as view, partial.open("wb") as file:
-                    file.write(view)
-                    file.flush()
-                    os.fsync(file.fileno())
-                done, self.before_replacing = self.before_replacing, None
-                if done is not None:
-                    done()
+            with (
+                whole_file(target, before=self.before_replacing) as partial,
+                buffer.getbuffer() as view,
+                partial.open("wb") as file,
+            ):
+                file.write(view)
+            self.before_replacing = None
         except OSError as error:
             kept = sorted(each.name for each in target.parent.glob("*.ckpt"))
             left = f"{' and '.join(kept)} of before are kept" if kept else "there is none of before"

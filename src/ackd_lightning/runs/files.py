@@ -12,7 +12,7 @@ import pickle
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ _REQUIRED = {"num_classes", "input_size", "mean", "std", "data", "method", "seed
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
+def whole_file(path: Path, *, replace: bool = True, before: Callable[[], None] | None = None) -> Iterator[Path]:
     """Write a file whole or not at all.
 
     The caller writes to a hidden file in the same folder. When the block ends without an exception, the file gets the
@@ -44,6 +44,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     Args:
         path: File to write. Missing folders are made.
         replace: Whether to replace a file that exists, also one that another process has made since the block began.
+        before: Called when the hidden file is complete, before it replaces ``path``.
 
     Raises:
         FileExistsError: If there is a file and it is not to be replaced.
@@ -71,6 +72,8 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         partial.chmod(mode)
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
+        if before is not None:
+            before()
         if not replace:
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))

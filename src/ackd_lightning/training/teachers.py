@@ -293,10 +293,10 @@ class Teachers:
         """
         self._device = fn(torch.empty(0)).device
         own = self.frozen or tuple(self._given.values())
-        for each in own:
-            if _converts(each, fn):
-                each.fingerprint()  # of the weights that were given
-        if self._borrowed and any(_changes(each, fn) for each in own):
+        changed = [each for each in own if _changes(each, fn)]
+        for each in changed:
+            each.fingerprint()  # of the weights that were given
+        if self._borrowed and changed:
             for each in own:
                 each.own_network()
             self._borrowed = False
@@ -309,12 +309,6 @@ def _changes(teacher: FrozenTeacher, fn: Callable[[Tensor], Tensor]) -> bool:
     kinds = {(each.dtype, each.device) for each in itertools.chain(teacher.parameters(), teacher.buffers())}
     moved = ((fn(torch.empty(0, dtype=dtype, device=device)), dtype, device) for dtype, device in kinds)
     return any((each.dtype, each.device) != (dtype, device) for each, dtype, device in moved)
-
-
-def _converts(teacher: FrozenTeacher, fn: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a function of tensors changes the type of any in a teacher."""
-    kinds = {each.dtype for each in itertools.chain(teacher.parameters(), teacher.buffers())}
-    return any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in kinds)
 
 
 def count_classes(teacher: FrozenTeacher, data: DataInfo) -> int:
