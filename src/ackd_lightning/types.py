@@ -99,7 +99,7 @@ class NetSpec:
     pooled: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DataInfo:
     """What a training module has to know about its data.
 

@@ -28,7 +28,7 @@ First = tuple[int, int]
 """Epoch and index of the first image of a training batch."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """Augmentation of training images besides mirror image and, for small ones, zero-padded crop.
 

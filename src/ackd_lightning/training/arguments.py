@@ -94,17 +94,17 @@ def _refuse_student(method: Method, student: nn.Module | None) -> None:
     )
 
 
-def refuse_late_parameters(method: Method, known: Collection[str]) -> None:
+def refuse_late_parameters(method: Method, known: Collection[int]) -> None:
     """Refuse parameters that a method has created in a step, which no optimizer has.
 
     Args:
         method: Method of the module.
-        known: Names of its parameters before the first step.
+        known: Identities of its parameters before the first step; names change, as when weights are pruned.
 
     Raises:
         ACKDError: Naming the first of them.
     """
-    late = [name for name, each in method.named_parameters() if each.requires_grad and name not in known]
+    late = [name for name, each in method.named_parameters() if each.requires_grad and id(each) not in known]
     if late:
         raise ACKDError(
             f"method {type(method).__name__} has created {late[0]} in a step, where no optimizer has it; create it in "

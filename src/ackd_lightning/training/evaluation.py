@@ -169,11 +169,22 @@ class EvaluationSteps(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Choose the split that logging keys name."""
+        self._forget_loaders()
         self.evaluation.begin("test" if self.looks_at_test() else "val")
 
     def on_test_epoch_start(self) -> None:
         """Choose the split that logging keys name."""
+        self._forget_loaders()
         self.evaluation.begin("test")
+
+    def _forget_loaders(self) -> None:
+        """Let Lightning forget what the steps of an earlier evaluation logged.
+
+        It keeps whether that had several loaders and, as all loaders share their keys here, refuses another number.
+        """
+        results = self.trainer._results
+        for key in [key for key, each in (results or {}).items() if each.meta.fx in ("validation_step", "test_step")]:
+            del results[key]
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Measure the student, each auxiliary learner and their ensemble on a batch.

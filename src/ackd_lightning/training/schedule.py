@@ -19,7 +19,7 @@ _LENGTHS = {"CosineAnnealingLR": "T_max", "PolynomialLR": "total_iters"}
 """Attributes that hold the length of a schedule; 0 stands for the length of the fit."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What a training recipe says besides optimizer and schedule.
 

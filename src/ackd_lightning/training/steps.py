@@ -36,7 +36,7 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
 
     channels_last: bool
     cache: TeacherCache | None
-    _built: frozenset[str] | None = None
+    _built: frozenset[int] | None = None
     _last: tuple[NetOutput, NetOutput | None, Batch] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -145,7 +145,7 @@ class TrainingSteps(SelfDescribing, EvaluationSteps):
         """Refuse a student of weights that nothing trained, where the recipe needs trained ones."""
         super().on_train_start()
         check_trained(self.student, self.student_config, self.start or self._started_from)  # a checkpoint is loaded now
-        self._built = frozenset(name for name, _ in self.method.named_parameters())
+        self._built = frozenset(map(id, self.method.parameters()))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Train on one batch.
