@@ -147,7 +147,7 @@ def use_taps(network: nn.Module, names: Sequence[str], whose: str = "the network
 
 
 def _tapped(network: nn.Module, names: Sequence[str], whose: str) -> StagePlan:
-    result = next((found for size in native_sizes(network) if (found := traced(network, size)) is not None), None)
+    result = traced(network)
     if result is None:
         raise ACKDError(f"taps is {list(names)} and {whose} cannot be run on an example; leave taps out")
     _, _, record = result

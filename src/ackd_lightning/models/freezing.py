@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.copies import name_of
-from ackd_lightning.models.finding import native_sizes, plan_for, traced
+from ackd_lightning.models.finding import plan_for, traced
 from ackd_lightning.models.stages import stage_parts
 
 _FROZEN = "_frozen_statistics"
@@ -26,10 +26,8 @@ def parts_by_stage(network: nn.Module) -> dict[str, tuple[str, ...]]:
     plan = plan_for(network)
     if plan is None:
         return {}
-    for size in native_sizes(network):
-        if (found := traced(network, size)) is not None:
-            return stage_parts(network, found[2], plan.features)
-    return {}
+    found = traced(network)
+    return stage_parts(network, found[2], plan.features) if found else {}
 
 
 def freeze(network: nn.Module, names: Sequence[str]) -> None:

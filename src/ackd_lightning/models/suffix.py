@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import EXAMPLES, clone, dtype_of, name_of, twin
 from ackd_lightning.models.features import StagePlan, capture
-from ackd_lightning.models.finding import native_sizes, probe, traced
+from ackd_lightning.models.finding import probe, traced
 from ackd_lightning.models.outputs import first_tensor, logits_of
 from ackd_lightning.models.tracing import Trace
 from ackd_lightning.types import ImageSize
@@ -211,8 +211,7 @@ class Cuts:
     """
 
     def __init__(self, network: nn.Module, plan: StagePlan, input_size: ImageSize | None = None) -> None:
-        sizes = native_sizes(network) if input_size is None else [input_size]
-        example = next((found for size in sizes if (found := traced(network, size)) is not None), None)
+        example = traced(network, input_size)
         if example is None:
             if input_size is not None:
                 probe(network, input_size)  # states why, and a size that the network can read
