@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
 

@@ -10,7 +10,6 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -94,7 +93,6 @@ def draw_examples(
     margin, above, below = 1.0, 0.4, 0.2 + _LINE * lines  # inches around the grid
     width, height = margin + count * _CELL, above + len(rows) * _CELL + below
     figure = Figure(figsize=(width, height), dpi=_DPI)
-    FigureCanvasAgg(figure)
     figure.text(0.5, 1 - above / 2 / height, title, fontsize=10, ha="center", va="center")
     for row, (label, images) in enumerate(rows):
         bottom = height - above - (row + 1) * _CELL

@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -68,7 +67,6 @@ def new_figure(width: float, height: float = 4.0, panels: int = 1) -> tuple[Figu
         panels: Number of panels.
     """
     figure = Figure(figsize=(width, height), dpi=100)
-    FigureCanvasAgg(figure)
     axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
     # margins by hand: layout engines draw everything twice
     left, right = 0.6 / width, 1 - 0.15 / width

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from matplotlib.figure import Figure
+
 from ackd_lightning.commands.reproduce.results import NOT_RUN, Line
 from ackd_lightning.commands.reproduce.specs import TableSpec
 from ackd_lightning.errors import ACKDError
@@ -81,17 +83,13 @@ def draw(content: Sequence[Line], target: Path) -> None:
         content: Lines of the table.
         target: PNG file to write.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     content = [line for line in content if line.paper is not None or line.ours != NOT_RUN] or content
     panels = list(dict.fromkeys((line.pair, line.metric) for line in content))
     labels = {line.label: textwrap.fill(line.label, 44) for line in content}
     lines_of_label = max(label.count("\n") + 1 for label in labels.values())
     height = 1.2 + (0.14 + 0.16 * lines_of_label) * len(content) / len(panels)
-    figure, grid = plt.subplots(len(panels), figsize=(8, height * len(panels)), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(8, height * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), squeeze=False)
     for axes, (pair, metric) in zip(grid[:, 0], panels, strict=True):
         own = [line for line in content if (line.pair, line.metric) == (pair, metric)]
         for place, line in enumerate(own):
@@ -119,7 +117,6 @@ def draw(content: Sequence[Line], target: Path) -> None:
         figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=3, fontsize=8)
     with whole_file(target) as partial:
         write_figure(figure, partial, dpi=120)
-    plt.close(figure)
 
 
 def write_records(records: Sequence[dict[str, Any]], path: Path) -> None:

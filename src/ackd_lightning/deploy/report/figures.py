@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -23,9 +22,7 @@ _MAX_CLASSES = 40
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
 
 
 def _png(figure: Figure) -> bytes:
@@ -194,7 +191,6 @@ def mistakes(images: NDArray[np.float32], captions: Sequence[tuple[str, str, str
     rows = -(-len(images) // columns)
     width, height = 1.75 * columns, 2.35 * rows  # inches; the side of an image is 1.65
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
-    FigureCanvasAgg(figure)
     for place, (true, predicted, file) in enumerate(captions):
         row, column = divmod(place, columns)
         left, top = 1.75 * column + 0.05, height - 2.35 * row - 0.05
