@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.metadata import typed_metadata
+from ackd_lightning.models.metadata import as_text, typed_metadata
 from ackd_lightning.types import ImageSize, height_width
 
 ORIGIN = (
@@ -168,8 +168,7 @@ class Description:
             "reads": self.reads,
             "batch": self.batch,
         }
-        text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-        return {key: value for key, value in text.items() if value != "null"}
+        return as_text(values)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], origin: str) -> Description:

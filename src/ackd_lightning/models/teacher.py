@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import json
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from ackd_lightning.models.class_map import ClassSelection, TeacherClasses
 from ackd_lightning.models.copies import WATCH, clone, image_channels
 from ackd_lightning.models.features import staged_forward
 from ackd_lightning.models.fusion import fused
-from ackd_lightning.models.metadata import typed_metadata
+from ackd_lightning.models.metadata import as_text, typed_metadata
 from ackd_lightning.models.preprocessing import Interpolation, Preprocessing, channels_of, closest_interpolation
 from ackd_lightning.models.teacher_base import FeaturesOnly, Teacher
 from ackd_lightning.models.weights import digest, load_weights, state_digest
@@ -280,7 +279,7 @@ class FrozenTeacher(Teacher):
             ACKDError: If no weights are published, or they cannot be fetched.
         """
         network, facts = pretrained(name, options)
-        metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+        metadata = as_text(facts)
         metadata |= {"model": name, "preprocessing_origin": f"of {facts['weights']}"}
         if "interpolation" in facts:
             metadata["interpolation"] = closest_interpolation(facts["interpolation"])
