@@ -14,7 +14,7 @@ from ackd_lightning.commands.student import check_data, read_student
 from ackd_lightning.deploy.checking import SINGLE, Check, images_of, is_chance, is_other, random_images
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import check_free, export, measured, reading_uint8
-from ackd_lightning.deploy.formats.formats import FORMATS, Format, file_size, find_format
+from ackd_lightning.deploy.formats.formats import BY_ENDING, FORMATS, Format, file_size, find_format
 from ackd_lightning.deploy.formats.safetensors import DTYPES
 from ackd_lightning.deploy.int8 import Measured, export_int8, fine_tuned, int8_network
 from ackd_lightning.deploy.pixels import Preprocessing
@@ -151,11 +151,10 @@ def _formats(names: Sequence[str], out: str | None) -> list[Format]:
         return [find_format(name) for name in dict.fromkeys(names)]
     if out is None or not Path(out).suffix:
         return [FORMATS["safetensors"]]
-    by_ending = {each.ending: each for each in FORMATS.values()}
     ending = Path(out).suffix.lower()
-    if ending not in by_ending:
-        raise ACKDError(f"--out is {out}; name a file that ends in {', '.join(by_ending)}, or pass --format")
-    return [by_ending[ending]]
+    if ending not in BY_ENDING:
+        raise ACKDError(f"--out is {out}; name a file that ends in {', '.join(BY_ENDING)}, or pass --format")
+    return [BY_ENDING[ending]]
 
 
 def _check_options(kinds: Sequence[Format], dtype: str, with_preprocessing: bool, options: Sequence[str]) -> None:
@@ -188,8 +187,7 @@ def _targets(kinds: Sequence[Format], out: str | None, stem: Path, dtype: str, w
         return [stem.with_name(f"{stem.name}{marks[kind]}{more}{kind.ending}") for kind in kinds]
     path = Path(out)
     if len(kinds) > 1:
-        endings = {each.ending for each in FORMATS.values()}
-        if path.suffix.lower() in endings:
+        if path.suffix.lower() in BY_ENDING:
             raise ACKDError(
                 f"--out is {out} and there are {len(kinds)} formats; give a name without an ending, such as "
                 f"{path.with_suffix('')}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.deploy.description import Description
-from ackd_lightning.deploy.formats.formats import FORMATS
+from ackd_lightning.deploy.formats.formats import BY_ENDING
 from ackd_lightning.deploy.pixels import AnyImage, Preprocessing
 from ackd_lightning.deploy.student import Predictions, predict
 from ackd_lightning.errors import ACKDError
@@ -19,8 +19,7 @@ from ackd_lightning.models.weight_files import local_file
 from ackd_lightning.runs.export import network_of
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, refuse_which
 
-_BY_ENDING = {each.ending: each for each in FORMATS.values()}
-ENDINGS = tuple(_BY_ENDING)
+ENDINGS = tuple(BY_ENDING)
 """Endings of files that can be opened."""
 
 
@@ -110,11 +109,11 @@ def open_network(
     if not file.is_file():
         raise ACKDError(f"{file} does not exist; name a run folder, or a file that `ackd export` wrote")
     refuse_which(file, which)
-    if ending not in _BY_ENDING:
+    if ending not in BY_ENDING:
         raise ACKDError(
-            f"{file} has a format that is unknown; name a run folder, or a file that ends in {', '.join(_BY_ENDING)}"
+            f"{file} has a format that is unknown; name a run folder, or a file that ends in {', '.join(BY_ENDING)}"
         )
-    kind = _BY_ENDING[ending]
+    kind = BY_ENDING[ending]
     opened = kind.open_file(file)
     if "model" not in opened.metadata:
         raise ACKDError(

@@ -73,6 +73,7 @@ FORMATS = {
         Format("openvino", ".xml", openvino.write, openvino.open_file, "openvino", ("openvino",), beside=".bin"),
     )
 }
+BY_ENDING = {each.ending: each for each in FORMATS.values()}
 
 
 def find_format(name: str) -> Format:
@@ -84,8 +85,7 @@ def find_format(name: str) -> Format:
     Raises:
         ACKDError: If there is no such format.
     """
-    by_ending = {each.ending: each for each in FORMATS.values()}
-    found = FORMATS.get(name) or by_ending.get(name.lower())
+    found = FORMATS.get(name) or BY_ENDING.get(name.lower())
     if found is None:
         raise ACKDError(f"format {name!r} is unknown; {near_matches(name, FORMATS)}")
     return found
@@ -97,5 +97,5 @@ def file_size(path: Path) -> int:
     Args:
         path: File of any format, or a checkpoint.
     """
-    kind = {each.ending: each for each in FORMATS.values()}.get(path.suffix.lower())
+    kind = BY_ENDING.get(path.suffix.lower())
     return sum(each.stat().st_size for each in (kind.files(path) if kind else [path]) if each.is_file())
