@@ -78,7 +78,7 @@ def predict(
                 preprocessing,
                 notes,
                 top=top,
-                batch_size=min(batch_size, description.batch or batch_size),
+                batch_size=batch_size,
                 workers=workers,
                 device=place,
                 progress=lambda count: bar.advance(task, count),

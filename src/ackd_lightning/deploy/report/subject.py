@@ -179,7 +179,7 @@ def of_file(network: ExportedNetwork, data: DataInfo, *, measure_on: Sequence[to
     """
     description = network.description
     check_data(network, data)
-    ask = in_batches(network, data)
+    ask = logits_for(network, data)
     subject = Subject(
         lambda image: {STUDENT: ask(image)},
         {
@@ -255,10 +255,10 @@ def _refuse_outdated(network: ExportedNetwork, checkpoint: Path, epochs: Any) ->
         raise ACKDError("it was exported before the run ended; export it again with --overwrite")
 
 
-def in_batches(network: ExportedNetwork, data: DataInfo) -> Callable[[Tensor], Tensor]:
+def logits_for(network: ExportedNetwork, data: DataInfo) -> Callable[[Tensor], Tensor]:
     """Return a function from the data's images to the logits of the data's classes in their order.
 
-    Images get the file's own normalisation and are given in batches that it can read.
+    Images get the file's own normalisation.
 
     Args:
         network: File that was opened.
@@ -276,8 +276,7 @@ def in_batches(network: ExportedNetwork, data: DataInfo) -> Callable[[Tensor], T
                 for each in (data.mean, data.std, description.mean, description.std)
             )
             image = (image * std + mean - own_mean) / own_std
-        parts = torch.split(image, description.batch) if description.batch else (image,)
-        logits = torch.cat([network.logits(each) for each in parts]).to(image.device)
+        logits = network.logits(image).to(image.device)
         return logits if order is None else logits[:, order]
 
     return ask
@@ -320,5 +319,5 @@ def exported_files(
         if timed and network.network is None:
             cost.latency = _of_graph(network, (torch.device("cpu"),))
         costs.append(cost)
-        asked[cost.name] = in_batches(network, data)
+        asked[cost.name] = logits_for(network, data)
     return costs, asked, notes
