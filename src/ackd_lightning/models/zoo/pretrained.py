@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.weight_files import tell
 from ackd_lightning.models.zoo import TIMM, construct, create_model, named, timm_name, torchvision_names
 from ackd_lightning.models.zoo.huggingface import HF, described, folder_of, with_weights
 
@@ -99,10 +100,9 @@ def pretrained(name: str, options: dict[str, Any] | None = None) -> tuple[nn.Mod
     for option in given:
         if option in ("stem", "num_classes", "weights", "pretrained", "pretrained_cfg", "checkpoint_path"):
             raise ACKDError(f"option {option!r} of {name!r} contradicts its published weights; leave it out")
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        local = found.cached is not None and str(found.cached) != found.source
-        place = f"from the local cache, {found.cached} ({found.source})" if local else f"from {found.source}"
-        print(f"weights of {name} ({found.metadata['weights']}): {place}", flush=True)
+    local = found.cached is not None and str(found.cached) != found.source
+    place = f"from the local cache, {found.cached} ({found.source})" if local else f"from {found.source}"
+    tell(f"weights of {name} ({found.metadata['weights']}): {place}")
     try:
         if found.cached is None and found.source.startswith("http"):
             _ask(found.source)
