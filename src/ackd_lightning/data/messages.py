@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -11,17 +10,11 @@ log = logging.getLogger("ackd_lightning.data")
 log.setLevel(logging.WARNING)  # its own, since some libraries raise the level of the root logger
 
 
-def on_first_process() -> bool:
-    """Whether this process is the one that prints."""
-    rank: Any = getattr(rank_zero_only, "rank", 0)  # set by Lightning
-    return rank in (None, 0)
-
-
+@rank_zero_only
 def say(sentence: str) -> None:
     """Log a line about the data on the first process.
 
     Args:
         sentence: What was guessed, passed over or converted.
     """
-    if on_first_process():
-        log.warning(sentence)
+    log.warning(sentence)
