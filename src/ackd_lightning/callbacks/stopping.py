@@ -114,9 +114,6 @@ class WholeStepTimer(Timer):
         duration: Time as Lightning's ``max_time``.
     """
 
-    def __init__(self, duration: Any) -> None:
-        super().__init__(duration)
-
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Look at the clock where the optimizer has made a step."""
         batches = trainer.fit_loop.epoch_loop.batch_idx + 1

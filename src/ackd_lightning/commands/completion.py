@@ -11,7 +11,6 @@ from ackd_lightning.config.files import config_folder, method_names, packaged_na
 from ackd_lightning.launch import LIGHTNING
 from ackd_lightning.launch.short_help import options_of
 
-SHELLS = ("bash", "zsh", "fish")
 _RUN = {"run", "runs", "network"}
 _DEEPEST = 4
 """Levels of folders below the current one in which runs are looked for."""

@@ -21,7 +21,6 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.random import image_keys, stateless_bits, stateless_uniform
 
 ResidualConnection = Literal["convex", "learned", "additive"]
-RESIDUAL_CONNECTIONS = ("convex", "learned", "additive")
 _STREAM = 0x41434E  # keeps this noise apart from all other random numbers
 
 

@@ -72,7 +72,6 @@ def prepare(
     Raises:
         ACKDError: If a library is missing, or the network cannot be written as a graph.
     """
-    before = network.training
     modes = {module: module.training for module in network.modules()}
     image = torch.zeros(2, channels, *height_width(input_size), device=_device(network))
     with _quiet():
@@ -99,7 +98,6 @@ def prepare(
         finally:
             for module, mode in modes.items():
                 module.training = mode
-    assert network.training == before
     if training:
         _size_ranges(prepared)
     if not _observers(prepared):

@@ -101,7 +101,6 @@ class SelfDescribing(OpenOptimizers):
             raise ACKDError(f"{target} exists; choose another file or pass overwrite=True")
         checkpoint = {
             "ackd_lightning": self.metadata(),
-            "hyper_parameters": dict(self.hparams),
             "state_dict": self.state_dict(),
         }
         return write_student(checkpoint, target)
@@ -111,15 +110,16 @@ class SelfDescribing(OpenOptimizers):
     def _begin_fit(self) -> None:
         """Tell the method about the fit."""
         data = data_of(self.trainer)
-        targets = getattr(data, "train_targets", None)
-        check_unlabelled(self.method, None if targets is None else torch.as_tensor(targets), data)
+        given = getattr(data, "train_targets", None)
+        targets = None if given is None else torch.as_tensor(given)
+        check_unlabelled(self.method, targets, data)
         self._trained_on = _facts_of_data(data)
-        self.labelling.begin_fit(None if targets is None else torch.as_tensor(targets))
+        self.labelling.begin_fit(targets)
         self.method.begin_fit(
             FitInfo(
                 epochs=self._epochs,
                 batch_size=getattr(data, "batch_size", None),
-                targets=None if targets is None else torch.as_tensor(targets),
+                targets=targets,
                 seed=self.seed,
                 teachers=self.teachers.frozen,
             )

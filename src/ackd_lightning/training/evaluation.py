@@ -69,13 +69,11 @@ class Evaluation(nn.Module):
             method: The method.
         """
         while len(self.others) < loader:
-            other = Evaluation(spec, method).to(next(iter(self._metrics())).device)
+            own = cast(MulticlassAccuracy, next(iter(self.accuracies.values())))
+            other = Evaluation(spec, method).to(own.device)
             other.begin(f"{self._prefix}{len(self.others) + 2}")
             self.others.append(other)
         return cast(Evaluation, self.others[loader - 1]) if loader else self
-
-    def _metrics(self) -> list[MulticlassAccuracy]:
-        return [cast(MulticlassAccuracy, each) for each in self.accuracies.values()]
 
     def update(
         self, module: L.LightningModule, method: Method, student: NetOutput, prediction: Tensor, target: Tensor

@@ -22,7 +22,6 @@ from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files
 from ackd_lightning.errors import ACKDError
 
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 _GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "F")
 _SMALL_FILE = 100_000
 """Bytes up to which a file is decoded whole; larger ones are checked by header and end marker, as a fit does."""

@@ -1,5 +1,1 @@
 """``ackd reproduce``: plan the runs of a table, start them, write the table; nothing is trained in this process."""
-
-from ackd_lightning.commands.reproduce.command import reproduce
-
-__all__ = ["reproduce"]

@@ -25,8 +25,6 @@ def write(network: nn.Module, example: Tensor, path: Path, metadata: Mapping[str
     Raises:
         ACKDError: If a library is missing, or the exporter refuses the network.
     """
-    for library in ("onnx", "onnxscript"):
-        require(library, "onnx", "format onnx")
     graph = graph_of(network, example, "onnx")
     try:
         with quiet():
