@@ -34,7 +34,7 @@ def own_callbacks(
     if any(each.gate != "off" for each in teachers):
         callbacks.append(TeacherGate())
     if hasattr(method, "examples"):
-        from ackd_lightning.callbacks.examples import ExamplePictures  # needs matplotlib
+        from ackd_lightning.callbacks.examples import ExamplePictures  # matplotlib is slow to import
 
         asked = any(isinstance(each, ExamplePictures) for each in present)
         callbacks += [ExamplePictures()] if trainer.loggers and not asked else []  # else: no folder of a run

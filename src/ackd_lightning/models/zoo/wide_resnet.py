@@ -73,8 +73,8 @@ class BlockGroup(nn.Module):
 class WideResNet(nn.Module):
     """Wide residual network WRN-``depth``-``widen`` with ``depth`` = 6n + 4.
 
-    Stage outputs are residual sums, before the next BatchNorm and ReLU; the final pair is the plan's tail. They are
-    32x32, 16x16 and 8x8 for 32x32 images; other image sizes work too, because the pooling is global.
+    Stage outputs are residual sums, before the next BatchNorm and ReLU; that of the last stage is after the final pair.
+    They are 32x32, 16x16 and 8x8 for 32x32 images; other image sizes work too, because the pooling is global.
 
     Shapes: images (B, 3, H, W) to logits (B, K).
 
