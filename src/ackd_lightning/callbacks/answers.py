@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.loaders import data_of
 from ackd_lightning.data.webdataset import WebDatasetDataModule
@@ -109,7 +110,7 @@ class TestAnswers(L.Callback):
 
     def _looks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         reads_test = cast("Any", pl_module).looks_at_test()
-        return bool(self.folder and reads_test and not trainer.sanity_checking and not trainer.fast_dev_run)
+        return bool(self.folder and reads_test and not trainer.sanity_checking and not is_fast_dev_run(trainer))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin again."""

@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ackd_lightning.callbacks.health import is_fast_dev_run
+
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
 
@@ -44,7 +46,7 @@ class DiskSpaceCheck(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Estimate the space that the run needs, and warn if the disk has less."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         size = checkpoint_bytes(pl_module, trainer.optimizers)
         kept = sum(

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.length import epochs_of_fit
 from ackd_lightning.data.loaders import data_of
 from ackd_lightning.runs.figures import write_figure
@@ -149,7 +150,7 @@ class ExamplePictures(L.Callback):
         self.drawn = int(state_dict["drawn"])
 
     def _is_due(self, trainer: L.Trainer) -> bool:
-        if self.folder is None or not trainer.is_global_zero or trainer.sanity_checking or trainer.fast_dev_run:
+        if self.folder is None or not trainer.is_global_zero or trainer.sanity_checking or is_fast_dev_run(trainer):
             return False
         done = trainer.current_epoch + 1
         fits = trainer.state.fn == TrainerFn.FITTING

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.errors import RunStoppedError
 
 
@@ -49,5 +50,5 @@ class RunFigures(L.Callback):
 
     def _draw(self, trainer: L.Trainer) -> None:
         there = (self.folder / "metrics.csv").is_file()  # not with a logger of the user's
-        if trainer.is_global_zero and there and not trainer.fast_dev_run:
+        if trainer.is_global_zero and there and not is_fast_dev_run(trainer):
             draw_figures(self.folder)

@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule
 
 
+def is_fast_dev_run(trainer: L.Trainer) -> bool:
+    """Return whether the run is a ``fast_dev_run``, which only tries a few batches and writes nothing.
+
+    Args:
+        trainer: Trainer of the run.
+    """
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 class TeacherGate(L.Callback):
     """Measure the accuracy of every teacher on validation data before the first step, and the order of its classes.
 
@@ -37,7 +46,7 @@ class TeacherGate(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, print, log and judge every teacher."""
         module = cast("TrainingModule", pl_module)
-        if trainer.fast_dev_run or not trainer.enable_validation:
+        if is_fast_dev_run(trainer) or not trainer.enable_validation:
             return
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         if trainer.val_dataloaders is None:
@@ -233,7 +242,7 @@ class HealthMonitor(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare what this validation logged with the limits."""
-        if trainer.sanity_checking or trainer.fast_dev_run:
+        if trainer.sanity_checking or is_fast_dev_run(trainer):
             return
         module, values = cast("TrainingModule", pl_module), trainer.callback_metrics
         split, learners = "test" if module.looks_at_test() else "val", len(module.spec.branches)

@@ -40,7 +40,7 @@ def epochs_before_fit(trainer: L.Trainer) -> int | None:
         return epochs_of_fit(trainer, math.inf)
     shared = isinstance(loader.sampler, DistributedSampler)  # else Lightning will share it out
     whole = len(loader) if shared else math.ceil(len(loader) / trainer.world_size)
-    limit = trainer.overfit_batches or trainer.limit_train_batches
+    limit = getattr(trainer, "overfit_batches", 0) or trainer.limit_train_batches
     return epochs_of_fit(trainer, min(whole, limit) if isinstance(limit, int) else int(whole * limit))
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ackd_lightning.callbacks.accuracy_table import accuracy_table
 from ackd_lightning.callbacks.checkpoints import WholeCheckpoints
+from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.loaders import data_of
 from ackd_lightning.errors import ACKDError, count_of
@@ -90,7 +91,7 @@ class RunSummary(L.Callback):
                 flush=True,
             )
             self.copy_to = None
-        files = "" if trainer.fast_dev_run else f", files in {self.folder}"
+        files = "" if is_fast_dev_run(trainer) else f", files in {self.folder}"
         print(
             f"{method}: student {name_of(module.student)}{learners} "
             f"({module.training_parameters():,} parameters in training){files}",
@@ -103,7 +104,7 @@ class RunSummary(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the teachers."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not is_fast_dev_run(trainer):
             self._count_teachers(pl_module)
             self.earlier_stands = True
 
@@ -170,7 +171,7 @@ class RunSummary(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the student and the summary, before any other callback or a profiler can fail."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         module = cast("TrainingModule", pl_module)
         summary = self._summary(trainer, module)

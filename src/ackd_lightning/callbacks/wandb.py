@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from ackd_lightning.data.messages import on_first_process
 from ackd_lightning.runs.files import copied_from, whole_file
 
 
@@ -107,7 +108,7 @@ def run_id(folder: Path) -> str:
     path = folder / "wandb_id.txt"
     agents = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     known = path.is_file() and copied_from(folder) is None
-    if rank_zero_only.rank == 0 and not known:
+    if on_first_process() and not known:
         with whole_file(path) as partial:
             partial.write_text(agents or secrets.token_hex(4), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip() if path.is_file() else agents or secrets.token_hex(4)

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torchvision.datasets.utils import calculate_md5
 
-from ackd_lightning.data.messages import say
+from ackd_lightning.data.messages import on_first_process, say
 from ackd_lightning.data.stored import ROOT, StoredDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.validation import checked
@@ -58,7 +57,7 @@ class _InterruptedError(Exception):
 
 def _progress(what: str) -> Progress:
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not sys.stderr.isatty() or rank_zero_only.rank != 0, transient=True)
+    return Progress(*columns, disable=not sys.stderr.isatty() or not on_first_process(), transient=True)
 
 
 def _copy(source: IO[bytes], target: IO[bytes], *, what: str, done: int, total: int | None) -> None:

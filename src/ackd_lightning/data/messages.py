@@ -10,6 +10,11 @@ log = logging.getLogger("ackd_lightning.data")
 log.setLevel(logging.WARNING)  # its own, since some libraries raise the level of the root logger
 
 
+def on_first_process() -> bool:
+    """Whether this process is the one that prints and writes, also when torchrun or SLURM started it."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)  # set by Lightning; its type does not have it
+
+
 @rank_zero_only
 def say(sentence: str) -> None:
     """Log a line about the data on the first process.

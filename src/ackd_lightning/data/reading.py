@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ackd_lightning.data.cache import fingerprint, read_cache, save_cache
 from ackd_lightning.data.decoding import Encoded, ImageFile, has_deep_colours, label, load_image, stream
 from ackd_lightning.data.jpeg import is_whole_jpeg
-from ackd_lightning.data.messages import say
+from ackd_lightning.data.messages import on_first_process, say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.pixels import (
     TWELVE_BITS,
@@ -82,7 +81,7 @@ def run_over(files: Files | Records, work: Callable[[int], Found], what: str) ->
                 answers.append(error)
         return answers
 
-    show = len(files) >= _WITH_PROGRESS and sys.stderr.isatty() and rank_zero_only.rank == 0
+    show = len(files) >= _WITH_PROGRESS and sys.stderr.isatty() and on_first_process()
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     threads = min(16, os.cpu_count() or 1)
     step = max(1, min(_AT_ONCE, len(files) // (4 * threads)))

@@ -15,10 +15,10 @@ import lightning.pytorch as L
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.utilities import rank_zero_only
 
 from ackd_lightning.callbacks.answers import TestAnswers
 from ackd_lightning.callbacks.summary import RunSummary
+from ackd_lightning.data.messages import on_first_process
 from ackd_lightning.errors import NOT_PERMITTED, ACKDError, not_permitted
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.measured import show_measured
@@ -90,7 +90,7 @@ class Execution:
             ACKDError: For whatever is wrong with the input.
         """
         L.seed_everything(self.option("seed_everything"), workers=True)
-        if self.cli.followed and rank_zero_only.rank == 0 and "LOCAL_RANK" not in os.environ:
+        if self.cli.followed and on_first_process() and "LOCAL_RANK" not in os.environ:
             print(self.cli.followed, flush=True)
         try:
             self.choose_folder()
@@ -153,7 +153,7 @@ class Execution:
             check_checkpoint(Path(checkpoint), self.cli.model, self._content)
             self._content = None
             run = run_folder(Path(checkpoint))
-            if not self.fit and rank_zero_only.rank == 0:
+            if not self.fit and on_first_process():
                 say_unfinished(Path(checkpoint))
             if self.cli.command == "test" and (run / "summary.json").is_file():
                 read_summary(run)
@@ -162,7 +162,7 @@ class Execution:
         """Say that a recipe of fine-tuning meets a student without weights; a network of the user's may have some."""
         model = self.cli.model
         named = isinstance(model.student_config.network, str) and model.start is None
-        if self.fit and self.cli.fine_tunes and named and not self.option("ckpt_path") and rank_zero_only.rank == 0:
+        if self.fit and self.cli.fine_tunes and named and not self.option("ckpt_path") and on_first_process():
             print(
                 f"recipes/finetune is for a student with weights and {model.student_config.network} has fresh ones; "
                 "set model.student.pretrained or model.student.weights, or choose another recipe",
@@ -187,7 +187,7 @@ class Execution:
             self._resume(launched_by_us)
         if not self.fit:
             self._check_evaluation()
-        elif not (self.dry or launched_by_us or rank_zero_only.rank != 0):
+        elif not (self.dry or launched_by_us or not on_first_process()):
             self._claim_folder()
 
     def _check_evaluation(self) -> None:
@@ -228,7 +228,7 @@ class Execution:
         elif self.option("resume") == "auto":
             place, name, seed = self.cli.folder.parent, self.option("name"), self.option("seed_everything")
             found = resume_auto(place, name, seed, length)
-            if found is None and not name and rank_zero_only.rank == 0:
+            if found is None and not name and on_first_process():
                 say_other_seeds(place, seed)
         else:
             found = resume_from(self.option("resume"), length)
@@ -241,7 +241,7 @@ class Execution:
         os.environ[_RUN_NAME] = found.folder.name
         self.cli.folder, self._content = found.folder, found.content
         self.cli.config.ckpt_path = str(found.checkpoint)
-        if rank_zero_only.rank == 0 and not launched_by_us:
+        if on_first_process() and not launched_by_us:
             print(f"resuming from {found.checkpoint}" + (f"; {found.note}" if found.note else ""), flush=True)
             if changes := changed_settings(found.folder, started_with(found.folder), self.cli.settings()):
                 schedule = any(each.startswith(_SCHEDULE) for each in changes)
