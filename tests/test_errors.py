@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.errors import ACKDError, first_line, near_matches
 
 
 def test_the_users_error_is_a_value_error():
@@ -28,3 +28,17 @@ def test_of_many_known_names_some_are_listed():
     hint = near_matches("xyz", [f"network{number:02}" for number in range(13)])
     assert hint.endswith("network10, network11, …")
     assert near_matches("xyz", [f"network{number:02}" for number in range(12)]).endswith("network10, network11")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(), "OSError"),
+        (ValueError("\n\n  "), "ValueError"),
+        (RuntimeError("\n the first\nthe second"), "the first"),
+        (RuntimeError("x" * 200), "x" * 160),
+    ],
+    ids=["no text", "blank", "lines", "long"],
+)
+def test_an_error_has_a_first_line_also_without_text(error, line):
+    assert first_line(error) == line

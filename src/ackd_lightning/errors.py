@@ -66,6 +66,20 @@ def not_permitted(error: OSError) -> str:
     return f"{place} ({error.strerror}): change its permissions or choose another place"
 
 
+def first_line(error: BaseException, most: int = 160) -> str:
+    r"""Return the first line of an error, or the name of its type if it has no text.
+
+    Args:
+        error: Any exception.
+        most: Largest number of characters.
+
+    Examples:
+        >>> first_line(ValueError("no such size\nat line 3")), first_line(OSError())
+        ('no such size', 'OSError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
 def count_of(number: int, noun: str) -> str:
     """Return a number with a noun in the right form.
 

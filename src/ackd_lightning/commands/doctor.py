@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ackd_lightning._version import __version__
 from ackd_lightning.config.files import config_folder
-from ackd_lightning.errors import ACKDError, NotReadyError
+from ackd_lightning.errors import ACKDError, NotReadyError, first_line
 from ackd_lightning.runs.console import show_table
 
 _US = "ackd-lightning"
@@ -110,7 +110,7 @@ def _torch_works(problems: list[str]) -> bool:
         try:
             importlib.import_module(name)
         except Exception as error:  # a broken installation fails in any way
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error)
             problems.append(
                 f"{name} cannot be imported ({reason}); install torch and torchvision of one release: "
                 "pip install --force-reinstall torch torchvision"
@@ -140,7 +140,7 @@ def _accelerators(problems: list[str]) -> dict[str, str]:
             free = torch.cuda.mem_get_info(number)[0]
             found[f"GPU {number}"] = f"{about.name}, {about.total_memory / 1e9:.1f} GB ({free / 1e9:.1f} GB free)"
         except RuntimeError as error:  # a broken driver, or a GPU that another process has for itself
-            reason = (str(error).splitlines() or ["no reason given"])[0]
+            reason = first_line(error, 300)
             found[f"GPU {number}"] = f"cannot be used ({reason})"
             asked = "cpu"
             problems.append(f"GPU {number} cannot be used ({reason}); free it, or set CUDA_VISIBLE_DEVICES without it")

@@ -17,6 +17,7 @@ import torch
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sources import Pixels
+from ackd_lightning.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def save_cache(path: Path, content: dict[str, Any]) -> None:
     try:
         _write_atomically(path, content)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = str(error).splitlines()[0]
+        reason = first_line(error, 300)
         warnings.warn(
             f"could not write the cache {path} ({reason}), so the images are read at every start: make the folder "
             "writable or set cache: false",

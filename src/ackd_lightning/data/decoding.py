@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ackd_lightning.data.pixels import Decoded, ImageFormat, Raw, Spectral, convert
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.extras import require
 
 _LOWER = ("RGB;16B", "RGBA;16B")
@@ -74,7 +74,7 @@ def broken_image(file: ImageFile, error: BaseException) -> ACKDError:
         return ACKDError(f"could not read the image {label(file)} ({_HUGE}): make it smaller")
     if isinstance(error, PermissionError):
         return ACKDError(f"could not read the image {label(file)} ({error.strerror}): change its permissions")
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error, 300)
     if isinstance(error, UnidentifiedImageError):
         reason = "its content is no image that Pillow knows"
     return ACKDError(f"could not read the image {label(file)} ({reason}): replace the file or delete it")

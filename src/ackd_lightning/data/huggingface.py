@@ -18,7 +18,7 @@ from ackd_lightning.data.labels import classes_of, read_labels, targets_of
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Records, Source, sample
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.extras import require
 from ackd_lightning.validation import checked
 
@@ -82,7 +82,7 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         except Exception as error:  # a folder that is something else can fail in any way
             if empty := [path.parent for path in sorted(self.root.glob("**/state.json")) if _is_empty(path)]:
                 raise ACKDError(f"the dataset {empty[0]} has no rows: save one with rows, or leave it out") from None
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error, 300)
             raise ACKDError(
                 f"{self.root} cannot be read as a dataset ({reason}): set root to a folder that save_to_disk wrote"
             ) from None

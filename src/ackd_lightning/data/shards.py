@@ -24,7 +24,7 @@ from ackd_lightning.data.pixels import ImageFormat, convert, fit, is_deep, to_te
 from ackd_lightning.data.sampling import IMAGES, STREAM_SHUFFLE, STREAM_TRANSFORM, ImageLoader, refuse_another_epoch
 from ackd_lightning.data.transforms import RawBatch
 from ackd_lightning.data.walk import extensions
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.random import mix
 
 
@@ -182,7 +182,7 @@ class Shards(IterableDataset[RawBatch]):
         except ACKDError:
             raise
         except Exception as error:  # a damaged shard can fail in any way
-            raise ACKDError(f"a shard cannot be read ({str(error).splitlines()[0][:300]}): write it again") from None
+            raise ACKDError(f"a shard cannot be read ({first_line(error, 300)}): write it again") from None
 
     def _batches(self, samples: Iterator[dict[str, Any]], *, epoch: int) -> Iterator[RawBatch]:
         while chosen := list(itertools.islice(samples, self.batch_size)):

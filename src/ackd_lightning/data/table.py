@@ -17,7 +17,7 @@ from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files, Source, name_keys
-from ackd_lightning.errors import ACKDError, count_of, near_matches
+from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
 from ackd_lightning.extras import require
 from ackd_lightning.validation import checked
 
@@ -283,5 +283,5 @@ def _parquet(table: Path, choose: Choice) -> Mapping[str, Sequence[Any]]:
     except (ACKDError, PermissionError):
         raise
     except (pyarrow.ArrowException, OSError) as error:
-        raise ACKDError(f"{table} cannot be read as Parquet ({str(error).splitlines()[0]}): write it again") from None
+        raise ACKDError(f"{table} cannot be read as Parquet ({first_line(error, 300)}): write it again") from None
     return content

@@ -23,7 +23,7 @@ from ackd_lightning.data.reading import Depth, check_depth
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.shards import ShardFormat, ShardLoader, Shards, expand, image_endings
 from ackd_lightning.data.sources import Source
-from ackd_lightning.errors import ACKDError, not_permitted
+from ackd_lightning.errors import ACKDError, first_line, not_permitted
 from ackd_lightning.extras import require
 from ackd_lightning.types import Batch, height_width
 from ackd_lightning.validation import Fraction, NonNegativeInt, PositiveInt, checked
@@ -320,7 +320,7 @@ def _check_shard(path: Path, form: ShardFormat, depths: dict[str, Depth]) -> int
             raise
         if isinstance(error, PermissionError):
             raise ACKDError(not_permitted(error)) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0].strip(" -:")
+        reason = first_line(error, 300).strip(" -:")
         raise ACKDError(f"the shard {path} cannot be read ({reason}), perhaps it is cut off: write it again") from None
     if not samples:
         raise ACKDError(f"the shard {path} holds no samples: remove it")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ackd_lightning.deploy.checking import LIMITS, Check, CheckImages, compare
 from ackd_lightning.deploy.description import Accuracy, Description
 from ackd_lightning.deploy.formats.formats import Format
-from ackd_lightning.deploy.formats.program import first_line
+from ackd_lightning.deploy.formats.program import telling_line
 from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import clone
@@ -129,7 +129,7 @@ def export(
             kind.write(clone(network), example, partial, stated.metadata())
         except RuntimeError as error:  # of libraries that do not raise OSError
             _require_space(target, size)
-            raise ACKDError(f"{target} cannot be written ({first_line(error)}); choose another format") from error
+            raise ACKDError(f"{target} cannot be written ({telling_line(error)}); choose another format") from error
         opened = kind.open_file(partial)
 
         def run(pixels: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def export(
                 return opened.run(Preprocessing(stated).raw(pixels) if stated.reads == "uint8" else pixels)
             except RuntimeError as error:  # of a graph that its exporter took and its runtime cannot run
                 raise ACKDError(
-                    f"{target} was not written, because its runtime cannot run it ({first_line(error)}); choose "
+                    f"{target} was not written, because its runtime cannot run it ({telling_line(error)}); choose "
                     "another format"
                 ) from error
 
@@ -154,7 +154,7 @@ def export(
                 check = written(partial, own)
     except OSError as error:
         raise ACKDError(
-            f"{target} cannot be written ({error.strerror or first_line(error)}); choose a folder with room that you "
+            f"{target} cannot be written ({error.strerror or telling_line(error)}); choose a folder with room that you "
             "may write in"
         ) from error
     return check

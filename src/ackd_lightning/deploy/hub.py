@@ -12,7 +12,7 @@ import torch
 
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.report.elements import escaped
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.models.heads import with_head
 from ackd_lightning.models.hub import WEIGHTS
 from ackd_lightning.models.zoo import TIMM, count_parameters, create_model, multiply_adds
@@ -147,7 +147,7 @@ def push(files: Sequence[Path], repository: str, *, private: bool, message: str)
         operations = [CommitOperationAdd(path_in_repo=each.name, path_or_fileobj=str(each)) for each in files]
         api.create_commit(repository, operations, commit_message=message)
     except Exception as error:  # of the network or the hub, in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = first_line(error)
         kinds = " ".join(each.__name__ for each in type(error).__mro__)  # of the library of this huggingface_hub
         remedy = "check its name, and that the token has write access to it"
         if re.search("Connect|Timeout|Offline", kinds):

@@ -20,7 +20,7 @@ from ackd_lightning.data.pixels import bands, convert, is_convertible, is_deep, 
 from ackd_lightning.data.table import read_columns
 from ackd_lightning.data.walk import Walk, extensions
 from ackd_lightning.deploy.pixels import Preprocessing
-from ackd_lightning.errors import ACKDError, count_of
+from ackd_lightning.errors import ACKDError, count_of, first_line
 
 _TABLES = frozenset({".csv", ".tsv", ".parquet", ".pq"})
 _COLUMNS = ("path", "file", "image", "filename", "file_name")
@@ -168,7 +168,7 @@ class _ImageFiles(Dataset[_Decoded]):
             largest = None if form.value_range else largest_value(raw)
             pixels = self.preprocessing.fitted(convert(raw, form, name))
         except (ACKDError, OSError, MemoryError) as error:
-            reason = str(error).splitlines()[0].removeprefix(f"{name} ")
+            reason = first_line(error, 1000).removeprefix(f"{name} ")
             return _Decoded(row, None, _IN_TRAINING.sub("", reason))
         dark = largest is not None and 0 < largest <= 4095
         return _Decoded(row, pixels, converted=0 if found == form.channels else found, dark=dark)

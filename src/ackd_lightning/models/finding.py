@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError, count_of, near_matches
+from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
 from ackd_lightning.models.copies import examples, image_channels, name_of, unwrapped
 from ackd_lightning.models.features import StagePlan, _unknown_stages, require_modules, staged_forward
 from ackd_lightning.models.known import remembered
@@ -227,10 +227,10 @@ def probe(network: nn.Module, input_size: ImageSize, *, channels: int | None = N
         remedy += f", or others with the network's option {option}"
     if channels is not None and channels != (own := image_channels(network)):
         remedy = f"; its first convolution reads {count_of(own, 'channel')} and the images have {channels}"
-    said = (str(reason).strip() or type(reason).__name__).partition("\n")[0]
+    assert reason is not None  # there is an example of every network
     raise ACKDError(
         f"{getattr(network, 'model_name', name_of(network))} cannot read images of {height} x {width} pixels "
-        f"({said}){remedy}"
+        f"({first_line(reason, 300)}){remedy}"
     ) from reason
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 
 PREFIX = "hf:"
 WEIGHTS = "model.safetensors"
@@ -93,5 +93,5 @@ def _explained(name: str, error: Exception, errors: object) -> ACKDError:
         return ACKDError(f"{name} is not in the cache and the hub cannot be reached; connect, or give a local file")
     if is_a("EntryNotFoundError"):
         return ACKDError(f"{name} has no {WEIGHTS}, and only safetensors are read; name a repository that has it")
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    reason = first_line(error)
     return ACKDError(f"{name} cannot be fetched ({reason}); try again, or give a local file")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.extras import require
 from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.student_config import Backend
@@ -91,7 +91,7 @@ def prepare(
         except ACKDError:
             raise
         except Exception as error:  # whatever the libraries find
-            reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+            reason = first_line(error)
             raise ACKDError(
                 f"{name_of(network)} cannot be quantised for {backend} ({reason}); choose another network"
             ) from error

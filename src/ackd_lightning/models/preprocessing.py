@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.models.copies import examples, image_channels
 from ackd_lightning.models.finding import probe
 from ackd_lightning.types import DataInfo, ImageSize, height_width
@@ -194,7 +194,7 @@ def _problem(network: nn.Module, size: ImageSize, channels: int) -> str | None:
         probe(network, size, channels=channels)
     except Exception as error:  # a network can refuse a size in any way
         reason = error if error.__cause__ is None else error.__cause__  # what the network itself says
-        return (str(reason).strip() or type(reason).__name__).splitlines()[0][:120]
+        return first_line(reason)
     return None
 
 

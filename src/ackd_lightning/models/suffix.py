@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.models.copies import EXAMPLES, clone, dtype_of, name_of, twin
 from ackd_lightning.models.features import StagePlan, capture
 from ackd_lightning.models.finding import probe, traced
@@ -258,7 +258,7 @@ class Cuts:
         except ACKDError as error:
             return str(error)
         except Exception as error:  # anything may happen in a part of a network
-            return (str(error).strip() or type(error).__name__).splitlines()[0]
+            return first_line(error, 300)
         rounding = max(_TOLERANCE, 8 * torch.finfo(dtype_of(whole)).eps)
         allowed = rounding * float(own.abs().nan_to_num(0.0, posinf=0.0).max())
         if torch.allclose(found, own, rtol=0.0, atol=allowed, equal_nan=True):

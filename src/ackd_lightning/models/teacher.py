@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.models.class_map import ClassSelection, TeacherClasses
 from ackd_lightning.models.copies import WATCH, clone, image_channels
 from ackd_lightning.models.features import staged_forward
@@ -192,7 +192,7 @@ class FrozenTeacher(Teacher):
         except ACKDError:
             raise
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            reason = first_line(error)
             raise ACKDError(
                 f"teacher {self.name} fails on 3 images at once and runs on 2 ({reason}); let it read batches of any "
                 "size (torch.export: give dynamic_shapes)"

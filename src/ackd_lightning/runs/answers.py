@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.runs.files import whole_file
 
 FOLDER = "predictions"
@@ -109,5 +109,5 @@ def read_answers(path: Path) -> Answers:
             raise ValueError(f"its tensors have the shapes {json.dumps([target.shape, prediction.shape])}")
         return Answers(target.long(), prediction.long(), probability, metadata["images"], metadata["data"])
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error)
         raise ACKDError(f"{path} cannot be read ({reason}); delete it and run `ackd test` again") from error

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError, count_of, near_matches
+from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
 
 Which = Literal["last", "best"]
 CURVES, LEARNERS = "curves.png", "learners.png"
@@ -250,7 +250,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError):  # whose text explains an option of torch
             reason = "it has more than tensors and plain data, or is no checkpoint"
         raise ACKDError(f"{path} cannot be read as a checkpoint ({reason}); choose another one") from error
@@ -324,7 +324,7 @@ def read_summary(run: Path) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error, 300)
         raise ACKDError(f"{path} cannot be read ({reason}); restore it, or remove the run's folder") from error
     kinds = {"config": str, "seed": int, "shown": str, "last": dict, "best": dict}
     wrong = [

@@ -17,7 +17,7 @@ from torch import Tensor
 from ackd_lightning.callbacks.protocol import TrainingModule
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.sampling import EpochSampler
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.runs.files import whole_file, write_json
 from ackd_lightning.types import NetOutput
 
@@ -117,15 +117,13 @@ def check_epoch(path: Path, *, images: int) -> None:
         with safe_open(path, framework="pt") as file:
             rows = file.get_slice("logits").get_shape()[0]
     except (SafetensorError, OSError, KeyError, IndexError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, first_line(error)) from error
     if rows != images:
         raise _damaged(path, f"it holds logits of {rows:,} images and not of {images:,}")
 
 
-def _damaged(path: Path, reason: object) -> ACKDError:
-    return ACKDError(
-        f"{path} cannot be read ({str(reason).splitlines()[0][:100]}); remove it and run `ackd cache` again"
-    )
+def _damaged(path: Path, reason: str) -> ACKDError:
+    return ACKDError(f"{path} cannot be read ({reason}); remove it and run `ackd cache` again")
 
 
 class TeacherCache:
@@ -193,7 +191,7 @@ class TeacherCache:
             try:
                 self._logits = load_file(path)["logits"].to(index.device)
             except (SafetensorError, OSError, KeyError) as error:
-                raise _damaged(path, error) from error
+                raise _damaged(path, first_line(error)) from error
             self._epoch = epoch
         logits = self._logits[index].float()
         return NetOutput(logits)

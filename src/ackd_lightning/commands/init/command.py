@@ -15,7 +15,7 @@ from ackd_lightning.commands.init.sheet import COLUMNS, write_sheet
 from ackd_lightning.commands.init.survey import Survey, survey
 from ackd_lightning.commands.init.writing import student_text, teacher_text
 from ackd_lightning.commands.stopwatch import rough
-from ackd_lightning.errors import ACKDError, count_of, near_matches
+from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.console import show_table
@@ -171,6 +171,6 @@ def _about(seen: Survey, chosen: Choices) -> tuple[str, str]:
     try:
         teacher, student = durations(seen, chosen)
     except (ACKDError, OSError, RuntimeError, ValueError) as error:  # such as no memory left on a shared GPU
-        print(f"how long the fits take is not known: {str(error).splitlines()[0]}")
+        print(f"how long the fits take is not known: {first_line(error, 1000)}")
         return "", ""
     return f"# about {rough(teacher)}", f"# about {rough(student)}"

@@ -50,10 +50,10 @@ def unreadable(path: Path, kind: str, error: Exception) -> ACKDError:
         kind: Name of the format.
         error: What reading it raised.
     """
-    return ACKDError(f"{path} cannot be read as {kind} ({first_line(error)}); export it again, or correct the path")
+    return ACKDError(f"{path} cannot be read as {kind} ({telling_line(error)}); export it again, or correct the path")
 
 
-def first_line(error: BaseException) -> str:
+def telling_line(error: BaseException) -> str:
     """Return the first line of an error that says something, at most 160 characters long.
 
     Lines with a place in the code of a library, such as OpenVINO's, come last.
@@ -105,7 +105,7 @@ def refused(kind: str, network: nn.Module, error: BaseException) -> ACKDError:
     named = [f"operator {operator[1]}"] if operator else []
     named += [f"module {where}"] if where else []
     return ACKDError(
-        f"{kind} cannot hold this network ({', '.join([*named, first_line(error)])}); choose another format, or "
+        f"{kind} cannot hold this network ({', '.join([*named, telling_line(error)])}); choose another format, or "
         "replace that part of the network"
     )
 

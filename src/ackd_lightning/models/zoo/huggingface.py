@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.extras import require
 from ackd_lightning.models.outputs import logits_of
 
@@ -173,5 +173,5 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _refused(name: str, error: Exception) -> ACKDError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = first_line(error)
     return ACKDError(f"network {name!r} cannot be read ({reason}); give a folder with an image classifier")

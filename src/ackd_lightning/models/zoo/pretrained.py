@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.models.weight_files import tell
 from ackd_lightning.models.zoo import TIMM, construct, create_model, named, timm_name, torchvision_names
 from ackd_lightning.models.zoo.huggingface import HF, described, folder_of, with_weights
@@ -111,7 +111,7 @@ def pretrained(name: str, options: dict[str, Any] | None = None) -> tuple[nn.Mod
     except ACKDError:
         raise
     except Exception as error:  # every library of a download has its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         where = f"read from {found.cached}" if found.cached else f"fetched from {found.source}"
         remedy = (
             "remove the file, and it is fetched again"
