@@ -79,7 +79,7 @@ class FitStart(TrainingSteps):
             data,
             epochs=self.trainer.max_epochs,
             precision=str(self.trainer.precision),
-            overfits=bool(self.trainer.overfit_batches),
+            overfits=bool(getattr(self.trainer, "overfit_batches", 0)),
         )
         if self.method.teacher == "own" or self._method_sizes() != before or matched:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ class FitStart(TrainingSteps):
     def _say_warmup(self) -> None:
         """Say that a fit, often one that was shortened, is in large part warm-up of the learning rate."""
         warmup, epochs = self.recipe.warmup_epochs, self._epochs or 0
-        if self.trainer.fast_dev_run or not 0 < epochs < _SHORT * warmup:
+        if getattr(self.trainer, "fast_dev_run", False) or not 0 < epochs < _SHORT * warmup:
             return
         found = f"the warm-up of the learning rate takes {warmup} of {count_of(epochs, 'epoch')}"
         if warmup >= epochs:
