@@ -127,7 +127,8 @@ class OpenOptimizers(TwoGradients):
             them = f"{left[0]} and {len(left) - 1} more parameters are" if left[1:] else f"{left[0]} is"
             rank_zero_warn(
                 f"{them} in no optimizer and learn only if code of yours trains them; add them in "
-                f"{type(self).__name__}.configure_optimizers, or freeze them with requires_grad_(False)"
+                f"{type(self).__name__}.configure_optimizers (self.learner_groups() has those of the student and the "
+                "method), or freeze them with requires_grad_(False)"
             )
 
     def _resume_loader(self) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
@@ -39,7 +38,6 @@ def with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def configure_optimizers(self: Any) -> Any:
         result = own(self)
         if not self.auxiliary:
-            _say_untrained(self, _parts(result)[0])
             return result
         optimizers, schedules = _parts(result)
         auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
@@ -69,26 +67,10 @@ def with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 f"{type(self.method).__name__} has {len(self.auxiliary)} of its own, which are added; return the "
                 "student's optimizer alone"
             )
-        _say_untrained(self, optimizers)
         return optimizers, schedules
 
     configure_optimizers.adds_method_optimizers = True  # type: ignore[attr-defined]
     return configure_optimizers
-
-
-def _say_untrained(module: Any, optimizers: Sequence[Optimizer]) -> None:
-    """Say which parameters of an overridden ``configure_optimizers`` no optimizer trains."""
-    held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
-    counts: Counter[str] = Counter()
-    for group in module.learner_groups() if optimizers else []:
-        missing = sum(each.numel() for each in group["params"] if id(each) not in held)
-        counts.update({group["name"]: missing} if missing else {})
-    if counts:
-        left = ", ".join(f"{name} ({count:,} parameters)" for name, count in counts.items())
-        rank_zero_warn(
-            f"{type(module).__name__}.configure_optimizers leaves {left} without an optimizer, so that they stay as "
-            "they are; give it self.learner_groups() to train them"
-        )
 
 
 def _scheduler(schedule: Any) -> Any:
