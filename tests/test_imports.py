@@ -35,7 +35,7 @@ RANK = {
     "cli": 11,
     "__main__": 12,
 }
-DATA_MAY_USE = {"data", "types", "errors", "extras", "random", "validation"}
+DATA_MAY_USE = {"data", "types", "errors", "extras", "plain", "random", "validation"}
 LIGHTNING_IN = {"data", "training", "callbacks", "launch", "testing"}
 METRICS_IN = {"metrics", "training", "callbacks"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

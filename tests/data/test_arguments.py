@@ -6,7 +6,9 @@ import pickle
 from argparse import ArgumentError
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ackd_lightning.data import (
@@ -136,3 +138,10 @@ def test_a_subclass_passes_the_other_arguments_on():
         Own(num_workers=-1)
     with pytest.raises(ACKDError, match=r"Own .*'level'.*'levels'"):
         Own(level=3)
+
+
+def test_numbers_of_numpy_are_plain_in_a_checkpoint(tmp_path):
+    data = DigitsDataModule(val_fraction=np.float64(0.25), mean=[np.float32(0.5)], std=[0.5], batch_size=np.int64(8))
+    torch.save(dict(data.hparams), tmp_path / "data.pt")
+    again = torch.load(tmp_path / "data.pt", weights_only=True)
+    assert again == {**DEFAULTS[DigitsDataModule], "val_fraction": 0.25, "mean": [0.5], "std": [0.5], "batch_size": 8}

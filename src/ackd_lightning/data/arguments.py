@@ -11,8 +11,7 @@ from typing import Any
 import lightning as L
 
 from ackd_lightning.errors import ACKDError, near_matches
-
-_PLAIN = (str, int, float, bool, type(None))
+from ackd_lightning.plain import as_plain, is_plain
 
 
 def full_signature(cls: type) -> inspect.Signature:
@@ -62,15 +61,7 @@ def plain_arguments(cls: type, args: Sequence[Any], options: Mapping[str, Any]) 
         else value
         for name, value in bound.arguments.items()
     }
-    return {name: value for name, value in values.items() if _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(each) for each in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(each) for each in value)
-    return isinstance(value, _PLAIN)
+    return {name: plain for name, value in values.items() if is_plain(plain := as_plain(value))}
 
 
 class PlainArguments(L.LightningDataModule):
