@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ackd_lightning.commands.student import open_any
+from ackd_lightning.commands.student import chosen_device, open_any
 from ackd_lightning.deploy.images import Notes, list_images
 from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.deploy.predictions import predict_images
@@ -60,10 +60,10 @@ def predict(
     check_ending(target)
     listed = list_images(images)
     check_predictions(target, overwrite=overwrite)
-    network = open_any(run, which=which, device=_device(device))
+    network = open_any(run, which=which, device=chosen_device(device))
     if device == "cuda" and network.network is None:
         raise ACKDError(f"--device is cuda and {network.path} is a graph, which runs on the CPU; leave --device out")
-    place = _device(device) if network.network is not None else torch.device("cpu")
+    place = chosen_device(device) if network.network is not None else torch.device("cpu")
     description = network.description
     if top > description.num_classes:
         raise ACKDError(f"--top is {top} and the network has {description.num_classes} classes; make it smaller")
@@ -114,9 +114,3 @@ def _check_numbers(*, top: int, batch_size: int, workers: int | None) -> None:
     for name, value, least in (("--top", top, 1), ("--batch-size", batch_size, 1), ("--workers", workers, 0)):
         if value is not None and value < least:
             raise ACKDError(f"{name} is {value}; it must be {least} or more")
-
-
-def _device(device: str) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ACKDError("--device is cuda and torch finds no CUDA device here; leave it out")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

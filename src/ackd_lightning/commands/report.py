@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ackd_lightning.commands.student import trained
+from ackd_lightning.commands.student import chosen_device, trained
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.deploy.files import ENDINGS, open_network
 from ackd_lightning.deploy.report.elements import FIGURES
@@ -63,9 +63,7 @@ def report_command(
     remote = is_hub_name(run)
     path = local_file(run) if remote else Path(run)
     is_file = path.suffix.lower() in ENDINGS
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ACKDError("--device is cuda and torch finds no CUDA device here; leave it out")
-    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    chosen = chosen_device(device)
     folder = path.parent if is_file else run_folder(find_checkpoint(run, which))
     has_run = not remote and (folder / "config.yaml").is_file() and (not is_file or (folder / "checkpoints").is_dir())
     if is_file and not has_run and not any(each.startswith(("--config", "-c", "--data")) for each in settings):

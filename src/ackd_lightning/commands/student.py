@@ -54,6 +54,20 @@ class Student(NamedTuple):
     own: bool = False
 
 
+def chosen_device(name: str) -> torch.device:
+    """Return the device of an option ``--device``.
+
+    Args:
+        name: ``auto`` for a GPU where there is one, ``cuda`` or ``cpu``.
+
+    Raises:
+        ACKDError: If it is cuda, and torch finds none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ACKDError("--device is cuda and torch finds no CUDA device here; leave it out")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def read_student(run: str, which: Which, learner: int = 0) -> Student:
     """Build the student, or a peer, of a run.
 
