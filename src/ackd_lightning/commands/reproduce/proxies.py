@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,21 +12,13 @@ from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.commands.reproduce.planning import Planner
 from ackd_lightning.commands.reproduce.results import Line
 from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec
+from ackd_lightning.deploy.report.measuring import batches
 from ackd_lightning.metrics.proxies import proxy_measurements
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.weights import digest
 from ackd_lightning.runs.files import write_json
-from ackd_lightning.types import Batch
 
 _FILE = "proxies.json"
-
-
-def _test_batches(job: Job, device: torch.device) -> Iterator[Batch]:
-    data = job.images
-    data.prepare_data()
-    data.setup()
-    for raw in data.test_dataloader():
-        yield data.on_after_batch_transfer(data.transfer_batch_to_device(raw, device, 0), 0)
 
 
 def _network(name: str, weights: str, job: Job, options: dict[str, Any] | None) -> FrozenTeacher:
@@ -54,11 +46,14 @@ def measure(job: Job, teacher: tuple[str, str]) -> dict[str, float]:
             values: dict[str, float] = content["values"]
             return values
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = job.images
+    data.prepare_data()
+    data.setup()
     values = proxy_measurements(
         _network(*teacher, job, proxy["options"]).to(device),
         _network(proxy["network"], proxy["weights"], job, proxy["options"]).to(device),
         _network(model["student"]["network"], str(job.student_file), job, model["student"]["options"]).to(device),
-        _test_batches(job, device),
+        batches(data, "test", device),
     )
     write_json({"networks": networks, "values": values}, kept)
     return values

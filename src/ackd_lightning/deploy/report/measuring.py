@@ -92,8 +92,7 @@ def batches(data: ImageDataModule, part: str, device: torch.device) -> Iterator[
         device: Device of the batches.
     """
     for raw in data.val_dataloader() if part == "val" else data.test_dataloader():
-        moved = type(raw)(*(each.to(device) if isinstance(each, Tensor) else each for each in raw))
-        yield data.on_after_batch_transfer(moved, 0)
+        yield data.on_after_batch_transfer(data.transfer_batch_to_device(raw, device, 0), 0)
 
 
 @torch.no_grad()
