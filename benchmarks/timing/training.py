@@ -20,8 +20,8 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import Execution, in_our_words
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.methods.base import weighted_loss
+from ackd_lightning.models.freezing import frozen
 from ackd_lightning.models.zoo.complexity import multiply_adds
-from ackd_lightning.training.manual import frozen
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.training.speed import keep_freed_memory
 from timing.machine import MATRIX, busy_share, machine, matrix_peak, matrix_type, resident_bytes, wait

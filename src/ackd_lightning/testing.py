@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ackd_lightning.methods.base import FitInfo, Method, weighted_loss
 from ackd_lightning.methods.guides import GuidedMethod
+from ackd_lightning.models.freezing import frozen
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.zoo import create_model
-from ackd_lightning.training.manual import frozen
 from ackd_lightning.training.module import DistillationModule
 from ackd_lightning.types import Batch, DataInfo, ImageSize, NetOutput, height_width
 

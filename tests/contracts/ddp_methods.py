@@ -20,7 +20,7 @@ from ackd_lightning.functional import cross_entropy, whole_batch
 from ackd_lightning.methods import FitInfo, Method
 from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.methods.description import from_description
-from ackd_lightning.training.manual import frozen
+from ackd_lightning.models.freezing import frozen
 from ackd_lightning.types import Batch, NetOutput
 from training.helpers import CLASSES, SIZE, game
 

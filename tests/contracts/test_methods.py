@@ -24,9 +24,9 @@ from ackd_lightning.methods import ACKD, CE, KD, FitInfo, Method, Networks, Sum
 from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.methods.guides import GuidedMethod
+from ackd_lightning.models.freezing import frozen
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.testing import Harness, RandomImages
-from ackd_lightning.training.manual import frozen
 from ackd_lightning.types import Batch, NetOutput
 
 CLASSES, SIDE, IMAGES = 5, 16, 4

@@ -17,10 +17,10 @@ from ackd_lightning.methods.aikd import AIKD
 from ackd_lightning.methods.aikd_networks import PredictionDiscriminator, gradient_penalty, soft_cross_entropy
 from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.models.finding import probe
+from ackd_lightning.models.freezing import frozen
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.random import mix
-from ackd_lightning.training.manual import frozen
 from ackd_lightning.types import Batch, NetOutput, NetSpec
 from training.helpers import CLASSES, SIZE, TinyNet, largest_difference, state
 

@@ -19,13 +19,13 @@ from ackd_lightning.methods.base import FitInfo, Networks, weighted_loss
 from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.models.features import StagePlan, staged_forward
 from ackd_lightning.models.finding import plan_for, probe
+from ackd_lightning.models.freezing import frozen
 from ackd_lightning.models.heads import HeadedNetwork, shared_classifier, with_head
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.testing import Harness
-from ackd_lightning.training.manual import frozen
 from ackd_lightning.types import Batch, DataInfo
 
 IMAGES, CLASSES, SIDE = 6, 5, 16

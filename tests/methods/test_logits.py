@@ -17,8 +17,8 @@ from ackd_lightning.methods import ACKD, DIST, KD, Method
 from ackd_lightning.methods.base import weighted_loss
 from ackd_lightning.methods.description import describe, from_description
 from ackd_lightning.methods.logits import LogitMethod
+from ackd_lightning.models.freezing import frozen
 from ackd_lightning.testing import Harness
-from ackd_lightning.training.manual import frozen
 from ackd_lightning.types import NetOutput
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -96,6 +96,23 @@ def statistics_kept(network: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Compute no gradient for parameters inside the block; gradients still flow through what uses them.
+
+    Args:
+        parameters: Trainable parameters.
+    """
+    held = list(parameters)
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
 def evaluated(*networks: nn.Module) -> Iterator[None]:
     """Run networks in evaluation mode without gradients for their parameters; gradients still flow through them.
 
@@ -105,15 +122,11 @@ def evaluated(*networks: nn.Module) -> Iterator[None]:
         networks: Networks whose weights and buffers must not change.
     """
     modes = [(layer, layer.training) for network in networks for layer in network.modules()]
-    trainable = [each for network in networks for each in network.parameters() if each.requires_grad]
     try:
         for layer, _ in modes:
             layer.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
+        with frozen(each for network in networks for each in network.parameters() if each.requires_grad):
+            yield
     finally:
         for layer, training in modes:
             layer.training = training
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,27 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ackd_lightning.callbacks.length import is_whole_epoch
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import weighted_loss
+from ackd_lightning.models.freezing import frozen
 from ackd_lightning.training.means import average_over_processes
 from ackd_lightning.training.schedule import reads_metric, step_scheduler
 from ackd_lightning.training.step_log import LoggedSteps
 from ackd_lightning.types import Batch, NetOutput
-
-
-@contextlib.contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Compute no gradient for parameters inside the block; gradients still flow through what uses them.
-
-    Args:
-        parameters: Trainable parameters.
-    """
-    held = list(parameters)
-    for parameter in held:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in held:
-            parameter.requires_grad_(True)
 
 
 def metric_missing(name: str, metrics: Iterable[str]) -> ACKDError:
