@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.models.config_checks import check_network
 from ackd_lightning.validation import Positive, check_arguments
 
 InitBranches = Literal["fresh", "backbone"]
@@ -52,29 +53,7 @@ class StudentConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         check_arguments(type(self), vars(self))
-        given = isinstance(self.network, nn.Module)
-        if not given and not isinstance(self.network, str):
-            raise ACKDError(
-                f"network is {self.network!r} in StudentConfig; it must be a name for create_model or a network"
-            )
-        if self.options is not None and not isinstance(self.options, dict):
-            raise ACKDError(
-                f"options is {self.options!r} in StudentConfig; it must be a dict of create_model's options"
-            )
-        if given and self.options:
-            raise ACKDError(
-                f"options is {self.options!r} in StudentConfig and the student is a network; build it with these "
-                "options, or give it by name"
-            )
-        if given and self.pretrained:
-            raise ACKDError(
-                "pretrained is True in StudentConfig and the student is a network, which has weights already; give it "
-                "by name"
-            )
-        if self.pretrained and self.weights is not None:
-            raise ACKDError(
-                f"pretrained is True and weights is {self.weights!r} in StudentConfig; choose one of them to start from"
-            )
+        check_network(self, "student")
         for name in ("freeze", "taps"):
             value = getattr(self, name)
             object.__setattr__(self, name, value if value is None else tuple(value))

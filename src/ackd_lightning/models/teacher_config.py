@@ -9,6 +9,7 @@ from torch import nn
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.class_map import read_class_map
+from ackd_lightning.models.config_checks import check_network
 from ackd_lightning.models.metadata import LARGEST_INPUT
 from ackd_lightning.models.preprocessing import Interpolation, Preprocessing
 from ackd_lightning.validation import Positive, Range, check_arguments
@@ -69,38 +70,13 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         check_arguments(type(self), {key: each for key, each in vars(self).items() if key != "class_map"})
-        given = isinstance(self.network, nn.Module)
-        if not given and not isinstance(self.network, str):
-            raise ACKDError(
-                f"network is {self.network!r} in TeacherConfig; it must be a name for create_model or a network"
-            )
-        if not given and not self.network:
+        check_network(self, "teacher")
+        if not isinstance(self.network, nn.Module) and not self.network:
             given_too = [
                 f"{name} is {getattr(self, name)!r}" for name in ("pretrained", "weights") if getattr(self, name)
             ]
             begin = f"{' and '.join(given_too)} and " if given_too else ""
             raise ACKDError(f"{begin}the teacher has no network; name one, such as teacher.network resnet18")
-        if self.options is not None and not isinstance(self.options, dict):
-            raise ACKDError(
-                f"options is {self.options!r} in TeacherConfig; it must be a dict of create_model's options"
-            )
-        for name, remedy in (
-            ("options", "build it with these options, or give it by name"),
-            ("pretrained", "give the network by name"),
-        ):
-            if given and getattr(self, name):
-                raise ACKDError(
-                    f"{name} is {getattr(self, name)!r} in TeacherConfig and the teacher is a network; {remedy}"
-                )
-        if self.pretrained and self.weights is not None:
-            raise ACKDError(
-                f"teacher.pretrained is true and teacher.weights is {self.weights!r}; choose one of them (weights null "
-                "drops what a configuration gives)"
-            )
-        if len(self.mean or ()) != len(self.std or ()):
-            raise ACKDError(
-                f"mean is {self.mean} and std is {self.std} in TeacherConfig; give both, with one number per channel"
-            )
         for name in ("mean", "std"):
             values = getattr(self, name)
             object.__setattr__(self, name, tuple(values) if values else None)
