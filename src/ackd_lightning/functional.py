@@ -299,6 +299,31 @@ def whole_batch(shard: Tensor) -> Tensor:
     return gathered
 
 
+def mean_log_probability(logits: Sequence[Tensor]) -> Tensor:
+    r"""Return the logarithm of the classifiers' mean prediction, \(\log \bar p\).
+
+    Args:
+        logits: Logits ``B x K`` of each of n classifiers.
+
+    Returns:
+        ``B x K`` float32.
+    """
+    every = torch.stack([F.log_softmax(each.float(), dim=1) for each in logits])
+    return every.logsumexp(dim=0) - math.log(len(logits))
+
+
+def shrunk(feature: Tensor, height: int, width: int) -> Tensor:
+    """Pool a feature map to a height and a width where those are smaller than its own.
+
+    Args:
+        feature: Feature map ``B x C x H x W``.
+        height: Largest height of the result.
+        width: Largest width of the result.
+    """
+    size = (min(feature.shape[2], height), min(feature.shape[3], width))
+    return feature if tuple(feature.shape[2:]) == size else F.adaptive_avg_pool2d(feature, size)
+
+
 def weighted_logits(weights: Tensor, logits: Sequence[Tensor]) -> Tensor:
     r"""Compute the weighted sum of the learners' logits, \(z = \sum_k a^{(k)} z^{(k)}\) (Eq. 3 of the ACKD paper).
 

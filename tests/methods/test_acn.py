@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ackd_lightning import DataInfo, DistillationModule
 from ackd_lightning.config.files import config_folder, read_config
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import mean_log_probability
 from ackd_lightning.methods import ACN
-from ackd_lightning.methods.acn_losses import disagreement, js_divergence, mean_log_probability
+from ackd_lightning.methods.acn_losses import disagreement, js_divergence
 from ackd_lightning.methods.acn_networks import Generator, image_noise
 from ackd_lightning.methods.base import FitInfo, Networks
 from ackd_lightning.methods.description import describe

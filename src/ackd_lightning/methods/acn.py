@@ -41,11 +41,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError, count_of
-from ackd_lightning.functional import cross_entropy
+from ackd_lightning.functional import cross_entropy, mean_log_probability
 from ackd_lightning.methods.acn_losses import (
     disagreement,
     js_divergence,
-    mean_log_probability,
 )
 from ackd_lightning.methods.acn_networks import (
     Generator,

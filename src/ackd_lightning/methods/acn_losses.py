@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def mean_log_probability(logits: Sequence[Tensor]) -> Tensor:
-    r"""Return the logarithm of the classifiers' mean prediction, \(\log \bar p\).
-
-    Args:
-        logits: Logits ``B x K`` of each of n classifiers.
-
-    Returns:
-        ``B x K`` float32.
-    """
-    every = torch.stack([F.log_softmax(each.float(), dim=1) for each in logits])
-    return every.logsumexp(dim=0) - math.log(len(logits))
+from ackd_lightning.functional import mean_log_probability
 
 
 def js_divergence(logits: Sequence[Tensor]) -> Tensor:

@@ -35,6 +35,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
 from ackd_lightning.methods.aikd_networks import PredictionDiscriminator, gradient_penalty, soft_cross_entropy
 from ackd_lightning.methods.base import FitInfo, Method, Networks
+from ackd_lightning.methods.rows import check_rows, last_of
 from ackd_lightning.random import stateless_uniform
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import Fraction, NonNegative, Positive, Range
@@ -197,24 +198,6 @@ class AIKD(Method):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.epoch, self._checked = int(self.epoch_begun), False
 
-    def _check(self, batch: Batch) -> None:
-        rows = len(self._targets)
-        if not rows:
-            raise ACKDError("the training images are unknown to method AIKD; call begin_fit with their targets")
-        index, target = batch.index.cpu(), batch.target.cpu()
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= rows:
-            raise ACKDError(
-                f"batch.index is from {low} to {high} and the table of method AIKD has {rows} training images; the "
-                "data must return (image, target, index) with the position of the image in the training set, or set "
-                "previous to snapshot"
-            )
-        if not torch.equal(self._targets[index], target):
-            raise ACKDError(
-                "batch.index does not fit batch.target in method AIKD: an image has another class than `train_targets` "
-                "states for its index; both must describe the same training set"
-            )
-
     @torch.no_grad()
     def previous_probabilities(self, batch: Batch) -> Tensor:
         """Return the predictions of the previous epoch; the one-hot label where there is none yet.
@@ -246,13 +229,11 @@ class AIKD(Method):
         if self.table is None:
             return
         if not self._checked:
-            self._check(batch)
+            check_rows(batch, self._targets, "AIKD", ", or set previous to snapshot")
             self._checked = True
         index = whole_batch(batch.index)
         rows = whole_batch(student.logits.detach().float().softmax(dim=1)).to(self.table.dtype)
-        places = torch.arange(len(index), device=index.device)
-        last = torch.where(index[:, None] == index[None, :], places, -1).amax(dim=1)
-        self.table[index] = rows[last]
+        self.table[index] = rows[last_of(index)]
 
     # ---------------------------------------------------------------- loss
 
@@ -283,7 +264,7 @@ class AIKD(Method):
         nothing = torch.zeros((), device=student.logits.device)
         terms = {"ce": ce, "progressive": nothing, "det": nothing, "adv": nothing}
         if self.table is not None and not self._checked:
-            self._check(batch)
+            check_rows(batch, self._targets, "AIKD", ", or set previous to snapshot")
         if self.weight_progressive > 0:
             first = self.epoch == 0
             terms["progressive"] = (

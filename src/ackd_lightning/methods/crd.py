@@ -30,6 +30,7 @@ from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
 from ackd_lightning.methods.base import FitInfo, Method, Networks, embedding_of
 from ackd_lightning.methods.crd_loss import contrast_scores, crd_loss, moved_rows, normaliser, unit
 from ackd_lightning.methods.crd_negatives import NegativeSampler
+from ackd_lightning.methods.rows import check_rows
 from ackd_lightning.models.features import require_embedding
 from ackd_lightning.random import mix
 from ackd_lightning.types import Batch, NetOutput
@@ -148,22 +149,6 @@ class CRD(Method):
         self._first_step = True
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check(self, batch: Batch) -> None:
-        targets = self.sampler.targets
-        if not len(targets):
-            raise ACKDError("the training images are unknown to method CRD; call begin_fit with their targets")
-        low, high, rows = int(batch.index.min()), int(batch.index.max()), len(targets)
-        if low < 0 or high >= rows:
-            raise ACKDError(
-                f"batch.index is from {low} to {high} and method CRD has {rows} training images; the data must return "
-                "(image, target, index) with the position of the image in the training set"
-            )
-        if not torch.equal(targets[batch.index], batch.target):
-            raise ACKDError(
-                "batch.index does not fit batch.target in method CRD: an image has another class than `train_targets` "
-                "states for its index; both must describe the same training set"
-            )
-
     # ---------------------------------------------------------------- loss
 
     def _embed(self, student: NetOutput, teacher: NetOutput) -> tuple[Tensor, Tensor]:
@@ -204,7 +189,7 @@ class CRD(Method):
         """
         assert teacher is not None
         if self._first_step:
-            self._check(batch)
+            check_rows(batch, self.sampler.targets, "CRD")
         embeddings, samples = self._embed(student, teacher), self._samples(batch)
         constants = self._normalisers(*embeddings, samples)
         contrast = crd_loss(
@@ -229,7 +214,7 @@ class CRD(Method):
         assert teacher is not None
         embeddings = self._embed(student, teacher)
         if self._first_step:
-            self._check(batch)
+            check_rows(batch, self.sampler.targets, "CRD")
             self.normalisers.copy_(self._normalisers(*embeddings, self._samples(batch)))
             self._first_step = False
         index = whole_batch(batch.index)

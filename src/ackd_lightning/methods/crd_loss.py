@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ackd_lightning.methods.rows import last_of
+
 _DENSE = 64
 """Largest number of images per sample for which it is faster, and smaller, to score all rows than to gather some."""
 
@@ -156,9 +158,7 @@ def moved_rows(memory: Tensor, index: Tensor, embedding: Tensor, *, momentum: fl
     Returns:
         Unit vectors ``B x D`` in the type of the memory.
     """
-    places = torch.arange(len(index), device=index.device)
-    last = torch.where(index[:, None] == index[None, :], places, -1).amax(dim=1)
-    rows = momentum * memory[index].float() + (1 - momentum) * embedding.float()[last]
+    rows = momentum * memory[index].float() + (1 - momentum) * embedding.float()[last_of(index)]
     return unit(rows).to(memory.dtype)
 
 

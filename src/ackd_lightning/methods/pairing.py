@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ackd_lightning.functional import shrunk
 from ackd_lightning.methods.base import features_of
 from ackd_lightning.models.features import require_stages
 from ackd_lightning.types import NetOutput, NetSpec
@@ -64,10 +64,7 @@ def same_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Both maps, with equal height and width.
     """
-    size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
-    return tuple(  # type: ignore[return-value]
-        each if tuple(each.shape[2:]) == size else F.adaptive_avg_pool2d(each, size) for each in (first, second)
-    )
+    return shrunk(first, *second.shape[2:]), shrunk(second, *first.shape[2:])
 
 
 def layer_shapes(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.functional import mean_log_probability, shrunk
 from ackd_lightning.models.copies import clone, name_of
 from ackd_lightning.models.features import StagePlan, capture, pooled
 from ackd_lightning.models.finding import require_plan, traced
@@ -99,12 +98,8 @@ class SharedClassifiers(nn.Module):
         Returns:
             One ``B x C' x H' x W'`` per teacher, H' the smaller of the two heights and W' of the two widths.
         """
-        projected = []
-        for (_, height, width), projector in zip(self.sizes, self.projectors, strict=True):
-            size = (min(feature.shape[2], height), min(feature.shape[3], width))
-            shrunk = feature if tuple(feature.shape[2:]) == size else F.adaptive_avg_pool2d(feature, size)
-            projected.append(projector(shrunk))
-        return projected
+        pairs = zip(self.sizes, self.projectors, strict=True)
+        return [projector(shrunk(feature, height, width)) for (_, height, width), projector in pairs]
 
     def classify(self, projected: Sequence[Tensor]) -> Tensor:
         """Average the predictions of the classifiers.
@@ -120,8 +115,7 @@ class SharedClassifiers(nn.Module):
             return logits[0]
         if self.average == "logits":
             return torch.stack(logits).mean(dim=0)
-        each_log = torch.stack([F.log_softmax(each.float(), dim=1) for each in logits])
-        return each_log.logsumexp(dim=0) - math.log(len(logits))
+        return mean_log_probability(logits)
 
     def forward(self, feature: Tensor) -> Tensor:
         """Compute logits ``B x K`` from the student's last feature map ``B x C x H x W``."""
