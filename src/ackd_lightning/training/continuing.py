@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.training.schedule import WarmUp
+from ackd_lightning.training.schedule import WarmUp, inner_schedule
 
 _POSITION = {"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i", "mode_worse"}
 """State of schedules that says where they are. Private entries belong to it; all others are settings."""
@@ -25,7 +25,7 @@ def schedule_settings(scheduler: LRScheduler) -> dict[str, Any]:
     Args:
         scheduler: Schedule, perhaps with a warm-up around it.
     """
-    inner = scheduler.scheduler if isinstance(scheduler, WarmUp) else scheduler
+    inner = inner_schedule(scheduler)
     state = inner.state_dict().items()
     public = {key: each for key, each in state if key not in _POSITION and not key.startswith("_")}
     return copy.deepcopy(public)
@@ -43,7 +43,7 @@ def take_settings(scheduler: LRScheduler, settings: Mapping[str, Any]) -> list[s
     Returns:
         Settings that changed, as ``name before -> after``.
     """
-    inner = scheduler.scheduler if isinstance(scheduler, WarmUp) else scheduler
+    inner = inner_schedule(scheduler)
     before = schedule_settings(inner)
     changed = {key: each for key, each in settings.items() if key in before and before[key] != each}
     foreign = before.keys() - settings.keys()  # of a schedule of another class

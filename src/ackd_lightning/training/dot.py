@@ -23,6 +23,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method, is_task_term
 from ackd_lightning.training.manual import ManualSteps
 from ackd_lightning.training.means import average_over_processes
+from ackd_lightning.training.schedule import parameters_of
 from ackd_lightning.training.speed import GRAPHS, Compile
 from ackd_lightning.validation import NonNegative, Range, check_arguments
 
@@ -251,7 +252,7 @@ class TwoGradients(ManualSteps):
 
     def _trained(self) -> list[nn.Parameter]:
         assert self._dot is not None
-        return [each for group in self._dot.param_groups for each in group["params"] if each.requires_grad]
+        return [each for each in parameters_of(self._dot) if each.requires_grad]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run the backward pass, after that of the distillation alone where the optimizer has a momentum for it."""

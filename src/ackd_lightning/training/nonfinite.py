@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ackd_lightning.errors import NonFiniteError
 from ackd_lightning.training.means import average_over_processes
+from ackd_lightning.training.schedule import parameters_of
 
 OnNonFinite = Literal["stop", "skip"]
 _TOLD = 3  # skipped steps that are reported one by one
@@ -263,8 +264,7 @@ class SkippingModule(L.LightningModule):
         loss = optimizer_closure()
         if self.guard.skipping and self._has_gradient and self.trainer.world_size > 1:
             # DDP reduces the gradients of an accumulation in the backward pass of its last batch, which was skipped
-            parameters = [each for group in optimizer.param_groups for each in group["params"]]
-            average_over_processes([each.grad for each in parameters if each.grad is not None])
+            average_over_processes([each.grad for each in parameters_of(optimizer) if each.grad is not None])
         self._stepped, self._has_gradient = self._has_gradient, False
         if self._stepped:
             super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)

@@ -35,6 +35,7 @@ from ackd_lightning.training.schedule import (
     SchedulerFactory,
     build_scheduler,
     follow_student,
+    parameters_of,
     reads_metric,
     scale_learning_rates,
     step_scheduler,
@@ -77,8 +78,7 @@ class OpenOptimizers(TwoGradients):
         """Clip gradients by norm, after mixed precision has unscaled them."""
         largest = self.recipe.gradient_clip_val
         if largest is not None:
-            parameters = [each for group in optimizer.param_groups for each in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
+            norm = torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), largest)
             if isinstance(optimizer, DOT):
                 optimizer.scale_distillation((largest / (norm + 1e-6)).clamp(max=1.0))  # as torch does
 
@@ -121,7 +121,7 @@ class OpenOptimizers(TwoGradients):
                 f"{owner} trains {name} at {scale} times the learning rate, and "
                 f"{type(self).__name__}.configure_optimizers does not; call self.scale_learning_rates(optimizer) there"
             )
-        held = {id(each) for one in self.trainer.optimizers for group in one.param_groups for each in group["params"]}
+        held = set(map(id, parameters_of(*self.trainer.optimizers)))
         left = [name for name, each in self.named_parameters() if each.requires_grad and id(each) not in held]
         if left:
             them = f"{left[0]} and {len(left) - 1} more parameters are" if left[1:] else f"{left[0]} is"

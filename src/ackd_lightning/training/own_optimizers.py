@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.training.schedule import inner_schedule, parameters_of
 
 
 def take_assigned(module: Any) -> None:
@@ -41,7 +42,7 @@ def with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return result
         optimizers, schedules = _parts(result)
         auxiliary = {id(each) for parameters in self.auxiliary.values() for each in parameters}
-        held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+        held = set(map(id, parameters_of(*optimizers)))
         count = len(optimizers)
         if auxiliary & held and count == 1:  # such as AdamW(self.parameters())
             for group in optimizers[0].param_groups:
@@ -76,7 +77,7 @@ def with_method_optimizers(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _scheduler(schedule: Any) -> Any:
     """Return the schedule of one of Lightning's forms."""
     found = schedule["scheduler"] if isinstance(schedule, Mapping) else schedule
-    return getattr(found, "scheduler", found)  # the one inside a warm-up
+    return inner_schedule(found)
 
 
 def _parts(result: Any) -> tuple[list[Optimizer], list[Any]]:

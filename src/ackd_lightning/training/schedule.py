@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -127,13 +128,31 @@ def step_scheduler(scheduler: LRScheduler, metric: Any = None) -> None:
         scheduler.step()
 
 
+def inner_schedule(scheduler: Any) -> Any:
+    """Return the schedule inside a warm-up, or a schedule without one.
+
+    Args:
+        scheduler: Schedule, perhaps with a warm-up around it.
+    """
+    return scheduler.scheduler if isinstance(scheduler, WarmUp) else scheduler
+
+
+def parameters_of(*optimizers: Any) -> list[Parameter]:
+    """Return all parameters of optimizers.
+
+    Args:
+        optimizers: Optimizers.
+    """
+    return [each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]]
+
+
 def reads_metric(scheduler: LRScheduler) -> bool:
     """Return whether a schedule reads a metric.
 
     Args:
         scheduler: Schedule, perhaps with a warm-up around it.
     """
-    return isinstance(scheduler.scheduler if isinstance(scheduler, WarmUp) else scheduler, ReduceLROnPlateau)
+    return isinstance(inner_schedule(scheduler), ReduceLROnPlateau)
 
 
 def build_scheduler(
@@ -200,7 +219,7 @@ def largest_rate(optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> float:
         schedulers: Its schedules, perhaps with a warm-up around them.
     """
     group = optimizer.param_groups[0]
-    inner = [each.scheduler if isinstance(each, WarmUp) else each for each in schedulers]
+    inner = list(map(inner_schedule, schedulers))
     cyclic = [float(each.max_lrs[0]) for each in inner if isinstance(each, CyclicLR)]
     unscaled = [each.unscaled[0] for each in schedulers if isinstance(each, WarmUp)]
     present = max(unscaled, default=group["lr"])
