@@ -120,21 +120,13 @@ class ImageLoaders(PlainArguments):
             ACKDError: If no batch is left, or the batch size is not a multiple of the processes.
         """
         world, rank = self._world()
-        if self.batch_size % world:
-            raise ACKDError(
-                f"batch_size {self.batch_size} does not divide by {world} processes: it is the global batch, "
-                f"so use a multiple of {world}"
-            )
+        size = self._own_batch_size()
         dataset: Any = self._dataset("train")
         if self.augmentation.changes_images or self.augmentation.mixing():
             dataset = self._augmented(dataset)
         balance = self.train_targets if self.sampling == "balanced" else None
         sampler = EpochSampler(dataset, num_replicas=world, rank=rank, seed=self.run_seed, balance=balance)
-        if self.trainer is not None:
-            # Lightning calls set_epoch only after workers have started (#21938): a resumed run would replay epoch 0.
-            progress: Any = self.trainer.fit_loop.epoch_progress.current
-            sampler.set_epoch(progress.processed)
-        size = self.batch_size // world
+        sampler.set_epoch(self._epoch())
         rest = len(sampler) % size
         drop = bool(rest) and (self.whole_batches or rest == 1)
         why = _WHY_WHOLE if self.whole_batches else _WHY_NOT_ONE
@@ -215,6 +207,23 @@ class ImageLoaders(PlainArguments):
 
     def _world(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _own_batch_size(self) -> int:
+        """Number of images of a training batch in each process."""
+        world, _ = self._world()
+        if self.batch_size % world:
+            raise ACKDError(
+                f"batch_size {self.batch_size} does not divide by {world} processes: it is the global batch, so use a "
+                f"multiple of {world}"
+            )
+        return self.batch_size // world
+
+    def _epoch(self) -> int:
+        """Epoch in which a fit is or begins.
+
+        Lightning calls ``set_epoch`` only after workers have started (#21938): a resumed run would replay epoch 0.
+        """
+        return 0 if self.trainer is None else int(self.trainer.fit_loop.epoch_progress.current.processed)
 
     def _dataset(self, part: Part) -> TensorImages | FileImages | HeldImages:
         source, rows = self._part(part)

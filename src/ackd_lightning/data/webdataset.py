@@ -226,12 +226,7 @@ class WebDatasetDataModule(CustomImagesDataModule):
         """Return the shuffled, resumable loader of the training shards; the last incomplete batch is left out."""
         if not self.num_train_samples:
             self.setup()
-        world, _ = self._world()
-        if self.batch_size % world:
-            raise ACKDError(
-                f"batch_size {self.batch_size} does not divide by {world} processes: it is the global batch, so use a "
-                f"multiple of {world}"
-            )
+        size = self._own_batch_size()
         batches, rest = divmod(self.num_train_samples, self.batch_size)
         if rest and not self._told_rest:
             self._told_rest = True
@@ -239,10 +234,8 @@ class WebDatasetDataModule(CustomImagesDataModule):
                 f"left out of each epoch: {rest:,} of {self.num_train_samples:,} training images, since batches of "
                 "shards are always whole"
             )
-        loader = self._stream("train", batch_size=self.batch_size // world, batches=batches)
-        if self.trainer is not None:
-            progress: Any = self.trainer.fit_loop.epoch_progress.current
-            loader.set_epoch(progress.processed)
+        loader = self._stream("train", batch_size=size, batches=batches)
+        loader.set_epoch(self._epoch())
         return loader
 
     def _eval_loader(self, part: Part) -> Any:

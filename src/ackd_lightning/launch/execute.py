@@ -148,7 +148,7 @@ class Execution:
     def _check(self) -> None:
         """Check processes, batch size and checkpoint."""
         check_loaders(self.cli.datamodule, self.cli.command, test=bool(self.option("test")))
-        check_processes(self.trainer, getattr(self.cli.datamodule, "batch_size", None) if self.fit else None)
+        check_processes(self.trainer, self.cli.datamodule if self.fit else None)
         if checkpoint := self.option("ckpt_path"):
             check_checkpoint(Path(checkpoint), self.cli.model, self._content)
             self._content = None

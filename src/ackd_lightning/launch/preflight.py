@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ackd_lightning.config.class_paths import declared
 from ackd_lightning.config.files import walk
+from ackd_lightning.data.loaders import ImageLoaders
 from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.launch.messages import Given
 from ackd_lightning.methods.base import Method
@@ -207,12 +208,13 @@ def check_loaders(data: L.LightningDataModule, command: str, *, test: bool) -> N
             )
 
 
-def check_processes(trainer: L.Trainer, batch_size: int | None) -> None:
+def check_processes(trainer: L.Trainer, data: Any) -> None:
     """Refuse more processes than the machine has processors, all of which Lightning would start.
 
     Args:
         trainer: Trainer of the run.
-        batch_size: Global batch size, which the processes must divide; None for an evaluation.
+        data: Data module of a fit, or None. The processes must divide the global batch of one of this package; the
+            batches of any other are those of each process.
 
     Raises:
         ACKDError: Naming the number of processors, or batch size and number of processes.
@@ -223,9 +225,9 @@ def check_processes(trainer: L.Trainer, batch_size: int | None) -> None:
             f"trainer.devices is {devices} and this machine has {os.cpu_count()} processors; use at most {most}"
         )
     world_size = devices * trainer.num_nodes
-    if batch_size is not None and batch_size % world_size:
+    if isinstance(data, ImageLoaders) and data.batch_size % world_size:
         raise ACKDError(
-            f"batch_size {batch_size} is the global batch and cannot be divided among {world_size} processes; "
+            f"batch_size {data.batch_size} is the global batch and cannot be divided among {world_size} processes; "
             f"use a multiple of {world_size}"
         )
 
