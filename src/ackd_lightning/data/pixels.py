@@ -112,6 +112,19 @@ def is_convertible(raw: Image.Image | NDArray[Any], channels: int, name: str) ->
     return found == channels or (channels in (1, 3) and found in colours)
 
 
+def top_of(largest: int) -> int:
+    """Return the largest value that as many bits as pixels use, at least 8, can have.
+
+    Args:
+        largest: Largest value of the pixels.
+
+    Examples:
+        >>> top_of(3000), top_of(7)
+        (4095, 255)
+    """
+    return int(2 ** max(8, largest.bit_length()) - 1)
+
+
 def require_full_range(values: list[int], name: str) -> None:
     """Refuse 16-bit images none of which uses more than 12 bits, which would come out black.
 
@@ -123,10 +136,9 @@ def require_full_range(values: list[int], name: str) -> None:
         ACKDError: Naming the largest value.
     """
     if values and 0 < max(values) <= TWELVE_BITS:
-        top = 2 ** max(8, max(values).bit_length()) - 1
         raise ACKDError(
             f"images of 16 bits ({len(values):,}, such as {name}) have no value above {max(values):,} and would come "
-            f"out black: set value_range to [0, {top}], or to [0, {_DEPTH}] if they are that dark"
+            f"out black: set value_range to [0, {top_of(max(values))}], or to [0, {_DEPTH}] if they are that dark"
         )
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ackd_lightning.data.decoding import load_image
 from ackd_lightning.data.messages import say
-from ackd_lightning.data.pixels import bands, convert, is_convertible, is_deep, largest_value
+from ackd_lightning.data.pixels import TWELVE_BITS, bands, convert, is_convertible, is_deep, largest_value
 from ackd_lightning.data.table import read_columns
 from ackd_lightning.data.walk import Walk, extensions
 from ackd_lightning.deploy.pixels import Preprocessing
@@ -170,7 +170,7 @@ class _ImageFiles(Dataset[_Decoded]):
         except (ACKDError, OSError, MemoryError) as error:
             reason = first_line(error, 1000).removeprefix(f"{name} ")
             return _Decoded(row, None, _IN_TRAINING.sub("", reason))
-        dark = largest is not None and 0 < largest <= 4095
+        dark = largest is not None and 0 < largest <= TWELVE_BITS
         return _Decoded(row, pixels, converted=0 if found == form.channels else found, dark=dark)
 
 

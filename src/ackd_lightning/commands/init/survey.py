@@ -16,7 +16,7 @@ from PIL import Image
 
 from ackd_lightning.data.decoding import load_image
 from ackd_lightning.data.folder import ImageFolderDataModule
-from ackd_lightning.data.pixels import ImageFormat, bands, is_convertible
+from ackd_lightning.data.pixels import TWELVE_BITS, ImageFormat, bands, is_convertible, top_of
 from ackd_lightning.data.reading import Depth, check_image_file, run_over
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files
@@ -120,8 +120,8 @@ class Survey:
     def value_range(self) -> tuple[int, int] | None:
         """Values that become 0 and 1, for 16-bit files that use fewer bits; None for the range of the files' type."""
         values = [each.depth.largest for each in self.good if each.depth.largest is not None]
-        whole = len(values) == len(self.good) and values and 0 < max(values) <= 4095
-        return (0, 2 ** max(8, max(values).bit_length()) - 1) if whole else None
+        whole = len(values) == len(self.good) and values and 0 < max(values) <= TWELVE_BITS
+        return (0, top_of(max(values))) if whole else None
 
 
 def survey(folder: str, **places: str | None) -> Survey:
