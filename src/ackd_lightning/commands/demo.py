@@ -12,7 +12,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.execute import run
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.console import show_table
-from ackd_lightning.runs.files import read_summary
+from ackd_lightning.runs.files import STUDENT, read_summary
 
 TEACHER = "digits_resnet20"
 PAIR = "digits_resnet20_resnet8"
@@ -81,6 +81,6 @@ def demo(out: str = "demo", *, seeds: int = 3, epochs: int | None = None) -> Non
     print("kd has the weights 0.1 for cross-entropy and 0.9 for the teacher; 1 and 1 are as common, and often better")
     print("this checks the installation: 10 classes and few images do not compare methods (docs/results.md)")
     draw_curves(runs, folder / "curves.png")
-    student = folder / "student.safetensors"
+    student = folder / STUDENT
     export_command(str(folder / "runs" / f"{PAIR}+ackd" / "seed0"), which="last", out=str(student), overwrite=False)
     print(f"figure {folder / 'curves.png'}, ACKD student {student}, {time.monotonic() - started:.0f} s in total")

@@ -120,10 +120,10 @@ def _torch_works(problems: list[str]) -> bool:
 
 
 def _processor() -> dict[str, str]:
-    from ackd_lightning.runs.versions import cpu_flags, cpu_name
+    from ackd_lightning.runs.versions import cpu_flags, cpu_name, processors
 
     fast = sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "bf16", "sve"} & cpu_flags())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = processors()
     allowed = "" if cores == os.cpu_count() else f" ({os.cpu_count()} in the machine)"
     return {"CPU": f"{cpu_name()}, {cores} cores{allowed}", "instructions": ", ".join(fast) or "none that matter here"}
 

@@ -16,6 +16,7 @@ from ackd_lightning.deploy.latency import PTE_THREADS
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
 from ackd_lightning.runs.console import show_table
+from ackd_lightning.runs.files import STUDENT
 
 _SLOWER = 1.2
 """Ratio of the times of int8 and float32 from which on it is said."""
@@ -54,7 +55,7 @@ def int8_advice(folder: Path, summary: Mapping[str, Any], *, tuned: bool) -> str
     """
     if tuned:
         return "it was fine-tuned for int8 already; more epochs or another --model.student.quantization may help"
-    files = [folder / name for name in ("config.yaml", "student.safetensors")]
+    files = [folder / name for name in ("config.yaml", STUDENT)]
     if not all(each.is_file() for each in files):
         return "fine-tune its student with --config qat.yaml"
     settings, weights = (shlex.quote(str(each)) for each in files)

@@ -17,7 +17,7 @@ from ackd_lightning.models.branches import branch_names, default_branches
 from ackd_lightning.models.copies import image_channels, name_of
 from ackd_lightning.models.finding import native_sizes, plan_for, probe, traced, use_taps
 from ackd_lightning.models.heads import with_head
-from ackd_lightning.models.hub import PREFIX, is_hub_name
+from ackd_lightning.models.hub import HF, is_hub_name
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.zoo import count_parameters, create_model, multiply_adds
 from ackd_lightning.types import ImageSize, height_width
@@ -92,7 +92,7 @@ def inspect(
     """
     chosen = read_options(options)
     path = Path(network)
-    remote = is_hub_name(network) and not Path(network.removeprefix(PREFIX)).expanduser().is_dir()
+    remote = is_hub_name(network) and not Path(network.removeprefix(HF)).expanduser().is_dir()
     is_place = path.suffix.lower() in (*ENDINGS, ".ckpt") or path.is_file() or (path / "checkpoints").is_dir()
     if not remote and not is_place:
         return _stages(network, size=size, classes=1000 if classes is None else classes, taps=taps, options=chosen)

@@ -17,9 +17,8 @@ from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.formats.formats import FORMATS
 from ackd_lightning.deploy.hub import CARD, CONFIG, for_timm, model_card, push, require_token, write_config
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.hub import WEIGHTS, parse_repository
+from ackd_lightning.models.hub import HF, WEIGHTS, parse_repository
 from ackd_lightning.models.weight_files import tell
-from ackd_lightning.models.zoo.huggingface import HF
 from ackd_lightning.runs.export import weights_mark
 from ackd_lightning.runs.files import Which, run_folder
 

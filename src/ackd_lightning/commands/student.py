@@ -24,12 +24,9 @@ from ackd_lightning.models.hub import is_hub_name
 from ackd_lightning.models.quantization import FakeQuantized
 from ackd_lightning.models.zoo.complexity import count_parameters
 from ackd_lightning.runs.claim import say_unfinished
-from ackd_lightning.runs.export import describe_network, network_of, plain_parameters
+from ackd_lightning.runs.export import KEPT, describe_network, network_of, plain_parameters
 from ackd_lightning.runs.files import Which, find_checkpoint, read_checkpoint, read_summary, run_folder
 from ackd_lightning.types import height_width
-
-_KEPT = ("student.", "method.head.")
-"""What the names of tensors begin with that are left after training."""
 
 
 class Student(NamedTuple):
@@ -111,9 +108,9 @@ def trained(checkpoint: Path, content: dict[str, Any], settings: Sequence[str] =
     cli.build()
     check_checkpoint(checkpoint, cli.model, content)
     cli.model.on_load_checkpoint(content)
-    state = {key: each for key, each in content["state_dict"].items() if key.startswith(_KEPT)}
+    state = {key: each for key, each in content["state_dict"].items() if key.startswith(KEPT)}
     missing, _ = load_tensors(cli.model, state, strict=False)
-    if lacking := [key for key in missing if key.startswith(_KEPT)]:
+    if lacking := [key for key in missing if key.startswith(KEPT)]:
         raise ACKDError(f"the checkpoint lacks {lacking[0]}; name another run")
     cli.model.eval()
     return cli

@@ -14,7 +14,7 @@ from ackd_lightning.data.datasets import IN_MEMORY
 from ackd_lightning.data.decoding import label, load_image
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.pixels import ImageFormat, is_deep
-from ackd_lightning.data.sampling import Part, stratified_split
+from ackd_lightning.data.sampling import TEST_SPLIT_SEED, Part, stratified_split
 from ackd_lightning.data.sources import Files, Records, Source, name_keys, say_without
 from ackd_lightning.data.stored import StoredDataModule
 from ackd_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -25,7 +25,6 @@ from ackd_lightning.validation import Positive, Range, checked
 Side = Annotated[int, Range(8, 4096)]
 
 _TEST_SHARE = 0.2
-_TEST_SPLIT_SEED = 1  # another one than that of the validation split, which is taken from the remaining images
 _GREY = ((sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,))
 
 
@@ -158,7 +157,7 @@ def split_test(
     """
     labelled = (targets >= 0).nonzero().flatten()
     chosen = None if keys is None else keys[labelled]
-    kept, held_out = stratified_split(targets[labelled], _TEST_SHARE, split_seed=_TEST_SPLIT_SEED, keys=chosen)
+    kept, held_out = stratified_split(targets[labelled], _TEST_SHARE, split_seed=TEST_SPLIT_SEED, keys=chosen)
     if part == "test":
         if not len(held_out):
             raise ACKDError(

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ackd_lightning.data.base import ImageDataModule
-from ackd_lightning.data.sampling import Part, stratified_split
+from ackd_lightning.data.sampling import TEST_SPLIT_SEED, Part, stratified_split
 from ackd_lightning.data.sources import Pixels
 
 _TEST_SHARE = 0.3
-_TEST_SPLIT_SEED = 1  # another one than that of the validation split, which is taken from the remaining images
 _NAMES = tuple(str(digit) for digit in range(10))
 
 
@@ -36,7 +35,7 @@ class DigitsDataModule(ImageDataModule):
 
     def _load(self, part: Part) -> Pixels:
         images, targets = all_digits()
-        train, test = stratified_split(targets, _TEST_SHARE, split_seed=_TEST_SPLIT_SEED)
+        train, test = stratified_split(targets, _TEST_SHARE, split_seed=TEST_SPLIT_SEED)
         rows = train if part == "train" else test
         return Pixels(_NAMES, images[rows], targets[rows])
 

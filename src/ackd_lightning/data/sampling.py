@@ -68,6 +68,10 @@ def held_out_of(count: int, fraction: float) -> int:
     return min(round(fraction * count), count - 1)
 
 
+TEST_SPLIT_SEED = 1
+"""Seed of a test set's split: another one than that of the validation split, which takes from the remaining images."""
+
+
 def stratified_split(
     targets: Tensor, fraction: float, *, split_seed: int = 0, keys: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from ackd_lightning.config.yaml_files import read_yaml
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.arguments import option_pairs
 from ackd_lightning.models.class_map import FEATURES_ONLY
-from ackd_lightning.models.zoo.huggingface import HF
+from ackd_lightning.models.hub import HF
 from ackd_lightning.runs.files import find_checkpoint, run_folder, started_in
 
 _INIT = "init_args"

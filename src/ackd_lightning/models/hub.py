@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ackd_lightning.errors import ACKDError, first_line
 
-PREFIX = "hf:"
+HF = "hf:"
+"""What begins the name of weights on the hub, and of a network in a folder."""
 WEIGHTS = "model.safetensors"
 """File of a repository that is read."""
 _NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -29,7 +30,7 @@ def is_hub_name(text: str | os.PathLike[str]) -> bool:
         >>> is_hub_name("hf:anna/student@v2"), is_hub_name("weights/student.safetensors")
         (True, False)
     """
-    return os.fspath(text).startswith(PREFIX)
+    return os.fspath(text).startswith(HF)
 
 
 def parse_repository(text: str) -> tuple[str, str | None]:
@@ -48,7 +49,7 @@ def parse_repository(text: str) -> tuple[str, str | None]:
         >>> parse_repository("hf:anna/student@v2")
         ('anna/student', 'v2')
     """
-    found = _NAME.fullmatch(text.removeprefix(PREFIX))
+    found = _NAME.fullmatch(text.removeprefix(HF))
     if found is None or ".." in text:
         raise ACKDError(f"{text!r} is not a name on the hub; write hf:USER/NAME or hf:USER/NAME@REVISION")
     return found["repo"], found["revision"]

@@ -31,6 +31,8 @@ from ackd_lightning.runs.files import read_checkpoint, whole_file
 from ackd_lightning.runs.versions import versions
 from ackd_lightning.types import ImageSize, height_width
 
+KEPT = ("student.", "method.head.")
+"""What the names of tensors begin with that are left after training."""
 _TOLERANCE, _IMAGES = 1e-5, 4
 
 
@@ -307,5 +309,5 @@ def weights_mark(checkpoint: Mapping[str, Any]) -> str:
     Args:
         checkpoint: Content of a checkpoint.
     """
-    own = {key: each for key, each in checkpoint["state_dict"].items() if key.startswith(("student.", "method.head."))}
+    own = {key: each for key, each in checkpoint["state_dict"].items() if key.startswith(KEPT)}
     return state_digest(own)

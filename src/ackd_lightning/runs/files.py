@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
+from ackd_lightning.models.metadata import LARGEST_INPUT
 
 Which = Literal["last", "best"]
 CURVES, LEARNERS = "curves.png", "learners.png"
@@ -28,7 +29,7 @@ STARTED, RUN = "# started in ", "# folder of the run: "
 """Beginnings of the first two lines of ``config.yaml``, which name folders."""
 STUDENT = "student.safetensors"
 """Student of a run, as its last epoch left it."""
-_MAX_CLASSES, _MAX_INPUT_SIZE = 1_000_000, 4096
+_MAX_CLASSES = 1_000_000
 _REQUIRED = {"num_classes", "input_size", "mean", "std", "data", "method", "seed", "epoch"}
 """Metadata that every checkpoint has under ``ackd_lightning``."""
 
@@ -276,7 +277,7 @@ def _damage(checkpoint: Mapping[str, Any]) -> str | None:
         return f"it lacks {', '.join(sorted(missing))}"
     sides = metadata["input_size"] if isinstance(metadata["input_size"], (list, tuple)) else [metadata["input_size"]]
     numbers = [("num_classes", metadata["num_classes"], _MAX_CLASSES)]
-    numbers += [("input_size", side, _MAX_INPUT_SIZE) for side in sides]
+    numbers += [("input_size", side, LARGEST_INPUT) for side in sides]
     for key, value, largest in numbers:
         if not isinstance(value, int) or not 1 <= value <= largest or len(sides) not in (1, 2):
             return f"its {key} is {str(metadata[key])[:40]}"

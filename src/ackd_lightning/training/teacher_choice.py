@@ -14,7 +14,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.class_map import FEATURES_ONLY
 from ackd_lightning.models.freezing import evaluated
-from ackd_lightning.models.hub import is_hub_name
+from ackd_lightning.models.hub import HF, is_hub_name
 from ackd_lightning.models.stated import read_notes, stated_options
 from ackd_lightning.models.teacher_base import NoLogitsError
 from ackd_lightning.models.teacher_config import TeacherConfig
@@ -116,7 +116,7 @@ def weight_file(config: TeacherConfig) -> str:
         ACKDError: If no file is named or it does not exist.
     """
     if config.weights is None:
-        folder = str(config.network).startswith("hf:")
+        folder = str(config.network).startswith(HF)
         remedy = "the folder's own weights" if folder else "published weights"
         file = "" if folder else "teacher.weights to its .safetensors file, or "
         raise ACKDError(

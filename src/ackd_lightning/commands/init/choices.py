@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from ackd_lightning.commands.init.survey import Survey
 from ackd_lightning.data.sampling import held_out_of
 from ackd_lightning.errors import count_of
+from ackd_lightning.runs.versions import processors
 
 _LITE, _LCNET = "timm:tf_efficientnet_lite0", "timm:lcnet_050"
 _SIZES = (96, 128, 160, 192, 224)
@@ -116,7 +116,6 @@ def choose(seen: Survey, *, pretrained: bool, device: str | None = None) -> Choi
     batch = next((each for each in (128, 64, 32, 16) if each <= min(trained // 10, _LARGEST_BATCH[device])), 8)
     steps = math.ceil(trained / batch)
     from_scratch = max(20, min(200, _STEPS[device] // steps))
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Choices(
         device=device,
         image_size=size,
@@ -125,7 +124,7 @@ def choose(seen: Survey, *, pretrained: bool, device: str | None = None) -> Choi
         val_fraction=val_fraction,
         trained=trained,
         batch_size=batch,
-        num_workers=0 if small else min(8, processors),
+        num_workers=0 if small else min(8, processors()),
         unequal=max(counts) / min(counts),
         pretrained=pretrained,
         teacher="resnet56" if small else _LITE if pretrained else "resnet18",

@@ -16,7 +16,7 @@ from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.launch.run_settings import started_with
 from ackd_lightning.models.weights import digest
-from ackd_lightning.runs.files import read_checkpoint, read_summary
+from ackd_lightning.runs.files import STUDENT, read_checkpoint, read_summary
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Job:
     @property
     def student_file(self) -> Path:
         """Weight file of the trained network."""
-        return self.folder / "student.safetensors"
+        return self.folder / STUDENT
 
     @property
     def epochs(self) -> int:

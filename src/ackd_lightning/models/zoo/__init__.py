@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.models.hub import HF
 from ackd_lightning.models.zoo.channels import channels_option, read_channels
 from ackd_lightning.models.zoo.complexity import count_parameters, multiply_adds
-from ackd_lightning.models.zoo.huggingface import HF, from_config
+from ackd_lightning.models.zoo.huggingface import from_config
 from ackd_lightning.models.zoo.mobilenetv2 import CifarMobileNetV2
 from ackd_lightning.models.zoo.resnet_cifar import CifarResNet
 from ackd_lightning.models.zoo.shufflenetv1 import CifarShuffleNetV1

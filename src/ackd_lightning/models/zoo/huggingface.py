@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.extras import require
+from ackd_lightning.models.hub import HF
 from ackd_lightning.models.outputs import logits_of
 
-HF = "hf:"
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Interpolations as Pillow numbers them."""
 

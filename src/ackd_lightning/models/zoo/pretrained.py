@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from ackd_lightning.errors import ACKDError, first_line
+from ackd_lightning.models.hub import HF
 from ackd_lightning.models.weight_files import tell
 from ackd_lightning.models.zoo import TIMM, construct, create_model, named, timm_name, torchvision_names
-from ackd_lightning.models.zoo.huggingface import HF, described, folder_of, with_weights
+from ackd_lightning.models.zoo.huggingface import described, folder_of, with_weights
 
 _HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 
