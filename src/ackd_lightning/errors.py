@@ -94,6 +94,21 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def first_names(names: Iterable[object], most: int = 3) -> str:
+    """Return the first names of a list, and the number of the others.
+
+    Args:
+        names: Names.
+        most: Largest number of names that are written.
+
+    Examples:
+        >>> first_names(["cat", "dog"]), first_names("abcde")
+        ('cat, dog', 'a, b, c and 2 more')
+    """
+    listed = list(map(str, names))
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most:,} more" if len(listed) > most else "")
+
+
 def near_matches(value: str, known: Iterable[str], *, most: int = 3, otherwise: str | None = None) -> str:
     """Return a hint such as ``did you mean 'resnet20'?``, or another hint if no name is similar.
 

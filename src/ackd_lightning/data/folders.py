@@ -16,7 +16,7 @@ from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sources import Files
 from ackd_lightning.data.walk import Walk, above, identity, image_files, passed_over
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_names
 
 ClassOrder = Literal["text", "natural"]
 
@@ -257,12 +257,3 @@ def _check_empty(path: Path, folders: Iterable[str], empty: Sequence[str], *, wh
     if not set(folders) - set(empty):
         raise ACKDError(f"{path} has no images of the classes of the training part ({first_names(empty)}): add some")
     say(f"{path} has no images of {len(empty):,} of the training part's classes: {first_names(empty)}")
-
-
-def first_names(names: Sequence[str]) -> str:
-    """Return the first names of a list for a message, and the number of the others.
-
-    Args:
-        names: Names.
-    """
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ackd_lightning.data.custom import CustomImagesDataModule, say_test_is_validation, split_test
 from ackd_lightning.data.decoding import Encoded
-from ackd_lightning.data.folders import first_names, part_of
+from ackd_lightning.data.folders import part_of
 from ackd_lightning.data.labels import classes_of, read_labels, targets_of
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Records, Source, sample
-from ackd_lightning.errors import ACKDError, first_line
+from ackd_lightning.errors import ACKDError, first_line, first_names
 from ackd_lightning.extras import require
 from ackd_lightning.validation import checked
 

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ackd_lightning.data.folders import first_names
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.sources import NO_LABEL
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_names
 
 Label = int | str | None
-_SHOWN = 5
 _EXACT = 2**53
 """Largest whole number below which a floating-point number has all digits."""
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
@@ -129,7 +127,7 @@ def classes_of(
         raise ACKDError(f"{place} has {len(found)} classes in its training part, and a classifier needs two")
     if names is None:
         if isinstance(found[0], int) and found != list(range(len(found))):
-            listed = ", ".join(map(str, found[:_SHOWN])) + (", …" if len(found) > _SHOWN else "")
+            listed = first_names(found, 5)
             say(f"the labels of {place} are {listed}: they become the classes 0 to {len(found) - 1}")
         return {label: index for index, label in enumerate(found)}, [str(label) for label in found]
     names = composed(names)

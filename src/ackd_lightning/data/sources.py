@@ -17,7 +17,7 @@ from torch import Tensor
 from ackd_lightning.data.decoding import Encoded, ImageFile
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_names
 
 NO_LABEL = -1
 """Target of an image without a label."""
@@ -28,9 +28,6 @@ _AT_ONCE = 1 << 12
 _UNCOMPRESSED = frozenset({".bmp", ".dib", ".npy", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff"})
 _SAMPLE = 4096
 """Bytes that are read in each of three places of such a file."""
-
-_SHOWN = 3
-"""Class names that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +212,7 @@ def say_without(targets: Tensor, rows: Tensor, names: Sequence[str], part: str) 
     known = set(targets.tolist())
     missing = sorted((known - set(targets[rows].tolist())) - {NO_LABEL})
     if missing and len(rows):
-        named = ", ".join(names[each] for each in missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
+        named = first_names(names[each] for each in missing)
         count = "1 class" if len(missing) == 1 else f"{len(missing):,} classes"
         say(f"{part} has no images of {count} with few images: {named}")
 
@@ -237,8 +234,7 @@ def require_same_classes(train: Sequence[str], test: Sequence[str], train_name: 
     parts = []
     for name, mine, other in ((train_name, train, test), (test_name, test, train)):
         if names := sorted(set(mine) - set(other)):
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            parts.append(f"only in {name}: {', '.join(names[:_SHOWN])}{more}")
+            parts.append(f"only in {name}: {first_names(names)}")
     raise ACKDError(
         f"training and test classes differ ({'; '.join(parts) or 'another order'}): both need the same class folders"
     )
@@ -261,11 +257,9 @@ def new_positions(class_names: Sequence[str], order: Sequence[str]) -> Tensor:
         wrong = [f"{name!r} is given twice" for name, count in Counter(order).items() if count > 1]
         wrong += [f"{name!r} is not in the data" for name in dict.fromkeys(order) if name not in set(class_names)]
         missing = [f"{name!r} is only in the data" for name in class_names if name not in set(order)]
-        shown = (wrong[: _SHOWN - 1] + missing + wrong[_SHOWN - 1 :])[:_SHOWN]
-        more = len(wrong) + len(missing) - len(shown)
         raise ACKDError(
             f"the {len(class_names)} classes of the data are not the {len(order)} expected ones "
-            f"({', '.join(shown)}{f' and {more} more' if more else ''}): use data with the same class names"
+            f"({first_names([*wrong[:2], *missing, *wrong[2:]])}): use data with the same class names"
         )
     position = {name: number for number, name in enumerate(order)}
     return torch.tensor([position[name] for name in class_names], dtype=torch.int64)

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from ackd_lightning.data.custom import CustomImagesDataModule, say_shared, say_test_is_validation, split_test
-from ackd_lightning.data.folders import first_names, part_of
+from ackd_lightning.data.folders import part_of
 from ackd_lightning.data.labels import Label, classes_of, read_labels, targets_of
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sampling import Part
 from ackd_lightning.data.sources import Files, Source, name_keys
-from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
+from ackd_lightning.errors import ACKDError, count_of, first_line, first_names, near_matches
 from ackd_lightning.extras import require
 from ackd_lightning.validation import checked
 

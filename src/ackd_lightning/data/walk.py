@@ -227,9 +227,9 @@ class Walk:
         if self.folders:
             parts.append(f"hidden and system folders: {', '.join(sorted(self.folders)[:5])}")
         if self.hidden:
-            parts.append(f"{self.hidden:,} hidden {'images' if self.hidden > 1 else 'image'}")
+            parts.append(count_of(self.hidden, "hidden image"))
         if self.loose:
-            parts.append(f"{self.loose:,} {'images' if self.loose > 1 else 'image'} beside the class folders")
+            parts.append(f"{count_of(self.loose, 'image')} beside the class folders")
         if self.special:
             parts.append(f"{self.special:,} {'pipes or devices' if self.special > 1 else 'pipe or device'}")
         if self.links:

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from ackd_lightning.config.yaml_files import first_reason, parse_yaml
-from ackd_lightning.errors import ACKDError, near_matches
+from ackd_lightning.errors import ACKDError, first_names, near_matches
 
 FEATURES_ONLY = "features"
 """Class map of a teacher whose classes are not used at all."""
@@ -202,7 +202,7 @@ def _rows(
     missing = [names[each] if names else each for each in range(num_classes) if each not in seen]
     if missing:
         raise ACKDError(
-            f"class_map of {owner} has no entry for {', '.join(map(repr, missing[:3]))} of the data's {num_classes} "
+            f"class_map of {owner} has no entry for {first_names(map(repr, missing))} of the data's {num_classes} "
             "classes; give one for each"
         )
     return rows

@@ -9,7 +9,7 @@ import os
 import secrets
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError, count_of
+from ackd_lightning.errors import ACKDError, count_of, first_names
 from ackd_lightning.models.copies import load_tensors
 from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.weight_files import (
@@ -34,8 +34,6 @@ from ackd_lightning.plain import is_plain
 
 STUDENT_PREFIX = "student.backbone."
 """Prefix of the target learner's keys in this package's own Lightning checkpoints."""
-
-_SHOWN = 3
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> dict[str, str]:
@@ -274,7 +272,7 @@ def _without_auxiliary(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor],
     """Leave out the auxiliary classifiers of GoogLeNet and Inception, which no prediction needs, and say so."""
     extra = [key for key in tensors if key not in own and key.partition(".")[0] in _AUXILIARY]
     if extra:
-        tell(f"{file}: {len(extra)} tensors of auxiliary classifiers are not read ({_first(extra)})")
+        tell(f"{file}: {len(extra)} tensors of auxiliary classifiers are not read ({first_names(extra)})")
     return {key: tensor for key, tensor in tensors.items() if key not in extra}
 
 
@@ -351,13 +349,13 @@ def check_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Pa
         there, here = channels
         remedy = f"its images had {count_of(there, 'channel')} and {name} reads {here}, so set data.channels to {there}"
     if missing:
-        parts.append(f"{len(missing)} of {len(own)} keys {_be(missing)} missing ({_first(missing)})")
+        parts.append(f"{len(missing)} of {len(own)} keys {_be(missing)} missing ({first_names(missing)})")
     if unexpected:
         found = f"{len(unexpected)} of the file's {len(tensors)} keys {_be(unexpected)} unexpected"
-        parts.append(f"{found} ({_first(unexpected)})")
+        parts.append(f"{found} ({first_names(unexpected)})")
     if reshaped:
         shapes = (f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}" for key in reshaped)
-        parts.append(f"{len(reshaped)} {'has' if len(reshaped) == 1 else 'have'} another shape ({_first(shapes)})")
+        parts.append(f"{len(reshaped)} {'has' if len(reshaped) == 1 else 'have'} another shape ({first_names(shapes)})")
     raise ACKDError(f"{file} does not fit {name}: {', '.join(parts)}; {remedy}")
 
 
@@ -388,9 +386,3 @@ def _trained_at(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tup
 
 def _be(names: Sequence[str]) -> str:
     return "is" if len(names) == 1 else "are"
-
-
-def _first(names: Iterable[str]) -> str:
-    """Join the first few of ``names``."""
-    listed = list(names)
-    return ", ".join(listed[:_SHOWN]) + (", …" if len(listed) > _SHOWN else "")

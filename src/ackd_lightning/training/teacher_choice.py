@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ackd_lightning.config.files import packaged_names
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_names
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.class_map import FEATURES_ONLY
 from ackd_lightning.models.freezing import evaluated
@@ -202,7 +202,7 @@ def compare_classes(first: Sequence[str], second: Sequence[str], owner: str, oth
     missing, further = sorted(set(first) - set(second)), sorted(set(second) - set(first))
     if missing or further:
         parts = [
-            f"{label} has no {', '.join(map(repr, names[:3]))}{' and more' if len(names) > 3 else ''}"
+            f"{label} has no {first_names(map(repr, names))}"
             for label, names in ((other, missing), (owner, further))
             if names
         ]

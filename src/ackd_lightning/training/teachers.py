@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, first_names
 from ackd_lightning.models.class_map import FEATURES_ONLY, resolve_class_map
 from ackd_lightning.models.copies import clone, name_of
 from ackd_lightning.models.finding import plan_for, probe, use_taps
@@ -329,9 +329,7 @@ def _preprocessing(config: TeacherConfig) -> dict[str, Any]:
 
 
 def _other_classes(name: str, count: int, needed: int, lacking: Sequence[str] = ()) -> ACKDError:
-    what = (
-        f" (it has no {', '.join(map(repr, lacking[:3]))}{' and more' if len(lacking) > 3 else ''})" if lacking else ""
-    )
+    what = f" (it has no {first_names(map(repr, lacking))})" if lacking else ""
     return ACKDError(
         f"teacher {name} has {count} classes and the data have {needed}{what}; give the teacher's classes for each of "
         "the data's in teacher.class_map, set it to features for a method that reads no logits, or choose a teacher of "
