@@ -16,6 +16,7 @@ RANK = {
     "errors": 0,
     "plain": 0,
     "random": 0,
+    "writing": 0,
     "types": 1,
     "validation": 1,
     "extras": 1,
@@ -35,7 +36,7 @@ RANK = {
     "cli": 11,
     "__main__": 12,
 }
-DATA_MAY_USE = {"data", "types", "errors", "extras", "plain", "random", "validation"}
+DATA_MAY_USE = {"data", "types", "errors", "extras", "plain", "random", "validation", "writing"}
 LIGHTNING_IN = {"data", "training", "callbacks", "launch", "testing"}
 METRICS_IN = {"metrics", "training", "callbacks"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -15,7 +15,7 @@ def test_a_full_disk_leaves_the_rows_of_before_when_columns_are_added(tmp_path, 
     before = path.read_text()
     logger.log_metrics({"epoch": 1, "val/acc": 0.5}, step=1)
     with monkeypatch.context() as patch:
-        patch.setattr("ackd_lightning.runs.files.os.fsync", full)
+        patch.setattr("ackd_lightning.writing.os.fsync", full)
         with pytest.raises(OSError, match="No space left"):
             logger.save()
     assert path.read_text() == before

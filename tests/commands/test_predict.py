@@ -217,7 +217,7 @@ def test_a_full_disk_keeps_what_was_there(monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ackd_lightning.runs.files.os.fsync", full)
+    monkeypatch.setattr("ackd_lightning.writing.os.fsync", full)
     assert predict("--images", "a.png") == 2
     assert "No space left" in capsys.readouterr().err
     assert not [each for each in Path().iterdir() if "predictions" in each.name]

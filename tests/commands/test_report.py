@@ -160,7 +160,7 @@ def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path):
 
     monkeypatch.setattr(writing, "markdown", lambda *_: "# a")
     writing.write({"old": 1}, {}, tmp_path)
-    monkeypatch.setattr("ackd_lightning.runs.files.os.fsync", full)
+    monkeypatch.setattr("ackd_lightning.writing.os.fsync", full)
     with pytest.raises(ACKDError, match="No space left"):
         writing.write({"new": 1}, {"figure": b"x"}, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text()) == {"old": 1}

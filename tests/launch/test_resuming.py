@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_what_was_measured_before_a_run_is_trained_longer(run
     assert main(["test", str(run)]) == 0
     before = {path: path.read_bytes() for path in [run / "summary.json", *(run / "predictions").iterdir()]}
     with monkeypatch.context() as patch:
-        patch.setattr("ackd_lightning.runs.files.os.fsync", full)
+        patch.setattr("ackd_lightning.writing.os.fsync", full)
         assert main([*FIT, "--resume", str(run), "--trainer.max_epochs", "2"]) == 1
     assert "No space left" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before

@@ -17,7 +17,7 @@ COMMAND = """
 import signal, sys, tempfile, time
 from pathlib import Path
 from ackd_lightning import cli
-from ackd_lightning.runs.files import whole_file
+from ackd_lightning.writing import whole_file
 
 def command(*positional, **options):
     with tempfile.TemporaryDirectory(dir=".") as folder, whole_file(Path("student.safetensors")) as partial:

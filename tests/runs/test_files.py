@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.runs.files import find_runs, read_checkpoint, read_summary, whole_file, write_json
+from ackd_lightning.runs.files import find_runs, read_checkpoint, read_summary, write_json
+from ackd_lightning.writing import whole_file
 
 METADATA = {
     "num_classes": 2,

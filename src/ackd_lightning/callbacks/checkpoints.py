@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ackd_lightning.errors import NotWrittenError
-from ackd_lightning.runs.files import whole_file
+from ackd_lightning.writing import whole_file
 
 
 class RunCheckpoint(ModelCheckpoint):

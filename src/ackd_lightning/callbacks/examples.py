@@ -17,9 +17,9 @@ from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.length import epochs_of_fit
 from ackd_lightning.data.loaders import data_of
 from ackd_lightning.runs.figures import write_figure
-from ackd_lightning.runs.files import whole_file
 from ackd_lightning.types import Batch, Examples
 from ackd_lightning.validation import PositiveInt, checked
+from ackd_lightning.writing import whole_file
 
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule

@@ -10,7 +10,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from ackd_lightning.runs.files import whole_file
+from ackd_lightning.writing import whole_file
 
 
 def drop_partial_line(path: Path) -> None:

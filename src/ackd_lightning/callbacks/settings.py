@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from ackd_lightning.config.yaml_files import plain_settings
 from ackd_lightning.data.loaders import data_of
-from ackd_lightning.runs.files import RUN, STARTED, started_in, whole_file
+from ackd_lightning.runs.files import RUN, STARTED, started_in
+from ackd_lightning.writing import whole_file
 
 
 class RunConfig(SaveConfigCallback):

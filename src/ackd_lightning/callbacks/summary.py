@@ -34,10 +34,10 @@ from ackd_lightning.runs.files import (
     measured_last,
     read_summary,
     same_content,
-    whole_file,
     write_json,
 )
 from ackd_lightning.runs.versions import device_name, versions
+from ackd_lightning.writing import whole_file
 
 if TYPE_CHECKING:
     from ackd_lightning.callbacks.protocol import TrainingModule

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ackd_lightning.data.messages import on_first_process
-from ackd_lightning.runs.files import copied_from, whole_file
+from ackd_lightning.runs.files import copied_from
+from ackd_lightning.writing import whole_file
 
 
 class SafeWandbLogger(WandbLogger):

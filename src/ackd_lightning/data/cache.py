@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import pickle
-import secrets
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sources import Pixels
 from ackd_lightning.errors import first_line
+from ackd_lightning.writing import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ def save_cache(path: Path, content: dict[str, Any]) -> None:
         content: Plain data and tensors, with the entry ``fingerprint``.
     """
     try:
-        _write_atomically(path, content)
+        with whole_file(path) as partial:
+            torch.save(content, partial)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = first_line(error, 300)
         warnings.warn(
@@ -79,17 +80,6 @@ def save_cache(path: Path, content: dict[str, Any]) -> None:
             "writable or set cache: false",
             stacklevel=2,
         )
-
-
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Save through a hidden file in the same folder, with the permissions of any new file."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        torch.save(content, hidden)
-        hidden.replace(path)
-    except BaseException:
-        hidden.unlink(missing_ok=True)
-        raise
 
 
 def cached(path: Path | None, mark: str, make: Callable[[], Pixels]) -> Pixels:

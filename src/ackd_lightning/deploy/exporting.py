@@ -16,7 +16,7 @@ from ackd_lightning.deploy.formats.program import telling_line
 from ackd_lightning.deploy.pixels import Preprocessing
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import clone
-from ackd_lightning.runs.files import whole_files
+from ackd_lightning.writing import whole_files
 
 
 class WithPreprocessing(nn.Module):

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import math
 import os
-import secrets
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from ackd_lightning.models.weight_files import (
     tell,
 )
 from ackd_lightning.plain import is_plain
+from ackd_lightning.writing import whole_file
 
 STUDENT_PREFIX = "student.backbone."
 """Prefix of the target learner's keys in this package's own Lightning checkpoints."""
@@ -133,21 +133,13 @@ def save_weights(
         raise ACKDError(
             f"{file} is a folder; name the weight file to write in it, such as {file / 'weights.safetensors'}"
         )
-    partial = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as handle:
-            handle.write(to_safetensors(tensors, metadata=notes))
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(file)
+        with whole_file(file) as partial:
+            partial.write_bytes(to_safetensors(tensors, metadata=notes))
     except OSError as error:
         raise ACKDError(
             f"{file} cannot be written ({error.strerror}); choose a folder that has room and that you may write to"
         ) from error
-    finally:
-        if partial.is_file():
-            partial.unlink()
     return file
 
 

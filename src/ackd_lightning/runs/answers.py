@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ackd_lightning.errors import ACKDError, first_line
-from ackd_lightning.runs.files import whole_file
+from ackd_lightning.writing import whole_file
 
 FOLDER = "predictions"
 """Folder of these files in that of a run."""

@@ -27,9 +27,10 @@ from ackd_lightning.models.weights import (
 )
 from ackd_lightning.models.zoo import create_model
 from ackd_lightning.models.zoo.complexity import count_parameters
-from ackd_lightning.runs.files import read_checkpoint, whole_file
+from ackd_lightning.runs.files import read_checkpoint
 from ackd_lightning.runs.versions import versions
 from ackd_lightning.types import ImageSize, height_width
+from ackd_lightning.writing import whole_file
 
 KEPT = ("student.", "method.head.")
 """What the names of tensors begin with that are left after training."""

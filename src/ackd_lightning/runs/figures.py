@@ -16,7 +16,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.runs.files import CURVES, LEARNERS, whole_file
+from ackd_lightning.runs.files import CURVES, LEARNERS
+from ackd_lightning.writing import whole_file
 
 Metrics = Mapping[str, Mapping[int, float]]
 """Value by epoch, from 1, of each metric."""

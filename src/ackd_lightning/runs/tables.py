@@ -8,7 +8,7 @@ from typing import Any
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.extras import require
-from ackd_lightning.runs.files import whole_file
+from ackd_lightning.writing import whole_file
 
 PARQUET = frozenset({".parquet", ".pq"})
 

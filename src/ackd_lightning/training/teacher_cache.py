@@ -18,8 +18,9 @@ from ackd_lightning.callbacks.protocol import TrainingModule
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.sampling import EpochSampler
 from ackd_lightning.errors import ACKDError, first_line
-from ackd_lightning.runs.files import whole_file, write_json
+from ackd_lightning.runs.files import write_json
 from ackd_lightning.types import NetOutput
+from ackd_lightning.writing import whole_file
 
 KEY_FILE = "key.json"
 _TOLERANCE = 0.1  # of a standard deviation

@@ -19,7 +19,7 @@ from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.console import show_table
-from ackd_lightning.runs.files import whole_file
+from ackd_lightning.writing import whole_file
 
 _SHOWN = 5
 

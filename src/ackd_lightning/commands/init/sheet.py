@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ackd_lightning.commands.init.survey import Survey
 from ackd_lightning.data.decoding import load_image
 from ackd_lightning.data.pixels import ImageFormat, convert, fit
-from ackd_lightning.runs.files import whole_file
+from ackd_lightning.writing import whole_file
 
 ROWS, COLUMNS = 20, 8
 _SIDE, _TEXT, _GAP = 96, 170, 4

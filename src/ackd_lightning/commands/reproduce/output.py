@@ -16,7 +16,8 @@ from ackd_lightning.commands.reproduce.results import NOT_RUN, Line
 from ackd_lightning.commands.reproduce.specs import TableSpec
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.figures import write_figure
-from ackd_lightning.runs.files import whole_file, write_json
+from ackd_lightning.runs.files import write_json
+from ackd_lightning.writing import whole_file
 
 _COLUMNS = ["row", "paper", "ours, last", "95 % interval", "ours, best", "n", "minus paper"]
 METRIC_NAMES = {

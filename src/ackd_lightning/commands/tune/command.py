@@ -26,7 +26,8 @@ from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.models.weights import digest
 from ackd_lightning.runs.claim import claim
 from ackd_lightning.runs.console import show_table
-from ackd_lightning.runs.files import measured_last, read_summary, whole_file
+from ackd_lightning.runs.files import measured_last, read_summary
+from ackd_lightning.writing import whole_file
 
 _OURS = {
     "runs_dir": "use --out",

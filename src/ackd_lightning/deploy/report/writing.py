@@ -18,8 +18,9 @@ from ackd_lightning.deploy.report.subject import Subject
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.metrics.calibration import reliability
 from ackd_lightning.metrics.intervals import wilson_interval
-from ackd_lightning.runs.files import whole_file, write_json
+from ackd_lightning.runs.files import write_json
 from ackd_lightning.types import DataInfo
+from ackd_lightning.writing import whole_file
 
 _LARGEST_MATRIX = 200
 """Number of classes up to which a confusion matrix is drawn."""
