@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from ackd_lightning.config.yaml_files import plain_settings
 from ackd_lightning.data.loaders import data_of
 from ackd_lightning.runs.files import RUN, STARTED, started_in
-from ackd_lightning.writing import whole_file
+from ackd_lightning.writing import write_whole
 
 
 class RunConfig(SaveConfigCallback):
@@ -47,8 +47,7 @@ class RunConfig(SaveConfigCallback):
     def _write(self) -> str:
         text, path = self._text(), self.folder / "config.yaml"
         start = started_in(path) or Path.cwd()  # of a run that is resumed: where it was started first
-        with whole_file(path) as partial:
-            partial.write_text(f"{STARTED}{start}\n{RUN}{self.folder.resolve()}\n{text}", encoding="utf-8")
+        write_whole(f"{STARTED}{start}\n{RUN}{self.folder.resolve()}\n{text}", path)
         return text
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

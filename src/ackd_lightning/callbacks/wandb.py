@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ackd_lightning.data.messages import on_first_process
 from ackd_lightning.runs.files import copied_from
-from ackd_lightning.writing import whole_file
+from ackd_lightning.writing import write_whole
 
 
 class SafeWandbLogger(WandbLogger):
@@ -110,8 +110,7 @@ def run_id(folder: Path) -> str:
     agents = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     known = path.is_file() and copied_from(folder) is None
     if on_first_process() and not known:
-        with whole_file(path) as partial:
-            partial.write_text(agents or secrets.token_hex(4), encoding="utf-8")
+        write_whole(agents or secrets.token_hex(4), path)
     return path.read_text(encoding="utf-8").strip() if path.is_file() else agents or secrets.token_hex(4)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
 from ackd_lightning.models.metadata import LARGEST_INPUT
-from ackd_lightning.writing import whole_file
+from ackd_lightning.writing import write_whole
 
 Which = Literal["last", "best"]
 CURVES, LEARNERS = "curves.png", "learners.png"
@@ -49,8 +49,7 @@ def write_json(content: Any, path: Path) -> None:
         path: File to write.
     """
     text = json.dumps(content, indent=1)
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_whole(text, path)
 
 
 def started_in(config: Path) -> Path | None:

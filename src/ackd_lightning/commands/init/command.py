@@ -19,7 +19,7 @@ from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
 from ackd_lightning.launch.lightning import ACKDCLI
 from ackd_lightning.launch.preflight import check_writable
 from ackd_lightning.runs.console import show_table
-from ackd_lightning.writing import whole_file
+from ackd_lightning.writing import write_whole
 
 _SHOWN = 5
 
@@ -99,8 +99,7 @@ def _as_command(message: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files may be no UTF-8
+    write_whole(text, path, errors="surrogateescape")  # names of files may be no UTF-8
 
 
 def _describe(folder: str, seen: Survey) -> None:

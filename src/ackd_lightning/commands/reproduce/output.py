@@ -17,7 +17,7 @@ from ackd_lightning.commands.reproduce.specs import TableSpec
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.figures import write_figure
 from ackd_lightning.runs.files import write_json
-from ackd_lightning.writing import whole_file
+from ackd_lightning.writing import whole_file, write_whole
 
 _COLUMNS = ["row", "paper", "ours, last", "95 % interval", "ours, best", "n", "minus paper"]
 METRIC_NAMES = {
@@ -61,8 +61,7 @@ def write_tables(
             parts += [f"## {pair}, {METRIC_NAMES[metric]}", ""]
             parts += [_row(heads), f"|{'---|' * len(heads)}"]
             parts += [_row(line.cells()[: len(heads)]) for line in own] + [""]
-    with whole_file(markdown) as partial:
-        partial.write_text("\n".join([*parts, text, ""]), encoding="utf-8")
+    write_whole("\n".join([*parts, text, ""]), markdown)
     with whole_file(plain) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["pair", "metric", *heads, "values"])

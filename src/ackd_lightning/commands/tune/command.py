@@ -27,7 +27,7 @@ from ackd_lightning.models.weights import digest
 from ackd_lightning.runs.claim import claim
 from ackd_lightning.runs.console import show_table
 from ackd_lightning.runs.files import measured_last, read_summary
-from ackd_lightning.writing import whole_file
+from ackd_lightning.writing import write_whole
 
 _OURS = {
     "runs_dir": "use --out",
@@ -384,7 +384,6 @@ def _report(search: _Search, settings: Sequence[str]) -> None:
     text = yaml.safe_dump(fragment(whole, names), sort_keys=False)
     head = f"# best of {len(search.finished)} trials of ackd tune: validation accuracy {best.value:.2%} in {run}\n"
     path = search.place / "best.yaml"
-    with whole_file(path) as partial:
-        partial.write_text(head + text, encoding="utf-8")
+    write_whole(head + text, path)
     print(f"{path}:\n{text}", end="")
     print(f"next:\n  {shlex.join(['ackd', 'fit', *settings, *chosen])}")

@@ -20,7 +20,7 @@ from ackd_lightning.metrics.calibration import reliability
 from ackd_lightning.metrics.intervals import wilson_interval
 from ackd_lightning.runs.files import write_json
 from ackd_lightning.types import DataInfo
-from ackd_lightning.writing import whole_file
+from ackd_lightning.writing import whole_file, write_whole
 
 _LARGEST_MATRIX = 200
 """Number of classes up to which a confusion matrix is drawn."""
@@ -158,8 +158,7 @@ def write(found: Mapping[str, Any], shown: Mapping[str, bytes], folder: Path) ->
             with whole_file(folder / FIGURES / f"{name}.png") as partial:
                 partial.write_bytes(picture)
         for name, content in (("report.md", text), ("report.html", page(text, shown))):
-            with whole_file(folder / name) as partial:
-                partial.write_text(content, encoding="utf-8", errors="replace")
+            write_whole(content, folder / name, errors="replace")
         write_json(found, folder / "report.json")
     except OSError as error:
         raise ACKDError(f"{folder} cannot be written ({error.strerror}); choose another --out, or make room") from error
