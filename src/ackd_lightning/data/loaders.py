@@ -223,7 +223,10 @@ class ImageLoaders(PlainArguments):
 
         Lightning calls ``set_epoch`` only after workers have started (#21938): a resumed run would replay epoch 0.
         """
-        return 0 if self.trainer is None else int(self.trainer.fit_loop.epoch_progress.current.processed)
+        if self.trainer is None:
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_progress.current
+        return int(progress.processed)
 
     def _dataset(self, part: Part) -> TensorImages | FileImages | HeldImages:
         source, rows = self._part(part)
