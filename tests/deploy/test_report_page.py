@@ -13,6 +13,7 @@ from ackd_lightning.deploy.report import content, figures
 from ackd_lightning.deploy.report.elements import escaped, table
 from ackd_lightning.deploy.report.measuring import Measured, Pictures
 from ackd_lightning.deploy.report.page import _calibration, page
+from ackd_lightning.runs.figures import visible
 
 
 def opened(png: bytes) -> Image.Image:
@@ -34,7 +35,7 @@ def test_figures_of_few_and_many_classes(count):
 
 @pytest.mark.parametrize(("channels", "count"), [(1, 1), (3, 7), (4, 3)])
 def test_pictures_of_any_channels(channels, count):
-    images = figures.visible(torch.randn(count, channels, 8, 6), (0.5,) * channels, (0.25,) * channels)
+    images = visible(torch.randn(count, channels, 8, 6), (0.5,) * channels, (0.25,) * channels)
     assert images.shape == (count, 8, 6, 3)
     assert images.min() >= 0
     assert images.max() <= 1

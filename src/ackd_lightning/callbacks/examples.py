@@ -11,12 +11,11 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from ackd_lightning.callbacks.health import is_fast_dev_run
 from ackd_lightning.callbacks.length import epochs_of_fit
 from ackd_lightning.data.loaders import data_of
-from ackd_lightning.runs.figures import write_figure
+from ackd_lightning.runs.figures import short, visible, write_figure
 from ackd_lightning.types import Batch, Examples
 from ackd_lightning.validation import PositiveInt, checked
 from ackd_lightning.writing import whole_file
@@ -28,28 +27,6 @@ _CELL = 1.7  # side of an image and its margin in inches
 _LINE = 0.125  # height of a line of text in inches
 _DPI = 100
 _MAX_NAME = 18  # characters of a class name
-
-
-def _pixels(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
-    """Undo the normalisation of images.
-
-    Args:
-        image: Normalised images, ``B x C x H x W``.
-        mean: Mean of each channel. If it is None, the images are scaled so that their extremes are 0 and 1.
-        std: Standard deviation of each channel, as ``mean``.
-
-    Returns:
-        Images from 0 to 1, ``B x H x W x 3`` float32 on the CPU.
-    """
-    image = image.detach().float().cpu()
-    if mean and std:
-        centre, scale = (torch.tensor(each).view(1, -1, 1, 1) for each in (mean, std))
-        image = image * scale + centre
-    else:
-        low, high = image.min(), image.max()
-        image = (image - low) / (high - low).clamp_min(1e-6)
-    image = image.clamp(0, 1)[:, :3]
-    return (image if image.shape[1] == 3 else image[:, :1].expand(-1, 3, -1, -1)).permute(0, 2, 3, 1)
 
 
 def draw_examples(
@@ -75,7 +52,7 @@ def draw_examples(
         std: Standard deviation of each channel, as ``mean``.
     """
     count = len(examples.target)
-    both = _pixels(torch.cat([examples.original, examples.made]), mean, std)
+    both = torch.from_numpy(visible(torch.cat([examples.original, examples.made]), mean, std))
     original, made = both[:count], both[count:]
     change = made - original
     largest = float(change.abs().max())
@@ -87,8 +64,7 @@ def draw_examples(
     )
 
     def named(number: int) -> str:
-        name = names[number] if number < len(names) else str(number)
-        return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
+        return short(names[number] if number < len(names) else str(number), _MAX_NAME)
 
     lines = 1 + 3 * len(examples.predictions)
     margin, above, below = 1.0, 0.4, 0.2 + _LINE * lines  # inches around the grid

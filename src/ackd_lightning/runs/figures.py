@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, MaxNLocator
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.files import CURVES, LEARNERS
@@ -27,6 +31,39 @@ _WIDE = 50.0
 _LOSS = {"train": "all terms"}
 """What the loss of a split is; that of the others is the cross-entropy."""
 _NETWORK = re.compile(r"(val|test)/(aux\d+_|group_|ensemble_|teacher_)?acc")
+
+
+def short(name: str, most: int = 22) -> str:
+    """Return a class name that fits beside a figure.
+
+    Args:
+        name: Class name.
+        most: Largest number of characters.
+    """
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def visible(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> NDArray[np.float32]:
+    """Undo the normalisation of images for a figure.
+
+    Args:
+        images: ``N x C x H x W`` normalised; the first three channels are shown, and of one or two the first.
+        mean: Mean of each channel. If it is None, the images are scaled so that their extremes are 0 and 1.
+        std: Standard deviation of each channel, as ``mean``.
+
+    Returns:
+        ``N x H x W x 3`` from 0 to 1.
+    """
+    raw = images.detach().float().cpu()
+    if mean and std:
+        centre, scale = (torch.tensor([*each]).view(1, -1, 1, 1) for each in (mean, std))
+        raw = raw * scale + centre
+    else:
+        low, high = raw.min(), raw.max()
+        raw = (raw - low) / (high - low).clamp_min(1e-6)
+    raw = raw[:, :3] if raw.shape[1] >= 3 else raw[:, :1].expand(-1, 3, -1, -1)
+    found: NDArray[np.float32] = raw.clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
+    return found
 
 
 def read_metrics(path: Path) -> dict[str, dict[int, float]]:

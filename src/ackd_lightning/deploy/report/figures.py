@@ -10,10 +10,9 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ackd_lightning.metrics.calibration import BINS, Reliability
-from ackd_lightning.runs.figures import write_figure
+from ackd_lightning.runs.figures import short, write_figure
 
 _BLUE, _RED, _GREY, _INK = "#2f6db3", "#c8502d", "#b9bec6", "#2b2f36"
 _DPI = 130
@@ -35,16 +34,6 @@ def _plain(axes: object) -> None:
     """Remove the frame's upper and right line."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)  # type: ignore[attr-defined]
-
-
-def short(name: str, most: int = 22) -> str:
-    """Return a class name that fits beside a figure.
-
-    Args:
-        name: Class name.
-        most: Largest number of characters.
-    """
-    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def per_class(shares: Sequence[float], intervals: Sequence[tuple[float, float]], names: Sequence[str]) -> bytes:
@@ -160,24 +149,6 @@ def reliability(panels: Sequence[tuple[str, Reliability]]) -> bytes:
     entries = {label: each for axes in grid[0] for each, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     grid[0][0].legend(list(entries.values()), list(entries), frameon=False, fontsize=8, loc="upper left")
     return _png(figure)
-
-
-def visible(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
-    """Undo the normalisation of images for a figure.
-
-    Args:
-        images: ``N x C x H x W`` normalised; of other than 1 or 3 channels the first is shown.
-        mean: Mean of each channel.
-        std: Standard deviation of each channel.
-
-    Returns:
-        ``N x H x W x 3`` from 0 to 1.
-    """
-    scale, centre = (images.new_tensor(list(each)).view(1, -1, 1, 1) for each in (std, mean))
-    raw = (images.float() * scale + centre).clamp(0, 1)
-    raw = raw if raw.shape[1] == 3 else raw[:, :1].expand(-1, 3, -1, -1)
-    found: NDArray[np.float32] = raw.permute(0, 2, 3, 1).contiguous().cpu().numpy().astype(np.float32)
-    return found
 
 
 def mistakes(images: NDArray[np.float32], captions: Sequence[tuple[str, str, str]]) -> bytes:

@@ -18,6 +18,7 @@ from ackd_lightning.deploy.report.subject import Subject
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.metrics.calibration import reliability
 from ackd_lightning.metrics.intervals import wilson_interval
+from ackd_lightning.runs.figures import short, visible
 from ackd_lightning.runs.files import write_json
 from ackd_lightning.types import DataInfo
 from ackd_lightning.writing import whole_file, write_whole
@@ -118,8 +119,8 @@ def _mistakes(measured: Measured, names: tuple[str, ...], mean: tuple[float, ...
         probability = float(measured.student[row].softmax(dim=0)[answer])
         file = measured.names[row] if measured.names else f"test image {row}"
         label = names[int(measured.target[row])]
-        captions.append((label, f"{figures.short(names[answer], 16)}, {100 * probability:.1f} %", file))
-    return figures.mistakes(figures.visible(measured.mistakes.images, mean, std), captions)
+        captions.append((label, f"{short(names[answer], 16)}, {100 * probability:.1f} %", file))
+    return figures.mistakes(visible(measured.mistakes.images, mean, std), captions)
 
 
 def _heat_maps(
@@ -132,7 +133,7 @@ def _heat_maps(
 ) -> bytes | None:
     if not subject.sources:
         return None
-    background = figures.visible(measured.examples.images, mean, std)
+    background = visible(measured.examples.images, mean, std)
     target = measured.target[measured.examples.rows]
     columns = []
     for source in subject.sources:
