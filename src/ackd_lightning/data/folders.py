@@ -15,7 +15,7 @@ import torch
 from ackd_lightning.data.messages import say
 from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.sources import Files
-from ackd_lightning.data.walk import Walk, above, identity, image_files, passed_over
+from ackd_lightning.data.walk import Walk, above, identity, image_files, is_folder, passed_over
 from ackd_lightning.errors import ACKDError, first_names
 
 ClassOrder = Literal["text", "natural"]
@@ -40,13 +40,6 @@ def part_of(name: str) -> str | None:
         ['train', 'test', 'val', 'train', None]
     """
     return next((part for part, pattern in _PARTS.items() if pattern.fullmatch(name.lower())), None)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
 
 
 def sort_key(order: ClassOrder, name: str) -> tuple[object, ...]:
@@ -83,7 +76,7 @@ def _folders_in(path: Path) -> tuple[list[Path], set[Path]]:
     if not path.is_dir():
         return [], set()
     with os.scandir(path) as entries:  # whose entries mostly know what they are
-        kept = [entry for entry in entries if _is_folder(entry) and not passed_over(entry.name)]
+        kept = [entry for entry in entries if is_folder(entry) and not passed_over(entry.name)]
     links = sorted(path / entry.name for entry in kept if entry.is_symlink())
     folders = [path / entry.name for entry in kept]
     again = set[Path]()

@@ -109,12 +109,7 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         import datasets
 
         columns = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
-        if len(columns) != 1:
-            raise ACKDError(
-                f"{self.root} has {len(columns)} columns of images among {', '.join(split.column_names)}: set "
-                "image_column to one"
-            )
-        return str(columns[0])
+        return self._only(columns, split, "columns of images", "image_column")
 
     def _find_label(self, split: Any) -> str:
         import datasets
@@ -122,10 +117,12 @@ class HuggingFaceDataModule(CustomImagesDataModule):
         columns = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
         if not columns:
             columns = [name for name in _LABELS if name in split.column_names][:1]
+        return self._only(columns, split, "columns of class labels", "label_column")
+
+    def _only(self, columns: Sequence[str], split: Any, what: str, option: str) -> str:
         if len(columns) != 1:
             raise ACKDError(
-                f"{self.root} has {len(columns)} columns of class labels among {', '.join(split.column_names)}: set "
-                "label_column to one"
+                f"{self.root} has {len(columns)} {what} among {', '.join(split.column_names)}: set {option} to one"
             )
         return str(columns[0])
 

@@ -112,6 +112,15 @@ def is_convertible(raw: Image.Image | NDArray[Any], channels: int, name: str) ->
     return found == channels or (channels in (1, 3) and found in colours)
 
 
+def bits(deep: bool) -> str:
+    """Return how many bits pixels have, in words.
+
+    Args:
+        deep: Whether they have more than 8.
+    """
+    return "more than 8 bits" if deep else "8 bits"
+
+
 def top_of(largest: int) -> int:
     """Return the largest value that as many bits as pixels use, at least 8, can have.
 

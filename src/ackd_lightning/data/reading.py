@@ -21,6 +21,7 @@ from ackd_lightning.data.path_table import PathTable
 from ackd_lightning.data.pixels import (
     TWELVE_BITS,
     ImageFormat,
+    bits,
     convert,
     fit,
     is_deep,
@@ -167,10 +168,9 @@ def check_depth(depths: list[Depth], form: ImageFormat, place: str, name: Callab
         return ""
     these = f"{len(others):,} of {len(depths):,} images in {place}, such as {name(others[0])}, have"
     if form.value_range is not None:
-        here, there = ("8 bits", "more") if form.deep else ("more than 8 bits", "8")
         raise ACKDError(
-            f"{these} {here} and the first training image has {there}, so value_range {list(form.value_range)} cannot "
-            "be right for both: store all images with the same depth"
+            f"{these} {bits(not form.deep)} and the first training image has {bits(form.deep)}, so value_range "
+            f"{list(form.value_range)} cannot be right for both: store all images with the same depth"
         )
     if form.deep:
         return f"{these} 8 bits; they are read as they are, so that their 255 is as bright as 65535 of 16 bits"

@@ -20,7 +20,7 @@ from ackd_lightning.data.augmentation import ImageAugmentation
 from ackd_lightning.data.datasets import EVAL_BORDER, augmented_crop, reduction
 from ackd_lightning.data.decoding import Encoded, load_for_crop, load_image
 from ackd_lightning.data.labels import composed
-from ackd_lightning.data.pixels import ImageFormat, convert, fit, is_deep, to_tensor
+from ackd_lightning.data.pixels import ImageFormat, bits, convert, fit, is_deep, to_tensor
 from ackd_lightning.data.sampling import IMAGES, STREAM_SHUFFLE, STREAM_TRANSFORM, ImageLoader, refuse_another_epoch
 from ackd_lightning.data.transforms import RawBatch
 from ackd_lightning.data.walk import extensions
@@ -212,10 +212,9 @@ class Shards(IterableDataset[RawBatch]):
             load_for_crop(file, form.channels, reduction(form, seed, smallest)) if cropped else (load_image(file), None)
         )
         if is_deep(raw) != form.deep and (not form.deep or form.value_range is not None):
-            here, there = ("8 bits", "more") if form.deep else ("more than 8 bits", "8")
             raise ACKDError(
-                f"{place} has {here} and the first image of the training shards has {there}: write shards of images "
-                "with the same depth"
+                f"{place} has {bits(not form.deep)} and the first image of the training shards has {bits(form.deep)}: "
+                "write shards of images with the same depth"
             )
         image = convert(raw, form, file.name)
         if cropped:

@@ -44,6 +44,18 @@ def extensions() -> frozenset[str]:
     return frozenset(_ALWAYS.split()) | (HEIF if find_spec("pillow_heif") is not None else frozenset())
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder; an entry that cannot be read is none.
+
+    Args:
+        entry: Entry of a folder.
+    """
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def passed_over(name: str) -> bool:
     """Whether a folder of this name is hidden or belongs to a system.
 
@@ -158,11 +170,7 @@ class Walk:
         endings, folders = self._endings, []
         for entry in entries:
             name = entry.name
-            try:
-                inside = entry.is_dir()
-            except OSError:
-                inside = False
-            if inside:
+            if is_folder(entry):
                 if passed_over(name):
                     self.folders.update([name])
                 else:
@@ -188,7 +196,7 @@ class Walk:
         """
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if is_folder(entry):
                     self.folders.update([entry.name] if passed_over(entry.name) else [])
                 elif os.path.splitext(entry.name)[1].lower() in self._endings and entry.name[0] != ".":  # noqa: PTH122
                     self.loose += 1

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ackd_lightning.data.decoding import load_image
 from ackd_lightning.data.messages import say
-from ackd_lightning.data.pixels import TWELVE_BITS, bands, convert, is_convertible, is_deep, largest_value
+from ackd_lightning.data.pixels import TWELVE_BITS, bands, bits, convert, is_convertible, is_deep, largest_value
 from ackd_lightning.data.table import read_columns
 from ackd_lightning.data.walk import Walk, extensions
 from ackd_lightning.deploy.pixels import Preprocessing
@@ -164,7 +164,7 @@ class _ImageFiles(Dataset[_Decoded]):
             if not is_convertible(raw, form.channels, name):
                 return _Decoded(row, None, f"has {found} channels and the network reads {form.channels}")
             if form.value_range and is_deep(raw) != form.deep:
-                return _Decoded(row, None, f"has {_bits(is_deep(raw))} and the network reads {_bits(form.deep)}")
+                return _Decoded(row, None, f"has {bits(is_deep(raw))} and the network reads {bits(form.deep)}")
             largest = None if form.value_range else largest_value(raw)
             pixels = self.preprocessing.fitted(convert(raw, form, name))
         except (ACKDError, OSError, MemoryError) as error:
@@ -172,10 +172,6 @@ class _ImageFiles(Dataset[_Decoded]):
             return _Decoded(row, None, _IN_TRAINING.sub("", reason))
         dark = largest is not None and 0 < largest <= TWELVE_BITS
         return _Decoded(row, pixels, converted=0 if found == form.channels else found, dark=dark)
-
-
-def _bits(deep: bool) -> str:
-    return "more than 8 bits" if deep else "8 bits"
 
 
 def read_batches(

@@ -231,7 +231,7 @@ def plain_name(option: str) -> str:
 
 def _holder(settings: dict[str, Any], option: str) -> tuple[dict[str, Any], str]:
     """The mapping and the key of the class in the settings that an option may replace; an empty mapping for none."""
-    name = option.removeprefix("--").removesuffix(".class_path").replace(f"{_INIT}.", "")
+    name = plain_name(option.removesuffix(".class_path"))
     parent, _, key = name.rpartition(".")
     holder = dict(walk(settings)).get(parent) if parent else settings
     if isinstance(holder, dict) and isinstance(holder.get(_INIT), dict):
@@ -316,6 +316,15 @@ def read_value(value: str) -> Any:
         return value
     if "#" in value and (read is None or isinstance(read, str)) and read != value.strip("'\""):
         return value  # what follows a # is no comment
+    return as_number(read)
+
+
+def as_number(read: Any) -> Any:
+    """Return a value of YAML, where 1e-3 without a point is text, as the command line reads it.
+
+    Args:
+        read: Value that YAML has read.
+    """
     with contextlib.suppress(ValueError):
         return float(read) if isinstance(read, str) else read
     return read

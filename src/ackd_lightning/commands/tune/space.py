@@ -11,6 +11,7 @@ from typing import Any
 
 from ackd_lightning.config.yaml_files import parse_yaml
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.launch.arguments import as_number
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,8 @@ def read_values(text: str) -> tuple[str, Values]:
         listed = parse_yaml(f"[{values}]")
     except Exception as error:  # whatever PyYAML's constructors raise
         raise ACKDError(f"--set {text} is not a list of values; {forms}") from error
-    choices = tuple(dict.fromkeys(json.dumps(_plain(each)) for each in listed))
+    choices = tuple(dict.fromkeys(json.dumps(as_number(each)) for each in listed))
     return name, Values(values, choices=tuple(map(json.loads, choices)))
-
-
-def _plain(value: Any) -> Any:
-    """A value of YAML, where 1e-3 without a point is text, as the command line reads it."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _number(text: str, whole: str, forms: str) -> float | int:
