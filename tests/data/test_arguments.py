@@ -141,7 +141,8 @@ def test_a_subclass_passes_the_other_arguments_on():
 
 
 def test_numbers_of_numpy_are_plain_in_a_checkpoint(tmp_path):
-    data = DigitsDataModule(val_fraction=np.float64(0.25), mean=[np.float32(0.5)], std=[0.5], batch_size=np.int64(8))
+    given = {"mean": (np.float64(0.5),) * 3, "std": (0.25,) * 3}
+    data = DigitsDataModule(val_fraction=np.float64(0.25), **given)
     torch.save(dict(data.hparams), tmp_path / "data.pt")
     again = torch.load(tmp_path / "data.pt", weights_only=True)
-    assert again == {**DEFAULTS[DigitsDataModule], "val_fraction": 0.25, "mean": [0.5], "std": [0.5], "batch_size": 8}
+    assert again == {**DEFAULTS[DigitsDataModule], "val_fraction": 0.25, **given}

@@ -71,6 +71,7 @@ def save_cache(path: Path, content: dict[str, Any]) -> None:
         content: Plain data and tensors, with the entry ``fingerprint``.
     """
     try:
+        path.parent.stat()  # a folder that does not exist is not made
         with whole_file(path) as partial:
             torch.save(content, partial)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
