@@ -180,8 +180,8 @@ class EvaluationSteps(L.LightningModule):
 
         It keeps whether that had several loaders and, as all loaders share their keys here, refuses another number.
         """
-        results = self.trainer._results
-        for key in [key for key, each in (results or {}).items() if each.meta.fx in ("validation_step", "test_step")]:
+        results = self.trainer._results or {}
+        for key in [key for key, each in results.items() if each.meta.fx in ("validation_step", "test_step")]:
             del results[key]
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
