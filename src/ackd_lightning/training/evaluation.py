@@ -180,7 +180,7 @@ class EvaluationSteps(L.LightningModule):
 
         It keeps whether that had several loaders and, as all loaders share their keys here, refuses another number.
         """
-        results = self.trainer._results or {}
+        results: dict[str, Any] = self.trainer._results or {}
         for key in [key for key, each in results.items() if each.meta.fx in ("validation_step", "test_step")]:
             del results[key]
 
