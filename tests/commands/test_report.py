@@ -218,15 +218,27 @@ def test_what_an_interrupted_report_left_is_replaced_and_nothing_else(left, refu
         command._check_folder(target)
 
 
-def test_other_test_images_are_said_on_the_page(run):
+@pytest.mark.parametrize("file", ["", "student.safetensors"])
+def test_other_test_images_are_said_on_the_page(run, file):
+    page = run / ("student-report" if file else "report")
     for options, otherwise in (
         (["--data.val_fraction", "0.2"], "settings"),
         (["--data.batch_size", "7", "--data.max_per_class", "10"], ""),
     ):
-        assert main(["report", str(run), "--no-latency", *options]) == 0
-        assert json.loads((run / "report/report.json").read_text())["measured_otherwise"] == otherwise
-        said = "measured with other settings than the run has" in (run / "report/report.md").read_text()
+        assert main(["report", str(run / file), "--no-latency", *options]) == 0
+        assert json.loads((page / "report.json").read_text())["measured_otherwise"] == otherwise
+        said = "measured with other settings than the run has" in (page / "report.md").read_text()
         assert said == bool(otherwise)
+
+
+@pytest.mark.parametrize(("name", "stated"), [("background", "black"), ("value_range", "[0.0, 20.0]")])
+def test_a_file_is_not_measured_on_images_that_are_read_otherwise_than_it_states(run, name, stated, capsys):
+    own = run / "student.safetensors"
+    save_weights(load_file(own), Path("net.safetensors"), {**read_metadata(own), name: stated})
+    assert main(["report", "net.safetensors", "--config", "data/digits.yaml", *SMALL, "--no-latency"]) == 2
+    assert f"{name} of the data is " in (said := capsys.readouterr().err)
+    assert f"when net.safetensors was trained; set --data.{name} to that" in said
+    assert not Path("net-report").exists()
 
 
 def test_a_network_that_answers_nan_has_no_page(run, capsys):

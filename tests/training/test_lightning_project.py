@@ -9,7 +9,7 @@ import sys
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -17,9 +17,9 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader
 
-from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, DistillationModule, Recipe
+from ackd_lightning import ACKD, CE, KD, ACKDError, ACKDModule, DataInfo, DistillationModule, Recipe
 from ackd_lightning.data.loaders import data_of
-from ackd_lightning.methods import CRD, DKD, Sum
+from ackd_lightning.methods import CRD, DKD, FitNet, Sum
 from training.helpers import DATA, SIZE, Blobs, TinyNet, build, module, trainer
 
 STEPS = functools.partial(MultiStepLR, milestones=[1])
@@ -319,3 +319,47 @@ class KeepsStudent(CE):
 def test_layers_that_a_method_creates_elsewhere_are_refused(method, words):
     with pytest.raises(ACKDError, match=words):
         trainer(max_epochs=1).fit(build(method()), datamodule=Blobs())
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+@pytest.mark.parametrize("make", [FitNet, lambda: ACKD(branches=["D3B1", "D2B2"])])
+def test_layers_of_a_method_are_pruned_by_lightnings_callback(make):
+    net = build(make())
+    trainer(max_epochs=2, callbacks=[ModelPruning("l1_unstructured", amount=0.3)]).fit(net, datamodule=Blobs())
+    zero = torch.cat([each.weight.flatten() == 0 for each in net.method.modules() if isinstance(each, nn.Conv2d)])
+    assert 0.1 < float(zero.float().mean()) < 0.5
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_one_trainer_evaluates_several_loaders_and_then_one(command):
+    run, net, loader = trainer(), build(KD()), Blobs().val_dataloader()
+    key = "val/acc" if command == "validate" else "test/acc"
+    evaluate = getattr(run, command)
+    first = evaluate(net, [loader, loader], verbose=False)[0][key]
+    assert [evaluate(net, loader, verbose=False)[0][key] for _ in range(2)] == [first, first]
+    assert evaluate(net, [loader, loader], verbose=False)[0][key] == first
+
+
+class WithDefaults(DistillationModule):
+    def __init__(
+        self,
+        width: int = 4,
+        data: DataInfo = DataInfo(4, SIZE),  # noqa: B008  # Lightning's command line reads it
+        recipe: Recipe = Recipe(warmup_epochs=1),  # noqa: B008
+    ) -> None:
+        super().__init__(TinyNet(width), method=CE(), data=data, recipe=recipe)
+
+
+@pytest.mark.filterwarnings("ignore:.*will be overridden by")
+def test_data_and_recipe_are_defaults_on_lightnings_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    defaults = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    cli = LightningCLI(
+        WithDefaults,
+        Blobs,
+        seed_everything_default=0,
+        args=["fit", "--model.recipe.label_smoothing", "0.1"],
+        trainer_defaults={**defaults, "default_root_dir": str(tmp_path)},
+    )
+    assert cli.model.recipe == Recipe(warmup_epochs=1, label_smoothing=0.1)
+    assert (cli.model.data.num_classes, cli.model.data.input_size) == (4, SIZE)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ackd_lightning.commands.student import chosen_device, trained
+from ackd_lightning.commands.student import chosen_device, reading, trained
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.deploy.files import ENDINGS, open_network
 from ackd_lightning.deploy.report.elements import FIGURES
@@ -154,10 +154,7 @@ def _run(
     module = cli.model
     data = _prepared(cli, content["ackd_lightning"].get("class_names"))
     folder = run_folder(checkpoint)
-    moved, same = data.say_changed(content["ackd_lightning"].get("images") or {}), data.as_trained
-    changed = changed_test(folder, cli.settings(), same_images=same) if (folder / "config.yaml").is_file() else []
-    others = [*([f"measured with other settings than the run has: {', '.join(changed)}"] if changed else []), moved]
-    notes = list(filter(None, others))
+    notes, otherwise = _otherwise(folder, content, cli, data)
     try:
         module.load_teacher()
         module.match_classes(data)
@@ -170,8 +167,18 @@ def _run(
     subject.notes[:0] = notes
     subject.about["checkpoint"] = str(checkpoint)
     subject.facts["weights"] = weights_mark(content)
-    subject.facts["otherwise"] = "images" if moved else "settings" if changed else ""
+    subject.facts["otherwise"] = otherwise
     return data, subject
+
+
+def _otherwise(
+    folder: Path, content: dict[str, Any], cli: ACKDCLI, data: ImageDataModule
+) -> tuple[list[str], Literal["", "images", "settings"]]:
+    """What is measured otherwise than a run was trained and tested: sentences, and the worst kind of it."""
+    moved, same = data.say_changed(content["ackd_lightning"].get("images") or {}), data.as_trained
+    changed = changed_test(folder, cli.settings(), same_images=same) if (folder / "config.yaml").is_file() else []
+    settings = f"measured with other settings than the run has: {', '.join(changed)}" if changed else ""
+    return list(filter(None, [settings, moved])), "images" if moved else "settings" if changed else ""
 
 
 def _file(
@@ -189,7 +196,14 @@ def _file(
         cli = ACKDCLI("test", [*settings, "--model.student", network.description.model], needs_run=False)
     cli.build_data()
     data = _prepared(cli, network.description.class_names)
-    return data, of_file(network, data.info, measure_on=measure_on)
+    subject = of_file(network, data.info, measure_on=measure_on)
+    for name, (here, there) in reading(data, network.description).items():
+        if here != there:
+            remedy = "name images of that kind" if name == "pixels" else f"set --data.{name} to that"
+            raise ACKDError(f"{name} of the data is {here} and was {there} when {path} was trained; {remedy}")
+    if folder is not None and (checkpoint := folder / "checkpoints" / f"{which}.ckpt").is_file():
+        subject.notes[:0], subject.facts["otherwise"] = _otherwise(folder, read_checkpoint(checkpoint), cli, data)
+    return data, subject
 
 
 def _machine() -> str:

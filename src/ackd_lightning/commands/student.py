@@ -186,6 +186,18 @@ def check_data(checkpoint: Path, description: Description, options: Sequence[str
         ) from error
 
 
+def reading(data: ImageDataModule, description: Description) -> dict[str, tuple[Any, Any]]:
+    """Return how data read an image before it is normalised, each setting as it is here and as a file states it.
+
+    Args:
+        data: Data.
+        description: What the file of a network states.
+    """
+    here = {key: tuple(each) if isinstance(each, list) else each for key, each in data.preprocessing.items()}
+    names = ("channels", "value_range", "background", "pixels")
+    return {name: (here[name], getattr(description, name)) for name in names}
+
+
 def _refuse_other_images(data: Any, description: Description) -> None:
     """Refuse data that prepare images otherwise than in training, since a file states how it was in training."""
     info = info_of(data)
@@ -195,9 +207,7 @@ def _refuse_other_images(data: Any, description: Description) -> None:
     if info.mean is not None and description.mean is not None:
         both |= {"mean": (info.mean, description.mean), "std": (info.std, description.std)}
     if isinstance(data, ImageDataModule):
-        for name in ("channels", "value_range", "background", "pixels"):
-            value = data.preprocessing[name]
-            both[name] = (tuple(value) if isinstance(value, list) else value, getattr(description, name))
+        both |= reading(data, description)
     for name, (here, there) in both.items():
         if here != there:
             raise ACKDError(
