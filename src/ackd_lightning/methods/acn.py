@@ -259,7 +259,7 @@ class ACN(Method):
         classifiers = self._classifiers()
         with statistics_kept(classifiers):
             logits = all_logits(classifiers(made))
-        labelled = torch.stack([cross_entropy(each, batch.target) for each in logits]).sum()
+        labelled = torch.stack([cross_entropy(each, batch.labels) for each in logits]).sum()
         return labelled + mutual_loss(logits, temperature=self.temperature)
 
     # ---------------------------------------------------------------- adversarial phase
