@@ -226,8 +226,8 @@ def test_generated_images_teach_the_classifiers_and_leave_statistics_and_generat
 def test_generated_images_have_the_weighted_labels_of_their_images():
     run = Run()
     shares = F.one_hot(run.batch.target, CLASSES).float()
-    one, none, tenfold = (float(run.terms(run.batch._replace(soft=each * shares))["generated"]) for each in (1, 0, 10))
-    assert one == pytest.approx(float(run.terms()["generated"]), rel=1e-5)
+    one, none, tenfold = (run.terms(run.batch._replace(soft=each * shares))["generated"].item() for each in (1, 0, 10))
+    assert one == pytest.approx(run.terms()["generated"].item(), rel=1e-5)
     assert none < one - 0.1  # what the classifiers teach each other
     assert tenfold - none == pytest.approx(10 * (one - none), rel=1e-4)
 
