@@ -29,7 +29,17 @@ from ackd_lightning.methods import CE, CRD
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.training.factories import describe_factory
 from ackd_lightning.training.schedule import WarmUp, build_scheduler, step_scheduler
-from training.helpers import BadImages, Blobs, TinyNet, build, largest_difference, module, state, trainer
+from training.helpers import (
+    BadImages,
+    Blobs,
+    IndexedBlobs,
+    TinyNet,
+    build,
+    largest_difference,
+    module,
+    state,
+    trainer,
+)
 from training.test_nonfinite import skipping
 
 EPOCHS, STEPS = 3, 8  # steps an epoch
@@ -618,11 +628,12 @@ class WithoutFirstLayer(DistillationModule):
         (BackboneAlone, CRD(negatives=8), "method"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*times the learning rate")
 def test_parameters_that_no_optimizer_gets_are_named(kind, method, named):
     net = build(method, kind=kind)
     said = rf"^{named}\..* in no optimizer .*{kind.__name__}\.configure_optimizers.*learner_groups"
     with pytest.warns(UserWarning, match=said):
-        trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(net, datamodule=Blobs())
+        trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(net, datamodule=IndexedBlobs())
 
 
 @pytest.mark.parametrize("kind", [Own, StudentAlone])
