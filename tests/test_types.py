@@ -79,6 +79,11 @@ def test_equal_sides_are_one_number():
         ({"mean": (0.5,), "channels": 3}, "mean is"),
         ({"mean": (0.5,) * 3}, "std is None"),
         ({"std": (0.5,) * 3}, "mean is None"),
+        (
+            {"mean": (124.0,), "std": (58.0,)},
+            r"mean is \(124.0,\) in DataInfo .*; divide mean and std by 255 \(0.4863\)",
+        ),
+        ({"mean": (0.5,), "std": (58.0,)}, r"std is \(58.0,\) in DataInfo .*; divide it by 255 \(0.2275\)"),
         ({"class_names": ("a", "b")}, "2 names"),
     ],
     ids=str,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,9 @@ from ackd_lightning.plain import as_plain
 
 ImageSize = int | tuple[int, int]
 """Side of square images in pixels, or their height and width."""
+
+_LARGEST = 1.5
+"""Largest mean or standard deviation that is taken to be of pixels from 0 to 1."""
 
 
 def height_width(size: ImageSize) -> tuple[int, int]:
@@ -28,6 +31,25 @@ def height_width(size: ImageSize) -> tuple[int, int]:
         ((32, 32), (48, 64))
     """
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def check_scale(mean: Sequence[float] | None, std: Sequence[float] | None, place: str = "") -> None:
+    """Refuse mean and standard deviation of pixels from 0 to 255.
+
+    Args:
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+        place: Where they were given, such as ``" in DataInfo"``.
+
+    Raises:
+        ACKDError: If one is larger than pixels from 0 to 1 can have.
+    """
+    for name, values, them in (("mean", mean, "mean and std"), ("std", std, "it")):
+        if values and max(values) > _LARGEST:
+            raise ACKDError(
+                f"{name} is {tuple(values)}{place} and must be of pixels from 0 to 1; divide {them} by 255 "
+                f"({', '.join(f'{each / 255:.4g}' for each in values)})"
+            )
 
 
 def _is_count(value: object) -> bool:
@@ -153,6 +175,7 @@ class DataInfo:
                 raise _refused(name, values, f"{kind} for each channel")
             if self.channels not in (None, len(values)):
                 raise _refused(name, values, f"one number for each of the {self.channels} channels")
+        check_scale(self.mean, self.std, " in DataInfo")
         if (self.mean is None) != (self.std is None):
             name, other = ("std", "mean") if self.std is None else ("mean", "std")
             raise _refused(name, None, f"one number for each of the channels of {other}, or both None")

@@ -30,7 +30,7 @@ from ackd_lightning.data.sources import (
     say_without,
 )
 from ackd_lightning.errors import ACKDError, count_of
-from ackd_lightning.types import DataInfo
+from ackd_lightning.types import DataInfo, check_scale
 from ackd_lightning.validation import Fraction, NonNegativeInt, Positive, PositiveInt, Range, checked
 
 _VAL_FRACTION = 0.1
@@ -128,6 +128,7 @@ class ImageDataModule(ImageLoaders):
                 f"mean is {mean} and std is {std} in {type(self).__name__}: give both, with {self.channels} numbers "
                 "each"
             )
+        check_scale(mean, std, f" in {type(self).__name__}")
         if mean is not None and std is not None:
             self.mean, self.std = tuple(mean), tuple(std)
         # a checkpoint holds plain data, which comes back here

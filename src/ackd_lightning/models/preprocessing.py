@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.models.copies import examples, image_channels
 from ackd_lightning.models.finding import probe
-from ackd_lightning.types import DataInfo, ImageSize, height_width
+from ackd_lightning.types import DataInfo, ImageSize, check_scale, height_width
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
@@ -50,7 +50,7 @@ class Preprocessing:
 
         Raises:
             ACKDError: If mean or std is missing beside the other, their lengths differ, a standard deviation is not
-                above 0, a mean is above what pixels in 0 to 1 can have, or a size is not 1 or more.
+                above 0, one of them is above what pixels in 0 to 1 can have, or a size is not 1 or more.
         """
         if len(self.mean or ()) != len(self.std or ()):
             raise ACKDError(f"mean is {self.mean} and std is {self.std}; give both, with one number per channel")
@@ -58,11 +58,7 @@ class Preprocessing:
             raise ACKDError(f"std is {self.std}; it must have numbers above 0")
         if self.input_size is not None and min(height_width(self.input_size)) < 1:
             raise ACKDError(f"input_size is {self.input_size}; it must be 1 or more pixels")
-        if self.mean is not None and max(self.mean) > 1.5:
-            raise ACKDError(
-                f"mean is {self.mean} and must be of pixels from 0 to 1; divide mean and std by 255 "
-                f"({', '.join(f'{each / 255:.4g}' for each in self.mean)})"
-            )
+        check_scale(self.mean, self.std)
 
     def filled(self, other: Preprocessing) -> Preprocessing:
         """Take what is missing from another one.
