@@ -271,11 +271,11 @@ def make_image_parser() -> argparse.ArgumentParser:
 
 
 def _predicts_images(command: str, arguments: Sequence[str]) -> bool:
-    """Whether ``ackd predict`` names images or an exported file, which has no data of its own."""
+    """Whether ``ackd predict`` has an option for images, or an exported file, which has no data of its own."""
     files = (".safetensors", ".onnx", ".pt2", ".pte", ".xml")
-    named = any(each.split("=")[0] == "--images" for each in arguments)
-    file = any(each.endswith(files) for each in with_values(arguments) if not each.startswith("-"))
-    return command == "predict" and (named or file)
+    options = {"--images", "--top", "--strict", "--batch-size", "--workers", "--device"}
+    exported = any(each.endswith(files) for each in with_values(arguments) if not each.startswith("-"))
+    return command == "predict" and (exported or bool(options & {each.split("=")[0] for each in arguments}))
 
 
 def _names(text: str) -> list[str]:

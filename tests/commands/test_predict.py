@@ -183,6 +183,12 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("option", [["--top", "3"], ["--strict"], ["--workers=2"], ["--device", "cpu"]])
+def test_an_option_for_images_needs_images(option, capsys):
+    assert main(["predict", "runs/a", *option]) == 2
+    assert "required: --images" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "value"), WRONG, ids=[" ".join(each) for each, _ in WRONG])
 def test_a_mistake_is_one_sentence(arguments, value, capsys):
     draw("a.png")

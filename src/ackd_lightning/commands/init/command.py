@@ -152,7 +152,7 @@ def _next(seen: Survey, configs: tuple[Path, Path], listed: Path, chosen: Choice
     listed.unlink(missing_ok=True)  # of an earlier call
     if seen.broken:
         _write(listed, "".join(f"{path}\n" for path in seen.broken))
-        print(f"first replace or delete the broken files, with which no fit starts; {listed} lists them")
+        print(f"first replace or delete the broken files: no fit starts while they are there; {listed} lists them")
     if chosen.pretrained:
         print(f"the teacher's fit downloads the weights of {chosen.teacher} once; --no-pretrained does without")
     commands = [f"ackd fit --config {shlex.quote(str(each))}" for each in configs]
