@@ -134,6 +134,22 @@ def test_every_parameter_of_a_branch_gets_a_gradient(name):
     assert [name for name, each in student.branches.named_parameters() if each.grad is None] == []
 
 
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_branch_learns_what_its_network_keeps_in_evaluation_mode(ran):
+    torch.manual_seed(0)
+    options = {"embed_dim": (16, 24, 32), "key_dim": 4, "depth": (1, 1, 1), "num_heads": (2, 2, 2)}
+    network = create_model("timm:levit_128s", 5, img_size=64, **options).eval()
+    if ran:
+        with torch.no_grad():
+            network(torch.randn(2, 3, 64, 64))  # LeViT keeps its attention biases
+    student = BranchyStudent(network, ["D4B2"], input_size=64)
+    assert {name for name, _ in student.branches.named_parameters() if name.endswith("attention_biases")} == {
+        f"0.suffix.network.{name}"
+        for name, _ in network.named_parameters()
+        if name.endswith("attention_biases") and name.startswith(("stages.1", "stages.2"))
+    }
+
+
 def student(make) -> BranchyStudent:
     torch.manual_seed(0)
     return BranchyStudent(make(), input_size=32)

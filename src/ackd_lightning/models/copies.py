@@ -155,7 +155,18 @@ def twin(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                 if not type(hook).__module__.startswith("torch.nn.utils"):  # spectral_norm makes weights in a hook
                     del hooks[key]
         module.__dict__.pop(WATCH, None)
-    return result.eval()
+    return in_evaluation(result)
+
+
+def in_evaluation(network: nn.Module) -> nn.Module:
+    """Put a network into evaluation mode without what it computed there before, such as LeViT's attention biases.
+
+    Args:
+        network: Network; networks of timm empty what they keep when training begins.
+    """
+    network.train()
+    network.eval()
+    return network
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ackd_lightning.errors import ACKDError, first_line
-from ackd_lightning.models.copies import EXAMPLES, clone, dtype_of, name_of, twin
+from ackd_lightning.models.copies import EXAMPLES, clone, dtype_of, in_evaluation, name_of, twin
 from ackd_lightning.models.features import StagePlan, capture
 from ackd_lightning.models.finding import probe, traced
 from ackd_lightning.models.outputs import first_tensor, logits_of
@@ -111,7 +111,7 @@ class Suffix(nn.Module):
         self.memory: _Memory = {"dense": False, "batch": EXAMPLES, "device": image.device}
         self.network = _cut(network, ghost, entry, record, self.memory)
         memory: _Memory = {"dense": False}
-        used = self._used(_cut(ghost, ghost, entry, record, memory), given, memory)
+        used = self._used(in_evaluation(_cut(ghost, ghost, entry, record, memory)), given, memory)
         for name, parameter in list(self.network.named_parameters()):
             if name not in used:  # as the class token of a transformer that is cut after its first block
                 owner, _, own = name.rpartition(".")
