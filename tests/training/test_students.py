@@ -27,8 +27,9 @@ from ackd_lightning import (
 from ackd_lightning.methods import DCM
 from ackd_lightning.models.freezing import frozen_modules, parts_by_stage
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers
+from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.models.quantization import FakeQuantized
-from ackd_lightning.models.start import match_head
+from ackd_lightning.models.start import match_head, refuse_frozen_head
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.weights import load_weights, read_metadata
 from ackd_lightning.models.zoo import pretrained as published
@@ -191,11 +192,57 @@ def test_layers_of_a_head_before_its_classifier_are_not_reordered(tmp_path):
     file = save_weights(source, tmp_path / "levit.safetensors", {"class_names": json.dumps(names)})
     network = create_model("timm:levit_128s", CLASSES)
     load_weights(network, file)
-    match_head(network, names, NAMES, "a file")
+    match_head(network, names, NAMES, "a file", 224)
     images = torch.randn(2, 3, 224, 224)
     order = [names.index(each) for each in NAMES]
     with torch.no_grad():
         torch.testing.assert_close(network.eval()(images), source.eval()(images)[:, order])
+
+
+class TwoHeads(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.first, self.second = nn.Linear(6, CLASSES), nn.Linear(6, CLASSES)
+        self.form, self.scale = form, nn.Parameter(torch.rand(CLASSES))
+
+    def forward(self, image):
+        feature = self.body(image)
+        if self.form == "tuple":
+            return self.first(feature), self.second(feature)
+        if self.form == "sum":
+            return self.first(feature) + 2 * self.second(feature.relu())
+        if self.form == "shared":
+            return self.second(feature) + self.second(feature.relu())
+        return self.first(feature) * self.scale if self.form == "scale" else feature @ self.second.weight.T * self.scale
+
+
+@pytest.mark.parametrize("form", ["tuple", "sum", "shared"])
+def test_all_heads_of_a_network_follow_the_class_names(form):
+    torch.manual_seed(0)
+    network, image = TwoHeads(form).eval(), torch.randn(3, 3, SIZE, SIZE)
+    with torch.no_grad():
+        before = logits_of(network(image))
+        match_head(network, NAMES[::-1], NAMES, "a file", SIZE)
+        torch.testing.assert_close(logits_of(network(image)), before.flip(1))
+    before = state(network)
+    match_head(network, NAMES, (*NAMES[1:], "eel"), "a file", SIZE)
+    heads = {"second"} if form == "shared" else {"first", "second"}
+    assert {name.partition(".")[0] for name in differing(before, state(network))} == heads
+    network.second.weight.requires_grad_(False)
+    with pytest.raises(ACKDError, match="second"):
+        refuse_frozen_head(network, "a file")
+
+
+@pytest.mark.parametrize("names", [NAMES[::-1], ("eel", *NAMES[1:])], ids=["order", "other"])
+@pytest.mark.parametrize("form", ["scale", "no layer"])
+def test_a_head_that_is_no_layer_is_not_said_to_follow(form, names):
+    torch.manual_seed(0)
+    network = TwoHeads(form)
+    before = state(network)
+    with pytest.raises(ACKDError, match="TwoHeads"):
+        match_head(network, names, NAMES, "a file", SIZE)
+    assert not differing(before, state(network))
 
 
 @pytest.mark.parametrize("name", ["resnet8", "timm:test_efficientnet"])
@@ -478,7 +525,7 @@ def test_a_head_that_nothing_can_make_fresh_is_not_said_to_be():
     network = FakeQuantized(create_model("resnet8", 4), "x86", 32, channels=3)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(ACKDError, match=r"does not know the class 'eel', and it has no layer that can be made fresh"):
-        match_head(network, NAMES, (*NAMES[1:], "eel"), "a file")
+        match_head(network, NAMES, (*NAMES[1:], "eel"), "a file", 32)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 

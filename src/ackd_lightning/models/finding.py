@@ -98,6 +98,16 @@ def _find_stages(network: nn.Module, input_size: ImageSize | None) -> tuple[bool
     return False, None
 
 
+def heads_in(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that make the logits, as they are found by running a copy.
+
+    Args:
+        network: Any network.
+    """
+    result = traced(network)
+    return () if result is None else result[2].heads
+
+
 def check_trainable(network: nn.Module, input_size: ImageSize) -> None:
     """Refuse a network that cannot learn from the cross-entropy of its outputs.
 

@@ -11,6 +11,9 @@ from torch.utils import _pytree as pytree
 
 from ackd_lightning.errors import ACKDError
 
+_TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit, that is put down to rounding (float32)."""
+
 
 def logits_of(output: Any, whose: str = "the network") -> Tensor:
     """Find the logits in what a network returns.
@@ -48,6 +51,19 @@ def logits_of(output: Any, whose: str = "the network") -> Tensor:
     raise ACKDError(
         f"{whose} returns {kind}, and logits B x K are needed; return them alone, or as `logits` of a dict or an object"
     )
+
+
+def same_logits(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits are equal up to rounding.
+
+    Args:
+        found: Logits ``B x K`` in float32.
+        expected: Logits ``B x K`` in float32.
+        dtype: Type of the weights that they were computed with.
+    """
+    rounding = max(_TOLERANCE, 8 * torch.finfo(dtype).eps)
+    allowed = rounding * float(expected.abs().nan_to_num(0.0, posinf=0.0).max())
+    return torch.allclose(found, expected, rtol=0.0, atol=allowed, equal_nan=True)
 
 
 def tensors_in(output: Any) -> list[Tensor]:

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.copies import load_tensors
-from ackd_lightning.models.finding import plan_for
+from ackd_lightning.models.copies import dtype_of, examples, load_tensors, name_of
+from ackd_lightning.models.finding import heads_in, plan_for
+from ackd_lightning.models.known import remembered
 from ackd_lightning.models.metadata import typed_metadata
+from ackd_lightning.models.outputs import logits_of, same_logits
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.weight_files import local_file, read_tensors, tell
 from ackd_lightning.models.weights import as_torch_loads, check_fit, digest, own_names
+from ackd_lightning.types import ImageSize
 
 
 @dataclass(frozen=True)
@@ -146,14 +149,18 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
     if names:
         return tuple(names)
     plan = plan_for(network)
-    if plan is not None and plan.classifier is not None:
-        return (plan.classifier,)
+    own = () if plan is None or plan.classifier is None else (plan.classifier,)
+    heads = remembered(network, ("heads",), lambda: heads_in(network))
+    if heads := (*own, *(name for name in heads if not f"{name}.".startswith(tuple(f"{each}." for each in own)))):
+        return heads
     weighted = [name for name, module in network.named_modules() if any(True for _ in module.parameters(recurse=False))]
     return tuple(weighted[-1:])
 
 
 @torch.no_grad()
-def match_head(network: nn.Module, there: Sequence[str], here: Sequence[str], origin: str) -> None:
+def match_head(
+    network: nn.Module, there: Sequence[str], here: Sequence[str], origin: str, input_size: ImageSize
+) -> None:
     """Bring the rows of a loaded head into the order of the data's classes, or make it fresh for other classes.
 
     Args:
@@ -161,22 +168,28 @@ def match_head(network: nn.Module, there: Sequence[str], here: Sequence[str], or
         there: Classes of the head.
         here: Classes of the data.
         origin: Where the head comes from, in words.
+        input_size: Height and width of the images in pixels.
+
+    Raises:
+        ACKDError: If more than the head depends on the classes, or a head for other classes cannot be made fresh or is
+            frozen.
     """
     if tuple(there) == tuple(here):
         return
-    heads = [network.get_submodule(name) for name in head_names(network)]
-    if set(there) == set(here):
-        place = {name: number for number, name in enumerate(there)}
-        order = [place[name] for name in here]
-        inside = [layer for head in heads for layer in head.modules()]
-        layers = [layer for layer in inside if not isinstance(layer, (_NormBase, nn.LayerNorm))]
-        for parameter in {each for layer in layers for each in layer.parameters(recurse=False)}:
-            if parameter.shape[:1] == (len(order),):  # a head can have layers before the one that counts classes
-                parameter.copy_(parameter[order])
+    names = head_names(network)
+    missing = sorted(set(here) - set(there))
+    order = [*reversed(range(len(here)))] if missing else [there.index(name) for name in here]
+    if not _is_reordered(network, names, order, input_size):
+        raise ACKDError(
+            f"the classes of {origin} are not those of the data in the same order, and with the rows of "
+            f"{', '.join(names)} the logits of {name_of(network)} do not change their order; give the data the classes "
+            "of the file in their order, or choose a network with a layer as its head"
+        )
+    if not missing:
+        _reorder(network, names, order)
         tell(f"the head of {origin} is reordered to the classes of the data")
         return
-    missing = sorted(set(here) - set(there))
-    for layer in (each for head in heads for each in head.modules()):
+    for layer in (each for name in names for each in network.get_submodule(name).modules()):
         if callable(reset := getattr(layer, "reset_parameters", None)):
             reset()
         elif any(each.shape[:1] == (len(there),) for each in layer.parameters(recurse=False)):
@@ -186,6 +199,24 @@ def match_head(network: nn.Module, there: Sequence[str], here: Sequence[str], or
             )
     refuse_frozen_head(network, origin)
     tell(f"the head of {origin} is replaced by a fresh one, because it does not know the class {missing[0]!r}")
+
+
+def _reorder(network: nn.Module, heads: Sequence[str], order: Sequence[int]) -> None:
+    """Bring the rows of heads into another order, in place."""
+    inside = [layer for name in heads for layer in network.get_submodule(name).modules()]
+    layers = [layer for layer in inside if not isinstance(layer, (_NormBase, nn.LayerNorm))]
+    for parameter in {each for layer in layers for each in layer.parameters(recurse=False)}:
+        if parameter.shape[:1] == (len(order),):  # a head can have layers before the one that counts classes
+            parameter.copy_(parameter[order])
+
+
+def _is_reordered(network: nn.Module, heads: Sequence[str], order: Sequence[int], input_size: ImageSize) -> bool:
+    """Whether the logits of a copy have another order once the rows of its heads have it."""
+    *_, (copied, images) = examples(network, input_size)
+    with torch.random.fork_rng(devices=[]):
+        before = logits_of(copied(images)).float()
+        _reorder(copied, heads, order)
+        return same_logits(logits_of(copied(images)).float(), before[:, order], dtype_of(network))
 
 
 def refuse_frozen_head(network: nn.Module, origin: str) -> None:

@@ -13,12 +13,9 @@ from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.models.copies import EXAMPLES, clone, dtype_of, in_evaluation, name_of, twin
 from ackd_lightning.models.features import StagePlan, capture
 from ackd_lightning.models.finding import probe, traced
-from ackd_lightning.models.outputs import first_tensor, logits_of
+from ackd_lightning.models.outputs import first_tensor, logits_of, same_logits
 from ackd_lightning.models.tracing import Trace
 from ackd_lightning.types import ImageSize
-
-_TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest logit, that is put down to rounding (float32)."""
 
 _Memory = dict[str, Any]
 
@@ -259,9 +256,7 @@ class Cuts:
             return str(error)
         except Exception as error:  # anything may happen in a part of a network
             return first_line(error, 300)
-        rounding = max(_TOLERANCE, 8 * torch.finfo(dtype_of(whole)).eps)
-        allowed = rounding * float(own.abs().nan_to_num(0.0, posinf=0.0).max())
-        if torch.allclose(found, own, rtol=0.0, atol=allowed, equal_nan=True):
+        if same_logits(found, own, dtype_of(whole)):
             return None
         return f"with the same weights its logits differ by up to {float((found - own).abs().max()):.3g}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -66,7 +66,8 @@ class Trace:
     Attributes:
         calls: Every module that is called once, by name.
         spine: Modules whose output all data from image to logits pass through: where the network can be cut.
-        classifier: Module that makes the logits; None if it is not known.
+        classifier: Module that makes the logits, the last one of several; None if it is not known.
+        heads: All modules that make the logits: several where the logits are those of several exits or networks.
         pooled: Modules whose map, averaged over its positions, is the classifier's input.
         logits: Logits of the example.
     """
@@ -75,6 +76,7 @@ class Trace:
     calls: dict[str, Call] = field(default_factory=dict)
     spine: list[Call] = field(default_factory=list)
     classifier: str | None = None
+    heads: tuple[str, ...] = ()
     pooled: frozenset[str] = frozenset()
 
 
@@ -114,6 +116,19 @@ def _separate(nodes: frozenset[Any], output: Any, image: Any) -> bool:
             seen.add(node)
             stack += [each for each, _ in node.next_functions if each is not None]
     return True
+
+
+def _first_met(output: Any, nodes: Collection[Any]) -> set[Any]:
+    """Return those of some nodes from which a path leads to the output that meets no other one of them."""
+    found, seen, stack = set[Any](), set[Any](), [output]
+    while stack:
+        node = stack.pop()
+        if node in nodes:
+            found.add(node)
+        elif node not in seen:
+            seen.add(node)
+            stack += [each for each, _ in node.next_functions if each is not None]
+    return found
 
 
 def _only_pooling(start: Any, end: Any, below: dict[Any, int]) -> bool:
@@ -192,14 +207,14 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
         or (len(each.nodes) > 1 and _separate(each.nodes, logits.grad_fn, edge))
     ]
     modules = dict(network.named_modules())
-    result.classifier = next(
-        (
-            each.name
-            for each in reversed(once)
-            if logits.shape[1] in _outputs(modules[each.name]) and above.get(each.node, 0) * below.get(each.node, 0)
-        ),
-        None,
-    )
+    scores = [
+        each
+        for each in calls
+        if logits.shape[1] in _outputs(modules[each.name]) and above.get(each.node, 0) * below.get(each.node, 0)
+    ]
+    result.classifier = next((each.name for each in reversed(scores) if each.name in result.calls), None)
+    met = _first_met(logits.grad_fn, {each.node for each in scores})
+    result.heads = tuple({each.name: None for each in scores if each.node in met})
     read = None if result.classifier is None else inputs[result.classifier]
     if read is not None:
         result.pooled = frozenset(
