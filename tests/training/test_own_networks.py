@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.methods import ACKD, AT, KD
+from ackd_lightning.methods import ACKD, AT, CE, KD
 from training.helpers import Blobs, TinyNet, build, teaching, trainer
 
 
@@ -115,3 +115,42 @@ def test_networks_without_logits_are_refused_when_the_module_is_built(form, role
 def test_outputs_from_which_a_student_cannot_learn_are_refused(form, named):
     with pytest.raises(ACKDError, match=named):
         build(KD(), student=Returns(form))
+
+
+class Prepares(nn.Module):
+    """Images are prepared, or features computed, without gradient."""
+
+    def __init__(self, learned: nn.Module, prepared: nn.Module) -> None:
+        super().__init__()
+        self.learned, self.prepared = learned, prepared
+
+    def forward(self, image: Tensor) -> Tensor:
+        with torch.no_grad():
+            image = self.prepared(image)
+        return self.learned(image)
+
+
+FLAT = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("learned", "prepared"), [(TinyNet, nn.AvgPool2d(2)), (lambda: nn.Linear(3, 4), FLAT)], ids=["images", "features"]
+)
+def test_a_student_learns_from_what_it_prepares_without_gradient(learned, prepared):
+    network = Prepares(learned(), prepared)
+    before = [each.clone() for each in network.parameters()]
+    trainer(max_epochs=1).fit(build(CE(), student=network, teacher=None), datamodule=Blobs())
+    assert not all(torch.equal(one, two) for one, two in zip(network.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [
+        (Prepares(nn.Identity(), nn.Sequential(FLAT, nn.Linear(3, 4))), "no gradient"),
+        (Prepares(nn.Sequential(nn.Linear(3, 4), nn.Softmax(1)), FLAT), "softmax"),
+    ],
+    ids=["all", "softmax"],
+)
+def test_a_student_that_prepares_too_much_is_refused(network, named):
+    with pytest.raises(ACKDError, match=named):
+        build(CE(), student=network, teacher=None)

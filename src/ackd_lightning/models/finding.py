@@ -12,7 +12,7 @@ from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
 from ackd_lightning.models.copies import examples, image_channels, name_of, unwrapped
 from ackd_lightning.models.features import StagePlan, _unknown_stages, require_modules, staged_forward
 from ackd_lightning.models.known import remembered
-from ackd_lightning.models.outputs import first_tensor
+from ackd_lightning.models.outputs import first_tensor, logits_of
 from ackd_lightning.models.stages import stage_names
 from ackd_lightning.models.tracing import Trace, trace
 from ackd_lightning.types import ImageSize, NetOutput, NetSpec, height_width
@@ -121,7 +121,13 @@ def check_trainable(network: nn.Module, input_size: ImageSize) -> None:
     result = traced(network, input_size)
     if result is None or isinstance(network, torch.jit.ScriptModule):
         return
-    node = result[2].logits.grad_fn
+    copied, images, record = result
+    node = record.logits.grad_fn
+    if node is None:  # no path leads from the images; one from the weights is enough
+        for own, each in zip(network.parameters(), copied.parameters(), strict=True):
+            each.requires_grad_(own.requires_grad)
+        with torch.enable_grad():
+            node = logits_of(copied(images)).grad_fn
     if node is None:
         raise ACKDError(
             f"no gradient reaches the outputs of the student {name_of(network)}; compute them without torch.no_grad() "
