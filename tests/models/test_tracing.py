@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from types import SimpleNamespace
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from ackd_lightning import KD, DataInfo, DistillationModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import examples, skeleton, twin
+from ackd_lightning.models.finding import probe
 from ackd_lightning.models.outputs import as_map, first_tensor, logits_of
+from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.tracing import trace
 from models.networks import CLASSES, CifarLike, Residual, SkipsAhead, Tuples, TwoBranches, ViTLike
 
@@ -211,6 +215,50 @@ def test_a_copy_has_hooks_of_torch_and_no_others():
     copied = twin(network)
     assert len(network[0]._forward_pre_hooks) == 2
     assert len(copied[0]._forward_pre_hooks) == 1
+
+
+class Hooked(CifarLike):
+    """A classifier on a map that a hook keeps: a method of the network, with an argument or without, or a function."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.kept: list[torch.Tensor] = []
+        kinds = {
+            "method": self.keep,
+            "partial": functools.partial(self.keep_at, 0),
+            "function": lambda *args: self.keep(*args),
+        }
+        self.blocks[5].register_forward_hook(kinds[form])
+
+    def keep(self, module: nn.Module, args: object, value: torch.Tensor) -> None:
+        self.kept = [value]
+
+    def keep_at(self, place: int, *args) -> None:
+        self.keep(*args)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        super().forward(image)
+        return self.head(self.kept.pop().mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("form", ["method", "partial"])
+def test_a_copy_has_the_hooks_that_are_methods_of_its_network(form):
+    network, image = Hooked(form).eval(), torch.randn(2, 3, 16, 16)
+    network.blocks[5].register_forward_hook(lambda *_: None)
+    copied = twin(network)
+    assert len(copied.blocks[5]._forward_hooks) == 1
+    assert torch.equal(copied(image), network(image))
+    assert network.kept == []
+    assert probe(network, 16).features is not None
+
+
+def test_a_network_that_needs_other_hooks_is_refused_with_the_reason():
+    network = Hooked("function")
+    with pytest.raises(ACKDError, match="hooks"):
+        probe(network, 16)
+    with pytest.raises(ACKDError, match="hooks"):
+        DistillationModule("resnet8", method=KD(), teacher=TeacherConfig(network, gate="off"), data=DataInfo(10, 16))
+    assert network.kept == []
 
 
 def test_warnings_of_a_network_are_left_to_its_own_calls():

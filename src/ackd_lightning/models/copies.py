@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -136,8 +137,32 @@ def clone(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return result
 
 
+def _outer_hooks(network: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
+    """Yield the hooks that are neither methods of a network's parts nor torch's, with the dict that holds each."""
+    parts = {id(part) for module in network.modules() for part in (module, *vars(module).values()) if part is not None}
+    for module in network.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in hooks.items():
+                method = hook.func if isinstance(hook, functools.partial) else hook
+                if type(hook).__module__.startswith("torch.nn.utils"):  # spectral_norm makes weights in a hook
+                    continue
+                if id(getattr(method, "__self__", None)) not in parts:
+                    yield hooks, key
+
+
+def hooks_remedy(network: nn.Module) -> str:
+    """Return what helps a network whose copy cannot be run without its hooks; nothing if the copy has them all.
+
+    Args:
+        network: Network whose copy cannot be run.
+    """
+    if not any(True for _ in _outer_hooks(network)):
+        return ""
+    return "; if its forward needs hooks, make them methods of the network, as others are left out when it is tried"
+
+
 def twin(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a network in evaluation mode, without the hooks of its users.
+    """Copy a network in evaluation mode, without hooks that would write to something else than the copy.
 
     Args:
         network: Any network.
@@ -149,11 +174,9 @@ def twin(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     result = clone(network, memo)
     if result is network:
         raise ValueError(f"{type(network).__name__} is shared with its copies and cannot be probed; probe its network")
+    for hooks, key in list(_outer_hooks(result)):
+        del hooks[key]
     for module in result.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith("torch.nn.utils"):  # spectral_norm makes weights in a hook
-                    del hooks[key]
         module.__dict__.pop(WATCH, None)
     return in_evaluation(result)
 

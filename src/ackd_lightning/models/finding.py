@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
-from ackd_lightning.models.copies import examples, image_channels, name_of, unwrapped
+from ackd_lightning.models.copies import examples, hooks_remedy, image_channels, name_of, unwrapped
 from ackd_lightning.models.features import StagePlan, _unknown_stages, require_modules, staged_forward
 from ackd_lightning.models.known import remembered
 from ackd_lightning.models.outputs import first_tensor, logits_of
@@ -237,7 +237,7 @@ def probe(network: nn.Module, input_size: ImageSize, *, channels: int | None = N
     network = unwrapped(network)
     height, width = height_width(input_size)
     works = next((size for size in native_sizes(network) if traced(network, size) is not None), None)
-    remedy = "" if works is None else f"; it can read {' x '.join(map(str, height_width(works)))}"
+    remedy = hooks_remedy(network) if works is None else f"; it can read {' x '.join(map(str, height_width(works)))}"
     option = next((each for each in ("img_size", "image_size") if hasattr(_sized(network), each)), None)
     if option is not None:
         remedy += f", or others with the network's option {option}"

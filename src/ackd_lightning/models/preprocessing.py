@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError, first_line
-from ackd_lightning.models.copies import examples, image_channels
+from ackd_lightning.models.copies import examples, hooks_remedy, image_channels
 from ackd_lightning.models.finding import probe
 from ackd_lightning.types import DataInfo, ImageSize, check_scale, height_width
 
@@ -173,10 +173,11 @@ def usable_size(
             "let it read batches of any size (torch.export: give dynamic_shapes)"
         )
     if size is None:
-        raise ACKDError(
-            f"{words}, nor of any other size that was tried; check its forward, and give a network whose images have "
-            f"another number of channels than {channels} an attribute image_channels"
+        remedy = hooks_remedy(network) or (
+            "; check its forward, and give a network whose images have another number of channels than "
+            f"{channels} an attribute image_channels"
         )
+        raise ACKDError(f"{words}, nor of any other size that was tried{remedy}")
     sizes = dict.fromkeys([_words(size), *_readable(network, channels)])
     raise ACKDError(f"{words}; set input_size to a size that it can read, such as {', '.join(list(sizes)[:6])}")
 
