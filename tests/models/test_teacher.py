@@ -308,7 +308,7 @@ def test_a_configuration_holds_what_was_given_and_defaults():
         ({"network": 3}, "network is 3"),
         ({"weights": 3}, "weights is 3"),
         ({"options": "stem"}, "options is 'stem'"),
-        ({"mean": [0.5]}, r"mean is \[0.5\] and std is None"),
+        ({"mean": [0.5]}, r"mean is \(0.5,\) and std is None"),
         ({"mean": [0.5], "std": [0.5, 0.5]}, "std is"),
         ({"mean": [0.5], "std": [0.0]}, r"std is \[0.0\]"),
         ({"mean": [float("nan")], "std": [1.0]}, "mean is"),

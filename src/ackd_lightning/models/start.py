@@ -214,10 +214,10 @@ def _is_reordered(network: nn.Module, heads: Sequence[str], order: Sequence[int]
     """Whether the logits of a copy have another order once the rows of its heads have it."""
     *_, (copied, images) = examples(network, input_size)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         before = logits_of(copied(images)).float()
         _reorder(copied, heads, order)
-        torch.manual_seed(0)  # for dropout that evaluation does not turn off
+        torch.default_generator.manual_seed(0)  # for dropout that evaluation does not turn off
         return same_logits(logits_of(copied(images)).float(), before[:, order], dtype_of(network))
 
 
