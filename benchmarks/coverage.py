@@ -32,7 +32,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.methods import ACKD, AT, ATSC, CRD, KD, Method, ReviewKD
 from ackd_lightning.models.branches import branch_names
 from ackd_lightning.models.finding import native_sizes, plan_for, traced
-from ackd_lightning.models.suffix import difference
+from ackd_lightning.models.suffix import Cuts
 from ackd_lightning.models.zoo import count_parameters, create_model
 from ackd_lightning.testing import Harness, RandomImages
 
@@ -93,7 +93,8 @@ def measure(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "parameters": count_parameters(network), "size": size, "steps": {}}
     plan = plan_for(network, size)
     points = {} if plan is None else dict(zip(branch_names(plan), reversed(plan.features[:-1]), strict=True))
-    row["points"] = {branch: difference(network, plan, entry, size) for branch, entry in points.items() if plan}
+    cuts = None if plan is None else Cuts(network, plan, size)
+    row["points"] = {branch: cuts.difference(entry) for branch, entry in points.items() if cuts}
     for method, make in METHODS.items():
         row["steps"][method] = {
             "teacher": attempt(make, "resnet8", network, size),

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from ackd_lightning import ACKDModule
-from ackd_lightning.models.freezing import stage_modules
+from ackd_lightning.models.freezing import parts_by_stage
 from ackd_lightning.runs.files import read_checkpoint
 
 
@@ -42,10 +42,13 @@ def main(run: Path) -> None:
         terms, weights = module.method(student, teacher, batch), module.method.loss_weights
         entries = [branch.entry for branch in module.student.branches]
         backbone = module.student.backbone
-        stages = list(stage_modules(backbone).values())
+        stages = list(parts_by_stage(backbone).values())
         shared = {name for stage in stages[: min(entries)] for name in stage}
         own = {module.student.plan.classifier, *(name for stage in stages[max(entries) :] for name in stage)}
-        parts = [[p for n in sorted(names) for p in backbone.get_submodule(n).parameters()] for names in (shared, own)]
+        parts = [
+            [p for name, p in backbone.named_parameters() if any(f"{name}.".startswith(f"{each}.") for each in names)]
+            for names in (shared, own)
+        ]
         print(f"{run}, {moment}: value, weight, gradient norms on the common trunk and the student's last stage")
         for name, value in terms.items():
             trunk, target = (norm(value, part) if value.requires_grad else 0.0 for part in parts)
