@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.teacher import FrozenTeacher
@@ -75,6 +76,20 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("network", [Shared(), Twice(), nn.Sequential(nn.Flatten(), nn.Linear(768, 2))])
 def test_what_cannot_be_fused_is_left_alone(network):
     assert fused(used(network), run) is None
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch advises against the old forms
+@pytest.mark.parametrize(
+    "norm",
+    [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm, nn.utils.spectral_norm],
+    ids=lambda each: each.__module__,
+)
+def test_a_convolution_whose_weight_is_computed_keeps_its_norm(norm):
+    network = create_model("resnet8", 10)
+    network.conv1 = norm(network.conv1)
+    result = fused(used(network), run)
+    torch.testing.assert_close(run(result)[0], run(network)[0], rtol=1e-3, atol=1e-3)
+    assert norms(result) == 1
 
 
 def test_a_teacher_runs_the_copy_and_remains_what_it_was():

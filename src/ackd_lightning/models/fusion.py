@@ -27,7 +27,7 @@ def _pairs(network: nn.Module, run: Callable[[nn.Module], object]) -> list[tuple
     found: list[tuple[str, str]] = []
     hooks = []
     for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and {"weight", "bias"} <= module._parameters.keys():  # and not computed
 
             def after(_: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
                 calls[name] += 1
