@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from ackd_lightning import KD, DataInfo, DistillationModule
 from ackd_lightning.errors import ACKDError
-from ackd_lightning.models.copies import examples, skeleton, twin
+from ackd_lightning.models.copies import clone, examples, skeleton, twin
 from ackd_lightning.models.finding import probe
 from ackd_lightning.models.outputs import as_map, first_tensor, logits_of
 from ackd_lightning.models.teacher_config import TeacherConfig
@@ -259,6 +260,24 @@ def test_a_network_that_needs_other_hooks_is_refused_with_the_reason():
     with pytest.raises(ACKDError, match="hooks"):
         DistillationModule("resnet8", method=KD(), teacher=TeacherConfig(network, gate="off"), data=DataInfo(10, 16))
     assert network.kept == []
+
+
+def test_a_copy_has_its_own_computed_tensors_in_containers_too():
+    network = CifarLike()
+    network.cache = {"sizes": [4, 8], "biases": [network.head.weight.sum(dim=0)]}
+    copied = clone(network)
+    assert torch.equal(copied.cache["biases"][0], network.cache["biases"][0])
+    assert copied.cache["biases"][0] is not network.cache["biases"][0]
+    ghost, _ = skeleton(network, 16)
+    assert ghost.cache["biases"][0].is_meta
+    assert not network.cache["biases"][0].is_meta
+
+
+def test_a_network_that_cannot_be_copied_is_refused_by_name():
+    network = CifarLike()
+    network.blocks[0].lock = threading.Lock()
+    with pytest.raises(ACKDError, match="CifarLike"):
+        clone(network)
 
 
 def test_warnings_of_a_network_are_left_to_its_own_calls():

@@ -22,7 +22,6 @@ the loss this is PS-KD (config ``pskd``); with \(\alpha_T = 0\) in addition it i
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -36,6 +35,7 @@ from ackd_lightning.functional import cross_entropy, kd_loss, whole_batch
 from ackd_lightning.methods.aikd_networks import PredictionDiscriminator, gradient_penalty, soft_cross_entropy
 from ackd_lightning.methods.base import FitInfo, Method, Networks
 from ackd_lightning.methods.rows import check_rows, last_of
+from ackd_lightning.models.copies import clone
 from ackd_lightning.random import stateless_uniform
 from ackd_lightning.types import Batch, NetOutput
 from ackd_lightning.validation import Fraction, NonNegative, Positive, Range
@@ -128,7 +128,7 @@ class AIKD(Method):
         student = networks.student
         if self.previous == "snapshot" and self.weight_progressive > 0 and networks.student_network is not None:
             self.keep_outside("student", networks.student_network)
-            self.snapshot = copy.deepcopy(networks.student_network).requires_grad_(False).eval()
+            self.snapshot = clone(networks.student_network).requires_grad_(False).eval()
         if self.table is not None:
             self.table = self.table.new_zeros(len(self.table), student.num_classes)
         if self.weight_adv > 0:

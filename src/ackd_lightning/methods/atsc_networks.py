@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ackd_lightning.methods.pairing import same_size
+from ackd_lightning.models.copies import clone
 
 
 def feature_distance(projected: Tensor, feature: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def trainable_copy(network: nn.Module) -> nn.Module:
     Args:
         network: Network to copy, perhaps on the meta device.
     """
-    own = copy.deepcopy(network)
+    own = clone(network)
     if any(each.is_meta for each in (*own.parameters(), *own.buffers())):
         own = own.to_empty(device="cpu")
         with torch.no_grad():

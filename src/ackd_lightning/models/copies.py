@@ -11,7 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
 
+from ackd_lightning.errors import ACKDError, first_line
 from ackd_lightning.types import ImageSize, height_width
 
 MOST_CHANNELS = 16
@@ -118,19 +120,33 @@ def load_tensors(
     return network.load_state_dict(state, strict=strict, assign=assign)
 
 
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of a network: parameters, buffers, and others in attributes of its modules."""
+    for module in network.modules():
+        yield from (each for each in pytree.tree_leaves(vars(module)) if isinstance(each, Tensor))
+
+
 def clone(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Copy a network, also one with tensors that were computed, such as the weights of an old ``weight_norm``.
 
     Args:
         network: Any network.
         memo: Copies that exist already, by the identity of their originals, as for ``copy.deepcopy``.
+
+    Raises:
+        ACKDError: If the network holds something that cannot be copied.
     """
     memo = {} if memo is None else memo
-    for module in network.modules():
-        for each in vars(module).values():
-            if isinstance(each, Tensor) and not each.is_leaf:
-                memo.setdefault(id(each), each.detach().clone())
-    result = copy.deepcopy(network, memo)
+    for each in _tensors(network):
+        if not each.is_leaf:
+            memo.setdefault(id(each), each.detach().clone())
+    try:
+        result = copy.deepcopy(network, memo)
+    except Exception as error:  # a network may hold anything
+        raise ACKDError(
+            f"{name_of(network)} cannot be copied ({first_line(error)}); keep what cannot be copied, such as locks, "
+            "generators and open files, out of the attributes of its modules"
+        ) from error
     for parameter in result.parameters():
         if not parameter.is_leaf:  # TorchScript copies by an operation
             parameter.detach_().requires_grad_()
@@ -214,10 +230,7 @@ def skeleton(network: nn.Module, input_size: ImageSize, *, channels: int | None 
         ValueError: If the network is shared with its copies, as a ``FrozenTeacher`` is: probe its ``network``.
     """
     # deepcopy takes from the memo what it finds there, so that no weight is copied
-    memo: dict[int, Any] = {id(each): _on_meta(each) for each in (*network.parameters(), *network.buffers())}
-    for module in network.modules():  # tensors that are neither parameters nor buffers
-        memo |= {id(each): _on_meta(each) for each in vars(module).values() if isinstance(each, Tensor)}
-    ghost = twin(network, memo)
+    ghost = twin(network, {id(each): _on_meta(each) for each in _tensors(network)})
     shape = (1, image_channels(network) if channels is None else channels, *height_width(input_size))
     return ghost, torch.empty(shape, device="meta", dtype=dtype_of(network))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import os
@@ -18,7 +17,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ackd_lightning.errors import ACKDError, count_of, first_names
-from ackd_lightning.models.copies import load_tensors
+from ackd_lightning.models.copies import clone, load_tensors
 from ackd_lightning.models.heads import HeadedNetwork
 from ackd_lightning.models.weight_files import (
     damaged,
@@ -289,7 +288,7 @@ def as_torch_loads(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ghost = copy.deepcopy(model).to("meta")
+            ghost = clone(model).to("meta")
             load_tensors(ghost, tensors, assign=True)
     except Exception:  # `check_fit` says what does not fit
         return dict(tensors)
