@@ -347,6 +347,25 @@ def test_frozen_parts_do_not_move_statistics_included(freeze, still, method):
         assert set(learners) <= differing(before, state(module))
 
 
+def test_the_name_of_a_stage_is_not_that_of_another_module(capsys):
+    class Renamed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            inner = TinyNet()
+            self.conv, self.stem, self.stage1, self.stage4 = inner.stem, inner.one, inner.two, inner.three
+            self.fc = inner.fc
+
+        def forward(self, image):
+            return self.fc(self.stage4(self.stage1(self.stem(self.conv(image)))).mean(dim=(2, 3)))
+
+    network = Renamed()
+    student(StudentConfig(network, freeze=["stem", "stage1", "stage4.0"]))
+    learns = {name for name, each in network.named_children() if any(p.requires_grad for p in each.parameters())}
+    assert learns == {"stage1", "stage4", "fc"}
+    assert not network.stage4[0].weight.requires_grad
+    assert "conv, stem, stage4.0" in capsys.readouterr().out
+
+
 def test_a_network_that_was_frozen_by_its_owner_keeps_its_statistics():
     network = TinyNet()
     network.one.requires_grad_(False)

@@ -12,6 +12,7 @@ from ackd_lightning.errors import ACKDError, near_matches
 from ackd_lightning.models.copies import name_of
 from ackd_lightning.models.finding import plan_for, traced
 from ackd_lightning.models.stages import stage_parts
+from ackd_lightning.models.weight_files import tell
 
 _FROZEN = "_frozen_statistics"
 """Attribute of a frozen module without parameters."""
@@ -31,11 +32,11 @@ def parts_by_stage(network: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def freeze(network: nn.Module, names: Sequence[str]) -> None:
-    """Stop training parts of a network: their parameters get no gradient.
+    """Stop training parts of a network: their parameters get no gradient. One line names these parts.
 
     Args:
         network: Network, changed in place.
-        names: Names of stages (``stem``, ``stage1``, ...) or of modules.
+        names: Names of stages (``stem``, ``stage1``, ...) or of modules; what is both names the stage.
 
     Raises:
         ACKDError: If the network has no such part, or nothing is left to train.
@@ -50,18 +51,17 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
             raise ACKDError(
                 f"student.freeze names {name!r} and {name_of(network)} has no such part; {near_matches(name, known)}"
             )
-        # a module of that name is what its author calls the stage
-        for each in (name,) if name in modules else stages[name]:
-            part = modules.get(each)
-            (network.get_parameter(each) if part is None else part).requires_grad_(False)
-            if part is not None and not any(True for _ in part.parameters()):
-                if not any(True for _ in part.buffers()):
-                    raise ACKDError(
-                        f"student.freeze names {name!r}, which has no weights and no statistics; leave it out"
-                    )
-                setattr(part, _FROZEN, True)
+    parts = list(dict.fromkeys(each for name in names for each in stages.get(name, (name,))))
+    for each in parts:
+        part = modules.get(each)
+        (network.get_parameter(each) if part is None else part).requires_grad_(False)
+        if part is not None and not any(True for _ in part.parameters()):
+            if not any(True for _ in part.buffers()):
+                raise ACKDError(f"student.freeze names {each!r}, which has no weights and no statistics; leave it out")
+            setattr(part, _FROZEN, True)
     if not any(each.requires_grad for each in network.parameters()):
         raise ACKDError(f"student.freeze is {list(names)}, which leaves nothing to train; leave a part out")
+    tell(f"the student {name_of(network)} has frozen parts: {', '.join(parts)}")
 
 
 def frozen_modules(module: nn.Module) -> Iterator[nn.Module]:

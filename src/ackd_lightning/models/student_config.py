@@ -28,7 +28,7 @@ class StudentConfig:
             classes is replaced.
         pretrained: Start from the weights that timm or torchvision publish for the network.
         freeze: Parts that are not trained, BatchNorm statistics included: names of stages (stem, stage1, stage2, ...)
-            or of modules of the network.
+            or of modules of the network; what is both names the stage.
         backbone_lr_scale: Factor of the learning rate for everything before the classifier.
         init_branches: Weights of the stages that auxiliary learners own: "fresh" for random ones, "backbone" for those
             of the student. Their classifiers are fresh either way.
