@@ -10,6 +10,7 @@ from torch import nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.features import StagePlan, staged_forward
 from ackd_lightning.models.finding import plan_for, probe, use_taps
+from ackd_lightning.models.freezing import parts_by_stage
 from ackd_lightning.models.student import BranchyStudent
 from ackd_lightning.models.teacher import FrozenTeacher
 from ackd_lightning.models.zoo import create_model
@@ -163,6 +164,52 @@ def test_looking_for_stages_changes_nothing():
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert all(each.training for each in network.modules())
     assert plan_for(copy.deepcopy(network)) == plan_for(network)
+
+
+class Loose(CifarLike):
+    """Parameters that no called module holds, before, between and after the stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.power = nn.Parameter(torch.zeros(3, 1, 1)), nn.Parameter(torch.tensor(3.0))
+        self.between, self.temperature = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.ones(()))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        feature = self.conv(image + self.shift)
+        for number, block in enumerate(self.blocks):
+            feature = block(feature * self.between if number == 1 else feature)
+        embedding = feature.relu().add(1e-3).pow(self.power).mean(dim=(2, 3))
+        return nn.functional.linear(embedding, nn.functional.normalize(self.head.weight)) * self.temperature
+
+
+class SharedNorm(CifarLike):
+    """A BatchNorm that is called in two stages, of which the first is not that of the stem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        feature = self.conv(image)
+        for number, block in enumerate(self.blocks):
+            feature = block(self.norm(feature) if number in (1, 2) else feature)
+        return self.head(feature.mean(dim=(2, 3)))
+
+
+PARTS = {
+    "loose": (Loose, {"stem": {"shift", "conv"}, "stage1": {"between", "blocks.0", "blocks.1"}}),
+    "called twice": (SharedNorm, {"stem": {"conv"}, "stage1": {"norm.weight", "norm.bias", "blocks.0", "blocks.1"}}),
+    "ViT": (ViTLike, {"stem": {"patches"}, "stage1": {"token", "position", "blocks.0"}}),
+}
+
+
+@pytest.mark.parametrize(("make", "first"), PARTS.values(), ids=PARTS)
+def test_a_stage_has_the_parameters_that_its_feature_is_the_first_to_depend_on(make, first):
+    network = make()
+    parts = {name: set(each) for name, each in parts_by_stage(network).items()}
+    assert {name: parts[name] for name in first} == first
+    assert not {"head", "head.weight", "head.bias", "power", "temperature"} & set().union(*parts.values())
+    assert all(each.requires_grad for each in network.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------- taps

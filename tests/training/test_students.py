@@ -25,6 +25,7 @@ from ackd_lightning import (
     save_weights,
 )
 from ackd_lightning.methods import DCM
+from ackd_lightning.models.features import StagePlan
 from ackd_lightning.models.freezing import frozen_modules, parts_by_stage
 from ackd_lightning.models.heads import HeadedNetwork, SharedClassifiers
 from ackd_lightning.models.outputs import logits_of
@@ -124,6 +125,11 @@ def test_frozen_statistics_without_weights_stay():
     assert torch.equal(norm.running_mean, before)
     with pytest.raises(ACKDError, match="no weights and no statistics"):
         student(StudentConfig(Normalised(), freeze=["idle"]))
+    *blocks, classifier = TinyNet().children()
+    network = nn.Sequential(nn.MaxPool2d(1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
+    network.stage_plan = StagePlan(("0", "1", "2"))
+    with pytest.raises(ACKDError, match="'stem', which has no weights and no statistics"):
+        student(StudentConfig(network, freeze=["stem"]))
 
 
 def test_one_class_is_refused():

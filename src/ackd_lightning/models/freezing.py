@@ -28,7 +28,7 @@ def parts_by_stage(network: nn.Module) -> dict[str, tuple[str, ...]]:
     if plan is None:
         return {}
     found = traced(network)
-    return stage_parts(network, found[2], plan.features) if found else {}
+    return stage_parts(*found[:2], plan.features) if found else {}
 
 
 def freeze(network: nn.Module, names: Sequence[str]) -> None:
@@ -51,13 +51,13 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
             raise ACKDError(
                 f"student.freeze names {name!r} and {name_of(network)} has no such part; {near_matches(name, known)}"
             )
+        if not (stages[name] if name in stages else [*modules[name].parameters(), *modules[name].buffers()]):
+            raise ACKDError(f"student.freeze names {name!r}, which has no weights and no statistics; leave it out")
     parts = list(dict.fromkeys(each for name in names for each in stages.get(name, (name,))))
     for each in parts:
         part = modules.get(each)
         (network.get_parameter(each) if part is None else part).requires_grad_(False)
         if part is not None and not any(True for _ in part.parameters()):
-            if not any(True for _ in part.buffers()):
-                raise ACKDError(f"student.freeze names {each!r}, which has no weights and no statistics; leave it out")
             setattr(part, _FROZEN, True)
     if not any(each.requires_grad for each in network.parameters()):
         raise ACKDError(f"student.freeze is {list(names)}, which leaves nothing to train; leave a part out")

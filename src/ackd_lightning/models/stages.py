@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from ackd_lightning.models.tracing import Call, Trace
+from ackd_lightning.models.tracing import Call, Trace, parameters_behind, trace
 
 _SMALLEST_BACKBONE = 16
 """Reduction of the resolution from which on a network's first layers, down to a half, are its stem."""
@@ -63,21 +63,30 @@ def stage_names(network: nn.Module, traced: Trace, image_size: tuple[int, int]) 
     return tuple(names) if len(names) > 1 else ()
 
 
-def stage_parts(network: nn.Module, traced: Trace, features: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def stage_parts(network: nn.Module, image: Tensor, features: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Return the modules with weights or statistics and the parameters of each stage, by ``stem``, ``stage1``, ...
 
+    A parameter of a module that is called across stages, or not called as a module, belongs to the first stage whose
+    feature depends on it, and to none if only the logits do.
+
     Args:
-        network: Network that was traced.
-        traced: Calls of its modules.
+        network: Copy of a network in evaluation mode, whose parameters then require gradients.
+        image: Example for it.
         features: Names of the modules that return F_0 .. F_K.
     """
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    traced = trace(network, image)
     ends = [traced.calls[name].end for name in features]
+    reached = [parameters_behind(network, traced.calls[name].nodes) for name in features]
     names = ["stem", *(f"stage{number}" for number in range(1, len(ends)))]
     parts: dict[str, list[str]] = {name: [] for name in names}
 
     def place(module: nn.Module, prefix: str) -> None:
-        # parameters of a module that is called across stages, such as position embeddings, are read before all of them
-        parts["stem"] += [f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False)]
+        for name, _ in module.named_parameters(prefix.rstrip("."), recurse=False):
+            first = next((stage for stage, each in zip(names, reached, strict=True) if name in each), None)
+            if first is not None:
+                parts[first].append(name)
         for name, child in module.named_children():
             full = f"{prefix}{name}"
             call = traced.calls.get(full)

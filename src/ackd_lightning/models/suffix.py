@@ -14,7 +14,7 @@ from ackd_lightning.models.copies import EXAMPLES, clone, dtype_of, in_evaluatio
 from ackd_lightning.models.features import StagePlan, capture
 from ackd_lightning.models.finding import probe, traced
 from ackd_lightning.models.outputs import first_tensor, logits_of, same_logits
-from ackd_lightning.models.tracing import Trace
+from ackd_lightning.models.tracing import Trace, parameters_behind
 from ackd_lightning.types import ImageSize
 
 _Memory = dict[str, Any]
@@ -118,10 +118,8 @@ class Suffix(nn.Module):
 
     def _used(self, ghost: nn.Module, given: Any, memory: _Memory) -> set[str]:
         """Return the names of the parameters that change the logits."""
-        names = {}
-        for name, parameter in ghost.named_parameters():
+        for parameter in ghost.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-            names[id(parameter)] = name
         given = pytree.tree_map(lambda each: each.detach() if isinstance(each, Tensor) else each, given)
         with torch.enable_grad():
             try:
@@ -129,17 +127,7 @@ class Suffix(nn.Module):
             except RuntimeError:  # a sum in place cannot write to zeros that share one place in memory
                 self.memory["dense"] = memory["dense"] = True
                 logits = self._run(ghost, given, memory)
-        seen, stack, found = set[Any](), [logits_of(logits).grad_fn], set[str]()
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) in names:
-                found.add(names[id(variable)])
-            stack += [each for each, _ in node.next_functions]
-        return found
+        return parameters_behind(ghost, [logits_of(logits).grad_fn])
 
     def _run(self, network: nn.Module, given: Any, memory: _Memory) -> Any:
         tensor = first_tensor(given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -128,6 +128,27 @@ def _first_met(output: Any, nodes: Collection[Any]) -> set[Any]:
         elif node not in seen:
             seen.add(node)
             stack += [each for each, _ in node.next_functions if each is not None]
+    return found
+
+
+def parameters_behind(network: nn.Module, nodes: Iterable[Any]) -> set[str]:
+    """Return the names of a network's parameters that some autograd nodes depend on.
+
+    Args:
+        network: Network that was run, with parameters that require gradients.
+        nodes: Autograd nodes of what it computed.
+    """
+    names = {id(each): name for name, each in network.named_parameters()}
+    seen, stack, found = set[Any](), list(nodes), set[str]()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            found.add(names[id(variable)])
+        stack += [each for each, _ in node.next_functions]
     return found
 
 
