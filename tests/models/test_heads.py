@@ -11,7 +11,14 @@ from torch import nn
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.features import StagePlan, staged_forward
 from ackd_lightning.models.finding import plan_for
-from ackd_lightning.models.heads import HeadedNetwork, Projector, SharedClassifiers, after_last_map, with_head
+from ackd_lightning.models.heads import (
+    HeadedNetwork,
+    Projector,
+    SharedClassifiers,
+    after_last_map,
+    shared_classifier,
+    with_head,
+)
 from ackd_lightning.models.zoo import create_model
 
 CLASSES, SIDE = 5, 16
@@ -220,3 +227,31 @@ def test_a_copy_of_a_headed_network_learns_alone():
 def test_a_backbone_without_known_stages_is_refused():
     with pytest.raises(ACKDError, match=r"Sequential.*another head.*`taps`"):
         HeadedNetwork(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), head_of((12, 4, 4)))
+
+
+class Own(nn.Module):
+    """A network that calls its classifier, or reads its weight alone."""
+
+    def __init__(self, head: nn.Module, *, called: bool) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.head, self.called = head, called
+        self.stage_plan = StagePlan(("stem", "body"), "head" if called else None)
+
+    def forward(self, image):
+        feature = self.body(self.stem(image)).mean(dim=(2, 3))
+        return self.head(feature) if self.called else F.linear(feature, self.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (Own(nn.Linear(4, CLASSES), called=False), "no classifier is known in the teacher Own"),
+        (Own(nn.Linear(4, CLASSES, bias=False), called=True), r"is Linear\(in_features=4, .*bias=False\)"),
+        (Own(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, CLASSES)), called=True), "is a Sequential"),
+    ],
+)
+def test_a_classifier_that_cannot_be_shared_is_refused_in_one_line(network, said):
+    with pytest.raises(ACKDError, match=said) as caught:
+        shared_classifier(network, "ATSC")
+    assert "\n" not in str(caught.value)

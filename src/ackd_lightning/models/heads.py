@@ -242,8 +242,14 @@ def shared_classifier(network: nn.Module, method: str, *, fixed: bool = False) -
     Raises:
         ACKDError: If the classifier is unknown, or is not a linear layer with a bias.
     """
-    plan = require_plan(network, f"the teacher {type(network).__name__}", f"method {method}")
-    found = network if plan.classifier is None else network.get_submodule(plan.classifier)
+    teacher = f"the teacher {type(network).__name__}"
+    plan = require_plan(network, teacher, f"method {method}")
+    if plan.classifier is None:
+        raise ACKDError(
+            f"no classifier is known in {teacher}, and method {method} shares a linear layer with a bias; choose "
+            "a teacher that calls its classifier as a module"
+        )
+    found = network.get_submodule(plan.classifier)
     while isinstance(found, nn.Sequential) and len(found) == 1:
         found = found[0]
     if fixed and isinstance(found, nn.Conv2d) and found.bias is not None and _reads_pooled(network, found):
@@ -252,9 +258,10 @@ def shared_classifier(network: nn.Module, method: str, *, fixed: bool = False) -
         linear.bias = nn.Parameter(found.bias.detach(), requires_grad=False)
         return linear
     if not isinstance(found, nn.Linear) or found.bias is None:
+        shown = f"a {type(found).__name__}" if any(True for _ in found.children()) else found
         raise ACKDError(
-            f"the classifier of the teacher {type(network).__name__} is {found}, and method {method} shares a linear "
-            "layer with a bias; choose another teacher"
+            f"the classifier of {teacher} is {shown}, and method {method} shares a linear layer with a bias; choose "
+            "another teacher"
         )
     return found
 
