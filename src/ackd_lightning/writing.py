@@ -48,7 +48,8 @@ def whole_file(path: Path, *, replace: bool = True, before: Callable[[], None] |
     partial.unlink()
     try:
         yield partial
-        partial.chmod(mode)
+        with contextlib.suppress(OSError):  # some network drives have no permissions
+            partial.chmod(mode)
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
         if before is not None:

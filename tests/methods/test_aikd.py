@@ -538,8 +538,8 @@ def test_a_checkpoint_of_other_data_is_refused():
 @pytest.mark.parametrize(
     ("index", "target", "message"),
     [
-        ([-1, -1, -1, -1], [0, 0, 0, 0], r"is from -1 to -1 and the table of method AIKD has 12 .* set previous"),
-        ([0, 1, 2, 12], [0, 1, 2, 0], r"is from 0 to 12 and the table of method AIKD has 12 training images"),
+        ([-1, -1, -1, -1], [0, 0, 0, 0], r"is from -1 to -1 and method AIKD has 12 .* set previous"),
+        ([0, 1, 2, 12], [0, 1, 2, 0], r"is from 0 to 12 and method AIKD has 12 training images"),
         ([0, 1, 2, 3], [0, 1, 2, 0], r"does not fit batch.target in method AIKD"),
     ],
 )

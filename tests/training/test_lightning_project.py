@@ -363,3 +363,11 @@ def test_data_and_recipe_are_defaults_on_lightnings_command_line(tmp_path, monke
     )
     assert cli.model.recipe == Recipe(warmup_epochs=1, label_smoothing=0.1)
     assert (cli.model.data.num_classes, cli.model.data.input_size) == (4, SIZE)
+
+
+def test_hooks_that_look_at_all_layers_do_not_stop_the_discriminators():
+    net, shapes = build(ACKD(branches=["D3B1", "D2B2"])), []
+    for each in net.modules():
+        each.register_forward_pre_hook(lambda layer, args: shapes.append(args[0]))
+    trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(net, datamodule=Blobs())
+    assert shapes

@@ -198,7 +198,7 @@ def test_layers_of_a_head_before_its_classifier_are_not_reordered(tmp_path):
     file = save_weights(source, tmp_path / "levit.safetensors", {"class_names": json.dumps(names)})
     network = create_model("timm:levit_128s", CLASSES)
     load_weights(network, file)
-    match_head(network, names, NAMES, "a file", 224)
+    match_head(network, names, NAMES, "a file", (3, 224, 224))
     images = torch.randn(2, 3, 224, 224)
     order = [names.index(each) for each in NAMES]
     with torch.no_grad():
@@ -229,15 +229,30 @@ def test_all_heads_of_a_network_follow_the_class_names(form):
     network, image = TwoHeads(form).eval(), torch.randn(3, 3, SIZE, SIZE)
     with torch.no_grad():
         before = logits_of(network(image))
-        match_head(network, NAMES[::-1], NAMES, "a file", SIZE)
+        match_head(network, NAMES[::-1], NAMES, "a file", (3, SIZE, SIZE))
         torch.testing.assert_close(logits_of(network(image)), before.flip(1))
     before = state(network)
-    match_head(network, NAMES, (*NAMES[1:], "eel"), "a file", SIZE)
+    match_head(network, NAMES, (*NAMES[1:], "eel"), "a file", (3, SIZE, SIZE))
     heads = {"second"} if form == "shared" else {"first", "second"}
     assert {name.partition(".")[0] for name in differing(before, state(network))} == heads
     network.second.weight.requires_grad_(False)
     with pytest.raises(ACKDError, match="second"):
         refuse_frozen_head(network, "a file")
+
+
+def test_heads_are_tried_on_images_of_the_datas_channels():
+    class Grey(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.stem, self.fc = nn.Conv2d(8, 8, 3), nn.Conv2d(1, 8, 3), nn.Linear(8, CLASSES)
+
+        def forward(self, image):
+            return self.fc(self.last(self.stem(image)).mean(dim=(2, 3)))
+
+    network = Grey()
+    before = network.fc.weight.clone()
+    match_head(network, NAMES[::-1], NAMES, "a file", (1, SIZE, SIZE))
+    assert torch.equal(network.fc.weight, before.flip(0))
 
 
 @pytest.mark.parametrize("names", [NAMES[::-1], ("eel", *NAMES[1:])], ids=["order", "other"])
@@ -247,7 +262,7 @@ def test_a_head_that_is_no_layer_is_not_said_to_follow(form, names):
     network = TwoHeads(form)
     before = state(network)
     with pytest.raises(ACKDError, match="TwoHeads"):
-        match_head(network, names, NAMES, "a file", SIZE)
+        match_head(network, names, NAMES, "a file", (3, SIZE, SIZE))
     assert not differing(before, state(network))
 
 
@@ -550,7 +565,7 @@ def test_a_head_that_nothing_can_make_fresh_is_not_said_to_be():
     network = FakeQuantized(create_model("resnet8", 4), "x86", 32, channels=3)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(ACKDError, match=r"does not know the class 'eel', and it has no layer that can be made fresh"):
-        match_head(network, NAMES, (*NAMES[1:], "eel"), "a file", 32)
+        match_head(network, NAMES, (*NAMES[1:], "eel"), "a file", (3, 32, 32))
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 

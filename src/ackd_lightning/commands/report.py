@@ -196,13 +196,16 @@ def _file(
         cli = ACKDCLI("test", [*settings, "--model.student", network.description.model], needs_run=False)
     cli.build_data()
     data = _prepared(cli, network.description.class_names)
-    subject = of_file(network, data.info, measure_on=measure_on)
     for name, (here, there) in reading(data, network.description).items():
         if here != there:
             remedy = "name images of that kind" if name == "pixels" else f"set --data.{name} to that"
             raise ACKDError(f"{name} of the data is {here} and was {there} when {path} was trained; {remedy}")
+    subject = of_file(network, data.info, measure_on=measure_on)
     if folder is not None and (checkpoint := folder / "checkpoints" / f"{which}.ckpt").is_file():
-        subject.notes[:0], subject.facts["otherwise"] = _otherwise(folder, read_checkpoint(checkpoint), cli, data)
+        try:
+            subject.notes[:0], subject.facts["otherwise"] = _otherwise(folder, read_checkpoint(checkpoint), cli, data)
+        except ACKDError as error:
+            subject.notes.insert(0, f"whether its run was trained with the same images is unknown: {error}")
     return data, subject
 
 

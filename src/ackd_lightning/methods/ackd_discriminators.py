@@ -65,8 +65,9 @@ class Discriminators(nn.Module):
         rows = torch.cat(maps).permute(0, 2, 3, 1).flatten(0, 2)
         nets = [[each for each in net.modules() if isinstance(each, nn.Conv2d)] for net in self.nets]
         for layer in (layer for net in nets for layer in net):
-            for hook in layer._forward_pre_hooks.values():  # such as that of a pruned weight, which computes it
-                hook(layer, ())
+            for hook in layer._forward_pre_hooks.values():
+                if type(hook).__module__.startswith("torch.nn.utils"):  # pruning computes the weight in a hook
+                    hook(layer, ())
         first, *others = zip(*nets, strict=True)
         weight = torch.cat([each.weight.flatten(1) for each in first])
         hidden = F.linear(rows, weight, torch.cat([each.bias for each in first]))  # all read the same maps

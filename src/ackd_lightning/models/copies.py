@@ -162,7 +162,7 @@ def _outer_hooks(network: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
                 method = hook.func if isinstance(hook, functools.partial) else hook
                 if type(hook).__module__.startswith("torch.nn.utils"):  # spectral_norm makes weights in a hook
                     continue
-                if id(getattr(method, "__self__", None)) not in parts:
+                if not {id(method), id(getattr(method, "__self__", None))} & parts:
                     yield hooks, key
 
 
@@ -172,7 +172,8 @@ def hooks_remedy(network: nn.Module) -> str:
     Args:
         network: Network whose copy cannot be run.
     """
-    if not any(True for _ in _outer_hooks(network)):
+    watched = any(WATCH in vars(module) for module in network.modules())  # by hooks of this package
+    if watched or not any(True for _ in _outer_hooks(network)):
         return ""
     return "; if its forward needs hooks, make them methods of the network, as others are left out when it is tried"
 

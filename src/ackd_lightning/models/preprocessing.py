@@ -173,11 +173,10 @@ def usable_size(
             "let it read batches of any size (torch.export: give dynamic_shapes)"
         )
     if size is None:
-        remedy = hooks_remedy(network) or (
-            "; check its forward, and give a network whose images have another number of channels than "
-            f"{channels} an attribute image_channels"
+        raise ACKDError(
+            f"{words}, nor of any other size that was tried; check its forward, and give a network whose images have "
+            f"another number of channels than {channels} an attribute image_channels{hooks_remedy(network)}"
         )
-        raise ACKDError(f"{words}, nor of any other size that was tried{remedy}")
     sizes = dict.fromkeys([_words(size), *_readable(network, channels)])
     raise ACKDError(f"{words}; set input_size to a size that it can read, such as {', '.join(list(sizes)[:6])}")
 

@@ -20,7 +20,6 @@ from ackd_lightning.models.outputs import logits_of, same_logits
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.weight_files import local_file, read_tensors, tell
 from ackd_lightning.models.weights import as_torch_loads, check_fit, digest, own_names
-from ackd_lightning.types import ImageSize
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
 
 @torch.no_grad()
 def match_head(
-    network: nn.Module, there: Sequence[str], here: Sequence[str], origin: str, input_size: ImageSize
+    network: nn.Module, there: Sequence[str], here: Sequence[str], origin: str, image: tuple[int, int, int]
 ) -> None:
     """Bring the rows of a loaded head into the order of the data's classes, or make it fresh for other classes.
 
@@ -168,7 +167,7 @@ def match_head(
         there: Classes of the head.
         here: Classes of the data.
         origin: Where the head comes from, in words.
-        input_size: Height and width of the images in pixels.
+        image: Channels, height and width of the images.
 
     Raises:
         ACKDError: If more than the head depends on the classes, or a head for other classes cannot be made fresh or is
@@ -178,8 +177,9 @@ def match_head(
         return
     names = head_names(network)
     missing = sorted(set(here) - set(there))
-    order = [*reversed(range(len(here)))] if missing else [there.index(name) for name in here]
-    if not _is_reordered(network, names, order, input_size):
+    place = {name: number for number, name in enumerate(there)}
+    order = [*reversed(range(len(here)))] if missing else [place[name] for name in here]
+    if not _is_reordered(network, names, order, image):
         raise ACKDError(
             f"the classes of {origin} are not those of the data in the same order, and with the rows of "
             f"{', '.join(names)} the logits of {name_of(network)} do not change their order; give the data the classes "
@@ -210,15 +210,19 @@ def _reorder(network: nn.Module, heads: Sequence[str], order: Sequence[int]) -> 
             parameter.copy_(parameter[order])
 
 
-def _is_reordered(network: nn.Module, heads: Sequence[str], order: Sequence[int], input_size: ImageSize) -> bool:
+def _is_reordered(network: nn.Module, heads: Sequence[str], order: Sequence[int], image: tuple[int, int, int]) -> bool:
     """Whether the logits of a copy have another order once the rows of its heads have it."""
-    *_, (copied, images) = examples(network, input_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        before = logits_of(copied(images)).float()
-        _reorder(copied, heads, order)
+    channels, *size = image
+    *_, (copied, images) = examples(network, (size[0], size[1]), channels=channels)
+
+    def logits() -> Tensor:
         torch.default_generator.manual_seed(0)  # for dropout that evaluation does not turn off
-        return same_logits(logits_of(copied(images)).float(), before[:, order], dtype_of(network))
+        return logits_of(copied(images)).float()
+
+    with torch.random.fork_rng(devices=[]):
+        before = logits()
+        _reorder(copied, heads, order)
+        return same_logits(logits(), before[:, order], dtype_of(network))
 
 
 def refuse_frozen_head(network: nn.Module, origin: str) -> None:

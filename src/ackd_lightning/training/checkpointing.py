@@ -139,7 +139,7 @@ class SelfDescribing(OpenOptimizers):
         started, names = self.start, self.data.class_names
         if started is None or started.class_names is None or names is None or not self.matches_classes:
             return
-        match_head(self.student.plain(), started.class_names, names, started.origin, self.data.input_size)
+        match_head(self.student.plain(), started.class_names, names, started.origin, self.data.image_shape)
         self.start = replace(started, class_names=None)  # once, and not after a fit
 
     def match_classes(self, data: Any) -> None:
