@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ackd_lightning.cli import main
@@ -231,14 +232,27 @@ def test_other_test_images_are_said_on_the_page(run, file):
         assert said == bool(otherwise)
 
 
-@pytest.mark.parametrize(("name", "stated"), [("background", "black"), ("value_range", "[0.0, 20.0]")])
+@pytest.mark.parametrize(("name", "stated"), [("background", "black"), ("value_range", "[0, 20]")])
 def test_a_file_is_not_measured_on_images_that_are_read_otherwise_than_it_states(run, name, stated, capsys):
     own = run / "student.safetensors"
-    save_weights(load_file(own), Path("net.safetensors"), {**read_metadata(own), name: stated})
-    assert main(["report", "net.safetensors", "--config", "data/digits.yaml", *SMALL, "--no-latency"]) == 2
+    metadata = {**read_metadata(own), name: stated}
+    save_weights(load_file(own), Path("net.safetensors"), metadata)
+    for number in range(10):
+        folder = Path("photos/test") / str(number)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(folder / "a.png")
+    shutil.copytree("photos/test", "photos/train")
+    size = ["--data.image_size", metadata["input_size"], "--data.val_fraction", "0"]
+    photos = ["--data", "ackd_lightning.data.ImageFolderDataModule", "--data.root", "photos", *size]
+    command = ["report", "net.safetensors", *photos, "--no-latency"]
+    assert main(command) == 2
     assert f"{name} of the data is " in (said := capsys.readouterr().err)
     assert f"when net.safetensors was trained; set --data.{name} to that" in said
     assert not Path("net-report").exists()
+    assert main([*command, f"--data.{name}", stated]) == 0
+    digits = ["report", "net.safetensors", "--config", "data/digits.yaml", *SMALL, "--no-latency", "--out", "other"]
+    assert main(digits) == (0 if name == "background" else 2)  # digits have no transparent pixels
+    assert ("name images of that kind" in capsys.readouterr().err) == (name == "value_range")
 
 
 def test_a_network_that_answers_nan_has_no_page(run, capsys):

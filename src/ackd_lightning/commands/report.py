@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ackd_lightning.commands.student import chosen_device, reading, trained
+from ackd_lightning.data.arguments import full_signature
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.deploy.files import ENDINGS, open_network
 from ackd_lightning.deploy.report.elements import FIGURES
@@ -196,9 +197,10 @@ def _file(
         cli = ACKDCLI("test", [*settings, "--model.student", network.description.model], needs_run=False)
     cli.build_data()
     data = _prepared(cli, network.description.class_names)
+    options = full_signature(type(data)).parameters
     for name, (here, there) in reading(data, network.description).items():
-        if here != there:
-            remedy = "name images of that kind" if name == "pixels" else f"set --data.{name} to that"
+        if here != there and (name != "background" or name in options):  # else no image is transparent
+            remedy = f"set --data.{name} to that" if name in options else "name images of that kind"
             raise ACKDError(f"{name} of the data is {here} and was {there} when {path} was trained; {remedy}")
     subject = of_file(network, data.info, measure_on=measure_on)
     if folder is not None and (checkpoint := folder / "checkpoints" / f"{which}.ckpt").is_file():
