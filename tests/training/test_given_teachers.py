@@ -362,6 +362,18 @@ def test_the_gate_is_content_with_the_right_order_and_names_no_order_for_noise()
     assert "another order" not in str(caught.value)
 
 
+class FewBlobs(ManyBlobs):
+    def val_dataloader(self):
+        return DataLoader(self._data(1, 4), batch_size=4)
+
+
+def test_the_gate_says_that_few_images_do_not_tell_a_teacher_from_a_guess():
+    module = built(teaching(Oracle([0, 1, 3, 2]), gate="stop"))
+    with pytest.warns(UserWarning, match=r"Oracle has accuracy 50\.00%, which guessing may reach on 4 images"):
+        fitted(module, FewBlobs())
+    fitted(built(teaching(Oracle([0, 1, 2, 3]), gate="stop")), FewBlobs())  # no warning
+
+
 @pytest.mark.parametrize("gates", [("stop", "warn"), ("stop", "off"), ("warn", "stop")])
 def test_every_teacher_has_a_gate_of_its_own(gates, capsys):
     right, wrong = Oracle([0, 1, 2, 3]), Oracle([0, 0, 0, 0])
@@ -549,7 +561,7 @@ class Endless(IterableDataset):
 @pytest.mark.parametrize(("form", "images"), [("list", 32), ("dict", 32), ("endless", 16)])
 def test_the_gate_reads_what_validation_reads(form, images, monkeypatch):
     judged = []
-    monkeypatch.setattr(TeacherGate, "judge", staticmethod(lambda *known: judged.append(known[3])))
+    monkeypatch.setattr(TeacherGate, "judge", staticmethod(lambda *known: judged.append(len(known[0]))))
     module = built(TeacherConfig(network=TinyNet(8), gate="warn"))
     usual = Blobs()
     run = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1, num_sanity_val_steps=0)

@@ -91,9 +91,8 @@ class TeacherGate(L.Callback):
             first, second = (torch.cat([each[half] for each in parts], dim=1) for half in (0, 1))
             between = all(each[2] for each in parts)
         targets, answers = torch.cat([first, second], dim=1)
-        seen = len(targets)
         split, data = ("test", "test") if module.looks_at_test() else ("val", "validation")
-        measured = int((targets == answers).sum()) / max(seen, 1)
+        measured = int((targets == answers).sum()) / max(len(targets), 1)
         teacher.metadata["measured_acc"] = f"{measured:.6f}"
         name = f"{number + 1} ({teacher.name})" if several else teacher.name
         if trainer.is_global_zero:
@@ -101,7 +100,7 @@ class TeacherGate(L.Callback):
         for logger in trainer.loggers:
             key = f"{split}/teacher{number + 1 if number else ''}_acc"
             logger.log_metrics({key: measured}, step=trainer.global_step)
-        if between and classes > 1 and seen and not teacher.gives_probabilities:
+        if between and classes > 1 and len(targets) and not teacher.gives_probabilities:
             rank_zero_warn(
                 f"all outputs of teacher {name} are between 0 and 1, as after a sigmoid or softmax; methods read "
                 "logits, so give the network without its last activation"
@@ -110,8 +109,13 @@ class TeacherGate(L.Callback):
         if classes <= _MOST_CLASSES:
             matrices = [multiclass_confusion_matrix(each[1], each[0], classes) for each in (first, second)]
             order = permutation(*matrices)
-        problem = self.judge(measured, classes, teacher.metadata, seen)
+        problem = self.judge(targets, answers, classes, teacher.metadata)
         if problem is None and order is None:
+            if may_be_chance(targets, answers):
+                rank_zero_warn(
+                    f"teacher {name} has accuracy {measured:.2%}, which guessing may reach on {len(targets)} images; "
+                    "hold out more images for validation to be sure of it"
+                )
             return
         problem = problem or f"has accuracy {measured:.2%}"
         if order is not None:
@@ -131,23 +135,79 @@ class TeacherGate(L.Callback):
         rank_zero_warn(sentence)
 
     @staticmethod
-    def judge(measured: float, num_classes: int, metadata: dict[str, str], seen: int) -> str | None:
+    def judge(targets: Tensor, answers: Tensor, num_classes: int, metadata: dict[str, str]) -> str | None:
         """Describe what is wrong with a teacher's accuracy; None when nothing is.
 
+        Near chance is a mean recall of the classes near that of guessing, since the accuracy of a constant answer is
+        high where one class has most images.
+
         Args:
-            measured: Accuracy in [0, 1].
+            targets: ``N`` int64 classes. The fewer they are, the further the accuracy may be below the stated one.
+            answers: ``N`` int64 classes that the teacher finds most probable.
             num_classes: Number K of classes.
             metadata: Metadata of the weight file.
-            seen: Number of images. The fewer they are, the further the accuracy may be below the stated one.
         """
-        chance = 1.0 / num_classes
-        if measured < chance + 0.05 * (1.0 - chance):
-            return f"has accuracy {measured:.2%}, near chance ({chance:.2%})"
+        measured = int((targets == answers).sum()) / max(len(targets), 1)
+        recall, occurring, _ = mean_recall(targets, answers)
+        chance = 1.0 / (occurring if occurring > 1 else num_classes)
+        if recall < chance + 0.05 * (1.0 - chance):
+            if math.isclose(recall, measured, abs_tol=5e-4):
+                return f"has accuracy {measured:.2%}, near chance ({chance:.2%})"
+            return (
+                f"has accuracy {measured:.2%} and a mean recall of the {occurring} classes of {recall:.2%}, near "
+                f"chance ({chance:.2%})"
+            )
         stated = metadata.get("val_acc") or metadata.get("test_acc")
-        tolerance = 0.05 + 3.0 * math.sqrt(0.25 / max(seen, 1))
+        tolerance = 0.05 + 3.0 * math.sqrt(0.25 / max(len(targets), 1))
         if stated and measured < float(stated) - tolerance:
             return f"has accuracy {measured:.2%}, far below the {float(stated):.2%} in its file"
         return None
+
+
+class MeanRecall(NamedTuple):
+    """Mean over classes of the share of their images that are recognised.
+
+    Attributes:
+        value: Mean over the classes that occur, 0 where there are no images.
+        occurring: Number of classes that occur.
+        deviation: Standard deviation of ``value`` for answers that are drawn evenly from the classes that occur.
+    """
+
+    value: float
+    occurring: int
+    deviation: float
+
+
+def mean_recall(targets: Tensor, answers: Tensor) -> MeanRecall:
+    """Return the mean recall of the classes that occur.
+
+    Args:
+        targets: ``N`` int64 classes.
+        answers: ``N`` int64 classes.
+
+    Examples:
+        >>> mean_recall(torch.tensor([0, 0, 0, 1]), torch.zeros(4, dtype=torch.int64)).value
+        0.5
+    """
+    if not len(targets):
+        return MeanRecall(0.0, 0, 0.0)
+    occurring, place, counts = targets.unique(return_inverse=True, return_counts=True)
+    right = torch.zeros(len(occurring), dtype=torch.float64)
+    right.index_add_(0, place, (targets == answers).double())
+    chance = 1.0 / len(occurring)
+    deviation = math.sqrt(chance * (1.0 - chance) * float((1.0 / counts).sum())) / len(occurring)
+    return MeanRecall(float((right / counts).mean()), len(occurring), deviation)
+
+
+def may_be_chance(targets: Tensor, answers: Tensor) -> bool:
+    """Return whether answers are right so seldom that guessing may be as good: within two standard deviations.
+
+    Args:
+        targets: ``N`` int64 classes.
+        answers: ``N`` int64 classes.
+    """
+    recall, occurring, deviation = mean_recall(targets, answers)
+    return occurring > 1 and recall <= 1.0 / occurring + 2.0 * deviation
 
 
 class ClassOrder(NamedTuple):
