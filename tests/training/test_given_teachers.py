@@ -362,6 +362,14 @@ def test_the_gate_is_content_with_the_right_order_and_names_no_order_for_noise()
     assert "another order" not in str(caught.value)
 
 
+def test_what_is_read_of_a_file_with_several_state_dicts_is_said_once(tmp_path, capsys):
+    state = create_model("resnet8", 6).state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": state}, tmp_path / "a.pth")
+    config = TeacherConfig(network="resnet8", weights=str(tmp_path / "a.pth"), class_map=[0, 1, 2, 3], gate="off")
+    DistillationModule("resnet8", teacher=config, data=DataInfo(4), method=KD()).load_teacher()
+    assert capsys.readouterr().out.count("holds several state dicts") == 1
+
+
 class FewBlobs(ManyBlobs):
     def val_dataloader(self):
         return DataLoader(self._data(1, 4), batch_size=4)

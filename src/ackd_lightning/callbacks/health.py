@@ -191,12 +191,13 @@ def mean_recall(targets: Tensor, answers: Tensor) -> MeanRecall:
     """
     if not len(targets):
         return MeanRecall(0.0, 0, 0.0)
-    occurring, place, counts = targets.unique(return_inverse=True, return_counts=True)
-    right = torch.zeros(len(occurring), dtype=torch.float64)
-    right.index_add_(0, place, (targets == answers).double())
-    chance = 1.0 / len(occurring)
-    deviation = math.sqrt(chance * (1.0 - chance) * float((1.0 / counts).sum())) / len(occurring)
-    return MeanRecall(float((right / counts).mean()), len(occurring), deviation)
+    counts = torch.bincount(targets)
+    right = torch.bincount(targets[targets == answers], minlength=len(counts))
+    occurs = counts > 0
+    counts, right, occurring = counts[occurs].double(), right[occurs], int(occurs.sum())
+    chance = 1.0 / occurring
+    deviation = math.sqrt(chance * (1.0 - chance) * float((1.0 / counts).sum())) / occurring
+    return MeanRecall(float((right / counts).mean()), occurring, deviation)
 
 
 def may_be_chance(targets: Tensor, answers: Tensor) -> bool:

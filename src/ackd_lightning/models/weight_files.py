@@ -12,7 +12,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,13 @@ def damaged(file: Path, error: Exception) -> ACKDError:
     )
 
 
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of ``file``, on the CPU, and its metadata."""
+def read_tensors(file: Path, *, quiet: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a weight file, on the CPU, and its metadata.
+
+    Args:
+        file: Weight file.
+        quiet: Whether to print nothing about what is chosen among its entries, since it is read again to be loaded.
+    """
     head = first_bytes(file)
     if is_safetensors(head):
         try:
@@ -77,7 +82,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except SafetensorError as error:
             raise damaged(file, error) from error
     if head.startswith((b"PK", b"\x80")):  # a zip archive, or a bare pickle as torch wrote it before 1.6
-        return _split(_read_torch(file), file)
+        return _split(_read_torch(file), file, (lambda _: None) if quiet else tell)
     if head.startswith(b"version https://git-lfs"):
         raise ACKDError(f"{file} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
     what = "is empty" if not head else "is neither a .safetensors file nor one written by torch.save"
@@ -198,8 +203,8 @@ def _operations(file: Path) -> Iterator[tuple[str, Any]]:
         return
 
 
-def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Find the state dict in a loaded object, and turn the plain values beside it into text."""
+def _split(loaded: Any, file: Path, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Find the state dict in a loaded object, and turn the plain values beside it into text; say what is chosen."""
     if isinstance(loaded, nn.Module):
         loaded = loaded.state_dict()
     if not isinstance(loaded, Mapping):
@@ -209,13 +214,13 @@ def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         beside = {key: _as_text(value) for key, value in loaded.items() if key != named[0]}
         notes, odd = of_other_programs({str(key): text for key, text in beside.items() if text is not None})
         for key in odd:
-            tell(f"{file}: its {key}, {beside[key]}, is not in the form of this package and is not read")
+            say(f"{file}: its {key}, {beside[key]}, is not in the form of this package and is not read")
         notes |= own_notes(loaded.get("ackd_lightning"))
         others = [key for key, each in loaded.items() if key != named[0] and _is_state_dict(each)]
         if others:
             kind = " (an average of the weights)" if named[0] in _AVERAGED else ""
             unread = f"{', '.join(map(repr, others))} {'is' if len(others) == 1 else 'are'} not"
-            tell(f"{file} holds several state dicts: {named[0]!r}{kind} is read, {unread}")
+            say(f"{file} holds several state dicts: {named[0]!r}{kind} is read, {unread}")
         return _nothing_but_tensors(loaded[named[0]], file), notes
     inside = [key for key, each in loaded.items() if _is_state_dict(each)]
     if len(inside) > 1:
@@ -223,7 +228,7 @@ def _split(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{file} holds several state dicts ({', '.join(map(repr, inside))}); re-save the tensors of one of them"
         )
     if inside:
-        tell(f"{file}: the weights are read from its entry {inside[0]!r}")
+        say(f"{file}: the weights are read from its entry {inside[0]!r}")
         return dict(loaded[inside[0]]), {}
     return _nothing_but_tensors(loaded, file), {}
 

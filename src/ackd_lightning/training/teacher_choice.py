@@ -179,7 +179,7 @@ def classes_in_file(name: str, weights: str, options: dict[str, Any] | None, num
     """
     one, two = (on_meta(name, count, options).state_dict() for count in (num_classes, num_classes + 1))
     heads = [key for key in one if one[key].shape != two[key].shape]
-    tensors, _ = read_tensors(local_file(weights))
+    tensors, _ = read_tensors(local_file(weights), quiet=True)
     for key in heads:
         for stored, tensor in tensors.items():
             if (stored == key or stored.endswith(f".{key}")) and tensor.shape[1:] == one[key].shape[1:]:
