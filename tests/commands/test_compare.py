@@ -219,6 +219,22 @@ def test_a_validation_of_older_weights_is_not_that_of_the_last_ones():
     assert list(column.cells) == ["50.00 (1 of 2)"]
 
 
+def test_arguments_that_come_with_another_class_are_not_in_the_name():
+    def data(name, seed, **arguments):
+        run = make_run(name, seed=seed, config="kd")
+        settings = {"seed_everything": seed, "data": {"class_path": name, "init_args": arguments}}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+
+    data("Photos", 0, batch_size=64, root="a", split=0.1)
+    data("Digits", 1, batch_size=32, size=8)
+    assert list(group_runs(["runs"])) == [
+        'kd (batch_size=64, class_path="Photos")',
+        'kd (batch_size=32, class_path="Digits")',
+    ]
+    data("Photos", 2, batch_size=64, root="a", split=0.2)  # of one class, and so no consequence of it
+    assert "split=0.1" in " ".join(group_runs(["runs"]))
+
+
 def test_teachers_that_differ_are_said():
     for seed in range(2):
         summary = make_run("kd", seed=seed) / "summary.json"

@@ -74,13 +74,12 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
         if len(set(roots.values())) > 1:
             for run, root in roots.items():
                 settings[run]["data.root"] = json.dumps(root)
-        keys = sorted({key for run in runs for key in settings[run]})
-        for key in [each for each in keys if each.startswith("model.teacher")]:
+        for key in sorted({key for run in runs for key in settings[run] if key.startswith("model.teacher")}):
             own = {run: _of_any_seed(settings[run].get(key, "-"), read_summary(run)["seed"]) for run in runs}
             if len({*own.values()}) == 1:  # each run has a teacher that was trained for its seed
                 for run in runs:
                     settings[run].pop(key, None)
-        differing = [key for key in keys if len({settings[run].get(key) for run in runs}) > 1]
+        differing = _telling([settings[run] for run in runs])
         for run in runs:
             apart = ", ".join(f"{key.rsplit('.', 1)[-1]}={settings[run].get(key, '-')}" for key in differing)
             groups[f"{config} ({apart})" if apart else config].append(run)
@@ -94,6 +93,23 @@ def group_runs(places: Sequence[str | Path]) -> dict[str, list[Path]]:
                 "name one run per seed"
             )
     return groups
+
+
+def _telling(runs: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names of the settings that differ, without arguments that some runs lack only because their class is another."""
+    keys = sorted({key for run in runs for key in run})
+    differing = [key for key in keys if len({run.get(key) for run in runs}) > 1]
+    classes = [key for key in differing if key.endswith(".class_path")]
+
+    def follows(key: str) -> bool:
+        owners = [each for each in classes if key != each and key.startswith(each.removesuffix("class_path"))]
+        lacking = any(key not in run for run in runs)
+        return lacking and any(
+            len({(run.get(owner), run.get(key)) for run in runs}) == len({run.get(owner) for run in runs})
+            for owner in owners
+        )
+
+    return [key for key in differing if not follows(key)]
 
 
 def _of_any_seed(value: str, seed: int) -> str:
