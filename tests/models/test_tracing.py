@@ -15,6 +15,7 @@ from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import clone, examples, skeleton, twin
 from ackd_lightning.models.finding import probe
 from ackd_lightning.models.outputs import as_map, first_tensor, logits_of
+from ackd_lightning.models.start import head_names
 from ackd_lightning.models.teacher_config import TeacherConfig
 from ackd_lightning.models.tracing import trace
 from models.networks import CLASSES, CifarLike, Residual, SkipsAhead, Tuples, TwoBranches, ViTLike
@@ -290,3 +291,34 @@ def test_warnings_of_a_network_are_left_to_its_own_calls():
     assert "conv" in spine(network)
     with pytest.warns(UserWarning, match="look here"):
         network(torch.zeros(1, 3, 32, 32))
+
+
+class ScoresOfTokens(nn.Module):
+    """Scores of each token, whose mean is added to those of the class token as in VOLO."""
+
+    def __init__(self, *, both: bool, classes: int = CLASSES):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.blocks = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)])
+        self.head = nn.Linear(8, classes) if both else None
+        self.aux_head = nn.Linear(8, classes)
+
+    def get_classifier(self):
+        return self.head
+
+    def forward(self, image):
+        tokens = self.blocks(self.embed(image).flatten(2).transpose(1, 2))
+        scores = self.aux_head(tokens)
+        return scores.mean(1) if self.head is None else self.head(tokens.mean(1)) + 0.5 * scores.max(1).values
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 64])  # 64 tokens, too
+def test_a_layer_with_scores_of_tokens_is_no_classifier_but_a_head(classes):
+    alone, both = (ScoresOfTokens(both=each, classes=classes) for each in (False, True))
+    assert run(alone).classifier is None
+    assert run(both).classifier == "head"
+    assert head_names(alone) == ("aux_head",)
+    assert head_names(both) == ("head", "aux_head")
+    for network in (alone, both):
+        teacher = TeacherConfig(network=copy.deepcopy(network), gate="off")
+        DistillationModule(network, method=KD(), teacher=teacher, data=DataInfo(classes, 32))

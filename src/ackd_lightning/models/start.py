@@ -144,12 +144,11 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
     ask: Any = getattr(network, "get_classifier", None)  # of timm
     found = ask() if callable(ask) else None
     modules = found if isinstance(found, (tuple, list)) else [found]
-    names = [name for name, module in network.named_modules() if any(module is each for each in modules)]
-    if names:
-        return tuple(names)
-    plan = plan_for(network)
-    own = () if plan is None or plan.classifier is None else (plan.classifier,)
-    heads = remembered(network, ("heads",), lambda: heads_in(network))
+    own = tuple(name for name, module in network.named_modules() if any(module is each for each in modules))
+    if not own:
+        plan = plan_for(network)
+        own = () if plan is None or plan.classifier is None else (plan.classifier,)
+    heads = remembered(network, ("heads",), lambda: heads_in(network))  # timm does not name all that VOLO has
     if heads := (*own, *(name for name in heads if not f"{name}.".startswith(tuple(f"{each}." for each in own)))):
         return heads
     weighted = [name for name, module in network.named_modules() if any(True for _ in module.parameters(recurse=False))]

@@ -233,7 +233,10 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
         for each in calls
         if logits.shape[1] in _outputs(modules[each.name]) and above.get(each.node, 0) * below.get(each.node, 0)
     ]
-    result.classifier = next((each.name for each in reversed(scores) if each.name in result.calls), None)
+    whole = [
+        each for each in scores if each.name in result.calls and _one_per_image(each.value, modules[each.name], logits)
+    ]
+    result.classifier = whole[-1].name if whole else None
     met = _first_met(logits.grad_fn, {each.node for each in scores})
     result.heads = tuple({each.name: None for each in scores if each.node in met})
     read = None if result.classifier is None else inputs[result.classifier]
@@ -246,6 +249,14 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
             and _only_pooling(read.grad_fn, each.node, below)
         )
     return result
+
+
+def _one_per_image(value: Any, module: nn.Module, logits: Tensor) -> bool:
+    """Whether a layer returns scores of images, or maps of scores, and not scores of tokens."""
+    scores = first_tensor(value)
+    if scores is None or scores.shape[:2] != logits.shape:
+        return False
+    return scores.dim() == 2 or hasattr(module, "out_channels")
 
 
 def _outputs(module: nn.Module) -> tuple[int, ...]:
