@@ -80,6 +80,16 @@ def test_other_names_are_refused_unless_told_otherwise(checkpoint):
     assert result["test/acc"] == accuracy
 
 
+@pytest.mark.parametrize("reaction", ["stop", "ignore"])
+def test_a_class_map_may_have_the_names_of_the_data(reaction):
+    given = {"ant": 0, "bee": [1, 2], "cat": 3, "dog": [4, 5]}
+    teacher = TeacherConfig(network=create_model("resnet8", 6), class_map=given, gate="off")
+    data = DataInfo(CLASSES, SIZE, class_names=NAMES)
+    net = DistillationModule("resnet8", data=data, method=KD(), teacher=teacher, on_class_mismatch=reaction)
+    net.match_classes(NamedBlobs())
+    assert net.teacher.selection.groups == ((0,), (1, 2), (3,), (4, 5))
+
+
 def test_a_run_goes_on_with_the_order_that_it_began_with(checkpoint):
     path, _ = checkpoint
     states = []

@@ -210,7 +210,8 @@ class Teachers:
         Args:
             names: Names of the data's classes; None when unknown.
             reorder: Whether the logits can be changed; some methods read the teacher's own classes.
-            by_name: Whether classes that both sides name are matched by their names; if not, by their number.
+            by_name: Whether classes that both sides name are matched by their names; if not, by their number. A class
+                map may have the names of the data's classes in either case.
 
         Raises:
             ACKDError: If a class map does not fit, or a teacher has other classes and nothing says how they belong
@@ -224,7 +225,7 @@ class Teachers:
                 )
             if teacher.features_only:
                 continue
-            groups = self._groups(teacher, config, names if by_name else None)
+            groups = self._groups(teacher, config, names, by_name=by_name)
             if groups is None:
                 teacher.selection = None
                 continue
@@ -236,7 +237,7 @@ class Teachers:
             teacher.select_classes(groups)
 
     def _groups(
-        self, teacher: FrozenTeacher, config: TeacherConfig, names: Sequence[str] | None
+        self, teacher: FrozenTeacher, config: TeacherConfig, names: Sequence[str] | None, *, by_name: bool
     ) -> Sequence[Sequence[int]] | None:
         """Classes of a teacher that form each of the data's; None where they are the same in the same order."""
         count, needed = count_classes(teacher, self.data), self.data.num_classes
@@ -246,7 +247,7 @@ class Teachers:
                 config.class_map, theirs=theirs, num_classes=needed, names=names, owner=f"teacher {teacher.name}"
             )
         own = theirs.names
-        if own is None or names is None:
+        if own is None or names is None or not by_name:
             if count != needed:
                 raise _other_classes(teacher.name, count, needed)
             return None
