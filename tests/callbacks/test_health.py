@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ackd_lightning.callbacks.health import HealthMonitor, TeacherGate, may_be_chance
+from ackd_lightning.callbacks.health import HealthMonitor, TeacherGate
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.metrics.guessing import MeanRecall, mean_recall
 
 ENTROPY, FEATURE_STD = "attention_entropy", "learners_feature_std"
 
@@ -57,13 +58,6 @@ def test_limits_are_fractions(name, value):
         HealthMonitor(**{name: value})
 
 
-def answered(accuracy, classes, images):
-    """Targets, as many of each class, and answers of which a share is right in each class."""
-    targets = torch.arange(images) % classes
-    right = torch.arange(images) < round(accuracy * images)
-    return targets, torch.where(right, targets, (targets + 1) % classes)
-
-
 @pytest.mark.parametrize(
     ("measured", "classes", "stated", "words"),
     [
@@ -75,36 +69,30 @@ def answered(accuracy, classes, images):
     ],
 )
 def test_the_teacher_gate_judges_accuracy(measured, classes, stated, words):
-    targets, answers = answered(measured, classes, 10_000)
-    verdict = TeacherGate.judge(targets, answers, classes, {"val_acc": stated} if stated else {})
+    recall = MeanRecall(measured, classes, 1 / classes, 0.0)
+    verdict = TeacherGate.judge(measured, recall, {"val_acc": stated} if stated else {}, 10_000)
     assert (verdict is None) == (words is None)
     assert words is None or words in verdict
 
 
 def test_few_images_widen_the_tolerance_of_the_gate():
-    targets, answers = answered(0.66, 50, 50)
-    assert TeacherGate.judge(targets, answers, 50, {"val_acc": "0.74"}) is None
-    targets, answers = answered(0.66, 50, 5000)
-    assert "far below" in TeacherGate.judge(targets, answers, 50, {"val_acc": "0.74"})
+    recall = MeanRecall(0.65, 100, 0.01, 0.0)
+    assert TeacherGate.judge(0.65, recall, {"val_acc": "0.74"}, 50) is None
+    assert "far below" in TeacherGate.judge(0.65, recall, {"val_acc": "0.74"}, 5000)
 
 
 @pytest.mark.parametrize("images", [9, 900])
 def test_a_constant_answer_is_chance_where_one_class_has_most_images(images):
     targets = torch.tensor([0] * (7 * images // 9) + [1] * (2 * images // 9))
-    verdict = TeacherGate.judge(targets, torch.zeros_like(targets), 2, {})
+    recall = mean_recall(targets, torch.zeros_like(targets), 2)
+    verdict = TeacherGate.judge(7 / 9, recall, {}, images)
     assert "accuracy 77.78% and a mean recall of the 2 classes of 50.00%, near chance (50.00%)" in verdict
 
 
 def test_classes_without_validation_images_are_no_reason_to_stop():
     targets = torch.tensor([3] * 20 + [5] * 20)
-    assert TeacherGate.judge(targets, targets, 10, {}) is None
-    assert "near chance" in TeacherGate.judge(targets, torch.full_like(targets, 3), 10, {})
-    assert TeacherGate.judge(targets[:20], targets[:20], 10, {}) is None  # one class says nothing about guessing
-    assert "near chance" in TeacherGate.judge(targets[:20], targets[20:], 10, {})
-
-
-def test_an_accuracy_that_guessing_may_reach_is_told_from_a_sure_one():
-    few, many = answered(0.75, 2, 8), answered(0.75, 2, 800)
-    assert may_be_chance(*few)
-    assert not may_be_chance(*many)
-    assert not may_be_chance(torch.zeros(0).long(), torch.zeros(0).long())
+    assert TeacherGate.judge(1.0, mean_recall(targets, targets, 10), {}, 40) is None
+    constant = mean_recall(targets, torch.full_like(targets, 3), 10)
+    assert "near chance" in TeacherGate.judge(0.5, constant, {}, 40)
+    assert TeacherGate.judge(1.0, mean_recall(targets[:20], targets[:20], 10), {}, 20) is None
+    assert "near chance" in TeacherGate.judge(0.0, mean_recall(targets[:20], targets[20:], 10), {}, 20)

@@ -15,6 +15,7 @@ from ackd_lightning import DistillationModule, create_model, load_student, load_
 from ackd_lightning.cli import main
 from ackd_lightning.commands.compare import compare
 from ackd_lightning.errors import ACKDError
+from ackd_lightning.metrics.guessing import MeanRecall
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.models.zoo import count_parameters
 
@@ -231,7 +232,9 @@ def test_a_file_without_a_valid_description_is_refused(metadata):
 
 @pytest.mark.parametrize(("accuracy", "said"), [(0.1, True), (0.9, False)])
 def test_a_student_that_guesses_is_exported_with_a_word(monkeypatch, capsys, tmp_path, accuracy, said):
+    recall = MeanRecall(accuracy, occurring=10, chance=0.1, deviation=0.01)
     monkeypatch.setattr("ackd_lightning.deploy.checking.CheckImages.accuracy", lambda *_: accuracy)
+    monkeypatch.setattr("ackd_lightning.deploy.checking.mean_recall", lambda *_: recall)
     assert main(["export", "runs/digits_resnet20_resnet8/a", "--out", str(tmp_path / "a.safetensors")]) == 0
     shown = capsys.readouterr().out
     assert f"the student is right for {accuracy:.2%} of" in shown

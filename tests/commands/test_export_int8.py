@@ -16,7 +16,7 @@ from ackd_lightning import create_model
 from ackd_lightning.cli import main
 from ackd_lightning.commands import export as command
 from ackd_lightning.commands.export_int8 import int8_advice, show_int8
-from ackd_lightning.deploy.checking import images_of, is_chance
+from ackd_lightning.deploy.checking import CheckImages, images_of
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.files import open_network
 from ackd_lightning.deploy.formats.formats import FORMATS
@@ -208,18 +208,17 @@ def test_images_to_calibrate_a_fine_tuned_student_on_are_refused(capsys):
     assert not Path("no.onnx").exists()
 
 
-@pytest.mark.parametrize(
-    ("accuracy", "classes", "count", "expected"),
-    [
-        (0.1, 10, 1000, True),
-        (0.115, 10, 1000, True),
-        (0.15, 10, 1000, False),
-        (0.02, 100, 500, False),
-        (0.6, 2, 50, True),
-    ],
-)
-def test_chance(accuracy, classes, count, expected):
-    assert is_chance(accuracy, classes, count) is expected
+def test_a_constant_answer_guesses_where_one_class_has_most_images():
+    targets = torch.tensor([0] * 70 + [1] * 20 + [-1] * 10)
+    images = CheckImages([(torch.zeros(100, 1), targets)], lambda each: each, part="val", counted=100, words="")
+    constant, right = torch.eye(2)[torch.zeros(100).long()], torch.eye(2)[targets.clamp(min=0)]
+    assert images.accuracy(constant) == pytest.approx(7 / 9)
+    assert images.may_be_chance(constant)
+    assert not images.may_be_chance(right)
+    images = CheckImages(
+        [(torch.zeros(100, 1), -torch.ones(100).long())], images.logits, part=None, counted=0, words=""
+    )
+    assert not images.may_be_chance(constant)  # no image has a class
 
 
 def test_what_int8_costs_is_said(parts, tmp_path, capsys):

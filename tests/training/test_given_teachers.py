@@ -569,7 +569,7 @@ class Endless(IterableDataset):
 @pytest.mark.parametrize(("form", "images"), [("list", 32), ("dict", 32), ("endless", 16)])
 def test_the_gate_reads_what_validation_reads(form, images, monkeypatch):
     judged = []
-    monkeypatch.setattr(TeacherGate, "judge", staticmethod(lambda *known: judged.append(len(known[0]))))
+    monkeypatch.setattr(TeacherGate, "judge", staticmethod(lambda *known: judged.append(known[3])))
     module = built(TeacherConfig(network=TinyNet(8), gate="warn"))
     usual = Blobs()
     run = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1, num_sanity_val_steps=0)

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
+from ackd_lightning.metrics.guessing import MeanRecall, mean_recall
 from ackd_lightning.validation import Fraction, checked
 
 _MOST_CLASSES = 4000
@@ -93,6 +94,7 @@ class TeacherGate(L.Callback):
         targets, answers = torch.cat([first, second], dim=1)
         split, data = ("test", "test") if module.looks_at_test() else ("val", "validation")
         measured = int((targets == answers).sum()) / max(len(targets), 1)
+        recall = mean_recall(targets, answers, classes)
         teacher.metadata["measured_acc"] = f"{measured:.6f}"
         name = f"{number + 1} ({teacher.name})" if several else teacher.name
         if trainer.is_global_zero:
@@ -109,12 +111,12 @@ class TeacherGate(L.Callback):
         if classes <= _MOST_CLASSES:
             matrices = [multiclass_confusion_matrix(each[1], each[0], classes) for each in (first, second)]
             order = permutation(*matrices)
-        problem = self.judge(targets, answers, classes, teacher.metadata)
+        problem = self.judge(measured, recall, teacher.metadata, len(targets))
         if problem is None and order is None:
-            if may_be_chance(targets, answers):
+            if recall.may_be_chance:
                 rank_zero_warn(
-                    f"teacher {name} has accuracy {measured:.2%}, which guessing may reach on {len(targets)} images; "
-                    "hold out more images for validation to be sure of it"
+                    f"teacher {name} has accuracy {measured:.2%}, which guessing may reach on "
+                    f"{count_of(len(targets), 'image')}; hold out more images for validation to be sure of it"
                 )
             return
         problem = problem or f"has accuracy {measured:.2%}"
@@ -135,80 +137,24 @@ class TeacherGate(L.Callback):
         rank_zero_warn(sentence)
 
     @staticmethod
-    def judge(targets: Tensor, answers: Tensor, num_classes: int, metadata: dict[str, str]) -> str | None:
+    def judge(measured: float, recall: MeanRecall, metadata: dict[str, str], seen: int) -> str | None:
         """Describe what is wrong with a teacher's accuracy; None when nothing is.
 
-        Near chance is a mean recall of the classes near that of guessing, since the accuracy of a constant answer is
-        high where one class has most images.
-
         Args:
-            targets: ``N`` int64 classes. The fewer they are, the further the accuracy may be below the stated one.
-            answers: ``N`` int64 classes that the teacher finds most probable.
-            num_classes: Number K of classes.
+            measured: Accuracy in [0, 1].
+            recall: Mean recall of the classes.
             metadata: Metadata of the weight file.
+            seen: Number of images. The fewer they are, the further the accuracy may be below the stated one.
         """
-        measured = int((targets == answers).sum()) / max(len(targets), 1)
-        recall, occurring, _ = mean_recall(targets, answers)
-        chance = 1.0 / (occurring if occurring > 1 else num_classes)
-        if recall < chance + 0.05 * (1.0 - chance):
-            if math.isclose(recall, measured, abs_tol=5e-4):
-                return f"has accuracy {measured:.2%}, near chance ({chance:.2%})"
-            return (
-                f"has accuracy {measured:.2%} and a mean recall of the {occurring} classes of {recall:.2%}, near "
-                f"chance ({chance:.2%})"
-            )
+        if recall.value < recall.chance + 0.05 * (1.0 - recall.chance):
+            mean = f" and a mean recall of the {recall.occurring} classes of {recall.value:.2%}"
+            even = math.isclose(recall.value, measured, abs_tol=5e-4)
+            return f"has accuracy {measured:.2%}{'' if even else mean}, near chance ({recall.chance:.2%})"
         stated = metadata.get("val_acc") or metadata.get("test_acc")
-        tolerance = 0.05 + 3.0 * math.sqrt(0.25 / max(len(targets), 1))
+        tolerance = 0.05 + 3.0 * math.sqrt(0.25 / max(seen, 1))
         if stated and measured < float(stated) - tolerance:
             return f"has accuracy {measured:.2%}, far below the {float(stated):.2%} in its file"
         return None
-
-
-class MeanRecall(NamedTuple):
-    """Mean over classes of the share of their images that are recognised.
-
-    Attributes:
-        value: Mean over the classes that occur, 0 where there are no images.
-        occurring: Number of classes that occur.
-        deviation: Standard deviation of ``value`` for answers that are drawn evenly from the classes that occur.
-    """
-
-    value: float
-    occurring: int
-    deviation: float
-
-
-def mean_recall(targets: Tensor, answers: Tensor) -> MeanRecall:
-    """Return the mean recall of the classes that occur.
-
-    Args:
-        targets: ``N`` int64 classes.
-        answers: ``N`` int64 classes.
-
-    Examples:
-        >>> mean_recall(torch.tensor([0, 0, 0, 1]), torch.zeros(4, dtype=torch.int64)).value
-        0.5
-    """
-    if not len(targets):
-        return MeanRecall(0.0, 0, 0.0)
-    counts = torch.bincount(targets)
-    right = torch.bincount(targets[targets == answers], minlength=len(counts))
-    occurs = counts > 0
-    counts, right, occurring = counts[occurs].double(), right[occurs], int(occurs.sum())
-    chance = 1.0 / occurring
-    deviation = math.sqrt(chance * (1.0 - chance) * float((1.0 / counts).sum())) / occurring
-    return MeanRecall(float((right / counts).mean()), occurring, deviation)
-
-
-def may_be_chance(targets: Tensor, answers: Tensor) -> bool:
-    """Return whether answers are right so seldom that guessing may be as good: within two standard deviations.
-
-    Args:
-        targets: ``N`` int64 classes.
-        answers: ``N`` int64 classes.
-    """
-    recall, occurring, deviation = mean_recall(targets, answers)
-    return occurring > 1 and recall <= 1.0 / occurring + 2.0 * deviation
 
 
 class ClassOrder(NamedTuple):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ackd_lightning.commands.export_int8 import check_int8, int8_advice, show_int8
 from ackd_lightning.commands.student import check_data, read_student
-from ackd_lightning.deploy.checking import SINGLE, Check, images_of, is_chance, is_other, random_images
+from ackd_lightning.deploy.checking import SINGLE, Check, images_of, is_other, random_images
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import check_free, export, measured, reading_uint8
 from ackd_lightning.deploy.formats.formats import BY_ENDING, FORMATS, Format, file_size, find_format
@@ -96,7 +96,7 @@ def export_command(
     description = measured(description, images, reference)
     print(f"comparing logits on {images.words}")
     right = images.accuracy(reference)
-    if right is not None and is_chance(right, description.num_classes, images.counted):
+    if right is not None and images.may_be_chance(reference):
         print(f"the student is right for {right:.2%} of {images.counted_words}, which guessing could reach, too")
     known = next((each.value for each in description.accuracy if each.part == images.part), None)
     if right is not None and known is not None and is_other(right, known, images.counted):

@@ -15,6 +15,7 @@ from ackd_lightning.data.transforms import normalise
 from ackd_lightning.data.webdataset import WebDatasetDataModule
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.pixels import Preprocessing
+from ackd_lightning.metrics.guessing import mean_recall
 from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.training.batches import read_batch
 
@@ -116,11 +117,22 @@ class CheckImages:
         Args:
             logits: ``N x K``.
         """
-        target = self.targets[: self.counted]
-        known = target >= 0
-        if not bool(known.any()):
-            return None
-        return float((logits[: self.counted].argmax(1) == target)[known].float().mean())
+        target, answers = self._known(logits)
+        return float((answers == target).float().mean()) if len(target) else None
+
+    def may_be_chance(self, logits: Tensor) -> bool:
+        """Whether guessing may be as good as these logits, as `MeanRecall.may_be_chance` says; False without classes.
+
+        Args:
+            logits: ``N x K``.
+        """
+        target, answers = self._known(logits)
+        return len(target) > 0 and mean_recall(target, answers, logits.shape[1]).may_be_chance
+
+    def _known(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Class and most probable class of the images whose class is known."""
+        target, answers = self.targets[: self.counted], logits[: self.counted].argmax(1)
+        return target[target >= 0], answers[target >= 0]
 
 
 def images_of(data: Any) -> CheckImages:
@@ -250,21 +262,6 @@ def compare(images: CheckImages, reference: Tensor, run: Callable[[Tensor], Tens
         images.accuracy(found),
         single,
     )
-
-
-def is_chance(accuracy: float, classes: int, count: int) -> bool:
-    """Return whether an accuracy may be that of guessing.
-
-    Args:
-        accuracy: Share of right images.
-        classes: Number of classes.
-        count: Number of images.
-
-    Returns:
-        True if it is at most two standard deviations above that of guessing.
-    """
-    chance = 1 / classes
-    return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / max(count, 1))
 
 
 def is_other(accuracy: float, known: float, count: int) -> bool:

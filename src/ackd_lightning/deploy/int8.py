@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ackd_lightning.data.base import ImageDataModule
 from ackd_lightning.data.transforms import normalise
 from ackd_lightning.data.webdataset import WebDatasetDataModule
-from ackd_lightning.deploy.checking import CheckImages, is_chance
+from ackd_lightning.deploy.checking import CheckImages
 from ackd_lightning.deploy.description import Description
 from ackd_lightning.deploy.exporting import export, reading_uint8
 from ackd_lightning.deploy.files import open_network
@@ -194,13 +194,11 @@ def export_int8(
     """
     logits = images.logits(quantised)
     accuracy, before = images.accuracy(logits), images.accuracy(reference)
-    if accuracy is not None and before is not None:
-        classes = description.num_classes
-        if is_chance(accuracy, classes, images.counted) and not is_chance(before, classes, images.counted):
-            raise ACKDError(
-                f"{target} was not written, because the int8 network is right for {accuracy:.2%} of "
-                f"{images.counted_words}, as guessing is, and the student for {before:.2%}; {advice}"
-            )
+    if accuracy is not None and images.may_be_chance(logits) and not images.may_be_chance(reference):
+        raise ACKDError(
+            f"{target} was not written, because the int8 network is right for {accuracy:.2%} of "
+            f"{images.counted_words}, as guessing is, and the student for {before:.2%}; {advice}"
+        )
     own = description.replace(quantization=words, accuracy=())  # `export` measures the file's own
     prepared = [quantised, network]
     if description.reads == "uint8":
