@@ -13,7 +13,7 @@ from torch import nn
 from ackd_lightning import KD, DataInfo, DistillationModule
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import clone, examples, skeleton, twin
-from ackd_lightning.models.finding import probe
+from ackd_lightning.models.finding import plan_for, probe
 from ackd_lightning.models.outputs import as_map, first_tensor, logits_of
 from ackd_lightning.models.start import head_names
 from ackd_lightning.models.teacher_config import TeacherConfig
@@ -317,6 +317,7 @@ def test_a_layer_with_scores_of_tokens_is_no_classifier_but_a_head(classes):
     alone, both = (ScoresOfTokens(both=each, classes=classes) for each in (False, True))
     assert run(alone).classifier is None
     assert run(both).classifier == "head"
+    assert [plan_for(each).features[-1] for each in (alone, both)] == ["blocks", "blocks"]
     assert head_names(alone) == ("aux_head",)
     assert head_names(both) == ("head", "aux_head")
     for network in (alone, both):

@@ -12,9 +12,9 @@ from ackd_lightning.errors import ACKDError, count_of, first_line, near_matches
 from ackd_lightning.models.copies import examples, hooks_remedy, image_channels, name_of, unwrapped
 from ackd_lightning.models.features import StagePlan, _unknown_stages, require_modules, staged_forward
 from ackd_lightning.models.known import remembered
-from ackd_lightning.models.outputs import first_tensor, logits_of
+from ackd_lightning.models.outputs import logits_of
 from ackd_lightning.models.stages import stage_names
-from ackd_lightning.models.tracing import Trace, trace
+from ackd_lightning.models.tracing import Trace, scores_images, trace
 from ackd_lightning.types import ImageSize, NetOutput, NetSpec, height_width
 
 
@@ -290,8 +290,8 @@ def _check_plan(network: nn.Module, plan: StagePlan, input_size: ImageSize) -> N
         raise ACKDError(f"the stage plan of {name} is {list(plan.features)}, and they are called as {ordered}")
     if plan.classifier is not None:
         called = record.calls.get(plan.classifier)
-        scores = None if called is None else first_tensor(called.value)
-        if scores is None or tuple(scores.shape[:2]) != tuple(record.logits.shape):  # a map is averaged later
+        module = network.get_submodule(plan.classifier)
+        if called is None or not scores_images(module, called.value, record.logits):  # a map is averaged later
             raise ACKDError(
                 f"the stage plan of {name} names the classifier {plan.classifier!r}, which does not return the logits; "
                 "name the one that does, or None"

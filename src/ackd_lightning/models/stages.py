@@ -108,9 +108,9 @@ def _area(call: Call) -> int:
 def _trunk(traced: Trace) -> list[Call]:
     """Return the points where the network can be cut and has a map, up to global pooling."""
     points = [each for each in traced.spine if each.shape is not None]
-    if traced.classifier is not None and traced.classifier in traced.calls:
-        before = traced.calls[traced.classifier].start
-        points = [each for each in points if each.end < before]
+    heads = traced.heads if traced.classifier is None else (traced.classifier,)
+    if starts := [traced.calls[name].start for name in heads if name in traced.calls]:
+        points = [each for each in points if each.end < min(starts)]
     for previous, each in itertools.pairwise(points):
         if _area(each) == 1 and _area(previous) > 4:  # pooled at once, and not halved as on tiny images
             return points[: points.index(each)]

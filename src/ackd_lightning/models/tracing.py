@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -105,30 +105,22 @@ def _paths(output: Any, image: Any) -> tuple[dict[Any, int], dict[Any, int]]:
     return above, below
 
 
+def _walk(starts: Iterable[Any], last: Collection[Any] = ()) -> Iterator[Any]:
+    """Yield the nodes that some nodes read, each once, and these themselves; nothing behind the last ones."""
+    seen, stack = set[Any](), list(starts)
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if node not in last:
+            stack += [each for each, _ in node.next_functions]
+
+
 def _separate(nodes: frozenset[Any], output: Any, image: Any) -> bool:
     """Whether every path from the output to the image meets one of some nodes."""
-    seen, stack = set(nodes), [output]
-    while stack:
-        node = stack.pop()
-        if node is image:
-            return False
-        if node not in seen:
-            seen.add(node)
-            stack += [each for each, _ in node.next_functions if each is not None]
-    return True
-
-
-def _first_met(output: Any, nodes: Collection[Any]) -> set[Any]:
-    """Return those of some nodes from which a path leads to the output that meets no other one of them."""
-    found, seen, stack = set[Any](), set[Any](), [output]
-    while stack:
-        node = stack.pop()
-        if node in nodes:
-            found.add(node)
-        elif node not in seen:
-            seen.add(node)
-            stack += [each for each, _ in node.next_functions if each is not None]
-    return found
+    return not any(node is image for node in _walk([output], nodes))
 
 
 def parameters_behind(network: nn.Module, nodes: Iterable[Any]) -> set[str]:
@@ -139,17 +131,8 @@ def parameters_behind(network: nn.Module, nodes: Iterable[Any]) -> set[str]:
         nodes: Autograd nodes of what it computed.
     """
     names = {id(each): name for name, each in network.named_parameters()}
-    seen, stack, found = set[Any](), list(nodes), set[str]()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            found.add(names[id(variable)])
-        stack += [each for each, _ in node.next_functions]
-    return found
+    read = {id(getattr(node, "variable", None)) for node in _walk(nodes)}
+    return {name for each, name in names.items() if each in read}
 
 
 def _only_pooling(start: Any, end: Any, below: dict[Any, int]) -> bool:
@@ -234,10 +217,10 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
         if logits.shape[1] in _outputs(modules[each.name]) and above.get(each.node, 0) * below.get(each.node, 0)
     ]
     whole = [
-        each for each in scores if each.name in result.calls and _one_per_image(each.value, modules[each.name], logits)
+        each for each in scores if each.name in result.calls and scores_images(modules[each.name], each.value, logits)
     ]
     result.classifier = whole[-1].name if whole else None
-    met = _first_met(logits.grad_fn, {each.node for each in scores})
+    met = set(_walk([logits.grad_fn], {each.node for each in scores}))  # up to the first scores on each path
     result.heads = tuple({each.name: None for each in scores if each.node in met})
     read = None if result.classifier is None else inputs[result.classifier]
     if read is not None:
@@ -251,12 +234,18 @@ def trace(network: nn.Module, image: Tensor) -> Trace:
     return result
 
 
-def _one_per_image(value: Any, module: nn.Module, logits: Tensor) -> bool:
-    """Whether a layer returns scores of images, or maps of scores, and not scores of tokens."""
+def scores_images(module: nn.Module, value: Any, logits: Tensor) -> bool:
+    """Return whether a module returns scores of images, or maps of scores, and not scores of tokens.
+
+    Args:
+        module: Module that was called.
+        value: What it returned.
+        logits: ``B x K`` logits of the network.
+    """
     scores = first_tensor(value)
     if scores is None or scores.shape[:2] != logits.shape:
         return False
-    return scores.dim() == 2 or hasattr(module, "out_channels")
+    return scores.dim() == 2 or not hasattr(module, "out_features")  # a linear layer maps the last dimension
 
 
 def _outputs(module: nn.Module) -> tuple[int, ...]:
