@@ -117,6 +117,10 @@ def test_an_index_comes_along():
         ((IMAGE[:, :1], TARGET), "1 channels"),
         ((IMAGE, TARGET, ["a.jpg", "b.jpg", "c.jpg"]), "third entry of a batch holds str and no positions"),
         ((IMAGE, TARGET, torch.rand(3)), "third entry of a batch holds Tensor"),
+        (
+            {"image": IMAGE, "label": TARGET, "idx": ["a", "b", "c"]},
+            "entry 'idx' of a batch holds str and no positions",
+        ),
     ],
 )
 def test_batches_of_another_form_are_refused_in_one_sentence(batch, named):

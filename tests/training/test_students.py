@@ -161,6 +161,17 @@ def test_options_that_a_file_states_build_its_network_again(tmp_path, capsys):
             torch.testing.assert_close(teacher(image).logits, first.student.plain().eval()(image))
 
 
+@pytest.mark.parametrize("options", [None, {"transform_input": False}])
+def test_files_that_leave_open_whether_their_network_changes_images_are_named(options, tmp_path, capsys):
+    file = tmp_path / "net.pth"
+    torch.save(create_model("googlenet", CLASSES).state_dict(), file)
+    data = DataInfo(CLASSES, 32)
+    student(StudentConfig("googlenet", weights=str(file), options=options), data=data)
+    Teachers([TeacherConfig("googlenet", weights=str(file), options=options)], data).load()
+    said = capsys.readouterr().out
+    assert said.count(f"{file} does not state transform_input") == (0 if options else 2)
+
+
 def test_a_checkpoint_with_the_head_of_a_method_is_no_plain_network(tmp_path):
     source = HeadedNetwork(create_model("resnet8", CLASSES), SharedClassifiers(64, [(16, 4, 4)], CLASSES))
     state = {f"student.backbone.{key}": each for key, each in create_model("resnet8", CLASSES).state_dict().items()}

@@ -19,7 +19,7 @@ from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.outputs import logits_of, same_logits
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.weight_files import local_file, read_tensors, tell
-from ackd_lightning.models.weights import as_torch_loads, check_fit, digest, own_names
+from ackd_lightning.models.weights import as_torch_loads, check_fit, digest, own_names, say_untransformed
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def start(
     elif config.weights is not None:
         file = local_file(config.weights)
         tensors, metadata = read_tensors(file)
+        say_untransformed(network, metadata, str(file))
         stated = typed_metadata(metadata, str(file))
         origin, notes = str(file), {"weights": Path(file).name, "sha256": digest(file)}
         if "head" in metadata:

@@ -92,7 +92,24 @@ def fitting_tensors(
     if tensors.keys() != own.keys():
         tensors = as_torch_loads(tensors, model)
     check_fit(tensors, own, file, name or type(model).__name__)
+    say_untransformed(model, metadata, str(file))
     return tensors, metadata
+
+
+def say_untransformed(model: nn.Module, metadata: Mapping[str, Any], file: str) -> None:
+    """Say that images are read as they are where the file may hold a network that changes them (GoogLeNet, Inception).
+
+    Args:
+        model: Network that the weights are for.
+        metadata: What the file states; one of this package states its network and the options of it.
+        file: Where the weights come from.
+    """
+    given = "model" in metadata or "transform_input" in getattr(model, "model_options", {})
+    if not given and getattr(model, "transform_input", None) is False:
+        tell(
+            f"{file} does not state transform_input, so its network reads normalised images as they are; torchvision's "
+            "own weights change them first: for these, give the network the option transform_input: true"
+        )
 
 
 def save_weights(

@@ -54,7 +54,7 @@ def read_batch(
                 f"a batch has the entries {', '.join(map(str, batch))} and none of them is the {missing}; call it "
                 f"{missing!r}, or give (image, target)"
             )
-        result = _made(image, target, index, data, check=check)
+        result = _made(image, target, index, data, check=check, place=f"entry {_key(batch, 'index')!r}")
     elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
         result = _made(batch[0], batch[1], batch[2] if len(batch) == 3 else None, data, check=check)
     elif not targets and isinstance(batch, (tuple, list)) and len(batch) == 1 and isinstance(batch[0], Tensor):
@@ -72,20 +72,25 @@ def _no_targets(image: Tensor) -> Tensor:
     return torch.full((image.shape[0],), -1, device=image.device)
 
 
+def _key(batch: Mapping[Any, Any], name: str) -> str | None:
+    return next((key for key in _KEYS[name] if key in batch), None)
+
+
 def _entry(batch: Mapping[Any, Any], name: str) -> Any:
-    return next((batch[key] for key in _KEYS[name] if key in batch), None)
+    key = _key(batch, name)
+    return None if key is None else batch[key]
 
 
-def _made(image: Any, target: Any, index: Any, data: DataInfo, *, check: bool) -> Batch:
+def _made(image: Any, target: Any, index: Any, data: DataInfo, *, check: bool, place: str = "third entry") -> Batch:
     for name, value in (("image", image), ("target", target)):
         if not isinstance(value, Tensor):
             raise ACKDError(f"the {name} of a batch is {type(value).__name__}; it must be a tensor")
     check = check or target.device.type == "cpu"
     target, soft = _targets(target, image.shape[0], data.num_classes, check=check)
-    return Batch(image, target, torch.full_like(target, -1) if index is None else _index(index), soft)
+    return Batch(image, target, torch.full_like(target, -1) if index is None else _index(index, place), soft)
 
 
-def _index(index: Any) -> Tensor:
+def _index(index: Any, place: str) -> Tensor:
     """Return the positions of the images, ``B`` int64."""
     try:
         found = torch.as_tensor(index)
@@ -94,8 +99,8 @@ def _index(index: Any) -> Tensor:
     if found is None or found.ndim != 1 or found.is_floating_point():
         kind = type(index[0]).__name__ if isinstance(index, (list, tuple)) and index else type(index).__name__
         raise ACKDError(
-            f"the third entry of a batch holds {kind} and no positions; give (image, target), or the position of each "
-            "image in `train_targets` as the third entry"
+            f"the {place} of a batch holds {kind} and no positions; leave it out, or give the position of each image "
+            "in `train_targets` there"
         )
     return found
 
