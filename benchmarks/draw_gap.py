@@ -33,8 +33,8 @@ LINES = {
     ("today", "acc"): ("ACKD", "#c2185b", "-"),
     ("detached", "acc"): ("ACKD with a stop-gradient in Eq. 6", "#8d6e63", "--"),
 }
-LEARNERS = {"teacher": ("teacher", "#f57c00", "-"), "group": ("group", "#c2185b", ":")}
-LEARNERS |= {"target": ("target learner", "#c2185b", "-")}
+LEARNERS = {"teacher": ("teacher", "#f57c00", "-"), "group": ("group", "#8d6e63", ":")}
+LEARNERS |= {"target": ("target learner", "#8d6e63", "--")}
 mpl.rcParams |= {"svg.hashsalt": "ackd", "font.size": 10, "svg.fonttype": "path"}
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     shares = read("tiny100-who-is-right")
     for name, (label, color, style) in LEARNERS.items():
         draw(right, {each["epochs"]: [each["train"][name]] for each in shares}, label, color, style)
-    right.set(title="stop-gradient: right on training images, %", xlabel="epochs", ylim=(0, 75))
+    right.set(title="stop-gradient, seed 0: right on training images, %", xlabel="epochs", ylim=(0, 75))
     right.set_xticks(sorted({each["epochs"] for each in shares}))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -50,7 +50,8 @@ def difference(values: dict[int, float], others: dict[int, float]) -> str:
         return ""
     text = f"{statistics.fmean(pairs):+.2f}"
     interval = mean_interval(pairs) if len(pairs) > 2 else None
-    return text if interval is None else f"{text} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+    text += "" if interval is None else f" [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+    return text if len(pairs) == len(values) else f"{text}, n = {len(pairs)}"
 
 
 def main() -> None:
@@ -70,14 +71,25 @@ def main() -> None:
     head: dict[str, Any] = {}
     by_run: dict[tuple[str, int], dict[str, Any]] = {}
     for source in chosen.sources:
-        first, runs = read(source, chosen.prefix)
+        try:
+            first, runs = read(source, chosen.prefix)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{source} is no folder of ackd reproduce and no file of this script ({error!r})")
         head = head or first
-        runs = [each for each in runs if wanted is None or each["row"] in wanted]
-        by_run |= {(each["row"], each["seed"]): each for each in runs if seeds is None or each["seed"] in seeds}
+        for each in runs:
+            row, seed = key = each["row"], each["seed"]
+            if (wanted is not None and row not in wanted) or (seeds is not None and seed not in seeds):
+                continue
+            if by_run.setdefault(key, each) != each:
+                parser.error(f"{source} has a run of {row}, seed {seed}, and so has another one; name one of them")
     by_run = dict(sorted(by_run.items()))
     found = [*by_run.values()]
+    if missing := {*(wanted or ())} - {row for row, _ in by_run}:
+        parser.error(f"no finished run of {', '.join(sorted(missing))} that was tested")
+    if chosen.against and len(lengths := {each["epochs"] for each in found}) > 1:
+        parser.error(f"runs of {', '.join(map(str, sorted(lengths)))} epochs are not compared; choose with --prefix")
     if chosen.against not in {None, *(each["row"] for each in found)}:
-        parser.error(f"--against {chosen.against}: {chosen.sources[0]} has no finished run of that row")
+        parser.error(f"--against {chosen.against}: no finished run of that row among those that were chosen")
     if not found:
         parser.error(f"{chosen.sources[0]} has no finished run of these rows that was tested")
     if chosen.out is not None:
@@ -91,7 +103,10 @@ def read(source: Path, prefix: str | None) -> tuple[dict[str, Any], list[dict[st
     """Return what the runs of a folder or a file have in common, and the figures of each."""
     if not source.is_dir():
         content = json.loads(source.read_text(encoding="utf-8"))
-        return content, content.pop("runs")
+        runs = content.pop("runs")
+        if not content or any("row" not in each or "acc" not in each for each in runs):
+            raise ValueError("it lacks figures")
+        return content, runs
     found = sorted(source.glob(f"runs/{prefix}+*/*/summary.json" if prefix else "runs/*/*/summary.json"))
     summaries = [(path, json.loads(path.read_text())) for path in found]
     pairs = {path.parents[1].name.partition("+")[0] for path, _ in summaries}

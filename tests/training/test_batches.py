@@ -100,6 +100,13 @@ def test_random_numbers_without_an_index_are_said_once(method, lines, capsys):
 def test_an_index_comes_along():
     for batch in ((IMAGE, TARGET, torch.tensor([5, 6, 7])), {"image": IMAGE, "target": TARGET, "index": [5, 6, 7]}):
         assert read_batch(batch, DATA).index.tolist() == [5, 6, 7]
+    assert read_batch((IMAGE, TARGET, torch.tensor([5, 6, 7], dtype=torch.uint8)), DATA).index.dtype == torch.int64
+
+
+def test_entries_without_content_hide_no_others():
+    batch = read_batch({"image": IMAGE, "target": None, "label": TARGET, "index": None, "idx": [5, 6, 7]}, DATA)
+    assert batch.index.tolist() == [5, 6, 7]
+    assert torch.equal(batch.target, TARGET)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +124,10 @@ def test_an_index_comes_along():
         ((IMAGE[:, :1], TARGET), "1 channels"),
         ((IMAGE, TARGET, ["a.jpg", "b.jpg", "c.jpg"]), "third entry of a batch holds str and no positions"),
         ((IMAGE, TARGET, torch.rand(3)), "third entry of a batch holds Tensor"),
+        ((IMAGE, TARGET, torch.tensor([5, 6])), r"holds Tensor of torch.int64 with the shape \(2,\) and no positions"),
+        ((IMAGE, TARGET, torch.ones(3, dtype=torch.bool)), "holds Tensor of torch.bool"),
+        ((IMAGE, TARGET, [5]), "holds 1 number and no positions"),
+        ((IMAGE, TARGET, [5, "b", 6]), "holds str and no positions"),
         (
             {"image": IMAGE, "label": TARGET, "idx": ["a", "b", "c"]},
             "entry 'idx' of a batch holds str and no positions",

@@ -170,6 +170,23 @@ def test_files_that_leave_open_whether_their_network_changes_images_are_named(op
     Teachers([TeacherConfig("googlenet", weights=str(file), options=options)], data).load()
     said = capsys.readouterr().out
     assert said.count(f"{file} does not state transform_input") == (0 if options else 2)
+    grey = DataInfo(CLASSES, 32, channels=1)  # which torchvision's own weights do not read
+    torch.save(create_model("googlenet", CLASSES, in_chans=1).state_dict(), file)
+    student(StudentConfig("googlenet", weights=str(file), options=options), data=grey)
+    assert "transform_input" not in capsys.readouterr().out
+
+
+def test_files_that_state_another_change_of_images_are_named(tmp_path, capsys):
+    notes = {"model": "googlenet", "model_options": '{"transform_input": true}'}
+    network = create_model("googlenet", CLASSES, transform_input=True).eval()
+    file = save_weights(network, tmp_path / "net.safetensors", notes)
+    other = create_model("googlenet", CLASSES).eval()
+    load_weights(other, file)
+    assert f"{file} states transform_input True and its network is built with False" in capsys.readouterr().out
+    teacher = FrozenTeacher.from_name("googlenet", CLASSES, weights=str(file))
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(teacher.network(image), network(image))
+    assert "transform_input" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_with_the_head_of_a_method_is_no_plain_network(tmp_path):

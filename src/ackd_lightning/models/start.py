@@ -14,12 +14,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.models.copies import dtype_of, examples, load_tensors, name_of
 from ackd_lightning.models.finding import heads_in, plan_for
+from ackd_lightning.models.inception import say_transform
 from ackd_lightning.models.known import remembered
 from ackd_lightning.models.metadata import typed_metadata
 from ackd_lightning.models.outputs import logits_of, same_logits
 from ackd_lightning.models.student_config import StudentConfig
 from ackd_lightning.models.weight_files import local_file, read_tensors, tell
-from ackd_lightning.models.weights import as_torch_loads, check_fit, digest, own_names, say_untransformed
+from ackd_lightning.models.weights import as_torch_loads, check_fit, digest, own_names
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def start(
     Raises:
         ACKDError: If there are no such weights, or they do not fit.
     """
+    metadata: dict[str, str] | None = None
     headed: str | None = None  # method whose head stands in place of the network's own
     if config.pretrained:
         from ackd_lightning.models.zoo import named
@@ -75,7 +77,6 @@ def start(
     elif config.weights is not None:
         file = local_file(config.weights)
         tensors, metadata = read_tensors(file)
-        say_untransformed(network, metadata, str(file))
         stated = typed_metadata(metadata, str(file))
         origin, notes = str(file), {"weights": Path(file).name, "sha256": digest(file)}
         if "head" in metadata:
@@ -95,6 +96,8 @@ def start(
     fresh = _load(network, tensors, origin, num_classes, headed)
     kept = ", with its head" + ("" if known else ", whose classes are taken in their order")
     tell(f"the student starts from {origin}{fresh or cut or kept}")
+    if metadata is not None:
+        say_transform(network, metadata, origin)
     mean, std = (tuple(stated[key]) if stated.get(key) else None for key in ("mean", "std"))
     return Start(origin, notes, None if fresh else known or None, mean, std, fresh=bool(fresh))
 

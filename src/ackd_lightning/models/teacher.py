@@ -18,6 +18,7 @@ from ackd_lightning.models.features import staged_forward
 from ackd_lightning.models.fusion import fused
 from ackd_lightning.models.metadata import as_text, typed_metadata
 from ackd_lightning.models.preprocessing import Interpolation, Preprocessing, channels_of, closest_interpolation
+from ackd_lightning.models.stated import stated_options
 from ackd_lightning.models.teacher_base import FeaturesOnly, Teacher
 from ackd_lightning.models.weights import digest, load_weights, state_digest
 from ackd_lightning.models.zoo import create_model
@@ -240,7 +241,7 @@ class FrozenTeacher(Teacher):
             name: Name for ``create_model``.
             num_classes: Number K of the network's classes.
             weights: Weight file.
-            options: Options for ``create_model``.
+            options: Options for ``create_model``, beside those that the file states.
             mean: Mean of each channel that the network was trained with; None for the one in the file's metadata.
             std: Standard deviation of each channel, as ``mean``.
             input_size: Size of the images that the network was trained with; None for that in the file's metadata.
@@ -250,7 +251,7 @@ class FrozenTeacher(Teacher):
         Raises:
             ACKDError: If the file is missing, is not a weight file, or does not fit the network.
         """
-        network = create_model(name, num_classes, **(options or {}))
+        network = create_model(name, num_classes, **{**stated_options(name, weights), **(options or {})})
         metadata = load_weights(network, weights, name=name)
         typed_metadata(metadata, weights)  # its messages name the file
         teacher = cls(

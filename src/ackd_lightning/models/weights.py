@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ackd_lightning.errors import ACKDError, count_of, first_names
 from ackd_lightning.models.copies import clone, load_tensors
 from ackd_lightning.models.heads import HeadedNetwork
+from ackd_lightning.models.inception import say_transform, without_auxiliary
 from ackd_lightning.models.weight_files import (
     damaged,
     first_bytes,
@@ -92,24 +93,8 @@ def fitting_tensors(
     if tensors.keys() != own.keys():
         tensors = as_torch_loads(tensors, model)
     check_fit(tensors, own, file, name or type(model).__name__)
-    say_untransformed(model, metadata, str(file))
+    say_transform(model, metadata, str(file))
     return tensors, metadata
-
-
-def say_untransformed(model: nn.Module, metadata: Mapping[str, Any], file: str) -> None:
-    """Say that images are read as they are where the file may hold a network that changes them (GoogLeNet, Inception).
-
-    Args:
-        model: Network that the weights are for.
-        metadata: What the file states; one of this package states its network and the options of it.
-        file: Where the weights come from.
-    """
-    given = "model" in metadata or "transform_input" in getattr(model, "model_options", {})
-    if not given and getattr(model, "transform_input", None) is False:
-        tell(
-            f"{file} does not state transform_input, so its network reads normalised images as they are; torchvision's "
-            "own weights change them first: for these, give the network the option transform_input: true"
-        )
 
 
 def save_weights(
@@ -227,9 +212,6 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise damaged(file, error) from error
 
 
-_AUXILIARY = ("aux1", "aux2", "AuxLogits")  # of torchvision's GoogLeNet and Inception
-
-
 def own_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
     """Give the tensors of a file the names that a network has for them.
 
@@ -261,7 +243,7 @@ def own_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: st
     if STUDENT_PREFIX in found:
         found = [STUDENT_PREFIX]
     if 2 * best < len(own) or fits[""] == best:
-        return _without_auxiliary(tensors, own, file)
+        return without_auxiliary(tensors, own, file)
     if len(found) > 1:
         raise ACKDError(
             f"{file} holds several networks that fit ({', '.join(map(repr, sorted(found)))}); re-save the tensors of "
@@ -273,15 +255,7 @@ def own_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: st
         others = len(tensors) - len(inside)
         rest = f", {others} others are not read" if others else ""
         tell(f"{file}: the names of {len(inside)} tensors are read without {prefix!r}{rest}")
-    return _without_auxiliary(inside, own, file)
-
-
-def _without_auxiliary(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
-    """Leave out the auxiliary classifiers of GoogLeNet and Inception, which no prediction needs, and say so."""
-    extra = [key for key in tensors if key not in own and key.partition(".")[0] in _AUXILIARY]
-    if extra:
-        tell(f"{file}: {len(extra)} tensors of auxiliary classifiers are not read ({first_names(extra)})")
-    return {key: tensor for key, tensor in tensors.items() if key not in extra}
+    return without_auxiliary(inside, own, file)
 
 
 def _ends(key: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ackd_lightning.errors import ACKDError
+from ackd_lightning.errors import ACKDError, count_of
 from ackd_lightning.methods.base import Method
 from ackd_lightning.models.weight_files import tell
 from ackd_lightning.types import Batch, DataInfo
@@ -18,6 +18,7 @@ _KEYS = {
     "target": ("target", "targets", "label", "labels", "class", "y"),
     "index": ("index", "indices", "idx"),
 }
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SUM_TOLERANCE = 1e-2  # of shares in half precision
 
 
@@ -73,7 +74,7 @@ def _no_targets(image: Tensor) -> Tensor:
 
 
 def _key(batch: Mapping[Any, Any], name: str) -> str | None:
-    return next((key for key in _KEYS[name] if key in batch), None)
+    return next((key for key in _KEYS[name] if batch.get(key) is not None), None)
 
 
 def _entry(batch: Mapping[Any, Any], name: str) -> Any:
@@ -87,22 +88,30 @@ def _made(image: Any, target: Any, index: Any, data: DataInfo, *, check: bool, p
             raise ACKDError(f"the {name} of a batch is {type(value).__name__}; it must be a tensor")
     check = check or target.device.type == "cpu"
     target, soft = _targets(target, image.shape[0], data.num_classes, check=check)
-    return Batch(image, target, torch.full_like(target, -1) if index is None else _index(index, place), soft)
+    return Batch(
+        image, target, torch.full_like(target, -1) if index is None else _index(index, len(target), place), soft
+    )
 
 
-def _index(index: Any, place: str) -> Tensor:
-    """Return the positions of the images, ``B`` int64."""
+def _index(index: Any, size: int, place: str) -> Tensor:
+    """Return the positions of B images, ``B`` int64."""
     try:
         found = torch.as_tensor(index)
     except (TypeError, ValueError, RuntimeError):
         found = None
-    if found is None or found.ndim != 1 or found.is_floating_point():
-        kind = type(index[0]).__name__ if isinstance(index, (list, tuple)) and index else type(index).__name__
+    if found is None or found.shape != (size,) or found.dtype not in _WHOLE:
+        kind = type(index).__name__
+        if isinstance(index, Tensor):
+            kind += f" of {index.dtype} with the shape {tuple(index.shape)}"
+        elif isinstance(index, (list, tuple)) and index:
+            kind = next(
+                (type(each).__name__ for each in index if not isinstance(each, int)), count_of(len(index), "number")
+            )
         raise ACKDError(
-            f"the {place} of a batch holds {kind} and no positions; leave it out, or give the position of each image "
-            "in `train_targets` there"
+            f"the {place} of a batch holds {kind} and no positions; give the position of each of its {size} images in "
+            "`train_targets` there, or nothing where the method reads none"
         )
-    return found
+    return found.long()
 
 
 def _targets(target: Tensor, size: int, classes: int, *, check: bool) -> tuple[Tensor, Tensor | None]:
