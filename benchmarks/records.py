@@ -146,6 +146,11 @@ def show(found: Sequence[dict[str, Any]], reference: str | None) -> None:
         taken = ", ".join(str(each["seconds"]) for each in group if "seconds" in each)
         cells = (f"`{row}`", len(group), accuracy, seeds, apart, validation, together, ", ".join(means), taken)
         print(f"| {' | '.join(map(str, cells))} |")
+    if any("undetached" in row for row in rows):
+        print(
+            "Here `undetached` is ackd.yaml, and `ackd` is ackd_detached.yaml; rows with `ackd_direct` or `direct_` have"
+        )
+        print("its stop-gradient, too, unless their names have `undetached`.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 r"""ACKD. Liu, Huang, Liu: Improved Knowledge Distillation via Adversarial Collaboration, 2021 (arXiv:2111.14356).
 
 Auxiliary learners share the first stages of the student. They learn from the teacher as a group that attention weighs
-(Eq. 1 to 3), discriminators keep them different (Eq. 4, 5), and the target learner learns from the group (Eq. 6):
+(Eq. 1 to 3), discriminators compare their features (Eq. 4, 5), and the target learner learns from the group (Eq. 6):
 
 \(L = \lambda_1 L_{kd}^a + \lambda_2 L_{kd}^s + \lambda_3 L_{ad} + \lambda_4 L_{ce}\) (Eq. 7), all \(\lambda = 1\).
 
 The paper leaves much open and contradicts itself in places. Each of these places is an argument of `ACKD`. The
-config ``ackd_literal`` follows the printed equations exactly.
+config ``ackd_literal`` follows the printed equations, but for the sign of Eq. 6.
 """
 
 from __future__ import annotations
