@@ -21,6 +21,11 @@ from typing import Any
 from ackd_lightning.commands.compare import mean_and_std
 from ackd_lightning.metrics.intervals import mean_interval
 
+NAMES = (
+    "`undetached` is ackd.yaml and `ackd` is ackd_detached.yaml; of the rows of ACKD only those with `undetached` in "
+    "their names have no stop-gradient in Eq. 6."
+)
+
 
 def record(summary: dict[str, Any], row: str) -> dict[str, Any]:
     """Return the figures of one run."""
@@ -147,10 +152,7 @@ def show(found: Sequence[dict[str, Any]], reference: str | None) -> None:
         cells = (f"`{row}`", len(group), accuracy, seeds, apart, validation, together, ", ".join(means), taken)
         print(f"| {' | '.join(map(str, cells))} |")
     if any("undetached" in row for row in rows):
-        print(
-            "Here `undetached` is ackd.yaml, and `ackd` is ackd_detached.yaml; rows with `ackd_direct` or `direct_` have"
-        )
-        print("its stop-gradient, too, unless their names have `undetached`.")
+        print(f"Here {NAMES}")
 
 
 if __name__ == "__main__":
