@@ -11,7 +11,7 @@ import yaml
 
 from ackd_lightning.cli import main
 from ackd_lightning.commands import compare as command
-from ackd_lightning.commands.compare import compare, group_runs
+from ackd_lightning.commands.compare import compare, group_runs, reference_among
 from ackd_lightning.commands.paired import interval_text, paired_tests
 from ackd_lightning.errors import ACKDError
 from ackd_lightning.runs.answers import Answers, answers_file, write_answers
@@ -111,6 +111,13 @@ def test_another_configuration_can_be_the_reference(against, capsys):
     assert shown.count("points better than ce") == 2
     assert "kd is 5.00 points better than ce" in shown
     assert "ackd is 2.50 points better than ce" in shown
+
+
+def test_a_reference_may_be_named_by_what_follows_the_plus():
+    groups = {name: [] for name in ("digits+kd", "digits+ackd", "cifar+ackd")}
+    assert reference_among(groups, "kd") == "digits+kd"
+    with pytest.raises(ACKDError, match=r"--against ackd: .* it ends several of their names"):
+        reference_among(groups, "ackd")
 
 
 @pytest.mark.parametrize(("against", "said"), [("nope", "none of them"), ("runs", "several of them")])

@@ -300,17 +300,22 @@ def reference_among(groups: Mapping[str, Sequence[Path]], against: str) -> str:
 
     Args:
         groups: Folders of the runs of each configuration.
-        against: Its name in the table, or a folder of its runs.
+        against: Its name in the table or what no other one has after ``+`` in its name, or a folder of its runs.
 
     Raises:
         ACKDError: If there is no such configuration, or the folder holds runs of several.
     """
     if against in groups:
         return against
+    ends = [name for name in groups if name.rpartition("+")[2] == against]
+    if len(ends) == 1:
+        return ends[0]
     inside = {run.resolve() for run in find_runs([against])} if against and Path(against).is_dir() else set()
     found = [name for name, runs in groups.items() if any(run.resolve() in inside for run in runs)]
     if len(found) != 1:
-        which = "holds runs of several of them" if found else "is none of them"
+        which = (
+            "holds runs of several of them" if found else "ends several of their names" if ends else "is none of them"
+        )
         raise ACKDError(
             f"--against {against}: name one of the compared configurations, {', '.join(groups)}; it {which}"
         )

@@ -192,6 +192,9 @@ class TestNote:
         assert "not trained here" not in note(table_of(tmp_path), [])
         text = note(table_of(tmp_path), [], given=[Path("weights/t.safetensors")])
         assert "Teachers that were not trained here: weights/t.safetensors." in text
+        stated = save_weights({"w": torch.ones(1)}, tmp_path / "t.safetensors", {"val_acc": "0.387100"})
+        text = note(table_of(tmp_path), [], given=[stated])
+        assert f"Teachers that were not trained here: {stated} (38.71 % on its validation images)." in text
 
     def test_names_what_a_number_depends_on(self, tmp_path):
         runs = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from ackd_lightning.commands.reproduce.jobs import Job
 from ackd_lightning.commands.reproduce.planning import Planner
 from ackd_lightning.commands.reproduce.specs import Pair, Row, TableSpec
 from ackd_lightning.metrics.intervals import mean_interval
+from ackd_lightning.models.stated import read_notes
 from ackd_lightning.models.weights import read_metadata
 from ackd_lightning.runs.files import read_summary
 
@@ -220,6 +222,16 @@ def _teacher_line(
     return Line(pair.name, "teacher", "teacher", metric, paper, last, best)
 
 
+def _with_accuracy(weights: Path) -> str:
+    """Return the name of a weight file with the accuracy that it states."""
+    notes = read_notes(weights)
+    stated = {"test_acc": "the test set", "val_acc": "its validation images"}
+    for key, where in stated.items():
+        with contextlib.suppress(KeyError, ValueError):
+            return f"{weights} ({100 * float(notes[key]):.2f} % on {where})"
+    return str(weights)
+
+
 def note(table: TableSpec, records: Sequence[dict[str, Any]], *, given: Sequence[Path] = ()) -> str:
     """Write the note below a table: what its numbers are and what they depend on.
 
@@ -248,7 +260,7 @@ def note(table: TableSpec, records: Sequence[dict[str, Any]], *, given: Sequence
     elif students:
         parts.append("`best` is the epoch with the highest validation accuracy.")
     if given:
-        parts.append(f"Teachers that were not trained here: {', '.join(map(str, given))}.")
+        parts.append(f"Teachers that were not trained here: {', '.join(map(_with_accuracy, given))}.")
     if students:
         devices = sorted({each["device"] for each in students})
         versions = sorted({", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in students})
