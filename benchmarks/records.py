@@ -2,7 +2,7 @@
 
 ``python benchmarks/records.py screen --against kd_1_1 --out benchmarks/results/tiny100-screen-2.json`` reads the folder
 that ``ackd reproduce`` wrote to; with such a file in place of the folder it prints the table alone, and with a file and
-a folder it adds the runs of the folder. Accuracies are
+a folder it adds the runs of the folder, none of which may be in the file with other figures. Accuracies are
 those of the last epoch on the test set, in percent; the difference is paired by seed, with Student's 95 % interval from
 three seeds on. ``validation`` is the mean accuracy of the last epoch on the validation part: weights are chosen by it.
 """
@@ -78,7 +78,7 @@ def main() -> None:
     for source in chosen.sources:
         try:
             first, runs = read(source, chosen.prefix)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             parser.error(f"{source} is no folder of ackd reproduce and no file of this script ({error!r})")
         head = head or first
         for each in runs:
@@ -86,7 +86,7 @@ def main() -> None:
             if (wanted is not None and row not in wanted) or (seeds is not None and seed not in seeds):
                 continue
             if by_run.setdefault(key, each) != each:
-                parser.error(f"{source} has a run of {row}, seed {seed}, and so has another one; name one of them")
+                parser.error(f"{source} has a run of {row}, seed {seed}, and so has another source; give one of them")
     by_run = dict(sorted(by_run.items()))
     found = [*by_run.values()]
     if missing := {*(wanted or ())} - {row for row, _ in by_run}:
@@ -108,8 +108,8 @@ def read(source: Path, prefix: str | None) -> tuple[dict[str, Any], list[dict[st
     """Return what the runs of a folder or a file have in common, and the figures of each."""
     if not source.is_dir():
         content = json.loads(source.read_text(encoding="utf-8"))
-        runs = content.pop("runs")
-        if not content or any("row" not in each or "acc" not in each for each in runs):
+        runs = content.pop("runs") if isinstance(content, dict) else []
+        if not content or any(not {"row", "seed", "epochs", "acc"} <= each.keys() for each in runs):
             raise ValueError("it lacks figures")
         return content, runs
     found = sorted(source.glob(f"runs/{prefix}+*/*/summary.json" if prefix else "runs/*/*/summary.json"))

@@ -114,7 +114,8 @@ def test_another_configuration_can_be_the_reference(against, capsys):
 
 
 def test_a_reference_may_be_named_by_what_follows_the_plus():
-    groups = {name: [] for name in ("digits+kd", "digits+ackd", "cifar+ackd")}
+    groups = {name: [] for name in ("digits+kd", "digits+ackd", "cifar+ackd", "digits+kd+crd")}
+    assert reference_among(groups, "kd+crd") == "digits+kd+crd"
     assert reference_among(groups, "kd") == "digits+kd"
     with pytest.raises(ACKDError, match=r"--against ackd: .* it ends several of their names"):
         reference_among(groups, "ackd")

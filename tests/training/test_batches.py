@@ -100,7 +100,10 @@ def test_random_numbers_without_an_index_are_said_once(method, lines, capsys):
 def test_an_index_comes_along():
     for batch in ((IMAGE, TARGET, torch.tensor([5, 6, 7])), {"image": IMAGE, "target": TARGET, "index": [5, 6, 7]}):
         assert read_batch(batch, DATA).index.tolist() == [5, 6, 7]
-    assert read_batch((IMAGE, TARGET, torch.tensor([5, 6, 7], dtype=torch.uint8)), DATA).index.dtype == torch.int64
+    for index in (torch.tensor([5, 6, 7], dtype=torch.uint8), np.array([5, 6, 7], dtype=np.uint32)):
+        found = read_batch((IMAGE, TARGET, index), DATA).index
+        assert found.dtype == torch.int64
+        assert found.tolist() == [5, 6, 7]
 
 
 def test_entries_without_content_hide_no_others():
@@ -128,6 +131,7 @@ def test_entries_without_content_hide_no_others():
         ((IMAGE, TARGET, torch.ones(3, dtype=torch.bool)), "holds Tensor of torch.bool"),
         ((IMAGE, TARGET, [5]), "holds 1 number and no positions"),
         ((IMAGE, TARGET, [5, "b", 6]), "holds str and no positions"),
+        ((IMAGE, TARGET, [True, False, True]), "holds bool and no positions"),
         (
             {"image": IMAGE, "label": TARGET, "idx": ["a", "b", "c"]},
             "entry 'idx' of a batch holds str and no positions",

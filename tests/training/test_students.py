@@ -183,6 +183,9 @@ def test_files_that_state_another_change_of_images_are_named(tmp_path, capsys):
     other = create_model("googlenet", CLASSES).eval()
     load_weights(other, file)
     assert f"{file} states transform_input True and its network is built with False" in capsys.readouterr().out
+    without = save_weights(other, tmp_path / "none.safetensors", {"model": "googlenet", "num_classes": str(CLASSES)})
+    load_weights(other, without)
+    assert "transform_input" not in capsys.readouterr().out  # no options are stated where all are the usual ones
     teacher = FrozenTeacher.from_name("googlenet", CLASSES, weights=str(file))
     image = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(teacher.network(image), network(image))

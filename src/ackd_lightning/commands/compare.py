@@ -307,7 +307,7 @@ def reference_among(groups: Mapping[str, Sequence[Path]], against: str) -> str:
     """
     if against in groups:
         return against
-    ends = [name for name in groups if name.rpartition("+")[2] == against]
+    ends = [name for name in groups if name.partition("+")[2] == against]
     if len(ends) == 1:
         return ends[0]
     inside = {run.resolve() for run in find_runs([against])} if against and Path(against).is_dir() else set()

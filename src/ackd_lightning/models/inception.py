@@ -43,8 +43,9 @@ def say_transform(network: nn.Module, metadata: Mapping[str, Any], file: str) ->
     if not callable(getattr(network, "_transform_input", None)) or image_channels(network) != 3:
         return  # no other network of torchvision has it, and it needs three channels
     stated, has = None, bool(getattr(network, "transform_input", False))
+    ours = {"model", "num_classes"} <= metadata.keys()  # files of this package leave empty options out
     with contextlib.suppress(TypeError, ValueError):
-        stated = json.loads(metadata["model_options"]) if "model_options" in metadata else None
+        stated = json.loads(metadata.get("model_options", "{}" if ours else "null"))
     if isinstance(stated, dict):
         if bool(stated.get("transform_input")) != has:
             tell(

@@ -18,7 +18,6 @@ _KEYS = {
     "target": ("target", "targets", "label", "labels", "class", "y"),
     "index": ("index", "indices", "idx"),
 }
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SUM_TOLERANCE = 1e-2  # of shares in half precision
 
 
@@ -99,13 +98,14 @@ def _index(index: Any, size: int, place: str) -> Tensor:
         found = torch.as_tensor(index)
     except (TypeError, ValueError, RuntimeError):
         found = None
-    if found is None or found.shape != (size,) or found.dtype not in _WHOLE:
+    other = found is not None and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if found is None or found.shape != (size,) or other:
         kind = type(index).__name__
         if isinstance(index, Tensor):
             kind += f" of {index.dtype} with the shape {tuple(index.shape)}"
         elif isinstance(index, (list, tuple)) and index:
             kind = next(
-                (type(each).__name__ for each in index if not isinstance(each, int)), count_of(len(index), "number")
+                (type(each).__name__ for each in index if type(each) is not int), count_of(len(index), "number")
             )
         raise ACKDError(
             f"the {place} of a batch holds {kind} and no positions; give the position of each of its {size} images in "

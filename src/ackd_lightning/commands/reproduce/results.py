@@ -228,7 +228,8 @@ def _with_accuracy(weights: Path) -> str:
     stated = {"test_acc": "the test set", "val_acc": "its validation images"}
     for key, where in stated.items():
         with contextlib.suppress(KeyError, ValueError):
-            return f"{weights} ({100 * float(notes[key]):.2f} % on {where})"
+            if 0 <= (accuracy := float(notes[key])) <= 1:  # false for nan
+                return f"{weights} ({100 * accuracy:.2f} % on {where})"
     return str(weights)
 
 
