@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -47,6 +49,35 @@ def test_only_one_process_is_in_a_named_folder_and_the_others_remove_nothing(tmp
     assert all(int(each) > 0 for each in entered)
     left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.name.startswith(".run")]
     assert left == []  # what was renamed was removed
+
+
+def test_a_folder_above_that_is_removed_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    """`Path.mkdir` looks twice, and between the two another process may remove what it found first."""
+    mkdir, removed = Path.mkdir, []
+
+    def removed_once(self, *arguments, **options):
+        if options.get("exist_ok") and not removed:
+            removed.append(self)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self))
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", removed_once)
+    with claim(tmp_path / "runs" / "config", "a") as mine:
+        assert mine.made
+    assert removed == [tmp_path / "runs" / "config"]
+
+
+@pytest.mark.parametrize("place", ["file", "link"])
+def test_what_is_no_folder_above_is_refused_and_stays(place, tmp_path):
+    above = tmp_path / "runs"
+    if place == "file":
+        above.write_text("text")
+    else:
+        above.symlink_to(tmp_path / "nowhere")
+    for parent in (above, above / "config"):
+        with pytest.raises(ACKDError, match="cannot be written"):
+            claim(parent, "a")
+    assert os.path.lexists(above)
 
 
 def test_processes_without_a_name_get_a_folder_each(tmp_path):

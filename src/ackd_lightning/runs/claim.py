@@ -191,8 +191,18 @@ def _names(name: str | None) -> Iterator[str]:
 
 
 def _make(folder: Path) -> bool:
-    """Make a folder; False if it exists."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Make a folder; False if it exists.
+
+    Raises:
+        FileNotFoundError: If a folder above it was removed.
+        OSError: If it cannot be made.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # a file is in its place, or the folder that was there is gone already
+        if (place := Path(error.filename)).is_file() or place.is_symlink():
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder)) from error
     try:
         folder.mkdir()
     except FileExistsError:
