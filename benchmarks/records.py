@@ -22,8 +22,8 @@ from ackd_lightning.commands.compare import mean_and_std
 from ackd_lightning.metrics.intervals import mean_interval
 
 NAMES = (
-    "`undetached` is ackd.yaml and `ackd` is ackd_detached.yaml; of the rows of ACKD only those with `undetached` in "
-    "their names have no stop-gradient in Eq. 6."
+    "Here `undetached` is ackd.yaml and `ackd` is ackd_detached.yaml; of the rows of ACKD only those with `undetached` "
+    "in their names have no stop-gradient in Eq. 6."
 )
 
 
@@ -152,7 +152,7 @@ def show(found: Sequence[dict[str, Any]], reference: str | None) -> None:
         cells = (f"`{row}`", len(group), accuracy, seeds, apart, validation, together, ", ".join(means), taken)
         print(f"| {' | '.join(map(str, cells))} |")
     if any("undetached" in row for row in rows):
-        print(f"Here {NAMES}")
+        print(NAMES)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ class ACKDCLI:
         student = settings.model.student
         student.weights, student.pretrained = None, False
         if isinstance(student.network, str):
-            student.options = {**stated_options(student.network, checkpoint), **(student.options or {})} or None
+            student.options = stated_options(student.network, checkpoint, student.options) or None
         return settings
 
 

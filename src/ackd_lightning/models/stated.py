@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,16 +33,19 @@ def read_notes(path: str | os.PathLike[str]) -> dict[str, str]:
     return {}
 
 
-def stated_options(name: str, path: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """Return the options of `create_model` that a weight file states for a network.
+def stated_options(
+    name: str, path: str | os.PathLike[str] | None, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the options of `create_model` that a weight file states for a network, and those that are given.
 
     Args:
         name: Name of the network; a file of another network states nothing about it.
         path: Weight file; None for none.
+        given: Options that count before those of the file.
     """
     notes = {} if path is None else read_notes(path)
     stated: Any = {}
     if notes.get("model") == name:
         with contextlib.suppress(ValueError):
             stated = json.loads(notes.get("model_options", "{}"))
-    return stated if isinstance(stated, dict) else {}
+    return {**(stated if isinstance(stated, dict) else {}), **(given or {})}

@@ -251,7 +251,7 @@ class FrozenTeacher(Teacher):
         Raises:
             ACKDError: If the file is missing, is not a weight file, or does not fit the network.
         """
-        network = create_model(name, num_classes, **{**stated_options(name, weights), **(options or {})})
+        network = create_model(name, num_classes, **stated_options(name, weights, options))
         metadata = load_weights(network, weights, name=name)
         typed_metadata(metadata, weights)  # its messages name the file
         teacher = cls(

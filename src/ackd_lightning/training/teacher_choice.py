@@ -147,7 +147,7 @@ def network_options(config: TeacherConfig) -> dict[str, Any]:
     Args:
         config: Teacher given by name.
     """
-    return {**stated_options(str(config.network), config.weights), **(config.options or {})}
+    return stated_options(str(config.network), config.weights, config.options)
 
 
 def on_meta(name: str, num_classes: int, options: dict[str, Any] | None) -> nn.Module:

@@ -196,9 +196,10 @@ class Teachers:
             teacher = FrozenTeacher.from_published(name, options=config.options, **_preprocessing(config))
         else:
             weights = weight_file(config)
-            options = network_options(config)
-            count = classes_in_file(name, weights, options, self.data.num_classes)
-            teacher = FrozenTeacher.from_name(name, count, weights=weights, options=options, **_preprocessing(config))
+            count = classes_in_file(name, weights, network_options(config), self.data.num_classes)
+            teacher = FrozenTeacher.from_name(
+                name, count, weights=weights, options=config.options, **_preprocessing(config)
+            )
             teacher.metadata.setdefault("model", name)
         return self._view(teacher, config)
 
